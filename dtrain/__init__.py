@@ -1,0 +1,50 @@
+"""dtrain: the same answer on one process, many ranks, any engine and any launcher.
+
+    import dtrain
+
+    config = dtrain.load_config("configs/cola.yaml", ["train.max_steps=100"])
+    result = dtrain.fit(config)
+
+Importing this costs no torch; `fit` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dtrain.config import load_config
+from dtrain.schema import Config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dtrain.commands.results import Result
+    from dtrain.monitors.protocol import Monitor
+    from dtrain.tasks.protocol import Task
+
+__all__ = ["Config", "__version__", "fit", "load_config"]
+
+__version__ = "0.1.0"
+
+
+def fit(
+    config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
+) -> Result | None:
+    """Collective. Trains as `dtrain/main.py train` does: on one process, or on each rank that a launcher started.
+
+    Args:
+        config: from `load_config`, or built as `Config(...)`; `run.name` must be set.
+        model: to train instead of what the config's model section names.
+        task: your own (see dtrain/tasks/protocol.py) instead of what the task and data sections say.
+        monitors: further ones (see dtrain/monitors/protocol.py).
+
+    Returns:
+        Final metrics and the run folder; None where the run was already finished.
+
+    Raises:
+        DtrainError: what the command line would print; `exit_code` says which kind.
+    """
+    from dtrain.main import fit as run
+
+    return run(config, model=model, task=task, monitors=monitors)

@@ -1,0 +1,106 @@
+"""From config and task to a model that is ready to be wrapped: loaded, checked, frozen, probed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from dtrain.collectives import node_first
+from dtrain.console import log
+from dtrain.data.order import StepPlan
+from dtrain.engine.probe import without_gradient
+from dtrain.errors import ConfigError
+from dtrain.models import freezing
+from dtrain.models.checks import check_fit
+from dtrain.models.load import load_model
+from dtrain.schema import Config
+from dtrain.tasks.protocol import Task
+from dtrain.topology import Topology, device_of
+
+
+@dataclass(frozen=True)
+class Construction:
+    """A model before it is wrapped.
+
+    unused: trainable parameters without gradient, frozen on every engine. train_mode: see models.freezing.
+    """
+
+    module: nn.Module
+    unused: tuple[str, ...]
+    train_mode: Callable[[nn.Module], None]
+
+
+def step_plan(config: Config, task: Task) -> StepPlan:
+    """Which examples each step takes."""
+    train = config.train
+    rows = len(task.splits["train"])
+    return StepPlan(rows, train.global_batch_size, train.micro_batch_size, config.run.seed, train.shuffle)
+
+
+def total_steps(config: Config, plan: StepPlan) -> int:
+    """The first of epochs and max_steps."""
+    limits = [config.train.max_steps]
+    if config.train.epochs is not None:
+        limits.append(config.train.epochs * plan.steps_per_epoch)
+    return min(limit for limit in limits if limit is not None)
+
+
+def load(config: Config, task: Task, topology: Topology) -> nn.Module:
+    """Collective. The model on this rank's device, fp32; one rank per node loads first, so that a hub is asked once."""
+
+    def own() -> nn.Module:
+        model = load_model(
+            config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
+        )
+        check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.head == "sequence_classification")
+        return model
+
+    loaded: list[nn.Module] = []
+    node_first(lambda: loaded.append(own()), topology)
+    return place(loaded[0] if loaded else own(), config, topology)
+
+
+def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
+    """The module where it will run. ZeRO 3 takes it from the host and shards it itself."""
+    is_sharded = config.engine.is_deepspeed and config.engine.zero_stage == 3
+    return module if is_sharded else module.to(device_of(topology))
+
+
+def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan) -> Construction:
+    """Freezes what must not learn, and finds what cannot."""
+    freezing.freeze(module, config.freeze)
+    train_mode = partial(freezing.train_mode, batch_norm=config.model.batch_norm)
+    unused = tuple(without_gradient(module, task, plan, train_mode=train_mode))
+    for name, parameter in module.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(
+            f"Nothing is left to learn: freeze.modules={list(config.freeze.modules)} and parts without gradient cover the whole model. "
+            "Freeze less."
+        )
+    if unused:
+        log.info("no gradient reaches %s: frozen", freezing.summary(unused))
+    if config.model.compile:
+        # In place, so that names in the state dict stay what they are.
+        module.compile(dynamic=True)
+    return Construction(module, unused, train_mode)
+
+
+def count(parameters: list[nn.Parameter]) -> int:
+    """Numbers in those parameters (ZeRO 3's shards counted whole)."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)
+
+
+def gigabytes(number: float) -> str:
+    """Bytes for a person."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+def describe_device() -> str:
+    """What the ranks run on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s) per rank"

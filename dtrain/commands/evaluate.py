@@ -1,0 +1,55 @@
+"""The evaluate command: a model as it is, on every split but train, exactly."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from torch import nn
+
+from dtrain.collectives import on_main
+from dtrain.commands import construct, folder, results
+from dtrain.commands.results import Result
+from dtrain.console import log
+from dtrain.engine.build import build_engine, engine_name
+from dtrain.engine.forward import Forward, ForwardOnly
+from dtrain.errors import ConfigError
+from dtrain.evaluation import EvaluationResult, evaluate
+from dtrain.schema import Config
+from dtrain.tasks.build import build_task
+from dtrain.topology import Topology
+
+
+def run_evaluate(config: Config, topology: Topology) -> Result:
+    """Collective. Writes summary.json and predictions/ into a run folder of its own."""
+    begin = time.monotonic()
+    name, why = engine_name(config, topology)
+    folder.take(config, topology, command="evaluate")
+    task = build_task(config, topology)
+    if set(task.splits) <= {"train"}:
+        raise ConfigError("There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction.")
+    log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
+    forward = wrap(construct.load(config, task, topology), config, topology)
+    result = evaluate(forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers)
+    write_down(result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin, examples=_rows(result))
+    return Result(dict(result.metrics), config.run_dir)
+
+
+def wrap(module: nn.Module, config: Config, topology: Topology) -> Forward:
+    """What runs forward: the plain model, or DeepSpeed where it is sharded and one rank cannot hold it."""
+    if config.engine.is_deepspeed and config.engine.zero_stage == 3:
+        return build_engine(module, config, topology)
+    return ForwardOnly(module, config, topology)
+
+
+def _rows(result: EvaluationResult) -> int:
+    return sum(len(split.records) for split in result.splits.values())
+
+
+def write_down(result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float, examples: int) -> None:
+    """Collective. summary.json and predictions/, and the metrics on the terminal."""
+    summary = {**results.summary("evaluate", result, topology, engine=engine, seconds=seconds), "step": 0, "examples": examples}
+    on_main(lambda: results.write(run_dir, summary, result), topology)
+    for metric, value in result.metrics.items():
+        log.info("%-24s %.10g", metric, value)
+    log.info("summary and predictions: %s", run_dir)

@@ -1,0 +1,67 @@
+"""The generate command: text from a causal language model, drawn with the run's seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from dtrain.console import log
+from dtrain.errors import ConfigError
+from dtrain.models.load import load_model
+from dtrain.models.tokenizer import load_tokenizer
+from dtrain.schema import Config, Generate
+from dtrain.seeding import seed_all
+from dtrain.topology import Topology, device_of
+
+
+def run_generate(config: Config, topology: Topology) -> str:
+    """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
+    if config.task.name != "causal_lm":
+        raise ConfigError(f"generate needs a language model (task.name=causal_lm), not task.name={config.task.name}.")
+    if config.model.name_or_path is None:
+        raise ConfigError("generate needs a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
+    settings = config.generate
+    tokenizer = load_tokenizer(config.model, training_texts=lambda: [])
+    model = load_model(config.model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=config.run.seed)
+    model = model.to(device_of(topology)).eval()
+    prompt = settings.prompt if settings.prompt is not None else "\n"
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    if ids.shape[1] == 0:
+        raise ConfigError("generate.prompt is empty for this tokenizer: give at least one token.")
+    seed_all(config.run.seed, "generate")
+    text = str(tokenizer.decode(continuation(model, ids[0], config), skip_special_tokens=True))
+    log.info("%s", text)
+    return text
+
+
+@torch.no_grad()
+def continuation(model: torch.nn.Module, ids: torch.Tensor, config: Config) -> torch.Tensor:
+    """The prompt and max_new_tokens more. Beyond the model's positions it sees the last ones only (no cache then).
+
+    Args:
+        ids: (length,) int64.
+    """
+    settings = config.generate
+    window = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
+    for _ in range(settings.max_new_tokens):
+        logits = model(input_ids=ids[None, -window:], use_cache=False).logits[:, -1].float()
+        ids = torch.cat([ids, draw(logits, settings)])
+        if ids[-1] == getattr(model.config, "eos_token_id", None):
+            break
+    return ids
+
+
+def draw(logits: torch.Tensor, settings: Generate) -> torch.Tensor:
+    """One token id, (1,), from logits (1, vocabulary), filtered as transformers' own generate does it."""
+    if settings.temperature == 0:
+        return logits.argmax(dim=-1)
+    filters: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_k is not None:
+        filters.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        filters.append(TopPLogitsWarper(settings.top_p))
+    for warp in filters:
+        logits = warp(None, logits)
+    return torch.multinomial(logits.softmax(dim=-1), 1)[0]

@@ -1,0 +1,52 @@
+"""summary.json and predictions/: what every command that measures leaves in its run folder."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dtrain.evaluation import EvaluationResult
+from dtrain.run_folder import write_json_atomic, write_lines_atomic
+from dtrain.topology import Topology
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with. metrics: of the best step's evaluation, else the last's. run_dir: the run folder."""
+
+    metrics: dict[str, float]
+    run_dir: Path
+
+
+def summary(command: str, result: EvaluationResult | None, topology: Topology, *, engine: str, seconds: float) -> dict[str, Any]:
+    """The common part of summary.json; metrics flat under `eval`."""
+    return {
+        "command": command,
+        "eval": dict(result.metrics) if result is not None else {},
+        "world_size": topology.world_size,
+        "engine": engine,
+        "launcher": topology.launcher,
+        "seconds": seconds,
+        "versions": versions(),
+    }
+
+
+def write(run_dir: Path, summary: dict[str, Any], result: EvaluationResult | None) -> None:
+    """Predictions first: summary.json says that all is there."""
+    for split, found in result.splits.items() if result is not None else ():
+        write_lines_atomic(run_dir / "predictions" / f"{split}.jsonl", found.records)
+    write_json_atomic(run_dir / "summary.json", summary)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    found = {"python": platform.python_version()}
+    for package in ("dtrain", "torch", "transformers", "datasets", "deepspeed", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,32 @@
+"""Later unfreezing, the same way on every engine."""
+
+from __future__ import annotations
+
+from dtrain.commands.construct import Construction
+from dtrain.engine.build import build_engine
+from dtrain.engine.protocol import Engine
+from dtrain.models import freezing
+from dtrain.monitors.protocol import RunState
+from dtrain.schema import Config
+
+
+def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, state: RunState) -> Engine:
+    """Collective. Unfreezes what `freeze.thaw` names for this epoch; the engine to go on with.
+
+    State out, freezing changed, engine built anew, state in: a live engine has fixed its gradient buckets, and one whose
+    requires_grad changes under it goes wrong without a word (DDP) or stops (ZeRO).
+    """
+    if not any(stage.epoch == epoch for stage in config.freeze.thaw):
+        return engine
+    topology = engine.topology
+    slots = {entry.name: entry.slots for entry in engine.named_state()}
+    scalars = engine.scalars()
+    module = engine.release()
+    before = freezing.frozen_parameters(module)
+    after = set(freezing.freeze(module, config.freeze, epoch=epoch, keep_frozen=prepared.unused))
+    state.thawed.append([name for name in before if name not in after])
+    rebuilt = build_engine(module, config, topology, thawed=state.thawed)
+    rebuilt.load_named_slots(lambda name: slots.get(name, {}))
+    rebuilt.load_scalars(scalars)
+    prepared.train_mode(rebuilt.module)
+    return rebuilt

@@ -1,0 +1,172 @@
+"""The train command: everything in the order in which it is built, run and written down."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dtrain import optim
+from dtrain.collectives import on_main
+from dtrain.commands import construct, folder, plan, results
+from dtrain.commands.export import export_model
+from dtrain.commands.results import Result
+from dtrain.commands.thawing import thaw
+from dtrain.console import log
+from dtrain.engine.build import build_engine, engine_name
+from dtrain.engine.protocol import Engine
+from dtrain.evaluation import EvaluationResult, evaluate
+from dtrain.loop import Loop, train
+from dtrain.models import freezing
+from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
+from dtrain.monitors.logging_steps import LogSteps
+from dtrain.monitors.non_finite import NonFinite
+from dtrain.monitors.protocol import Monitor, RunState
+from dtrain.schema import Config
+from dtrain.tasks.build import build_task
+from dtrain.tasks.protocol import Task
+from dtrain.topology import Topology
+from dtrain.tracking import Tracker
+
+
+def run_train(
+    config: Config,
+    topology: Topology,
+    *,
+    model: nn.Module | None = None,
+    task: Task | None = None,
+    monitors: Sequence[Monitor] = (),
+    dry_run: bool = False,
+) -> Result | None:
+    """Collective. Trains, evaluates, exports; None where there was nothing to do.
+
+    Args:
+        model: to train instead of what the config's model section says.
+        task: instead of what the task and data sections say.
+        monitors: further ones, below dtrain's own.
+    """
+    engine_name(config, topology)  # refuses a wrong combination before any work
+    if not dry_run:
+        if folder.take(config, topology, command="train") == "already_finished":
+            return None
+    task = task or build_task(config, topology)
+    steps = construct.step_plan(config, task)
+    module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
+    prepared = construct.prepare_training(module, config, task, steps)
+    log.info("%s", plan.describe(config, topology, task, prepared, steps, in_full=dry_run))
+    if dry_run:
+        return None
+    run = TrainingRun(config, topology, task, prepared, steps)
+    return run.go(monitors)
+
+
+@dataclass
+class TrainingRun:
+    """One run from engine to summary. The fields below the first five change as it goes."""
+
+    config: Config
+    topology: Topology
+    task: Task
+    prepared: construct.Construction
+    steps: Any
+    state: RunState = field(default_factory=RunState)
+    last: EvaluationResult | None = None
+    last_step: int = -1
+    best: EvaluationResult | None = None
+    engine: Engine = field(init=False)
+    tracker: Tracker = field(init=False)
+
+    def go(self, own_monitors: Sequence[Monitor]) -> Result:
+        """Collective. Trains to the end and writes everything down."""
+        config, total = self.config, construct.total_steps(self.config, self.steps)
+        self.tracker = Tracker(
+            config.run_dir,
+            is_main=self.topology.is_main,
+            total_steps=total,
+            first_step=self.state.step,
+            tensorboard=config.tracking.tensorboard,
+        )
+        with self.tracker:
+            self.tracker.event("start", command="train", world_size=self.topology.world_size, total_steps=total)
+            self.engine = build_engine(self.prepared.module, config, self.topology)
+            try:
+                self.engine = train(self._loop(total), self.engine, self.task, self._monitors(own_monitors), self.state)
+                return self._finish()
+            finally:
+                self.tracker.event("end", step=self.state.step)
+
+    def _loop(self, total: int) -> Loop:
+        config = self.config
+        return Loop(
+            plan=self.steps,
+            total_steps=total,
+            seed=config.run.seed,
+            workers=config.data.workers,
+            loss_is_scaled=config.engine.precision == "fp16",
+            learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=total),
+            train_mode=self.prepared.train_mode,
+            before_epoch=self._before_epoch,
+        )
+
+    def _monitors(self, own: Sequence[Monitor]) -> list[Monitor]:
+        """What looks at every step, in this order."""
+        train, best = self.config.train, self.config.evaluation.best
+        found: list[Monitor] = [
+            LogSteps(train.log_every, self.tracker),
+            NonFinite(train.non_finite, self.tracker),
+            Evaluate(train.eval_every, self._evaluate),
+        ]
+        if best is not None:
+            found.append(KeepBest(best, self.state, self._keep_best))
+        if train.early_stopping is not None:
+            found.append(EarlyStopping(train.early_stopping, self.state))
+        return [*found, *own]
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """Collective. Evaluates every split but train and logs it."""
+        begin = time.monotonic()
+        evaluation = self.config.evaluation
+        self.last = evaluate(self.engine, self.task, micro_batch_size=evaluation.micro_batch_size, workers=self.config.data.workers)
+        self.last_step = step
+        if self.last.metrics:
+            self.tracker.evaluation(step, self.last.metrics, time.monotonic() - begin)
+        return self.last.metrics
+
+    def _keep_best(self) -> None:
+        """Collective. The model of this step becomes the run's."""
+        self.best = self.last
+        export_model(self.engine, self.task.tokenizer, self.config.run_dir / "model")
+
+    def _before_epoch(self, engine: Engine, epoch: int) -> Engine:
+        """Collective. Thaws what is due."""
+        thaws = len(self.state.thawed)
+        self.engine = thaw(engine, epoch, self.config, self.prepared, self.state)
+        for names in self.state.thawed[thaws:]:
+            log.info("epoch %d: thawed %s", epoch, freezing.summary(names))
+            self.tracker.event("thaw", step=self.state.step, epoch=epoch, parameters=names)
+        return self.engine
+
+    def _finish(self) -> Result:
+        """Collective. The model, its predictions and the summary; `best` where one was asked for."""
+        config = self.config
+        if self.last_step != self.state.step and config.train.eval_every != "never":
+            self._evaluate(self.state.step)
+        final = self.best if config.evaluation.best is not None and self.best is not None else self.last
+        if config.evaluation.best is None or self.best is None:
+            export_model(self.engine, self.task.tokenizer, config.run_dir / "model")
+        name, _ = engine_name(config, self.topology)
+        summary = {
+            **results.summary("train", final, self.topology, engine=name, seconds=self.tracker.seconds),
+            "step": self.state.step,
+            "updates": self.state.updates,
+            "examples": self.state.examples,
+            "best_step": self.state.best_step,
+        }
+        on_main(lambda: results.write(config.run_dir, summary, final), self.topology)
+        log.info("done: %s", json.dumps(summary["eval"]) if summary["eval"] else f"{self.state.step} steps")
+        log.info("model and summary: %s", config.run_dir)
+        return Result(dict(summary["eval"]), config.run_dir)

@@ -1,0 +1,350 @@
+"""Typed settings from a YAML file and `section.key=value` overrides, with every error at once, each with its place.
+
+What settings there are is said in schema.py, what an error says in wording.py. This is the only file that knows YAML.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dtrain.errors import ConfigError
+from dtrain.schema import QUICKSTART, Config, OnResume
+from dtrain.wording import (
+    ABSENT,
+    Difference,
+    Key,
+    at,
+    complaints,
+    inside,
+    models_in,
+    name_of,
+    takes_mapping_only,
+    takes_text_only,
+)
+
+_COMMAND_LINE = "command line"
+
+
+@dataclass
+class _Settings:
+    """What was read so far: nested plain values, where each key stands, and what is wrong."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    places: dict[Key, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "train") -> Config:
+    """Reads the settings of one run; without a file, those of the quickstart.
+
+    Args:
+        path: a YAML file; None for the quickstart, of which an override drops what it makes meaningless.
+        overrides: `section.key=value`, the value in YAML; later ones win, and all win over the file.
+        command: names the run's default folder for commands other than train (`cola-evaluate`).
+
+    Raises:
+        ConfigError: one line for each thing that is wrong, with its place and the fix.
+    """
+    settings = _Settings()
+    if path is not None:
+        settings.values = _read_file(path, settings)
+    given = [pair for text in overrides if (pair := _read_override(text, settings)) is not None]
+    if path is None:
+        settings.values = _quickstart_under(given)
+    for key, value in given:
+        _apply(key, value, settings)
+    _name_run(settings, path=path, command=command)
+
+    def place(key: Key) -> str:
+        around = [settings.places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in settings.places]
+        below = [place for other, place in settings.places.items() if other[: len(key)] == key]
+        return [*around, *below, str(path) if path else _COMMAND_LINE][0]
+
+    problems = settings.problems
+    try:
+        config = Config.model_validate(settings.values)
+        problems += _of_a_later_version(config, place)
+    except ValidationError as error:
+        problems += complaints(error, Config, settings.values, place=place, show=_show)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _of_a_later_version(config: Config, place: Callable[[Key], str]) -> list[str]:
+    """What DESIGN section 4 lists and this version cannot do yet: checkpoints."""
+    every, resume, found = config.checkpoint.every, config.checkpoint.resume, []
+    if every is not None:
+        where = place(("checkpoint", "every"))
+        found.append(f"{where}: checkpoint.every={every}: saving checkpoints comes with a later version. Leave it out.")
+    if resume not in ("auto", "never"):
+        where = place(("checkpoint", "resume"))
+        found.append(f"{where}: checkpoint.resume={resume}: a path comes with a later version. Use auto or never.")
+    return found
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as YAML in the order of the schema; `load_config` reads an equal config from it."""
+    text: str = yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
+    )
+    return text
+
+
+def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
+    """What `config` changes against the config.yaml of an earlier run; None (no such file) differs in nothing.
+
+    Raises:
+        ConfigError: the text is no config at all.
+    """
+    if old_yaml_text is None:
+        return []
+    old: Any = _parse(old_yaml_text, _Settings(), file="config.yaml")
+    # A setting newer than the file gets its default; a file that only another version can read stays as it is.
+    with suppress(ValidationError):
+        old = Config.model_validate(old).model_dump(mode="json")
+    return list(_compare(old, config.model_dump(mode="json"), ()))
+
+
+def _compare(old: Any, new: Any, key: Key) -> Iterator[Difference]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*new, *old]):
+            yield from _compare(old.get(name, ABSENT), new.get(name, ABSENT), (*key, name))
+    elif old != new:
+        yield Difference(name_of(key), _show(old), _show(new), _on_resume(key))
+
+
+def _on_resume(key: Key) -> OnResume:
+    """What the setting at `key`, or the nearest one around it, lets a resumed run do."""
+    rule: Any = "refuse"
+    for depth, part in enumerate(key):
+        for model in models_in(at(Config, key[:depth])):
+            extra = model.model_fields[str(part)].json_schema_extra if part in model.model_fields else None
+            rule = extra["resume"] if isinstance(extra, dict) else rule
+    chosen: OnResume = rule
+    return chosen
+
+
+def _quickstart_under(given: Sequence[tuple[Key, Any]]) -> dict[str, Any]:
+    """The quickstart, less the parts that were made for what an override replaces."""
+
+    def names(section: str, *settings: str) -> bool:
+        return any(
+            key[0] == section and (len(key) == 1 or key[1] in settings) for key, value in given if value is not None
+        )
+
+    if names("task", "name"):
+        return {}
+    base = copy.deepcopy(QUICKSTART)
+    del base["run"]  # its name is a default, not the user's choice: see _name_run
+    new_model, new_data = names("model", "name_or_path"), names("data", "name", "path")
+    if new_model:
+        # Learning rate and decay suit a small new model, and would undo what a pretrained one has learned.
+        for section in ("model", "optim", "schedule"):
+            del base[section]
+    if new_data:
+        # A validation part is cut off any single file; the block length is bound to the model's positions.
+        kept = ("validation_fraction",) if new_model else ("validation_fraction", "max_length")
+        base["data"] = {name: base["data"][name] for name in kept}
+    return base
+
+
+def _name_run(settings: _Settings, *, path: Path | None, command: str) -> None:
+    """Names the run where the user did not: the file's stem, `quickstart` or the task, and the command."""
+    run = settings.values.setdefault("run", {})
+    if not isinstance(run, dict) or run.get("name") is not None:
+        return
+    task = settings.values.get("task")
+    stem = path.stem if path else QUICKSTART["run"]["name"]
+    if path is None and isinstance(task, dict) and not settings.places.keys().isdisjoint({("task",), ("task", "name")}):
+        stem = str(task.get("name"))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_") or "run"
+    run["name"] = name if command == "train" else f"{name}-{command}"
+
+
+# ---------------------------------------------------------------- YAML
+
+
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """For parsing only. Plain scalars are YAML 1.2's: `1e-4` is a number; `no`, `1:30` and dates are text."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.1 or 1.2 would not read back as text; short lists stay on one line."""
+
+
+for _kind, _pattern, _first in (
+    ("null", r"(~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
+    ("bool", r"(true|True|TRUE|false|False|FALSE)\Z", list("tTfF")),
+    ("int", r"[-+]?\d+(_\d+)*\Z", list("-+0123456789")),
+    (
+        "float",
+        r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z",
+        list("-+.0123456789"),
+    ),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
+_Dumper.add_representer(
+    list,
+    lambda dumper, items: dumper.represent_sequence(
+        _TAG + "seq", items, flow_style=not any(isinstance(item, dict | list) for item in items)
+    ),
+)
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else None),
+)
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    _TAG + "null": lambda text: None,
+    _TAG + "bool": lambda text: text.lower() == "true",
+    _TAG + "int": int,
+    _TAG + "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+    _TAG + "str": str,
+}
+
+
+def _show(value: Any) -> str:
+    """A value as one line of YAML, cut where it is long."""
+    if value is ABSENT:
+        return "(not set)"
+    try:
+        text = yaml.dump(
+            value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
+        )
+    except yaml.YAMLError:
+        text = repr(value)
+    text = " ".join(text.removesuffix("...\n").split("\n")).strip()
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _read_file(path: Path, settings: _Settings) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.y*ml")], 1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.{hint}") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: byte {error.start} is not UTF-8: save the file as UTF-8") from None
+    return _parse(text, settings, file=str(path))
+
+
+def _parse(text: str, settings: _Settings, *, file: str) -> dict[str, Any]:
+    """The mapping in a file's text. Syntax errors end it here: there is nothing to check further."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = {} if node is None else _read(node, (), Config, settings, file=file)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        tab = " Indent with blanks, not tabs." if "\\t" in str(error.problem) else ""
+        raise ConfigError(f"{file}{line}: this is not YAML: {error.problem}.{tab}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: this is not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: an alias (*name) contains itself") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected sections (task:, model:, data:, ...), found {_show(values)}")
+    return values
+
+
+def _read(node: yaml.Node, key: Key, annotation: Any, settings: _Settings, *, file: str | None) -> Any:
+    """A node as plain values, each scalar read as what its setting takes: `name: 001` is the text 001.
+
+    Notes on the way where each key stands and which ones come twice. `file` is None on the command line.
+    """
+    place = _place(node, file)
+    if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+        mapping: dict[str, Any] = {}
+        for name, inner in node.value:
+            below = (*key, name.value if isinstance(name, yaml.ScalarNode) else "?")
+            if below[-1] in mapping:
+                settings.problems.append(
+                    f"{_place(name, file)}: {name_of(below)} is set twice (first: {settings.places[below]}). Keep one."
+                )
+                continue
+            settings.places[below] = _place(name, file)
+            mapping[str(below[-1])] = _read(inner, below, inside(annotation, below[-1]), settings, file=file)
+        return mapping
+    if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+        items = enumerate(node.value)
+        return [_read(item, (*key, i), inside(annotation, i), settings, file=file) for i, item in items]
+    is_null = node.tag == f"{_TAG}null"
+    if is_null and takes_mapping_only(annotation):
+        return {}  # a section whose every line is commented out
+    if isinstance(node, yaml.ScalarNode) and takes_text_only(annotation) and not is_null:
+        return node.value
+    if node.tag in _SCALARS:
+        with suppress(ValueError):  # !!int abc
+            return _SCALARS[node.tag](node.value)
+    settings.problems.append(f"{place}: {name_of(key)} has the tag {node.tag}, which a config file has no use for.")
+    return None
+
+
+def _place(node: yaml.Node, file: str | None) -> str:
+    return f"{file}, line {node.start_mark.line + 1}" if file else _COMMAND_LINE
+
+
+def _read_override(text: str, settings: _Settings) -> tuple[Key, Any] | None:
+    """`section.key=value` as key and value; None, with the problem noted, where it is not one."""
+    dotted, equals, raw = text.partition("=")
+    key = tuple(dotted.split("."))
+    if not equals or not all(key):
+        is_file = text.endswith((".yaml", ".yml"))
+        cure = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
+        settings.problems.append(f"{_COMMAND_LINE}: {text!r} sets nothing: {cure}.")
+        return None
+    annotation = at(Config, key)
+    reading = _Settings()
+    try:
+        node = yaml.compose(raw, Loader=_Loader)
+        value = None if node is None else _read(node, key, annotation, reading, file=None)
+    except yaml.YAMLError as error:
+        node, value = None, raw
+        if not takes_text_only(annotation):
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not YAML: {problem}.")
+            return None
+    is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
+    if takes_text_only(annotation) and is_plain and value is not None:
+        value = raw  # not what YAML would make of a #, a colon or a bracket in it
+    settings.problems += reading.problems
+    return key, value
+
+
+def _apply(key: Key, value: Any, settings: _Settings) -> None:
+    """Sets one override, and makes the command line the place of everything below it."""
+    *above, last = key
+    target = settings.values
+    for depth, part in enumerate(above, 1):
+        if target.get(str(part)) is None:
+            target[str(part)] = {}
+        target = target[str(part)]
+        if not isinstance(target, dict):
+            settings.problems.append(
+                f"{_COMMAND_LINE}: {name_of(key)} cannot be set: {name_of(key[:depth])} is {_show(target)}. "
+                f"Give {name_of(key[:depth])} as a whole."
+            )
+            return
+    target[str(last)] = value
+    settings.places = {k: place for k, place in settings.places.items() if k[: len(key)] != key}
+    settings.places[key] = _COMMAND_LINE

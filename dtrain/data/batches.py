@@ -1,0 +1,113 @@
+"""Batches on the host, in order: this rank's micro-batches of each step, and those of an evaluation.
+
+Workers only prepare ahead; they draw nothing at random and change no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dtrain.data.order import StepPlan, Turn, chunks, turns
+from dtrain.topology import Topology
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Rows(Protocol):
+    """Examples by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int]) -> Mapping[str, Sequence[Any]]: ...
+
+
+Collate = Callable[[Mapping[str, Sequence[Any]]], Tensors]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of this rank.
+
+    index: place in the step's (or evaluation's) fixed list. counted: False for a stand-in (see order.turns).
+    example_index: indices in the split. tensors: first dimension is the example; on the host.
+    """
+
+    index: int
+    counted: bool
+    example_index: tuple[int, ...]
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """This rank's part of one step. step: 0-based. examples: of the whole step, over all ranks."""
+
+    step: int
+    examples: int
+    micro_batches: tuple[MicroBatch, ...]
+
+
+def step_batches(
+    plan: StepPlan, rows: Rows, collate: Collate, topology: Topology, *, lock_step: bool, start: int, stop: int, workers: int
+) -> Iterator[StepBatches]:
+    """This rank's micro-batches of the steps from `start` up to, not including, `stop`."""
+
+    def wanted() -> Iterator[tuple[int, int, Turn, list[int]]]:
+        for step in range(start, stop):
+            micro_batches = plan.micro_batches(step)
+            own = turns(len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step)
+            for turn in own:
+                yield step, len(own), turn, micro_batches[turn.micro_batch]
+
+    gathered: list[MicroBatch] = []
+    prepared = _collated(rows, collate, (indices for _, _, _, indices in wanted()), workers=workers)
+    for (step, count, turn, indices), tensors in zip(wanted(), prepared, strict=True):
+        gathered.append(MicroBatch(turn.micro_batch, turn.counted, tuple(indices), tensors))
+        if len(gathered) == count:
+            yield StepBatches(step, len(plan.indices(step)), tuple(gathered))
+            gathered = []
+
+
+def evaluation_batches(
+    rows: Rows, collate: Collate, topology: Topology, *, micro_batch_size: int, lock_step: bool, workers: int
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of a whole split, in file order. Stand-ins appear under `lock_step` only."""
+    micro_batches = chunks(range(len(rows)), micro_batch_size)
+    own = turns(len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step)
+    own = [turn for turn in own if turn.counted or lock_step]
+    prepared = _collated(rows, collate, (micro_batches[turn.micro_batch] for turn in own), workers=workers)
+    for turn, tensors in zip(own, prepared, strict=True):
+        yield MicroBatch(turn.micro_batch, turn.counted, tuple(micro_batches[turn.micro_batch]), tensors)
+
+
+class _Collated(Dataset[Tensors]):
+    """Index lists to batches, in a worker or here."""
+
+    def __init__(self, rows: Rows, collate: Collate) -> None:
+        self._rows, self._collate = rows, collate
+
+    def __getitem__(self, indices: list[int]) -> Tensors:
+        return self._collate(self._rows[indices])
+
+
+class _InOrder(Sampler[list[int]]):
+    def __init__(self, lists: Iterable[list[int]]) -> None:
+        self._lists = lists
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._lists)
+
+
+def _collated(rows: Rows, collate: Collate, lists: Iterable[list[int]], *, workers: int) -> Iterator[Tensors]:
+    if workers == 0:
+        return (collate(rows[indices]) for indices in lists)
+    # A generator of its own: DataLoader draws a base seed, which would otherwise move torch's global stream.
+    loader = DataLoader(
+        _Collated(rows, collate), batch_size=None, sampler=_InOrder(lists), num_workers=workers, generator=torch.Generator()
+    )
+    return iter(loader)

@@ -1,0 +1,157 @@
+"""The GLUE tasks (Wang et al. 2019, arXiv:1804.07461) in the layout of their original TSV files.
+
+One table says how each task's files look. Label names and their order are those of nyu-mll/glue on the hub, so that
+files and hub give the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain.console import log
+from dtrain.data.readers import plain_records
+from dtrain.data.rows import Example, Kind
+from dtrain.errors import ConfigError, DataError
+
+HUB_NAME = "nyu-mll/glue"
+
+MALFORMED_SHARE = 0.001
+"""Share of a file's rows that may be malformed, in a task that is known to have such rows."""
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """How a task's files look.
+
+    texts: columns of the one or two texts, by the header's names.
+    label: column of the label in train and dev.
+    labels: a label as the files write it -> its name, in the order of the hub's classes.
+    columns: names of the columns of train and dev, which have no header then.
+    files: our split -> file.
+    skips_malformed: rows with too few or too many columns are skipped and counted.
+    """
+
+    texts: tuple[str, ...]
+    label: str
+    labels: Mapping[str, str]
+    columns: tuple[str, ...] | None = None
+    files: Mapping[str, str] = field(default_factory=lambda: {"train": "train.tsv", "validation": "dev.tsv"})
+    skips_malformed: bool = False
+
+
+_ENTAILED_OR_NOT = {"entailment": "entailment", "not_entailment": "not_entailment"}
+
+TASKS: dict[str, GlueTask] = {
+    "cola": GlueTask(
+        ("sentence",),
+        "label",
+        {"0": "unacceptable", "1": "acceptable"},
+        columns=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": GlueTask(("sentence",), "label", {"0": "negative", "1": "positive"}),
+    "mrpc": GlueTask(("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}),
+    "qqp": GlueTask(
+        ("question1", "question2"), "is_duplicate", {"0": "not_duplicate", "1": "duplicate"}, skips_malformed=True
+    ),
+    "mnli": GlueTask(
+        ("sentence1", "sentence2"),
+        "gold_label",
+        {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"},
+        files={"train": "train.tsv", "validation": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"},
+    ),
+    "qnli": GlueTask(("question", "sentence"), "label", _ENTAILED_OR_NOT),
+    "rte": GlueTask(("sentence1", "sentence2"), "label", _ENTAILED_OR_NOT),
+    "wnli": GlueTask(("sentence1", "sentence2"), "label", {"0": "not_entailment", "1": "entailment"}),
+}
+
+NAMES = (*TASKS, "stsb")
+
+
+def find_task(name: str) -> GlueTask:
+    """The task of that name.
+
+    Raises:
+        ConfigError: STS-B, whose labels are scores.
+    """
+    if name == "stsb":
+        raise ConfigError(
+            "data.name=stsb has scores from 0 to 5 for labels, which takes a regression task; dtrain has none yet"
+        )
+    return TASKS[name]
+
+
+class GlueRows:
+    """The rows of one file, read anew by each iteration.
+
+    skipped: malformed rows passed over by the last iteration.
+    """
+
+    def __init__(self, path: Path, task: GlueTask, *, kind: Kind, is_test: bool) -> None:
+        """`is_test`: the file is one without labels, and with a header in every task."""
+        self.skipped = 0
+        self._path = path
+        self._task = task
+        self._has_label = kind == "labelled" and not is_test
+        self._columns = None if is_test else task.columns
+
+    def __iter__(self) -> Iterator[Example]:
+        self.skipped = rows = 0
+        names: Sequence[str] | None = self._columns
+        where: tuple[list[int], int | None] | None = None if names is None else self._where(names)
+        for line, fields in plain_records(self._path, "\t"):
+            if names is None or where is None:
+                names, where = fields, self._where(fields)
+                continue
+            rows += 1
+            if len(fields) != len(names):
+                self._skip_or_fail(line, fields, names)
+                continue
+            yield self._example(line, fields, *where)
+        if self.skipped:
+            self._report(rows)
+
+    def _where(self, names: Sequence[str]) -> tuple[list[int], int | None]:
+        """Indices of the texts and of the label."""
+        wanted = [*self._task.texts, *([self._task.label] if self._has_label else [])]
+        if missing := [name for name in wanted if name not in names]:
+            raise DataError(
+                f"{self._path}, line 1: no column {missing[0]!r} in the header ({', '.join(names)}). "
+                "With this data.name the file must have the layout of the GLUE task's original files"
+            )
+        texts = [names.index(name) for name in self._task.texts]
+        return texts, names.index(self._task.label) if self._has_label else None
+
+    def _skip_or_fail(self, line: int, fields: Sequence[str], names: Sequence[str]) -> None:
+        self.skipped += 1
+        if not self._task.skips_malformed:
+            raise DataError(
+                f"{self._path}, line {line}: {len(fields)} columns where this file has {len(names)} "
+                f"({', '.join(names)}), separated by tabs. Mend or remove the line"
+            )
+
+    def _example(self, line: int, fields: Sequence[str], texts: Sequence[int], label: int | None) -> Example:
+        text, pair = fields[texts[0]], fields[texts[1]] if len(texts) == 2 else None
+        if label is None:
+            return Example(line, text, pair, None)
+        name = self._task.labels.get(fields[label])
+        if name is None:
+            raise DataError(
+                f"{self._path}, line {line}: {fields[label]!r} is not a label of this task. Known labels: "
+                f"{', '.join(self._task.labels)}"
+            )
+        return Example(line, text, pair, name)
+
+    def _report(self, rows: int) -> None:
+        if self.skipped > MALFORMED_SHARE * rows:
+            raise DataError(
+                f"{self._path}: {self.skipped} of {rows} rows have too few or too many columns, more than the "
+                f"{MALFORMED_SHARE:.1%} that this data set is known for. Is it the original file, whole?"
+            )
+        log.info(
+            "data: %s: skipped %d of %d rows, which have too few or too many columns",
+            self._path.name,
+            self.skipped,
+            rows,
+        )

@@ -1,0 +1,182 @@
+"""The examples as they come: text, second text and label of every row of each split, with the line it stood on.
+
+What is cut (limit, validation_fraction) and checked (empty splits, labels) is the same for every kind of source; the
+kinds are in parts.py. Tokenising is the task's business, keeping the tokenised rows prepared.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from dtrain.data import hub
+from dtrain.data.glue import GlueRows
+from dtrain.data.locate import file_hashes, form_of
+from dtrain.data.parts import Part, hub_name, python_docs, read_parts
+from dtrain.data.rows import Example, Kind, Unit, to_table
+from dtrain.errors import ConfigError, DataError
+from dtrain.schema import Data
+
+Json = Any
+"""What json.dumps takes."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One split of the data, before tokenising.
+
+    split: train, validation, test, validation_mismatched, ...
+    rows: columns text, text_pair (pairs), label (the label's name, if labelled) and line (1-based; what `unit` says).
+    origin: file or hub name, for messages.
+    label_names: the labels in the order of their ids, where the source fixes them; None: the training labels, sorted.
+    skipped: malformed rows passed over.
+    unit: what `line` counts: lines of a file, or rows where there are no lines.
+    """
+
+    split: str
+    rows: datasets.Dataset
+    origin: str
+    label_names: tuple[str, ...] | None
+    skipped: int = 0
+    unit: Unit = "line"
+
+
+def source_key(data: Data) -> dict[str, Json]:
+    """What identifies the rows that `load_sources` would give (for either kind), without reading them into memory.
+
+    Files count by name and hash, data sets on the hub by commit; no path is in it, since nodes may mount differently.
+
+    Raises:
+        DataError: there is no such source.
+    """
+    shape = data.model_dump(
+        mode="json", include={"columns", "delimiter", "header", "splits", "limit", "validation_fraction"}
+    )
+    match form_of(data):
+        case "python_docs":
+            identity: Json = hashlib.sha256(python_docs().encode()).hexdigest()
+        case "hub":
+            name, config = hub_name(data)
+            identity = {"name": name, "config": config, "revision": hub.revision(name, config)}
+        case form:
+            identity = file_hashes(data, form)
+    return {"name": data.name, "identity": identity, **shape}
+
+
+def load_sources(data: Data, *, kind: Kind, scratch: Path | None = None) -> dict[str, Source]:
+    """All splits that the config names, train first; a test split only where `data.splits` asks for it.
+
+    A plain text file is one row with the whole text: `data.validation_fraction` cuts the last part of its characters
+    and `data.limit` keeps the first n lines of each split. In tables both count rows. The cut comes before the limit.
+
+    Args:
+        kind: labelled: text, text_pair where there are pairs, and label. text: only text.
+        scratch: existing folder for the rows while they are used; None: they stay in memory.
+
+    Raises:
+        DataError: a missing file, split or column, a row that cannot be read, a split without rows.
+        ConfigError: settings that do not go together.
+    """
+    parts = read_parts(data, kind)
+    if data.validation_fraction is not None and list(parts) != ["train"]:
+        raise ConfigError(
+            f"data.validation_fraction={data.validation_fraction} cuts the validation split off the only split, but "
+            f"the source "
+            f"has {', '.join(parts)}. Say data.validation_fraction=null, or name only train in data.splits"
+        )
+    sources = {}
+    for split, part in parts.items():
+        for name, rows in _tables(split, part, data, scratch).items():
+            skipped = part.examples.skipped if isinstance(part.examples, GlueRows) else 0
+            sources[name] = Source(name, rows, part.origin, part.label_names, skipped, part.unit)
+    return sources
+
+
+def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """The labels in the order of their ids: fixed by the source, else those of the training rows, sorted.
+
+    Raises:
+        DataError: a label outside that set; or no train split to take them from.
+    """
+    fixed = {source.label_names: source.origin for source in sources.values() if source.label_names is not None}
+    if len(fixed) > 1:
+        listed = "; ".join(f"{origin}: {', '.join(names)}" for names, origin in fixed.items())
+        raise DataError(f"the splits do not have the same labels in the same order: {listed}")
+    if fixed:
+        names = next(iter(fixed))
+    elif "train" in sources:
+        names = tuple(sorted(sources["train"].rows.unique("label"), key=_label_order))
+    else:
+        raise DataError("there is no train split to take the labels from: name one in data.splits")
+    check_labels(sources, names)
+    return names
+
+
+def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
+    """Every label of every split is one of `names`.
+
+    Raises:
+        DataError: file, line and label of the first that is not, and the set.
+    """
+    known = tuple(names)
+    for source in sources.values():
+        if "label" not in source.rows.column_names or set(source.rows.unique("label")) <= set(known):
+            continue
+        labels = zip(source.rows["line"], source.rows["label"], strict=True)
+        line, label = next((line, label) for line, label in labels if label not in known)
+        raise DataError(
+            f"{source.origin}, {source.unit} {line}: {label!r} is not one of the known labels: {', '.join(known[:50])}"
+            f"{', ...' if len(known) > 50 else ''}. They come from the training rows, the data set or the model: "
+            f"correct the "
+            "row, or add a training row with this label"
+        )
+
+
+def _label_order(name: str) -> tuple[bool, float, str]:
+    is_number = re.fullmatch(r"-?\d+(\.\d+)?", name) is not None
+    return (not is_number, float(name) if is_number else 0.0, name)
+
+
+def _tables(split: str, part: Part, data: Data, scratch: Path | None) -> dict[str, datasets.Dataset]:
+    """The part as tables by split: one, or with `data.validation_fraction` two."""
+
+    def table(examples: Iterator[Example], name: str) -> datasets.Dataset:
+        return to_table(examples, origin=part.origin, file=scratch / f"{name}.arrow" if scratch else None)
+
+    fraction, limit = data.validation_fraction, data.limit
+    if part.is_text:
+        (whole,) = part.examples
+        pieces = {split: whole} if fraction is None else _cut_text(whole, fraction)
+        for name, piece in pieces.items():
+            if not piece.text.strip():
+                raise DataError(f"{part.origin}: the split {name} is empty: there is no text in it")
+        return {name: table(iter([_first_lines(piece, limit)]), name) for name, piece in pieces.items()}
+    if fraction is None:
+        return {split: table(islice(part.examples, limit), split)}
+    rows = table(iter(part.examples), "all")
+    cut = min(int(len(rows) * (1 - fraction)), len(rows) - 1)
+    if cut < 1:
+        raise DataError(
+            f"{part.origin} has {len(rows)} rows, of which data.validation_fraction={fraction} leaves none to train on"
+        )
+    halves = {"train": rows.select(range(cut)), "validation": rows.select(range(cut, len(rows)))}
+    return {name: half.select(range(min(limit or len(half), len(half)))) for name, half in halves.items()}
+
+
+def _cut_text(whole: Example, fraction: float) -> dict[str, Example]:
+    cut = int(len(whole.text) * (1 - fraction))
+    train, validation = whole.text[:cut], whole.text[cut:]
+    return {"train": whole._replace(text=train), "validation": Example(train.count("\n") + 1, validation, None, None)}
+
+
+def _first_lines(whole: Example, limit: int | None) -> Example:
+    if limit is None:
+        return whole
+    return whole._replace(text="".join(islice(re.findall(r"[^\n]*\n|[^\n]+", whole.text), limit)))

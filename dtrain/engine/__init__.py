@@ -1,0 +1,1 @@
+"""Back ends behind one protocol: single, ddp, deepspeed. One file each."""

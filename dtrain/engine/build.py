@@ -1,0 +1,58 @@
+"""Which engine runs, and its construction: the one visible choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dtrain import optim
+from dtrain.engine.protocol import Engine
+from dtrain.errors import ConfigError
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+
+def engine_name(config: Config, topology: Topology) -> tuple[str, str]:
+    """The engine that `engine.name` means here, and why in a few words.
+
+    Raises:
+        ConfigError: a combination that only the world size shows to be wrong.
+    """
+    chosen = config.engine.name
+    if config.engine.is_deepspeed:
+        return "deepspeed", "as asked" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set"
+    if chosen == "single" and topology.world_size > 1:
+        raise ConfigError(
+            f"engine.name=single runs one process, but {topology.launcher} started {topology.world_size}: each would train alone. "
+            "Use engine.name=ddp or auto, or start one process."
+        )
+    if chosen != "auto":
+        return chosen, "as asked"
+    return ("single", "one process") if topology.world_size == 1 else ("ddp", f"{topology.world_size} processes")
+
+
+def build_engine(module: nn.Module, config: Config, topology: Topology, *, thawed: Sequence[Sequence[str]] = ()) -> Engine:
+    """Collective. Wraps what learns in `module` and makes its optimizer.
+
+    Args:
+        module: on its device (ZeRO 3: anywhere), frozen as wanted: DDP and ZeRO fix their gradient buckets now.
+        thawed: names of the parameters that began to learn at each thaw so far.
+    """
+    groups = optim.parameter_groups(module, weight_decay=config.optim.weight_decay, stages=thawed)
+    optimizer = optim.build_optimizer(groups, config.optim)
+    name, _ = engine_name(config, topology)
+    match name:
+        case "single":
+            from dtrain.engine.single import SingleEngine
+
+            return SingleEngine(module, optimizer, config, topology)
+        case "ddp":
+            from dtrain.engine.ddp import DdpEngine
+
+            return DdpEngine(module, optimizer, config, topology)
+        case "deepspeed":
+            from dtrain.engine.deepspeed import DeepSpeedEngine
+
+            return DeepSpeedEngine(module, optimizer, config, topology)
+    raise AssertionError(name)

@@ -1,0 +1,292 @@
+"""DeepSpeed, ZeRO 0 to 3 and offload, as a thin wrapper.
+
+dtrain decides batch sizes, accumulation, clipping, precision and ZeRO stage; every other key of DeepSpeed's config comes
+from `engine.deepspeed` untouched. Limits: fp16 with ZeRO >= 1 and clipping, and Adafactor with ZeRO >= 1, are refused by
+the config. Tested with deepspeed 0.19.8; what leans on its inner names is marked "inner".
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from dtrain.collectives import broadcast_object
+from dtrain.engine.forward import autocast
+from dtrain.engine.protocol import ParameterState, StepResult
+from dtrain.engine.state import broadcast_slots, host_copy, host_slots
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+
+class DeepSpeedEngine:
+    """One DeepSpeed engine over a plain module and a torch optimizer."""
+
+    name = "deepspeed"
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
+        self.topology = topology
+        self.stage = config.engine.zero_stage or 0
+        # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
+        self.lock_step = self.stage >= 2
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._device_type = next(module.parameters()).device.type
+        self._precision = config.engine.precision
+        if not dist.is_initialized():
+            # One process: DeepSpeed wants a group even then. It keeps handles to it, so the group stays until the process ends.
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed = _import_quietly()
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
+        )
+        self.model: nn.Module = self._engine
+        self.module: nn.Module = self._engine.module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return autocast(self._precision, self._device_type)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, *, discard: bool = False) -> StepResult:
+        if self.stage == 0:
+            return self._step_unsharded(discard=discard)
+        optimizer = self._engine.optimizer
+        # inner: an invalid norm sends DeepSpeed down its own path for skipped steps, which clears every buffer it has.
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        if discard:
+            spoiled = float("nan")
+            setattr(optimizer, name, (lambda: [spoiled]) if self.stage == 3 else (lambda *_args, **_kwargs: spoiled))
+        try:
+            self._engine.step()
+        finally:
+            if discard:
+                delattr(optimizer, name)
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(float("nan") if norm is None else float(norm), applied=not optimizer.overflow)
+
+    def _step_unsharded(self, *, discard: bool) -> StepResult:
+        """ZeRO 0: DeepSpeed neither reports the norm nor refuses a bad one, so dtrain clips (gradients are reduced by now)."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None:
+            scaler.unscale_(self._engine.optimizer)
+        gradients = [p for p in self.module.parameters() if p.grad is not None]
+        limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
+        norm = float(nn.utils.clip_grad_norm_(gradients, limit)) if limit != float("inf") else _norm(gradients)
+        applied = not discard and norm - norm == 0.0
+        if applied:
+            self._engine.step()
+        else:
+            if scaler is not None:
+                scaler.update()
+            self.module.zero_grad(set_to_none=True)
+        return StepResult(norm, applied)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, parameter in self.module.named_parameters():
+            with self._whole([parameter]):
+                value = host_copy(parameter) if self.topology.is_main else None
+            yield name, value
+
+    def named_state(self) -> Iterator[ParameterState]:
+        main = self.topology.is_main
+        self._link_slots()
+        for name, parameter in self.module.named_parameters():
+            slots = self._slots_of(parameter)
+            with self._whole([parameter]):
+                value = host_copy(parameter) if main else None
+            yield ParameterState(name, value, slots if main else {})
+        for name, buffer in self.module.named_buffers():
+            yield ParameterState(name, host_copy(buffer) if main else None, {})
+
+    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Collective. The full values of ZeRO 3's sharded parameters, for reading."""
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return context
+
+    def _slots_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Collective. The slots of one parameter, whole, on the host."""
+        if not parameter.requires_grad:
+            return {}
+        if self.stage == 0:
+            return host_slots(self._engine.optimizer.state.get(parameter, {}))
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat_state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
+        slots = {}
+        for key, value in flat_state.items():
+            if torch.is_tensor(value) and value.dim() > 0:
+                slots[key] = host_copy(safe_get_full_optimizer_state(parameter, key))
+            else:
+                slots[key] = torch.as_tensor(value).detach().to("cpu", copy=True)
+        return slots
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        """The torch optimizer whose groups hold this rank's flat shards."""
+        inner: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return inner
+
+    def _flats(self) -> list[torch.Tensor]:
+        """inner: this rank's flat fp32 shards, in the order that _flat_of indexes."""
+        if self.stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._inner_optimizer().param_groups for p in group["params"]]
+
+    def _flat_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """inner: the flat shard that a parameter lies in, which is what the optimizer keeps state for."""
+        optimizer = self._engine.optimizer
+        if self.stage == 3:
+            return self._flats()[optimizer.grad_position[optimizer.get_param_id(parameter)][0]]
+        for index, members in enumerate(optimizer.bit16_groups):
+            if any(member is parameter for member in members):
+                return self._flats()[index]
+        raise AssertionError("a trainable parameter lies in no group of DeepSpeed")
+
+    def _link_slots(self) -> None:
+        """inner: ZeRO 1/2 link a parameter to its slots once, after the first group's step, and miss the other groups."""
+        if self.stage in (1, 2) and any(self._inner_optimizer().state.get(flat) for flat in self._flats()):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+        trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        loaded = {name: broadcast_slots(name, read, self.topology) for name, _ in trainable}
+        if not any(loaded.values()):
+            return
+        if self.stage == 0:
+            for name, parameter in trainable:
+                slots = loaded[name]
+                if slots:
+                    self._engine.optimizer.state[parameter] = {
+                        k: v if v.dim() == 0 else v.to(parameter.device) for k, v in slots.items()
+                    }
+            return
+        self._create_slots(next(slots for slots in loaded.values() if slots))
+        self._link_slots()
+        for name, parameter in trainable:
+            self._set_slots(parameter, loaded[name])
+
+    def _create_slots(self, pattern: Mapping[str, torch.Tensor]) -> None:
+        """Zero slots for every flat shard: what a parameter without slots starts from anyway."""
+        state = self._inner_optimizer().state
+        for flat in self._flats():
+            state[flat] = {
+                key: torch.zeros_like(value) if value.dim() == 0 else torch.zeros_like(flat.data) for key, value in pattern.items()
+            }
+
+    def _set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        for key, value in slots.items():
+            if value.dim() == 0 and parameter.dim() != 0:
+                self._inner_optimizer().state[self._flat_of(parameter)][key] = value.clone()
+            elif self.stage == 3:
+                # safe_set_full_* fails on the last rank when the size does not divide by the ranks.
+                size = parameter.ds_tensor.numel()
+                padded = F.pad(value.flatten(), (0, size * self.topology.world_size - value.numel()))
+                mine = padded[self.topology.rank * size : (self.topology.rank + 1) * size]
+                safe_set_local_optimizer_state(parameter, mine.to(parameter.ds_tensor.device), key)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def scalars(self) -> dict[str, float]:
+        scaler = self._loss_scaler()
+        return {} if scaler is None else {"loss_scale": float(scaler.get_scale())}
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        scale = broadcast_object(scalars.get("loss_scale"), self.topology)
+        scaler = self._loss_scaler()
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+
+    def _loss_scaler(self) -> Any:
+        """inner: torch's GradScaler of an fp16 run at ZeRO 0; ZeRO 1 to 3 scale by a constant of their own."""
+        return self._engine.torch_autocast_z0_gradscaler if self.stage == 0 else None
+
+    def release(self) -> nn.Module:
+        module = self.module
+        if self.stage == 3:
+            _replace_by_plain_parameters(module, self._engine.optimizer)
+        self._engine.destroy()
+        module.zero_grad(set_to_none=True)
+        del self._engine, self.model
+        return module
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """What DeepSpeed is told: the keys that dtrain owns over those that the user passes through."""
+    passed = dict(config.engine.deepspeed)
+    stage = config.engine.zero_stage or 0
+    owned: dict[str, Any] = {
+        # Only one of its three batch keys is needed; dtrain marks the accumulation boundary itself.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": config.optim.max_grad_norm or 0.0 if stage > 0 else 0.0,
+        "zero_optimization": {**passed.pop("zero_optimization", {}), "stage": stage},
+    }
+    if config.engine.precision != "fp32":
+        owned["torch_autocast"] = {
+            "enabled": True,
+            "dtype": "bfloat16" if config.engine.precision == "bf16" else "float16",
+            # Otherwise gradients of most layers travel in the lower precision, which single and ddp do not do.
+            "lower_precision_safe_modules": ["torch.nn.Identity"],
+        }
+    # Offload insists on DeepSpeed's own CPU Adam, which it compiles; torch's optimizer gives the same answer without.
+    defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+    return {**defaults, **passed, **owned}
+
+
+def _import_quietly() -> Any:
+    """DeepSpeed without its greetings, and without compiling a shared-memory extension that gloo does not need (27 s)."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.utils import logger
+    finally:
+        logging.disable(level)
+    logger.setLevel(logging.ERROR)
+    # DeepSpeed calls torch's collectives by names that torch 2.13 is about to drop, and is told so at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _norm(parameters: list[nn.Parameter]) -> float:
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:
+    """Collective. Gives a ZeRO 3 module ordinary, whole parameters again and removes the hooks that gathered them."""
+    import deepspeed
+
+    names = {id(p): p for p in module.parameters()}
+    with deepspeed.zero.GatheredParameters(list(names.values())):
+        plain = {key: nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for key, p in names.items()}
+    offload = optimizer.parameter_offload
+    for hook in offload.forward_hooks + offload.backward_hooks:
+        hook.remove()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = plain[id(parameter)]

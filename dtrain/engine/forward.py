@@ -1,0 +1,46 @@
+"""A model that only runs forward: what evaluation needs of an engine, for a model that is not trained here."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Forward(Protocol):
+    """The part of an engine that evaluation uses; every Engine is one."""
+
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def lock_step(self) -> bool: ...
+    def autocast(self) -> AbstractContextManager[None]: ...
+
+
+class ForwardOnly:
+    """A whole model on every rank."""
+
+    lock_step = False
+
+    def __init__(self, module: nn.Module, config: Config, topology: Topology) -> None:
+        self.module = module
+        self.topology = topology
+        self._precision = config.engine.precision
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return autocast(self._precision, next(self.module.parameters()).device.type)
+
+
+def autocast(precision: str, device_type: str) -> AbstractContextManager[None]:
+    """The arithmetic of `engine.precision`: weights stay in fp32, forward runs in the lower type where that is safe."""
+    dtype = AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)

@@ -1,0 +1,29 @@
+"""Which trainable parameters get no gradient: found by one micro-batch before any engine is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from dtrain.data.order import StepPlan
+from dtrain.seeding import seed_all
+from dtrain.tasks.protocol import Task
+
+
+def without_gradient(module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]) -> list[str]:
+    """Names of parameters that learn but got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
+
+    Every rank computes the same from the same micro-batch. Leaves weights alone and gradients empty.
+    """
+    rows: Mapping[str, Sequence[Any]] = task.splits["train"][plan.micro_batches(0)[0]]
+    device = next(module.parameters()).device
+    train_mode(module)
+    seed_all(plan.seed, "forward", 0, 0)
+    loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()}).loss
+    if loss.requires_grad:
+        loss.backward()
+    found = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    module.zero_grad(set_to_none=True)
+    return found

@@ -1,0 +1,106 @@
+"""What the loop knows of a back end, and nothing more.
+
+One file per engine beside this one implements it; adding an engine is adding one file and one `case` in build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from dtrain.topology import Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one optimizer step.
+
+    grad_norm: L2 norm of the gradient of the whole step, over all ranks, before clipping.
+    applied: False where the weights were left alone: on demand, or because a gradient was not finite.
+    """
+
+    grad_norm: float
+    applied: bool
+
+
+class ParameterState(NamedTuple):
+    """One parameter or buffer by name, whole, on the host; only rank 0 holds values.
+
+    value: the fp32 (or float64) tensor, None on other ranks.
+    slots: the optimizer's tensors and counts for it (exp_avg, exp_avg_sq, step, momentum_buffer, ...); empty for
+        buffers, frozen parameters, and before the first step.
+    """
+
+    name: str
+    value: torch.Tensor | None
+    slots: Mapping[str, torch.Tensor]
+
+
+class Engine(Protocol):
+    """A model that learns on every rank alike. Every method is a collective.
+
+    Gradients are sums: `backward` takes a loss already scaled by world_size / summed weight of the whole step, and the
+    engine averages over ranks, so that the result is the gradient of (sum of losses / sum of weights).
+    """
+
+    name: str
+    topology: Topology
+    model: nn.Module
+    """Call it for the forward pass in training."""
+    module: nn.Module
+    """The bare model: evaluation, generation, export."""
+    lock_step: bool
+    """Forward or backward of one micro-batch is a collective (ZeRO 2 and 3): all ranks need equal numbers of them."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups; the loop writes "lr" here."""
+        ...
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch. Gradients cross ranks in the last one only."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The arithmetic of `engine.precision`, for forward passes on `module`."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss`, already scaled by world_size / summed weight of the step."""
+        ...
+
+    def step(self, *, discard: bool = False) -> StepResult:
+        """Clips, updates, and clears the gradients. `discard` clears them only: weights and moments stay."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter by name, one at a time, gathered whole to rank 0's host in fp32 (float64 stays); elsewhere None."""
+        ...
+
+    def named_state(self) -> Iterator[ParameterState]:
+        """Every parameter and buffer with its optimizer slots, one at a time, gathered to rank 0."""
+        ...
+
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+        """Sets the optimizer's slots; `read(name)` is called on rank 0 and its result is broadcast.
+
+        Weights are loaded into the model before the engine is built.
+        """
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """What else a step depends on, as JSON: the loss scale."""
+        ...
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Takes what `scalars` gave."""
+        ...
+
+    def release(self) -> nn.Module:
+        """Ends the engine and gives the bare model back, whole on every rank, to be frozen anew and wrapped again."""
+        ...

@@ -1,0 +1,106 @@
+"""One process: the plain PyTorch step that every other engine is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.collectives import broadcast_object
+from dtrain.engine.forward import autocast
+from dtrain.engine.protocol import ParameterState, StepResult
+from dtrain.engine.state import broadcast_slots, host_copy, host_slots
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+
+class SingleEngine:
+    """Forward, backward, clip, step, in one process and on one device."""
+
+    name = "single"
+    lock_step = False
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
+        self.topology = topology
+        self.module = module
+        self.model = module
+        self._optimizer = optimizer
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._device_type = next(module.parameters()).device.type
+        self._precision = config.engine.precision
+        # Only fp16 needs it: its gradients underflow without a scale.
+        self._scaler = torch.amp.GradScaler(self._device_type, enabled=config.engine.precision == "fp16")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._optimizer.param_groups
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        return self.autocast()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return autocast(self._precision, self._device_type)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
+        with torch.autocast(self._device_type, enabled=False):
+            self._scaler.scale(loss).backward()
+
+    def step(self, *, discard: bool = False) -> StepResult:
+        self._scaler.unscale_(self._optimizer)
+        grad_norm = self._clip()
+        applied = not discard and _is_finite(grad_norm)
+        if applied:
+            self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, applied)
+
+    def _clip(self) -> float:
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self._max_grad_norm is None:
+            return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        return float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        for name, parameter in self.module.named_parameters():
+            yield name, host_copy(parameter) if self.topology.is_main else None
+
+    def named_state(self) -> Iterator[ParameterState]:
+        main = self.topology.is_main
+        for name, parameter in self.module.named_parameters():
+            slots = host_slots(self._optimizer.state.get(parameter, {})) if main else {}
+            yield ParameterState(name, host_copy(parameter) if main else None, slots)
+        for name, buffer in self.module.named_buffers():
+            yield ParameterState(name, host_copy(buffer) if main else None, {})
+
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            slots = broadcast_slots(name, read, self.topology)
+            if slots:
+                # A step count stays on the host, where the optimizer keeps it; the rest lies with the parameter.
+                self._optimizer.state[parameter] = {
+                    key: value if value.dim() == 0 else value.to(parameter.device, parameter.dtype) for key, value in slots.items()
+                }
+
+    def scalars(self) -> dict[str, float]:
+        return {"loss_scale": float(self._scaler.get_scale())} if self._scaler.is_enabled() else {}
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        scale = broadcast_object(scalars.get("loss_scale"), self.topology)
+        if self._scaler.is_enabled() and scale is not None:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale})
+
+    def release(self) -> nn.Module:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+        return self.module
+
+
+def _is_finite(number: float) -> bool:
+    return number - number == 0.0

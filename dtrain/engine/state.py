@@ -1,0 +1,29 @@
+"""Optimizer slots on the host and between ranks, for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dtrain.collectives import broadcast, broadcast_object
+from dtrain.topology import Topology
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host: floating point in fp32 (float64 stays), other types as they are."""
+    copied = tensor.detach().to("cpu", copy=True)
+    return copied if copied.dtype == torch.float64 or not copied.is_floating_point() else copied.float()
+
+
+def host_slots(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The optimizer's entries for one parameter, whatever they are called; plain numbers become 0-d tensors."""
+    return {key: host_copy(value if torch.is_tensor(value) else torch.tensor(value)) for key, value in state.items() if value is not None}
+
+
+def broadcast_slots(name: str, read: Callable[[str], Mapping[str, torch.Tensor]], topology: Topology) -> dict[str, torch.Tensor]:
+    """Collective. Rank 0's slots of one parameter, on every rank's host; empty where there are none."""
+    own = {key: value for key, value in read(name).items()} if topology.is_main else {}
+    keys = broadcast_object(sorted(own) if topology.is_main else None, topology)
+    return {key: broadcast(own.get(key), topology) for key in keys}

@@ -1,0 +1,105 @@
+"""Exact evaluation: every example once, the same digits at every world size (law 6).
+
+The split's micro-batches are a fixed list; each result travels with its example's index, sums are order-free, and
+metrics are computed once on whole, ordered data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dtrain.collectives import gather_for_metrics
+from dtrain.data.batches import MicroBatch, evaluation_batches
+from dtrain.engine.forward import Forward
+from dtrain.tasks.protocol import Batch, Scored, Task
+
+MAIN_SPLIT = "validation"
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """One split in data order.
+
+    metrics: `loss` per target in nats and the task's own. losses: summed over each example's targets.
+    records: one mapping per example, for predictions/<split>.jsonl.
+    """
+
+    metrics: Mapping[str, float]
+    records: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """All splits. metrics: the main split's by name, a further split's with its name in front."""
+
+    metrics: dict[str, float]
+    splits: Mapping[str, SplitResult]
+
+
+def evaluate(forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0) -> EvaluationResult:
+    """Collective. Every split but `train`. Leaves the model in eval mode."""
+    results = {
+        split: evaluate_split(forward, task, split, micro_batch_size=micro_batch_size, workers=workers)
+        for split in task.splits
+        if split != "train"
+    }
+    metrics = {prefix_of(split) + name: value for split, result in results.items() for name, value in result.metrics.items()}
+    return EvaluationResult(metrics, results)
+
+
+def prefix_of(split: str) -> str:
+    """What stands before the metrics of a split: nothing for the main one, `mismatched_` for validation_mismatched."""
+    return "" if split == MAIN_SPLIT else split.removeprefix(f"{MAIN_SPLIT}_") + "_"
+
+
+def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0) -> SplitResult:
+    """Collective. One split, counted exactly."""
+    rows = task.splits[split]
+    device = next(forward.module.parameters()).device
+    forward.module.eval()
+    done: list[tuple[MicroBatch, Scored]] = []
+    batches = evaluation_batches(
+        rows,
+        task.collate,
+        forward.topology,
+        micro_batch_size=micro_batch_size,
+        lock_step=forward.lock_step,
+        workers=workers,
+    )
+    for batch in batches:
+        with torch.no_grad(), forward.autocast():
+            scored = task.score(forward.module, to_device(batch.tensors, device))
+        if batch.counted:
+            done.append((batch, scored))
+    gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
+    losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
+    loss = math.fsum(losses) / max(sum(targets), 1)
+    predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
+    records = [
+        {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
+        for index, record in enumerate(task.records(split, predictions))
+    ]
+    return SplitResult({"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}, records)
+
+
+def to_device(tensors: Batch, device: torch.device) -> Batch:
+    """The batch where the model is."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _values(done: Sequence[tuple[MicroBatch, Scored]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """This rank's results, one row per example, and the examples' indices. A rank may have none."""
+    index = torch.tensor([i for batch, _ in done for i in batch.example_index], dtype=torch.int64)
+    if not done:
+        return {}, index
+    values = {
+        "loss": torch.cat([scored.loss for _, scored in done]).cpu(),
+        "targets": torch.cat([scored.targets for _, scored in done]).cpu(),
+    }
+    predictions = [scored.prediction for _, scored in done if scored.prediction is not None]
+    return ({**values, "prediction": torch.cat(predictions).cpu()} if predictions else values), index

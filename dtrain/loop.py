@@ -1,0 +1,176 @@
+"""The training step and the loop around it.
+
+A step: micro-batches forward and backward, one small all-reduce (loss, faults, wishes to stop, and the next step's
+summed weight), clip and update, monitors. Everything in a StepRecord is equal on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dtrain.collectives import agree, all_gather_object, all_reduce_sum
+from dtrain.data.batches import MicroBatch, StepBatches, step_batches
+from dtrain.data.order import StepPlan
+from dtrain.engine.protocol import Engine
+from dtrain.evaluation import to_device
+from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
+from dtrain.seeding import seed_all
+from dtrain.tasks.protocol import Task
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What a run does, apart from its state.
+
+    learning_rate: by number of updates applied. train_mode: puts the module in training mode, frozen parts apart.
+    before_epoch: called with the epoch at its first step; gives the engine to go on with (thawing builds a new one).
+    loss_is_scaled: fp16, where an overflow of the gradient is answered by the loss scale and is no fault.
+    """
+
+    plan: StepPlan
+    total_steps: int
+    seed: int
+    workers: int
+    loss_is_scaled: bool
+    learning_rate: Callable[[int], float]
+    train_mode: Callable[[nn.Module], None]
+    before_epoch: Callable[[Engine, int], Engine]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all micro-batches and ranks: of this step's losses, of who found a fault or wants to stop, of the next step's targets."""
+
+    loss: float
+    faults: int
+    stops: int
+    next_weight: float
+    next_targets: int
+
+
+def train(loop: Loop, engine: Engine, task: Task, monitors: Sequence[Monitor], state: RunState) -> Engine:
+    """Collective. Runs from `state.step` to the end, or until a monitor stops it; gives the engine it ended with.
+
+    Changes `state`, and the engine's weights.
+    """
+    steps = step_batches(
+        loop.plan,
+        task.splits["train"],
+        task.collate,
+        engine.topology,
+        lock_step=engine.lock_step,
+        start=state.step,
+        stop=loop.total_steps,
+        workers=loop.workers,
+    )
+    coming = next(steps, None)
+    sums = add_up(engine, task, [], stop=False, coming=coming)
+    wish, stopped = Decision.CONTINUE, False
+    while coming is not None and not stopped:
+        if coming.step % loop.plan.steps_per_epoch == 0:
+            engine = loop.before_epoch(engine, loop.plan.epoch_of(coming.step))
+        if not engine.module.training:  # at the start, and after an evaluation
+            loop.train_mode(engine.module)
+        record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, stop=wish == Decision.STOP)
+        wish = max((monitor.after_step(record) for monitor in monitors), default=Decision.CONTINUE)
+        stopped = sums.stops > 0
+        # A wish rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
+        if record.metrics is not None:
+            stopped = agree(int(stopped or wish == Decision.STOP), engine.topology) > 0
+    return engine
+
+
+def take_step(
+    loop: Loop,
+    engine: Engine,
+    task: Task,
+    batches: StepBatches,
+    steps: Iterator[StepBatches],
+    sums: Sums,
+    state: RunState,
+    *,
+    stop: bool,
+) -> tuple[StepRecord, Sums, StepBatches | None]:
+    """Collective. One step; gives its record, the sums that the next one needs, and the next one's batches."""
+    learning_rate = loop.learning_rate(state.updates)
+    losses = run_micro_batches(engine, task, batches, weight=sums.next_weight, seed=loop.seed)
+    coming = next(steps, None)
+    targets, weight = sums.next_targets, sums.next_weight
+    sums = add_up(engine, task, losses, stop=stop, coming=coming)
+    for group in engine.param_groups:
+        group["lr"] = learning_rate
+    result = engine.step(discard=sums.faults > 0)
+    norm_is_fine = math.isfinite(result.grad_norm) or loop.loss_is_scaled
+    state.step += 1
+    state.updates += int(result.applied)
+    state.examples += batches.examples
+    state.targets += targets
+    record = StepRecord(
+        step=state.step,
+        epoch=loop.plan.epoch_of(batches.step) + (batches.step % loop.plan.steps_per_epoch + 1) / loop.plan.steps_per_epoch,
+        loss=sums.loss / weight if weight else 0.0,
+        grad_norm=result.grad_norm,
+        learning_rate=learning_rate,
+        examples=batches.examples,
+        targets=targets,
+        applied=result.applied,
+        finite=sums.faults == 0 and norm_is_fine,
+        faults=_gather_faults(engine, batches, losses) if sums.faults else (),
+        ends_epoch=(batches.step + 1) % loop.plan.steps_per_epoch == 0,
+        is_last=state.step == loop.total_steps,
+    )
+    return record, sums, coming
+
+
+def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weight: float, seed: int) -> list[float]:
+    """Collective. Forward and backward of this rank's part; gives the loss sum of each counted micro-batch, in nats.
+
+    Args:
+        weight: summed weight of the whole step, over all ranks (law 4).
+    """
+    device = next(engine.module.parameters()).device
+    # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).
+    scale = engine.topology.world_size / weight if weight else 0.0
+    losses = []
+    for position, micro_batch in enumerate(batches.micro_batches):
+        is_last = position == len(batches.micro_batches) - 1
+        with engine.micro_batch(last=is_last):
+            seed_all(seed, "forward", batches.step, micro_batch.index)
+            loss = task.loss(engine.model, to_device(micro_batch.tensors, device)).loss
+            engine.backward(loss * (scale if micro_batch.counted else 0.0))
+        if micro_batch.counted:
+            losses.append(loss.detach())
+    return torch.stack(losses).double().tolist() if losses else []
+
+
+def add_up(engine: Engine, task: Task, losses: Sequence[float], *, stop: bool, coming: StepBatches | None) -> Sums:
+    """Collective. The one small all-reduce of a step; float64 holds its counts exactly."""
+    ahead = [task.targets(batch.tensors) for batch in _counted(coming)]
+    own = [
+        math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
+        sum(not math.isfinite(loss) for loss in losses),
+        int(stop),
+        math.fsum(targets.weight for targets in ahead),
+        sum(targets.count for targets in ahead),
+    ]
+    loss, faults, stops, weight, count = all_reduce_sum(torch.tensor(own, dtype=torch.float64), engine.topology).tolist()
+    return Sums(loss, int(faults), int(stops), weight, int(count))
+
+
+def _counted(batches: StepBatches | None) -> list[MicroBatch]:
+    return [batch for batch in batches.micro_batches if batch.counted] if batches is not None else []
+
+
+def _gather_faults(engine: Engine, batches: StepBatches, losses: Sequence[float]) -> list[Fault]:
+    """Collective. Which micro-batches, on which ranks, gave a loss that is not finite."""
+    own = [
+        {"rank": engine.topology.rank, "micro_batch": batch.index, "loss": str(loss), "examples": list(batch.example_index)}
+        for batch, loss in zip(_counted(batches), losses, strict=True)
+        if not math.isfinite(loss)
+    ]
+    return [Fault.from_json(found) for part in all_gather_object(own, engine.topology) for found in part]

@@ -1,0 +1,161 @@
+"""Tokenizers: by name, folder or vocabulary file, or one token per character built from the training text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dtrain import schema
+from dtrain.console import log
+from dtrain.errors import ConfigError, DataError
+from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
+
+UNKNOWN = "<unk>"
+PAD = "<pad>"
+
+
+def load_tokenizer(
+    model: schema.Model, *, training_texts: Callable[[], Iterable[str]], needs_padding: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `model.tokenizer` names, or else the model's own.
+
+    Args:
+        model: the model section of the config.
+        training_texts: gives the texts of the training split; called for `char` only.
+        needs_padding: whether the task pads. Gives `char` a <pad> token, which it has no use for otherwise.
+
+    Raises:
+        ConfigError: nothing names a tokenizer, or what is named cannot be used.
+        DataError: the hub does not answer, or `char` has no text to be built from.
+    """
+    if model.tokenizer == "char":
+        return build_char_tokenizer(training_texts(), pad=needs_padding)
+    name = model.tokenizer or model.name_or_path
+    if name is None:
+        raise ConfigError(
+            "model.tokenizer is not set, and a model without model.name_or_path brings none of its own. "
+            "Set model.tokenizer to a name, a folder, a vocabulary file (.txt) or char."
+        )
+    setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
+    if name.endswith(".txt"):
+        return _from_vocabulary(Path(name), setting=setting)
+    return _from_name(name, model, setting=setting)
+
+
+def reload_tokenizer(folder: Path, model: schema.Model) -> PreTrainedTokenizerBase:
+    """A tokenizer that `save_pretrained` wrote into a folder of ours. Asks no hub."""
+    with quiet():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+
+
+def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTokenizerBase:
+    local_only = reach(
+        name, file="config.json" if name == model.name_or_path else "tokenizer_config.json", setting=setting
+    )
+    nothing = ConfigError(
+        f"{setting}={name} has no tokenizer that can be loaded (tokenizer.json, vocab.txt, ...). Set model.tokenizer "
+        "to a name, a folder, a vocabulary file (.txt) or char."
+    )
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=model.trust_remote_code, local_files_only=local_only
+            )
+    except LOADING_ERRORS as error:
+        if "Couldn't instantiate the backend tokenizer" in str(error):
+            raise nothing from error
+        raise explain(error, name=name, setting=setting) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # transformers 5 makes an empty tokenizer, without a word, where a folder has no vocabulary.
+        files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+            raise nothing
+        log.info(
+            "Note: %s=%s: this tokenizer has special tokens only, so every word becomes an unknown one", setting, name
+        )
+    return tokenizer
+
+
+def _from_vocabulary(path: Path, *, setting: str) -> PreTrainedTokenizerBase:
+    """A BERT tokenizer over a vocabulary file, a token per line. Lower-cases, as BertTokenizerFast does by default."""
+    if not path.is_file():
+        raise ConfigError(f"{setting}={path}: there is no such vocabulary file (seen from {Path.cwd()}).")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte {error.start} cannot be read. Save the vocabulary as UTF-8."
+        ) from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    vocabulary = {line.rstrip("\r"): number for number, line in enumerate(lines)}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
+    if missing:
+        raise ConfigError(
+            f"{setting}={path} lacks {', '.join(missing)}: a BERT vocabulary has a line for each. Add them at its end "
+            "(other tokens keep their numbers), or name a tokenizer folder."
+        )
+    capital = sum(token != token.lower() and not token.startswith("[") for token in vocabulary)
+    if capital > len(vocabulary) / 20:
+        log.info(
+            "Note: %s=%s: %d of %d tokens have capital letters, which a lower-casing tokenizer never makes. "
+            "For a cased model name its tokenizer folder instead",
+            *(setting, path, capital, len(vocabulary)),
+        )
+    # The vocabulary itself: transformers 5 ignores `vocab_file=` without a word, and knows five tokens then.
+    # A file without [MASK] gets none, for it would be numbered past the end of an embedding that fits the file.
+    return BertTokenizerFast(vocab=vocabulary, mask_token="[MASK]" if "[MASK]" in vocabulary else None)
+
+
+def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrainedTokenizerFast:
+    """One token per character (Unicode code point, line breaks included), numbered in the order of code points.
+
+    The vocabulary is <unk>, then <pad> if asked for, then the characters: no more than is used, so that an untrained
+    model's loss is about ln(vocabulary). It is saved and reloaded like any Hugging Face tokenizer, and what it decodes
+    is the text that was encoded, as long as the characters are known.
+
+    Raises:
+        DataError: the texts have no character.
+    """
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    if not characters:
+        raise DataError("model.tokenizer=char is built from the training text, and that has no character in it.")
+    specials = [UNKNOWN, PAD] if pad else [UNKNOWN]
+    vocabulary = {token: number for number, token in enumerate([*specials, *sorted(characters)])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    # "." leaves line breaks out, so: any character that is or is not white space.
+    backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    # split_special_tokens: "<unk>" in a text is five characters, not a token.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=UNKNOWN,
+        pad_token=PAD if pad else None,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hexadecimal, of what decides how a text becomes tokens.
+
+    Equal in every process, before and after use, and after saving and loading: the truncation and padding that the last
+    call left behind are not part of it (they are given in each call), nor is the folder it came from.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    state.update(truncation=None, padding=None)
+    state["chat_template"] = getattr(tokenizer, "chat_template", None)
+    state["special_tokens"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    state["sides"] = [tokenizer.padding_side, tokenizer.truncation_side]
+    state["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""Evaluation every k steps or epochs, the best step's model, and early stopping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from dtrain.console import log
+from dtrain.errors import ConfigError
+from dtrain.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.schema import Best
+
+
+class Evaluate:
+    """Evaluates where `train.eval_every` says so, and at the last step. All ranks get the same result."""
+
+    def __init__(self, every: int | str, run: Callable[[int], Mapping[str, float]]) -> None:
+        """
+        Args:
+            every: steps, "epoch", "N epochs" or "never".
+            run: evaluates and logs at a step; collective.
+        """
+        self._every = every
+        self._run = run
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if is_due(self._every, record):
+            record.metrics = self._run(record.step)
+        return Decision.CONTINUE
+
+
+def is_due(every: int | str, record: StepRecord) -> bool:
+    """Whether an evaluation belongs after this step."""
+    if every == "never":
+        return False
+    if record.is_last:
+        return True
+    if isinstance(every, int):
+        return record.step % every == 0
+    epochs = 1 if every == "epoch" else int(every.split()[0])
+    return record.ends_epoch and round(record.epoch) % epochs == 0
+
+
+class KeepBest:
+    """Exports the model whenever `evaluation.best` is better than ever before; counts how long it was not."""
+
+    def __init__(self, best: Best, state: RunState, export: Callable[[], None]) -> None:
+        self._best = best
+        self._state = state
+        self._export = export
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if record.metrics is None:
+            return Decision.CONTINUE
+        value = record.metrics.get(self._best.metric)
+        if value is None:
+            raise ConfigError(
+                f"evaluation.best.metric={self._best.metric} is not among this task's metrics: {', '.join(sorted(record.metrics))}."
+            )
+        if is_better(value, self._state.best, self._best.mode):
+            log.info("best so far: %s %.6g at step %d", self._best.metric, value, record.step)
+            self._state.best, self._state.best_step, self._state.patience = value, record.step, 0
+            self._export()
+        else:
+            self._state.patience += 1
+        return Decision.CONTINUE
+
+
+def is_better(value: float, best: float | None, mode: str) -> bool:
+    """Strictly better; a value that is not finite never is, anything finite beats nothing."""
+    if not math.isfinite(value):
+        return False
+    return best is None or (value > best if mode == "max" else value < best)
+
+
+class EarlyStopping:
+    """Stops after `patience` evaluations in a row without a better best. Stands below KeepBest in the list."""
+
+    def __init__(self, patience: int, state: RunState) -> None:
+        self._patience = patience
+        self._state = state
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if record.metrics is None or self._state.patience < self._patience:
+            return Decision.CONTINUE
+        log.info("early stop at step %d: no better result in %d evaluations", record.step, self._patience)
+        return Decision.STOP

@@ -1,0 +1,398 @@
+"""The folder of one run: its paths, its state, what a new start may do with it, and files that are never half there.
+
+DESIGN section 4 lists what lies in it. Only rank 0 writes here, apart from `write_exit`, which every rank may call.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.schema import Config
+from dtrain.wording import Difference
+
+State = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
+Action = Literal["start", "go_on", "already_finished"]
+
+_NAMES = {
+    "config": "config.yaml",
+    "metrics": "metrics.jsonl",
+    "predictions": "predictions",
+    "checkpoints": "checkpoints",
+    "model": "model",
+    "summary": "summary.json",
+    "exit": "exit.json",
+    "tensorboard": "tensorboard",
+}
+_OF_TRAINING = ("metrics.jsonl", "checkpoints", "model", "tensorboard")
+_OF_RESULTS = ("summary.json", "predictions")
+_OF_ANY_START = ("config.yaml", "exit.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the parts of a run lie (DESIGN section 4). `summary` is written last: with it, a run has ended well."""
+
+    path: Path
+    config: Path = field(init=False)
+    metrics: Path = field(init=False)
+    predictions: Path = field(init=False)
+    checkpoints: Path = field(init=False)
+    model: Path = field(init=False)
+    summary: Path = field(init=False)
+    exit: Path = field(init=False)
+    tensorboard: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        for part, name in _NAMES.items():
+            object.__setattr__(self, part, self.path / name)  # a frozen dataclass has no other way
+
+    def old_config(self) -> str | None:
+        """Text of the config.yaml that lies there; None where there is none."""
+        try:
+            return self.config.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.config} cannot be read: {error}. Set run.overwrite=true to start anew") from None
+
+
+class Decision(NamedTuple):
+    """What becomes of a start, made of JSON types so that it can cross ranks.
+
+    action: start in a folder with nothing to lose; go_on with the unfinished run in it; already_finished: do nothing.
+    set_aside: the folder that is there is to be moved away first.
+    notes: what the user should be told, a line each.
+    """
+
+    action: Action
+    set_aside: bool
+    notes: tuple[str, ...]
+
+
+def state(path: Path) -> State:
+    """What lies at `path`.
+
+    absent: nothing that a run has produced. unfinished: a training run without whole results. finished: one with them.
+    evaluation: results of evaluate, predict or generate. foreign: something that dtrain did not write.
+    """
+    if not path.is_dir():
+        return "foreign" if path.exists() or path.is_symlink() else "absent"
+    folder = RunFolder(path)
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    if not names.isdisjoint(_OF_TRAINING):
+        return "finished" if _is_model(folder.model) and _is_json(folder.summary) else "unfinished"
+    if not names.isdisjoint(_OF_RESULTS):
+        return "evaluation"
+    return "foreign" if names and names.isdisjoint(_OF_ANY_START) else "absent"
+
+
+def _is_model(path: Path) -> bool:
+    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def decide(config: Config, *, command: str, changes: Sequence[Difference]) -> Decision:
+    """What to do with the run folder that `config` names, by the table in DESIGN section 4. Changes nothing.
+
+    Args:
+        config: the settings asked for.
+        command: train, or one of those that write results only: evaluate, predict, generate.
+        changes: what `config` changes against the config.yaml in the folder.
+
+    Raises:
+        ConfigError: the folder holds something that this start may not touch.
+    """
+    path, found = config.run_dir, state(config.run_dir)
+    other = f"Choose another run.name (run.name={_free_name(path)} is free)"
+    if found == "foreign":
+        inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        what = f"holds {', '.join(inside[:3])}, which dtrain did not write" if inside else "is not a folder"
+        raise ConfigError(f"{path} {what}. {other} or run.output_dir")
+    if found == "absent":
+        return Decision("start", False, ())
+    if command != "train":
+        if found != "evaluation":
+            raise ConfigError(f"{path} holds a training run, which {command} must not touch. {other}")
+        return Decision("start", config.run.overwrite, ())
+    if config.run.overwrite:
+        return Decision("start", True, ())
+    if found == "evaluation":
+        raise ConfigError(f"{path} holds the results of an evaluation. {other}, or set run.overwrite=true to move them")
+    if found == "unfinished" and not _has_something_to_lose(RunFolder(path)):
+        return Decision("start", False, ())
+    if config.checkpoint.resume == "never":
+        raise ConfigError(
+            f"{path} holds {'a finished' if found == 'finished' else 'an unfinished'} run, and checkpoint.resume=never. "
+            f"{other}, or set run.overwrite=true to move it to {path.name}.old-<time>"
+        )
+    return _meet(path, found, changes, other)
+
+
+def _meet(path: Path, found: State, changes: Sequence[Difference], other: str) -> Decision:
+    """Goes on with a training run, or leaves a finished one, if the settings asked for are those it was made with."""
+    refused = [change for change in changes if change.resume == "refuse"]
+    if refused:
+        was = "was trained" if found == "finished" else "was begun"
+        raise ConfigError(
+            f"{path} {was} with other settings:\n{_table(refused)}\nTake these back, or {other[0].lower()}{other[1:]}, "
+            f"or set run.overwrite=true to move the old run to {path.name}.old-<time>"
+        )
+    if found == "finished":
+        return Decision("already_finished", False, (f"{path} is finished already; run.overwrite=true trains it anew",))
+    notes = [f"{path} holds an unfinished run without a checkpoint: it starts again at step 1"]
+    if changes:
+        notes.append(f"settings changed since:\n{_table(changes)}")
+    return Decision("go_on", False, tuple(notes))
+
+
+def _table(changes: Sequence[Difference]) -> str:
+    warning = {"free": "", "warn": "  (other rounding from here on)", "refuse": ""}
+    return "\n".join(f"  {c.key}: {c.old} -> {c.new}{warning[c.resume]}" for c in changes)
+
+
+def _free_name(path: Path) -> str:
+    return next(name for n in range(2, 10**6) if not (path.parent / (name := f"{path.name}-{n}")).exists())
+
+
+def _has_something_to_lose(folder: RunFolder) -> bool:
+    if folder.model.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
+        return True
+    return folder.metrics.exists() and any(event.get("event") == "train" for event in _events(folder.metrics))
+
+
+def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Path | None:
+    """Makes the folder this run's own: on rank 0, before any work. Results of an earlier life are removed from it.
+
+    Args:
+        folder: as decided by `decide`.
+        config_text: the resolved config, for config.yaml.
+        set_aside: move what is there to `<name>.old-<UTC time>` first.
+
+    Returns:
+        Where the old folder went, or None.
+
+    Raises:
+        ConfigError: the folder cannot be made or written.
+    """
+    try:
+        moved = _move_away(folder.path) if set_aside and folder.path.exists() else None
+        folder.path.mkdir(parents=True, exist_ok=True)
+        # A summary older than the config beside it would pass for this run's result.
+        for stale in (folder.exit, folder.summary):
+            stale.unlink(missing_ok=True)
+        if folder.predictions.exists():
+            shutil.rmtree(folder.predictions)
+        _write(folder.config, [config_text])
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder {folder.path} cannot be written: {error.filename or folder.path}: {error.strerror}. "
+            "Set run.output_dir to a folder that you may write to"
+        ) from None
+    return moved
+
+
+def _move_away(path: Path) -> Path:
+    stem = f"{path.name}.old-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    names = (stem, *(f"{stem}-{n}" for n in range(2, 100)))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    path.rename(target)
+    return target
+
+
+# ---------------------------------------------------------------- files that are whole or not there
+
+
+def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON file that readers find whole or not at all, also after a power cut. Mode 0644.
+
+    Raises:
+        DtrainError: the file cannot be written (disk full, no permission).
+    """
+    with _worded(path):
+        _write(path, [json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
+
+
+def write_lines_atomic(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line, whole or not at all, into a folder that is made if need be.
+
+    Raises:
+        DtrainError: the file cannot be written.
+    """
+    with _worded(path):
+        path.parent.mkdir(exist_ok=True)
+        _write(path, map(_line, records))
+
+
+def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, message: str) -> bool:
+    """Writes exit.json unless a rank has done so already: the first cause counts, the rest follow from it.
+
+    Never raises for a file that cannot be written: it runs while the process ends for another reason.
+
+    Returns:
+        Whether this call wrote it.
+    """
+    record = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
+    draft = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_through(draft, [json.dumps(record, indent=2, ensure_ascii=False), "\n"])
+        os.link(draft, path)  # unlike a rename it fails where the file is there already
+    except OSError:
+        return False
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+    return True
+
+
+def replace_folder(draft: Path, target: Path) -> None:
+    """Puts the finished folder `draft` in the place of `target`, on the same file system.
+
+    Files are flushed to disk and made readable first (safetensors leaves them 0600). For the moment between two renames
+    there is no `target`, never half of one.
+
+    Raises:
+        DtrainError: a file cannot be written.
+    """
+    old = target.with_name(f".{target.name}.old")
+    with _worded(target):
+        for file in (entry for entry in draft.rglob("*") if entry.is_file()):
+            file.chmod(0o644)
+            _flush(file)
+        _flush(draft)
+        if old.exists():
+            shutil.rmtree(old)
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+        _flush(target.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_through(draft, parts)
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise
+    _flush(path.parent)
+
+
+def _write_through(path: Path, parts: Iterable[str]) -> None:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(parts)
+        out.flush()
+        os.fchmod(out.fileno(), 0o644)
+        os.fsync(out.fileno())
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _worded(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DtrainError(f"{path} cannot be written: {error.filename or path}: {error.strerror}") from error
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and inf: they become text, so that no reader loses them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, a whole line at a time. A line that a kill cut short is removed when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _worded(path):
+            self._file = path.open("ab+")
+            self._file.seek(0)
+            whole = self._file.read().rfind(b"\n") + 1
+            self._file.truncate(whole)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds one event. Numbers that are not finite become "nan", "inf" or "-inf".
+
+        Raises:
+            DtrainError: the line cannot be written.
+        """
+        with _worded(self._path):
+            self._file.write(_line(record).encode("utf-8"))
+            self._file.flush()
+
+    def close(self) -> None:
+        """Ends the writing."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All events in order. A step that was taken again counts with its last value; a torn last line does not count.
+
+    Raises:
+        DataError: a line before the last is not JSON.
+    """
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, event in enumerate(_events(path)):
+        kind = event.get("event")
+        key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval") else (number,)
+        kept.pop(key, None)  # so that the later one also stands later
+        kept[key] = event
+    return list(kept.values())
+
+
+def _events(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {number}: this is not JSON; the file is damaged") from None

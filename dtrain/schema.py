@@ -1,0 +1,400 @@
+"""Every setting of dtrain: its name, type, default, meaning, and what a resume may do when it has changed.
+
+Only the models live here. config.py reads YAML and overrides into them and words the errors of single values; an error
+about a whole section is worded here, in full, one line for each. Nothing here touches a file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+OnResume = Literal["free", "warn", "refuse"]
+
+
+def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits: Any) -> Any:
+    """A config field. `resume` says what a resumed run may do with a changed value (DESIGN section 4).
+
+    free: may change. warn: may change, with a word about it. refuse: it changes the mathematics.
+    `...` as the default makes the field required.
+    """
+    if isinstance(default, tuple):
+        limits["strict"] = False  # YAML has lists, no tuples; the items stay strict
+    if isinstance(default, BaseModel):
+        limits["default_factory"] = lambda: default
+    else:
+        limits["default"] = default
+    field: FieldInfo = Field(description=meaning, json_schema_extra={"resume": resume}, **limits)
+    return field
+
+
+def _below_home(path: str | Path) -> Any:
+    return type(path)(os.path.expanduser(path))  # noqa: PTH111 - a str may also be a name on the hub
+
+
+AnyPath = Annotated[Path, Strict(False), AfterValidator(_below_home)]
+NameOrPath = Annotated[str, AfterValidator(_below_home)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """One section of the config, frozen. Unknown keys, `true` for 1, text for a number, and nan are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class Run(Section):
+    """Where the run lives and what it is called."""
+
+    name: str | None = setting(None, "folder below output_dir; default: the config file's stem", resume="free")
+    output_dir: AnyPath = setting(Path("runs"), "parent folder of all runs", resume="free")
+    seed: int = setting(0, "the one seed: order, dropout, masking, new weights", ge=0, lt=2**32)
+    overwrite: bool = setting(False, "move an existing run folder to <name>.old-<time> and start anew", resume="free")
+    startup_timeout_s: float = setting(120.0, "seconds to wait for all ranks to arrive", resume="free", gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError("a run name is one folder: letters, digits, '.', '_', '-', and a letter or digit first")
+        return name
+
+
+class Classification(Section):
+    """One label for a sentence or a pair of sentences."""
+
+    name: Literal["classification"] = setting(..., "classification: one label for a sentence or a pair")
+    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
+        None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
+    )
+    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        if isinstance(weights, dict) and (bad := [k for k, w in weights.items() if not w > 0]):
+            raise ValueError(f"the weight of label {bad[0]!r} must be above 0")
+        return weights
+
+
+class CausalLm(Section):
+    """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
+
+    name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
+    joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
+
+
+TaskSettings = Annotated[Classification | CausalLm, Field(discriminator="name")]
+
+
+class Model(Section):
+    """Which model and tokenizer, and how the model is run."""
+
+    name_or_path: NameOrPath | None = setting(None, "a Hugging Face name, or a folder that from_pretrained loads")
+    from_scratch: bool = setting(False, "new random weights (from model.config, on top of name_or_path's if given)")
+    config: dict[str, Any] = setting({}, "overrides of the model's own config; from scratch it needs model_type")
+    tokenizer: NameOrPath | None = setting(None, "name, folder, vocabulary file (.txt), or char; default: the model's")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model. Only for authors you trust")
+    attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
+    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory", resume="free")
+    compile: bool = setting(False, "torch.compile the model: faster steps after a slow first one", resume="warn")
+    batch_norm: Literal["eval", "train"] = setting("eval", "running statistics kept, or updated per rank (inexact)")
+
+    @model_validator(mode="after")
+    def _from_scratch_knows_what(self) -> Model:
+        if self.from_scratch and self.name_or_path is None and "model_type" not in self.config:
+            raise ValueError(
+                "model.from_scratch=true does not say what to make: set model.config.model_type (gpt2, bert, ...) "
+                "or model.name_or_path"
+            )
+        return self
+
+
+class ThawStage(Section):
+    """Modules that begin to learn when an epoch begins."""
+
+    epoch: int = setting(1, "0-based epoch at whose start the modules are unfrozen", ge=1)
+    modules: tuple[str, ...] = setting((), "paths as in freeze.modules", min_length=1)
+
+
+class Freeze(Section):
+    """What does not learn."""
+
+    modules: tuple[str, ...] = setting((), "paths in the model or its base: embeddings, encoder.layer[:2], *.bias")
+    method: Literal["requires_grad", "no_grad"] = setting(
+        "requires_grad", "no_grad: no gradient to anything below either"
+    )
+    thaw: tuple[ThawStage, ...] = setting((), "later unfreezing: [{epoch: 1, modules: [...]}]")
+
+
+class Data(Section):
+    """Where the examples come from."""
+
+    name: str | None = setting(None, "a GLUE task (cola, sst2, ...), python_docs, or a data set on the hub")
+    path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")
+    config: str | None = setting(None, "configuration of a hub data set")
+    splits: dict[str, str] = setting({}, "our split (train, validation) -> the source's split or file name")
+    validation_fraction: float | None = setting(None, "the end of a lone split, kept for validation", gt=0, lt=1)
+    columns: dict[str, str] = setting({}, "our column (text, text_pair, label) -> the source's column")
+    delimiter: str | None = setting(None, "of CSV and TSV files; default by suffix")
+    header: bool | None = setting(None, "whether the first line of a CSV or TSV names the columns; default: true")
+    max_length: int | None = setting(
+        None, "tokens per example (default 128), or per block of a language model (256)", ge=2
+    )
+    limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
+    workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
+    num_proc: int = setting(1, "processes that tokenise, once per node", resume="free", ge=1)
+    cache_dir: AnyPath | None = setting(None, "of tokenised data; default: the datasets library's", resume="free")
+
+
+class Optim(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "sgd", "adafactor"] = setting("adamw", "torch.optim's AdamW, SGD or Adafactor")
+    learning_rate: float = setting(5e-5, "peak learning rate", gt=0)
+    weight_decay: float = setting(0.01, "decoupled decay; not applied to biases and norm layers", ge=0)
+    max_grad_norm: float | None = setting(1.0, "clip the gradient's global L2 norm to this; null: no clipping", gt=0)
+    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "of AdamW")
+    eps: float = setting(1e-8, "of AdamW", gt=0)
+    momentum: float = setting(0.0, "of SGD", ge=0, lt=1)
+
+
+class Schedule(Section):
+    """The learning rate over the run, by its Hugging Face name."""
+
+    name: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = setting("linear", "shape after the warm-up")
+    warmup_steps: int | None = setting(None, "steps of the linear ramp from 0", ge=0)
+    warmup_ratio: float | None = setting(None, "the same as a share of all steps", ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Schedule:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give schedule.warmup_steps or schedule.warmup_ratio, not both: set the other to null")
+        if self.name == "constant" and (self.warmup_steps or self.warmup_ratio):
+            key = "warmup_steps" if self.warmup_steps else "warmup_ratio"
+            raise ValueError(
+                f"schedule.name=constant has no warm-up: use constant_with_warmup, or set schedule.{key}=null"
+            )
+        return self
+
+
+def _read_eval_every(value: Any) -> Any:
+    if not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?|never", str(value)):
+        raise ValueError("it must be a number of steps from 1 on, epoch, 'N epochs' or never")
+    return int(value) if str(value).isdecimal() else value
+
+
+class Train(Section):
+    """How long, in which portions, and what is watched."""
+
+    epochs: int | None = setting(None, "passes over the training data; default 3 where max_steps is not set", ge=1)
+    max_steps: int | None = setting(None, "optimizer steps; the first of epochs and max_steps ends the run", ge=1)
+    global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
+    micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
+    shuffle: bool = setting(True, "a new order each epoch; false: file order")
+    eval_every: Annotated[int | str, BeforeValidator(_read_eval_every)] = setting(
+        "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
+    )
+    log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
+    non_finite: Literal["stop", "skip"] = setting(
+        "stop", "what a loss or gradient that is not finite does", resume="free"
+    )
+    early_stopping: int | None = setting(None, "stop after so many evaluations without a better", resume="free", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _three_epochs_unless_told(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("epochs") is None and values.get("max_steps") is None:
+            return {**values, "epochs": 3}
+        return values
+
+
+OWNED_DEEPSPEED_KEYS: dict[str, str] = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "torch_autocast": "engine.precision",
+    "amp": "engine.precision",
+    "optimizer": "optim.name",
+    "scheduler": "schedule.name",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+"""DeepSpeed keys that must agree with a setting of dtrain, and the setting that owns each."""
+
+
+class Engine(Section):
+    """The back end that runs forward, backward and step."""
+
+    name: Literal["auto", "single", "ddp", "deepspeed"] = setting(
+        "auto", "auto: deepspeed if zero_stage or deepspeed is set, else single (one process) or ddp", resume="free"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "of the forward pass; weights stay fp32", resume="warn"
+    )
+    zero_stage: int | None = setting(None, "shards 1 moments, 2 + gradients, 3 + parameters", resume="free", ge=0, le=3)
+    deepspeed: dict[str, Any] = setting({}, "further keys of DeepSpeed's config, passed through", resume="free")
+    find_unused: bool = setting(False, "ddp: some parameters get a gradient in some steps only (slower)", resume="free")
+
+    @model_validator(mode="after")
+    def _deepspeed_keys_fit(self) -> Engine:
+        if self.name in ("single", "ddp") and (self.zero_stage is not None or self.deepspeed):
+            key = "zero_stage" if self.zero_stage is not None else "deepspeed"
+            raise ValueError(
+                f"engine.{key} belongs to DeepSpeed, but engine.name={self.name}: set engine.name=deepspeed, "
+                f"or drop engine.{key}"
+            )
+        zero = self.deepspeed.get("zero_optimization")
+        given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in (zero if isinstance(zero, Mapping) else ()))}
+        owned = [
+            f"engine.deepspeed.{key} is decided by {owner}: set that instead"
+            for key, owner in OWNED_DEEPSPEED_KEYS.items()
+            if key in given
+        ]
+        if owned:
+            raise ValueError("\n".join(owned))
+        return self
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed will run, whatever the world size."""
+        asked_for = self.zero_stage is not None or bool(self.deepspeed)
+        return self.name == "deepspeed" or (self.name == "auto" and asked_for)
+
+
+class Best(Section):
+    """By which metric the best step is chosen."""
+
+    metric: str = setting("loss", "a metric of the evaluation, e.g. matthews_correlation")
+    mode: Literal["min", "max"] = setting("min", "which is better; default: min for a loss or perplexity, else max")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _more_is_better_unless_a_loss(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "mode" not in values and isinstance(values.get("metric"), str):
+            less_is_better = values["metric"].endswith(("loss", "perplexity", "bits_per_character"))
+            return {**values, "mode": "min" if less_is_better else "max"}
+        return values
+
+
+class Evaluation(Section):
+    """The exact evaluation."""
+
+    micro_batch_size: int = setting(32, "examples per forward pass", resume="warn", ge=1)
+    best: Best | None = setting(None, "keep the best step's model and metrics instead of the last's")
+
+
+class Checkpoint(Section):
+    """Durable state."""
+
+    every: int | None = setting(None, "steps between checkpoints; null: none", resume="free", ge=1)
+    keep: int = setting(2, "how many checkpoints to keep", resume="free", ge=1)
+    resume: str = setting("auto", "auto, never, or the path of a checkpoint", resume="free")
+
+
+class Tracking(Section):
+    """Where the numbers go besides metrics.jsonl."""
+
+    tensorboard: bool = setting(True, "write event files to tensorboard/ in the run folder", resume="free")
+
+
+class Generate(Section):
+    """The generate command."""
+
+    prompt: str | None = setting(None, "text to go on from; default: a line break", resume="free")
+    max_new_tokens: int = setting(200, "tokens to add", resume="free", ge=1)
+    temperature: float = setting(0.8, "0: always the likeliest token", resume="free", ge=0)
+    top_k: int | None = setting(None, "draw among the k likeliest tokens only", resume="free", ge=1)
+    top_p: float | None = setting(
+        None, "draw among the likeliest tokens up to this probability", resume="free", gt=0, le=1
+    )
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: Run = setting(Run(), "the run folder", resume="free")
+    task: TaskSettings = setting(..., "what is learned")
+    model: Model = setting(Model(), "the model and its tokenizer")
+    freeze: Freeze = setting(Freeze(), "what does not learn")
+    data: Data = setting(Data(), "the examples")
+    optim: Optim = setting(Optim(), "the optimizer")
+    schedule: Schedule = setting(Schedule(), "the learning rate")
+    train: Train = setting(Train(), "the loop")
+    engine: Engine = setting(Engine(), "the back end")
+    evaluation: Evaluation = setting(Evaluation(), "the evaluation")
+    checkpoint: Checkpoint = setting(Checkpoint(), "durable state")
+    tracking: Tracking = setting(Tracking(), "logs")
+    generate: Generate = setting(Generate(), "the generate command")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per example (classification) or per block (language model)."""
+        return self.data.max_length or (256 if self.task.name == "causal_lm" else 128)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        assert self.run.name is not None, "load_config gives every run a name"
+        return self.run.output_dir / self.run.name
+
+    @model_validator(mode="after")
+    def _refused_combinations(self) -> Config:
+        """Settings that are right one by one and wrong together (DESIGN section 2, last row of the table)."""
+        stage, optim = self.engine.zero_stage, self.optim
+        sharded = self.engine.is_deepspeed and stage is not None and stage >= 1
+        found = []
+        if optim.name == "adafactor" and sharded:
+            found.append(
+                f"optim.name=adafactor with engine.zero_stage={stage}: ZeRO hands Adafactor flat shards, whose row and "
+                "column statistics mean nothing. Use ZeRO stage 0, ddp, or AdamW"
+            )
+        if self.engine.precision == "fp16" and sharded and optim.max_grad_norm is not None:
+            found.append(
+                f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
+                "DeepSpeed clips gradients still multiplied by the loss scale. Use bf16, or optim.max_grad_norm=null"
+            )
+        if self.train.early_stopping is not None and self.evaluation.best is None:
+            found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+
+_NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+
+QUICKSTART: dict[str, dict[str, Any]] = {
+    "run": {"name": "quickstart"},
+    "task": {"name": "causal_lm"},
+    "model": {
+        "from_scratch": True,
+        "tokenizer": "char",
+        "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, **_NO_DROPOUT},
+    },
+    "data": {"name": "python_docs", "validation_fraction": 0.1, "max_length": 64},
+    "optim": {"learning_rate": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.99]},
+    "schedule": {"name": "cosine", "warmup_steps": 50},
+    "train": {"max_steps": 600, "global_batch_size": 32, "micro_batch_size": 16, "eval_every": 300},
+}
+"""What dtrain trains when it is told nothing: a character GPT on the language reference in `pydoc_data.topics`."""

@@ -1,0 +1,21 @@
+"""Which task runs: the one visible choice."""
+
+from __future__ import annotations
+
+from dtrain import schema
+from dtrain.schema import Config
+from dtrain.tasks.protocol import Task
+from dtrain.topology import Topology
+
+
+def build_task(config: Config, topology: Topology) -> Task:
+    """Collective. Reads and tokenises the data, once per node, and gives the task that explains it."""
+    match config.task:
+        case schema.Classification():
+            from dtrain.tasks.classification import prepare_classification
+
+            return prepare_classification(config, config.task, topology)
+        case schema.CausalLm():
+            from dtrain.tasks.causal_lm import prepare_causal_lm
+
+            return prepare_causal_lm(config, config.task, topology)

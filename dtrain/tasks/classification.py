@@ -1,0 +1,177 @@
+"""One label for a sentence or a pair of sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dtrain import schema
+from dtrain.data.prepared import Json, prepare, save_split
+from dtrain.data.sources import Source, label_names, load_sources, source_key
+from dtrain.errors import ConfigError
+from dtrain.models.load import label_names_of
+from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.schema import Config
+from dtrain.tasks.protocol import IGNORED, Batch, Head, LossSum, Scored, Split, Targets
+from dtrain.tasks.tensors import full_precision
+from dtrain.topology import Topology
+
+
+class ClassificationTask:
+    """Cross entropy over the labels; accuracy, F1, precision, recall and Matthews by scikit-learn."""
+
+    name = "classification"
+    head: Head = "sequence_classification"
+
+    def __init__(
+        self, splits: Mapping[str, Split], tokenizer: Any, labels: Sequence[str], settings: schema.Classification, *, max_length: int
+    ) -> None:
+        """
+        Args:
+            splits: rows with `input_ids`, further model inputs, and `label`, an index into `labels`.
+            labels: label names in the order of the model's outputs.
+        """
+        self.splits = splits
+        self.tokenizer = tokenizer
+        self.labels = tuple(labels)
+        self.max_length = max_length
+        self.head_config = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+        self._smoothing = settings.label_smoothing
+        self._weights = self._class_weights(settings)
+        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+        inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
+        batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
+        batch["labels"] = torch.tensor([IGNORED if label is None else label for label in rows["label"]], dtype=torch.int64)
+        return batch
+
+    def targets(self, batch: Batch) -> Targets:
+        labels = batch["labels"][batch["labels"] != IGNORED]
+        weight = float(self._weights[labels].double().sum()) if self._weights is not None else float(len(labels))
+        return Targets(weight, len(labels))
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        logits, labels = _logits(model, batch)
+        weights = None if self._weights is None else self._weights.to(logits)
+        loss = F.cross_entropy(
+            logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
+        )
+        counted = labels[labels != IGNORED]
+        return LossSum(loss, weights[counted].sum() if weights is not None else counted.new_tensor(len(counted)).to(loss))
+
+    def score(self, module: nn.Module, batch: Batch) -> Scored:
+        logits, labels = _logits(module, batch)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        return Scored(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
+
+    def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
+
+        truth = list(self.splits[split][list(range(len(self.splits[split])))]["label"])
+        found = [int(prediction) for prediction in predictions]
+        if len(self.labels) == 2:
+            average: dict[str, Any] = {"average": "binary", "pos_label": 1}
+        else:
+            average = {"average": "macro", "labels": list(range(len(self.labels)))}
+        return {
+            "accuracy": float(accuracy_score(truth, found)),
+            "f1": float(f1_score(truth, found, zero_division=0.0, **average)),
+            "precision": float(precision_score(truth, found, zero_division=0.0, **average)),
+            "recall": float(recall_score(truth, found, zero_division=0.0, **average)),
+            "matthews_correlation": float(matthews_corrcoef(truth, found)),
+        }
+
+    def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
+        truth = self.splits[split][list(range(len(self.splits[split])))]["label"]
+        return [
+            {"prediction": self.labels[int(found)], "reference": None if label is None else self.labels[label]}
+            for found, label in zip(predictions, truth, strict=True)
+        ]
+
+    def _class_weights(self, settings: schema.Classification) -> torch.Tensor | None:
+        if settings.class_weights is None:
+            return None
+        if settings.class_weights == "balanced":
+            rows = self.splits["train"]
+            counts = Counter(rows[list(range(len(rows)))]["label"])
+            return torch.tensor([len(rows) / (len(self.labels) * max(counts[index], 1)) for index in range(len(self.labels))])
+        if set(settings.class_weights) != set(self.labels):
+            raise ConfigError(
+                f"task.class_weights names {sorted(settings.class_weights)}, but the labels are {sorted(self.labels)}: give one weight for each."
+            )
+        return torch.tensor([settings.class_weights[label] for label in self.labels])
+
+
+def prepare_classification(config: Config, settings: schema.Classification, topology: Topology) -> ClassificationTask:
+    """Collective. Tokenises each split once per node and fixes the order of the labels."""
+
+    def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
+        tokenizer = load_tokenizer(config.model, training_texts=lambda: _texts(load_sources(config.data, kind="labelled")))
+        order = label_names_of(config.model)
+        key: dict[str, Json] = {
+            "task": "classification",
+            "source": source_key(config.data),
+            "tokenizer": fingerprint(tokenizer),
+            "max_length": config.max_length,
+            "labels": None if order is None else list(order),
+        }
+
+        def build(folder: Path) -> Mapping[str, Json]:
+            sources = load_sources(config.data, kind="labelled")
+            names = label_names(sources)
+            if order is not None and set(order) == set(names):
+                names = order  # the model's outputs keep their meaning
+            for split, source in sources.items():
+                save_split(folder, split, _tokenised(source, tokenizer, names, config))
+            tokenizer.save_pretrained(folder / "tokenizer")
+            return {"labels": list(names)}
+
+        return key, build
+
+    prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
+    labels = [str(name) for name in prepared.meta["labels"]]  # type: ignore[union-attr]
+    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
+    return ClassificationTask(prepared.splits, tokenizer, labels, settings, max_length=config.max_length)
+
+
+def _texts(sources: Mapping[str, Source]) -> list[str]:
+    return list(sources["train"].rows["text"])
+
+
+def _tokenised(source: Source, tokenizer: Any, names: Sequence[str], config: Config) -> Any:
+    identity = {name: index for index, name in enumerate(names)}
+    has_pair = "text_pair" in source.rows.column_names
+    max_length = config.max_length
+
+    def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
+        pairs = rows["text_pair"] if has_pair else None
+        encoded = tokenizer(rows["text"], pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+        labels = rows.get("label") or [None] * len(rows["text"])
+        return {**encoded, "label": [None if label is None else identity[label] for label in labels]}
+
+    # The result is kept under our own key, so the library need not hash the function.
+    return source.rows.map(
+        tokenise,
+        batched=True,
+        remove_columns=source.rows.column_names,
+        num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
+        new_fingerprint="dtrain",
+        load_from_cache_file=False,
+    )
+
+
+def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return full_precision(model(**inputs).logits), batch["labels"]

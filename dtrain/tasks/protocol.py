@@ -1,0 +1,103 @@
+"""What makes one task different from another, and nothing else.
+
+A new task is one file beside this one, one option class in schema.TaskSettings and one `case` in build.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+"""What the model takes, plus `labels`; every tensor's first dimension is the example."""
+
+Head = Literal["sequence_classification", "causal_lm"]
+
+IGNORED = -100
+"""A label that is not a target (padding)."""
+
+
+class LossSum(NamedTuple):
+    """Sums, never means: () scalars in float32 (float64 for a float64 model).
+
+    loss: summed, weighted loss over the targets of the batch, in nats.
+    weight: summed weight of those targets.
+    """
+
+    loss: torch.Tensor
+    weight: torch.Tensor
+
+
+class Targets(NamedTuple):
+    """What a batch contributes to a step, known from its labels alone, before any forward pass."""
+
+    weight: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Plain per-example results of an evaluation batch, unweighted, unsmoothed; first dimension: example.
+
+    loss: (batch,) float64, summed over the example's targets, in nats.
+    targets: (batch,) int64, number of targets.
+    prediction: (batch, ...) what is judged, e.g. the predicted label; None where loss is all there is.
+    """
+
+    loss: torch.Tensor
+    targets: torch.Tensor
+    prediction: torch.Tensor | None
+
+
+class Split(Protocol):
+    """Examples by index, each a mapping of columns (a `datasets.Dataset` is one)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int]) -> Mapping[str, Sequence[Any]]:
+        """The columns of those rows, in that order."""
+        ...
+
+
+class Task(Protocol):
+    """Splits, batches, loss and metrics of one kind of learning. Nothing here is a collective."""
+
+    name: str
+    head: Head
+    """Which AutoModel class carries it."""
+    head_config: Mapping[str, Any]
+    """What the head's config must say: number of labels and their names."""
+    max_length: int
+    """Longest sequence of tokens that the model is given."""
+    tokenizer: Any
+    """A Hugging Face tokenizer."""
+    splits: Mapping[str, Split]
+    """Tokenised: train, validation, and further ones to evaluate."""
+
+    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+        """Columns of some examples into padded tensors on the host."""
+        ...
+
+    def targets(self, batch: Batch) -> Targets:
+        """Summed weight and number of targets, from the labels."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """The training loss, from logits, with class weights and smoothing."""
+        ...
+
+    def score(self, module: nn.Module, batch: Batch) -> Scored:
+        """The plain loss and the prediction of each example."""
+        ...
+
+    def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
+        """The metrics of a split beside `loss` (per target, in nats), computed once, on gathered data in data order."""
+        ...
+
+    def records(self, split: str, predictions: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
+        """One mapping per example in data order with `prediction` and `reference`, for predictions/<split>.jsonl."""
+        ...

@@ -1,0 +1,308 @@
+"""Where this process stands in the job, its device and threads, and the process group's life.
+
+launchers.py reads the variables; this module forms the job: ranks meet at the master's store, a roll-call says who
+came, and only then does torch's process group start. Moves no tensors: see collectives.py. torch is imported when used.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from dtrain import launchers, network, rollcall
+from dtrain.errors import TopologyError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.distributed_c10d import Store
+
+COLLECTIVE_TIMEOUT_S = 1800.0
+"""How long a collective waits for a rank that is alive but does not come."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where one process stands among all processes of the job.
+
+    rank, world_size: this process among all of them.
+    local_rank, local_world_size: among those of its node. Not always in the order of `rank`: DeepSpeed permutes them
+        where nodes have unequal slots.
+    node_rank, num_nodes: its node among all nodes.
+    launcher: none, torchrun, deepspeed, openmpi, mpich, intelmpi, slurm, or env (RANK and WORLD_SIZE set by hand).
+    master_addr, master_port: where the ranks meet; None for one process, and under MPI until the group has formed.
+    is_complete: False while the node's numbers are estimates, since the launcher does not give them; `process_group`
+        yields a complete one.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node_rank: int
+    num_nodes: int
+    launcher: str
+    master_addr: str | None
+    master_port: int | None
+    is_complete: bool = True
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], *, local_rank_argument: int | None = None) -> Topology:
+        """Reads the launchers' variables; pure.
+
+        Args:
+            env: the environment, e.g. os.environ.
+            local_rank_argument: DeepSpeed's `--local_rank`; counts only where RANK is set and LOCAL_RANK is not.
+
+        Raises:
+            TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
+        """
+        return cls(*launchers.read_place(env, local_rank_argument=local_rank_argument))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which reports and writes."""
+        return self.rank == 0
+
+    @property
+    def is_node_main(self) -> bool:
+        """Whether this is the one process of its node that does work for the node."""
+        return self.local_rank == 0
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.world_size == 1:
+            return "one process" if self.launcher == "none" else f"one process, started by {self.launcher}"
+        about = "" if self.is_complete else ", as far as the variables tell"
+        nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
+        by = "variables set by hand" if self.launcher == "env" else self.launcher
+        local = f"local rank {self.local_rank} of {self.local_world_size}{about}"
+        return f"rank {self.rank} of {self.world_size} on {nodes} ({local}), by {by}"
+
+
+SINGLE = Topology(0, 1, 0, 1, 0, 1, "none", None, None)
+"""One process on its own."""
+
+
+def device_of(topology: Topology) -> torch.device:
+    """The device of this rank: its CUDA device, made the current one, or the CPU.
+
+    Raises:
+        TopologyError: more ranks on this node than CUDA devices.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # One visible device for several ranks: the launcher gives each rank its own (srun --gpus-per-task).
+    index = 0 if count == 1 else topology.local_rank
+    if index >= count:
+        raise TopologyError(
+            f"Local rank {topology.local_rank} has no CUDA device: {topology.local_world_size} ranks on this node, "
+            f"{count} devices. Start at most one rank per device."
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
+    """Shares the cores out among the node's ranks, unless OMP_NUM_THREADS is set (torchrun sets it to 1 by itself).
+
+    Returns:
+        The number of threads that torch uses inside one operation.
+    """
+    import torch
+
+    if not env.get("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // topology.local_world_size))
+    return torch.get_num_threads()
+
+
+@contextmanager
+def process_group(
+    topology: Topology,
+    env: MutableMapping[str, str],
+    *,
+    timeout_s: float = 120.0,
+    collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
+    store: Store | None = None,
+) -> Iterator[Topology]:
+    """Collective. Forms torch's default process group and yields the complete topology; nothing at world size 1.
+
+    NCCL moves CUDA tensors, gloo those on the host. Leaving it normally, ranks wait for each other and destroy the
+    group. After an exception no rank waits for another; end with os._exit then, since torch's teardown can block.
+
+    Args:
+        topology: as `Topology.from_env` gave it.
+        env: os.environ; the socket interface on the route to the master is added where the user has chosen none.
+        timeout_s: how long to wait for all ranks to arrive.
+        collective_timeout_s: how long a collective waits later on.
+        store: where to meet instead of the master's address (tests use a file store).
+
+    Raises:
+        TopologyError: not all ranks came in time; the message says how many did and which are missing.
+    """
+    if topology.world_size == 1:
+        _publish(topology, env)
+        yield topology
+        return
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    deadline = time.monotonic() + timeout_s
+    listener, node = None, None
+    if store is None and topology.master_addr is None:
+        topology, listener, node = _meet_over_mpi(topology, env)
+    if store is None:
+        store = _open_store(topology, env, listener, deadline, timeout_s)
+    seat = rollcall.call(
+        PrefixStore("rollcall", store),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        local_rank=topology.local_rank if topology.is_complete or "LOCAL_RANK" in env else None,
+        node=node,
+        deadline=deadline,
+        timeout_s=timeout_s,
+    )
+    if not topology.is_complete:
+        topology = replace(topology, **seat._asdict(), is_complete=True)
+    _publish(topology, env)
+    _start_group(topology, store, deadline, collective_timeout_s)
+    try:
+        yield topology
+    except BaseException:
+        _destroy_group()
+        raise
+    # Rank 0 holds the store: nobody leaves while another still needs it.
+    dist.all_reduce(_nothing())
+    _destroy_group()
+
+
+def finalize_mpi() -> None:
+    """Ends MPI if it was started: mpirun kills the job when a rank leaves by os._exit after MPI_Init without this."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+
+
+def _meet_over_mpi(topology: Topology, env: Mapping[str, str]) -> tuple[Topology, socket.socket | None, str]:
+    """Lets rank 0 open the master's socket and tell all others where; also asks which ranks share a node.
+
+    The socket stays open from here on, so that nobody else can take the port. MPI is over again when this returns.
+    """
+    cure = "or give the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise TopologyError(
+            f"Under {topology.launcher} ranks meet through mpi4py: {error}. Install it, {cure}"
+        ) from error
+    comm = MPI.COMM_WORLD
+    if (comm.rank, comm.size) != (topology.rank, topology.world_size):
+        library = MPI.Get_library_version().splitlines()[0]
+        launchers.refuse(
+            env,
+            f"By its variables this is rank {topology.rank} of {topology.world_size}, by mpi4py rank {comm.rank} of "
+            f"{comm.size}: mpi4py uses another MPI ({library}) than the launcher. Use the mpirun of that MPI, {cure}",
+        )
+    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    node = f"mpi:{shared.bcast(comm.rank, root=0)}"
+    listener, where = None, None
+    if comm.rank == 0:
+        address = "127.0.0.1" if shared.size == comm.size else network.outward_address()
+        if address is not None:
+            listener = rollcall.listen(address, 0)
+            where = (address, int(listener.getsockname()[1]))
+    where = comm.bcast(where, root=0)
+    finalize_mpi()
+    if where is None:
+        raise TopologyError(
+            f"Rank 0 has no default route, so which address do the others reach? Set MASTER_ADDR, {cure}"
+        )
+    return replace(topology, master_addr=where[0], master_port=where[1]), listener, node
+
+
+def _open_store(
+    topology: Topology, env: MutableMapping[str, str], listener: socket.socket | None, deadline: float, timeout_s: float
+) -> Store:
+    """The store where all ranks meet: torchrun's own, else one that rank 0 opens on the master's interface.
+
+    Chooses the socket interface on the way.
+    """
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    address, port, size = topology.master_addr, topology.master_port, topology.world_size
+    assert address is not None
+    assert port is not None
+    on_one_node = topology.is_complete and topology.num_nodes == 1
+    serves_others = not on_one_node and not network.is_literally_local(address)
+    network.choose_interface(env, address, port, serves_other_nodes=serves_others)
+    agent_has_it = topology.launcher == "torchrun" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    left = timedelta(seconds=timeout_s)
+    if topology.is_main and not agent_has_it:
+        if listener is None:
+            listener = rollcall.listen_as_master(address, port, serves_other_nodes=serves_others)
+        own = network.resolve(address, port)[1]
+        store: Store = TCPStore(own, port, size, True, left, False, master_listen_fd=listener.detach())
+    else:
+        rollcall.reach(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
+        try:
+            store = TCPStore(address, port, size, False, left, False)
+        except RuntimeError as error:
+            raise TopologyError(f"What answers at {address}:{port} is not this job's meeting point: {error}") from error
+    # Workers that torchrun starts again must not read what their forerunners wrote.
+    return PrefixStore(f"dtrain/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _start_group(topology: Topology, store: Store, deadline: float, collective_timeout_s: float) -> None:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+
+    # Connecting has the start-up time-out, work after it the longer one.
+    left = timedelta(seconds=max(deadline - time.monotonic(), 10.0))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    group_store = PrefixStore("group", store)
+    try:
+        dist.init_process_group(
+            backend, store=group_store, rank=topology.rank, world_size=topology.world_size, timeout=left
+        )
+        dist.all_reduce(_nothing())
+    except RuntimeError as error:
+        raise TopologyError(
+            f"All {topology.world_size} ranks came, but rank {topology.rank} on {socket.gethostname()} cannot connect "
+            f"to them: {error}\nDo the nodes reach each other on all ports? Is GLOO_SOCKET_IFNAME the right interface?"
+        ) from error
+    _set_pg_timeout(timedelta(seconds=collective_timeout_s))
+
+
+def _publish(topology: Topology, env: MutableMapping[str, str]) -> None:
+    """DeepSpeed takes its place from these variables alone, also under MPI, Slurm and no launcher at all."""
+    env["RANK"], env["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(topology.local_rank), str(topology.local_world_size)
+
+
+def _nothing() -> torch.Tensor:
+    import torch
+
+    return torch.zeros(1)
+
+
+def _destroy_group() -> None:
+    """Destroys the group, in 5 s at most: with work pending, torch's teardown waits for peers that may be gone."""
+    import torch.distributed as dist
+
+    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    worker.start()
+    worker.join(timeout=5.0)

@@ -1,0 +1,135 @@
+"""Where the numbers go: metrics.jsonl, TensorBoard, and one line or a progress bar for the person who waits.
+
+Only rank 0 writes; on other ranks every method does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from dtrain.console import log
+from dtrain.run_folder import MetricsLog
+
+
+class Tracker:
+    """The log of one run. Use it as a context, so that a bar and files are closed whatever happens."""
+
+    def __init__(self, folder: Path, *, is_main: bool, total_steps: int, first_step: int, tensorboard: bool) -> None:
+        """
+        Args:
+            first_step: steps already taken when this process began.
+            tensorboard: write event files below the folder.
+        """
+        self._is_main = is_main
+        self._begin = time.monotonic()
+        self._since, self._examples = self._begin, 0
+        self._total_steps, self._first_step = total_steps, first_step
+        self._log = MetricsLog(folder / "metrics.jsonl") if is_main else None
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if is_main and sys.stdout.isatty() else None
+        self._quiet = _through_bar() if self._bar is not None else None
+        self._board: Any = None
+        if is_main and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._quiet is not None:
+            log.handlers[:] = self._quiet
+        if self._board is not None:
+            self._board.close()
+        if self._log is not None:
+            self._log.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since this log was opened."""
+        return time.monotonic() - self._begin
+
+    def event(self, event: str, **values: Any) -> None:
+        """One line of metrics.jsonl, with wall and monotonic time."""
+        if self._log is not None:
+            self._log.write({"event": event, **values, "time_s": time.time(), "monotonic_s": time.monotonic()})
+
+    def step(self, examples: int) -> None:
+        """A step was taken."""
+        self._examples += examples
+        if self._bar is not None:
+            self._bar.update()
+
+    def train(self, **values: Any) -> None:
+        """A train line; see monitors.protocol.StepRecord for what the values are."""
+        now = time.monotonic()
+        rate = self._examples / max(now - self._since, 1e-9)
+        self._since, self._examples = now, 0
+        self.event("train", **values, examples_per_second=rate)
+        if not self._is_main:
+            return
+        step = values["step"]
+        for name in ("loss", "grad_norm", "learning_rate"):
+            self._scalar(f"train/{name}", values[name], step)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} examples/s")
+        else:
+            remaining = (self._total_steps - step) * (now - self._begin) / max(step - self._first_step, 1)
+            log.info(
+                "step %*d/%d  epoch %.2f  loss %.4f  grad_norm %.3f  lr %.2e  %.0f examples/s  %s left",
+                len(str(self._total_steps)),
+                step,
+                self._total_steps,
+                values["epoch"],
+                values["loss"],
+                values["grad_norm"],
+                values["learning_rate"],
+                rate,
+                _duration(remaining),
+            )
+
+    def evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """An eval line."""
+        self.event("eval", step=step, **metrics, seconds=seconds)
+        for name, value in metrics.items():
+            self._scalar(f"eval/{name}", value, step)
+        log.info("eval at step %d: %s", step, "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        if self._board is not None and math.isfinite(value):
+            self._board.add_scalar(name, value, step)
+
+
+class _BarHandler(logging.Handler):
+    """Prints above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def _through_bar() -> list[logging.Handler]:
+    """Sends the log above the bar; gives back the handlers to restore."""
+    before = list(log.handlers)
+    handler = _BarHandler()
+    for old in before:
+        handler.setFormatter(old.formatter)
+        for rule in old.filters:
+            handler.addFilter(rule)
+    log.handlers[:] = [handler]
+    return before
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

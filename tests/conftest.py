@@ -1,0 +1,195 @@
+"""What holds for every test: its order and time limit, when it may be skipped, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+REAL_DATA = TESTS.parent.parent / "shared" / "data"
+STAGES = ("unit", "distributed", "launchers")
+"""Folders in the order in which they run: what is quick comes first."""
+
+UNIT_LIMIT_S = 60
+GRACE_S = 2.0
+"""How long a child that a test has told to end may take to be gone."""
+
+SET_BY_LIBRARIES = {
+    "PYTEST_CURRENT_TEST",
+    "KMP_DUPLICATE_LIB_OK",  # these two: scikit-learn, when it is imported
+    "KMP_INIT_AT_FORK",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",  # deepspeed, when it is imported
+    "TORCHINDUCTOR_CACHE_DIR",  # torch.compile's first look at its cache
+}
+"""Environment variables that an import changes: no test can be blamed for them."""
+
+
+# Time limits, order, resources
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by stage, limits unit tests, and skips what needs a GPU or data that is not here."""
+    items.sort(key=_stage)
+    for item in items:
+        if _stage(item) == 0 and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(UNIT_LIMIT_S))
+        if reason := _missing_resource(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _stage(item: pytest.Item) -> int:
+    path = item.path.resolve()
+    folder = path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
+    return STAGES.index(folder) if folder in STAGES else len(STAGES)
+
+
+def _missing_resource(item: pytest.Item) -> str | None:
+    if item.get_closest_marker("gpu") and not _has_cuda():
+        return "needs a CUDA device"
+    if item.get_closest_marker("data") and not REAL_DATA.is_dir():
+        return f"needs the real data in {REAL_DATA}"
+    return None
+
+
+def _has_cuda() -> bool:
+    import torch  # only where a test asks for a GPU: a run of quick tests does not pay for the import
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real data. A test that takes it is marked `data`, and so skipped where there is none."""
+    return REAL_DATA
+
+
+# What must run: with DTRAIN_MUST_RUN=1 (CI) a skip for any other reason is a failure
+
+
+def _must_run() -> bool:
+    return os.environ.get("DTRAIN_MUST_RUN") == "1"
+
+
+def _fail_the_skipped(report: Any) -> None:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid} must run here (DTRAIN_MUST_RUN=1), but was skipped: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Fails a skipped test, unless it waits for a GPU or data that is not here."""
+    report = yield
+    is_xfail = hasattr(report, "wasxfail")  # pytest reports an expected failure as a skip
+    if _must_run() and report.skipped and not is_xfail and _missing_resource(item) is None:
+        _fail_the_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """Fails a module that skips itself as a whole (`importorskip`)."""
+    report = yield
+    if _must_run() and report.outcome == "skipped":
+        _fail_the_skipped(report)
+    return report
+
+
+# Leaks: a test that leaves something behind fails, and what it left is put right for the next one
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fails a test after which a child runs, a process group stands, or the environment or folder is another."""
+    # Set up before the test's other fixtures and therefore torn down after them: what they clean up is no leak.
+    children, environment, folder = _descendants(), _environment(), Path.cwd()
+    yield
+    leaks = [*_end_children(children), *_end_process_group(), *_restore(environment), *_go_back(folder)]
+    if leaks:
+        pytest.fail("the test left behind: " + "; ".join(leaks), pytrace=False)
+
+
+def _descendants() -> set[int]:
+    """Running processes below this one, without multiprocessing's own. Empty where there is no /proc."""
+    multiprocessing.active_children()  # reaps those that have ended
+    found: set[int] = set()
+    waiting = [os.getpid()]
+    while waiting:
+        for listing in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            try:
+                new = [int(pid) for pid in listing.read_text().split()]
+            except OSError:  # ended while we looked
+                continue
+            waiting += new
+            found.update(pid for pid in new if _is_of_a_test(pid))
+    return found
+
+
+def _is_of_a_test(pid: int) -> bool:
+    command = _command(pid)
+    is_zombie = not command
+    return (
+        not is_zombie
+        and "multiprocessing.resource_tracker" not in command
+        and "multiprocessing.forkserver" not in command
+    )
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _end_children(before: set[int]) -> Iterator[str]:
+    deadline = time.monotonic() + GRACE_S
+    while (left := _descendants() - before) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for pid in sorted(left):
+        yield f"process {pid} ({_command(pid)[:100]})"
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _end_process_group() -> Iterator[str]:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        yield "torch.distributed's default process group"
+        distributed.destroy_process_group()
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in SET_BY_LIBRARIES}
+
+
+def _restore(before: dict[str, str]) -> Iterator[str]:
+    after = _environment()
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) == after.get(name):
+            continue
+        yield f"{name}={after.get(name)} in the environment, where it was {before.get(name)}"
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+def _go_back(before: Path) -> Iterator[str]:
+    try:
+        after: Path | str = Path.cwd()
+    except FileNotFoundError:
+        after = "a folder that is gone"
+    if after != before:
+        yield f"the working folder {after}, where it was {before}"
+        os.chdir(before)

@@ -1,0 +1,220 @@
+"""What crosses ranks, at world sizes 1, 2 and 3: several assertions share one run of ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.collectives import (
+    agree,
+    all_gather,
+    all_gather_object,
+    all_reduce_max,
+    all_reduce_sum,
+    barrier,
+    broadcast,
+    broadcast_object,
+    gather,
+    gather_for_metrics,
+    node_first,
+    reduce_sum,
+    scatter,
+)
+from dtrain.errors import DataError, DtrainError
+from dtrain.topology import SINGLE, Topology
+from tests.multirank import RanksFailed, run_ranks
+
+
+def _moves_tensors(topology: Topology) -> None:
+    rank, size = topology.rank, topology.world_size
+    everyone = torch.arange(size)
+    mine = torch.tensor([rank, 10 * rank], dtype=torch.float64)
+    kept = mine.clone()
+
+    total = all_reduce_sum(mine, topology)
+    assert total.tolist() == [everyone.sum(), 10 * everyone.sum()]
+    assert all_reduce_max(mine, topology).tolist() == [size - 1, 10 * (size - 1)]
+    reduced = reduce_sum(mine, topology, dst=size - 1)
+    assert (reduced is None) == (rank != size - 1)
+    assert reduced is None or reduced.tolist() == total.tolist()
+    assert mine.tolist() == kept.tolist(), "arguments are left alone"
+
+    # Rank r holds r rows, so rank 0 none; the dtypes are ones that gloo has no name for, too.
+    for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float64):
+        uneven = torch.full((rank, 2), rank, dtype=torch.float32).to(dtype)
+        parts = all_gather(uneven, topology)
+        assert [tuple(part.shape) for part in parts] == [(r, 2) for r in range(size)]
+        assert all(torch.equal(part, torch.full((r, 2), r).to(dtype)) for r, part in enumerate(parts))
+        assert all(part.dtype == dtype for part in parts)
+    gathered = gather(torch.full((rank,), rank), topology, dst=0)
+    assert (gathered is None) == (rank != 0)
+    assert gathered is None or [part.tolist() for part in gathered] == [[r] * r for r in range(size)]
+    assert [part.dim() for part in all_gather(torch.tensor(1.5), topology)] == [0] * size
+
+    parts = [torch.full((r, 3), float(r)) for r in range(size)] if rank == 0 else None
+    assert torch.equal(scatter(parts, topology), torch.full((rank, 3), float(rank)))
+    last = size - 1
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    assert torch.equal(broadcast(weight if rank == last else None, topology, src=last), weight)
+    assert torch.equal(broadcast(weight if rank == 0 else None, topology, like=torch.empty_like(weight)), weight)
+    assert broadcast(torch.empty(0, 5) if rank == 0 else None, topology).shape == (0, 5)
+
+
+def _moves_objects_and_decisions(topology: Topology) -> None:
+    rank, size = topology.rank, topology.world_size
+    assert all_gather_object({"rank": rank, "pad": "\u00e9" * rank}, topology) == [
+        {"rank": r, "pad": "\u00e9" * r} for r in range(size)
+    ]
+    assert broadcast_object([1, None, "a"] if rank == 0 else object(), topology) == [1, None, "a"]
+    assert agree(rank == size - 1, topology) == 1
+    assert agree(0, topology) == 0
+    assert agree(rank, topology) == size - 1
+    barrier(topology)
+
+
+def _share(topology: Topology, count: int) -> torch.Tensor:
+    """Interleaved and backwards, so that neither rank order nor row order is data order."""
+    return torch.arange(count)[topology.rank :: topology.world_size].flip(0)
+
+
+def _gathers_in_data_order(topology: Topology) -> None:
+    for count in (0, 1, 2, 7):
+        index = _share(topology, count)
+        values: dict[str, torch.Tensor] = {
+            "loss": index.to(torch.float64) / 3,
+            "logits": torch.stack([index, -index], dim=1).to(torch.float32),
+        }
+        if not len(index) and count:
+            values = {}  # a rank without examples knows no shapes
+        found = gather_for_metrics(values, index, topology, num_examples=count)
+        order = torch.arange(count)
+        assert torch.equal(found["loss"], order.to(torch.float64) / 3)
+        assert torch.equal(found["logits"], torch.stack([order, -order], dim=1).to(torch.float32))
+        assert (found["loss"].dtype, found["logits"].dtype) == (torch.float64, torch.float32)
+
+
+def _refused(topology: Topology, index: torch.Tensor, values: dict[str, torch.Tensor], count: int) -> str:
+    with pytest.raises(DtrainError) as caught:
+        gather_for_metrics(values, index, topology, num_examples=count)
+    return str(caught.value)
+
+
+def _rejects_wrong_indices(topology: Topology) -> list[str]:
+    last = topology.rank == topology.world_size - 1
+    index = _share(topology, 7)
+    repeated = torch.cat([index, index[:1]]) if last else index
+    lost = index[1:] if last else index
+    outside = torch.where(index == index.max(), 7, index) if last else index
+    wide = index.unsqueeze(1) if last else index
+    return [
+        *(_refused(topology, wrong, {"loss": wrong.double()}, 7) for wrong in (repeated, lost, outside)),
+        _refused(topology, index, {"loss": index.double()[1:] if last else index.double()}, 7),
+        _refused(topology, index, {"loss": wide}, 7) if topology.world_size > 1 else "disagree",
+    ]
+
+
+def _everything(topology: Topology) -> list[str]:
+    _moves_tensors(topology)
+    _moves_objects_and_decisions(topology)
+    _gathers_in_data_order(topology)
+    return _rejects_wrong_indices(topology)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_collective_gives_what_one_process_would_compute(world_size: int) -> None:
+    messages = run_ranks(_everything, world_size)
+
+    assert all(said == messages[0] for said in messages), "every rank raises the same"
+    repeated, lost, outside, short, shapes = messages[0]
+    first_of_last_rank = list(range(world_size - 1, 7, world_size))[-1]
+    assert f"1 counted more than once ({first_of_last_rank})" in repeated
+    assert f"1 missing ({first_of_last_rank})" in lost
+    assert "1 outside (7)" in outside
+    assert "not as many rows of loss" in short
+    assert "disagree" in shapes
+
+
+def test_more_ranks_without_a_group_are_an_error_not_a_single_process() -> None:
+    two = replace(SINGLE, world_size=2, local_world_size=2, launcher="env")
+
+    with pytest.raises(RuntimeError, match="2 ranks, but no group"):
+        all_reduce_sum(torch.ones(1), two)
+
+
+def _on_two_nodes(topology: Topology) -> Topology:
+    """Ranks 0 and 1 are node 0; the rest is node 1."""
+    rank = topology.rank
+    node, local = (0, rank) if rank < 2 else (1, rank - 2)
+    return replace(topology, local_rank=local, local_world_size=2 - node, node_rank=node, num_nodes=2)
+
+
+def _works_once_per_node(topology: Topology) -> list[Any]:
+    nodes = _on_two_nodes(topology)
+    first = node_first(lambda: {"by": topology.rank, "pid": os.getpid()}, nodes)
+    second = node_first(lambda: (topology.rank, "tuple"), nodes)
+
+    def fail() -> None:
+        if nodes.node_rank == 1:
+            raise DataError("row 3 of train.tsv has 2 columns")
+
+    with pytest.raises(DataError) as caught:
+        node_first(fail, nodes)
+    barrier(topology)  # the job is whole after an error that all share
+    return [first["by"], second, str(caught.value)]
+
+
+def test_one_rank_per_node_works_and_all_hear_its_result_or_its_error() -> None:
+    results = run_ranks(_works_once_per_node, 3)
+
+    message = "row 3 of train.tsv has 2 columns"
+    assert results == [[0, [0, "tuple"], message], [0, [0, "tuple"], message], [2, [2, "tuple"], message]]
+
+
+def _breaks_in_node_work(topology: Topology) -> str:
+    def work() -> None:
+        raise KeyError("a mistake of ours")
+
+    try:
+        node_first(work, _on_two_nodes(topology))
+    except (KeyError, DtrainError) as error:
+        if isinstance(error, KeyError):
+            assert topology.rank in (0, 2)
+            return "itself"
+        return str(error)
+    return "nothing"
+
+
+def test_a_mistake_in_node_work_does_not_leave_the_others_waiting() -> None:
+    itself, other, _ = run_ranks(_breaks_in_node_work, 3)
+
+    assert itself == "itself"
+    assert "KeyError" in other
+
+
+def _one_fails(topology: Topology) -> None:
+    if topology.rank == 1:
+        raise ValueError("rank 1 is the culprit")
+    barrier(topology)
+
+
+def test_the_rank_that_failed_first_is_the_one_reported() -> None:
+    with pytest.raises(RanksFailed, match=r"rank 1 failed first[\s\S]*rank 1 is the culprit"):
+        run_ranks(_one_fails, 3)
+
+
+def test_ranks_that_hang_are_ended_and_shown_with_their_stacks() -> None:
+    with pytest.raises(RanksFailed, match=r"(?s)finished: \[0\].*_one_hangs"):
+        run_ranks(_one_hangs_but_one, 2, timeout_s=3.0)
+
+
+def _one_hangs_but_one(topology: Topology) -> None:
+    """Rank 0 is done and waits in the group's end; rank 1 never gets there."""
+    if topology.rank == 1:
+        import threading
+
+        threading.Event().wait(60)
+    del topology

@@ -1,0 +1,594 @@
+"""Settings: what a file and the command line say is what the run gets, and what is wrong is said so that it can be mended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from dtrain.config import differences, load_config, to_yaml
+from dtrain.errors import ConfigError
+from dtrain.schema import OWNED_DEEPSPEED_KEYS, QUICKSTART, Config, OnResume
+from dtrain.wording import models_in
+
+ROOT = Path(__file__).parents[2]
+CLASSIFY = ("task.name=classification",)
+
+
+def written(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path | None, *overrides: str) -> list[str]:
+    """The lines of the error that loading must raise."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    lines = str(caught.value).splitlines()
+    for line in lines:
+        assert not any(jargon in line for jargon in ("Input should", "http", "type=", "pydantic", "validation error"))
+    return lines
+
+
+def fields(model: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting below a model by its dotted name."""
+    for name, field in model.model_fields.items():
+        inner = models_in(field.annotation)
+        yield f"{prefix}{name}", field
+        for section in inner:
+            yield from fields(section, f"{prefix}{name}.")
+
+
+def reference_rows() -> list[str]:
+    """The table of configs/README.md: one row for each setting that is not a section."""
+    rows = {}
+    for name, field in fields(Config):
+        if models_in(field.annotation) and field.is_required() is False and field.default_factory is not None:
+            continue
+        if name == "task":
+            continue
+        default = "required" if field.is_required() else to_text(field.get_default(call_default_factory=True))
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        meaning = (field.description or "").replace("|", "\\|")
+        row = f"| `{name}` | {default} | {meaning} | {extra['resume']} |"
+        rows[row] = None
+    return list(rows)
+
+
+def to_text(default: Any) -> str:
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, tuple | dict):
+        return f"`{list(default)}`" if default else ""
+    return f"`{default!r}`" if default == "\n\n" else f"`{default}`"
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_a_file_gives_what_it_says_and_the_defaults_for_the_rest(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path, "task: {name: classification}\ntrain:\n  global_batch_size: 64\n"), [])
+
+    assert config.train.global_batch_size == 64
+    assert (config.train.micro_batch_size, config.train.epochs, config.train.max_steps) == (8, 3, None)
+    assert (config.optim.name, config.optim.learning_rate, config.optim.weight_decay) == ("adamw", 5e-5, 0.01)
+    assert (config.optim.max_grad_norm, config.schedule.name, config.schedule.warmup_steps) == (1.0, "linear", None)
+    assert (config.evaluation.micro_batch_size, config.engine.precision, config.train.log_every) == (32, "fp32", 10)
+    assert (config.max_length, config.train.eval_every, config.run.output_dir) == (128, "epoch", Path("runs"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), (".5e3", 500.0), ("2", 2.0), ("1.", 1.0), ("1_000", 1000.0)]
+)
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str, value: float) -> None:
+    path = written(tmp_path, f"task: {{name: classification}}\noptim:\n  learning_rate: {text}\n")
+
+    assert load_config(path, []).optim.learning_rate == value
+    assert load_config(None, [f"optim.learning_rate={text}"]).optim.learning_rate == value
+
+
+def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
+    text = "task: {name: classification}\nrun: {name: 001}\nmodel: {name_or_path: 1e3}\ndata: {columns: {label: no, 2: 2020-01-01}}"
+
+    config = load_config(written(tmp_path, text), [])
+
+    assert (config.run.name, config.model.name_or_path) == ("001", "1e3")
+    assert config.data.columns == {"label": "no", "2": "2020-01-01"}
+
+
+def test_a_section_whose_lines_are_all_commented_out_is_a_section_of_defaults(tmp_path: Path) -> None:
+    config = load_config(
+        written(tmp_path, "task: {name: classification}\ntrain:\n#  epochs: 5\nmodel:\n  config:\n"), []
+    )
+
+    assert (config.train.epochs, config.model.config) == (3, {})
+
+
+def test_a_home_folder_is_expanded() -> None:
+    config = load_config(None, ["run.output_dir=~/runs", "model.tokenizer=~/vocab.txt"])
+
+    assert config.run.output_dir == Path.home() / "runs"
+    assert config.model.tokenizer == str(Path.home() / "vocab.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("task:\n\tname: classification\n", 2, "not tabs"),
+        ("task: {name: classification\ntrain: 3\n", 2, "not YAML"),
+        ("- task\n- train\n", None, "expected sections"),
+        ("classification\n", None, "found classification"),
+        ("a: 1\n---\nb: 2\n", 2, "not YAML"),
+        ("task: &again [*again]\n", None, "contains itself"),
+        ("task: {name: classification}\nrun: {seed: !!python/object/apply:os.getpid []}\n", 2, "python/object"),
+        ("task: {name: classification}\nrun: {seed: !!int seven}\n", 2, "run.seed"),
+        ("task: {name: 'classi\x01fication'}\n", None, "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_with_its_line(
+    tmp_path: Path, text: str, line: int | None, words: str
+) -> None:
+    path = written(tmp_path, text)
+
+    (first, *_) = refusal(path)
+
+    assert first.startswith(f"{path}, line {line}: " if line else f"{path}: ")
+    assert words in first
+
+
+def test_a_file_that_is_not_there_is_named_with_the_one_that_was_meant(tmp_path: Path) -> None:
+    meant = written(tmp_path, "", "cola.yaml")
+
+    (line,) = refusal(tmp_path / "cols.yaml")
+
+    assert str(tmp_path / "cols.yaml") in line
+    assert f"Did you mean {meant}?" in line
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    assert "directory" in refusal(tmp_path)[0]
+
+
+def test_bytes_that_are_not_utf8_are_placed(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(b"task:\n  name: causal_lm\nrun:\n  name: caf\xe9\n")
+
+    assert refusal(path) == [f"{path}, line 4: byte 41 is not UTF-8: save the file as UTF-8"]
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(b"\xef\xbb\xbftask: {name: causal_lm}\n")
+
+    assert load_config(path, []).task.name == "causal_lm"
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: causal_lm}\ntrain:\n  epochs: 1\n  shuffle: true\n  epochs: 2\n")
+
+    assert refusal(path) == [f"{path}, line 5: train.epochs is set twice (first: {path}, line 3). Keep one."]
+
+
+# ---------------------------------------------------------------- errors
+
+
+def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "task:\n  name: clasification\ntrian:\n  epochs: 1\ntrain:\n  micro_batchsize: 4\n  shuffle: 3\n"
+        "optim:\n  learning_rate: fast\n",
+    )
+
+    lines = refusal(path, "train.global_batch_size=0", "foo")
+
+    assert sorted(lines) == sorted(
+        [
+            f"{path}, line 2: task.name=clasification: it must be one of classification, causal_lm."
+            " Did you mean classification?",
+            f"{path}, line 3: trian is not a setting. Did you mean train?",
+            f"{path}, line 6: train.micro_batchsize is not a setting. Did you mean train.micro_batch_size?",
+            f"{path}, line 7: train.shuffle=3: it must be true or false.",
+            f"{path}, line 9: optim.learning_rate=fast: it must be a number, above 0.",
+            "command line: train.global_batch_size=0: it must be a whole number, at least 1.",
+            "command line: 'foo' sets nothing: write section.key=value, e.g. train.epochs=1.",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_steps=true", "train.max_steps=true: it must be a whole number, at least 1, or null."),
+        ("train.max_steps=1e3", "train.max_steps=1000.0: it must be a whole number, at least 1, or null."),
+        ("train.max_steps='7'", "train.max_steps='7': it must be a whole number, at least 1, or null."),
+        ("train.shuffle=yes", "train.shuffle='yes': it must be true or false."),
+        ("train.shuffle=1", "train.shuffle=1: it must be true or false."),
+        ("optim.learning_rate=true", "optim.learning_rate=true: it must be a number, above 0."),
+        ("optim.learning_rate=.nan", "optim.learning_rate=.nan: it must be a number, above 0."),
+        ("optim.weight_decay=.inf", "optim.weight_decay=.inf: it must be a number, at least 0."),
+        ("optim.weight_decay=null", "optim.weight_decay=null: it must be a number, at least 0."),
+        ("optim.betas=[0.9, 1]", "optim.betas[1]=1: it must be a number, at least 0, below 1."),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: it must be a list of 2, each item a number, at least 0, below 1."),
+        (
+            "engine.zero_stage=true",
+            "engine.zero_stage=true: it must be a whole number, at least 0, at most 3, or null.",
+        ),
+        ("engine.zero_stage=4", "engine.zero_stage=4: it must be a whole number, at least 0, at most 3, or null."),
+        ("optim.name=adam", "optim.name=adam: it must be one of adamw, sgd, adafactor. Did you mean adamw?"),
+        (
+            "train.eval_every=0",
+            "train.eval_every=0: it must be a number of steps from 1 on, epoch, 'N epochs' or never.",
+        ),
+        ("train.eval_every=true", "train.eval_every=true: it must be a number of steps"),
+        ("freeze.modules=embeddings", "freeze.modules=embeddings: it must be a list, each item text."),
+        ("freeze.thaw=[{epoch: 0, modules: [a]}]", "freeze.thaw[0].epoch=0: it must be a whole number, at least 1."),
+        ("freeze.thaw=[{epoch: 1}]", "freeze.thaw[0].modules is not set: it must be a list, not empty"),
+        ("evaluation.best=accuracy", "evaluation.best=accuracy: it must be a section with metric, mode, or null."),
+        ("train=3", "train=3: it must be a section with epochs"),
+        ("task=classification", "task=classification: it must be a section with name"),
+        ("task={}", "task.name is not set: it must be one of classification, causal_lm."),
+        ("run.name=../outside", "run.name=../outside: a run name is one folder"),
+        ("train.learning_rate=1", "train.learning_rate is not a setting. Did you mean optim.learning_rate?"),
+        ("learning_rate=1", "learning_rate is not a setting. Did you mean optim.learning_rate?"),
+        ("train.qqq=1", "train.qqq is not a setting: train has epochs, max_steps"),
+        ("qqq.epochs=1", "qqq is not a setting: the config has run, task, model"),
+        (
+            "task.label_smoothing=0.1",
+            "task.label_smoothing is not a setting of task.name=causal_lm, which has name, joiner.",
+        ),
+        ("optim.betas=[0.9", "optim.betas=[0.9: the value is not YAML"),
+        ("configs/cola.yaml", "'configs/cola.yaml' sets nothing: for a config file write --config configs/cola.yaml."),
+        ("train.=3", "'train.=3' sets nothing"),
+        ("data={limit: 1, limit: 2}", "data.limit is set twice"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_was_found_and_what_is_expected(override: str, message: str) -> None:
+    (line,) = refusal(None, override)
+
+    assert line.startswith(f"command line: {message}")
+
+
+def test_a_value_of_several_kinds_is_judged_by_the_nearest() -> None:
+    assert refusal(None, *CLASSIFY, "task.class_weights=bal") == [
+        "command line: task.class_weights=bal: it must be balanced, or a mapping {name: a number}, or null."
+    ]
+    assert refusal(None, *CLASSIFY, "task.class_weights={a: x}") == [
+        "command line: task.class_weights.a=x: it must be a number."
+    ]
+    assert "label 'b' must be above 0" in refusal(None, *CLASSIFY, "task.class_weights={a: 1, b: 0}")[0]
+    weights = load_config(None, [*CLASSIFY, "task.class_weights={0: 1, 1: 2.5}"]).task
+    assert weights.name == "classification"
+    assert weights.class_weights == {"0": 1.0, "1": 2.5}
+
+
+def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: causal_lm}\ntrain.epochs: 3\n")
+
+    (line,) = refusal(path)
+
+    assert "write 'train:' and, indented below it, 'epochs: ...'" in line
+
+
+def test_a_file_without_a_task_is_told_so(tmp_path: Path) -> None:
+    path = written(tmp_path, "# nothing yet\n")
+
+    assert refusal(path) == [
+        f"{path}: task is not set: it must be a section with name, class_weights, label_smoothing, or a section with name, joiner."
+    ]
+
+
+def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: causal_lm}\noptim: {betas: [0.9, 0.99]}\n")
+
+    assert refusal(path, "optim.betas.0=0.8") == [
+        "command line: optim.betas.0 cannot be set: optim.betas is [0.9, 0.99]. Give optim.betas as a whole."
+    ]
+
+
+# ---------------------------------------------------------------- combinations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optim.name=adafactor", "engine.zero_stage=1"], ["optim.name=adafactor", "engine.zero_stage=1"]),
+        (["engine.precision=fp16", "engine.zero_stage=2"], ["engine.precision=fp16", "optim.max_grad_norm=null"]),
+        (["engine.name=single", "engine.zero_stage=0"], ["engine.zero_stage belongs to DeepSpeed"]),
+        (["engine.name=ddp", "engine.deepspeed.a=1"], ["engine.deepspeed belongs to DeepSpeed"]),
+        (["schedule.warmup_ratio=0.1"], ["schedule.warmup_steps", "schedule.warmup_ratio", "not both"]),
+        (["schedule.name=constant"], ["schedule.name=constant", "constant_with_warmup"]),
+        (["train.early_stopping=2"], ["train.early_stopping", "evaluation.best"]),
+        (["model.config=null"], ["model.config"]),
+        (["model.config={n_layer: 2}"], ["model.from_scratch", "model.config.model_type"]),
+    ],
+)
+def test_settings_that_are_wrong_together_are_refused(overrides: list[str], words: list[str]) -> None:
+    lines = refusal(None, *overrides)
+
+    assert all(word in lines[0] for word in words)
+
+
+def test_combinations_that_only_look_refused_are_taken() -> None:
+    load_config(None, ["optim.name=adafactor", "engine.zero_stage=0"])
+    load_config(None, ["optim.name=adafactor", "engine.name=deepspeed"])
+    load_config(None, ["engine.precision=fp16", "engine.zero_stage=2", "optim.max_grad_norm=null"])
+    load_config(None, ["schedule.name=constant", "schedule.warmup_steps=null"])
+
+
+@pytest.mark.parametrize(("key", "owner"), OWNED_DEEPSPEED_KEYS.items())
+def test_a_deepspeed_key_that_dtrain_owns_is_refused_with_its_owner(key: str, owner: str) -> None:
+    (line,) = refusal(None, f"engine.deepspeed.{key}=3.0")
+
+    assert f"engine.deepspeed.{key}" in line
+    assert owner in line
+
+
+def test_two_settings_that_contradict_each_other_are_both_placed(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: causal_lm}\nschedule:\n  warmup_steps: 5\n")
+
+    (line,) = refusal(path, "schedule.warmup_ratio=0.1")
+
+    assert line.startswith(f"{path}, line 3 and command line: give schedule.warmup_steps or schedule.warmup_ratio")
+
+
+def test_checkpoints_are_refused_until_they_exist() -> None:
+    every, resume = refusal(None, "checkpoint.every=3", "checkpoint.resume=runs/a/checkpoints/step-1")
+
+    assert every.startswith("command line: checkpoint.every=3: saving checkpoints comes with a later version")
+    assert resume.startswith("command line: checkpoint.resume=runs/a/checkpoints/step-1: ")
+    assert load_config(None, ["checkpoint.resume=never"]).checkpoint.resume == "never"
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def test_the_command_line_wins_over_the_file_and_a_later_word_over_an_earlier_one(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: classification, label_smoothing: 0.2}\ntrain: {epochs: 1, shuffle: false}\n")
+
+    config = load_config(path, ["train.epochs=2", "train.epochs=4"])
+
+    assert (config.train.epochs, config.train.shuffle) == (4, False)
+    assert config.task.name == "classification"
+    assert config.task.label_smoothing == 0.2
+
+
+def test_nested_settings_are_reached() -> None:
+    config = load_config(
+        None,
+        [
+            "model.config.n_layer=2",
+            "data.columns.text=001",
+            "evaluation.best={metric: accuracy, mode: min}",
+            "evaluation.best.mode=max",
+            "engine.deepspeed.zero_optimization.offload_optimizer.device=cpu",
+            'freeze.modules=[wte, "h[:2]"]',
+            "freeze.thaw=[{epoch: 1, modules: [wte]}]",
+        ],
+    )
+
+    assert (config.model.config["n_layer"], config.model.config["n_embd"]) == (2, 128)
+    assert config.data.columns == {"text": "001"}
+    assert config.evaluation.best is not None
+    assert (config.evaluation.best.metric, config.evaluation.best.mode) == ("accuracy", "max")
+    assert config.engine.deepspeed == {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert config.freeze.modules == ("wte", "h[:2]")
+    assert (config.freeze.thaw[0].epoch, config.freeze.thaw[0].modules) == (1, ("wte",))
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"), [("accuracy", "max"), ("loss", "min"), ("mismatched_loss", "min"), ("perplexity", "min")]
+)
+def test_the_better_of_two_metrics_need_not_be_told(metric: str, mode: str) -> None:
+    best = load_config(None, [f"evaluation.best.metric={metric}"]).evaluation.best
+
+    assert best is not None
+    assert best.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("generate.prompt=a = b", "a = b"),
+        ("generate.prompt=# not a comment", "# not a comment"),
+        ("generate.prompt=[not: a list", "[not: a list"),
+        ("generate.prompt=1e5", "1e5"),
+        ("generate.prompt=true", "true"),
+        ('generate.prompt="line\\n"', "line\n"),
+        ("generate.prompt='it''s'", "it's"),
+        ("generate.prompt=null", None),
+        ("generate.prompt=", None),
+    ],
+)
+def test_text_on_the_command_line_is_taken_as_it_is(override: str, value: str | None) -> None:
+    assert load_config(None, [override]).generate.prompt == value
+
+
+# ---------------------------------------------------------------- the quickstart, and names
+
+
+def test_without_a_file_the_quickstart_is_the_base() -> None:
+    config = load_config(None, ["train.max_steps=3"])
+
+    assert config == Config.model_validate({**QUICKSTART, "train": {**QUICKSTART["train"], "max_steps": 3}})
+    assert QUICKSTART["train"]["max_steps"] == 600, "the built-in default itself must not change"
+
+
+def test_the_quickstart_file_says_what_is_built_in() -> None:
+    assert load_config(ROOT / "configs" / "quickstart.yaml", []) == load_config(None, [])
+
+
+def test_naming_a_task_drops_the_quickstart() -> None:
+    config = load_config(None, CLASSIFY)
+
+    assert config == Config.model_validate({"task": {"name": "classification"}, "run": {"name": "classification"}})
+
+
+def test_naming_a_model_drops_the_quickstarts_model_and_what_was_tuned_for_it() -> None:
+    config = load_config(None, ["model.name_or_path=gpt2"])
+
+    assert (config.model.from_scratch, config.model.tokenizer, config.model.config) == (False, None, {})
+    assert (config.optim.learning_rate, config.schedule.name) == (5e-5, "linear")
+    assert (config.data.name, config.data.max_length, config.train.max_steps) == ("python_docs", 64, 600)
+
+
+def test_naming_data_drops_the_quickstarts_data_and_keeps_what_fits_its_model() -> None:
+    config = load_config(None, ["data.path=book.txt"])
+
+    assert (config.data.name, config.data.path) == (None, Path("book.txt"))
+    assert (config.data.max_length, config.data.validation_fraction) == (64, 0.1)
+    assert (config.model.tokenizer, config.optim.learning_rate) == ("char", 2e-3)
+    assert load_config(None, ["data.path=book.txt", "model.name_or_path=gpt2"]).max_length == 256
+
+
+def test_a_run_is_called_after_its_file_its_task_or_the_quickstart_and_its_command(tmp_path: Path) -> None:
+    text = "task: {name: causal_lm}\n"
+    own, named = written(tmp_path, text, "my cola.v2.yaml"), written(tmp_path, f"{text}run: {{name: given}}\n")
+
+    def name(path: Path | None, *overrides: str, command: str = "train") -> str | None:
+        return load_config(path, overrides, command=command).run.name
+
+    assert (name(None), name(None, command="evaluate")) == ("quickstart", "quickstart-evaluate")
+    assert (name(None, *CLASSIFY), name(None, *CLASSIFY, command="predict")) == (
+        "classification",
+        "classification-predict",
+    )
+    assert (name(own), name(own, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
+    assert (name(named), name(named, command="evaluate")) == ("given", "given")
+    assert (name(own, "run.name=x", command="evaluate"), name(own, "run={name: x}", command="evaluate")) == ("x", "x")
+    assert name(named, "run.name=null") == "own"
+
+
+# ---------------------------------------------------------------- writing and comparing
+
+
+def test_the_written_config_is_read_back_as_it_was(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        [
+            *CLASSIFY,
+            "run.name=1e5",
+            'data.delimiter="\\t"',
+            "data.columns={text: no, label: 010, other: 2020-01-01}",
+            "model.config={eps: 1e-12, id2label: {0: 'null', 1: '1:30'}, flag: true, none: null, text: '1e-4'}",
+            "task.class_weights={a: 1e-30, b: 3}",
+            "evaluation.best.metric=f1",
+            "freeze.thaw=[{epoch: 2, modules: ['*.bias']}]",
+            "engine.deepspeed={zero_optimization: {sub_group_size: 1e9}}",
+            "data.path=/tmp/a: b #c",
+        ],
+    )
+
+    path = written(tmp_path, to_yaml(config))
+
+    assert load_config(path, []) == config
+    assert to_yaml(load_config(path, [])) == to_yaml(config)
+
+
+def test_the_written_config_is_in_the_order_of_the_schema_and_whole() -> None:
+    lines = to_yaml(load_config(None, [])).splitlines()
+
+    assert [line[:-1] for line in lines if not line.startswith(" ")] == list(Config.model_fields)
+    assert "  betas: [0.9, 0.99]" in lines
+    assert "  output_dir: runs" in lines
+
+
+def test_differences_name_each_setting_with_old_and_new_value_and_what_a_resume_may_do() -> None:
+    old = to_yaml(load_config(None, ["model.config.n_layer=2", "train.log_every=5"]))
+    new = load_config(None, ["engine.precision=bf16", "evaluation.best.metric=loss"])
+
+    found = {tuple(difference) for difference in differences(old, new)}
+
+    assert found == {
+        ("model.config.n_layer", "2", "4", "refuse"),
+        ("train.log_every", "5", "10", "free"),
+        ("engine.precision", "fp32", "bf16", "warn"),
+        ("evaluation.best", "null", "{metric: loss, mode: min}", "refuse"),
+    }
+    assert differences(to_yaml(new), new) == []
+    assert differences(None, new) == []
+
+
+def test_a_config_of_another_version_is_compared_as_far_as_it_goes() -> None:
+    config = load_config(None, [])
+    text = to_yaml(config)
+
+    newer_setting = differences(text.replace("  find_unused: false\n", ""), config)
+    gone_setting = differences(text.replace("  find_unused:", "  find_used: 1\n  find_unused:"), config)
+
+    assert newer_setting == []
+    assert [tuple(difference) for difference in gone_setting] == [("engine.find_used", "1", "(not set)", "refuse")]
+
+
+def test_an_old_config_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: this is not YAML"):
+        differences("{torn", load_config(None, []))
+
+
+# ---------------------------------------------------------------- the schema
+
+
+def test_every_setting_has_a_meaning_and_says_what_a_resume_may_do_with_it() -> None:
+    for name, field in fields(Config):
+        extra = field.json_schema_extra
+        assert field.description, f"{name} has no meaning"
+        assert isinstance(extra, dict), f"{name} says nothing of resuming"
+        assert extra["resume"] in get_args(OnResume), name
+
+
+def test_the_config_folder_lists_every_setting() -> None:
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8").splitlines()
+
+    assert [row for row in reference_rows() if row not in text] == []
+    assert [
+        row
+        for row in text
+        if row.startswith("| `")
+        and "." in row.split("`")[1]
+        and row not in reference_rows()
+        and not row.split("`")[1].endswith(".yaml")
+    ] == []
+
+
+def test_every_file_in_the_config_folder_loads_and_is_explained() -> None:
+    readme = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        load_config(path, [])
+        assert f"`{path.name}`" in readme
+
+
+def test_the_cola_config_has_the_published_hyper_parameters() -> None:
+    config = load_config(ROOT / "configs" / "cola.yaml", [])
+
+    assert (config.model.name_or_path, config.data.name, config.data.path) == ("bert-base-cased", "cola", None)
+    assert (config.optim.learning_rate, config.train.epochs, config.train.global_batch_size) == (2e-5, 3, 32)
+    assert (config.max_length, config.schedule.name, config.run.name) == (128, "linear", "cola")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = load_config(None, [])
+
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.max_steps = 1  # type: ignore[misc]
+
+
+def test_reading_a_config_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from dtrain.config import load_config; import dtrain.run_folder; load_config(None, []);"
+        "print(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert done.stdout.strip() == "[]"

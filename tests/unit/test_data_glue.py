@@ -1,0 +1,175 @@
+"""The quirks of the GLUE files, each on a file of a few lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dtrain.data.glue import TASKS
+from dtrain.data.sources import label_names, load_sources
+from dtrain.errors import ConfigError, DataError
+from dtrain.schema import Data
+
+HEADERS = {
+    "cola": None,
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+    "wnli": "index\tsentence1\tsentence2\tlabel",
+}
+MNLI_COLUMNS = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
+MNLI_TRAIN = [*MNLI_COLUMNS.split(), "sentence1", "sentence2", "label1", "gold_label"]
+MNLI_DEV = [*MNLI_TRAIN[:-1], "label2", "label3", "label4", "label5", "gold_label"]
+
+
+def write(folder: Path, **lines: list[str]) -> Path:
+    for name, content in lines.items():
+        (folder / f"{name}.tsv").write_bytes(("\n".join(content) + "\n").encode())
+    return folder
+
+
+def read(folder: Path, name: str, split: str = "train", **settings: object) -> list[dict[str, object]]:
+    rows = load_sources(Data(name=name, path=folder, **settings), kind="labelled")[split].rows
+    return [dict(row) for row in rows]
+
+
+def test_cola_has_no_header_so_its_first_line_is_a_row_and_an_empty_third_column_counts(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["gj04\t1\t\tA cat.", "gj04\t0\t*\tCat a."], dev=["x\t1\t\tB."])
+
+    assert read(folder, "cola") == [
+        {"text": "A cat.", "label": "acceptable", "line": 1},
+        {"text": "Cat a.", "label": "unacceptable", "line": 2},
+    ]
+
+
+def test_a_test_file_has_a_header_and_no_labels_also_for_cola(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."], test=["index\tsentence", "0\tC.", "1\tD."])
+
+    rows = read(folder, "cola", "test", splits={"train": "train.tsv", "test": "test.tsv"})
+
+    assert rows == [{"text": "C.", "line": 2}, {"text": "D.", "line": 3}]
+
+
+def test_a_test_file_is_not_read_unless_asked_for(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."], test=["index\tsentence"])
+
+    assert list(load_sources(Data(name="cola", path=folder), kind="labelled")) == ["train", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "text", "pair", "label"),
+    [
+        ("sst2", 'a "b \t1', 'a "b ', None, "positive"),
+        ("mrpc", "1\t7\t8\tone\ttwo", "one", "two", "equivalent"),
+        ("qqp", '0\t1\t2\t"one\ttwo"\t0', '"one', 'two"', "not_duplicate"),
+        ("qnli", "0\tone\ttwo\tnot_entailment", "one", "two", "not_entailment"),
+        ("rte", "0\tone\ttwo\tentailment", "one", "two", "entailment"),
+        ("wnli", "0\tone\ttwo\t1", "one", "two", "entailment"),
+    ],
+)
+def test_texts_and_labels_come_from_the_tasks_columns_with_the_hubs_names(
+    tmp_path: Path, name: str, row: str, text: str, pair: str | None, label: str
+) -> None:
+    folder = write(tmp_path, train=[str(HEADERS[name]), row + "\r"], dev=[str(HEADERS[name]), row])
+
+    expected = {"text": text, **({"text_pair": pair} if pair else {}), "label": label, "line": 2}
+    assert read(folder, name) == [expected]
+    assert read(folder, name, "validation") == [expected]
+
+
+def test_mnli_finds_its_label_in_train_and_dev_files_of_different_width(tmp_path: Path) -> None:
+    train = ["x"] * 8 + ["one", "two", "neutral", "contradiction"]
+    dev = ["x"] * 8 + ["three", "four", "neutral", "neutral", "neutral", "neutral", "neutral", "entailment"]
+    lines = ["\t".join(MNLI_DEV), "\t".join(dev)]
+    folder = write(tmp_path, train=["\t".join(MNLI_TRAIN), "\t".join(train)], dev_matched=lines, dev_mismatched=lines)
+
+    sources = load_sources(Data(name="mnli", path=folder), kind="labelled")
+
+    assert list(sources) == ["train", "validation", "validation_mismatched"]
+    assert sources["train"].rows[0] == {"text": "one", "text_pair": "two", "label": "contradiction", "line": 2}
+    assert sources["validation_mismatched"].rows[0]["label"] == "entailment"
+    assert label_names(sources) == ("entailment", "neutral", "contradiction")
+
+
+def test_label_names_come_from_the_task_in_the_hubs_order_even_where_the_rows_lack_one(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."])
+
+    assert label_names(load_sources(Data(name="cola", path=folder), kind="labelled")) == ("unacceptable", "acceptable")
+
+
+def qqp_lines(rows: int, *malformed: str) -> list[str]:
+    return [str(HEADERS["qqp"]), *(f"{k}\t1\t2\tone\ttwo\t1" for k in range(rows)), *malformed]
+
+
+def test_qqp_skips_and_counts_malformed_rows(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=qqp_lines(1999, "7\t1\t2\tcut off"), dev=qqp_lines(1))
+
+    source = load_sources(Data(name="qqp", path=folder), kind="labelled")["train"]
+
+    assert (len(source.rows), source.skipped) == (1999, 1)
+
+
+def test_qqp_with_more_malformed_rows_than_the_original_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=qqp_lines(1997, "7\t1\t2\tcut off", "8", "a\tb\tc\td\te\tf\tg"), dev=qqp_lines(1))
+
+    with pytest.raises(DataError, match=r"train\.tsv: 3 of 2000 rows"):
+        load_sources(Data(name="qqp", path=folder), kind="labelled")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["x\t1\t\tA.", "made\t1"], r"train\.tsv, line 2: 2 columns where this file has 4"),
+        (["x\t1\t\tA.", "x\tseven\t\tB."], r"train\.tsv, line 2: 'seven' is not a label.*: 0, 1"),
+        ([""], r"train\.tsv has no rows"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, lines: list[str], said: str) -> None:
+    folder = write(tmp_path, train=lines, dev=["x\t1\t\tB."])
+
+    with pytest.raises(DataError, match=said):
+        load_sources(Data(name="cola", path=folder), kind="labelled")
+
+
+def test_a_file_of_another_task_is_told_by_its_header(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["sentence\tlabel", "a\t1"], dev=["sentence\tlabel", "a\t1"])
+
+    with pytest.raises(DataError, match=r"train\.tsv, line 1: no column 'sentence1' in the header \(sentence, label\)"):
+        load_sources(Data(name="rte", path=folder), kind="labelled")
+
+
+def test_an_empty_dev_file_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["x\t1\t\tA."])
+    (folder / "dev.tsv").write_bytes(b"")
+
+    with pytest.raises(DataError, match=r"dev\.tsv has no rows"):
+        load_sources(Data(name="cola", path=folder), kind="labelled")
+
+
+def test_a_missing_dev_file_is_named_with_what_the_folder_holds(tmp_path: Path) -> None:
+    folder = write(tmp_path, train=["x\t1\t\tA."])
+
+    with pytest.raises(DataError, match=r"dev\.tsv is missing: .* In that folder: train\.tsv"):
+        load_sources(Data(name="cola", path=folder), kind="labelled")
+
+
+def test_the_regression_task_and_settings_without_effect_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="stsb"):
+        load_sources(Data(name="stsb", path=tmp_path), kind="labelled")
+    with pytest.raises(ConfigError, match=r"data\.header has no effect"):
+        load_sources(Data(name="cola", path=tmp_path, header=True), kind="labelled")
+
+
+def test_every_task_that_is_not_a_regression_is_in_the_table() -> None:
+    assert set(TASKS) == {"cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"}
+
+
+@pytest.mark.data
+def test_the_real_cola_has_its_published_numbers_of_rows(real_data: Path) -> None:
+    sources = load_sources(Data(name="cola", path=real_data / "CoLA"), kind="labelled")
+
+    assert [len(source.rows) for source in sources.values()] == [8551, 1043]
+    assert sources["train"].rows[0]["text"].startswith("Our friends won't buy this analysis")

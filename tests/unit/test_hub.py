@@ -1,0 +1,66 @@
+"""What a user reads when the hub has no such data set, cannot be reached, or may not be asked. No server, no network."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pytest
+
+from dtrain.data import hub
+from dtrain.data.sources import load_sources, source_key
+from dtrain.errors import ConfigError, DataError
+from dtrain.schema import Data
+
+
+@pytest.fixture
+def closed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a hub that refuses connections: a port that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        yield address
+
+
+def test_a_hub_that_cannot_be_reached_is_named_at_once_with_the_offline_way(closed_hub: str) -> None:
+    begin = time.monotonic()
+
+    for attempt in (source_key, lambda data: load_sources(data, kind="labelled")):
+        with pytest.raises(DataError) as raised:
+            attempt(Data(name="tester/tiny-data"))
+        for words in ("tester/tiny-data", closed_hub, "refused", "save_to_disk", "data.path=FOLDER", "HF_HUB_OFFLINE=1"):
+            assert words in str(raised.value)
+        assert raised.value.__suppress_context__
+
+    assert time.monotonic() - begin < 5
+
+
+def test_offline_a_data_set_that_is_not_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+
+    with pytest.raises(DataError, match=r"tester/tiny-data .* is not in the cache, and HF_HUB_OFFLINE is set.*save_to_disk"):
+        source_key(Data(name="tester/tiny-data", config="small"))
+
+
+def test_a_glue_task_without_a_folder_is_looked_for_on_the_hub(closed_hub: str) -> None:
+    with pytest.raises(DataError, match=r"load_dataset\(\"nyu-mll/glue\", \"cola\"\)\.save_to_disk"):
+        load_sources(Data(name="cola"), kind="labelled")
+
+
+def test_a_name_that_is_a_folder_here_is_not_taken_for_one_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reviews").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError, match=r"data\.path=reviews"):
+        hub.load("reviews", None, {})

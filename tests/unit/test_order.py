@@ -1,0 +1,72 @@
+"""Laws 2 and 3: which examples a step takes, and who computes them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtrain.data.order import StepPlan, permutation, turns
+
+
+def test_an_epoch_holds_every_example_once_and_nothing_is_padded_in() -> None:
+    plan = StepPlan(num_examples=130, global_batch_size=32, micro_batch_size=5, seed=7, shuffle=True)
+
+    seen = [index for step in range(plan.steps_per_epoch) for index in plan.indices(step)]
+
+    assert plan.steps_per_epoch == 5
+    assert sorted(seen) == list(range(130))
+    assert len(plan.indices(4)) == 2
+
+
+def test_epochs_differ_seeds_differ_and_file_order_is_the_identity() -> None:
+    shuffled = StepPlan(100, 100, 8, seed=7, shuffle=True)
+    plain = StepPlan(100, 100, 8, seed=7, shuffle=False)
+
+    assert shuffled.indices(0) != shuffled.indices(1)
+    assert shuffled.indices(0) != StepPlan(100, 100, 8, seed=8, shuffle=True).indices(0)
+    assert plain.indices(0) == plain.indices(1) == list(range(100))
+
+
+def test_the_order_is_pinned_so_that_an_old_run_can_go_on_with_a_new_version() -> None:
+    # By hand from the definition: indices sorted by SplitMix64(derive(seed, "order", epoch) + index).
+    from dtrain.seeding import derive
+
+    def hashed(index: int) -> int:
+        mask = 2**64 - 1
+        key = ((index + derive(3, "order", 2)) & mask) * 0x9E3779B97F4A7C15 & mask
+        key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & mask
+        key = (key ^ key >> 27) * 0x94D049BB133111EB & mask
+        return key ^ key >> 31
+
+    assert permutation(3, 2, 50).tolist() == sorted(range(50), key=hashed)
+
+
+def test_positions_of_an_example_are_spread_evenly_over_epochs() -> None:
+    places = [permutation(0, epoch, 64).tolist().index(0) for epoch in range(400)]
+
+    assert 24 < sum(places) / len(places) < 39  # 31.5 expected, standard error 0.9
+    assert len(set(places)) > 50
+
+
+def test_the_list_of_micro_batches_ends_with_a_short_one() -> None:
+    plan = StepPlan(num_examples=11, global_batch_size=7, micro_batch_size=3, seed=0, shuffle=False)
+
+    assert plan.micro_batches(0) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert plan.micro_batches(1) == [[7, 8, 9], [10]]
+    assert plan.epoch_of(1) == 0
+    assert plan.epoch_of(2) == 1
+
+
+@pytest.mark.parametrize("lock_step", [False, True])
+@pytest.mark.parametrize("number", [1, 3, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_share_the_micro_batches_out_and_nobody_counts_one_twice(
+    number: int, world_size: int, lock_step: bool
+) -> None:
+    shares = [turns(number, rank=rank, world_size=world_size, lock_step=lock_step) for rank in range(world_size)]
+
+    counted = sorted(turn.micro_batch for share in shares for turn in share if turn.counted)
+    assert counted == list(range(number))
+    assert all(turn.micro_batch == 0 for share in shares for turn in share if not turn.counted)
+    assert all(len(share) >= 1 for share in shares)
+    if lock_step:
+        assert len({len(share) for share in shares}) == 1
