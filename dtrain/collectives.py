@@ -8,6 +8,7 @@ broadcast without a known shape, travels through the host.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -290,3 +291,38 @@ def on_main(work: Callable[[], JSON], topology: Topology) -> JSON:
     if "error" in told:
         raise KINDS[told["error"]](told["message"])
     return told["value"]
+
+
+def said_by_main(message: str, topology: Topology, *, wait_s: float = 2.0) -> bool:
+    """Whether rank 0 ends with this very message too, so that this rank need not repeat it. Waits wait_s at most.
+
+    Not a collective: a rank may be the only one that calls it. Rank 0 lingers so that the others can read what it says.
+    """
+    if topology.world_size == 1 or not dist.is_initialized():
+        return False
+    store, deadline = _get_default_store(), time.monotonic() + wait_s
+    try:
+        if topology.is_main:
+            store.set("last_words", message)
+            while store.add("last_words/read", 0) < topology.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            return False
+        while not store.check(["last_words"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        is_same = store.check(["last_words"]) and store.get("last_words").decode() == message
+        store.add("last_words/read", 1)
+    except RuntimeError:  # the store ended with rank 0
+        return False
+    return is_same
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone; that rank knows why."""
+    signs = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Connection refused",
+        "NCCL communicator was aborted",
+    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

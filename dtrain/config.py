@@ -325,7 +325,7 @@ def _read_override(text: str, settings: _Settings) -> tuple[Key, Any] | None:
             settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not YAML: {problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
-    if takes_text_only(annotation) and is_plain and value is not None:
+    if takes_text_only(annotation) and is_plain and (value is not None or (node is None and raw)):
         value = raw  # not what YAML would make of a #, a colon or a bracket in it
     settings.problems += reading.problems
     return key, value

@@ -133,12 +133,12 @@ def decide(config: Config, *, command: str, changes: Sequence[Difference]) -> De
     if config.run.overwrite:
         return Decision("start", True, ())
     if found == "evaluation":
-        raise ConfigError(f"{path} holds the results of an evaluation. {other}, or set run.overwrite=true to move them")
+        raise ConfigError(f"{path} holds results of an evaluation. {other}, or set run.overwrite=true to move them")
     if found == "unfinished" and not _has_something_to_lose(RunFolder(path)):
         return Decision("start", False, ())
     if config.checkpoint.resume == "never":
         raise ConfigError(
-            f"{path} holds {'a finished' if found == 'finished' else 'an unfinished'} run, and checkpoint.resume=never. "
+            f"{path} holds {'a' if found == 'finished' else 'an'} {found} run, and checkpoint.resume=never. "
             f"{other}, or set run.overwrite=true to move it to {path.name}.old-<time>"
         )
     return _meet(path, found, changes, other)

@@ -11,14 +11,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from dtrain import launchers, network, rollcall
+from dtrain import launchers, mpi, network, rollcall
 from dtrain.errors import TopologyError
+from dtrain.mpi import finalize_mpi as finalize_mpi
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +164,9 @@ def process_group(
     deadline = time.monotonic() + timeout_s
     listener, node = None, None
     if store is None and topology.master_addr is None:
-        topology, listener, node = _meet_over_mpi(topology, env)
+        meeting = mpi.meet(env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher)
+        topology = replace(topology, master_addr=meeting.address, master_port=meeting.port)
+        listener, node = meeting.listener, meeting.node
     if store is None:
         store = _open_store(topology, env, listener, deadline, timeout_s)
     seat = rollcall.call(
@@ -186,50 +190,6 @@ def process_group(
     # Rank 0 holds the store: nobody leaves while another still needs it.
     dist.all_reduce(_nothing())
     _destroy_group()
-
-
-def finalize_mpi() -> None:
-    """Ends MPI if it was started: mpirun kills the job when a rank leaves by os._exit after MPI_Init without this."""
-    mpi = sys.modules.get("mpi4py.MPI")
-    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()
-
-
-def _meet_over_mpi(topology: Topology, env: Mapping[str, str]) -> tuple[Topology, socket.socket | None, str]:
-    """Lets rank 0 open the master's socket and tell all others where; also asks which ranks share a node.
-
-    The socket stays open from here on, so that nobody else can take the port. MPI is over again when this returns.
-    """
-    cure = "or give the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise TopologyError(
-            f"Under {topology.launcher} ranks meet through mpi4py: {error}. Install it, {cure}"
-        ) from error
-    comm = MPI.COMM_WORLD
-    if (comm.rank, comm.size) != (topology.rank, topology.world_size):
-        library = MPI.Get_library_version().splitlines()[0]
-        launchers.refuse(
-            env,
-            f"By its variables this is rank {topology.rank} of {topology.world_size}, by mpi4py rank {comm.rank} of "
-            f"{comm.size}: mpi4py uses another MPI ({library}) than the launcher. Use the mpirun of that MPI, {cure}",
-        )
-    shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    node = f"mpi:{shared.bcast(comm.rank, root=0)}"
-    listener, where = None, None
-    if comm.rank == 0:
-        address = "127.0.0.1" if shared.size == comm.size else network.outward_address()
-        if address is not None:
-            listener = rollcall.listen(address, 0)
-            where = (address, int(listener.getsockname()[1]))
-    where = comm.bcast(where, root=0)
-    finalize_mpi()
-    if where is None:
-        raise TopologyError(
-            f"Rank 0 has no default route, so which address do the others reach? Set MASTER_ADDR, {cure}"
-        )
-    return replace(topology, master_addr=where[0], master_port=where[1]), listener, node
 
 
 def _open_store(
@@ -257,12 +217,29 @@ def _open_store(
         store: Store = TCPStore(own, port, size, True, left, False, master_listen_fd=listener.detach())
     else:
         rollcall.reach(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
-        try:
-            store = TCPStore(address, port, size, False, left, False)
-        except RuntimeError as error:
-            raise TopologyError(f"What answers at {address}:{port} is not this job's meeting point: {error}") from error
+        store = _connect(lambda: TCPStore(address, port, size, False, left, False), f"{address}:{port}", deadline)
     # Workers that torchrun starts again must not read what their forerunners wrote.
     return PrefixStore(f"dtrain/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _connect(client: Callable[[], Store], where: str, deadline: float) -> Store:
+    """The store's client, made in a thread: against a server that says nothing its constructor never returns."""
+    made: Queue[Store | RuntimeError] = Queue()
+
+    def connect() -> None:
+        try:
+            made.put(client())
+        except RuntimeError as error:
+            made.put(error)
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        result = made.get(timeout=max(deadline - time.monotonic(), 1.0))
+    except Empty:
+        result = RuntimeError("it does not speak the protocol")
+    if isinstance(result, RuntimeError):
+        raise TopologyError(f"What answers at {where} is not this job's meeting point: {result}. Is MASTER_PORT right?")
+    return result
 
 
 def _start_group(topology: Topology, store: Store, deadline: float, collective_timeout_s: float) -> None:

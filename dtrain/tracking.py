@@ -33,7 +33,8 @@ class Tracker:
         self._since, self._examples = self._begin, 0
         self._total_steps, self._first_step = total_steps, first_step
         self._log = MetricsLog(folder / "metrics.jsonl") if is_main else None
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if is_main and sys.stdout.isatty() else None
+        shows_bar = is_main and sys.stdout.isatty() and sys.stderr.isatty()
+        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if shows_bar else None
         self._quiet = _through_bar() if self._bar is not None else None
         self._board: Any = None
         if is_main and tensorboard:

@@ -194,7 +194,9 @@ def _lines(
             places = [place(name) for name in mentioned if value_at(values, name) is not ABSENT] or [place(key)]
             yield f"{' and '.join(dict.fromkeys(places))}: {text.removesuffix('.')}."
         return
-    if details["type"].startswith("union_tag") and isinstance(value_at(values, key), Mapping):
+    if len(models_in(annotation)) > 1 and (
+        value_at(values, key) is ABSENT or isinstance(value_at(values, key), Mapping)
+    ):
         key = (*key, "name")
         annotation = at(root, key)
     value = value_at(values, key)

@@ -50,9 +50,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         home = Path(folder)
         processes = [
-            context.Process(
-                target=_rank, args=(function, rank, world_size, args, folder, timeout_s, dict(os.environ))
-            )
+            context.Process(target=_rank, args=(function, rank, world_size, args, folder, timeout_s, dict(os.environ)))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -8,9 +8,12 @@ import socket
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
+import datasets
+import torch
+import transformers
+
 from dtrain.collectives import all_gather_object
 from dtrain.config import to_yaml
-from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.interrupts import interruptible
 from dtrain.run_folder import write_exit
@@ -34,7 +37,7 @@ def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -
         note_end(config, topology, code=1, cause="stopped", message=cause)
 
     set_threads(topology, env)
-    _quieten_libraries()
+    _quieten_libraries(env)
     with interruptible(grace_s=GRACE_S, before_exit=note):
         # Before the roll-call: a rank whose launcher has gone must not wait for it either.
         end_with_launcher(topology, note)
@@ -58,14 +61,12 @@ def _compare_configs(config: Config, topology: Topology) -> None:
         raise ConfigError(f"The ranks were started with different settings:\n{table}\nStart all of them with the same command.")
 
 
-def _quieten_libraries() -> None:
+def _quieten_libraries(env: MutableMapping[str, str]) -> None:
     """Their progress bars and advice would drown ours, on every rank."""
-    import datasets
-    import transformers
-
+    if not torch.cuda.is_available():
+        env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    log.debug("libraries quietened")

@@ -22,8 +22,8 @@ import datasets
 import pyarrow as pa
 import tokenizers
 import transformers
-from dtrain.collectives import all_gather_object, node_first
 
+from dtrain.collectives import all_gather_object, node_first
 from dtrain.console import log
 from dtrain.errors import DataError
 from dtrain.topology import Topology

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -23,12 +24,12 @@ class DdpEngine(SingleEngine):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
         super().__init__(module, optimizer, config, topology)
         device = next(module.parameters()).device
-        # broadcast_buffers: running statistics are frozen or labelled inexact (DESIGN section 2); a broadcast per
+        # Buffers stay as they are: running statistics are frozen or labelled inexact (DESIGN section 2); a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{_buffers_setting(): False},
             gradient_as_bucket_view=True,
             find_unused_parameters=config.engine.find_unused,
         )
@@ -59,3 +60,9 @@ class DdpEngine(SingleEngine):
         self.model = module
         del self._replica
         return module
+
+
+def _buffers_setting() -> str:
+    """What torch calls the broadcast of buffers before each forward; renamed in torch 2.13, whose old name warns."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

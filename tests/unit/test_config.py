@@ -1,4 +1,4 @@
-"""Settings: what a file and the command line say is what the run gets, and what is wrong is said so that it can be mended."""
+"""Settings: what file and command line say is what the run gets; what is wrong is said so that it can be mended."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fields(model: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]
 
 def reference_rows() -> list[str]:
     """The table of configs/README.md: one row for each setting that is not a section."""
-    rows = {}
+    rows: dict[str, None] = {}  # in order, and each once
     for name, field in fields(Config):
         if models_in(field.annotation) and field.is_required() is False and field.default_factory is not None:
             continue
@@ -56,7 +56,7 @@ def reference_rows() -> list[str]:
         default = "required" if field.is_required() else to_text(field.get_default(call_default_factory=True))
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
-        meaning = (field.description or "").replace("|", "\\|")
+        meaning = (field.description or "").replace("|", "\\|").replace("<", "&lt;")
         row = f"| `{name}` | {default} | {meaning} | {extra['resume']} |"
         rows[row] = None
     return list(rows)
@@ -97,7 +97,8 @@ def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str, v
 
 
 def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
-    text = "task: {name: classification}\nrun: {name: 001}\nmodel: {name_or_path: 1e3}\ndata: {columns: {label: no, 2: 2020-01-01}}"
+    text = "task: {name: classification}\nrun: {name: 001}\nmodel: {name_or_path: 1e3}\n"
+    text += "data: {columns: {label: no, 2: 2020-01-01}}\n"
 
     config = load_config(written(tmp_path, text), [])
 
@@ -162,7 +163,7 @@ def test_bytes_that_are_not_utf8_are_placed(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(b"task:\n  name: causal_lm\nrun:\n  name: caf\xe9\n")
 
-    assert refusal(path) == [f"{path}, line 4: byte 41 is not UTF-8: save the file as UTF-8"]
+    assert refusal(path) == [f"{path}, line 4: byte 40 is not UTF-8: save the file as UTF-8"]
 
 
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
@@ -281,9 +282,7 @@ def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None
 def test_a_file_without_a_task_is_told_so(tmp_path: Path) -> None:
     path = written(tmp_path, "# nothing yet\n")
 
-    assert refusal(path) == [
-        f"{path}: task is not set: it must be a section with name, class_weights, label_smoothing, or a section with name, joiner."
-    ]
+    assert refusal(path) == [f"{path}: task.name is not set: it must be one of classification, causal_lm."]
 
 
 def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
@@ -359,6 +358,14 @@ def test_the_command_line_wins_over_the_file_and_a_later_word_over_an_earlier_on
     assert (config.train.epochs, config.train.shuffle) == (4, False)
     assert config.task.name == "classification"
     assert config.task.label_smoothing == 0.2
+
+
+def test_what_the_command_line_replaces_is_no_longer_placed_in_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "task: {name: causal_lm}\nevaluation:\n  best:\n    mode: max\n")
+
+    (line,) = refusal(path, "evaluation.best={metric: f1, mode: most}")
+
+    assert line.startswith("command line: evaluation.best.mode=most: it must be one of min, max.")
 
 
 def test_nested_settings_are_reached() -> None:
@@ -578,7 +585,7 @@ def test_a_config_cannot_be_changed() -> None:
     config = load_config(None, [])
 
     with pytest.raises(ValueError, match="frozen"):
-        config.train.max_steps = 1  # type: ignore[misc]
+        config.train.max_steps = 1
 
 
 def test_reading_a_config_imports_nothing_heavy() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,9 @@ HEADERS = {
     "rte": "index\tsentence1\tsentence2\tlabel",
     "wnli": "index\tsentence1\tsentence2\tlabel",
 }
-MNLI_COLUMNS = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
+MNLI_COLUMNS = (
+    "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
+)
 MNLI_TRAIN = [*MNLI_COLUMNS.split(), "sentence1", "sentence2", "label1", "gold_label"]
 MNLI_DEV = [*MNLI_TRAIN[:-1], "label2", "label3", "label4", "label5", "gold_label"]
 
@@ -31,7 +34,7 @@ def write(folder: Path, **lines: list[str]) -> Path:
     return folder
 
 
-def read(folder: Path, name: str, split: str = "train", **settings: object) -> list[dict[str, object]]:
+def read(folder: Path, name: str, split: str = "train", **settings: Any) -> list[dict[str, Any]]:
     rows = load_sources(Data(name=name, path=folder, **settings), kind="labelled")[split].rows
     return [dict(row) for row in rows]
 

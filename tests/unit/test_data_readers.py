@@ -50,7 +50,9 @@ def test_words_that_other_readers_take_for_missing_values_stay_words(tmp_path: P
     assert [values for _, values in rows_of(file)] == [{"text": "null", "label": "nan"}, {"text": "NA", "label": ""}]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.csv", "text\nx\n"), ("a.tsv", "text\nx\n"), ("a.jsonl", '{"text": "x"}')])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.csv", "text\nx\n"), ("a.tsv", "text\nx\n"), ("a.jsonl", '{"text": "x"}')]
+)
 def test_a_byte_order_mark_is_not_part_of_the_first_name(tmp_path: Path, name: str, content: str) -> None:
     ((_, values),) = rows_of(write(tmp_path, name, b"\xef\xbb\xbf" + content.encode()))
 

@@ -1,4 +1,4 @@
-"""Splits from files, folders, save_to_disk and Python itself; what is cut and limited; labels; and every wrong way in."""
+"""Splits from files, folders, save_to_disk and Python itself; what is cut off; labels; and every wrong way in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user reads when the hub has no such data set, cannot be reached, or may not be asked. No server, no network."""
+"""What a user reads when the hub has no such data set, or cannot or may not be asked. No server, no network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ def test_a_hub_that_cannot_be_reached_is_named_at_once_with_the_offline_way(clos
     for attempt in (source_key, lambda data: load_sources(data, kind="labelled")):
         with pytest.raises(DataError) as raised:
             attempt(Data(name="tester/tiny-data"))
-        for words in ("tester/tiny-data", closed_hub, "refused", "save_to_disk", "data.path=FOLDER", "HF_HUB_OFFLINE=1"):
+        for words in (
+            "tester/tiny-data",
+            closed_hub,
+            "refused",
+            "save_to_disk",
+            "data.path=FOLDER",
+            "HF_HUB_OFFLINE=1",
+        ):
             assert words in str(raised.value)
         assert raised.value.__suppress_context__
 
@@ -47,7 +54,9 @@ def test_offline_a_data_set_that_is_not_in_the_cache_is_named(tmp_path: Path, mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
 
-    with pytest.raises(DataError, match=r"tester/tiny-data .* is not in the cache, and HF_HUB_OFFLINE is set.*save_to_disk"):
+    with pytest.raises(
+        DataError, match=r"tester/tiny-data .* is not in the cache, and HF_HUB_OFFLINE is set.*save_to_disk"
+    ):
         source_key(Data(name="tester/tiny-data", config="small"))
 
 

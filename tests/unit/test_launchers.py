@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dtrain.errors import TopologyError
@@ -179,8 +181,9 @@ def test_ranks_set_by_hand_leave_the_nodes_to_be_found_unless_told() -> None:
 def test_a_world_of_one_needs_no_master() -> None:
     assert Topology.from_env({"WORLD_SIZE": "1"}).world_size == 1
     assert Topology.from_env({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}).master_addr is None
-    assert Topology.from_env({**OPENMPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0",
-                              "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}).world_size == 1  # fmt: skip
+    alone = {**OPENMPI, **{f"OMPI_COMM_WORLD_{name}": "1" for name in ("SIZE", "LOCAL_SIZE")}}
+    alone |= {f"OMPI_COMM_WORLD_{name}": "0" for name in ("RANK", "LOCAL_RANK")}
+    assert Topology.from_env(alone) == replace(SINGLE, launcher="openmpi")
 
 
 def _without(env: dict[str, str], *names: str) -> dict[str, str]:
@@ -207,7 +210,7 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
         ({**TORCHRUN, "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}, "1 node\\(s\\), 4 processes on this one, 8 in all"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "9 processes on this node, 8 in all"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "0 processes on this node"),
-        ({**BY_HAND, **OPENMPI, "OMPI_COMM_WORLD_SIZE": "4"}, "rank 1 of 2, by the variables of openmpi it is rank 1 of 4"),
+        ({**BY_HAND, **OPENMPI, "OMPI_COMM_WORLD_SIZE": "4"}, "by the variables of openmpi it is rank 1 of 4"),
         ({**BY_HAND, **MPICH}, "by the variables of mpich it is rank 2 of 4"),
         ({**BY_HAND, **SLURM_STEP}, "by the variables of slurm it is rank 5 of 8"),
         ({**DEEPSPEED, **OPENMPI}, "rank 3 of 5, by the variables of openmpi"),
@@ -217,7 +220,7 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
         (_without(SLURM_STEP, "SLURM_STEP_NODELIST"), "where is rank 0"),
         ({**SLURM_STEP, "SLURM_PROCID": "8"}, "Rank 8 of 8"),
     ],
-)  # fmt: skip
+)
 def test_a_contradiction_is_an_error_with_a_table_of_what_was_found(env: dict[str, str], says: str) -> None:
     with pytest.raises(TopologyError, match=says) as caught:
         Topology.from_env(env)

@@ -1,0 +1,132 @@
+"""Forming the group between real processes that were started by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import json, os, socket, sys, time
+if os.environ.get("NAMELESS"):
+    import ctypes
+    assert ctypes.CDLL(None).unshare(0x04000000) == 0  # a host name of its own: CLONE_NEWUTS
+    socket.sethostname("nameless-host")
+import torch
+from dtrain.collectives import all_gather_object
+from dtrain.errors import DtrainError
+from dtrain.topology import Topology, process_group
+begin = time.monotonic()
+try:
+    with process_group(Topology.from_env(os.environ), os.environ, timeout_s=float(sys.argv[1])) as topology:
+        print(json.dumps({
+            "everyone": all_gather_object(topology.rank, topology),
+            "local_rank": topology.local_rank,
+            "num_nodes": topology.num_nodes,
+            "complete": topology.is_complete,
+            "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
+            "host": socket.gethostname(),
+        }))
+        if len(sys.argv) > 2 and topology.rank == 1:
+            raise ValueError("inside the group")
+except DtrainError as error:
+    print(json.dumps({"error": str(error), "seconds": time.monotonic() - begin}))
+    sys.stdout.flush()
+    os._exit(error.exit_code)
+except (ValueError, RuntimeError) as error:
+    print(json.dumps({"error": str(error), "seconds": time.monotonic() - begin}))
+    sys.stdout.flush()
+    os._exit(1)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def _start(rank: int, world_size: int, port: int, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    names = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        env={**inherited, **names, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _end(process: subprocess.Popen[str]) -> tuple[int, dict[str, object]]:
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    assert lines, err
+    found: dict[str, object] = json.loads(lines[-1])
+    return process.returncode, found
+
+
+def _free_port() -> int:
+    """One that the kernel gave out and took back. Nobody else asks for it by number."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_two_processes_started_by_hand_find_each_other_and_their_node() -> None:
+    port = _free_port()
+    ranks = [_start(rank, 2, port, "60") for rank in range(2)]
+
+    ended = [_end(process) for process in ranks]
+
+    assert [code for code, _ in ended] == [0, 0]
+    for rank, (_, found) in enumerate(ended):
+        assert found["everyone"] == [0, 1]
+        assert (found["local_rank"], found["num_nodes"], found["complete"]) == (rank, 1, True)
+        assert found["interface"] == "lo"
+
+
+def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -> None:
+    host, unused = socket.gethostname(), _free_port()
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()  # answers, and says nothing
+        taken = stranger.getsockname()[1]
+        alone, no_master = _start(0, 2, _free_port(), "3"), _start(1, 2, unused, "3")
+        at_taken_port, with_stranger = _start(0, 2, taken, "3"), _start(1, 2, taken, "3")
+        ended = [_end(process) for process in (alone, no_master, at_taken_port, with_stranger)]
+
+    assert [code for code, _ in ended] == [4, 4, 4, 4]
+    first, second, third, fourth = (str(found["error"]) for _, found in ended)
+    assert re.match(rf"1 of 2 ranks came within 3 s\. Missing: rank 1\. Came: rank 0 \(process \d+ on {host}\)", first)
+    assert f"Rank 1 on {host} found no master at 127.0.0.1:{unused} within 3 s" in second
+    assert f"Port {taken} on 127.0.0.1 is in use" in third
+    assert f"What answers at 127.0.0.1:{taken} is not this job's meeting point" in fourth
+    assert all(float(str(found["seconds"])) < 10 for _, found in ended)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a process another host name needs root")
+def test_two_ranks_meet_where_the_hosts_own_name_does_not_resolve() -> None:
+    port = _free_port()
+    ranks = [_start(rank, 2, port, "60", NAMELESS="1") for rank in range(2)]
+
+    ended = [_end(process) for process in ranks]
+
+    assert [(code, found["host"], found["everyone"]) for code, found in ended] == [(0, "nameless-host", [0, 1])] * 2
+
+
+def test_an_exception_inside_the_group_is_neither_masked_nor_held_up() -> None:
+    port = _free_port()
+    ranks = [_start(rank, 2, port, "60", "fail") for rank in range(2)]
+
+    (other, _), (code, found) = [_end(process) for process in ranks]
+
+    assert code == 1
+    assert found["error"] == "inside the group"
+    assert other == 1, "the one that waits for it at the end of the group hears of it"

@@ -1,0 +1,459 @@
+"""The run folder: what lies in it decides what a start may do, nothing is lost, and no file is ever half there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.config import differences, load_config, to_yaml
+from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.run_folder import (
+    Decision,
+    MetricsLog,
+    RunFolder,
+    State,
+    claim,
+    decide,
+    read_metrics,
+    replace_folder,
+    state,
+    write_exit,
+    write_json_atomic,
+    write_lines_atomic,
+)
+from dtrain.schema import Config
+
+
+def config_for(tmp_path: Path, *overrides: str, command: str = "train") -> Config:
+    return load_config(None, [f"run.output_dir={tmp_path}", "run.name=one", *overrides], command=command)
+
+
+def asked(config: Config, command: str = "train") -> Decision:
+    """The decision as the commands take it."""
+    return decide(config, command=command, changes=differences(RunFolder(config.run_dir).old_config(), config))
+
+
+def begun(tmp_path: Path, *overrides: str, steps: int = 1) -> RunFolder:
+    """A training run that was cut off after `steps` logged steps."""
+    config = config_for(tmp_path, *overrides)
+    folder = RunFolder(config.run_dir)
+    claim(folder, to_yaml(config))
+    with MetricsLog(folder.metrics) as log:
+        log.write({"event": "start"})
+        for step in range(1, steps + 1):
+            log.write({"event": "train", "step": step, "loss": 1.0})
+    return folder
+
+
+def finished(tmp_path: Path, *overrides: str) -> RunFolder:
+    folder = begun(tmp_path, *overrides)
+    folder.model.mkdir()
+    (folder.model / "config.json").write_text("{}")
+    (folder.model / "model.safetensors").write_bytes(b"weights")
+    write_json_atomic(folder.summary, {"eval": {"loss": 1.0}})
+    write_exit(folder.exit, code=0, cause="done", rank=0, host="here", message="done")
+    return folder
+
+
+def evaluated(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "one")
+    claim(folder, to_yaml(config_for(tmp_path)))
+    write_lines_atomic(folder.predictions / "validation.jsonl", [{"prediction": 1}])
+    write_json_atomic(folder.summary, {"eval": {}})
+    return folder
+
+
+# ---------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ([], "absent"),
+        (["config.yaml", "exit.json"], "absent"),
+        ([".DS_Store", ".nfs01"], "absent"),
+        (["metrics.jsonl"], "unfinished"),
+        (["checkpoints/step-000100/x"], "unfinished"),
+        (["summary.json", "metrics.jsonl"], "unfinished"),
+        (["summary.json", "metrics.jsonl", "model/config.json"], "unfinished"),
+        (["summary.json", "model/config.json", "model/model.safetensors"], "finished"),
+        (["summary.json", "predictions/validation.jsonl", "config.yaml"], "evaluation"),
+        (["predictions/validation.jsonl"], "evaluation"),
+        (["notes.txt"], "foreign"),
+        (["src/main.py"], "foreign"),
+        (["notes.txt", "metrics.jsonl"], "unfinished"),
+    ],
+)
+def test_the_state_is_read_off_what_lies_there(tmp_path: Path, files: Sequence[str], expected: State) -> None:
+    path = tmp_path / "one"
+    path.mkdir()
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_text("{}")
+
+    assert state(path) == expected
+
+
+def test_no_folder_is_absent_and_a_file_or_a_dangling_link_in_its_place_is_foreign(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+
+    assert [state(tmp_path / name) for name in ("none", "file", "link")] == ["absent", "foreign", "foreign"]
+
+
+def test_a_summary_that_is_torn_does_not_make_a_run_finished(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    assert state(folder.path) == "finished"
+
+    folder.summary.write_text('{"eval": {"lo')
+
+    assert state(folder.path) == "unfinished"
+
+
+# ---------------------------------------------------------------- decisions, training
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_where_nothing_is_a_run_starts(tmp_path: Path, resume: str) -> None:
+    assert asked(config_for(tmp_path, f"checkpoint.resume={resume}")) == Decision("start", False, ())
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_ended_before_its_first_step_left_nothing_to_protect(tmp_path: Path, resume: str) -> None:
+    begun(tmp_path, steps=0)
+
+    decision = asked(config_for(tmp_path, f"checkpoint.resume={resume}", "optim.learning_rate=1"))
+
+    assert decision == Decision("start", False, ())
+
+
+def test_an_unfinished_run_without_a_checkpoint_starts_again_and_shows_what_changed(tmp_path: Path) -> None:
+    begun(tmp_path)
+
+    decision = asked(config_for(tmp_path, "train.log_every=1", "engine.precision=bf16"))
+
+    assert (decision.action, decision.set_aside) == ("go_on", False)
+    assert "starts again at step 1" in decision.notes[0]
+    assert "train.log_every: 10 -> 1" in decision.notes[1]
+    assert "engine.precision: fp32 -> bf16  (other rounding from here on)" in decision.notes[1]
+
+
+def test_an_unchanged_unfinished_run_has_no_differences_to_show(tmp_path: Path) -> None:
+    begun(tmp_path)
+
+    assert len(asked(config_for(tmp_path)).notes) == 1
+
+
+@pytest.mark.parametrize("made", [begun, finished])
+def test_a_run_with_other_mathematics_is_refused_with_old_and_new_value_and_the_cure(tmp_path: Path, made: Any) -> None:
+    made(tmp_path)
+
+    with pytest.raises(ConfigError) as caught:
+        asked(config_for(tmp_path, "optim.learning_rate=0.5", "train.max_steps=700", "train.log_every=1"))
+
+    text = str(caught.value)
+    assert "optim.learning_rate: 0.002 -> 0.5" in text
+    assert "train.max_steps: 600 -> 700" in text
+    assert "log_every" not in text
+    assert "run.overwrite=true" in text
+    assert "run.name=one-2" in text
+
+
+def test_a_finished_run_is_not_trained_twice(tmp_path: Path) -> None:
+    finished(tmp_path)
+
+    decision = asked(config_for(tmp_path))
+
+    assert decision.action == "already_finished"
+    assert f"{tmp_path / 'one'} is finished already" in decision.notes[0]
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "model/model.safetensors", "model/config.json"])
+def test_a_finished_run_of_which_something_is_missing_is_gone_on_with(tmp_path: Path, missing: str) -> None:
+    folder = finished(tmp_path)
+    (folder.path / missing).unlink()
+
+    assert asked(config_for(tmp_path)).action == "go_on"
+
+
+@pytest.mark.parametrize(("made", "word"), [(begun, "an unfinished run"), (finished, "a finished run")])
+def test_with_resume_never_a_run_that_is_there_is_refused(tmp_path: Path, made: Any, word: str) -> None:
+    made(tmp_path)
+
+    with pytest.raises(ConfigError, match=word) as caught:
+        asked(config_for(tmp_path, "checkpoint.resume=never"))
+
+    assert "run.overwrite=true" in str(caught.value)
+    assert "run.name=one-2" in str(caught.value)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("made", [begun, finished, evaluated])
+def test_overwrite_moves_the_old_folder_away_whole_and_starts(tmp_path: Path, made: Any, resume: str) -> None:
+    before = {file.name: file.read_bytes() for file in made(tmp_path).path.rglob("*") if file.is_file()}
+    config = config_for(tmp_path, "run.overwrite=true", f"checkpoint.resume={resume}", "optim.learning_rate=1")
+
+    decision = asked(config)
+    moved = claim(RunFolder(config.run_dir), to_yaml(config), set_aside=decision.set_aside)
+
+    assert decision.action == "start"
+    assert moved is not None
+    assert moved.name.startswith("one.old-2")
+    assert {file.name: file.read_bytes() for file in moved.rglob("*") if file.is_file()} == before
+    assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_two_overwrites_in_one_second_lose_nothing(tmp_path: Path) -> None:
+    config = config_for(tmp_path, "run.overwrite=true")
+    for _ in range(3):
+        finished(tmp_path)
+        claim(RunFolder(config.run_dir), to_yaml(config), set_aside=True)
+
+    assert len(list(tmp_path.glob("one.old-*"))) == 3
+
+
+def test_training_over_an_evaluation_is_refused(tmp_path: Path) -> None:
+    evaluated(tmp_path)
+
+    with pytest.raises(ConfigError, match="holds results of an evaluation"):
+        asked(config_for(tmp_path))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_folder_that_is_not_ours_is_never_touched(tmp_path: Path, command: str, overwrite: str) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(ConfigError, match=r"thesis\.tex, which dtrain did not write"):
+        asked(config_for(tmp_path, f"run.overwrite={overwrite}"), command)
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text("")
+
+    with pytest.raises(ConfigError, match="is not a folder"):
+        asked(config_for(tmp_path))
+
+
+# ---------------------------------------------------------------- decisions, other commands
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "generate"])
+@pytest.mark.parametrize("made", [begun, finished])
+@pytest.mark.parametrize("overwrite", ["true", "false"])
+def test_a_training_run_is_safe_from_other_commands(tmp_path: Path, made: Any, command: str, overwrite: str) -> None:
+    made(tmp_path)
+    (tmp_path / "one-2").mkdir()
+
+    with pytest.raises(ConfigError, match=f"holds a training run, which {command} must not touch") as caught:
+        asked(config_for(tmp_path, f"run.overwrite={overwrite}"), command)
+
+    assert "run.name=one-3 is free" in str(caught.value)
+
+
+def test_an_evaluation_rewrites_its_own_results_and_leaves_no_old_ones(tmp_path: Path) -> None:
+    folder = evaluated(tmp_path)
+    config = config_for(tmp_path, "checkpoint.resume=never", "data.limit=3")
+
+    decision = asked(config, "evaluate")
+    claim(folder, to_yaml(config), set_aside=decision.set_aside)
+
+    assert decision == Decision("start", False, ())
+    assert [entry.name for entry in folder.path.iterdir()] == ["config.yaml"]
+    assert "limit: 3" in folder.config.read_text()
+
+
+# ---------------------------------------------------------------- claiming
+
+
+def test_a_claim_makes_the_folder_and_keeps_what_an_unfinished_run_still_needs(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "new" / "deep")
+
+    claim(folder, "task: {name: causal_lm}\n")
+
+    assert sorted(entry.name for entry in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl", "model"]
+    assert folder.old_config() == "task: {name: causal_lm}\n"
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ConfigError, match=r"cannot be written: .*Set run\.output_dir"):
+        claim(RunFolder(tmp_path / "file" / "one"), "")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+
+    with pytest.raises(ConfigError, match="Permission denied"):
+        claim(RunFolder(tmp_path / "one"), "")
+
+
+def test_a_config_that_cannot_be_read_back_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    folder.config.write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: .*run\.overwrite=true"):
+        folder.old_config()
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_json_is_written_whole_readable_and_without_leftovers(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    write_json_atomic(path, {"a": 1})
+
+    write_json_atomic(path, {"loss": math.nan, "more": [math.inf, {"low": -math.inf}], "text": "\u00e4"})
+
+    assert json.loads(path.read_text(encoding="utf-8")) == {
+        "loss": "nan",
+        "more": ["inf", {"low": "-inf"}],
+        "text": "\u00e4",
+    }
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "predictions" / "validation.jsonl"
+    write_lines_atomic(path, [{"prediction": 0}])
+
+    def records() -> Any:
+        yield {"prediction": 1}
+        raise KeyError("the source ended")
+
+    with pytest.raises(KeyError):
+        write_lines_atomic(path, records())
+
+    assert path.read_text() == '{"prediction": 0}\n'
+    assert [entry.name for entry in path.parent.iterdir()] == ["validation.jsonl"]
+
+
+def test_a_file_that_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) -> None:
+    with pytest.raises(DtrainError, match=r"summary\.json cannot be written: .*No such file or directory"):
+        write_json_atomic(tmp_path / "gone" / "summary.json", {})
+
+
+def test_the_first_exit_cause_stays(tmp_path: Path) -> None:
+    path = tmp_path / "exit.json"
+    first = {"code": 3, "cause": "DataError", "rank": 1, "host": "node2", "message": "no such file"}
+
+    assert write_exit(path, code=3, cause="DataError", rank=1, host="node2", message="no such file")
+    assert not write_exit(path, code=1, cause="RuntimeError", rank=0, host="node1", message="connection reset")
+
+    assert json.loads(path.read_text()) == first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_of_ranks_that_end_at_the_same_moment_exactly_one_writes_the_cause(tmp_path: Path) -> None:
+    path, wrote, ready = tmp_path / "exit.json", [], threading.Barrier(8)
+
+    def end(rank: int) -> None:
+        ready.wait(timeout=20)
+        # Ranks are processes; here the host stands in for the process id that keeps their drafts apart.
+        if write_exit(path, code=1, cause="x", rank=rank, host=f"node{rank}", message="y" * 10_000):
+            wrote.append(rank)
+
+    threads = [threading.Thread(target=end, args=(rank,)) for rank in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+
+    assert len(wrote) == 1
+    assert json.loads(path.read_text())["rank"] == wrote[0]
+
+
+def test_an_exit_cause_that_cannot_be_written_does_not_hide_the_real_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    assert not write_exit(tmp_path / "file" / "exit.json", code=1, cause="x", rank=0, host="h", message="m")
+
+
+def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
+    target, draft = tmp_path / "model", tmp_path / ".tmp-model"
+    for folder, name in ((target, "old.safetensors"), (draft, "new.safetensors")):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / name).write_bytes(b"weights")
+        (folder / "sub" / name).chmod(0o600)
+
+    replace_folder(draft, target)
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert [entry.name for entry in (target / "sub").iterdir()] == ["new.safetensors"]
+    assert (target / "sub" / "new.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_folder_takes_a_place_that_was_empty_or_where_an_earlier_swap_was_cut_off(tmp_path: Path) -> None:
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "left").write_text("")
+    (tmp_path / "draft").mkdir()
+
+    replace_folder(tmp_path / "draft", tmp_path / "model")
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def test_each_line_is_on_disk_as_soon_as_it_is_written_and_numbers_that_are_not_finite_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"event": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf})
+
+        assert path.read_text() == '{"event": "train", "step": 1, "loss": "nan", "grad_norm": "inf"}\n'
+
+
+@pytest.mark.parametrize("torn", ['{"event": "tr', '{"event": "train", "step": 2}', "\x00\x00\x00"])
+def test_a_torn_last_line_is_cut_and_the_rest_is_kept(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "start"}\n' + torn)
+    assert read_metrics(path) == [{"event": "start"}]
+
+    with MetricsLog(path) as log:
+        log.write({"event": "resume"})
+
+    assert path.read_text() == '{"event": "start"}\n{"event": "resume"}\n'
+
+
+def test_a_step_taken_again_counts_with_its_last_value(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    events: list[dict[str, Any]] = [
+        {"event": "start"},
+        {"event": "train", "step": 1, "loss": 9.0},
+        {"event": "train", "step": 2, "loss": 8.0},
+        {"event": "eval", "step": 2, "loss": 8.5},
+        {"event": "resume", "step": 1},
+        {"event": "train", "step": 2, "loss": 7.0},
+        {"event": "eval", "step": 2, "loss": 7.5},
+        {"event": "resume", "step": 1},
+    ]
+    with MetricsLog(path) as log:
+        for event in events:
+            log.write(event)
+
+    assert read_metrics(path) == [events[0], events[1], events[4], events[5], events[6], events[7]]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "start"}\n{"event": \n{"event": "end"}\n')
+
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2"):
+        read_metrics(path)
+
+
+def test_a_metrics_file_that_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) -> None:
+    with pytest.raises(DtrainError, match=r"metrics\.jsonl cannot be written"):
+        MetricsLog(tmp_path / "gone" / "metrics.jsonl")
