@@ -102,14 +102,19 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
-    """What `config` changes against the config.yaml of an earlier run; None (no such file) differs in nothing.
+    """What `config` changes against the config.yaml of an earlier run.
+
+    Nothing, where there is no such file (None), or where `run.overwrite` makes it the past.
 
     Raises:
         ConfigError: the text is no config at all.
     """
-    if old_yaml_text is None:
+    if old_yaml_text is None or config.run.overwrite:
         return []
-    old: Any = _parse(old_yaml_text, _Settings(), file="config.yaml")
+    try:
+        old: Any = _parse(old_yaml_text, _Settings(), file=str(config.run_dir / "config.yaml"))
+    except ConfigError as error:
+        raise ConfigError(f"{error} Set run.overwrite=true to move this run away and start anew.") from None
     # A setting newer than the file gets its default; a file that only another version can read stays as it is.
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")

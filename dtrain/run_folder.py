@@ -59,11 +59,11 @@ class RunFolder:
     def old_config(self) -> str | None:
         """Text of the config.yaml that lies there; None where there is none."""
         try:
-            return self.config.read_text(encoding="utf-8")
+            return self.config.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.config} cannot be read: {error}. Set run.overwrite=true to start anew") from None
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {error.strerror}. Choose another run.name") from None
 
 
 class Decision(NamedTuple):

@@ -134,12 +134,14 @@ def _descendants() -> set[int]:
 
 
 def _is_of_a_test(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    # Not told by an empty command line: a child that is just being started has one as well.
     command = _command(pid)
-    is_zombie = not command
-    return (
-        not is_zombie
-        and "multiprocessing.resource_tracker" not in command
-        and "multiprocessing.forkserver" not in command
+    return state != "Z" and not any(
+        own in command for own in ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
     )
 
 

@@ -95,6 +95,11 @@ def reach(name: str, *, file: str, setting: str) -> bool:
     return False
 
 
+def is_here(name: str, file: str) -> bool:
+    """Whether a file of a folder, or of a hub's repository that has been loaded, is on this machine."""
+    return (Path(name) / file).is_file() if Path(name).is_dir() else isinstance(try_to_load_from_cache(name, file), str)
+
+
 def _cached(name: str, file: str, setting: str) -> object:
     try:
         return try_to_load_from_cache(name, file)

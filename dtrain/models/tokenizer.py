@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.source import LOADING_ERRORS, explain, is_here, quiet, reach
 
 UNKNOWN = "<unk>"
 PAD = "<pad>"
@@ -75,7 +75,7 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # transformers 5 makes an empty tokenizer, without a word, where a folder has no vocabulary.
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-        if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        if not any(is_here(name, file) for file in files):
             raise nothing
         log.info(
             "Note: %s=%s: this tokenizer has special tokens only, so every word becomes an unknown one", setting, name
@@ -141,7 +141,7 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
         unk_token=UNKNOWN,
         pad_token=PAD if pad else None,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+        split_special_tokens=False,
     )
 
 

@@ -180,6 +180,14 @@ def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path)
     assert notes(checkout) == ["venv", "pip for ."]
 
 
+MAIN = """
+import sys
+if "wrong=1" in sys.argv:
+    sys.exit("wrong is not a setting")
+print("main", *sys.argv[1:])
+"""
+
+
 def job(checkout: Path, body: str) -> None:
     """Puts a Python program in the place of torchrun; `run` is the run folder it may write to."""
     set_up(checkout)
@@ -189,7 +197,7 @@ def job(checkout: Path, body: str) -> None:
     torchrun.write_text(f"{start}\n{body}\n")
     torchrun.chmod(0o755)
     (checkout / "dtrain").mkdir()
-    (checkout / "dtrain" / "main.py").write_text("import sys\nprint('main', *sys.argv[1:])\n")
+    (checkout / "dtrain" / "main.py").write_text(MAIN)
 
 
 def quickstart(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -213,6 +221,14 @@ def test_quickstart_shows_no_sample_where_no_model_comes_of_it(checkout: Path) -
     job(checkout, "print('the plan')")
 
     assert quickstart(checkout, "--dry-run").stdout == "the plan\n"
+
+
+def test_quickstart_refuses_a_wrong_setting_before_it_starts_ranks(checkout: Path) -> None:
+    job(checkout, "print('torchrun')")
+
+    ended = quickstart(checkout, "wrong=1")
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "wrong is not a setting\n")
 
 
 END = "run.mkdir(parents=True); (run / 'exit.json').write_text(json.dumps({'code': 75, 'message': 'saved, run again'}))"

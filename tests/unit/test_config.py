@@ -536,8 +536,10 @@ def test_a_config_of_another_version_is_compared_as_far_as_it_goes() -> None:
 
 
 def test_an_old_config_that_cannot_be_read_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: this is not YAML"):
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: this is not YAML.*run\.overwrite=true"):
         differences("{torn", load_config(None, []))
+
+    assert differences("{torn", load_config(None, ["run.overwrite=true"])) == []
 
 
 # ---------------------------------------------------------------- the schema

@@ -298,11 +298,21 @@ def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
         claim(RunFolder(tmp_path / "one"), "")
 
 
-def test_a_config_that_cannot_be_read_back_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+def test_a_run_whose_config_is_damaged_is_refused_and_can_be_moved_away(tmp_path: Path) -> None:
     folder = begun(tmp_path)
-    folder.config.write_bytes(b"\xff\xfe")
+    folder.config.write_bytes(b"{\xff\xfe")
 
-    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: .*run\.overwrite=true"):
+    with pytest.raises(ConfigError, match=r"one/config\.yaml.* is not YAML.*run\.overwrite=true"):
+        asked(config_for(tmp_path))
+
+    assert asked(config_for(tmp_path, "run.overwrite=true")).set_aside
+
+
+def test_a_config_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "one")
+    folder.config.mkdir(parents=True)
+
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read: Is a directory"):
         folder.old_config()
 
 
