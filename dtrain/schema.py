@@ -395,6 +395,6 @@ QUICKSTART: dict[str, dict[str, Any]] = {
     "data": {"name": "python_docs", "validation_fraction": 0.1, "max_length": 64},
     "optim": {"learning_rate": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.99]},
     "schedule": {"name": "cosine", "warmup_steps": 50},
-    "train": {"max_steps": 600, "global_batch_size": 32, "micro_batch_size": 16, "eval_every": 300},
+    "train": {"max_steps": 400, "global_batch_size": 32, "micro_batch_size": 16, "eval_every": 200, "log_every": 20},
 }
 """What dtrain trains when it is told nothing: a character GPT on the language reference in `pydoc_data.topics`."""

@@ -26,11 +26,12 @@ from dtrain.topology import Topology, device_of
 class Construction:
     """A model before it is wrapped.
 
-    unused: trainable parameters without gradient, frozen on every engine. train_mode: see models.freezing.
+    freeze: puts the bare module in the state of an epoch; gives the names of parameters that no gradient reaches in it,
+    which are frozen as well. train_mode: see models.freezing.
     """
 
     module: nn.Module
-    unused: tuple[str, ...]
+    freeze: Callable[[nn.Module, int], list[str]]
     train_mode: Callable[[nn.Module], None]
 
 
@@ -71,24 +72,31 @@ def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan) -> Construction:
-    """Freezes what must not learn, and finds what cannot."""
-    freezing.freeze(module, config.freeze)
+    """Freezes what must not learn, and finds what cannot.
+
+    Raises:
+        ConfigError: a path that matches nothing, or nothing is left to learn.
+    """
     train_mode = partial(freezing.train_mode, batch_norm=config.model.batch_norm)
-    unused = tuple(without_gradient(module, task, plan, train_mode=train_mode))
-    for name, parameter in module.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError(
-            f"Nothing is left to learn: freeze.modules={list(config.freeze.modules)} and parts without gradient cover the whole model. "
-            "Freeze less."
-        )
-    if unused:
-        log.info("no gradient reaches %s: frozen", freezing.summary(unused))
+
+    def freeze(module: nn.Module, epoch: int) -> list[str]:
+        freezing.freeze(module, config.freeze, epoch=epoch)
+        unused = without_gradient(module, task, plan, train_mode=train_mode)
+        frozen = freezing.freeze(module, config.freeze, epoch=epoch, keep_frozen=unused)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise ConfigError(
+                f"Nothing is left to learn: what freeze.modules={list(config.freeze.modules)} leaves gets no gradient "
+                f"({freezing.summary(frozen)}). Freeze less, or use freeze.method=requires_grad, which lets gradients through."
+            )
+        if unused:
+            log.info("no gradient reaches %s: frozen", freezing.summary(unused))
+        return unused
+
+    freeze(module, 0)
     if config.model.compile:
         # In place, so that names in the state dict stay what they are.
         module.compile(dynamic=True)
-    return Construction(module, unused, train_mode)
+    return Construction(module, freeze, train_mode)
 
 
 def count(parameters: list[nn.Parameter]) -> int:

@@ -74,10 +74,14 @@ def _file_part(split: str, file: Path, data: Data, kind: Kind) -> Part:
 
 
 def _dataset_parts(found: Mapping[str, datasets.Dataset], origin: str, data: Data, kind: Kind) -> dict[str, Part]:
-    """Splits of a data set that the datasets library loaded; integer labels get the names the data set has for them."""
+    """Splits that the datasets library loaded; integer labels get the names the data set has for them.
+
+    Args:
+        found: by our names where `data.splits` says which are ours, else by the source's.
+    """
     parts = {}
     for split, theirs in pick_splits(list(found), data, origin=origin).items():
-        rows = found[theirs if theirs in found else split]
+        rows = found[split if data.splits else theirs]
         place = f"{origin} ({theirs})"
         needs_label = kind == "labelled" and not _is_test(split)
         columns = find_columns(rows.column_names, data.columns, kind=kind, origin=place, needs_label=needs_label)
@@ -129,7 +133,7 @@ def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
             f"data.path={data.path} has no split {missing[0]!r}, which data.splits names. Its splits: "
             f"{', '.join(splits)}"
         )
-    return splits
+    return {ours: splits[theirs] for ours, theirs in data.splits.items()} or splits
 
 
 def hub_name(data: Data) -> tuple[str, str | None]:

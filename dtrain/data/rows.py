@@ -76,8 +76,8 @@ def find_columns(
     text, pair, label = given.get("text"), given.get("text_pair"), given.get("label")
     if text is None:
         pairs = (names for names in PAIRS if set(names) <= set(found) and pair in (None, names[1]))
-        text, guess = next(pairs, (next((name for name in TEXTS if name in found and name != label), None), None))
-        pair = pair or guess
+        text, pair = next(pairs, (None, pair))
+    text = text or next((name for name in TEXTS if name in found and name not in (label, pair)), None)
     if text is None:
         raise DataError(
             f"{origin} has no column with a usual name for text ({', '.join(TEXTS)}). Its columns: {listed}. "

@@ -141,7 +141,7 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
         unk_token=UNKNOWN,
         pad_token=PAD if pad else None,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=False,
+        split_special_tokens=True,
     )
 
 

@@ -118,7 +118,11 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
     """Collective. Tokenises each split once per node and fixes the order of the labels."""
 
     def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
-        tokenizer = load_tokenizer(config.model, training_texts=lambda: _texts(load_sources(config.data, kind="labelled")))
+        tokenizer = load_tokenizer(
+            config.model,
+            training_texts=lambda: _texts(load_sources(config.data, kind="labelled")),
+            needs_padding=True,
+        )
         order = label_names_of(config.model)
         key: dict[str, Json] = {
             "task": "classification",

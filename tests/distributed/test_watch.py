@@ -54,13 +54,13 @@ class Job:
 
     def end(self) -> None:
         self.launcher.kill()
-        self.launcher.communicate()
         if not self.rank_ends_within(0):
             os.kill(self.rank, signal.SIGKILL)
+        self.launcher.communicate(timeout=10)
 
 
 def _start(folder: Path, name: str, *, between: tuple[str, ...] = (), says: str = "", kind: str | None = None) -> Job:
-    program, words = folder / name, folder / f"words-{len(list(folder.iterdir()))}"
+    program, words = folder / name, folder / f"words-{time.monotonic_ns()}"
     program.write_text(STARTS_A_COMMAND)
     rank = [sys.executable, "-c", RANK, kind or name, str(words), *says.split()]
     launcher = subprocess.Popen(
@@ -89,7 +89,7 @@ def test_a_rank_ends_within_5_s_of_its_launchers_death_and_says_why(tmp_path: Pa
         for job in jobs.values():
             job.launcher.kill()
         ended = {name: job.rank_ends_within(max(0.0, begin + 5 - time.monotonic())) for name, job in jobs.items()}
-        words = {name: job.last_words.read_text() for name, job in jobs.items()}
+        words = {name: job.last_words.read_text() if ended[name] else "" for name, job in jobs.items()}
     finally:
         for job in jobs.values():
             job.end()

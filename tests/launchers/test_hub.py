@@ -105,8 +105,10 @@ def test_a_data_set_loads_from_the_hub_then_from_the_cache_and_fails_without_eit
     assert hub.address in unreachable["error"]
 
 
-def test_slices_load_and_what_the_hub_does_not_have_is_named_with_what_it_has(tmp_path: Path, data: Path) -> None:
-    slices = {**TINY, "splits": {"train": "train[:2]", "validation": "train[2:]"}}
+def test_splits_may_change_places_and_what_the_hub_does_not_have_is_named_with_what_it_has(
+    tmp_path: Path, data: Path
+) -> None:
+    slices = {**TINY, "splits": {"train": "validation", "validation": "train", "test": "train[2:]"}}
     wrong: list[tuple[dict[str, Any], list[str]]] = [
         ({"name": "tester/missing"}, ["no data set tester/missing", "HF_TOKEN"]),
         ({**TINY, "config": "large"}, ["configuration large", "default"]),
@@ -116,7 +118,11 @@ def test_slices_load_and_what_the_hub_does_not_have_is_named_with_what_it_has(tm
     with serve_hub(models={}, datasets={"tester/tiny-data": data}) as hub:
         sliced, *answers = load_data(tmp_path, hub.address, slices, *(settings for settings, _ in wrong))
 
-    assert [[row["text"] for row in part] for part in sliced["rows"].values()] == [["the cat", "a mat"], ["on"]]
+    assert [[row["text"] for row in part] for part in sliced["rows"].values()] == [
+        ["the mat"],
+        ["the cat", "a mat", "on"],
+        ["on"],
+    ]
     for answer, (_, words) in zip(answers, wrong, strict=True):
         assert [word for word in words if word not in answer["error"]] == []
 

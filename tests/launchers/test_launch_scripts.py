@@ -183,7 +183,8 @@ def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path)
 MAIN = """
 import sys
 if "wrong=1" in sys.argv:
-    sys.exit("wrong is not a setting")
+    print("wrong is not a setting")
+    sys.exit(2)
 print("main", *sys.argv[1:])
 """
 
@@ -228,7 +229,7 @@ def test_quickstart_refuses_a_wrong_setting_before_it_starts_ranks(checkout: Pat
 
     ended = quickstart(checkout, "wrong=1")
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "wrong is not a setting\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "wrong is not a setting\n")
 
 
 END = "run.mkdir(parents=True); (run / 'exit.json').write_text(json.dumps({'code': 75, 'message': 'saved, run again'}))"

@@ -44,6 +44,10 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
     assert whole_text(write(tmp_path, "a.txt", f" {odd}\r\n\n ")) == f" {odd}\r\n\n "
 
 
+def test_blanks_at_the_ends_of_a_line_belong_to_its_fields(tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path, "a.tsv", "text\tmore\r\n  a \t b \r\n")) == [(2, {"text": "  a ", "more": " b "})]
+
+
 def test_words_that_other_readers_take_for_missing_values_stay_words(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", "text,label\nnull,nan\nNA,\n")
 

@@ -64,6 +64,17 @@ def test_a_folder_of_save_to_disk_keeps_its_class_names_and_their_order(tmp_path
     assert label_names(sources) == ("z", "a")
 
 
+def test_splits_of_a_saved_folder_may_change_places(tmp_path: Path) -> None:
+    rows = {split: datasets.Dataset.from_dict({"text": [split], "label": ["x"]}) for split in ("train", "test")}
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))
+
+    sources = load(path=tmp_path / "saved", splits={"train": "test", "validation": "train"})
+
+    assert [texts(source) for source in sources.values()] == [["test"], ["train"]]
+    with pytest.raises(DataError, match=r"no split 'tset', .* Its splits: train, test"):
+        load(path=tmp_path / "saved", splits={"train": "tset"})
+
+
 def test_a_class_number_of_minus_one_means_no_label(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     rows = datasets.Dataset.from_dict({"text": ["p", "q"], "label": [-1, -1]}, features=features)
@@ -72,6 +83,17 @@ def test_a_class_number_of_minus_one_means_no_label(tmp_path: Path) -> None:
     assert load(path=tmp_path / "saved", splits={"test": "train"})["test"].rows.column_names == ["text", "line"]
     with pytest.raises(DataError, match=r"saved \(train\), row 1: no label"):
         load(path=tmp_path / "saved")
+
+
+def test_a_test_split_has_labels_in_all_rows_or_in_none(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"path": tmp_path, "splits": {"test": "a.jsonl"}}
+    rows = [json.dumps({"text": "p", "label": label}) for label in (1, None)]
+
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: no label"):
+        load(**settings)
+    (tmp_path / "a.jsonl").write_text("\n".join(reversed(rows)))
+    assert load(**settings)["test"].rows.column_names == ["text", "line"]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +141,8 @@ def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None
         ("id,a,b,c", {"text": "a", "label": "c"}, {"text": "p", "label": "r"}),
         ("id,a,b,label", {"text": "a", "text_pair": "b"}, {"text": "p", "text_pair": "q", "label": "r"}),
         ("id,sentence1,sentence2,label", {"text": "sentence1"}, {"text": "p", "label": "r"}),
+        ("text,sentence1,sentence2,label", {"text_pair": "sentence1"}, {"text": "0", "text_pair": "p", "label": "r"}),
+        ("id,text,review,label", {"text_pair": "text"}, {"text": "q", "text_pair": "p", "label": "r"}),
     ],
 )
 def test_columns_are_found_by_usual_names_unless_the_config_says_which(
@@ -319,6 +343,7 @@ def test_the_key_of_a_saved_folder_does_not_change_by_using_it(tmp_path: Path) -
     datasets.Dataset.from_dict({"text": ["p"], "label": ["x"]}).save_to_disk(str(tmp_path / "saved"))
     key = source_key(Data(path=tmp_path / "saved"))
 
-    load(path=tmp_path / "saved")["train"].rows.map(lambda row: {"n": 1})
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"n": 1})
 
+    assert list((tmp_path / "saved").glob("cache-*"))
     assert source_key(Data(path=tmp_path / "saved")) == key

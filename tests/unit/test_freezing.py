@@ -227,6 +227,7 @@ def test_a_thaw_stage_that_thaws_nothing_is_refused_before_training(modules: lis
 def test_tied_weights_are_frozen_and_thawed_together_under_both_names(gpt: Any) -> None:
     settings = Freeze(modules=("lm_head",), thaw=(ThawStage(epoch=1, modules=("transformer.wte",)),))
 
+    assert resolve(gpt, ["lm_head"]).parameters == ("transformer.wte.weight", "lm_head.weight")
     assert freeze(gpt, settings) == ["transformer.wte.weight", "lm_head.weight"]
     assert freeze(gpt, settings, epoch=1) == []
 

@@ -19,8 +19,10 @@ import pytest
 DTRAIN = Path(__file__).parents[2] / "dtrain"
 
 LEVELS = {
-    **dict.fromkeys(["errors", "console", "schema", "launchers", "network", "interrupts", "wording", "rollcall"], 0),
-    **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire"], 1),
+    **dict.fromkeys(
+        ["errors", "console", "schema", "launchers", "network", "mpi", "interrupts", "wording", "rollcall"], 0
+    ),
+    **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
     **dict.fromkeys(["collectives", "seeding", "watch"], 2),
     **dict.fromkeys(["models", "data", "optim", "engine.protocol", "tasks.protocol"], 3),
     **dict.fromkeys(["engine", "tasks"], 4),
@@ -30,8 +32,11 @@ LEVELS = {
 }
 """By the longest prefix of a module's name below dtrain; `dtrain` is the package's own __init__.py."""
 
-SIDEWAYS = {("main", "commands"), ("dtrain", "commands"), ("dtrain", "main"), ("rollcall", "network")}
-"""Within a level, only these: the ways in lead to each other, and a roll-call needs addresses."""
+SIDEWAYS = {
+    *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
+    *[("rollcall", "network"), ("mpi", "launchers"), ("mpi", "network"), ("mpi", "rollcall")],  # topology.py's parts
+}
+"""Within a level, only these: who imports, and what."""
 
 BOTTOM = {"errors", "console"}
 """What level 0 itself may import; these two import nothing of dtrain."""

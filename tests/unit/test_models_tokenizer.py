@@ -14,7 +14,7 @@ from dtrain.models.tokenizer import build_char_tokenizer, fingerprint, load_toke
 from tests import tiny
 
 # Line breaks and white space of every kind, an emoji, a combining accent, a Chinese word, the names of special tokens.
-TEXT = "It's  fine , no ?\n\ttab\r\n\u2028\x0b\x00 \u65e5\u672c \U0001f600 e\u0301 <unk> <pad>"
+TEXT = "It's  fine , no ?\n\n\ttab\r\n\u2028\x0b\x00 \u65e5\u672c \U0001f600 e\u0301 <unk> <pad>"
 
 
 def no_text() -> Iterable[str]:
