@@ -48,7 +48,9 @@ def evaluate(forward: Forward, task: Task, *, micro_batch_size: int, workers: in
         for split in task.splits
         if split != "train"
     }
-    metrics = {prefix_of(split) + name: value for split, result in results.items() for name, value in result.metrics.items()}
+    metrics = {
+        prefix_of(split) + name: value for split, result in results.items() for name, value in result.metrics.items()
+    }
     return EvaluationResult(metrics, results)
 
 

@@ -55,7 +55,9 @@ def _exit_now(number: int, _frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _end_if_deaf(hears: socket.socket, done: threading.Event, grace_s: float, before_exit: Callable[[str], None]) -> None:
+def _end_if_deaf(
+    hears: socket.socket, done: threading.Event, grace_s: float, before_exit: Callable[[str], None]
+) -> None:
     with hears:
         heard = hears.recv(1)
     while heard and heard[0] not in SIGNALS:  # another handler's signal

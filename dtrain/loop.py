@@ -112,7 +112,8 @@ def take_step(
     state.targets += targets
     record = StepRecord(
         step=state.step,
-        epoch=loop.plan.epoch_of(batches.step) + (batches.step % loop.plan.steps_per_epoch + 1) / loop.plan.steps_per_epoch,
+        epoch=loop.plan.epoch_of(batches.step)
+        + (batches.step % loop.plan.steps_per_epoch + 1) / loop.plan.steps_per_epoch,
         loss=sums.loss / weight if weight else 0.0,
         grad_norm=result.grad_norm,
         learning_rate=learning_rate,
@@ -158,7 +159,9 @@ def add_up(engine: Engine, task: Task, losses: Sequence[float], *, stop: bool, c
         math.fsum(targets.weight for targets in ahead),
         sum(targets.count for targets in ahead),
     ]
-    loss, faults, stops, weight, count = all_reduce_sum(torch.tensor(own, dtype=torch.float64), engine.topology).tolist()
+    loss, faults, stops, weight, count = all_reduce_sum(
+        torch.tensor(own, dtype=torch.float64), engine.topology
+    ).tolist()
     return Sums(loss, int(faults), int(stops), weight, int(count))
 
 
@@ -169,7 +172,12 @@ def _counted(batches: StepBatches | None) -> list[MicroBatch]:
 def _gather_faults(engine: Engine, batches: StepBatches, losses: Sequence[float]) -> list[Fault]:
     """Collective. Which micro-batches, on which ranks, gave a loss that is not finite."""
     own = [
-        {"rank": engine.topology.rank, "micro_batch": batch.index, "loss": str(loss), "examples": list(batch.example_index)}
+        {
+            "rank": engine.topology.rank,
+            "micro_batch": batch.index,
+            "loss": str(loss),
+            "examples": list(batch.example_index),
+        }
         for batch, loss in zip(_counted(batches), losses, strict=True)
         if not math.isfinite(loss)
     ]

@@ -72,7 +72,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="commands:\n" + "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items()) + "\n" + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="command | section.key=value", help="what to do, and settings over the file's")
+    parser.add_argument(
+        "words", nargs="*", metavar="command | section.key=value", help="what to do, and settings over the file's"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
@@ -83,7 +85,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     found.command = words.pop(0) if words and "=" not in words[0] else "train"
     found.overrides = words
     if found.command not in COMMANDS:
-        raise ConfigError(f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value.")
+        raise ConfigError(
+            f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
+        )
     return found
 
 
@@ -159,7 +163,9 @@ def _report(error: BaseException, config: Config, topology: Topology) -> int:
         log.error("%s", message)
         return code
     if is_lost_peer(error):
-        log.error("Rank %d lost its connection to another rank, which ended: %s", topology.rank, str(error).splitlines()[0])
+        log.error(
+            "Rank %d lost its connection to another rank, which ended: %s", topology.rank, str(error).splitlines()[0]
+        )
         return 1
     note_end(config, topology, code=1, cause=type(error).__name__, message=f"{type(error).__name__}: {error}")
     log.error("%s", "".join(traceback.format_exception(error)).rstrip())

@@ -11,7 +11,9 @@ from torch import nn
 from dtrain import schema
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float, stages: Sequence[Sequence[str]] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, stages: Sequence[Sequence[str]] = ()
+) -> list[dict[str, Any]]:
     """The trainable parameters in groups with and without weight decay; biases and norm layers have none.
 
     Args:
@@ -58,7 +60,11 @@ def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps
     """
     from transformers.optimization import get_scheduler
 
-    warmup = settings.warmup_steps if settings.warmup_steps is not None else round((settings.warmup_ratio or 0.0) * total_steps)
+    warmup = (
+        settings.warmup_steps
+        if settings.warmup_steps is not None
+        else round((settings.warmup_ratio or 0.0) * total_steps)
+    )
     carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = get_scheduler(settings.name, carrier, num_warmup_steps=warmup, num_training_steps=total_steps)
     shape: Callable[[int], float] = scheduler.lr_lambdas[0]

@@ -9,7 +9,28 @@ from typing import Any
 
 import torch
 
-WORDS = "the a cat dog bird sees hears likes big small red quick old with near under never always runs sleeps".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "hears",
+    "likes",
+    "big",
+    "small",
+    "red",
+    "quick",
+    "old",
+    "with",
+    "near",
+    "under",
+    "never",
+    "always",
+    "runs",
+    "sleeps",
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -16,7 +16,7 @@ from dtrain.commands import construct
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.loop import Loop, train
-from dtrain.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.schema import Config
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.topology import Topology
@@ -32,7 +32,9 @@ class Recorder:
         self.steps: list[dict[str, Any]] = []
 
     def after_step(self, record: StepRecord) -> Decision:
-        self.steps.append({"loss": record.loss, "grad_norm": record.grad_norm, "applied": record.applied, "targets": record.targets})
+        self.steps.append(
+            {"loss": record.loss, "grad_norm": record.grad_norm, "applied": record.applied, "targets": record.targets}
+        )
         return Decision.CONTINUE
 
 
@@ -70,6 +72,9 @@ class Setting:
     class_weights: bool = False
     checkpointing: bool = False
     deepspeed: str = ""
+    momentum: float = 0.0
+    shuffle: bool = True
+    workers: int = 0
     broken: str | None = None
 
     def config(self) -> Config:
@@ -79,11 +84,27 @@ class Setting:
         return Config.model_validate(
             {
                 "run": {"name": "test", "seed": 7},
-                "task": {"name": "classification", "class_weights": {"no": 1.0, "yes": 2.5} if self.class_weights else None},
-                "train": {"max_steps": self.steps, "global_batch_size": self.global_batch_size, "micro_batch_size": self.micro_batch_size},
-                "optim": {"name": self.optimizer, "learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm},
+                "task": {
+                    "name": "classification",
+                    "class_weights": {"no": 1.0, "yes": 2.5} if self.class_weights else None,
+                },
+                "train": {
+                    "max_steps": self.steps,
+                    "global_batch_size": self.global_batch_size,
+                    "micro_batch_size": self.micro_batch_size,
+                    "shuffle": self.shuffle,
+                },
+                "optim": {
+                    "name": self.optimizer,
+                    "learning_rate": self.learning_rate,
+                    "max_grad_norm": self.max_grad_norm,
+                    "momentum": self.momentum,
+                },
                 "schedule": {"warmup_steps": 1},
-                "freeze": {"modules": self.freeze, "thaw": [{"epoch": epoch, "modules": [path]} for epoch, path in self.thaw]},
+                "freeze": {
+                    "modules": self.freeze,
+                    "thaw": [{"epoch": epoch, "modules": [path]} for epoch, path in self.thaw],
+                },
                 "engine": {
                     "name": self.engine,
                     "precision": self.precision,
@@ -102,13 +123,28 @@ def task(setting: Setting, rows: int | None = None) -> ClassificationTask:
     return ClassificationTask(splits, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
 
 
-def run(topology: Topology, setting: Setting, module: nn.Module | None = None) -> dict[str, Any]:
-    """Collective. Trains; gives each step's numbers and, on rank 0, the final weights as nested lists."""
+@dataclass
+class Run:
+    """All that `train` takes, before it is called."""
+
+    config: Config
+    task: Any
+    engine: Engine
+    loop: Loop
+    state: RunState
+
+    def go(self, *monitors: Monitor) -> Engine:
+        """Collective. Trains to the end; the engine to go on with."""
+        self.engine = train(self.loop, self.engine, self.task, monitors, self.state)
+        return self.engine
+
+
+def build(topology: Topology, setting: Setting, module: nn.Module | None = None, learns: Any = None) -> Run:
+    """Collective. A run of that setting; `module` and `learns` instead of the tiny BERT and its classification."""
     config = setting.config()
-    learns = task(setting)
+    learns = learns or task(setting)
     if setting.broken == "repeated_example":
-        topology_of_data: Any = learns.splits["train"]
-        learns.splits = {**learns.splits, "train": _Repeats(topology_of_data, topology.rank)}
+        learns.splits = {**learns.splits, "train": Repeats(learns.splits["train"], topology.rank)}
     module = module or tiny.bert(dropout=setting.dropout, layers=2)
     module = module.double() if setting.double else module
     if setting.checkpointing:
@@ -116,25 +152,42 @@ def run(topology: Topology, setting: Setting, module: nn.Module | None = None) -
     plan = construct.step_plan(config, learns)
     prepared = construct.prepare_training(module, config, learns, plan)
     engine = build_engine(prepared.module, config, topology)
-    lock_step = engine.lock_step
-    recorder, state = Recorder(), RunState()
-    thaw = _Thaw(config, topology, prepared, state)
+    state = RunState()
     loop = Loop(
         plan=plan,
         total_steps=setting.steps,
         seed=config.run.seed + (topology.rank if setting.broken == "seed_per_rank" else 0),
-        workers=0,
+        workers=setting.workers,
         loss_is_scaled=setting.precision == "fp16",
         learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
         train_mode=prepared.train_mode,
-        before_epoch=thaw,
+        before_epoch=_Thaw(config, topology, prepared, state),
     )
     subject: Any = Scaled(engine, 1.0001) if setting.broken == "scaled_gradient" else engine
-    ended = train(loop, subject, learns, [recorder], state)
-    weights = {name: value.double().tolist() for name, value in ended.named_weights() if value is not None}
+    return Run(config, learns, subject, loop, state)
+
+
+def run(topology: Topology, setting: Setting, module: nn.Module | None = None) -> dict[str, Any]:
+    """Collective. Trains; gives each step's numbers and, on rank 0, the final weights as nested lists."""
+    built = build(topology, setting, module)
+    lock_step = built.engine.lock_step
+    recorder = Recorder()
+    ended = built.go(recorder)
     slots = {entry.name: sorted(entry.slots) for entry in ended.named_state()}
+    weights = weights_of(ended)
     ended.release()
-    return {"steps": recorder.steps, "weights": weights, "slots": slots, "updates": state.updates, "lock_step": lock_step}
+    return {
+        "steps": recorder.steps,
+        "weights": weights,
+        "slots": slots,
+        "updates": built.state.updates,
+        "lock_step": lock_step,
+    }
+
+
+def weights_of(engine: Engine) -> dict[str, Any]:
+    """Collective. Every parameter by name as nested lists on rank 0; nothing elsewhere."""
+    return {name: value.double().tolist() for name, value in engine.named_weights() if value is not None}
 
 
 @dataclass
@@ -152,7 +205,7 @@ class _Thaw:
         return thaw(engine, epoch, self.config, self.prepared, self.state)
 
 
-class _Repeats:
+class Repeats:
     """A split in which rank 1 reads example 0 for example 1: a negative control."""
 
     def __init__(self, rows: Any, rank: int) -> None:
@@ -167,11 +220,16 @@ class _Repeats:
 
 def worst(one: dict[str, Any], other: dict[str, Any], key: str = "loss") -> float:
     """Largest relative difference over the steps."""
-    return max(abs(a[key] - b[key]) / max(abs(a[key]), 1e-12) for a, b in zip(one["steps"], other["steps"], strict=True))
+    return max(
+        abs(a[key] - b[key]) / max(abs(a[key]), 1e-12) for a, b in zip(one["steps"], other["steps"], strict=True)
+    )
 
 
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Largest absolute difference of the final weights."""
     assert one["weights"].keys() == other["weights"].keys()
-    pairs = ((torch.tensor(one["weights"][n], dtype=torch.float64), torch.tensor(other["weights"][n], dtype=torch.float64)) for n in one["weights"])
+    pairs = (
+        (torch.tensor(one["weights"][n], dtype=torch.float64), torch.tensor(other["weights"][n], dtype=torch.float64))
+        for n in one["weights"]
+    )
     return max(float((a - b).abs().max()) for a, b in pairs)

@@ -57,8 +57,11 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         model = load_model(
             config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
-        check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.head == "sequence_classification")
-        return model
+        check_fit(
+            model, task.tokenizer, max_length=task.max_length, needs_padding=task.head == "sequence_classification"
+        )
+        fitted: nn.Module = model
+        return fitted
 
     loaded: list[nn.Module] = []
     node_first(lambda: loaded.append(own()), topology)
@@ -111,4 +114,8 @@ def gigabytes(number: float) -> str:
 
 def describe_device() -> str:
     """What the ranks run on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s) per rank"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} thread(s) per rank"
+    )

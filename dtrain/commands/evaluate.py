@@ -27,7 +27,9 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
     folder.take(config, topology, command="evaluate")
     task = build_task(config, topology)
     if set(task.splits) <= {"train"}:
-        raise ConfigError("There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction.")
+        raise ConfigError(
+            "There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction."
+        )
     log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
     forward = wrap(construct.load(config, task, topology), config, topology)
     result = evaluate(forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers)
@@ -46,9 +48,15 @@ def _rows(result: EvaluationResult) -> int:
     return sum(len(split.records) for split in result.splits.values())
 
 
-def write_down(result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float, examples: int) -> None:
+def write_down(
+    result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float, examples: int
+) -> None:
     """Collective. summary.json and predictions/, and the metrics on the terminal."""
-    summary = {**results.summary("evaluate", result, topology, engine=engine, seconds=seconds), "step": 0, "examples": examples}
+    summary = {
+        **results.summary("evaluate", result, topology, engine=engine, seconds=seconds),
+        "step": 0,
+        "examples": examples,
+    }
     on_main(lambda: results.write(run_dir, summary, result), topology)
     for metric, value in result.metrics.items():
         log.info("%-24s %.10g", metric, value)

@@ -23,7 +23,7 @@ def run_generate(config: Config, topology: Topology) -> str:
     if config.model.name_or_path is None:
         raise ConfigError("generate needs a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
     settings = config.generate
-    tokenizer = load_tokenizer(config.model, training_texts=lambda: [])
+    tokenizer = load_tokenizer(config.model, training_texts=list)
     model = load_model(config.model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=config.run.seed)
     model = model.to(device_of(topology)).eval()
     prompt = settings.prompt if settings.prompt is not None else "\n"
@@ -44,7 +44,9 @@ def continuation(model: torch.nn.Module, ids: torch.Tensor, config: Config) -> t
         ids: (length,) int64.
     """
     settings = config.generate
-    window = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
+    window = (
+        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
+    )
     for _ in range(settings.max_new_tokens):
         logits = model(input_ids=ids[None, -window:], use_cache=False).logits[:, -1].float()
         ids = torch.cat([ids, draw(logits, settings)])

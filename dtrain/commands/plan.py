@@ -14,7 +14,9 @@ SLOTS = {"adamw": 2, "sgd": 0, "adafactor": 0}
 """Numbers that an optimizer keeps per trainable number; Adafactor keeps rows and columns only, SGD one with momentum."""
 
 
-def describe(config: Config, topology: Topology, task: Task, prepared: Construction, steps: StepPlan, *, in_full: bool) -> str:
+def describe(
+    config: Config, topology: Topology, task: Task, prepared: Construction, steps: StepPlan, *, in_full: bool
+) -> str:
     """Topology, steps, micro-batches, parameters, memory and exactness, a line each."""
     engine, why = engine_name(config, topology)
     parameters = list(prepared.module.parameters())
@@ -90,6 +92,7 @@ def exactness(config: Config, engine: str) -> str:
         return "inexact: model.batch_norm=train updates running statistics on each rank apart"
     if loose:
         return f"same method, other rounding ({', '.join(loose)}): loss within 2 % of fp32 over 50 steps"
-    return "same loss at every step on any engine and world size: 1e-5 relative over 50 steps in fp32; evaluation to the digit" + (
-        " (ZeRO 3: 1e-6)" if engine == "deepspeed" and config.engine.zero_stage == 3 else ""
+    return (
+        "same loss at every step on any engine and world size: 1e-5 relative over 50 steps in fp32; evaluation to the digit"
+        + (" (ZeRO 3: 1e-6)" if engine == "deepspeed" and config.engine.zero_stage == 3 else "")
     )

@@ -21,7 +21,9 @@ class Result:
     run_dir: Path
 
 
-def summary(command: str, result: EvaluationResult | None, topology: Topology, *, engine: str, seconds: float) -> dict[str, Any]:
+def summary(
+    command: str, result: EvaluationResult | None, topology: Topology, *, engine: str, seconds: float
+) -> dict[str, Any]:
     """The common part of summary.json; metrics flat under `eval`."""
     return {
         "command": command,

@@ -49,7 +49,14 @@ def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -
 def note_end(config: Config, topology: Topology, *, code: int, cause: str, message: str) -> None:
     """Writes exit.json where the run's folder is there; the first writer wins."""
     if config.run_dir.is_dir():
-        write_exit(config.run_dir / "exit.json", code=code, cause=cause, rank=topology.rank, host=socket.gethostname(), message=message)
+        write_exit(
+            config.run_dir / "exit.json",
+            code=code,
+            cause=cause,
+            rank=topology.rank,
+            host=socket.gethostname(),
+            message=message,
+        )
 
 
 def _compare_configs(config: Config, topology: Topology) -> None:
@@ -58,7 +65,9 @@ def _compare_configs(config: Config, topology: Topology) -> None:
     found = all_gather_object(own, topology)
     if len({entry["hash"] for entry in found}) > 1:
         table = "\n".join(f"  rank {rank}  {entry['host']}  config {entry['hash']}" for rank, entry in enumerate(found))
-        raise ConfigError(f"The ranks were started with different settings:\n{table}\nStart all of them with the same command.")
+        raise ConfigError(
+            f"The ranks were started with different settings:\n{table}\nStart all of them with the same command."
+        )
 
 
 def _quieten_libraries(env: MutableMapping[str, str]) -> None:

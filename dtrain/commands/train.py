@@ -50,9 +50,8 @@ def run_train(
         monitors: further ones, below dtrain's own.
     """
     engine_name(config, topology)  # refuses a wrong combination before any work
-    if not dry_run:
-        if folder.take(config, topology, command="train") == "already_finished":
-            return None
+    if not dry_run and folder.take(config, topology, command="train") == "already_finished":
+        return None
     task = task or build_task(config, topology)
     steps = construct.step_plan(config, task)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
@@ -130,7 +129,9 @@ class TrainingRun:
         """Collective. Evaluates every split but train and logs it."""
         begin = time.monotonic()
         evaluation = self.config.evaluation
-        self.last = evaluate(self.engine, self.task, micro_batch_size=evaluation.micro_batch_size, workers=self.config.data.workers)
+        self.last = evaluate(
+            self.engine, self.task, micro_batch_size=evaluation.micro_batch_size, workers=self.config.data.workers
+        )
         self.last_step = step
         if self.last.metrics:
             self.tracker.evaluation(step, self.last.metrics, time.monotonic() - begin)

@@ -53,7 +53,15 @@ class StepBatches:
 
 
 def step_batches(
-    plan: StepPlan, rows: Rows, collate: Collate, topology: Topology, *, lock_step: bool, start: int, stop: int, workers: int
+    plan: StepPlan,
+    rows: Rows,
+    collate: Collate,
+    topology: Topology,
+    *,
+    lock_step: bool,
+    start: int,
+    stop: int,
+    workers: int,
 ) -> Iterator[StepBatches]:
     """This rank's micro-batches of the steps from `start` up to, not including, `stop`."""
 
@@ -108,6 +116,10 @@ def _collated(rows: Rows, collate: Collate, lists: Iterable[list[int]], *, worke
         return (collate(rows[indices]) for indices in lists)
     # A generator of its own: DataLoader draws a base seed, which would otherwise move torch's global stream.
     loader = DataLoader(
-        _Collated(rows, collate), batch_size=None, sampler=_InOrder(lists), num_workers=workers, generator=torch.Generator()
+        _Collated(rows, collate),
+        batch_size=None,
+        sampler=_InOrder(lists),
+        num_workers=workers,
+        generator=torch.Generator(),
     )
     return iter(loader)

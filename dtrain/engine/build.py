@@ -32,7 +32,9 @@ def engine_name(config: Config, topology: Topology) -> tuple[str, str]:
     return ("single", "one process") if topology.world_size == 1 else ("ddp", f"{topology.world_size} processes")
 
 
-def build_engine(module: nn.Module, config: Config, topology: Topology, *, thawed: Sequence[Sequence[str]] = ()) -> Engine:
+def build_engine(
+    module: nn.Module, config: Config, topology: Topology, *, thawed: Sequence[Sequence[str]] = ()
+) -> Engine:
     """Collective. Wraps what learns in `module` and makes its optimizer.
 
     Args:

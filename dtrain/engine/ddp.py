@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ class DdpEngine(SingleEngine):
         self._replica = DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            **{_buffers_setting(): False},
+            **_without_buffer_broadcast(),
             gradient_as_bucket_view=True,
             find_unused_parameters=config.engine.find_unused,
         )
@@ -62,7 +63,7 @@ class DdpEngine(SingleEngine):
         return module
 
 
-def _buffers_setting() -> str:
-    """What torch calls the broadcast of buffers before each forward; renamed in torch 2.13, whose old name warns."""
+def _without_buffer_broadcast() -> dict[str, Any]:
+    """The setting under the name that this torch knows: renamed in torch 2.13, where the old name warns."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

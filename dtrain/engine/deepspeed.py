@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.distributed_c10d import HashStore  # type: ignore[attr-defined]
 
 from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import broadcast_slots, host_copy, host_slots
+from dtrain.engine.state import STEP, broadcast_slots, device_slots, host_copy, host_slots
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -41,7 +42,7 @@ class DeepSpeedEngine:
         self._precision = config.engine.precision
         if not dist.is_initialized():
             # One process: DeepSpeed wants a group even then. It keeps handles to it, so the group stays until the process ends.
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         deepspeed = _import_quietly()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
@@ -135,10 +136,10 @@ class DeepSpeedEngine:
         flat_state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
         slots = {}
         for key, value in flat_state.items():
-            if torch.is_tensor(value) and value.dim() > 0:
-                slots[key] = host_copy(safe_get_full_optimizer_state(parameter, key))
-            else:
+            if key == STEP:
                 slots[key] = torch.as_tensor(value).detach().to("cpu", copy=True)
+            else:
+                slots[key] = host_copy(safe_get_full_optimizer_state(parameter, key))
         return slots
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
@@ -156,7 +157,8 @@ class DeepSpeedEngine:
         """inner: the flat shard that a parameter lies in, which is what the optimizer keeps state for."""
         optimizer = self._engine.optimizer
         if self.stage == 3:
-            return self._flats()[optimizer.grad_position[optimizer.get_param_id(parameter)][0]]
+            index: int = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
+            return self._flats()[index]
         for index, members in enumerate(optimizer.bit16_groups):
             if any(member is parameter for member in members):
                 return self._flats()[index]
@@ -170,42 +172,39 @@ class DeepSpeedEngine:
 
     def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
         trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        loaded = {name: broadcast_slots(name, read, self.topology) for name, _ in trainable}
-        if not any(loaded.values()):
-            return
-        if self.stage == 0:
-            for name, parameter in trainable:
-                slots = loaded[name]
-                if slots:
-                    self._engine.optimizer.state[parameter] = {
-                        k: v if v.dim() == 0 else v.to(parameter.device) for k, v in slots.items()
-                    }
-            return
-        self._create_slots(next(slots for slots in loaded.values() if slots))
-        self._link_slots()
+        if self.stage > 0:
+            keys = broadcast_object(_first_keys([name for name, _ in trainable], read), self.topology)
+            if not keys:
+                return
+            self._create_slots(keys)
+            self._link_slots()
         for name, parameter in trainable:
-            self._set_slots(parameter, loaded[name])
+            slots = broadcast_slots(name, read, self.topology)
+            if self.stage > 0:
+                self._set_slots(parameter, slots)
+            elif slots:
+                self._engine.optimizer.state[parameter] = device_slots(slots, parameter)
 
-    def _create_slots(self, pattern: Mapping[str, torch.Tensor]) -> None:
+    def _create_slots(self, keys: Sequence[str]) -> None:
         """Zero slots for every flat shard: what a parameter without slots starts from anyway."""
-        state = self._inner_optimizer().state
         for flat in self._flats():
-            state[flat] = {
-                key: torch.zeros_like(value) if value.dim() == 0 else torch.zeros_like(flat.data) for key, value in pattern.items()
+            self._inner_optimizer().state[flat] = {
+                key: torch.zeros(()) if key == STEP else torch.zeros_like(flat.data) for key in keys
             }
 
     def _set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for key, value in slots.items():
-            if value.dim() == 0 and parameter.dim() != 0:
+            if key == STEP:
                 self._inner_optimizer().state[self._flat_of(parameter)][key] = value.clone()
             elif self.stage == 3:
                 # safe_set_full_* fails on the last rank when the size does not divide by the ranks.
-                size = parameter.ds_tensor.numel()
+                shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+                size = shard.numel()
                 padded = F.pad(value.flatten(), (0, size * self.topology.world_size - value.numel()))
                 mine = padded[self.topology.rank * size : (self.topology.rank + 1) * size]
-                safe_set_local_optimizer_state(parameter, mine.to(parameter.ds_tensor.device), key)
+                safe_set_local_optimizer_state(parameter, mine.to(shard.device), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
@@ -253,6 +252,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     # Offload insists on DeepSpeed's own CPU Adam, which it compiles; torch's optimizer gives the same answer without.
     defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     return {**defaults, **passed, **owned}
+
+
+def _first_keys(names: Sequence[str], read: Callable[[str], Mapping[str, torch.Tensor]]) -> list[str]:
+    """What the optimizer calls its slots, from the first parameter that has any."""
+    return next((sorted(slots) for slots in map(read, names) if slots), [])
 
 
 def _import_quietly() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
@@ -12,7 +13,9 @@ from dtrain.seeding import seed_all
 from dtrain.tasks.protocol import Task
 
 
-def without_gradient(module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]) -> list[str]:
+def without_gradient(
+    module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]
+) -> list[str]:
     """Names of parameters that learn but got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
 
     Every rank computes the same from the same micro-batch. Leaves weights alone and gradients empty.
@@ -23,7 +26,9 @@ def without_gradient(module: nn.Module, task: Task, plan: StepPlan, *, train_mod
     seed_all(plan.seed, "forward", 0, 0)
     loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()}).loss
     if loss.requires_grad:
-        loss.backward()
-    found = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        torch.autograd.backward(loss)
+    found = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
     module.zero_grad(set_to_none=True)
     return found

@@ -12,7 +12,7 @@ from torch import nn
 from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import broadcast_slots, host_copy, host_slots
+from dtrain.engine.state import broadcast_slots, device_slots, host_copy, host_slots
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -47,7 +47,7 @@ class SingleEngine:
     def backward(self, loss: torch.Tensor) -> None:
         # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
         with torch.autocast(self._device_type, enabled=False):
-            self._scaler.scale(loss).backward()
+            torch.autograd.backward(self._scaler.scale(loss))
 
     def step(self, *, discard: bool = False) -> StepResult:
         self._scaler.unscale_(self._optimizer)
@@ -83,10 +83,7 @@ class SingleEngine:
                 continue
             slots = broadcast_slots(name, read, self.topology)
             if slots:
-                # A step count stays on the host, where the optimizer keeps it; the rest lies with the parameter.
-                self._optimizer.state[parameter] = {
-                    key: value if value.dim() == 0 else value.to(parameter.device, parameter.dtype) for key, value in slots.items()
-                }
+                self._optimizer.state[parameter] = device_slots(slots, parameter)
 
     def scalars(self) -> dict[str, float]:
         return {"loss_scale": float(self._scaler.get_scale())} if self._scaler.is_enabled() else {}

@@ -44,7 +44,8 @@ def describe(record: StepRecord) -> str:
     if not record.faults:
         return f"Step {record.step}: the loss is {record.loss:.4g}, but the gradient norm is {record.grad_norm}."
     places = "; ".join(
-        f"rank {fault.rank}, micro-batch {fault.micro_batch}, examples {_some(list(fault.examples))}" for fault in record.faults[:4]
+        f"rank {fault.rank}, micro-batch {fault.micro_batch}, examples {_some(list(fault.examples))}"
+        for fault in record.faults[:4]
     )
     more = f" and {len(record.faults) - 4} more micro-batches" if len(record.faults) > 4 else ""
     return f"Step {record.step}: the loss is {record.faults[0].loss} ({places}{more})."

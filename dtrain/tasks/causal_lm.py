@@ -38,7 +38,7 @@ class CausalLmTask:
             splits: rows with `input_ids`, at most max_length + 1 of them.
             is_char: every token is one character.
         """
-        self.splits = splits
+        self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
@@ -83,7 +83,8 @@ def prepare_causal_lm(config: Config, settings: schema.CausalLm, topology: Topol
 
     def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
         tokenizer = load_tokenizer(
-            config.model, training_texts=lambda: [_stream(load_sources(config.data, kind="text")["train"], settings.joiner)]
+            config.model,
+            training_texts=lambda: [_stream(load_sources(config.data, kind="text")["train"], settings.joiner)],
         )
         key: dict[str, Json] = {
             "task": "causal_lm",
@@ -107,7 +108,9 @@ def prepare_causal_lm(config: Config, settings: schema.CausalLm, topology: Topol
 
     prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
-    return CausalLmTask(prepared.splits, tokenizer, max_length=config.max_length, is_char=bool(prepared.meta["is_char"]))
+    return CausalLmTask(
+        prepared.splits, tokenizer, max_length=config.max_length, is_char=bool(prepared.meta["is_char"])
+    )
 
 
 def _stream(source: Source, joiner: str) -> str:
@@ -125,7 +128,9 @@ def _blocks(ids: Sequence[int], max_length: int, *, origin: str) -> Any:
 
     if len(ids) < 2:
         raise DataError(f"{origin} holds {len(ids)} token(s): a next token needs at least two. Give a longer text.")
-    return Dataset.from_dict({"input_ids": [ids[start : start + max_length + 1] for start in block_starts(len(ids), max_length)]})
+    return Dataset.from_dict(
+        {"input_ids": [ids[start : start + max_length + 1] for start in block_starts(len(ids), max_length)]}
+    )
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,18 +31,24 @@ class ClassificationTask:
     head: Head = "sequence_classification"
 
     def __init__(
-        self, splits: Mapping[str, Split], tokenizer: Any, labels: Sequence[str], settings: schema.Classification, *, max_length: int
+        self,
+        splits: Mapping[str, Split],
+        tokenizer: Any,
+        labels: Sequence[str],
+        settings: schema.Classification,
+        *,
+        max_length: int,
     ) -> None:
         """
         Args:
             splits: rows with `input_ids`, further model inputs, and `label`, an index into `labels`.
             labels: label names in the order of the model's outputs.
         """
-        self.splits = splits
+        self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
-        self.head_config = {
+        self.head_config: dict[str, Any] = {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
@@ -54,7 +61,9 @@ class ClassificationTask:
     def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
-        batch["labels"] = torch.tensor([IGNORED if label is None else label for label in rows["label"]], dtype=torch.int64)
+        batch["labels"] = torch.tensor(
+            [IGNORED if label is None else label for label in rows["label"]], dtype=torch.int64
+        )
         return batch
 
     def targets(self, batch: Batch) -> Targets:
@@ -69,7 +78,9 @@ class ClassificationTask:
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )
         counted = labels[labels != IGNORED]
-        return LossSum(loss, weights[counted].sum() if weights is not None else counted.new_tensor(len(counted)).to(loss))
+        return LossSum(
+            loss, weights[counted].sum() if weights is not None else counted.new_tensor(len(counted)).to(loss)
+        )
 
     def score(self, module: nn.Module, batch: Batch) -> Scored:
         logits, labels = _logits(module, batch)
@@ -106,10 +117,13 @@ class ClassificationTask:
         if settings.class_weights == "balanced":
             rows = self.splits["train"]
             counts = Counter(rows[list(range(len(rows)))]["label"])
-            return torch.tensor([len(rows) / (len(self.labels) * max(counts[index], 1)) for index in range(len(self.labels))])
+            return torch.tensor(
+                [len(rows) / (len(self.labels) * max(counts[index], 1)) for index in range(len(self.labels))]
+            )
         if set(settings.class_weights) != set(self.labels):
             raise ConfigError(
-                f"task.class_weights names {sorted(settings.class_weights)}, but the labels are {sorted(self.labels)}: give one weight for each."
+                f"task.class_weights names {sorted(settings.class_weights)}, but the labels are {sorted(self.labels)}: "
+                "give one weight for each."
             )
         return torch.tensor([settings.class_weights[label] for label in self.labels])
 
@@ -133,19 +147,20 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
         }
 
         def build(folder: Path) -> Mapping[str, Json]:
-            sources = load_sources(config.data, kind="labelled")
-            names = label_names(sources)
-            if order is not None and set(order) == set(names):
-                names = order  # the model's outputs keep their meaning
-            for split, source in sources.items():
-                save_split(folder, split, _tokenised(source, tokenizer, names, config))
+            with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
+                sources = load_sources(config.data, kind="labelled", scratch=Path(scratch))
+                names = label_names(sources)
+                if order is not None and set(order) == set(names):
+                    names = order  # the model's outputs keep their meaning
+                for split, source in sources.items():
+                    save_split(folder, split, _tokenised(source, tokenizer, names, config))
             tokenizer.save_pretrained(folder / "tokenizer")
             return {"labels": list(names)}
 
         return key, build
 
     prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
-    labels = [str(name) for name in prepared.meta["labels"]]  # type: ignore[union-attr]
+    labels = [str(name) for name in prepared.meta["labels"]]
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
     return ClassificationTask(prepared.splits, tokenizer, labels, settings, max_length=config.max_length)
 

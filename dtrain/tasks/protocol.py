@@ -32,7 +32,8 @@ class LossSum(NamedTuple):
     weight: torch.Tensor
 
 
-class Targets(NamedTuple):
+@dataclass(frozen=True)
+class Targets:
     """What a batch contributes to a step, known from its labels alone, before any forward pass."""
 
     weight: float
@@ -69,7 +70,7 @@ class Task(Protocol):
     name: str
     head: Head
     """Which AutoModel class carries it."""
-    head_config: Mapping[str, Any]
+    head_config: dict[str, Any]
     """What the head's config must say: number of labels and their names."""
     max_length: int
     """Longest sequence of tokens that the model is given."""

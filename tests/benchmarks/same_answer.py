@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("one process", 1, ["engine.name=single"]),
     *((f"ddp W={world}", world, ["engine.name=ddp"]) for world in (2, 3, 4)),
-    *((f"deepspeed ZeRO {stage} W=2", 2, ["engine.name=deepspeed", f"engine.zero_stage={stage}"]) for stage in range(4)),
+    *(
+        (f"deepspeed ZeRO {stage} W=2", 2, ["engine.name=deepspeed", f"engine.zero_stage={stage}"])
+        for stage in range(4)
+    ),
 ]
 
 
@@ -73,7 +76,9 @@ def main() -> int:
             assert len(found) == len(reference) == arguments.steps
             off = max(abs(a - b) / abs(a) for a, b in zip(reference, found, strict=True))
             failed |= off > 1e-5
-            print(f"{label:24s} first {found[0]:.6f} last {found[-1]:.6f}  off by {off:.1e} at worst  {time.monotonic() - begin:.0f} s", flush=True)
+            ends = f"first {found[0]:.6f} last {found[-1]:.6f}"
+            seconds = time.monotonic() - begin
+            print(f"{label:24s} {ends}  off by {off:.1e} at worst  {seconds:.0f} s", flush=True)
     return 1 if failed else 0
 
 

@@ -8,17 +8,13 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 PROGRAM = """
-import json, os, socket, sys, time
-if os.environ.get("NAMELESS"):
-    import ctypes
-    assert ctypes.CDLL(None).unshare(0x04000000) == 0  # a host name of its own: CLONE_NEWUTS
-    socket.sethostname("nameless-host")
-import torch
+import json, os, sys, time
 from dtrain.collectives import all_gather_object
 from dtrain.errors import DtrainError
 from dtrain.topology import Topology, process_group
@@ -31,7 +27,6 @@ try:
             "num_nodes": topology.num_nodes,
             "complete": topology.is_complete,
             "interface": os.environ.get("GLOO_SOCKET_IFNAME"),
-            "host": socket.gethostname(),
         }))
         if len(sys.argv) > 2 and topology.rank == 1:
             raise ValueError("inside the group")
@@ -48,11 +43,13 @@ os._exit(0)
 """
 
 
-def _start(rank: int, world_size: int, port: int, *arguments: str, **env: str) -> subprocess.Popen[str]:
+def _start(
+    rank: int, world_size: int, port: int, *arguments: str, inside: Sequence[str] = (), **env: str
+) -> subprocess.Popen[str]:
     names = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     inherited = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [*inside, sys.executable, "-c", PROGRAM, *arguments],
         env={**inherited, **names, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd()), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,14 +108,39 @@ def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -
     assert all(float(str(found["seconds"])) < 10 for _, found in ended)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="giving a process another host name needs root")
-def test_two_ranks_meet_where_the_hosts_own_name_does_not_resolve() -> None:
-    port = _free_port()
-    ranks = [_start(rank, 2, port, "60", NAMELESS="1") for rank in range(2)]
+@pytest.fixture
+def two_nodes() -> Iterator[list[str]]:
+    """Names of two network namespaces with a wire between them: 10.77.9.1 and 10.77.9.2."""
+    one, two = (f"dtrain{os.getpid()}{side}" for side in "ab")
+    steps = f"""
+        ip netns add {one} && ip netns add {two}
+        ip link add eth0 netns {one} type veth peer name eth0 netns {two}
+        ip -n {one} addr add 10.77.9.1/24 dev eth0 && ip -n {two} addr add 10.77.9.2/24 dev eth0
+        ip -n {one} link set eth0 up && ip -n {two} link set eth0 up
+        ip -n {one} link set lo up && ip -n {two} link set lo up"""
+    made = subprocess.run(["sh", "-ec", steps], capture_output=True, timeout=30, check=False)
+    try:
+        if made.returncode:
+            pytest.skip("no network namespaces: needs root and iproute2")
+        yield [one, two]
+    finally:
+        for name in (one, two):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30, check=False)
+
+
+def test_two_nodes_meet_where_their_own_names_do_not_resolve(two_nodes: list[str]) -> None:
+    ranks = []
+    for rank, node in enumerate(two_nodes):
+        inside = ["ip", "netns", "exec", node, "unshare", "--uts", "sh", "-c", f'hostname {node}; exec "$@"', "sh"]
+        # The port is the namespace's own: nobody else can have it.
+        ranks.append(_start(rank, 2, 29500, "60", inside=inside, MASTER_ADDR="10.77.9.1"))
 
     ended = [_end(process) for process in ranks]
 
-    assert [(code, found["host"], found["everyone"]) for code, found in ended] == [(0, "nameless-host", [0, 1])] * 2
+    assert [code for code, _ in ended] == [0, 0]
+    for _, found in ended:
+        assert (found["everyone"], found["interface"]) == ([0, 1], "eth0")
+        assert (found["local_rank"], found["num_nodes"]) == (0, 2)
 
 
 def test_an_exception_inside_the_group_is_neither_masked_nor_held_up() -> None:
