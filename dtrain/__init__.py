@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 
 def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
-) -> Result | None:
+) -> Result:
     """Collective. Trains as `dtrain/main.py train` does: on one process, or on each rank that a launcher started.
 
     Args:
@@ -40,7 +40,7 @@ def fit(
         monitors: further ones (see dtrain/monitors/protocol.py).
 
     Returns:
-        Final metrics and the run folder; None where the run was already finished.
+        Final metrics and the run folder, also where the run was finished already.
 
     Raises:
         DtrainError: what the command line would print; `exit_code` says which kind.

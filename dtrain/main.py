@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
-) -> Result | None:
+) -> Result:
     """Collective. Trains as the command line does, from Python: see dtrain.fit."""
     from dtrain.commands.session import session
     from dtrain.commands.train import run_train
@@ -182,9 +182,9 @@ def _report_alike(error: DtrainError, topology: Topology) -> int:
 def _command(command: str, config: Config, topology: Topology, *, dry_run: bool) -> None:
     match command:
         case "train":
-            from dtrain.commands.train import run_train
+            from dtrain.commands.train import run_dry, run_train
 
-            run_train(config, topology, dry_run=dry_run)
+            run_dry(config, topology) if dry_run else run_train(config, topology)
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 

@@ -356,8 +356,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        assert self.run.name is not None, "load_config gives every run a name"
-        return self.run.output_dir / self.run.name
+        return self.run.output_dir / (self.run.name or self.task.name)
 
     @model_validator(mode="after")
     def _refused_combinations(self) -> Config:

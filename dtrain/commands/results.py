@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,12 @@ def write(run_dir: Path, summary: dict[str, Any], result: EvaluationResult | Non
     for split, found in result.splits.items() if result is not None else ():
         write_lines_atomic(run_dir / "predictions" / f"{split}.jsonl", found.records)
     write_json_atomic(run_dir / "summary.json", summary)
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """The summary of a finished run."""
+    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from dtrain.commands.export import export_model
 from dtrain.commands.results import Result
 from dtrain.commands.thawing import thaw
 from dtrain.console import log
+from dtrain.data.order import StepPlan
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
 from dtrain.evaluation import EvaluationResult, evaluate
@@ -40,9 +40,8 @@ def run_train(
     model: nn.Module | None = None,
     task: Task | None = None,
     monitors: Sequence[Monitor] = (),
-    dry_run: bool = False,
-) -> Result | None:
-    """Collective. Trains, evaluates, exports; None where there was nothing to do.
+) -> Result:
+    """Collective. Trains, evaluates, exports; gives the old result where the run was finished already.
 
     Args:
         model: to train instead of what the config's model section says.
@@ -50,17 +49,31 @@ def run_train(
         monitors: further ones, below dtrain's own.
     """
     engine_name(config, topology)  # refuses a wrong combination before any work
-    if not dry_run and folder.take(config, topology, command="train") == "already_finished":
-        return None
+    if folder.take(config, topology, command="train") == "already_finished":
+        return _old_result(config, topology)
+    run = _prepare(config, topology, model, task)
+    log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
+    return run.go(monitors)
+
+
+def run_dry(config: Config, topology: Topology) -> None:
+    """Collective. Says what `run_train` would do; makes no folder and takes no step."""
+    engine_name(config, topology)
+    run = _prepare(config, topology, None, None)
+    log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=True))
+
+
+def _old_result(config: Config, topology: Topology) -> Result:
+    """Collective. What the finished run in the folder ended with."""
+    metrics = on_main(lambda: results.read(config.run_dir)["eval"], topology)
+    return Result(dict(metrics), config.run_dir)
+
+
+def _prepare(config: Config, topology: Topology, model: nn.Module | None, task: Task | None) -> TrainingRun:
     task = task or build_task(config, topology)
     steps = construct.step_plan(config, task)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
-    prepared = construct.prepare_training(module, config, task, steps)
-    log.info("%s", plan.describe(config, topology, task, prepared, steps, in_full=dry_run))
-    if dry_run:
-        return None
-    run = TrainingRun(config, topology, task, prepared, steps)
-    return run.go(monitors)
+    return TrainingRun(config, topology, task, construct.prepare_training(module, config, task, steps), steps)
 
 
 @dataclass
@@ -71,7 +84,7 @@ class TrainingRun:
     topology: Topology
     task: Task
     prepared: construct.Construction
-    steps: Any
+    steps: StepPlan
     state: RunState = field(default_factory=RunState)
     last: EvaluationResult | None = None
     last_step: int = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -90,33 +91,48 @@ class ClassificationTask:
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 
-        truth = list(self.splits[split][list(range(len(self.splits[split])))]["label"])
-        found = [int(prediction) for prediction in predictions]
+        judged = [
+            (label, int(found))
+            for label, found in zip(self._truth(split), predictions, strict=True)
+            if label is not None
+        ]
+        if not judged:
+            return {}
+        truth, found = zip(*judged, strict=True)
         if len(self.labels) == 2:
             average: dict[str, Any] = {"average": "binary", "pos_label": 1}
         else:
             average = {"average": "macro", "labels": list(range(len(self.labels)))}
+        with warnings.catch_warnings():
+            # Matthews of a single class is 0 by definition; every rank would print scikit-learn's remark about it.
+            warnings.filterwarnings("ignore", message="A single label was found in", category=UserWarning)
+            matthews = float(matthews_corrcoef(truth, found))
         return {
             "accuracy": float(accuracy_score(truth, found)),
             "f1": float(f1_score(truth, found, zero_division=0.0, **average)),
             "precision": float(precision_score(truth, found, zero_division=0.0, **average)),
             "recall": float(recall_score(truth, found, zero_division=0.0, **average)),
-            "matthews_correlation": float(matthews_corrcoef(truth, found)),
+            "matthews_correlation": matthews,
         }
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        truth = self.splits[split][list(range(len(self.splits[split])))]["label"]
         return [
             {"prediction": self.labels[int(found)], "reference": None if label is None else self.labels[label]}
-            for found, label in zip(predictions, truth, strict=True)
+            for found, label in zip(predictions, self._truth(split), strict=True)
         ]
+
+    def _truth(self, split: str) -> Sequence[int | None]:
+        """The labels of a split in data order; None for an example that has none."""
+        rows = self.splits[split]
+        labels: Sequence[int | None] = rows[list(range(len(rows)))]["label"]
+        return labels
 
     def _class_weights(self, settings: schema.Classification) -> torch.Tensor | None:
         if settings.class_weights is None:
             return None
         if settings.class_weights == "balanced":
             rows = self.splits["train"]
-            counts = Counter(rows[list(range(len(rows)))]["label"])
+            counts = Counter(self._truth("train"))
             return torch.tensor(
                 [len(rows) / (len(self.labels) * max(counts[index], 1)) for index in range(len(self.labels))]
             )
