@@ -25,8 +25,8 @@ MAIN_SPLIT = "validation"
 class SplitResult:
     """One split in data order.
 
-    metrics: `loss` per target in nats and the task's own. losses: summed over each example's targets.
-    records: one mapping per example, for predictions/<split>.jsonl.
+    metrics: `loss` per target in nats and the task's own; none where the split has no targets.
+    records: one mapping per example, for predictions/<split>.jsonl; its `loss` is summed over the example's targets.
     """
 
     metrics: Mapping[str, float]
@@ -80,12 +80,14 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
-    loss = math.fsum(losses) / max(sum(targets), 1)
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records = [
         {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
         for index, record in enumerate(task.records(split, predictions))
     ]
+    if sum(targets) == 0:  # a test split without labels: predicted, not judged
+        return SplitResult({}, records)
+    loss = math.fsum(losses) / sum(targets)
     return SplitResult({"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}, records)
 
 

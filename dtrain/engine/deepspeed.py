@@ -74,13 +74,19 @@ class DeepSpeedEngine:
         if discard:
             spoiled = float("nan")
             setattr(optimizer, name, (lambda: [spoiled]) if self.stage == 3 else (lambda *_args, **_kwargs: spoiled))
+        scaler = self._loss_scaler()
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
         try:
             self._engine.step()
         finally:
             if discard:
                 delattr(optimizer, name)
         norm = self._engine.get_global_grad_norm()
-        return StepResult(float("nan") if norm is None else float(norm), applied=not optimizer.overflow)
+        if optimizer.overflow and scaler is not None and not discard:
+            # DeepSpeed skips the step before torch's scaler hears of it, so the scale would never come down.
+            scaler.update(scale * scaler.get_backoff_factor())
+        # The norm is that of the scaled gradients.
+        return StepResult(float("nan") if norm is None else float(norm) / scale, applied=not optimizer.overflow)
 
     def _step_unsharded(self, *, discard: bool) -> StepResult:
         """ZeRO 0: DeepSpeed neither reports the norm nor refuses a bad one, so dtrain clips (gradients are reduced by now)."""
@@ -219,8 +225,10 @@ class DeepSpeedEngine:
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
 
     def _loss_scaler(self) -> Any:
-        """inner: torch's GradScaler of an fp16 run at ZeRO 0; ZeRO 1 to 3 scale by a constant of their own."""
-        return self._engine.torch_autocast_z0_gradscaler if self.stage == 0 else None
+        """inner: torch's GradScaler of an fp16 run; None in other precisions."""
+        if self.stage == 0:
+            return self._engine.torch_autocast_z0_gradscaler
+        return self._engine.optimizer.torch_autocast_gradscaler
 
     def release(self) -> nn.Module:
         module = self.module

@@ -71,7 +71,7 @@ class CausalLmTask:
         return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        found = {"perplexity": math.exp(loss) if loss < 700 else math.inf}
+        found = {"perplexity": math.inf if loss > 700 else math.exp(loss)}
         return {**found, "bits_per_character": loss / math.log(2)} if self._is_char else found
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -181,8 +182,9 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
     return ClassificationTask(prepared.splits, tokenizer, labels, settings, max_length=config.max_length)
 
 
-def _texts(sources: Mapping[str, Source]) -> list[str]:
-    return list(sources["train"].rows["text"])
+def _texts(sources: Mapping[str, Source]) -> Iterator[str]:
+    rows = sources["train"].rows
+    return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
 
 
 def _tokenised(source: Source, tokenizer: Any, names: Sequence[str], config: Config) -> Any:

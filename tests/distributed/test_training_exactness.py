@@ -133,6 +133,35 @@ def test_fp16_scales_its_loss_and_reports_the_plain_norm(single: dict[str, Any],
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharded_fp16_without_clipping_reports_the_plain_norm(stage: int) -> None:
+    plain = replace(PLAIN, max_grad_norm=None, learning_rate=0.1)
+    setting = replace(plain, precision="fp16", engine="deepspeed", zero_stage=stage)
+
+    result = run_ranks(training.run, 2, setting, timeout_s=120)[0]
+    one = training.run(SINGLE, plain)
+
+    assert worst(one, result) <= 0.02
+    assert worst(one, result, "grad_norm") <= 0.05
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
+def test_fp16_comes_down_from_a_loss_scale_that_overflows(stage: int | None) -> None:
+    # One example per step on three ranks: the first scale, 65536, times W / weight = 3 and a probability of about 0.5 is
+    # above fp16's largest number, 65504, in the gradient of the logits.
+    engine = "auto" if stage is None else "deepspeed"
+    setting = replace(
+        PLAIN, global_batch_size=1, max_grad_norm=None, learning_rate=1e-3, precision="fp16", engine=engine, zero_stage=stage
+    )
+
+    result = run_ranks(training.run, 3, setting, timeout_s=120)[0]
+
+    applied = [step["applied"] for step in result["steps"]]
+    assert not applied[0]
+    assert applied[-1]
+    assert result["updates"] == sum(applied)  # a skipped step does not advance the schedule
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_offloaded_moments_change_nothing(single: dict[str, Any], stage: int) -> None:
     setting = replace(PLAIN, engine="deepspeed", zero_stage=stage, deepspeed="offload")
 

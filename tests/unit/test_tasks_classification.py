@@ -19,6 +19,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.schema import Classification, Config
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
+from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
@@ -31,7 +32,7 @@ class Says(nn.Module):
 
     def __init__(self, logits: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits, dtype=dtype))
+        self.logits = torch.tensor(logits, dtype=dtype)
 
     def forward(self, **_inputs: torch.Tensor) -> Any:
         return SimpleNamespace(logits=self.logits)
@@ -94,7 +95,7 @@ def test_the_loss_is_the_sum_over_examples_and_the_weight_their_number() -> None
 
     assert float(loss) == pytest.approx(sum(map(nll, LOGITS, labels)), rel=1e-6)
     assert float(weight) == 3.0
-    assert task().targets(batch(labels)) == (3.0, 3)
+    assert task().targets(batch(labels)) == Targets(3.0, 3)
 
 
 def test_class_weights_weigh_the_loss_and_the_count_as_torch_does_when_it_divides() -> None:
@@ -105,7 +106,7 @@ def test_class_weights_weigh_the_loss_and_the_count_as_torch_does_when_it_divide
     by_hand = 0.5 * nll(LOGITS[0], 0) + 0.5 * nll(LOGITS[1], 0) + 2.5 * nll(LOGITS[2], 1)
     assert float(loss) == pytest.approx(by_hand, rel=1e-6)
     assert float(weight) == 3.5
-    assert weighted.targets(batch(labels)) == (3.5, 3)
+    assert weighted.targets(batch(labels)) == Targets(3.5, 3)
     torchs = nn.functional.cross_entropy(torch.tensor(LOGITS), torch.tensor(labels), weight=torch.tensor([0.5, 2.5]))
     assert float(loss / weight) == pytest.approx(float(torchs), rel=1e-6)
     assert float(loss / weight) != pytest.approx(by_hand / 3, rel=1e-2)
@@ -166,7 +167,7 @@ def test_an_example_without_a_label_is_no_target(settings: dict[str, Any]) -> No
     assert float(some.loss) == pytest.approx(float(alone.loss), rel=1e-6)
     assert float(some.weight) == float(alone.weight)
     assert (float(none.loss), float(none.weight)) == (0.0, 0.0)
-    assert judge.targets(batch([None, None, None])) == (0.0, 0)
+    assert judge.targets(batch([None, None, None])) == Targets(0.0, 0)
 
 
 @pytest.mark.parametrize(
