@@ -41,6 +41,12 @@ class EvaluationResult:
     splits: Mapping[str, SplitResult]
 
 
+def metric_names(task: Task) -> list[str]:
+    """What an evaluation of this task will give."""
+    splits = [split for split in task.splits if split != "train"]
+    return [prefix_of(split) + name for split in splits for name in ("loss", *task.metric_names)]
+
+
 def evaluate(forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0) -> EvaluationResult:
     """Collective. Every split but `train`. Leaves the model in eval mode."""
     results = {
@@ -88,6 +94,8 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
     if sum(targets) == 0:  # a test split without labels: predicted, not judged
         return SplitResult({}, records)
     loss = math.fsum(losses) / sum(targets)
+    if not sum(targets):  # a test split without labels: predictions only
+        return SplitResult({}, records)
     return SplitResult({"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}, records)
 
 

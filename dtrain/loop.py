@@ -104,8 +104,10 @@ def take_step(
     sums = add_up(engine, task, losses, stop=stop, coming=coming)
     for group in engine.param_groups:
         group["lr"] = learning_rate
-    result = engine.step(discard=sums.faults > 0)
-    norm_is_fine = math.isfinite(result.grad_norm) or loop.loss_is_scaled
+    # Without a target there is no gradient: a step would only decay weights and moments.
+    result = engine.step(discard=sums.faults > 0 or weight == 0)
+    grad_norm = result.grad_norm if weight else 0.0
+    norm_is_fine = math.isfinite(grad_norm) or loop.loss_is_scaled
     state.step += 1
     state.updates += int(result.applied)
     state.examples += batches.examples
@@ -115,7 +117,7 @@ def take_step(
         epoch=loop.plan.epoch_of(batches.step)
         + (batches.step % loop.plan.steps_per_epoch + 1) / loop.plan.steps_per_epoch,
         loss=sums.loss / weight if weight else 0.0,
-        grad_norm=result.grad_norm,
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
         examples=batches.examples,
         targets=targets,

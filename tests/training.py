@@ -75,6 +75,7 @@ class Setting:
     momentum: float = 0.0
     shuffle: bool = True
     workers: int = 0
+    warmup: int = 1
     broken: str | None = None
 
     def config(self) -> Config:
@@ -100,7 +101,7 @@ class Setting:
                     "max_grad_norm": self.max_grad_norm,
                     "momentum": self.momentum,
                 },
-                "schedule": {"warmup_steps": 1},
+                "schedule": {"warmup_steps": self.warmup},
                 "freeze": {
                     "modules": self.freeze,
                     "thaw": [{"epoch": epoch, "modules": [path]} for epoch, path in self.thaw],

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from dtrain.collectives import on_main
 from dtrain.engine.protocol import Engine
-from dtrain.run_folder import replace_folder
+from dtrain.run_folder import replace_folder, write_json_atomic
 
 
 def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
@@ -26,10 +29,21 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
 
 
 def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
-    """Writes config, weights and tokenizer. `weights` holds each parameter once; shared ones are named again here."""
+    """Writes config, weights and tokenizer into a new folder.
+
+    Args:
+        module: any; one that is not from transformers gets its weights and the name of its class.
+        weights: each parameter once; shared ones are named again here.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut short
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
     state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
     parameters = set(state)
     state.update({name: value.detach().cpu() for name, value in module.state_dict().items() if name not in parameters})
-    module.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+    if isinstance(module, PreTrainedModel):
+        module.save_pretrained(str(folder), state_dict=state)
+    else:
+        folder.mkdir(parents=True)
+        save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__]})
     tokenizer.save_pretrained(str(folder))

@@ -35,6 +35,10 @@ def describe(
         f"memory     {_memory(config, topology, engine, count(parameters), trainable)} per rank, without activations",
         f"exactness  {exactness(config, engine)}",
     ]
+    if set(task.splits) <= {"train"}:
+        lines.append(
+            "warning: nothing will be evaluated, for there is only a train split (data.validation_fraction=0.1 makes one)"
+        )
     if frozen:
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
     if in_full:

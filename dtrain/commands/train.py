@@ -19,7 +19,8 @@ from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
-from dtrain.evaluation import EvaluationResult, evaluate
+from dtrain.errors import ConfigError
+from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.loop import Loop, train
 from dtrain.models import freezing
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
@@ -63,6 +64,18 @@ def run_dry(config: Config, topology: Topology) -> None:
     log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=True))
 
 
+def _check_best(config: Config, task: Task) -> None:
+    """Refuses to wait for a metric that will not come."""
+    names, best = metric_names(task), config.evaluation.best
+    if best is not None and best.metric not in names:
+        known = (
+            f"This task has {', '.join(names)}"
+            if names
+            else "There is nothing to evaluate: set data.validation_fraction or data.splits"
+        )
+        raise ConfigError(f"evaluation.best.metric={best.metric} is not a metric of this run. {known}.")
+
+
 def _old_result(config: Config, topology: Topology) -> Result:
     """Collective. What the finished run in the folder ended with."""
     metrics = on_main(lambda: results.read(config.run_dir)["eval"], topology)
@@ -71,6 +84,7 @@ def _old_result(config: Config, topology: Topology) -> Result:
 
 def _prepare(config: Config, topology: Topology, model: nn.Module | None, task: Task | None) -> TrainingRun:
     task = task or build_task(config, topology)
+    _check_best(config, task)
     steps = construct.step_plan(config, task)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
     return TrainingRun(config, topology, task, construct.prepare_training(module, config, task, steps), steps)

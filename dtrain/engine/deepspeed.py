@@ -24,7 +24,7 @@ from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
 from dtrain.engine.state import STEP, broadcast_slots, device_slots, host_copy, host_slots
 from dtrain.schema import Config
-from dtrain.topology import Topology
+from dtrain.topology import Topology, device_of
 
 
 class DeepSpeedEngine:
@@ -38,7 +38,7 @@ class DeepSpeedEngine:
         # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
         self.lock_step = self.stage >= 2
         self._max_grad_norm = config.optim.max_grad_norm
-        self._device_type = next(module.parameters()).device.type
+        self._device_type = device_of(topology).type
         self._precision = config.engine.precision
         if not dist.is_initialized():
             # One process: DeepSpeed wants a group even then. It keeps handles to it, so the group stays until the process ends.

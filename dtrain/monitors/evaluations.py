@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 
 from dtrain.console import log
-from dtrain.errors import ConfigError
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
 from dtrain.schema import Best
 
@@ -52,11 +51,7 @@ class KeepBest:
     def after_step(self, record: StepRecord) -> Decision:
         if record.metrics is None:
             return Decision.CONTINUE
-        value = record.metrics.get(self._best.metric)
-        if value is None:
-            raise ConfigError(
-                f"evaluation.best.metric={self._best.metric} is not among this task's metrics: {', '.join(sorted(record.metrics))}."
-            )
+        value = record.metrics[self._best.metric]
         if is_better(value, self._state.best, self._best.mode):
             log.info("best so far: %s %.6g at step %d", self._best.metric, value, record.step)
             self._state.best, self._state.best_step, self._state.patience = value, record.step, 0

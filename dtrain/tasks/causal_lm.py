@@ -42,6 +42,7 @@ class CausalLmTask:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
+        self.metric_names: Sequence[str] = ("perplexity", "bits_per_character") if is_char else ("perplexity",)
         self._is_char = is_char
 
     def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:

@@ -31,6 +31,7 @@ class ClassificationTask:
 
     name = "classification"
     head: Head = "sequence_classification"
+    metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 
     def __init__(
         self,

@@ -76,6 +76,8 @@ class Task(Protocol):
     """Longest sequence of tokens that the model is given."""
     tokenizer: Any
     """A Hugging Face tokenizer."""
+    metric_names: Sequence[str]
+    """What `metrics` gives, `loss` apart: known before the first evaluation, so that a mistyped one is refused at once."""
     splits: Mapping[str, Split]
     """Tokenised: train, validation, and further ones to evaluate."""
 

@@ -53,12 +53,9 @@ def nll(logits: list[float], label: int) -> float:
 
 
 @pytest.mark.parametrize("max_length", [2, 4, 7])
-@pytest.mark.parametrize("extra", [-1, 0, 1, 2])
-@pytest.mark.parametrize("times", [1, 2, 5])
-def test_every_token_but_the_first_is_a_target_once_and_in_order(max_length: int, times: int, extra: int) -> None:
-    ids = list(range(times * max_length + extra))
-    if len(ids) < 2:
-        pytest.skip("too short for a target")
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 13, 14, 15, 16, 17])
+def test_every_token_but_the_first_is_a_target_once_and_in_order(max_length: int, count: int) -> None:
+    ids = list(range(count))
 
     blocks = _blocks(ids, max_length, origin="a text")["input_ids"]
 
