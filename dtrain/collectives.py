@@ -8,7 +8,6 @@ broadcast without a known shape, travels through the host.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dtrain.errors import KINDS, DtrainError
 from dtrain.nodework import Turn, take_turn
+from dtrain.rollcall import Board
 from dtrain.topology import Topology
 from dtrain.wire import HEADER_SIZE, bytes_of, decode, encode, header_of, num_bytes, padded, restore
 
@@ -289,35 +289,19 @@ def on_main(work: Callable[[], JSON], topology: Topology) -> JSON:
             told = {"error": kind, "message": str(error)}
     told = broadcast_object(told, topology)
     if "error" in told:
-        raise KINDS[told["error"]](told["message"])
+        failed = KINDS[told["error"]](told["message"])
+        failed.is_said_elsewhere = not topology.is_main
+        raise failed
     return told["value"]
 
 
-def said_by_main(message: str, topology: Topology, *, wait_s: float = 2.0) -> bool:
-    """Whether rank 0 ends with this very message too, so that this rank need not repeat it. Waits wait_s at most.
-
-    Not a collective: a rank may be the only one that calls it. Rank 0 lingers so that the others can read what it says.
-    """
-    if topology.world_size == 1 or not dist.is_initialized():
-        return False
-    store, deadline = _get_default_store(), time.monotonic() + wait_s
-    try:
-        if topology.is_main:
-            store.set("last_words", message)
-            while store.add("last_words/read", 0) < topology.world_size - 1 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            return False
-        while not store.check(["last_words"]) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        is_same = store.check(["last_words"]) and store.get("last_words").decode() == message
-        store.add("last_words/read", 1)
-    except RuntimeError:  # the store ended with rank 0
-        return False
-    return is_same
+def job_board(topology: Topology) -> Board | None:
+    """The store that all ranks share, which outlives the process group; None for one process."""
+    return _get_default_store() if _has_peers(topology) else None
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone; that rank knows why."""
+    """Whether a collective or the store failed because another rank is gone; that rank may have said why."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",
@@ -325,4 +309,6 @@ def is_lost_peer(error: BaseException) -> bool:
         "Connection refused",
         "NCCL communicator was aborted",
     )
+    if isinstance(error, dist.DistNetworkError):
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -18,7 +18,8 @@ import yaml
 from pydantic import ValidationError
 
 from dtrain.errors import ConfigError
-from dtrain.schema import QUICKSTART, Config, OnResume
+from dtrain.quickstart import QUICKSTART
+from dtrain.schema import Config, OnResume
 from dtrain.wording import (
     ABSENT,
     Difference,

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 
 class DtrainError(Exception):
-    """Base of all errors with a message for the user. The message says what was found, why it is wrong and the fix."""
+    """Base of all errors with a message for the user. The message says what was found, why it is wrong and the fix.
+
+    is_said_elsewhere: another rank raises the very same and prints it, so that this one need not.
+    is_noted: exit.json may tell; not where the run folder is another run's.
+    """
 
     exit_code = 1
+    is_said_elsewhere = False
+    is_noted = True
 
 
 class ConfigError(DtrainError):
@@ -42,14 +48,17 @@ class CheckpointError(DtrainError):
     exit_code = 6
 
 
-class Interrupted(DtrainError):
-    """The user or the launcher asked the job to stop (SIGINT, SIGTERM) and nothing could be saved."""
+class Interrupted(KeyboardInterrupt):
+    """The user or the launcher asked the job to stop (SIGINT, SIGTERM) and nothing could be saved.
+
+    A KeyboardInterrupt, which libraries let through; many swallow an Exception or wrap it in one of their own.
+    """
 
     exit_code = 1
 
 
 KINDS: dict[str, type[DtrainError]] = {
     kind.__name__: kind
-    for kind in (DtrainError, ConfigError, DataError, TopologyError, NonFiniteError, CheckpointError, Interrupted)
+    for kind in (DtrainError, ConfigError, DataError, TopologyError, NonFiniteError, CheckpointError)
 }
 """By name, so that an error can cross ranks as JSON."""

@@ -43,7 +43,7 @@ class EvaluationResult:
 
 def metric_names(task: Task) -> list[str]:
     """What an evaluation of this task will give."""
-    splits = [split for split in task.splits if split != "train"]
+    splits = [split for split in task.splits if not split.startswith(("train", "test"))]  # a test split may lack labels
     return [prefix_of(split) + name for split in splits for name in ("loss", *task.metric_names)]
 
 
@@ -94,8 +94,6 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
     if sum(targets) == 0:  # a test split without labels: predicted, not judged
         return SplitResult({}, records)
     loss = math.fsum(losses) / sum(targets)
-    if not sum(targets):  # a test split without labels: predictions only
-        return SplitResult({}, records)
     return SplitResult({"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}, records)
 
 

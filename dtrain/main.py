@@ -17,16 +17,19 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import traceback
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
+from dtrain.commands.farewell import End, end_of, report, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
-from dtrain.errors import ConfigError, DtrainError
+from dtrain.errors import ConfigError, DtrainError, Interrupted
+from dtrain.interrupts import ignore_further, interruptible
 from dtrain.schema import Config
 from dtrain.topology import SINGLE, Topology, finalize_mpi
+from dtrain.watch import end_with_launcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +56,10 @@ torchrun, deepspeed, mpirun or srun and the same command runs on many ranks.
 
 exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 pre-empted, 1 anything else
 """
+
+
+GRACE_S = 8.0
+"""How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,13 +120,19 @@ def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
 ) -> Result:
     """Collective. Trains as the command line does, from Python: see dtrain.fit."""
-    from dtrain.commands.session import session
-    from dtrain.commands.train import run_train
-
     topology = Topology.from_env(os.environ)
     console.set_up(rank=topology.rank, world_size=topology.world_size)
-    with session(config, topology, os.environ) as ready:
-        return run_train(config, ready, model=model, task=task, monitors=monitors)
+
+    def note(cause: str) -> None:
+        write_down(end_of(Interrupted(cause), topology), config)
+
+    with interruptible(grace_s=GRACE_S, before_exit=note):
+        end_with_launcher(topology, note)
+        from dtrain.commands.session import session
+        from dtrain.commands.train import run_train
+
+        with session(config, topology, os.environ) as job:
+            return run_train(config, job.topology, model=model, task=task, monitors=monitors)
 
 
 class _Ended(Exception):
@@ -131,45 +144,41 @@ class _Ended(Exception):
 
 
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
-    from dtrain.commands.session import note_end, session
+    """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
-    try:
-        with session(config, topology, os.environ) as ready:
-            try:
-                _command(command, config, ready, dry_run=dry_run)
-            except BaseException as error:
-                raise _Ended(_report(error, config, ready)) from error
-    except _Ended as ended:
-        return ended.code
-    except DtrainError as error:  # the group could not form: each rank knows only its own side
-        note_end(config, topology, code=error.exit_code, cause=type(error).__name__, message=str(error))
-        return _report_alike(error, topology)
+    def note(cause: str) -> None:
+        if not dry_run:
+            write_down(end_of(Interrupted(cause), topology), config)
+
+    def note_and_say(cause: str) -> None:
+        note(cause)
+        if topology.is_main:
+            log.error("%s", cause)
+
+    with interruptible(grace_s=GRACE_S, before_exit=note_and_say):
+        try:
+            launcher_lives = end_with_launcher(topology, note)
+            from dtrain.commands.session import session
+
+            with session(config, topology, os.environ) as job:
+                try:
+                    _command(command, config, job.topology, dry_run=dry_run)
+                except BaseException as error:
+                    code = report(error, config, job, is_noted=not dry_run, launcher_lives=launcher_lives)
+                    raise _Ended(code) from error
+        except _Ended as ended:
+            return ended.code
+        except (DtrainError, KeyboardInterrupt) as error:  # no group has formed: each rank knows only its own side
+            ignore_further()
+            end = end_of(error, topology)
+            if not dry_run:
+                write_down(end, config)
+            if topology.is_main if isinstance(error, KeyboardInterrupt) else not error.is_said_elsewhere:
+                log.error("%s", end.message)
+            return end.code
     if topology.is_main and not dry_run:
-        note_end(config, topology, code=0, cause="done", message="done")
+        write_down(End(0, "done", topology.rank, socket.gethostname(), "done"), config)
     return 0
-
-
-def _report(error: BaseException, config: Config, topology: Topology) -> int:
-    """Says what ended the command, once: what all ranks found alike by rank 0, anything else by the rank it happened to."""
-    from dtrain.collectives import is_lost_peer, said_by_main
-    from dtrain.commands.session import note_end
-
-    if isinstance(error, (DtrainError, KeyboardInterrupt)):
-        code = error.exit_code if isinstance(error, DtrainError) else 1
-        cause, message = type(error).__name__, str(error)
-        if said_by_main(message, topology):
-            return code
-        note_end(config, topology, code=code, cause=cause, message=message)
-        log.error("%s", message)
-        return code
-    if is_lost_peer(error):
-        log.error(
-            "Rank %d lost its connection to another rank, which ended: %s", topology.rank, str(error).splitlines()[0]
-        )
-        return 1
-    note_end(config, topology, code=1, cause=type(error).__name__, message=f"{type(error).__name__}: {error}")
-    log.error("%s", "".join(traceback.format_exception(error)).rstrip())
-    return 1
 
 
 def _report_alike(error: DtrainError, topology: Topology) -> int:

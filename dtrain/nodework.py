@@ -66,7 +66,9 @@ def take_turn(turn: Turn, work: Callable[[], JSON] | None, *, progress_every_s: 
         return results[turn.node_rank]["value"]
     turn.board.add(f"{turn.name}/read", 1)
     _linger(turn)
-    raise KINDS[failed["error"]](failed["message"])
+    error = KINDS[failed["error"]](failed["message"])
+    error.is_said_elsewhere = turn.rank != 0
+    raise error
 
 
 def _work_and_tell(turn: Turn, work: Callable[[], JSON]) -> None:

@@ -149,7 +149,9 @@ def call(
             f"Rank {rank} on {host} lost the meeting point while waiting for others: {error}"
         ) from error
     if "problem" in verdict:
-        raise TopologyError(verdict["problem"])
+        failure = TopologyError(verdict["problem"])
+        failure.is_said_elsewhere = verdict["by"] != rank
+        raise failure
     return Seat(*verdict["seats"][rank])
 
 
@@ -168,9 +170,9 @@ def _await_verdict(board: Board, *, rank: int, world_size: int, deadline: float,
     while not board.check(["verdict"]):
         now = time.monotonic()
         if rank == 0 and board.check(keys):
-            return _say(board, _judge([json.loads(board.get(key)) for key in keys]))
+            return _say(board, rank, _judge([json.loads(board.get(key)) for key in keys]))
         if now > deadline:
-            return _say(board, {"problem": _missing(board, world_size, timeout_s)})
+            return _say(board, rank, {"problem": _missing(board, world_size, timeout_s)})
         if rank == 0 and now > next_report:
             absent = [f"rank {r}" for r, key in enumerate(keys) if not board.check([key])]
             log.info("Still waiting for %s", _listed(absent))
@@ -180,8 +182,9 @@ def _await_verdict(board: Board, *, rank: int, world_size: int, deadline: float,
     return _read(board.get("verdict"))
 
 
-def _say(board: Board, verdict: dict[str, Any]) -> dict[str, Any]:
-    return _read(board.compare_set("verdict", "", json.dumps(verdict)))  # the first to speak is believed
+def _say(board: Board, rank: int, verdict: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps({**verdict, "by": rank})
+    return _read(board.compare_set("verdict", "", text))  # the first to speak is believed
 
 
 def _read(text: bytes) -> dict[str, Any]:

@@ -255,7 +255,9 @@ class Engine(Section):
     )
     zero_stage: int | None = setting(None, "shards 1 moments, 2 + gradients, 3 + parameters", resume="free", ge=0, le=3)
     deepspeed: dict[str, Any] = setting({}, "further keys of DeepSpeed's config, passed through", resume="free")
-    find_unused: bool = setting(False, "ddp: some parameters get a gradient in some steps only (slower)", resume="free")
+    find_unused: bool = setting(
+        False, "ddp: models that use other parts in other steps; no probe (slower)", resume="free"
+    )
 
     @model_validator(mode="after")
     def _deepspeed_keys_fit(self) -> Engine:
@@ -376,24 +378,12 @@ class Config(Section):
             )
         if self.train.early_stopping is not None and self.evaluation.best is None:
             found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
+        if self.evaluation.best is not None and self.train.eval_every == "never":
+            found.append(
+                "evaluation.best needs evaluations, but train.eval_every=never: set it to epoch or a number of steps"
+            )
+        if self.engine.find_unused and self.engine.is_deepspeed:
+            found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
         if found:
             raise ValueError("\n".join(found))
         return self
-
-
-_NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-
-QUICKSTART: dict[str, dict[str, Any]] = {
-    "run": {"name": "quickstart"},
-    "task": {"name": "causal_lm"},
-    "model": {
-        "from_scratch": True,
-        "tokenizer": "char",
-        "config": {"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, **_NO_DROPOUT},
-    },
-    "data": {"name": "python_docs", "validation_fraction": 0.1, "max_length": 64},
-    "optim": {"learning_rate": 2e-3, "weight_decay": 0.1, "betas": [0.9, 0.99]},
-    "schedule": {"name": "cosine", "warmup_steps": 50},
-    "train": {"max_steps": 400, "global_batch_size": 32, "micro_batch_size": 16, "eval_every": 200, "log_every": 20},
-}
-"""What dtrain trains when it is told nothing: a character GPT on the language reference in `pydoc_data.topics`."""

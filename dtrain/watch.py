@@ -52,7 +52,7 @@ class Watched(NamedTuple):
     command: str
 
 
-def end_with_launcher(topology: Topology, on_death: Callable[[str], None]) -> None:
+def end_with_launcher(topology: Topology, on_death: Callable[[str], None]) -> Callable[[], bool]:
     """Starts a thread that ends this process within 5 s of its launcher's death, with code 1.
 
     Watches the parent and every process between it and the launcher; the first that goes counts. Nothing is watched
@@ -60,16 +60,18 @@ def end_with_launcher(topology: Topology, on_death: Callable[[str], None]) -> No
 
     Args:
         on_death: is told the cause first, from that thread, and gets 3 s at most.
+
+    Returns:
+        Tells whether the launcher lives.
     """
     pattern = LAUNCHERS.get(topology.launcher)
     if pattern is None or not Path("/proc/self/stat").exists():
-        return
+        return lambda: True
     watched = ancestors(os.getpid(), pattern)
     # A stopped rank runs no thread: its parent's death wakes it up, and then the thread sees to the rest.
     _on_parents_death(signal.SIGCONT)
-    threading.Thread(
-        target=_watch, args=(topology.launcher, watched, on_death), name="launcher-watch", daemon=True
-    ).start()
+    threading.Thread(target=_watch, args=(topology, watched, on_death), name="launcher-watch", daemon=True).start()
+    return lambda: all(map(is_alive, watched))
 
 
 def ancestors(pid: int, launcher: str) -> list[Watched]:
@@ -98,23 +100,24 @@ def is_alive(process: Watched) -> bool:
     return fields is not None and fields[0] not in "ZX" and fields[19] == process.started
 
 
-def _watch(launcher: str, watched: list[Watched], on_death: Callable[[str], None]) -> None:
+def _watch(topology: Topology, watched: list[Watched], on_death: Callable[[str], None]) -> None:
     while all(map(is_alive, watched)):
         time.sleep(POLL_S)
     gone = next((process for process in watched if not is_alive(process)), watched[0])
     name = gone.command.split("\0")[0].rpartition("/")[2] or "unknown"
-    cause = f"the launcher ({launcher}) has died: process {gone.pid} ({name}) is gone"
-    report = threading.Thread(target=_last_words, args=(cause, on_death), daemon=True)
+    cause = f"The launcher ({topology.launcher}) has died: process {gone.pid} ({name}) is gone."
+    report = threading.Thread(target=_last_words, args=(cause, on_death, topology), daemon=True)
     report.start()
     report.join(timeout=REPORT_S)
     os._exit(1)
 
 
-def _last_words(cause: str, on_death: Callable[[str], None]) -> None:
+def _last_words(cause: str, on_death: Callable[[str], None], topology: Topology) -> None:
     try:
         on_death(cause)
     finally:
-        log.error("%s; this rank ends as well", cause)
+        if topology.is_node_main:  # all ranks of a node find the same
+            log.error("%s Its ranks end as well.", cause)
 
 
 def _parent(pid: int) -> int | None:

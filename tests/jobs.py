@@ -125,14 +125,24 @@ class Job:
     def ranks(self) -> list[int]:
         """Processes that run dtrain itself, in the order of their ranks."""
         found = [
-            pid for pid, words in self.members().items() if len(words) > 1 and Path(words[0]).name.startswith("python")
+            pid
+            for pid, words in self.members().items()
+            if len(words) > 1
+            and Path(words[0]).name.startswith("python")
             and (words[1] == MAIN or words[1:3] == ["-u", MAIN])
         ]
-        return sorted(found, key=lambda pid: int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))))
+        return sorted(
+            found,
+            key=lambda pid: int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))),
+        )
 
     def named(self, word: str) -> int:
         """The one process with that word in its command line that is not a rank."""
-        found = [pid for pid, words in self.members().items() if any(word in each for each in words[:4]) and pid not in self.ranks()]
+        found = [
+            pid
+            for pid, words in self.members().items()
+            if any(word in each for each in words[:4]) and pid not in self.ranks()
+        ]
         assert len(found) == 1, self.members()
         return found[0]
 
@@ -140,9 +150,16 @@ class Job:
         """Until a line of standard output holds `text`."""
         self._wait(lambda: any(text in line for line in self.out), seconds, f"no line with {text!r}")
 
+    def maps(self, pid: int) -> list[str]:
+        """The files that a process has in its memory."""
+        try:
+            return Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:
+            return []
+
     def gone_within(self, seconds: float) -> bool:
         """Whether no process of the job is left, at the latest after so long."""
-        return _until(lambda: not self.members(), seconds)
+        return until(lambda: not self.members(), seconds)
 
     def end(self, seconds: float = LIMIT_S) -> int:
         """Waits for the launcher's end and gives its exit code; the output is complete then."""
@@ -152,17 +169,22 @@ class Job:
         return code
 
     def _wait(self, done: Callable[[], bool], seconds: float, otherwise: str) -> None:
-        ended = _until(lambda: done() or self.process.poll() is not None, seconds)
+        ended = until(lambda: done() or self.process.poll() is not None, seconds)
         for reader in self.readers if self.process.poll() is not None else ():
             reader.join(timeout=10)
-        assert ended and done(), f"{otherwise}; it printed:\n{self.text}"
+        assert ended, f"nothing happened within {seconds:.0f} s; it printed:\n{self.text}"
+        assert done(), f"{otherwise}; it printed:\n{self.text}"
 
 
 @contextmanager
 def started(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Iterator[Job]:
     """Starts a job in the checkout, in a process group of its own, and kills what is left of it at the end."""
     mark = uuid.uuid4().hex
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
+    }
     own = {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -248,7 +270,7 @@ def _clean_up(job: Job) -> None:
         job.process.poll()
         if not left:
             break
-        _until(lambda: not job.members(), 0.2)
+        until(lambda: not job.members(), 0.2)
     job.process.wait(10)
     for reader in job.readers:
         reader.join(timeout=10)
@@ -281,7 +303,8 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
-def _until(done: Callable[[], bool], seconds: float) -> bool:
+def until(done: Callable[[], bool], seconds: float = LIMIT_S) -> bool:
+    """Whether it came about within that time."""
     deadline = time.monotonic() + seconds
     while not done():
         if time.monotonic() > deadline:

@@ -76,6 +76,7 @@ class Setting:
     shuffle: bool = True
     workers: int = 0
     warmup: int = 1
+    find_unused: bool = False
     broken: str | None = None
 
     def config(self) -> Config:
@@ -111,6 +112,7 @@ class Setting:
                     "precision": self.precision,
                     "zero_stage": self.zero_stage,
                     "deepspeed": {"zero_optimization": zero} if zero else {},
+                    "find_unused": self.find_unused,
                 },
             }
         )

@@ -84,7 +84,8 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
 
     def freeze(module: nn.Module, epoch: int) -> list[str]:
         freezing.freeze(module, config.freeze, epoch=epoch)
-        unused = without_gradient(module, task, plan, train_mode=train_mode)
+        # What micro-batch 0 leaves out may be used by a later one, where the user says that batches differ.
+        unused = [] if config.engine.find_unused else without_gradient(module, task, plan, train_mode=train_mode)
         frozen = freezing.freeze(module, config.freeze, epoch=epoch, keep_frozen=unused)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(

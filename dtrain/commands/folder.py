@@ -5,6 +5,7 @@ from __future__ import annotations
 from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
+from dtrain.errors import ConfigError
 from dtrain.run_folder import Action, RunFolder, claim, decide
 from dtrain.schema import Config
 from dtrain.topology import Topology
@@ -26,7 +27,11 @@ def take(config: Config, topology: Topology, *, command: str) -> Action:
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         return {"action": decision.action, "notes": notes}
 
-    told = on_main(work, topology)
+    try:
+        told = on_main(work, topology)
+    except ConfigError as error:
+        error.is_noted = False
+        raise
     for note in told["notes"]:
         log.info("%s", note)
     action: Action = told["action"]

@@ -1,73 +1,74 @@
-"""What surrounds every command: threads, the process group, the watch over the launcher, one config on all ranks."""
+"""What surrounds every command: threads, the process group, one config on all ranks."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import socket
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import datasets
 import torch
 import transformers
 
-from dtrain.collectives import all_gather_object
-from dtrain.config import to_yaml
+from dtrain.collectives import all_gather_object, job_board, on_main
+from dtrain.commands.farewell import Job, Peer, own_peer
 from dtrain.errors import ConfigError
-from dtrain.interrupts import interruptible
-from dtrain.run_folder import write_exit
 from dtrain.schema import Config
 from dtrain.topology import Topology, process_group, set_threads
-from dtrain.watch import end_with_launcher
-
-GRACE_S = 8.0
-"""How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
 
 
 @contextmanager
-def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -> Iterator[Topology]:
-    """Collective. Yields the complete topology, with the process group formed where there is more than one rank.
+def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -> Iterator[Job]:
+    """Collective. Yields the job with its complete topology; its group has formed where there is more than one rank.
 
     Args:
         env: os.environ; what libraries read of the topology is set in it.
     """
-
-    def note(cause: str) -> None:
-        note_end(config, topology, code=1, cause="stopped", message=cause)
-
     set_threads(topology, env)
     _quieten_libraries(env)
-    with interruptible(grace_s=GRACE_S, before_exit=note):
-        # Before the roll-call: a rank whose launcher has gone must not wait for it either.
-        end_with_launcher(topology, note)
-        with process_group(topology, env, timeout_s=config.run.startup_timeout_s) as ready:
-            _compare_configs(config, ready)
-            yield ready
+    with process_group(topology, env, timeout_s=config.run.startup_timeout_s) as ready:
+        peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
+        _compare_configs(config, ready, peers)
+        yield Job(ready, job_board(ready), peers)
 
 
-def note_end(config: Config, topology: Topology, *, code: int, cause: str, message: str) -> None:
-    """Writes exit.json where the run's folder is there; the first writer wins."""
-    if config.run_dir.is_dir():
-        write_exit(
-            config.run_dir / "exit.json",
-            code=code,
-            cause=cause,
-            rank=topology.rank,
-            host=socket.gethostname(),
-            message=message,
-        )
-
-
-def _compare_configs(config: Config, topology: Topology) -> None:
+def _compare_configs(config: Config, topology: Topology, peers: list[Peer]) -> None:
     """Collective. Two nodes started with different settings would train two halves of two runs."""
-    own = {"host": socket.gethostname(), "hash": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12]}
-    found = all_gather_object(own, topology)
-    if len({entry["hash"] for entry in found}) > 1:
-        table = "\n".join(f"  rank {rank}  {entry['host']}  config {entry['hash']}" for rank, entry in enumerate(found))
-        raise ConfigError(
-            f"The ranks were started with different settings:\n{table}\nStart all of them with the same command."
-        )
+    found = [_leaves(settings) for settings in all_gather_object(config.model_dump(mode="json"), topology)]
+
+    def refuse_differences() -> None:
+        keys = sorted({key for settings in found for key in settings})
+        differing = [key for key in keys if len({str(settings.get(key)) for settings in found}) > 1]
+        if differing:
+            table = "\n".join(f"  {key}: {_by_rank(key, found, peers)}" for key in differing)
+            raise ConfigError(
+                f"The ranks were started with different settings:\n{table}\nStart all of them with the same command."
+            )
+
+    on_main(refuse_differences, topology)
+
+
+def _by_rank(key: str, found: list[dict[str, Any]], peers: list[Peer]) -> str:
+    """`0 on rank 0 (node1), 1 on rank 1 (node2) and 2 more`: each value with the first rank that has it."""
+    ranks: dict[str, list[int]] = {}
+    for rank, settings in enumerate(found):
+        ranks.setdefault(str(settings.get(key, "not set")), []).append(rank)
+    return ", ".join(
+        f"{value} on rank {first} ({peers[first].host}){f' and {len(more)} more' if more else ''}"
+        for value, (first, *more) in ranks.items()
+    )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings as `section.key` -> value."""
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    return {
+        name: leaf
+        for part, inner in value.items()
+        for name, leaf in _leaves(inner, f"{key}.{part}" if key else str(part)).items()
+    }
 
 
 def _quieten_libraries(env: MutableMapping[str, str]) -> None:

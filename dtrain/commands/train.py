@@ -103,6 +103,7 @@ class TrainingRun:
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
+    keeper: KeepBest | None = None
     engine: Engine = field(init=False)
     tracker: Tracker = field(init=False)
 
@@ -147,7 +148,8 @@ class TrainingRun:
             Evaluate(train.eval_every, self._evaluate),
         ]
         if best is not None:
-            found.append(KeepBest(best, self.state, self._keep_best))
+            self.keeper = KeepBest(best, self.state, self._keep_best)
+            found.append(self.keeper)
         if train.early_stopping is not None:
             found.append(EarlyStopping(train.early_stopping, self.state))
         return [*found, *own]
@@ -182,7 +184,9 @@ class TrainingRun:
         """Collective. The model, its predictions and the summary; `best` where one was asked for."""
         config = self.config
         if self.last_step != self.state.step and config.train.eval_every != "never":
-            self._evaluate(self.state.step)
+            metrics = self._evaluate(self.state.step)
+            if self.keeper is not None:  # stopped between two evaluations, at what may be the best step
+                self.keeper.judge(self.state.step, metrics)
         final = self.best if config.evaluation.best is not None and self.best is not None else self.last
         if config.evaluation.best is None or self.best is None:
             export_model(self.engine, self.task.tokenizer, config.run_dir / "model")

@@ -25,6 +25,10 @@ class DdpEngine(SingleEngine):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
         super().__init__(module, optimizer, config, topology)
         device = next(module.parameters()).device
+        if config.model.compile:
+            # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
+            # attribute 'meta'"); in one graph the exchange of gradients overlaps less with backward.
+            torch._dynamo.config.optimize_ddp = False
         # Buffers stay as they are: running statistics are frozen or labelled inexact (DESIGN section 2); a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(

@@ -49,16 +49,19 @@ class KeepBest:
         self._export = export
 
     def after_step(self, record: StepRecord) -> Decision:
-        if record.metrics is None:
-            return Decision.CONTINUE
-        value = record.metrics[self._best.metric]
+        if record.metrics is not None:
+            self.judge(record.step, record.metrics)
+        return Decision.CONTINUE
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Collective. Keeps the model of this step if its evaluation is the best so far."""
+        value = metrics[self._best.metric]
         if is_better(value, self._state.best, self._best.mode):
-            log.info("best so far: %s %.6g at step %d", self._best.metric, value, record.step)
-            self._state.best, self._state.best_step, self._state.patience = value, record.step, 0
+            log.info("best so far: %s %.6g at step %d", self._best.metric, value, step)
+            self._state.best, self._state.best_step, self._state.patience = value, step, 0
             self._export()
         else:
             self._state.patience += 1
-        return Decision.CONTINUE
 
 
 def is_better(value: float, best: float | None, mode: str) -> bool:

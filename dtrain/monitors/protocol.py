@@ -13,7 +13,7 @@ class Decision(IntEnum):
 
     CONTINUE = 0
     STOP = 1
-    """End the run in good order after this step: evaluate, export, summary."""
+    """End the run in good order: evaluate, export, summary. After this step if it was evaluated, else after the next."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 
 from dtrain import schema
@@ -104,7 +105,7 @@ class ClassificationTask:
         if len(self.labels) == 2:
             average: dict[str, Any] = {"average": "binary", "pos_label": 1}
         else:
-            average = {"average": "macro", "labels": list(range(len(self.labels)))}
+            average = {"average": "macro"}  # over the labels that occur, as scikit-learn does
         with warnings.catch_warnings():
             # Matthews of a single class is 0 by definition; every rank would print scikit-learn's remark about it.
             warnings.filterwarnings("ignore", message="A single label was found in", category=UserWarning)
@@ -125,7 +126,9 @@ class ClassificationTask:
 
     def _truth(self, split: str) -> Sequence[int | None]:
         """The labels of a split in data order; None for an example that has none."""
-        rows = self.splits[split]
+        rows: Any = self.splits[split]
+        if isinstance(rows, Dataset):  # one column, without the tokens of the whole split
+            rows = rows.select_columns("label")
         labels: Sequence[int | None] = rows[list(range(len(rows)))]["label"]
         return labels
 

@@ -150,7 +150,13 @@ def test_fp16_comes_down_from_a_loss_scale_that_overflows(stage: int | None) -> 
     # above fp16's largest number, 65504, in the gradient of the logits.
     engine = "auto" if stage is None else "deepspeed"
     setting = replace(
-        PLAIN, global_batch_size=1, max_grad_norm=None, learning_rate=1e-3, precision="fp16", engine=engine, zero_stage=stage
+        PLAIN,
+        global_batch_size=1,
+        max_grad_norm=None,
+        learning_rate=1e-3,
+        precision="fp16",
+        engine=engine,
+        zero_stage=stage,
     )
 
     result = run_ranks(training.run, 3, setting, timeout_s=120)[0]

@@ -97,8 +97,8 @@ def test_a_rank_ends_within_5_s_of_its_launchers_death_and_says_why(tmp_path: Pa
     assert ended == dict.fromkeys(jobs, True)
     for name, said in words.items():
         assert f"process {jobs[name].launcher.pid} (" in said
-        assert "the launcher (" in said
-    assert "the launcher (deepspeed) has died" in words["runner above launch.py"]
+        assert "The launcher (" in said
+    assert "The launcher (deepspeed) has died" in words["runner above launch.py"]
 
 
 def test_a_rank_started_by_hand_outlives_the_shell_that_started_it(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 
 from dtrain.config import differences, load_config, to_yaml
 from dtrain.errors import ConfigError
-from dtrain.schema import OWNED_DEEPSPEED_KEYS, QUICKSTART, Config, OnResume
+from dtrain.quickstart import QUICKSTART
+from dtrain.schema import OWNED_DEEPSPEED_KEYS, Config, OnResume
 from dtrain.wording import models_in
 
 ROOT = Path(__file__).parents[2]
@@ -426,7 +427,7 @@ def test_without_a_file_the_quickstart_is_the_base() -> None:
     config = load_config(None, ["train.max_steps=3"])
 
     assert config == Config.model_validate({**QUICKSTART, "train": {**QUICKSTART["train"], "max_steps": 3}})
-    assert QUICKSTART["train"]["max_steps"] == 600, "the built-in default itself must not change"
+    assert QUICKSTART["train"]["max_steps"] == 400, "the built-in default itself must not change"
 
 
 def test_the_quickstart_file_says_what_is_built_in() -> None:
@@ -444,7 +445,7 @@ def test_naming_a_model_drops_the_quickstarts_model_and_what_was_tuned_for_it() 
 
     assert (config.model.from_scratch, config.model.tokenizer, config.model.config) == (False, None, {})
     assert (config.optim.learning_rate, config.schedule.name) == (5e-5, "linear")
-    assert (config.data.name, config.data.max_length, config.train.max_steps) == ("python_docs", 64, 600)
+    assert (config.data.name, config.data.max_length, config.train.max_steps) == ("python_docs", 64, 400)
 
 
 def test_naming_data_drops_the_quickstarts_data_and_keeps_what_fits_its_model() -> None:
@@ -516,7 +517,7 @@ def test_differences_name_each_setting_with_old_and_new_value_and_what_a_resume_
 
     assert found == {
         ("model.config.n_layer", "2", "4", "refuse"),
-        ("train.log_every", "5", "10", "free"),
+        ("train.log_every", "5", "20", "free"),
         ("engine.precision", "fp32", "bf16", "warn"),
         ("evaluation.best", "null", "{metric: loss, mode: min}", "refuse"),
     }

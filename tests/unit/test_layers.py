@@ -20,7 +20,19 @@ DTRAIN = Path(__file__).parents[2] / "dtrain"
 
 LEVELS = {
     **dict.fromkeys(
-        ["errors", "console", "schema", "launchers", "network", "mpi", "interrupts", "wording", "rollcall"], 0
+        [
+            "errors",
+            "console",
+            "schema",
+            "quickstart",
+            "launchers",
+            "network",
+            "mpi",
+            "interrupts",
+            "wording",
+            "rollcall",
+        ],
+        0,
     ),
     **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
     **dict.fromkeys(["collectives", "seeding", "watch"], 2),

@@ -31,17 +31,18 @@ PLAIN = Setting(
     shuffle=False,
     optimizer="adamw",
     learning_rate=3e-3,
-    max_grad_norm=0.4,
+    max_grad_norm=0.1,
     warmup=5,
 )
 
 
-def independent_loop(*, broken: str | None = None) -> dict[str, Any]:
+def independent_loop(*, broken: str | None = None, double: bool = True) -> dict[str, Any]:
     """Twenty steps of plain PyTorch: 21 rows in file order, batches of 8, 8 and 5, in micro-batches of 3.
 
     broken: a mistake to make, as negative control.
     """
     model, table, steps = tiny.bert(dropout=0.0, layers=2).train(), tiny.sentences(21), 20
+    model = model.double() if double else model
     plain = [p for n, p in model.named_parameters() if (n.endswith("bias") or "LayerNorm" in n) and broken != "decay"]
     decayed = [p for p in model.parameters() if not any(p is other for other in plain)]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
@@ -62,8 +63,8 @@ def independent_loop(*, broken: str | None = None) -> dict[str, Any]:
             loss_sum += float(loss.detach())
         norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
         for parameter in model.parameters():
-            if norm > 0.4 and broken != "clip":
-                parameter.grad.mul_(0.4 / (norm + 1e-6))
+            if norm > 0.1 and broken != "clip":
+                parameter.grad.mul_(0.1 / (norm + 1e-6))
         rate = 3e-3 * (step / 5 if step < 5 else (steps - step) / (steps - 5))
         for group in optimizer.param_groups:
             group["lr"] = rate if broken != "schedule" else 3e-3 * min((step + 1) / 5, 1.0)
@@ -74,24 +75,33 @@ def independent_loop(*, broken: str | None = None) -> dict[str, Any]:
 
 
 @cache
-def plain_run() -> dict[str, Any]:
-    return training.run(SINGLE, PLAIN)
+def plain_run(*, double: bool = True) -> dict[str, Any]:
+    return training.run(SINGLE, replace(PLAIN, double=double))
 
 
-def assert_equal_to_1e6(reference: dict[str, Any], found: dict[str, Any]) -> None:
-    assert training.worst(reference, found) <= 1e-6
-    assert training.worst(reference, found, "grad_norm") <= 1e-5
-    assert training.apart(reference, found) <= 1e-6
+def assert_equal(reference: dict[str, Any], found: dict[str, Any], *, to: float) -> None:
+    assert training.worst(reference, found) <= to
+    assert training.worst(reference, found, "grad_norm") <= to
+    assert training.apart(reference, found) <= to
 
 
 def test_twenty_steps_equal_those_of_an_independent_loop() -> None:
-    assert_equal_to_1e6(independent_loop(), plain_run())
+    assert max(step["grad_norm"] for step in plain_run()["steps"]) > 0.1  # the clip bites
+    assert_equal(independent_loop(), plain_run(), to=1e-9)
+
+
+def test_in_single_precision_the_losses_of_twenty_steps_are_equal_to_1e6() -> None:
+    reference, found = independent_loop(double=False), plain_run(double=False)
+
+    assert training.worst(reference, found) <= 1e-6
+    # AdamW blows rounding up where a gradient is all but zero (the attention's key biases).
+    assert training.apart(reference, found) <= 1e-5
 
 
 @pytest.mark.parametrize("broken", ["mean_of_means", "clip", "decay", "schedule"])
 def test_a_loop_with_a_mistake_is_rejected(broken: str) -> None:
     with pytest.raises(AssertionError):
-        assert_equal_to_1e6(independent_loop(broken=broken), plain_run())
+        assert_equal(independent_loop(broken=broken), plain_run(), to=1e-5)
 
 
 def test_workers_that_prepare_batches_change_no_bit() -> None:
@@ -205,8 +215,9 @@ def faulty() -> dict[str, Any]:
     return faults.everything(SINGLE, faults.SETTING)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_rank_and_examples() -> None:
-    found = faulty()["stopped"]["loss"]
+@pytest.mark.parametrize("kind", ["loss", "loss_alone"])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_rank_and_examples(kind: str) -> None:
+    found = faulty()["stopped"][kind]
 
     assert "Step 2: the loss is nan (rank 0, micro-batch 1, examples 11, 12, 13)." in found["error"]
     assert found["untouched"]
@@ -227,7 +238,7 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_though_the_loss_is_one() 
     assert (found["step"], found["updates"]) == (2, 1)
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", faults.FAILING)
 def test_a_skipped_step_moves_neither_weights_nor_schedule(kind: str) -> None:
     found = faulty()["skipped"][kind]
     records = found["records"]
@@ -244,7 +255,8 @@ def test_a_skipped_step_leaves_the_rest_as_a_step_without_targets_does() -> None
 
     nothing_to_learn = faults.skipped(SINGLE, faults.SETTING, "none", without)
 
-    assert faulty()["skipped"]["loss"]["weights"] == nothing_to_learn["weights"]
+    for kind in faults.FAILING:
+        assert faulty()["skipped"][kind]["weights"] == nothing_to_learn["weights"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -141,7 +141,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again_and_shows_what_chan
 
     assert (decision.action, decision.set_aside) == ("go_on", False)
     assert "starts again at step 1" in decision.notes[0]
-    assert "train.log_every: 10 -> 1" in decision.notes[1]
+    assert "train.log_every: 20 -> 1" in decision.notes[1]
     assert "engine.precision: fp32 -> bf16  (other rounding from here on)" in decision.notes[1]
 
 
@@ -160,7 +160,7 @@ def test_a_run_with_other_mathematics_is_refused_with_old_and_new_value_and_the_
 
     text = str(caught.value)
     assert "optim.learning_rate: 0.002 -> 0.5" in text
-    assert "train.max_steps: 600 -> 700" in text
+    assert "train.max_steps: 400 -> 700" in text
     assert "log_every" not in text
     assert "run.overwrite=true" in text
     assert "run.name=one-2" in text

@@ -1,0 +1,207 @@
+"""How a rank ends when something went wrong: what it writes down, what it prints, and what it leaves to others to say.
+
+Ranks tell each other why they end through the job's store, never in a collective: one may be the only one that fails.
+The first cause is the job's: it goes into exit.json. What all ranks find alike is printed by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from dtrain.console import log
+from dtrain.errors import DtrainError, TopologyError
+from dtrain.interrupts import ignore_further
+from dtrain.rollcall import Board
+from dtrain.run_folder import write_exit
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+T = TypeVar("T")
+
+WAIT_S = 2.0
+"""How long a rank waits for what rank 0 says, and rank 0 for the others to read it."""
+
+SEEN_S = 0.2
+"""How long after its sockets a killed process may still stand in /proc. mpirun kills the rest after 0.5 s."""
+
+STORE_S = 3.0
+"""How long the store may take in all: its host may be gone without a word."""
+
+
+class Peer(NamedTuple):
+    """A rank's process. pid_namespace: processes can be looked up in the same one only; 0 where there is no /proc."""
+
+    host: str
+    pid_namespace: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All ranks together, once they have met. board: None for one process."""
+
+    topology: Topology
+    board: Board | None
+    peers: Sequence[Peer]
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a rank ended, as exit.json has it. rank, host: where it happened."""
+
+    code: int
+    cause: str
+    rank: int
+    host: str
+    message: str
+
+
+def own_peer() -> Peer:
+    """This process."""
+    namespace = Path("/proc/self/ns/pid")
+    return Peer(socket.gethostname(), namespace.stat().st_ino if namespace.exists() else 0, os.getpid())
+
+
+def write_down(end: End, config: Config) -> None:
+    """Writes exit.json where the run's folder is there; the first writer wins."""
+    if config.run_dir.is_dir():
+        write_exit(config.run_dir / "exit.json", **asdict(end))
+
+
+def end_of(error: BaseException, topology: Topology) -> End:
+    """What an error of this rank is for exit.json."""
+    is_ours = isinstance(error, DtrainError | KeyboardInterrupt)
+    message = str(error) if is_ours and str(error) else f"{type(error).__name__}: {error}"
+    code = error.exit_code if isinstance(error, DtrainError) else 1
+    return End(code, type(error).__name__, topology.rank, socket.gethostname(), message)
+
+
+def report(
+    error: BaseException, config: Config, job: Job, *, is_noted: bool, launcher_lives: Callable[[], bool]
+) -> int:
+    """Writes down and prints why this rank ends; gives the exit code.
+
+    Args:
+        is_noted: whether the end goes into exit.json.
+        launcher_lives: where it does not, watch.py ends this process and says so.
+    """
+    from dtrain.collectives import is_lost_peer
+
+    ignore_further()  # a launcher that sees one rank end tells the others to end, too
+    topology = job.topology
+    follows = topology.world_size > 1 and is_lost_peer(error)
+    if follows and not launcher_lives():
+        threading.Event().wait(WAIT_S)
+    own = _end_of_follower(error, job) if follows else end_of(error, topology)
+    first = _in_time(lambda: _first_cause(own, job.board), own)
+    if is_noted and getattr(error, "is_noted", True):
+        write_down(first, config)
+    if follows:
+        words = f"Rank {first.rank} ended: {first.message.splitlines()[0]}" if first != own else own.message
+        words += f" Rank {topology.rank} ends as well."
+    elif isinstance(error, DtrainError | KeyboardInterrupt):
+        words = own.message
+    else:
+        words = "".join(traceback.format_exception(error)).rstrip()
+    _say(words, job, error, follows=follows)
+    return first.code if follows else own.code
+
+
+def _say(words: str, job: Job, error: BaseException, *, follows: bool) -> None:
+    """Prints on rank 0, and where that says something else."""
+    # Then a rank that waits in a collective ends with the first that leaves; to wait for each other would take longer.
+    is_hurried = isinstance(error, KeyboardInterrupt)
+    if job.topology.is_main:
+        log.error("%s", words)
+        _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)
+    elif not is_hurried:
+        is_said = isinstance(error, DtrainError) and error.is_said_elsewhere
+        heard = _in_time(lambda: _listen(job.board, wait_s=0.0 if is_said else WAIT_S), None)
+        if not (is_said or heard == words or (follows and heard is not None)):
+            log.error("%s", words)
+
+
+def _tell(words: str, job: Job, *, wait_s: float) -> None:
+    """Rank 0's words, and time for the others to read them: the store ends with rank 0."""
+    board, deadline = job.board, time.monotonic() + wait_s
+    if board is None:
+        return
+    board.compare_set("end/words", "", words)
+    while board.add("end/heard", 0) < len(job.peers) - 1 - len(_gone(job)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _listen(board: Board | None, *, wait_s: float) -> str | None:
+    """What rank 0 prints, if it ends too."""
+    if board is None:
+        return None
+    deadline = time.monotonic() + wait_s
+    while not board.check(["end/words"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    heard = board.get("end/words").decode() if board.check(["end/words"]) else None
+    board.add("end/heard", 1)
+    return heard
+
+
+def _first_cause(own: End, board: Board | None) -> End:
+    if board is None:
+        return own
+    return End(**json.loads(board.compare_set("end/cause", "", json.dumps(asdict(own)))))
+
+
+def _end_of_follower(error: BaseException, job: Job) -> End:
+    """Why a connection was lost, if no rank has said why it ended: who is gone, as far as can be seen from here."""
+    deadline = time.monotonic() + SEEN_S
+    while not (gone := _gone(job)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    rank = gone[0] if gone else job.topology.rank
+    names = ", ".join(f"rank {rank} (process {job.peers[rank].pid} on {job.peers[rank].host})" for rank in gone[:8])
+    address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
+    if gone:
+        message = f"{names[:1].upper()}{names[1:]} died without a word: killed from outside, or for want of memory?"
+    else:
+        message = (
+            f"Rank {rank} on {job.peers[rank].host} lost its connection to another rank"
+            f"{f' at {address[1]}' if address else ''}: that rank has died, or its node or the network has."
+        )
+    return End(TopologyError.exit_code, TopologyError.__name__, rank, job.peers[rank].host, message)
+
+
+def _gone(job: Job) -> list[int]:
+    return [rank for rank, peer in enumerate(job.peers) if _is_gone(peer)]
+
+
+def _is_gone(peer: Peer) -> bool:
+    """Whether that process has ended; one on another machine cannot be seen and counts as there."""
+    if peer.pid_namespace == 0 or peer[:2] != own_peer()[:2]:
+        return False
+    try:
+        return Path(f"/proc/{peer.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _in_time(work: Callable[[], T], otherwise: T) -> T:
+    """What `work` with the store gives, or `otherwise`: without its host it fails, or waits for long."""
+    result = [otherwise]
+
+    def try_it() -> None:
+        try:
+            result[0] = work()
+        except RuntimeError:  # the store ended with rank 0
+            return
+
+    worker = threading.Thread(target=try_it, daemon=True)
+    worker.start()
+    worker.join(STORE_S)
+    return result[0]

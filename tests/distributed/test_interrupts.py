@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM inside one process: heard once, heard at import time, not heard at all, meant for a child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+
+LIMIT_S = 30
+
+HEAD = """
+import ctypes, os, signal, sys, time
+from dtrain.interrupts import ignore_further, interruptible
+def last_words(cause):
+    print("last words:", cause, flush=True)
+"""
+
+
+@contextmanager
+def running(body: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python program, from the line `ready` on that it prints."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HEAD + body],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
+
+
+SWALLOWS = """
+try:
+    with interruptible(grace_s=20, before_exit=last_words):
+        try:
+            print("ready", flush=True)
+            while True:
+                time.sleep(0.01)
+        except Exception:
+            print("swallowed", flush=True)
+except KeyboardInterrupt as stop:
+    print(stop, flush=True)
+"""
+
+
+def test_a_signal_passes_through_code_that_swallows_errors() -> None:
+    with running(SWALLOWS) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed.startswith("Stopped by SIGTERM.")
+    assert process.returncode == 0
+
+
+TWICE = """
+with interruptible(grace_s=20, before_exit=last_words):
+    try:
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+        time.sleep(0.5)
+        print("stopped", flush=True)
+        ignore_further()
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short() -> None:
+    with running(TWICE) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == ("stopped\n", 0)
+
+
+DEAF = """
+import threading
+libc = ctypes.CDLL(None)
+signals = (ctypes.c_ulong * 16)(*[2**64 - 1] * 16)
+with interruptible(grace_s=0.3, before_exit={before_exit}):
+    # Only another thread takes signals, as in a collective whose wait goes on after one.
+    libc.pthread_sigmask(signal.SIG_BLOCK, signals, None)
+    print("ready", flush=True)
+    libc.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("before_exit", "printed"),
+    [
+        ("last_words", "last words: Stopped by SIGINT, which was not heard within 0 s.\n"),
+        ("lambda cause: time.sleep(60)", ""),
+    ],
+)
+def test_a_process_deaf_to_a_signal_is_ended_even_if_its_last_words_hang(before_exit: str, printed: str) -> None:
+    with running(DEAF.format(before_exit=before_exit)) as process:
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (said, process.returncode) == (printed, 1)
+    assert time.monotonic() - begin < 5
+
+
+FORKS = """
+with interruptible(grace_s=0.3, before_exit=last_words):
+    child = os.fork()
+    if child == 0:
+        time.sleep(5)
+        os._exit(0)
+    print("ready", flush=True)
+    os.kill(child, signal.SIGINT)  # a terminal's Ctrl-C reaches all: the parent is the one to say so
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitpid(child, 0)[1], flush=True)
+    time.sleep(1)
+    print("still here", flush=True)
+"""
+
+
+def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -> None:
+    with running(FORKS) as process:
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed.splitlines() == [str(int(signal.SIGTERM)), "still here"]
+    assert process.returncode == 0
