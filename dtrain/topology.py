@@ -155,8 +155,8 @@ def process_group(
         TopologyError: not all ranks came in time; the message says how many did and which are missing.
     """
     if topology.world_size == 1:
-        _publish(topology, env)
-        yield topology
+        with _published(topology, env):
+            yield topology
         return
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -183,10 +183,10 @@ def process_group(
     )
     if not topology.is_complete:
         topology = replace(topology, **seat._asdict(), is_complete=True)
-    _publish(topology, env)
     _start_group(topology, store, deadline, collective_timeout_s)
     try:
-        yield topology
+        with _published(topology, env):
+            yield topology
     except BaseException:
         _destroy_group()
         raise
@@ -267,10 +267,25 @@ def _start_group(topology: Topology, store: Store, deadline: float, collective_t
     _set_pg_timeout(timedelta(seconds=collective_timeout_s))
 
 
-def _publish(topology: Topology, env: MutableMapping[str, str]) -> None:
+@contextmanager
+def _published(topology: Topology, env: MutableMapping[str, str]) -> Iterator[None]:
     """DeepSpeed takes its place from these variables alone, also under MPI, Slurm and no launcher at all."""
-    env["RANK"], env["WORLD_SIZE"] = str(topology.rank), str(topology.world_size)
-    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = str(topology.local_rank), str(topology.local_world_size)
+    places = {
+        "RANK": topology.rank,
+        "WORLD_SIZE": topology.world_size,
+        "LOCAL_RANK": topology.local_rank,
+        "LOCAL_WORLD_SIZE": topology.local_world_size,
+    }
+    before = {name: env.get(name) for name in places}
+    env.update({name: str(place) for name, place in places.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
 
 
 def _nothing() -> torch.Tensor:
