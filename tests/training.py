@@ -68,6 +68,7 @@ class Setting:
     engine: str = "auto"
     zero_stage: int | None = None
     freeze: tuple[str, ...] = ()
+    freeze_method: str = "requires_grad"
     thaw: tuple[tuple[int, str], ...] = ()
     class_weights: bool = False
     checkpointing: bool = False
@@ -105,6 +106,7 @@ class Setting:
                 "schedule": {"warmup_steps": self.warmup},
                 "freeze": {
                     "modules": self.freeze,
+                    "method": self.freeze_method,
                     "thaw": [{"epoch": epoch, "modules": [path]} for epoch, path in self.thaw],
                 },
                 "engine": {

@@ -101,6 +101,26 @@ def test_adamw_with_frozen_and_thawed_parts_is_the_same_on_every_engine(
     assert one["slots"]["bert.encoder.layer.0.output.dense.weight"] == ["exp_avg", "exp_avg_sq", "step"]
 
 
+def test_what_no_grad_cut_off_learns_once_the_frozen_part_above_it_is_thawed() -> None:
+    # The embeddings are not frozen themselves, but get no gradient while the encoder above them runs under no_grad.
+    setting = replace(PLAIN, optimizer="adamw", steps=8, freeze=("encoder",), freeze_method="no_grad")
+    below = "bert.embeddings.word_embeddings.weight"
+
+    never = training.run(SINGLE, setting)
+    one = training.run(SINGLE, replace(setting, thaw=((1, "encoder"),)))
+    two = run_ranks(training.run, 2, replace(setting, thaw=((1, "encoder"),)))[0]
+
+    assert never["slots"][below] == []
+    assert one["slots"][below] == ["exp_avg", "exp_avg_sq", "step"]
+    assert worst(one, two) <= 1e-5
+
+
+def test_adafactor_takes_the_same_steps_on_two_ranks() -> None:
+    setting = replace(PLAIN, optimizer="adafactor", learning_rate=1e-2)
+
+    assert_same(training.run(SINGLE, setting), run_ranks(training.run, 2, setting)[0])
+
+
 def test_class_weights_and_activation_checkpointing_change_no_promise() -> None:
     setting = replace(PLAIN, class_weights=True)
 

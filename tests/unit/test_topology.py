@@ -27,8 +27,9 @@ def test_one_process_makes_no_process_group() -> None:
     with process_group(SINGLE, env) as topology:
         assert topology is SINGLE
         assert not dist.is_initialized()
+        assert env == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
-    assert env == {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert env == {}
 
 
 @pytest.mark.usefixtures("threads")
