@@ -26,7 +26,7 @@ def last_words(cause):
 
 
 @contextmanager
-def running(body: str) -> Iterator[subprocess.Popen[str]]:
+def running(body: str) -> Iterator[subprocess.Popen[bytes]]:
     """A Python program, from the line `ready` on that it prints."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there
     try:
@@ -35,14 +35,14 @@ def running(body: str) -> Iterator[subprocess.Popen[str]]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            bufsize=0,  # nothing that follows a line is read along with it
             env={**os.environ, "PYTHONPATH": str(Path.cwd())},
         )
     finally:
         signal.signal(signal.SIGINT, before)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == b"ready\n"
         yield process
     finally:
         process.kill()
@@ -68,7 +68,7 @@ def test_a_signal_passes_through_code_that_swallows_errors() -> None:
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed.startswith("Stopped by SIGTERM.")
+    assert printed.startswith(b"Stopped by SIGTERM.")
     assert process.returncode == 0
 
 
@@ -91,12 +91,12 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
     with running(TWICE) as process:
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
-        assert process.stdout.readline() == "stopping\n"
+        assert process.stdout.readline() == b"stopping\n"
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert (printed, process.returncode) == ("stopped\n", 0)
+    assert (printed, process.returncode) == (b"stopped\n", 0)
 
 
 DEAF = """
@@ -120,7 +120,7 @@ def test_a_process_deaf_to_a_signal_is_ended_even_if_its_last_words_hang(before_
         process.wait(LIMIT_S)
         said, _ = process.communicate(timeout=LIMIT_S)
 
-    assert (said, process.returncode) == (printed, 1)
+    assert (said.decode(), process.returncode) == (printed, 1)
     assert time.monotonic() - begin < 5
 
 
@@ -147,5 +147,5 @@ def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -
     with running(FORKS) as process:
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed.splitlines() == [str(int(signal.SIGTERM)), "still here"]
+    assert printed.decode().splitlines() == [str(int(signal.SIGTERM)), "still here"]
     assert process.returncode == 0

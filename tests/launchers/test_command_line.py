@@ -288,7 +288,7 @@ def test_errors_have_their_exit_code_and_no_traceback(tmp_path: Path) -> None:
         ({"data__path": empty}, 3, "train.tsv"),
         ({"model__name_or_path": empty}, 2, "has no tokenizer that can be loaded"),
         ({"freeze__modules": "[encodr]"}, 2, "encoder"),
-        ({"evaluation__best": "{metric: bleu}"}, 2, "matthews_correlation"),
+        ({"evaluation__best": "{metric: bleu}", "train__eval_every": "epoch"}, 2, "matthews_correlation"),
     ]
     for number, (settings, code, words) in enumerate(wrong):
         ended = dtrain(*jobs.settings(tmp_path / "runs", f"run{number}", **settings))
