@@ -79,11 +79,26 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         problems += complaints(error, Config, settings.values, place=place, show=_show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return config
+    return config if command == "train" else _with_the_model_as_it_is(config, command)
+
+
+def _with_the_model_as_it_is(config: Config, command: str) -> Config:
+    """The settings of a training run, for a command that only uses its model: nothing new is made of it.
+
+    Raises:
+        ConfigError: no model is named.
+    """
+    model = config.model
+    if model.name_or_path is None:
+        raise ConfigError(f"{command} uses a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
+    changes: dict[str, Any] = {"from_scratch": False, "config": {}} if model.from_scratch else {}
+    if model.tokenizer == "char":  # built from the training text then, saved in the model's folder since
+        changes["tokenizer"] = None
+    return config.model_copy(update={"model": model.model_copy(update=changes)})
 
 
 def _of_a_later_version(config: Config, place: Callable[[Key], str]) -> list[str]:
-    """What DESIGN section 4 lists and this version cannot do yet: checkpoints."""
+    """Settings that have their place already and that this version cannot serve yet: checkpoints."""
     every, resume, found = config.checkpoint.every, config.checkpoint.resume, []
     if every is not None:
         where = place(("checkpoint", "every"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dtrain.collectives import gather_for_metrics
+from dtrain.collectives import gather_for_metrics, on_main
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.engine.forward import Forward
 from dtrain.tasks.protocol import Batch, Scored, Task
@@ -87,14 +87,20 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
-    records = [
-        {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
-        for index, record in enumerate(task.records(split, predictions))
-    ]
-    if sum(targets) == 0:  # a test split without labels: predicted, not judged
-        return SplitResult({}, records)
-    loss = math.fsum(losses) / sum(targets)
-    return SplitResult({"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}, records)
+    records: list[dict[str, Any]] = []
+
+    def judge() -> dict[str, float]:
+        """Once, on rank 0: what is decided by a metric is decided for all by the same number."""
+        records.extend(
+            {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
+            for index, record in enumerate(task.records(split, predictions))
+        )
+        if sum(targets) == 0:  # a test split without labels: predicted, not judged
+            return {}
+        loss = math.fsum(losses) / sum(targets)
+        return {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
+
+    return SplitResult(on_main(judge, forward.topology), records)
 
 
 def to_device(tensors: Batch, device: torch.device) -> Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
 from dtrain.engine.protocol import Engine
 from dtrain.evaluation import to_device
+from dtrain.models.freezing import held_statistics
 from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
 from dtrain.seeding import seed_all
 from dtrain.tasks.protocol import Task
@@ -107,7 +109,8 @@ def take_step(
     # Without a target there is no gradient: a step would only decay weights and moments.
     result = engine.step(discard=sums.faults > 0 or weight == 0)
     grad_norm = result.grad_norm if weight else 0.0
-    norm_is_fine = math.isfinite(grad_norm) or loop.loss_is_scaled
+    # fp16 answers an overflow with a smaller loss scale; below 1 it is no overflow any more.
+    norm_is_fine = math.isfinite(grad_norm) or (loop.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
     state.step += 1
     state.updates += int(result.applied)
     state.examples += batches.examples
@@ -144,7 +147,8 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last):
             seed_all(seed, "forward", batches.step, micro_batch.index)
-            loss = task.loss(engine.model, to_device(micro_batch.tensors, device)).loss
+            with nullcontext() if micro_batch.counted else held_statistics(engine.module):
+                loss = task.loss(engine.model, to_device(micro_batch.tensors, device)).loss
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
         if micro_batch.counted:
             losses.append(loss.detach())

@@ -9,6 +9,7 @@ Nothing heavy is imported before a command really runs: `--help` and a config er
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,12 +18,11 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
-from dtrain.commands.farewell import End, end_of, report, write_down
+from dtrain.commands.farewell import done, end_of, report, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, Interrupted
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from dtrain.commands.results import Result
     from dtrain.monitors.protocol import Monitor
     from dtrain.tasks.protocol import Task
+
+ALIKE_S = 1.0
+"""Head start for rank 0 with an error that every rank finds: a launcher that sees another end first ends rank 0 too."""
 
 COMMANDS = {
     "train": "fine-tune a model (the default)",
@@ -91,6 +94,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words: list[str] = found.words
     found.command = words.pop(0) if words and "=" not in words[0] else "train"
     found.overrides = words
+    if found.dry_run and found.command != "train":
+        raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
     if found.command not in COMMANDS:
         raise ConfigError(
             f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
@@ -132,7 +137,15 @@ def fit(
         from dtrain.commands.train import run_train
 
         with session(config, topology, os.environ) as job:
-            return run_train(config, job.topology, model=model, task=task, monitors=monitors)
+            try:
+                result = run_train(config, job.topology, model=model, task=task, monitors=monitors)
+            except BaseException as error:
+                if getattr(error, "is_noted", True):
+                    write_down(end_of(error, job.topology), config)
+                raise
+    if topology.is_main:
+        write_down(done(topology), config)
+    return result
 
 
 class _Ended(Exception):
@@ -146,8 +159,10 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
+    is_noted = not dry_run and command != "generate"  # those make no run folder of their own
+
     def note(cause: str) -> None:
-        if not dry_run:
+        if is_noted:
             write_down(end_of(Interrupted(cause), topology), config)
 
     def note_and_say(cause: str) -> None:
@@ -164,27 +179,29 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
                 try:
                     _command(command, config, job.topology, dry_run=dry_run)
                 except BaseException as error:
-                    code = report(error, config, job, is_noted=not dry_run, launcher_lives=launcher_lives)
+                    code = report(error, config, job, is_noted=is_noted, launcher_lives=launcher_lives)
                     raise _Ended(code) from error
         except _Ended as ended:
             return ended.code
         except (DtrainError, KeyboardInterrupt) as error:  # no group has formed: each rank knows only its own side
             ignore_further()
             end = end_of(error, topology)
-            if not dry_run:
+            if is_noted:
                 write_down(end, config)
             if topology.is_main if isinstance(error, KeyboardInterrupt) else not error.is_said_elsewhere:
                 log.error("%s", end.message)
             return end.code
-    if topology.is_main and not dry_run:
-        write_down(End(0, "done", topology.rank, socket.gethostname(), "done"), config)
+    if topology.is_main and is_noted:
+        write_down(done(topology), config)
     return 0
 
 
 def _report_alike(error: DtrainError, topology: Topology) -> int:
-    """An error that every rank finds by itself, from the same arguments: rank 0 says it."""
-    if topology.is_main:
+    """An error that every rank finds by itself, from the same arguments: said once per node, for files may differ."""
+    if topology.is_node_main:
         log.error("%s", error)
+    if not topology.is_main:
+        time.sleep(ALIKE_S)
     return error.exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,9 +64,9 @@ def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps
     warmup = (
         settings.warmup_steps
         if settings.warmup_steps is not None
-        else round((settings.warmup_ratio or 0.0) * total_steps)
+        else math.ceil((settings.warmup_ratio or 0.0) * total_steps)
     )
-    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=optim.learning_rate)
     scheduler = get_scheduler(settings.name, carrier, num_warmup_steps=warmup, num_training_steps=total_steps)
     shape: Callable[[int], float] = scheduler.lr_lambdas[0]
     return lambda updates: optim.learning_rate * float(shape(updates))

@@ -1,22 +1,22 @@
 """The folder of one run: its paths, its state, what a new start may do with it, and files that are never half there.
 
-DESIGN section 4 lists what lies in it. Only rank 0 writes here, apart from `write_exit`, which every rank may call.
+Only rank 0 writes here, apart from `write_exit`, which every rank may call.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.errors import ConfigError
+from dtrain.jsonl import events, finite, line_of, worded
 from dtrain.schema import Config
 from dtrain.wording import Difference
 
@@ -40,7 +40,7 @@ _OF_ANY_START = ("config.yaml", "exit.json")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run lie (DESIGN section 4). `summary` is written last: with it, a run has ended well."""
+    """Where the parts of a run lie. `summary` is written last: with it, a run has ended well."""
 
     path: Path
     config: Path = field(init=False)
@@ -97,7 +97,20 @@ def state(path: Path) -> State:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    files = list(path.glob("*.safetensors"))
+    return (path / "config.json").is_file() and bool(files) and all(map(_is_whole, files))
+
+
+def _is_whole(weights: Path) -> bool:
+    """Whether a safetensors file has the size that its header says (a length, a JSON table of offsets, the numbers)."""
+    try:
+        with weights.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            table = json.loads(file.read(length)) if length < 100 * 2**20 else {}
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+        return bool(ends) and weights.stat().st_size == 8 + length + max(ends)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _is_json(path: Path) -> bool:
@@ -108,7 +121,7 @@ def _is_json(path: Path) -> bool:
 
 
 def decide(config: Config, *, command: str, changes: Sequence[Difference]) -> Decision:
-    """What to do with the run folder that `config` names, by the table in DESIGN section 4. Changes nothing.
+    """What to do with the run folder that `config` names and what lies there. Changes nothing.
 
     Args:
         config: the settings asked for.
@@ -173,7 +186,7 @@ def _free_name(path: Path) -> str:
 def _has_something_to_lose(folder: RunFolder) -> bool:
     if folder.model.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
         return True
-    return folder.metrics.exists() and any(event.get("event") == "train" for event in _events(folder.metrics))
+    return folder.metrics.exists() and any(event.get("event") == "train" for event in events(folder.metrics))
 
 
 def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Path | None:
@@ -224,8 +237,8 @@ def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         DtrainError: the file cannot be written (disk full, no permission).
     """
-    with _worded(path):
-        _write(path, [json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
+    with worded(path):
+        _write(path, [json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
 
 
 def write_lines_atomic(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -234,9 +247,9 @@ def write_lines_atomic(path: Path, records: Iterable[Mapping[str, Any]]) -> None
     Raises:
         DtrainError: the file cannot be written.
     """
-    with _worded(path):
+    with worded(path):
         path.parent.mkdir(exist_ok=True)
-        _write(path, map(_line, records))
+        _write(path, map(line_of, records))
 
 
 def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, message: str) -> bool:
@@ -253,11 +266,22 @@ def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, messa
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_through(draft, [json.dumps(record, indent=2, ensure_ascii=False), "\n"])
         os.link(draft, path)  # unlike a rename it fails where the file is there already
-    except OSError:
+    except FileExistsError:
         return False
+    except OSError:  # a file system without hard links: not whole at once, but still the first only
+        return _write_first(path, record)
     finally:
         with suppress(OSError):
             draft.unlink()
+    return True
+
+
+def _write_first(path: Path, record: Mapping[str, Any]) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(record, file, indent=2, ensure_ascii=False)
+    except OSError:
+        return False
     return True
 
 
@@ -271,7 +295,7 @@ def replace_folder(draft: Path, target: Path) -> None:
         DtrainError: a file cannot be written.
     """
     old = target.with_name(f".{target.name}.old")
-    with _worded(target):
+    with worded(target):
         for file in (entry for entry in draft.rglob("*") if entry.is_file()):
             file.chmod(0o644)
             _flush(file)
@@ -312,87 +336,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _worded(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DtrainError(f"{path} cannot be written: {error.filename or path}: {error.strerror}") from error
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and inf: they become text, so that no reader loses them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return value
-
-
-# ---------------------------------------------------------------- metrics.jsonl
-
-
-class MetricsLog:
-    """Appends to metrics.jsonl, a whole line at a time. A line that a kill cut short is removed when it is opened."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with _worded(path):
-            self._file = path.open("ab+")
-            self._file.seek(0)
-            whole = self._file.read().rfind(b"\n") + 1
-            self._file.truncate(whole)
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Adds one event. Numbers that are not finite become "nan", "inf" or "-inf".
-
-        Raises:
-            DtrainError: the line cannot be written.
-        """
-        with _worded(self._path):
-            self._file.write(_line(record).encode("utf-8"))
-            self._file.flush()
-
-    def close(self) -> None:
-        """Ends the writing."""
-        self._file.close()
-
-    def __enter__(self) -> MetricsLog:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All events in order. A step that was taken again counts with its last value; a torn last line does not count.
-
-    Raises:
-        DataError: a line before the last is not JSON.
-    """
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, event in enumerate(_events(path)):
-        kind = event.get("event")
-        key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval") else (number,)
-        kept.pop(key, None)  # so that the later one also stands later
-        kept[key] = event
-    return list(kept.values())
-
-
-def _events(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise DataError(f"{path}, line {number}: this is not JSON; the file is damaged") from None

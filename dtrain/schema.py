@@ -28,7 +28,7 @@ OnResume = Literal["free", "warn", "refuse"]
 
 
 def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits: Any) -> Any:
-    """A config field. `resume` says what a resumed run may do with a changed value (DESIGN section 4).
+    """A config field. `resume` says what a resumed run may do with a changed value.
 
     free: may change. warn: may change, with a word about it. refuse: it changes the mathematics.
     `...` as the default makes the field required.
@@ -362,7 +362,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _refused_combinations(self) -> Config:
-        """Settings that are right one by one and wrong together (DESIGN section 2, last row of the table)."""
+        """Settings that are right one by one and wrong together."""
         stage, optim = self.engine.zero_stage, self.optim
         sharded = self.engine.is_deepspeed and stage is not None and stage >= 1
         found = []

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dtrain.console import log
-from dtrain.run_folder import MetricsLog
+from dtrain.jsonl import MetricsLog
 
 
 class Tracker:

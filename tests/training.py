@@ -72,6 +72,7 @@ class Setting:
     thaw: tuple[tuple[int, str], ...] = ()
     class_weights: bool = False
     checkpointing: bool = False
+    compile: bool = False
     deepspeed: str = ""
     momentum: float = 0.0
     shuffle: bool = True
@@ -97,6 +98,7 @@ class Setting:
                     "micro_batch_size": self.micro_batch_size,
                     "shuffle": self.shuffle,
                 },
+                "model": {"compile": self.compile},
                 "optim": {
                     "name": self.optimizer,
                     "learning_rate": self.learning_rate,

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.collectives import on_main
 from dtrain.engine.protocol import Engine
+from dtrain.errors import CheckpointError, DtrainError
 from dtrain.run_folder import replace_folder, write_json_atomic
 
 
@@ -22,8 +24,12 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
 
     def write() -> None:
         temporary = target.with_name(f".tmp-{target.name}")
-        save(engine.module, weights, tokenizer, temporary)
-        replace_folder(temporary, target)
+        try:
+            save(engine.module, weights, tokenizer, temporary)
+            replace_folder(temporary, target)
+        except (OSError, SafetensorError, DtrainError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"The model cannot be written to {target}: {error}. Is the disk full?") from error
 
     on_main(write, engine.topology)
 

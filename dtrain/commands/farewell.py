@@ -78,6 +78,11 @@ def write_down(end: End, config: Config) -> None:
         write_exit(config.run_dir / "exit.json", **asdict(end))
 
 
+def done(topology: Topology) -> End:
+    """The good end."""
+    return End(0, "done", topology.rank, socket.gethostname(), "done")
+
+
 def end_of(error: BaseException, topology: Topology) -> End:
     """What an error of this rank is for exit.json."""
     is_ours = isinstance(error, DtrainError | KeyboardInterrupt)

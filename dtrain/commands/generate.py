@@ -20,8 +20,6 @@ def run_generate(config: Config, topology: Topology) -> str:
     """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
     if config.task.name != "causal_lm":
         raise ConfigError(f"generate needs a language model (task.name=causal_lm), not task.name={config.task.name}.")
-    if config.model.name_or_path is None:
-        raise ConfigError("generate needs a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
     settings = config.generate
     tokenizer = load_tokenizer(config.model, training_texts=list)
     model = load_model(config.model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=config.run.seed)

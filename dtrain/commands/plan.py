@@ -14,6 +14,14 @@ SLOTS = {"adamw": 2, "sgd": 0, "adafactor": 0}
 """Numbers that an optimizer keeps per trainable number; Adafactor keeps rows and columns only, SGD one with momentum."""
 
 
+HARMLESS = (
+    *("zero_optimization", "zero_allow", "zero_force", "steps_per_print", "wall_clock", "dump_state", "memory_break"),
+    *("overlap_comm", "contiguous_gradients", "reduce_bucket", "allgather_bucket", "reduce_scatter", "sub_group_size"),
+    *("stage3_", "round_robin_gradients", "flops_profiler", "comms_logger", "tensorboard", "csv_monitor"),
+)
+"""Beginnings of the DeepSpeed keys that change no number; any other that is passed through puts a run in a looser row."""
+
+
 def describe(
     config: Config, topology: Topology, task: Task, prepared: Construction, steps: StepPlan, *, in_full: bool
 ) -> str:
@@ -81,13 +89,14 @@ def _memory(config: Config, topology: Topology, engine: str, parameters: int, tr
 
 
 def exactness(config: Config, engine: str) -> str:
-    """The row of DESIGN's table that this run is in."""
-    offload = "offload" in str(config.engine.deepspeed.get("zero_optimization", {}))
+    """The row of the README's table that this run is in."""
+    passed = {**config.engine.deepspeed, **config.engine.deepspeed.get("zero_optimization", {})}
+    inexact = sorted(key for key in passed if not key.startswith(HARMLESS))
     loose = [
         name
         for name, active in {
             config.engine.precision: config.engine.precision != "fp32",
-            "offload": engine == "deepspeed" and offload,
+            ", ".join(inexact): engine == "deepspeed" and bool(inexact),
             "compile": config.model.compile,
         }.items()
         if active

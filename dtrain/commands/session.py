@@ -28,6 +28,7 @@ def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -
     set_threads(topology, env)
     _quieten_libraries(env)
     with process_group(topology, env, timeout_s=config.run.startup_timeout_s) as ready:
+        set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
         peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
         _compare_configs(config, ready, peers)
         yield Job(ready, job_board(ready), peers)

@@ -29,7 +29,7 @@ class DdpEngine(SingleEngine):
             # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
             # attribute 'meta'"); in one graph the exchange of gradients overlaps less with backward.
             torch._dynamo.config.optimize_ddp = False
-        # Buffers stay as they are: running statistics are frozen or labelled inexact (DESIGN section 2); a broadcast per
+        # Buffers stay as they are: running statistics are frozen or labelled inexact (README); a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(
             module,

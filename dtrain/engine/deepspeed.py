@@ -8,6 +8,7 @@ the config. Tested with deepspeed 0.19.8; what leans on its inner names is marke
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -96,7 +97,7 @@ class DeepSpeedEngine:
         gradients = [p for p in self.module.parameters() if p.grad is not None]
         limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
         norm = float(nn.utils.clip_grad_norm_(gradients, limit)) if limit != float("inf") else _norm(gradients)
-        applied = not discard and norm - norm == 0.0
+        applied = not discard and math.isfinite(norm)
         if applied:
             self._engine.step()
         else:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
+from dtrain.models.freezing import held_statistics
 from dtrain.seeding import seed_all
 from dtrain.tasks.protocol import Task
 
@@ -18,13 +19,14 @@ def without_gradient(
 ) -> list[str]:
     """Names of parameters that learn but got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
 
-    Every rank computes the same from the same micro-batch. Leaves weights alone and gradients empty.
+    Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
     """
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][plan.micro_batches(0)[0]]
     device = next(module.parameters()).device
     train_mode(module)
     seed_all(plan.seed, "forward", 0, 0)
-    loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()}).loss
+    with held_statistics(module):
+        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()}).loss
     if loss.requires_grad:
         torch.autograd.backward(loss)
     found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -52,7 +53,7 @@ class SingleEngine:
     def step(self, *, discard: bool = False) -> StepResult:
         self._scaler.unscale_(self._optimizer)
         grad_norm = self._clip()
-        applied = not discard and _is_finite(grad_norm)
+        applied = not discard and math.isfinite(grad_norm)
         if applied:
             self._scaler.step(self._optimizer)
         self._scaler.update()
@@ -97,7 +98,3 @@ class SingleEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
         return self.module
-
-
-def _is_finite(number: float) -> bool:
-    return number - number == 0.0

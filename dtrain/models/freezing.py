@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial, update_wrapper
 from typing import Any, Literal
 
@@ -99,6 +100,19 @@ def train_mode(model: nn.Module, *, batch_norm: Literal["eval", "train"] = "eval
         has_statistics = getattr(module, "running_mean", None) is not None
         if (learns and not any(learns)) or (has_statistics and batch_norm == "eval"):
             module.eval()
+
+
+@contextmanager
+def held_statistics(model: nn.Module) -> Iterator[None]:
+    """Around a forward pass that must leave running statistics alone, whatever `model.batch_norm` says."""
+    moving = [m for m in model.modules() if m.training and getattr(m, "running_mean", None) is not None]
+    for module in moving:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in moving:
+            module.train()
 
 
 def frozen_parameters(model: nn.Module) -> list[str]:

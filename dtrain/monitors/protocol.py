@@ -18,7 +18,7 @@ class Decision(IntEnum):
 
 @dataclass
 class RunState:
-    """What a run is, beside its weights and moments (DESIGN section 2); saved as JSON.
+    """What a run is, beside its weights and moments; JSON throughout.
 
     step: optimizer steps taken, the data position; always advances. updates: those that changed weights, the
     schedule's argument. examples, targets: seen so far. best: the best value of evaluation.best, None before the first.

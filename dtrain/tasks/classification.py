@@ -17,7 +17,7 @@ from torch import nn
 
 from dtrain import schema
 from dtrain.data.prepared import Json, prepare, save_split
-from dtrain.data.sources import Source, label_names, load_sources, source_key
+from dtrain.data.sources import Source, check_labels, label_names, load_sources, source_key
 from dtrain.errors import ConfigError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
@@ -170,7 +170,10 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
         def build(folder: Path) -> Mapping[str, Json]:
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, kind="labelled", scratch=Path(scratch))
-                names = label_names(sources)
+                if "train" not in sources and order is not None:
+                    check_labels(sources, names := order)  # an evaluation: the model knows its labels
+                else:
+                    names = label_names(sources)
                 if order is not None and set(order) == set(names):
                     names = order  # the model's outputs keep their meaning
                 for split, source in sources.items():

@@ -17,8 +17,8 @@ import torch
 
 import dtrain
 from dtrain.errors import ConfigError, NonFiniteError
+from dtrain.jsonl import read_metrics
 from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.run_folder import read_metrics
 from dtrain.schema import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, LossSum, Scored, Targets

@@ -462,7 +462,8 @@ def test_a_run_is_called_after_its_file_its_task_or_the_quickstart_and_its_comma
     own, named = written(tmp_path, text, "my cola.v2.yaml"), written(tmp_path, f"{text}run: {{name: given}}\n")
 
     def name(path: Path | None, *overrides: str, command: str = "train") -> str | None:
-        return load_config(path, overrides, command=command).run.name
+        model = () if command == "train" else ("model.name_or_path=some/model",)
+        return load_config(path, [*overrides, *model], command=command).run.name
 
     assert (name(None), name(None, command="evaluate")) == ("quickstart", "quickstart-evaluate")
     assert (name(None, *CLASSIFY), name(None, *CLASSIFY, command="predict")) == (
@@ -473,6 +474,16 @@ def test_a_run_is_called_after_its_file_its_task_or_the_quickstart_and_its_comma
     assert (name(named), name(named, command="evaluate")) == ("given", "given")
     assert (name(own, "run.name=x", command="evaluate"), name(own, "run={name: x}", command="evaluate")) == ("x", "x")
     assert name(named, "run.name=null") == "own"
+
+
+def test_commands_that_use_a_model_take_it_as_it_is_whatever_it_was_trained_from() -> None:
+    quickstart = ["run.name=x", "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
+
+    used = load_config(None, [*quickstart, "model.name_or_path=some/model"], command="evaluate").model
+
+    assert (used.from_scratch, used.config, used.tokenizer) == (False, {}, None)
+    with pytest.raises(ConfigError, match=r"evaluate uses a trained model: set model\.name_or_path"):
+        load_config(None, [], command="evaluate")
 
 
 # ---------------------------------------------------------------- writing and comparing

@@ -25,6 +25,7 @@ LEVELS = {
             "console",
             "schema",
             "quickstart",
+            "jsonl",
             "launchers",
             "network",
             "mpi",

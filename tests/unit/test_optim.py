@@ -77,3 +77,22 @@ def test_a_warmup_ratio_is_a_share_of_all_steps() -> None:
     )
 
     assert [rate(step) for step in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"]
+)
+def test_a_schedule_is_hugging_faces_own_at_every_step(name: str) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-6)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
+
+    ours = learning_rate(
+        schema.Optim(learning_rate=1e-6), schema.Schedule(name=name, warmup_ratio=0.25), total_steps=10
+    )
+
+    for step in range(10):
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        theirs.step()

@@ -14,14 +14,13 @@ import pytest
 
 from dtrain.config import differences, load_config, to_yaml
 from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.jsonl import MetricsLog, read_metrics
 from dtrain.run_folder import (
     Decision,
-    MetricsLog,
     RunFolder,
     State,
     claim,
     decide,
-    read_metrics,
     replace_folder,
     state,
     write_exit,
@@ -29,6 +28,10 @@ from dtrain.run_folder import (
     write_lines_atomic,
 )
 from dtrain.schema import Config
+
+_TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+WEIGHTS = len(_TABLE).to_bytes(8, "little") + _TABLE + bytes(4)
+"""A whole safetensors file with one number."""
 
 
 def config_for(tmp_path: Path, *overrides: str, command: str = "train") -> Config:
@@ -56,7 +59,7 @@ def finished(tmp_path: Path, *overrides: str) -> RunFolder:
     folder = begun(tmp_path, *overrides)
     folder.model.mkdir()
     (folder.model / "config.json").write_text("{}")
-    (folder.model / "model.safetensors").write_bytes(b"weights")
+    (folder.model / "model.safetensors").write_bytes(WEIGHTS)
     write_json_atomic(folder.summary, {"eval": {"loss": 1.0}})
     write_exit(folder.exit, code=0, cause="done", rank=0, host="here", message="done")
     return folder
@@ -96,9 +99,17 @@ def test_the_state_is_read_off_what_lies_there(tmp_path: Path, files: Sequence[s
     path.mkdir()
     for file in files:
         (path / file).parent.mkdir(parents=True, exist_ok=True)
-        (path / file).write_text("{}")
+        (path / file).write_bytes(WEIGHTS if file.endswith(".safetensors") else b"{}")
 
     assert state(path) == expected
+
+
+@pytest.mark.parametrize("damaged", [b"", WEIGHTS[:-1], WEIGHTS[:20], b"x" * 100])
+def test_a_finished_run_whose_weights_are_damaged_goes_on(tmp_path: Path, damaged: bytes) -> None:
+    folder = finished(tmp_path)
+    (folder.model / "model.safetensors").write_bytes(damaged)
+
+    assert state(folder.path) == "unfinished"
 
 
 def test_no_folder_is_absent_and_a_file_or_a_dangling_link_in_its_place_is_foreign(tmp_path: Path) -> None:
@@ -394,7 +405,7 @@ def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
     target, draft = tmp_path / "model", tmp_path / ".tmp-model"
     for folder, name in ((target, "old.safetensors"), (draft, "new.safetensors")):
         (folder / "sub").mkdir(parents=True)
-        (folder / "sub" / name).write_bytes(b"weights")
+        (folder / "sub" / name).write_bytes(WEIGHTS)
         (folder / "sub" / name).chmod(0o600)
 
     replace_folder(draft, target)

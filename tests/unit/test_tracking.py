@@ -12,7 +12,7 @@ import pytest
 
 from dtrain import console
 from dtrain.console import log
-from dtrain.run_folder import read_metrics
+from dtrain.jsonl import read_metrics
 from dtrain.tracking import Tracker
 
 VALUES: dict[str, Any] = {

@@ -1,0 +1,31 @@
+"""Which engine `engine.name=auto` means, and what only the world size shows to be wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.engine.build import engine_name
+from dtrain.errors import ConfigError
+from dtrain.schema import Config
+from dtrain.topology import SINGLE
+
+TWO = replace(SINGLE, world_size=2, local_world_size=2, launcher="torchrun")
+
+
+def config(**engine: Any) -> Config:
+    return Config.model_validate({"task": {"name": "causal_lm"}, "engine": engine})
+
+
+def test_auto_is_single_for_one_process_ddp_for_more_and_deepspeed_where_its_settings_are_set() -> None:
+    assert engine_name(config(), SINGLE)[0] == "single"
+    assert engine_name(config(), TWO)[0] == "ddp"
+    assert engine_name(config(zero_stage=0), SINGLE)[0] == "deepspeed"
+    assert engine_name(config(deepspeed={"steps_per_print": 5}), TWO)[0] == "deepspeed"
+
+
+def test_single_on_several_ranks_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ConfigError, match=r"torchrun started 2: each would train alone.*engine.name=ddp"):
+        engine_name(config(name="single"), TWO)
