@@ -34,7 +34,7 @@ def fit(
     """Collective. Trains as `dtrain/main.py train` does: on one process, or on each rank that a launcher started.
 
     Args:
-        config: from `load_config`, or built as `Config(...)`; `run.name` must be set.
+        config: from `load_config`, or built as `Config(...)`; an unset `run.name` is the task's name.
         model: to train instead of what the config's model section names.
         task: your own (see dtrain/tasks/protocol.py) instead of what the task and data sections say.
         monitors: further ones (see dtrain/monitors/protocol.py).

@@ -160,7 +160,7 @@ class Data(Section):
     )
     limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
-    num_proc: int = setting(1, "processes that tokenise, once per node", resume="free", ge=1)
+    num_proc: int = setting(1, "processes that tokenise classification data, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "of tokenised data; default: the datasets library's", resume="free")
 
 
