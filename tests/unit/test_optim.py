@@ -54,7 +54,7 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
     losses = []
     for _ in range(20):
         loss = (model(inputs) - 1).square().mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
