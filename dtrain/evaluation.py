@@ -87,14 +87,13 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
-    records: list[dict[str, Any]] = []
+    records = [
+        {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
+        for index, record in enumerate(task.records(split, predictions))
+    ]
 
     def judge() -> dict[str, float]:
         """Once, on rank 0: what is decided by a metric is decided for all by the same number."""
-        records.extend(
-            {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
-            for index, record in enumerate(task.records(split, predictions))
-        )
         if sum(targets) == 0:  # a test split without labels: predicted, not judged
             return {}
         loss = math.fsum(losses) / sum(targets)
