@@ -19,8 +19,11 @@ def derive(*parts: int | str) -> int:
 
 
 def seed_all(*parts: int | str) -> None:
-    """Seeds torch (all devices), numpy and `random` for that place."""
+    """Seeds torch (the host and this rank's CUDA device), numpy and `random` for that place."""
     seed = derive(*parts)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: without CUDA it formats the whole call stack each time, here once per micro-batch.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed(seed)
     np.random.seed(seed & 0xFFFF_FFFF)
     random.seed(seed)

@@ -115,15 +115,6 @@ def test_what_no_grad_cut_off_learns_once_the_frozen_part_above_it_is_thawed() -
     assert worst(one, two) <= 1e-5
 
 
-@pytest.mark.slow
-def test_a_compiled_model_is_the_same_method_with_other_rounding() -> None:
-    plain = replace(PLAIN, dropout=0.0)  # compiled dropout draws otherwise
-
-    compiled = run_ranks(training.run, 2, replace(plain, compile=True), timeout_s=280)[0]
-
-    assert worst(training.run(SINGLE, plain), compiled) <= 0.02
-
-
 def test_adafactor_takes_the_same_steps_on_two_ranks() -> None:
     setting = replace(PLAIN, optimizer="adafactor", learning_rate=1e-2)
 

@@ -299,16 +299,6 @@ def test_a_copy_of_a_model_under_no_grad_uses_its_own_weights(cut: Any) -> None:
     assert torch.equal(copied(**batch()).logits, before)
 
 
-def test_no_grad_survives_compiling() -> None:
-    model = tiny.bert(layers=1)
-    freeze(model, Freeze(modules=("embeddings",), method="no_grad"))
-    eager = learn(copy.deepcopy(model))
-    model.compile(backend="eager", fullgraph=True)
-
-    assert learn(model) == eager
-    assert "classifier.weight" in eager
-
-
 # Words
 
 
