@@ -46,7 +46,7 @@ class Claim(NamedTuple):
 ONE_PROCESS = Place(0, 1, 0, 1, 0, 1, "none", None, None)
 
 
-def read_place(env: Mapping[str, str], *, local_rank_argument: int | None = None) -> Place:
+def read_place(env: Mapping[str, str]) -> Place:
     """The place of this process, checked.
 
     A launcher may run inside another (`srun torchrun`, `mpirun` in a Slurm job): the inner one started this process,
@@ -54,7 +54,6 @@ def read_place(env: Mapping[str, str], *, local_rank_argument: int | None = None
 
     Args:
         env: the process's environment.
-        local_rank_argument: `--local_rank` of the command line; counts only where RANK is set and LOCAL_RANK is not.
 
     Raises:
         TopologyError: variables are missing, out of range, or contradict each other; the message has a table of them.
@@ -62,7 +61,7 @@ def read_place(env: Mapping[str, str], *, local_rank_argument: int | None = None
     slurm, mpi, torch = _slurm(env), _mpi(env), _torch(env)
     if torch is not None:
         _refuse_disagreement(env, torch, mpi, slurm)
-        place = _torch_place(env, torch, local_rank_argument)
+        place = _torch_place(env, torch)
     elif mpi is not None and (slurm is None or mpi.launcher == "openmpi" or mpi[1:] != slurm[1:]):
         # Slurm's own PMI sets PMI_RANK too and then agrees with the step: that is srun, handled below.
         place = _mpi_place(env, mpi)
@@ -114,18 +113,17 @@ def _torch(env: Mapping[str, str]) -> Claim | None:
     return Claim(launcher, rank or 0, size)
 
 
-def _torch_place(env: Mapping[str, str], claim: Claim, local_rank_argument: int | None) -> Place:
+def _torch_place(env: Mapping[str, str], claim: Claim) -> Place:
     if claim.world_size == 1:
         return ONE_PROCESS._replace(rank=claim.rank, launcher=claim.launcher)
     names = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
     if claim.launcher == "deepspeed":
         names = ("LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
     local_size, node_rank, num_nodes = (_number(env, name) for name in names)
-    local_rank = _number(env, "LOCAL_RANK")
     return _assemble(
         env,
         claim,
-        local_rank=local_rank_argument if local_rank is None else local_rank,
+        local_rank=_number(env, "LOCAL_RANK"),
         local_size=local_size,
         node_rank=node_rank,
         num_nodes=num_nodes,

@@ -148,7 +148,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
         with engine.micro_batch(last=is_last):
             seed_all(seed, "forward", batches.step, micro_batch.index)
             with nullcontext() if micro_batch.counted else held_statistics(engine.module):
-                loss = task.loss(engine.model, to_device(micro_batch.tensors, device)).loss
+                loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
         if micro_batch.counted:
             losses.append(loss.detach())

@@ -26,6 +26,9 @@ from pydantic.fields import FieldInfo
 
 OnResume = Literal["free", "warn", "refuse"]
 
+Head = Literal["sequence_classification", "causal_lm"]
+"""What a task wants on top of a model: which AutoModel class carries it."""
+
 
 def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits: Any) -> Any:
     """A config field. `resume` says what a resumed run may do with a changed value.

@@ -56,17 +56,16 @@ class Topology:
     is_complete: bool = True
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], *, local_rank_argument: int | None = None) -> Topology:
+    def from_env(cls, env: Mapping[str, str]) -> Topology:
         """Reads the launchers' variables; pure.
 
         Args:
             env: the environment, e.g. os.environ.
-            local_rank_argument: DeepSpeed's `--local_rank`; counts only where RANK is set and LOCAL_RANK is not.
 
         Raises:
             TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
         """
-        return cls(*launchers.read_place(env, local_rank_argument=local_rank_argument))
+        return cls(*launchers.read_place(env))
 
     @property
     def is_main(self) -> bool:

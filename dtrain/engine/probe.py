@@ -26,7 +26,7 @@ def without_gradient(
     train_mode(module)
     seed_all(plan.seed, "forward", 0, 0)
     with held_statistics(module):
-        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()}).loss
+        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)
     found = [

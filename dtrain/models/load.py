@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -24,11 +24,10 @@ from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
+from dtrain.schema import Head
 
 ODD_SIZES = (ArithmeticError, AssertionError, AttributeError)
 """What a constructor raises for sizes that make no layers."""
-
-Head = Literal["sequence_classification", "causal_lm"]
 
 
 def load_model(

@@ -21,7 +21,7 @@ from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
-from dtrain.tasks.protocol import IGNORED, Batch, Head, LossSum, Scored, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
 
@@ -30,7 +30,7 @@ class CausalLmTask:
     """Cross entropy of each next token; perplexity, and bits per character where a token is a character."""
 
     name = "causal_lm"
-    head: Head = "causal_lm"
+    head: schema.Head = "causal_lm"
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int, is_char: bool) -> None:
         """
@@ -61,10 +61,9 @@ class CausalLmTask:
         count = int((batch["labels"] != IGNORED).sum())
         return Targets(float(count), count)
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = _logits(model, batch)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return LossSum(loss, (labels != IGNORED).sum().to(loss))
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch) -> Scored:
         logits, labels = _logits(module, batch)

@@ -22,7 +22,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
-from dtrain.tasks.protocol import IGNORED, Batch, Head, LossSum, Scored, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
 
@@ -31,7 +31,7 @@ class ClassificationTask:
     """Cross entropy over the labels; accuracy, F1, precision, recall and Matthews by scikit-learn."""
 
     name = "classification"
-    head: Head = "sequence_classification"
+    head: schema.Head = "sequence_classification"
     metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 
     def __init__(
@@ -75,15 +75,11 @@ class ClassificationTask:
         weight = float(self._weights[labels].double().sum()) if self._weights is not None else float(len(labels))
         return Targets(weight, len(labels))
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = _logits(model, batch)
         weights = None if self._weights is None else self._weights.to(logits)
-        loss = F.cross_entropy(
+        return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
-        )
-        counted = labels[labels != IGNORED]
-        return LossSum(
-            loss, weights[counted].sum() if weights is not None else counted.new_tensor(len(counted)).to(loss)
         )
 
     def score(self, module: nn.Module, batch: Batch) -> Scored:

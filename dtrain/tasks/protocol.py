@@ -7,34 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from dtrain.schema import Head
+
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus `labels`; every tensor's first dimension is the example."""
-
-Head = Literal["sequence_classification", "causal_lm"]
 
 IGNORED = -100
 """A label that is not a target (padding)."""
 
 
-class LossSum(NamedTuple):
-    """Sums, never means: () scalars in float32 (float64 for a float64 model).
-
-    loss: summed, weighted loss over the targets of the batch, in nats.
-    weight: summed weight of those targets.
-    """
-
-    loss: torch.Tensor
-    weight: torch.Tensor
-
-
 @dataclass(frozen=True)
 class Targets:
-    """What a batch contributes to a step, known from its labels alone, before any forward pass."""
+    """What a batch contributes to a step, known from its labels alone, before any forward pass.
+
+    weight: summed weight of its targets, what the step's summed loss is divided by. count: their number.
+    """
 
     weight: float
     count: int
@@ -89,8 +81,11 @@ class Task(Protocol):
         """Summed weight and number of targets, from the labels."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """The training loss, from logits, with class weights and smoothing."""
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The training loss, from logits, with class weights and smoothing: () in float32 (float64 for a float64 model).
+
+        Summed over the batch's targets, in nats, never a mean; `targets` gives the weight of that sum.
+        """
         ...
 
     def score(self, module: nn.Module, batch: Batch) -> Scored:

@@ -92,7 +92,6 @@ BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_P
 def test_an_empty_environment_is_one_process() -> None:
     assert Topology.from_env({}) == SINGLE
     assert Topology.from_env({"PATH": "/bin", "LOCAL_RANK": "0"}) == SINGLE
-    assert Topology.from_env({}, local_rank_argument=3) == SINGLE
 
 
 def test_torchrun_gives_every_number_itself() -> None:
@@ -101,9 +100,6 @@ def test_torchrun_gives_every_number_itself() -> None:
 
 def test_deepspeed_is_told_by_its_own_names_and_keeps_its_permuted_local_ranks() -> None:
     assert Topology.from_env(DEEPSPEED) == Topology(3, 5, 1, 2, 1, 2, "deepspeed", "10.77.0.1", 29500)
-    without = {name: value for name, value in DEEPSPEED.items() if name != "LOCAL_RANK"}
-    assert Topology.from_env(without, local_rank_argument=1).local_rank == 1
-    assert Topology.from_env(DEEPSPEED, local_rank_argument=0).local_rank == 1
 
 
 def test_openmpi_on_one_node_is_complete_and_has_no_master_yet() -> None:

@@ -91,25 +91,23 @@ def test_a_batch_of_one_is_a_batch() -> None:
 def test_the_loss_is_the_sum_over_examples_and_the_weight_their_number() -> None:
     labels = [0, 0, 1]
 
-    loss, weight = task().loss(Says(LOGITS), batch(labels))
+    loss = task().loss(Says(LOGITS), batch(labels))
 
     assert float(loss) == pytest.approx(sum(map(nll, LOGITS, labels)), rel=1e-6)
-    assert float(weight) == 3.0
     assert task().targets(batch(labels)) == Targets(3.0, 3)
 
 
 def test_class_weights_weigh_the_loss_and_the_count_as_torch_does_when_it_divides() -> None:
     weighted, labels = task(class_weights={"yes": 2.5, "no": 0.5}), [0, 0, 1]
 
-    loss, weight = weighted.loss(Says(LOGITS), batch(labels))
+    loss = weighted.loss(Says(LOGITS), batch(labels))
 
     by_hand = 0.5 * nll(LOGITS[0], 0) + 0.5 * nll(LOGITS[1], 0) + 2.5 * nll(LOGITS[2], 1)
     assert float(loss) == pytest.approx(by_hand, rel=1e-6)
-    assert float(weight) == 3.5
     assert weighted.targets(batch(labels)) == Targets(3.5, 3)
     torchs = nn.functional.cross_entropy(torch.tensor(LOGITS), torch.tensor(labels), weight=torch.tensor([0.5, 2.5]))
-    assert float(loss / weight) == pytest.approx(float(torchs), rel=1e-6)
-    assert float(loss / weight) != pytest.approx(by_hand / 3, rel=1e-2)
+    assert float(loss / 3.5) == pytest.approx(float(torchs), rel=1e-6)
+    assert float(loss / 3.5) != pytest.approx(by_hand / 3, rel=1e-2)
 
 
 def test_balanced_weights_are_those_of_scikit_learn() -> None:
@@ -137,13 +135,13 @@ def test_class_weights_must_name_every_label() -> None:
 def test_label_smoothing_is_for_training_only() -> None:
     smooth, labels = task(label_smoothing=0.2), [0, 0, 1]
 
-    loss, weight = smooth.loss(Says(LOGITS), batch(labels))
+    loss = smooth.loss(Says(LOGITS), batch(labels))
     scored = smooth.score(Says(LOGITS), batch(labels))
 
     plain = [nll(logits, label) for logits, label in zip(LOGITS, labels, strict=True)]
     spread = [(nll(logits, 0) + nll(logits, 1)) / 2 for logits in LOGITS]
     assert float(loss) == pytest.approx(0.8 * sum(plain) + 0.2 * sum(spread), rel=1e-6)
-    assert float(weight) == 3.0
+    assert smooth.targets(batch(labels)).weight == 3.0
     assert scored.loss.tolist() == pytest.approx(plain, rel=1e-6)
 
 
@@ -164,9 +162,9 @@ def test_an_example_without_a_label_is_no_target(settings: dict[str, Any]) -> No
     alone, some = judge.loss(Says([LOGITS[0]]), batch([0])), judge.loss(Says(LOGITS), batch([0, None, None]))
     none = judge.loss(Says(LOGITS), batch([None, None, None]))
 
-    assert float(some.loss) == pytest.approx(float(alone.loss), rel=1e-6)
-    assert float(some.weight) == float(alone.weight)
-    assert (float(none.loss), float(none.weight)) == (0.0, 0.0)
+    assert float(some) == pytest.approx(float(alone), rel=1e-6)
+    assert judge.targets(batch([0, None, None])).weight == judge.targets(batch([0])).weight
+    assert float(none) == 0.0
     assert judge.targets(batch([None, None, None])) == Targets(0.0, 0)
 
 
@@ -177,13 +175,11 @@ def test_an_example_without_a_label_is_no_target(settings: dict[str, Any]) -> No
 def test_sums_are_taken_in_float32_and_float64_stays(given: torch.dtype, summed: torch.dtype) -> None:
     judge = task(class_weights={"no": 2.0, "yes": 3.0})
 
-    loss, weight = judge.loss(Says(LOGITS, given), batch([0, 0, 1]))
-
-    assert (loss.dtype, weight.dtype) == (summed, summed)
+    assert judge.loss(Says(LOGITS, given), batch([0, 0, 1])).dtype == summed
 
 
 def test_the_loss_in_train_lines_and_in_evaluation_is_one_for_a_plain_task() -> None:
-    loss = task().loss(Says(LOGITS), batch([0, 1, 1])).loss
+    loss = task().loss(Says(LOGITS), batch([0, 1, 1]))
     scored = task().score(Says(LOGITS), batch([0, 1, 1])).loss
 
     assert float(loss) == pytest.approx(math.fsum(scored.tolist()), rel=1e-6)
