@@ -16,6 +16,7 @@ import torch
 from dtrain.collectives import gather_for_metrics, on_main
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.engine.forward import Forward
+from dtrain.memory import explain_in_evaluation
 from dtrain.tasks.protocol import Batch, Scored, Task
 
 MAIN_SPLIT = "validation"
@@ -80,7 +81,7 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
         workers=workers,
     )
     for batch in batches:
-        with torch.no_grad(), forward.autocast():
+        with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
             scored = task.score(forward.module, to_device(batch.tensors, device))
         if batch.counted:
             done.append((batch, scored))

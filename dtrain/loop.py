@@ -19,6 +19,7 @@ from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
 from dtrain.engine.protocol import Engine
 from dtrain.evaluation import to_device
+from dtrain.memory import explain_in_step, explain_in_training
 from dtrain.models.freezing import held_statistics
 from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
 from dtrain.seeding import seed_all
@@ -107,7 +108,8 @@ def take_step(
     for group in engine.param_groups:
         group["lr"] = learning_rate
     # Without a target there is no gradient: a step would only decay weights and moments.
-    result = engine.step(discard=sums.faults > 0 or weight == 0)
+    with explain_in_step():
+        result = engine.step(discard=sums.faults > 0 or weight == 0)
     grad_norm = result.grad_norm if weight else 0.0
     # fp16 answers an overflow with a smaller loss scale; below 1 it is no overflow any more.
     norm_is_fine = math.isfinite(grad_norm) or (loop.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
@@ -145,7 +147,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
     losses = []
     for position, micro_batch in enumerate(batches.micro_batches):
         is_last = position == len(batches.micro_batches) - 1
-        with engine.micro_batch(last=is_last):
+        with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
             with nullcontext() if micro_batch.counted else held_statistics(engine.module):
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))

@@ -36,7 +36,7 @@ LEVELS = {
         0,
     ),
     **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
-    **dict.fromkeys(["collectives", "seeding", "watch"], 2),
+    **dict.fromkeys(["collectives", "seeding", "watch", "memory"], 2),
     **dict.fromkeys(["models", "data", "optim", "engine.protocol", "tasks.protocol"], 3),
     **dict.fromkeys(["engine", "tasks"], 4),
     **dict.fromkeys(["evaluation", "checkpoint", "tracking", "monitors"], 5),
