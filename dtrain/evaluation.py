@@ -82,7 +82,7 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
     )
     for batch in batches:
         with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
-            scored = task.score(forward.module, to_device(batch.tensors, device))
+            scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
         if batch.counted:
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))

@@ -162,6 +162,7 @@ class Data(Section):
         None, "tokens per example (default 128), or per block of a language model (256)", ge=2
     )
     limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
+    max_bad_rows: int = setting(0, "rows of a split that cannot be used and are passed over, each with a warning", ge=0)
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
     num_proc: int = setting(1, "processes that tokenise classification data, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "of tokenised data; default: the datasets library's", resume="free")

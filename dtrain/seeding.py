@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+
+
+class Place(NamedTuple):
+    """Where rows stand, for draws that belong to the data (law 5): the epoch, from 0 on, and each one's index in its split."""
+
+    epoch: int
+    example_index: Sequence[int]
 
 
 def derive(*parts: int | str) -> int:

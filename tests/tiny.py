@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 
+from dtrain.seeding import Place
+
+HERE = Place(0, ())
+"""For tasks that draw nothing at random."""
+
 WORDS = [
     "the",
     "a",

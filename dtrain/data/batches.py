@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import StepPlan, Turn, chunks, turns
+from dtrain.seeding import Place
 from dtrain.topology import Topology
 
 Tensors = dict[str, torch.Tensor]
@@ -26,7 +27,7 @@ class Rows(Protocol):
     def __getitem__(self, indices: list[int]) -> Mapping[str, Sequence[Any]]: ...
 
 
-Collate = Callable[[Mapping[str, Sequence[Any]]], Tensors]
+Collate = Callable[[Mapping[str, Sequence[Any]], Place], Tensors]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def step_batches(
                 yield step, len(own), turn, micro_batches[turn.micro_batch]
 
     gathered: list[MicroBatch] = []
-    prepared = _collated(rows, collate, (indices for _, _, _, indices in wanted()), workers=workers)
+    places = (Place(plan.epoch_of(step), indices) for step, _, _, indices in wanted())
+    prepared = _collated(rows, collate, places, workers=workers)
     for (step, count, turn, indices), tensors in zip(wanted(), prepared, strict=True):
         gathered.append(MicroBatch(turn.micro_batch, turn.counted, tuple(indices), tensors))
         if len(gathered) == count:
@@ -88,37 +90,38 @@ def evaluation_batches(
     micro_batches = chunks(range(len(rows)), micro_batch_size)
     own = turns(len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step)
     own = [turn for turn in own if turn.counted or lock_step]
-    prepared = _collated(rows, collate, (micro_batches[turn.micro_batch] for turn in own), workers=workers)
+    prepared = _collated(rows, collate, (Place(0, micro_batches[turn.micro_batch]) for turn in own), workers=workers)
     for turn, tensors in zip(own, prepared, strict=True):
         yield MicroBatch(turn.micro_batch, turn.counted, tuple(micro_batches[turn.micro_batch]), tensors)
 
 
 class _Collated(Dataset[Tensors]):
-    """Index lists to batches, in a worker or here."""
+    """Places to batches, in a worker or here."""
 
     def __init__(self, rows: Rows, collate: Collate) -> None:
         self._rows, self._collate = rows, collate
 
-    def __getitem__(self, indices: list[int]) -> Tensors:
-        return self._collate(self._rows[indices])
+    def __getitem__(self, place: Place) -> Tensors:
+        return self._collate(self._rows[list(place.example_index)], place)
 
 
-class _InOrder(Sampler[list[int]]):
-    def __init__(self, lists: Iterable[list[int]]) -> None:
-        self._lists = lists
+class _InOrder(Sampler[Place]):
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = places
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._lists)
+    def __iter__(self) -> Iterator[Place]:
+        return iter(self._places)
 
 
-def _collated(rows: Rows, collate: Collate, lists: Iterable[list[int]], *, workers: int) -> Iterator[Tensors]:
+def _collated(rows: Rows, collate: Collate, places: Iterable[Place], *, workers: int) -> Iterator[Tensors]:
     if workers == 0:
-        return (collate(rows[indices]) for indices in lists)
+        batches = _Collated(rows, collate)
+        return (batches[place] for place in places)
     # A generator of its own: DataLoader draws a base seed, which would otherwise move torch's global stream.
     loader = DataLoader(
         _Collated(rows, collate),
         batch_size=None,
-        sampler=_InOrder(lists),
+        sampler=_InOrder(places),
         num_workers=workers,
         generator=torch.Generator(),
     )

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.console import log
-from dtrain.data.readers import plain_records
-from dtrain.data.rows import Example, Kind
-from dtrain.errors import ConfigError, DataError
+from dtrain.data.readers import Row, Values, plain_records
+from dtrain.errors import DataError
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -27,7 +26,7 @@ class GlueTask:
 
     texts: columns of the one or two texts, by the header's names.
     label: column of the label in train and dev.
-    labels: a label as the files write it -> its name, in the order of the hub's classes.
+    labels: a label as the files write it -> its name, in the order of the hub's classes; none where it is a score.
     columns: names of the columns of train and dev, which have no header then.
     files: our split -> file.
     skips_malformed: rows with too few or too many columns are skipped and counted.
@@ -64,40 +63,29 @@ TASKS: dict[str, GlueTask] = {
     "qnli": GlueTask(("question", "sentence"), "label", _ENTAILED_OR_NOT),
     "rte": GlueTask(("sentence1", "sentence2"), "label", _ENTAILED_OR_NOT),
     "wnli": GlueTask(("sentence1", "sentence2"), "label", {"0": "not_entailment", "1": "entailment"}),
+    "stsb": GlueTask(("sentence1", "sentence2"), "score", {}),
 }
 
-NAMES = (*TASKS, "stsb")
+NAMES = tuple(TASKS)
 
 
 def find_task(name: str) -> GlueTask:
-    """The task of that name.
-
-    Raises:
-        ConfigError: STS-B, whose labels are scores.
-    """
-    if name == "stsb":
-        raise ConfigError(
-            "data.name=stsb has scores from 0 to 5 for labels, which takes a regression task; dtrain has none yet"
-        )
+    """The task of that name."""
     return TASKS[name]
 
 
 class GlueRows:
-    """The rows of one file, read anew by each iteration.
+    """The rows of one file, read anew by each iteration: text, text_pair in tasks of pairs, and label."""
 
-    skipped: malformed rows passed over by the last iteration.
-    """
-
-    def __init__(self, path: Path, task: GlueTask, *, kind: Kind, is_test: bool) -> None:
+    def __init__(self, path: Path, task: GlueTask, *, is_test: bool) -> None:
         """`is_test`: the file is one without labels, and with a header in every task."""
-        self.skipped = 0
         self._path = path
         self._task = task
-        self._has_label = kind == "labelled" and not is_test
+        self._has_label = not is_test
         self._columns = None if is_test else task.columns
 
-    def __iter__(self) -> Iterator[Example]:
-        self.skipped = rows = 0
+    def __iter__(self) -> Iterator[Row]:
+        skipped = rows = 0
         names: Sequence[str] | None = self._columns
         where: tuple[list[int], int | None] | None = None if names is None else self._where(names)
         for line, fields in plain_records(self._path, "\t"):
@@ -105,12 +93,20 @@ class GlueRows:
                 names, where = fields, self._where(fields)
                 continue
             rows += 1
-            if len(fields) != len(names):
-                self._skip_or_fail(line, fields, names)
-                continue
-            yield self._example(line, fields, *where)
-        if self.skipped:
-            self._report(rows)
+            if len(fields) == len(names):
+                yield line, self._values(line, fields, *where)
+            elif self._task.skips_malformed:
+                skipped += 1
+            else:
+                yield (
+                    line,
+                    DataError(
+                        f"{self._path}, line {line}: {len(fields)} columns where this file has {len(names)} "
+                        f"({', '.join(names)}), separated by tabs. Mend or remove the line"
+                    ),
+                )
+        if skipped:
+            self._report(skipped, rows)
 
     def _where(self, names: Sequence[str]) -> tuple[list[int], int | None]:
         """Indices of the texts and of the label."""
@@ -123,35 +119,26 @@ class GlueRows:
         texts = [names.index(name) for name in self._task.texts]
         return texts, names.index(self._task.label) if self._has_label else None
 
-    def _skip_or_fail(self, line: int, fields: Sequence[str], names: Sequence[str]) -> None:
-        self.skipped += 1
-        if not self._task.skips_malformed:
-            raise DataError(
-                f"{self._path}, line {line}: {len(fields)} columns where this file has {len(names)} "
-                f"({', '.join(names)}), separated by tabs. Mend or remove the line"
-            )
-
-    def _example(self, line: int, fields: Sequence[str], texts: Sequence[int], label: int | None) -> Example:
-        text, pair = fields[texts[0]], fields[texts[1]] if len(texts) == 2 else None
+    def _values(self, line: int, fields: Sequence[str], texts: Sequence[int], label: int | None) -> Values | DataError:
+        values = dict(zip(("text", "text_pair"), (fields[index] for index in texts), strict=False))
         if label is None:
-            return Example(line, text, pair, None)
+            return values
+        if not self._task.labels:  # a score, which its task reads
+            return {**values, "label": fields[label]}
         name = self._task.labels.get(fields[label])
         if name is None:
-            raise DataError(
+            return DataError(
                 f"{self._path}, line {line}: {fields[label]!r} is not a label of this task. Known labels: "
                 f"{', '.join(self._task.labels)}"
             )
-        return Example(line, text, pair, name)
+        return {**values, "label": name}
 
-    def _report(self, rows: int) -> None:
-        if self.skipped > MALFORMED_SHARE * rows:
+    def _report(self, skipped: int, rows: int) -> None:
+        if skipped > MALFORMED_SHARE * rows:
             raise DataError(
-                f"{self._path}: {self.skipped} of {rows} rows have too few or too many columns, more than the "
+                f"{self._path}: {skipped} of {rows} rows have too few or too many columns, more than the "
                 f"{MALFORMED_SHARE:.1%} that this data set is known for. Is it the original file, whole?"
             )
         log.info(
-            "data: %s: skipped %d of %d rows, which have too few or too many columns",
-            self._path.name,
-            self.skipped,
-            rows,
+            "data: %s: skipped %d of %d rows, which have too few or too many columns", self._path.name, skipped, rows
         )

@@ -5,9 +5,10 @@ One function per kind: GLUE files, files by suffix, folders of save_to_disk, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow as pa
 from dtrain.data import glue, hub
 from dtrain.data.locate import PYTHON_DOCS, form_of, pick_splits, place_of, split_files
 from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, whole_text
-from dtrain.data.rows import Example, Kind, Unit, find_columns, to_examples
+from dtrain.data.rows import Origin, Shape
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
 
@@ -24,99 +25,108 @@ from dtrain.schema import Data
 class Part:
     """One split of the source, not yet read.
 
-    is_text: its only example is a whole text, which is cut as text and not as rows.
+    is_text: its only row is a whole text, which is cut as text and not as rows.
     """
 
-    origin: str
-    examples: Iterable[Example]
-    unit: Unit = "line"
-    label_names: tuple[str, ...] | None = None
+    origin: Origin
+    rows: Iterable[Row]
     is_text: bool = False
 
 
-def read_parts(data: Data, kind: Kind) -> dict[str, Part]:
+def read_parts(data: Data, shape: Shape) -> dict[str, Part]:
+    """What each split is read from, train first."""
     match form_of(data):
         case "python_docs":
-            _refuse_labels(kind, f"data.name={PYTHON_DOCS}")
-            return {"train": Part(PYTHON_DOCS, [Example(1, python_docs(), None, None)], is_text=True)}
+            _refuse_plain_text(shape, f"data.name={PYTHON_DOCS}")
+            return {"train": Part(Origin(PYTHON_DOCS), [(1, {"text": python_docs()})], is_text=True)}
         case "glue":
-            return _glue_parts(data, kind)
+            return _glue_parts(data)
         case "files":
-            return {split: _file_part(split, file, data, kind) for split, file in split_files(data, "files").items()}
+            return {split: _file_part(split, file, data, shape) for split, file in split_files(data, "files").items()}
         case "saved":
-            return _dataset_parts(_load_saved(data), str(data.path), data, kind)
+            return _dataset_parts(_load_saved(data), str(data.path), data)
         case "hub":
             name, config = hub_name(data)
-            return _dataset_parts(
-                hub.load(name, config, data.splits), name + (f"/{config}" if config else ""), data, kind
-            )
+            return _dataset_parts(hub.load(name, config, data.splits), name + (f"/{config}" if config else ""), data)
 
 
-def _glue_parts(data: Data, kind: Kind) -> dict[str, Part]:
+def _glue_parts(data: Data) -> dict[str, Part]:
     task = glue.find_task(str(data.name))
-    names = tuple(task.labels.values()) if kind == "labelled" else None
+    names = {"label": tuple(task.labels.values())} if task.labels else {}
     parts = {}
     for split, file in split_files(data, "glue").items():
-        rows = glue.GlueRows(file, task, kind=kind, is_test=_is_test(split))
-        parts[split] = Part(str(file), rows, label_names=names)
+        is_test = _is_test(split)
+        origin = Origin(str(file), needs_label=not is_test, class_names=names)
+        parts[split] = Part(origin, glue.GlueRows(file, task, is_test=is_test))
     return parts
 
 
-def _file_part(split: str, file: Path, data: Data, kind: Kind) -> Part:
+def _file_part(split: str, file: Path, data: Data, shape: Shape) -> Part:
+    needs_label = not _is_test(split)
     if file.suffix.lower() in TEXT_SUFFIXES:
-        _refuse_labels(kind, str(file))
-        return Part(str(file), (Example(1, whole_text(path), None, None) for path in [file]), is_text=True)
-    unit: Unit = "row" if file.suffix.lower() in (".json", ".parquet") else "line"
-    rows = read_rows(file, delimiter=data.delimiter, header=data.header)
-    needs_label = kind == "labelled" and not _is_test(split)
-    examples = to_examples(rows, data.columns, kind=kind, origin=str(file), unit=unit, needs_label=needs_label)
-    return Part(str(file), examples, unit)
+        if shape.text_rows is not None:
+            return Part(Origin(str(file), needs_label=needs_label), shape.text_rows(file))
+        _refuse_plain_text(shape, str(file))
+        return Part(Origin(str(file)), ((1, {"text": whole_text(path)}) for path in [file]), is_text=True)
+    origin = Origin(
+        str(file),
+        "row" if file.suffix.lower() in (".json", ".parquet") else "line",
+        needs_label=needs_label,
+        given=data.columns,
+    )
+    return Part(origin, read_rows(file, delimiter=data.delimiter, header=data.header))
 
 
-def _dataset_parts(found: Mapping[str, datasets.Dataset], origin: str, data: Data, kind: Kind) -> dict[str, Part]:
+def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data) -> dict[str, Part]:
     """Splits that the datasets library loaded; integer labels get the names the data set has for them.
 
     Args:
         found: by our names where `data.splits` says which are ours, else by the source's.
     """
     parts = {}
-    for split, theirs in pick_splits(list(found), data, origin=origin).items():
+    for split, theirs in pick_splits(list(found), data, origin=name).items():
         rows = found[split if data.splits else theirs]
-        place = f"{origin} ({theirs})"
-        needs_label = kind == "labelled" and not _is_test(split)
-        columns = find_columns(rows.column_names, data.columns, kind=kind, origin=place, needs_label=needs_label)
-        feature = None if columns.label is None else rows.features[columns.label]
-        names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        examples = to_examples(
-            _dataset_rows(rows),
-            data.columns,
-            kind=kind,
-            origin=place,
-            unit="row",
-            needs_label=needs_label,
-            label_of=None if names is None else _namer(names),
+        origin = Origin(
+            f"{name} ({theirs})",
+            "row",
+            needs_label=not _is_test(split),
+            given=data.columns,
+            class_names={
+                column: tuple(classes.names)
+                for column, feature in rows.features.items()
+                if (classes := _classes_of(feature)) is not None
+            },
         )
-        parts[split] = Part(place, examples, "row", label_names=names)
+        parts[split] = Part(origin, _dataset_rows(rows, origin.class_names))
     return parts
 
 
-def _namer(names: Sequence[str]) -> Callable[[int | None], str | None]:
+def _classes_of(feature: Any) -> datasets.ClassLabel | None:
+    """The classes of a column of class numbers, or of lists of them."""
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
+    return inner if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _dataset_rows(rows: datasets.Dataset, class_names: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
+    namers = {column: _namer(names) for column, names in class_names.items()}
+    number = 0
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for values in batch.to_pylist():
+            number += 1
+            yield number, {**values, **{column: name(values[column]) for column, name in namers.items()}}
+
+
+def _namer(names: tuple[str, ...]) -> Callable[[Any], Any]:
     """Class number -> its name; -1 is the datasets library's mark for a row without a label."""
 
-    def name(number: int | None) -> str | None:
+    def name(number: Any) -> Any:
+        if isinstance(number, list):
+            return [name(one) for one in number]
         if number is None or number == -1:
             return None
         return names[number] if 0 <= number < len(names) else str(number)
 
     return name
-
-
-def _dataset_rows(rows: datasets.Dataset) -> Iterator[Row]:
-    number = 0
-    for batch in rows.with_format("arrow").iter(batch_size=1000):
-        for values in batch.to_pylist():
-            number += 1
-            yield number, values
 
 
 def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
@@ -137,11 +147,9 @@ def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
 
 
 def hub_name(data: Data) -> tuple[str, str | None]:
+    """Name and configuration on the hub."""
     name = str(data.name)
-    if name in glue.NAMES:
-        glue.find_task(name)
-        return glue.HUB_NAME, name
-    return name, data.config
+    return (glue.HUB_NAME, name) if name in glue.NAMES else (name, data.config)
 
 
 def python_docs() -> str:
@@ -151,10 +159,10 @@ def python_docs() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _refuse_labels(kind: Kind, origin: str) -> None:
-    if kind == "labelled":
+def _refuse_plain_text(shape: Shape, origin: str) -> None:
+    if not shape.is_whole_text:
         raise ConfigError(
-            f"{origin} is plain text without labels: task.name=causal_lm learns from it, classification needs a table"
+            f"{origin} is plain text without labels: task.name=causal_lm learns from it, this task needs a table"
         )
 
 

@@ -18,8 +18,11 @@ import pyarrow.parquet as pq
 
 from dtrain.errors import ConfigError, DataError
 
-Row = tuple[int, Mapping[str, Any]]
-"""1-based line of the file (or number of the row, where a format has no lines), and the values by column name."""
+Values = Mapping[str, Any]
+"""One row's values by column name."""
+
+Row = tuple[int, Values | DataError]
+"""1-based line of the file (or number of the row, where a format has no lines), and its values, or what is wrong with it."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 TEXT_SUFFIXES = (".txt",)
@@ -37,8 +40,10 @@ def read_rows(path: Path, *, delimiter: str | None, header: bool | None) -> Iter
         delimiter: between the fields of CSV and TSV; None: by suffix.
         header: whether CSV and TSV begin with the columns' names, which are "0", "1", ... if not; None: they do.
 
+    A row that is not what its format says comes as the error that says so, and reading goes on behind it.
+
     Raises:
-        DataError: unreadable file, bytes that are not UTF-8, or a row that is not what its format says.
+        DataError: unreadable file, bytes that are not UTF-8, or a place behind which no row can be told.
     """
     match path.suffix.lower():
         case ".csv":
@@ -146,11 +151,15 @@ def _named(records: Iterable[tuple[int, list[str]]], path: Path, *, header: bool
             if header:
                 continue
         if len(fields) != len(names):
-            raise DataError(
-                f"{path}, line {line}: {len(fields)} columns where "
-                f"{'the header names' if header else 'the first row has'} "
-                f"{len(names)} ({', '.join(names)}): {_shown(fields)}"
+            what = "the header names" if header else "the first row has"
+            yield (
+                line,
+                DataError(
+                    f"{path}, line {line}: {len(fields)} columns where {what} {len(names)} ({', '.join(names)}): "
+                    f"{_shown(fields)}"
+                ),
             )
+            continue
         yield line, dict(zip(names, fields, strict=True))
 
 
@@ -161,7 +170,8 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
         try:
             values = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{path}, line {line}: not JSON: {error}. JSONL holds one object on each line") from None
+            yield line, DataError(f"{path}, line {line}: not JSON: {error}. JSONL holds one object on each line")
+            continue
         yield line, _object(values, f"{path}, line {line}")
 
 
@@ -185,9 +195,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield number, _object(values, f"{path}, row {number}")
 
 
-def _object(values: Any, place: str) -> Mapping[str, Any]:
+def _object(values: Any, place: str) -> Values | DataError:
+    if isinstance(values, list):  # a dialogue that is nothing but its turns
+        return {"turns": values}
     if not isinstance(values, dict):
-        raise DataError(f'{place}: not a row: expected an object such as {{"text": ...}}, found {_shown(values)}')
+        return DataError(f'{place}: not a row: expected an object such as {{"text": ...}}, found {_shown(values)}')
     return values
 
 

@@ -1,24 +1,25 @@
-"""From rows of any source to one table: which column is the text, the second text, the label; checked, kept as Arrow.
+"""From rows of any source to one table of what a task learns from: which columns count, checked, kept as Arrow.
 
-Where rows come from is the business of readers.py, glue.py and hub.py.
+A task says what it wants as a Shape; TEXT and LABELLED are here, others beside this file. Where rows come from is the
+business of readers.py, glue.py and hub.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
 from datasets.table import InMemoryTable
 
-from dtrain.data.readers import Row
+from dtrain.console import log
+from dtrain.data.readers import Row, Values
 from dtrain.errors import ConfigError, DataError
 
-Kind = Literal["labelled", "text"]
 Unit = Literal["line", "row"]
 
 PAIRS = (
@@ -34,114 +35,161 @@ TEXTS = ("text", "sentence", "content", "review", "comment", "document", "uttera
 LABELS = ("label", "labels", "class", "category", "target", "gold_label", "is_duplicate", "sentiment", "intent")
 
 BATCH_ROWS = 1000
-
-
-class Example(NamedTuple):
-    """One row as every source ends up. `text_pair` and `label` are None for all rows of a split, or for none."""
-
-    line: int
-    text: str
-    text_pair: str | None
-    label: str | None
+SHOWN_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The source's names for our columns; None where there is no such column."""
+class Origin:
+    """Where the rows of one split come from.
 
-    text: str
-    text_pair: str | None
-    label: str | None
+    name: file or hub name, for messages. unit: what the number of a row counts. needs_label: False for a split that is
+    only predicted. given: `data.columns`. class_names: of the columns for which the source fixes the labels and their
+    order.
+    """
+
+    name: str
+    unit: Unit = "line"
+    needs_label: bool = True
+    given: Mapping[str, str] = field(default_factory=dict)
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def find_columns(
-    found: Sequence[str], given: Mapping[str, str], *, kind: Kind, origin: str, needs_label: bool
-) -> Columns:
-    """Which of the columns found are ours: as `data.columns` says, else by the usual names.
+@dataclass(frozen=True)
+class Layout:
+    """What one split gives: `convert` makes a row of `schema` of a row of the source and its place ("a.csv, line 3").
+
+    It raises DataError for a row that cannot be used. label_names: the labels in the order of their ids, where the
+    source fixes them.
+    """
+
+    schema: pa.Schema
+    convert: Callable[[Values, str], Mapping[str, Any]]
+    label_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a task wants of its rows.
+
+    name: tells caches apart; raised with a number when the meaning changes. layout: from a split's first row.
+    text_rows: how a plain text file is rows; None: it is none for this task. is_whole_text: it is one text, for
+    language models.
+    """
+
+    name: str
+    layout: Callable[[Values, Origin], Layout]
+    text_rows: Callable[[Path], Iterator[Row]] | None = None
+    is_whole_text: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split, with `line`, and how many bad ones were passed over."""
+
+    rows: datasets.Dataset
+    label_names: tuple[str, ...] | None
+    skipped: int
+
+
+def to_table(
+    rows: Iterable[Row], shape: Shape, origin: Origin, *, file: Path | None = None, max_bad_rows: int = 0
+) -> Table:
+    """The rows in that shape; the first row's columns stand for all.
+
+    Written a batch at a time as Arrow, in memory or to `file`, which is then mapped: never a Python list of all rows.
+
+    Raises:
+        DataError: there is no row, or more than max_bad_rows cannot be used; the first of those is named.
+    """
+    layout, skipped = None, 0
+
+    def bad(error: DataError) -> None:
+        nonlocal skipped
+        skipped += 1
+        if skipped > max_bad_rows:
+            more = f" (data.max_bad_rows={max_bad_rows} were passed over before it)" if max_bad_rows else ""
+            raise DataError(f"{error}{more}") from error
+        if skipped <= SHOWN_BAD_ROWS:
+            log.warning("data: passed over: %s", error)
+
+    def converted() -> Iterator[Mapping[str, Any]]:
+        nonlocal layout
+        for line, values in rows:
+            if isinstance(values, DataError):
+                bad(values)
+                continue
+            try:
+                layout = layout or shape.layout(values, origin)
+                yield {**layout.convert(values, f"{origin.name}, {origin.unit} {line}"), "line": line}
+            except DataError as error:
+                bad(error)
+
+    found = converted()
+    first = list(islice(found, BATCH_ROWS))
+    if not first:
+        raise DataError(f"{origin.name} has no rows: a split needs at least one")
+    assert layout is not None
+    schema = layout.schema.append(pa.field("line", pa.int64()))
+    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
+    with sink, pa.ipc.new_stream(sink, schema) as writer:
+        batch = first
+        while batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+            batch = list(islice(found, BATCH_ROWS))
+    table = (
+        datasets.Dataset.from_file(str(file))
+        if file
+        else datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
+    )
+    return Table(table, layout.label_names, skipped)
+
+
+# What every shape is made of
+
+
+def given_columns(found: Sequence[str], origin: Origin, ours: Sequence[str]) -> dict[str, str]:
+    """`data.columns`, of which each must be a column of ours and be there.
 
     Raises:
         ConfigError: `data.columns` names a column of ours that does not exist.
-        DataError: a column is not in the source, or none of the usual names is; the message lists what is there.
+        DataError: the source has no such column.
     """
-    if unknown := [name for name in given if name not in ("text", "text_pair", "label")]:
+    if unknown := [name for name in origin.given if name not in ours]:
         raise ConfigError(
-            f"data.columns.{unknown[0]} is not a column that is read. Those are text, text_pair and label"
+            f"data.columns.{unknown[0]} is not a column that is read. Those are {', '.join(ours[:-1])}"
+            f"{' and ' if len(ours) > 1 else ''}{ours[-1]}"
         )
-    listed = ", ".join(found)
-    for ours, theirs in given.items():
+    for our, theirs in origin.given.items():
         if theirs not in found:
             raise DataError(
-                f"{origin} has no column {theirs!r}, which data.columns.{ours} names. Its columns: {listed}"
+                f"{origin.name} has no column {theirs!r}, which data.columns.{our} names. Its columns: "
+                f"{', '.join(found)}"
             )
-    text, pair, label = given.get("text"), given.get("text_pair"), given.get("label")
-    if text is None:
-        pairs = (names for names in PAIRS if set(names) <= set(found) and pair in (None, names[1]))
-        text, pair = next(pairs, (None, pair))
-    text = text or next((name for name in TEXTS if name in found and name not in (label, pair)), None)
-    if text is None:
-        raise DataError(
-            f"{origin} has no column with a usual name for text ({', '.join(TEXTS)}). Its columns: {listed}. "
-            f"Say which it is: data.columns={{text: {found[0] if found else '...'}}}"
-        )
-    if kind == "text":
-        return Columns(text, None, None)
-    label = label or next((name for name in LABELS if name in found and name not in (text, pair)), None)
-    if label is None and needs_label:
-        raise DataError(
-            f"{origin} has no column with a usual name for the label ({', '.join(LABELS)}). Its columns: {listed}. "
-            f"Say which it is: data.columns={{label: {found[-1]}}}"
-        )
-    return Columns(text, pair, label)
+    return dict(origin.given)
 
 
-def to_examples(
-    rows: Iterable[Row],
-    given: Mapping[str, str],
-    *,
-    kind: Kind,
-    origin: str,
-    unit: Unit,
-    needs_label: bool,
-    label_of: Callable[[Any], str | None] | None = None,
-) -> Iterator[Example]:
-    """Rows as examples; the first row's columns stand for all.
-
-    Args:
-        origin: file or hub name, for messages.
-        unit: what a row's number counts.
-        needs_label: False for a split that is only predicted: then an absent or empty label column is left out.
-        label_of: names a label (None: has none); default: its text.
-
-    Raises:
-        DataError: a row without one of the columns, or a value that is no text or label.
-    """
-    columns: Columns | None = None
-    labelled = needs_label
-    for line, values in rows:
-        first = columns is None
-        columns = columns or find_columns(list(values), given, kind=kind, origin=origin, needs_label=needs_label)
-        place = f"{origin}, {unit} {line}"
-        label = None
-        if columns.label is not None and (first or labelled):
-            value = _value(values, columns.label, place)
-            label = _label_text(value, place) if label_of is None else label_of(value)
-            labelled = labelled or label is not None
-            if label is None and labelled:
-                raise DataError(
-                    f"{place}: no label ({columns.label} is {value!r}). Every row to learn or to judge needs one"
-                )
-        pair = None if columns.text_pair is None else _text(values, columns.text_pair, place)
-        yield Example(line, _text(values, columns.text, place), pair, label)
+def missing_column(what: str, ours: str, usual: Sequence[str], found: Sequence[str], origin: Origin) -> DataError:
+    """The error for a column that none of the usual names gives."""
+    return DataError(
+        f"{origin.name} has no column with a usual name for {what} ({', '.join(usual)}). Its columns: "
+        f"{', '.join(found)}. Say which it is: data.columns={{{ours}: {found[0 if ours == 'text' else -1] if found else '...'}}}"
+    )
 
 
-def _value(values: Mapping[str, Any], name: str, place: str) -> Any:
+def value_of(values: Values, name: str, place: str) -> Any:
+    """A row's value in that column."""
     if name not in values:
         raise DataError(f"{place}: the column {name!r} is missing; the row has {', '.join(values) or 'no columns'}")
     return values[name]
 
 
-def _text(values: Mapping[str, Any], name: str, place: str) -> str:
-    value = _value(values, name, place)
+def text_of(values: Values, name: str, place: str) -> str:
+    """A row's text in that column."""
+    return checked_text(value_of(values, name, place), name, place)
+
+
+def checked_text(value: Any, name: str, place: str) -> str:
+    """The value, if it is text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise DataError(f"{place}: {name} must be text, found {value!r}")
     try:
@@ -153,7 +201,8 @@ def _text(values: Mapping[str, Any], name: str, place: str) -> str:
     return value
 
 
-def _label_text(value: Any, place: str) -> str | None:
+def label_text(value: Any, place: str) -> str | None:
+    """A label's name; None where there is none."""
     if value is None or isinstance(value, str):
         return value or None
     if isinstance(value, bool | int | float):
@@ -161,28 +210,79 @@ def _label_text(value: Any, place: str) -> str | None:
     raise DataError(f"{place}: a label is a name or a number, found {value!r}")
 
 
-def to_table(examples: Iterator[Example], *, origin: str, file: Path | None = None) -> datasets.Dataset:
-    """Examples as a data set with columns text, text_pair and label (if there), and line.
+# Text, and text with a label
 
-    Written a batch at a time as Arrow, in memory or to `file`, which is then mapped: never a Python list of all rows.
+
+@dataclass(frozen=True)
+class Columns:
+    """The source's names for our columns; None where there is no such column."""
+
+    text: str
+    text_pair: str | None
+    label: str | None
+
+
+def find_columns(found: Sequence[str], origin: Origin, *, labelled: bool) -> Columns:
+    """Which of the columns found are ours: as `data.columns` says, else by the usual names.
 
     Raises:
-        DataError: there is no example.
+        ConfigError: `data.columns` names a column of ours that does not exist.
+        DataError: a column is not in the source, or none of the usual names is; the message lists what is there.
     """
-    first = next(examples, None)
-    if first is None:
-        raise DataError(f"{origin} has no rows: a split needs at least one")
-    used = [name for name in ("text", "text_pair", "label") if getattr(first, name) is not None]
-    schema = pa.schema([*((name, pa.string()) for name in used), ("line", pa.int64())])
-    rows = chain([first], examples)
-    sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
-    with sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(rows, BATCH_ROWS)):
-            columns = [
-                pa.array([getattr(example, name) for example in batch], schema.field(name).type)
-                for name in schema.names
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    if file:
-        return datasets.Dataset.from_file(str(file))
-    return datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
+    given = given_columns(found, origin, ("text", "text_pair", "label"))
+    text, pair, label = given.get("text"), given.get("text_pair"), given.get("label")
+    if text is None:
+        pairs = (names for names in PAIRS if set(names) <= set(found) and pair in (None, names[1]))
+        text, pair = next(pairs, (None, pair))
+    text = text or next((name for name in TEXTS if name in found and name not in (label, pair)), None)
+    if text is None:
+        raise missing_column("text", "text", TEXTS, found, origin)
+    if not labelled:
+        return Columns(text, None, None)
+    label = label or next((name for name in LABELS if name in found and name not in (text, pair)), None)
+    if label is None and origin.needs_label:
+        raise missing_column("the label", "label", LABELS, found, origin)
+    return Columns(text, pair, label)
+
+
+def _text_layout(first: Values, origin: Origin) -> Layout:
+    columns = find_columns(list(first), origin, labelled=False)
+
+    def convert(values: Values, place: str) -> dict[str, str]:
+        return {"text": text_of(values, columns.text, place)}
+
+    return Layout(pa.schema([("text", pa.string())]), convert)
+
+
+def labelled_layout(
+    first: Values, origin: Origin, *, label_type: pa.DataType, read_label: Callable[[Any, str], Any]
+) -> Layout:
+    """text, text_pair where there are pairs, and label. A split that needs none has labels in all rows or in none."""
+    columns = find_columns(list(first), origin, labelled=True)
+    label = columns.label
+    if label is not None and not origin.needs_label and read_label(first.get(label), origin.name) is None:
+        label = None
+    used = {"text": pa.string(), "text_pair": pa.string(), "label": label_type}
+    there = {"text": columns.text, "text_pair": columns.text_pair, "label": label}
+
+    def convert(values: Values, place: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"text": text_of(values, columns.text, place)}
+        if columns.text_pair is not None:
+            row["text_pair"] = text_of(values, columns.text_pair, place)
+        if label is not None:
+            value = value_of(values, label, place)
+            row["label"] = read_label(value, place)
+            if row["label"] is None:
+                raise DataError(f"{place}: no label ({label} is {value!r}). Every row to learn or to judge needs one")
+        return row
+
+    schema = pa.schema([(name, kind) for name, kind in used.items() if there[name] is not None])
+    return Layout(schema, convert, origin.class_names.get(columns.label or ""))
+
+
+def _classes_layout(first: Values, origin: Origin) -> Layout:
+    return labelled_layout(first, origin, label_type=pa.string(), read_label=label_text)
+
+
+TEXT = Shape("text", _text_layout, is_whole_text=True)
+LABELLED = Shape("labelled", _classes_layout)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import datasets
 
 from dtrain.data import hub
-from dtrain.data.glue import GlueRows
 from dtrain.data.locate import file_hashes, form_of
 from dtrain.data.parts import Part, hub_name, python_docs, read_parts
-from dtrain.data.rows import Example, Kind, Unit, to_table
+from dtrain.data.readers import Row
+from dtrain.data.rows import Shape, Table, Unit, to_table
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
 
@@ -33,10 +33,10 @@ class Source:
     """One split of the data, before tokenising.
 
     split: train, validation, test, validation_mismatched, ...
-    rows: columns text, text_pair (pairs), label (the label's name, if labelled) and line (1-based; what `unit` says).
+    rows: the columns of the task's Shape (text, label, ...) and line (1-based; what `unit` says).
     origin: file or hub name, for messages.
     label_names: the labels in the order of their ids, where the source fixes them; None: the training labels, sorted.
-    skipped: malformed rows passed over.
+    skipped: bad rows passed over, as data.max_bad_rows allows.
     unit: what `line` counts: lines of a file, or rows where there are no lines.
     """
 
@@ -49,7 +49,7 @@ class Source:
 
 
 def source_key(data: Data) -> dict[str, Json]:
-    """What identifies the rows that `load_sources` would give (for either kind), without reading them into memory.
+    """What identifies the rows that `load_sources` would give (of any shape), without reading them into memory.
 
     Files count by name and hash, data sets on the hub by commit; no path is in it, since nodes may mount differently.
 
@@ -57,7 +57,8 @@ def source_key(data: Data) -> dict[str, Json]:
         DataError: there is no such source.
     """
     shape = data.model_dump(
-        mode="json", include={"columns", "delimiter", "header", "splits", "limit", "validation_fraction"}
+        mode="json",
+        include={"columns", "delimiter", "header", "splits", "limit", "validation_fraction", "max_bad_rows"},
     )
     match form_of(data):
         case "python_docs":
@@ -70,21 +71,21 @@ def source_key(data: Data) -> dict[str, Json]:
     return {"name": data.name, "identity": identity, **shape}
 
 
-def load_sources(data: Data, *, kind: Kind, scratch: Path | None = None) -> dict[str, Source]:
+def load_sources(data: Data, shape: Shape, *, scratch: Path | None = None) -> dict[str, Source]:
     """All splits that the config names, train first; a test split only where `data.splits` asks for it.
 
     A plain text file is one row with the whole text: `data.validation_fraction` cuts the last part of its characters
     and `data.limit` keeps the first n lines of each split. In tables both count rows. The cut comes before the limit.
 
     Args:
-        kind: labelled: text, text_pair where there are pairs, and label. text: only text.
+        shape: what the task wants of a row.
         scratch: existing folder for the rows while they are used; None: they stay in memory.
 
     Raises:
         DataError: a missing file, split or column, a row that cannot be read, a split without rows.
         ConfigError: settings that do not go together.
     """
-    parts = read_parts(data, kind)
+    parts = read_parts(data, shape)
     if data.validation_fraction is not None and list(parts) != ["train"]:
         raise ConfigError(
             f"data.validation_fraction={data.validation_fraction} cuts the validation split off the only split, but "
@@ -93,9 +94,10 @@ def load_sources(data: Data, *, kind: Kind, scratch: Path | None = None) -> dict
         )
     sources = {}
     for split, part in parts.items():
-        for name, rows in _tables(split, part, data, scratch).items():
-            skipped = part.examples.skipped if isinstance(part.examples, GlueRows) else 0
-            sources[name] = Source(name, rows, part.origin, part.label_names, skipped, part.unit)
+        for name, table in _tables(split, part, data, shape, scratch).items():
+            sources[name] = Source(
+                name, table.rows, part.origin.name, table.label_names, table.skipped, part.origin.unit
+            )
     return sources
 
 
@@ -144,39 +146,45 @@ def _label_order(name: str) -> tuple[bool, float, str]:
     return (not is_number, float(name) if is_number else 0.0, name)
 
 
-def _tables(split: str, part: Part, data: Data, scratch: Path | None) -> dict[str, datasets.Dataset]:
+def _tables(split: str, part: Part, data: Data, shape: Shape, scratch: Path | None) -> dict[str, Table]:
     """The part as tables by split: one, or with `data.validation_fraction` two."""
 
-    def table(examples: Iterator[Example], name: str) -> datasets.Dataset:
-        return to_table(examples, origin=part.origin, file=scratch / f"{name}.arrow" if scratch else None)
+    def table(rows: Iterable[Row], name: str) -> Table:
+        file = scratch / f"{name}.arrow" if scratch else None
+        return to_table(rows, shape, part.origin, file=file, max_bad_rows=data.max_bad_rows)
 
     fraction, limit = data.validation_fraction, data.limit
     if part.is_text:
-        (whole,) = part.examples
-        pieces = {split: whole} if fraction is None else _cut_text(whole, fraction)
-        for name, piece in pieces.items():
-            if not piece.text.strip():
-                raise DataError(f"{part.origin}: the split {name} is empty: there is no text in it")
-        return {name: table(iter([_first_lines(piece, limit)]), name) for name, piece in pieces.items()}
+        ((_, values),) = part.rows
+        assert not isinstance(values, DataError)
+        pieces = _cut_text(str(values["text"]), fraction) if fraction is not None else {split: (1, str(values["text"]))}
+        for name, (_, text) in pieces.items():
+            if not text.strip():
+                raise DataError(f"{part.origin.name}: the split {name} is empty: there is no text in it")
+        return {
+            name: table([(line, {"text": _first_lines(text, limit)})], name) for name, (line, text) in pieces.items()
+        }
     if fraction is None:
-        return {split: table(islice(part.examples, limit), split)}
-    rows = table(iter(part.examples), "all")
-    cut = min(int(len(rows) * (1 - fraction)), len(rows) - 1)
+        return {split: table(islice(part.rows, limit), split)}
+    whole = table(part.rows, "all")
+    number = len(whole.rows)
+    cut = min(int(number * (1 - fraction)), number - 1)
     if cut < 1:
         raise DataError(
-            f"{part.origin} has {len(rows)} rows, of which data.validation_fraction={fraction} leaves none to train on"
+            f"{part.origin.name} has {number} rows, of which data.validation_fraction={fraction} leaves none to train on"
         )
-    halves = {"train": rows.select(range(cut)), "validation": rows.select(range(cut, len(rows)))}
-    return {name: half.select(range(min(limit or len(half), len(half)))) for name, half in halves.items()}
+    ranges = {"train": range(cut), "validation": range(cut, number)}
+    return {
+        name: replace(whole, rows=whole.rows.select(places[: limit or len(places)])) for name, places in ranges.items()
+    }
 
 
-def _cut_text(whole: Example, fraction: float) -> dict[str, Example]:
-    cut = int(len(whole.text) * (1 - fraction))
-    train, validation = whole.text[:cut], whole.text[cut:]
-    return {"train": whole._replace(text=train), "validation": Example(train.count("\n") + 1, validation, None, None)}
+def _cut_text(whole: str, fraction: float) -> dict[str, tuple[int, str]]:
+    """Both pieces, each with the line it begins on."""
+    cut = int(len(whole) * (1 - fraction))
+    train, validation = whole[:cut], whole[cut:]
+    return {"train": (1, train), "validation": (train.count("\n") + 1, validation)}
 
 
-def _first_lines(whole: Example, limit: int | None) -> Example:
-    if limit is None:
-        return whole
-    return whole._replace(text="".join(islice(re.findall(r"[^\n]*\n|[^\n]+", whole.text), limit)))
+def _first_lines(text: str, limit: int | None) -> str:
+    return text if limit is None else "".join(islice(re.findall(r"[^\n]*\n|[^\n]+", text), limit))

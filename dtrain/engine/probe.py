@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.data.order import StepPlan
 from dtrain.models.freezing import held_statistics
-from dtrain.seeding import seed_all
+from dtrain.seeding import Place, seed_all
 from dtrain.tasks.protocol import Task
 
 
@@ -21,12 +21,13 @@ def without_gradient(
 
     Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
     """
-    rows: Mapping[str, Sequence[Any]] = task.splits["train"][plan.micro_batches(0)[0]]
+    place = Place(0, plan.micro_batches(0)[0])
+    rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(place.example_index)]
     device = next(module.parameters()).device
     train_mode(module)
     seed_all(plan.seed, "forward", 0, 0)
     with held_statistics(module):
-        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows).items()})
+        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, place).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)
     found = [

@@ -17,10 +17,12 @@ from torch import nn
 
 from dtrain import schema
 from dtrain.data.prepared import Json, prepare, save_split
+from dtrain.data.rows import TEXT
 from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
+from dtrain.seeding import Place
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -45,7 +47,7 @@ class CausalLmTask:
         self.metric_names: Sequence[str] = ("perplexity", "bits_per_character") if is_char else ("perplexity",)
         self._is_char = is_char
 
-    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         blocks = [torch.tensor(ids, dtype=torch.int64) for ids in rows["input_ids"]]
         longest = max(len(block) for block in blocks) - 1
         inputs = torch.full((len(blocks), longest), self.tokenizer.pad_token_id or 0)
@@ -65,7 +67,7 @@ class CausalLmTask:
         logits, labels = _logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def score(self, module: nn.Module, batch: Batch) -> Scored:
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
         logits, labels = _logits(module, batch)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
@@ -84,7 +86,7 @@ def prepare_causal_lm(config: Config, settings: schema.CausalLm, topology: Topol
     def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
         tokenizer = load_tokenizer(
             config.model,
-            training_texts=lambda: [_stream(load_sources(config.data, kind="text")["train"], settings.joiner)],
+            training_texts=lambda: [_stream(load_sources(config.data, TEXT)["train"], settings.joiner)],
         )
         key: dict[str, Json] = {
             "task": "causal_lm",
@@ -96,7 +98,7 @@ def prepare_causal_lm(config: Config, settings: schema.CausalLm, topology: Topol
 
         def build(folder: Path) -> Mapping[str, Json]:
             is_char = True
-            for split, source in load_sources(config.data, kind="text").items():
+            for split, source in load_sources(config.data, TEXT).items():
                 text = _stream(source, settings.joiner)
                 ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
                 is_char = is_char and len(ids) == len(text)

@@ -17,11 +17,13 @@ from torch import nn
 
 from dtrain import schema
 from dtrain.data.prepared import Json, prepare, save_split
+from dtrain.data.rows import LABELLED
 from dtrain.data.sources import Source, check_labels, label_names, load_sources, source_key
 from dtrain.errors import ConfigError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
+from dtrain.seeding import Place
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -62,7 +64,7 @@ class ClassificationTask:
         # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
         tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
-    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
         batch["labels"] = torch.tensor(
@@ -82,7 +84,7 @@ class ClassificationTask:
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )
 
-    def score(self, module: nn.Module, batch: Batch) -> Scored:
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
         logits, labels = _logits(module, batch)
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         return Scored(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
@@ -151,7 +153,7 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
     def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
         tokenizer = load_tokenizer(
             config.model,
-            training_texts=lambda: _texts(load_sources(config.data, kind="labelled")),
+            training_texts=lambda: _texts(load_sources(config.data, LABELLED)),
             needs_padding=True,
         )
         order = label_names_of(config.model)
@@ -165,7 +167,7 @@ def prepare_classification(config: Config, settings: schema.Classification, topo
 
         def build(folder: Path) -> Mapping[str, Json]:
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
-                sources = load_sources(config.data, kind="labelled", scratch=Path(scratch))
+                sources = load_sources(config.data, LABELLED, scratch=Path(scratch))
                 if "train" not in sources and order is not None:
                     check_labels(sources, names := order)  # an evaluation: the model knows its labels
                 else:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dtrain.schema import Head
+from dtrain.seeding import Place
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus `labels`; every tensor's first dimension is the example."""
@@ -73,8 +74,11 @@ class Task(Protocol):
     splits: Mapping[str, Split]
     """Tokenised: train, validation, and further ones to evaluate."""
 
-    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
-        """Columns of some examples into padded tensors on the host."""
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+        """Columns of some examples into padded tensors on the host.
+
+        Pure: what it draws at random, it draws from the place (law 5), with `dtrain.seeding.derive`.
+        """
         ...
 
     def targets(self, batch: Batch) -> Targets:
@@ -88,8 +92,11 @@ class Task(Protocol):
         """
         ...
 
-    def score(self, module: nn.Module, batch: Batch) -> Scored:
-        """The plain loss and the prediction of each example."""
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
+        """The plain loss and the prediction of each example.
+
+        lock_step: every forward is a collective (ZeRO 3), so that generation has to run in step with the other ranks.
+        """
         ...
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:

@@ -79,9 +79,9 @@ def naive(forward: Forward, rows: int, *, kind: str) -> dict[str, Any]:
     losses, right = [], []
     forward.module.eval()
     for start in range(0, rows, 4):  # each example in the micro-batch that it has in the exact evaluation
-        batch = judged.collate(judged.splits["validation"][[*range(start, min(start + 4, rows))]])
+        batch = judged.collate(judged.splits["validation"][[*range(start, min(start + 4, rows))]], tiny.HERE)
         with torch.no_grad():
-            scored = judged.score(forward.module, batch)
+            scored = judged.score(forward.module, batch, lock_step=False)
         assert scored.prediction is not None
         losses += scored.loss.tolist()
         right += (scored.prediction == batch["labels"]).tolist()

@@ -20,6 +20,7 @@ from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.jsonl import read_metrics
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.schema import Classification
+from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
 from dtrain.topology import Topology
@@ -138,7 +139,7 @@ class Lengths:
         self.tokenizer = tiny.tokenizer()
         self.splits: Mapping[str, Any] = {"train": tiny.sentences(24), "validation": tiny.sentences(9, seed=1)}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]]) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         batch: Batch = dict(self.tokenizer.pad({"input_ids": rows["input_ids"]}, return_tensors="pt"))
         return {**batch, "labels": torch.tensor([len(ids) / 20 for ids in rows["input_ids"]])}
 
@@ -153,7 +154,7 @@ class Lengths:
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         return self._squares(model, batch)[1].sum()
 
-    def score(self, module: Any, batch: Batch) -> Scored:
+    def score(self, module: Any, batch: Batch, *, lock_step: bool) -> Scored:
         found, squares = self._squares(module, batch)
         return Scored(squares.double(), torch.ones(len(squares), dtype=torch.int64), found.double())
 

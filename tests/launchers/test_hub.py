@@ -21,6 +21,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on"
 
 LOAD_DATA = """
 import json, sys
+from dtrain.data.rows import LABELLED
 from dtrain.data.sources import label_names, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.schema import Data
@@ -28,7 +29,7 @@ for settings in json.loads(sys.argv[1]):
     data = Data(**settings)
     try:
         key = source_key(data)
-        sources = load_sources(data, kind="labelled")
+        sources = load_sources(data, LABELLED)
         rows = {split: [dict(row) for row in source.rows] for split, source in sources.items()}
         print(json.dumps({"revision": key["identity"]["revision"], "labels": label_names(sources), "rows": rows}))
     except DataError as error:

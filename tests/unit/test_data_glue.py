@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtrain.data.glue import TASKS
+from dtrain.data.rows import LABELLED
 from dtrain.data.sources import label_names, load_sources
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
@@ -35,7 +37,7 @@ def write(folder: Path, **lines: list[str]) -> Path:
 
 
 def read(folder: Path, name: str, split: str = "train", **settings: Any) -> list[dict[str, Any]]:
-    rows = load_sources(Data(name=name, path=folder, **settings), kind="labelled")[split].rows
+    rows = load_sources(Data(name=name, path=folder, **settings), LABELLED)[split].rows
     return [dict(row) for row in rows]
 
 
@@ -59,7 +61,7 @@ def test_a_test_file_has_a_header_and_no_labels_also_for_cola(tmp_path: Path) ->
 def test_a_test_file_is_not_read_unless_asked_for(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."], test=["index\tsentence"])
 
-    assert list(load_sources(Data(name="cola", path=folder), kind="labelled")) == ["train", "validation"]
+    assert list(load_sources(Data(name="cola", path=folder), LABELLED)) == ["train", "validation"]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +91,7 @@ def test_mnli_finds_its_label_in_train_and_dev_files_of_different_width(tmp_path
     lines = ["\t".join(MNLI_DEV), "\t".join(dev)]
     folder = write(tmp_path, train=["\t".join(MNLI_TRAIN), "\t".join(train)], dev_matched=lines, dev_mismatched=lines)
 
-    sources = load_sources(Data(name="mnli", path=folder), kind="labelled")
+    sources = load_sources(Data(name="mnli", path=folder), LABELLED)
 
     assert list(sources) == ["train", "validation", "validation_mismatched"]
     assert sources["train"].rows[0] == {"text": "one", "text_pair": "two", "label": "contradiction", "line": 2}
@@ -100,26 +102,28 @@ def test_mnli_finds_its_label_in_train_and_dev_files_of_different_width(tmp_path
 def test_label_names_come_from_the_task_in_the_hubs_order_even_where_the_rows_lack_one(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."])
 
-    assert label_names(load_sources(Data(name="cola", path=folder), kind="labelled")) == ("unacceptable", "acceptable")
+    assert label_names(load_sources(Data(name="cola", path=folder), LABELLED)) == ("unacceptable", "acceptable")
 
 
 def qqp_lines(rows: int, *malformed: str) -> list[str]:
     return [str(HEADERS["qqp"]), *(f"{k}\t1\t2\tone\ttwo\t1" for k in range(rows)), *malformed]
 
 
-def test_qqp_skips_and_counts_malformed_rows(tmp_path: Path) -> None:
+def test_qqp_skips_and_counts_malformed_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, train=qqp_lines(1999, "7\t1\t2\tcut off"), dev=qqp_lines(1))
 
-    source = load_sources(Data(name="qqp", path=folder), kind="labelled")["train"]
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        source = load_sources(Data(name="qqp", path=folder), LABELLED)["train"]
 
-    assert (len(source.rows), source.skipped) == (1999, 1)
+    assert len(source.rows) == 1999
+    assert "train.tsv: skipped 1 of 2000 rows" in caplog.text
 
 
 def test_qqp_with_more_malformed_rows_than_the_original_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, train=qqp_lines(1997, "7\t1\t2\tcut off", "8", "a\tb\tc\td\te\tf\tg"), dev=qqp_lines(1))
 
     with pytest.raises(DataError, match=r"train\.tsv: 3 of 2000 rows"):
-        load_sources(Data(name="qqp", path=folder), kind="labelled")
+        load_sources(Data(name="qqp", path=folder), LABELLED)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +138,14 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, lines: list[str], s
     folder = write(tmp_path, train=lines, dev=["x\t1\t\tB."])
 
     with pytest.raises(DataError, match=said):
-        load_sources(Data(name="cola", path=folder), kind="labelled")
+        load_sources(Data(name="cola", path=folder), LABELLED)
 
 
 def test_a_file_of_another_task_is_told_by_its_header(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["sentence\tlabel", "a\t1"], dev=["sentence\tlabel", "a\t1"])
 
     with pytest.raises(DataError, match=r"train\.tsv, line 1: no column 'sentence1' in the header \(sentence, label\)"):
-        load_sources(Data(name="rte", path=folder), kind="labelled")
+        load_sources(Data(name="rte", path=folder), LABELLED)
 
 
 def test_an_empty_dev_file_is_named(tmp_path: Path) -> None:
@@ -149,30 +153,28 @@ def test_an_empty_dev_file_is_named(tmp_path: Path) -> None:
     (folder / "dev.tsv").write_bytes(b"")
 
     with pytest.raises(DataError, match=r"dev\.tsv has no rows"):
-        load_sources(Data(name="cola", path=folder), kind="labelled")
+        load_sources(Data(name="cola", path=folder), LABELLED)
 
 
 def test_a_missing_dev_file_is_named_with_what_the_folder_holds(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."])
 
     with pytest.raises(DataError, match=r"dev\.tsv is missing: .* In that folder: train\.tsv"):
-        load_sources(Data(name="cola", path=folder), kind="labelled")
+        load_sources(Data(name="cola", path=folder), LABELLED)
 
 
-def test_the_regression_task_and_settings_without_effect_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stsb"):
-        load_sources(Data(name="stsb", path=tmp_path), kind="labelled")
+def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.header has no effect"):
-        load_sources(Data(name="cola", path=tmp_path, header=True), kind="labelled")
+        load_sources(Data(name="cola", path=tmp_path, header=True), LABELLED)
 
 
-def test_every_task_that_is_not_a_regression_is_in_the_table() -> None:
-    assert set(TASKS) == {"cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte", "wnli"}
+def test_every_task_is_in_the_table() -> None:
+    assert set(TASKS) == {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
 
 
 @pytest.mark.data
 def test_the_real_cola_has_its_published_numbers_of_rows(real_data: Path) -> None:
-    sources = load_sources(Data(name="cola", path=real_data / "CoLA"), kind="labelled")
+    sources = load_sources(Data(name="cola", path=real_data / "CoLA"), LABELLED)
 
     assert [len(source.rows) for source in sources.values()] == [8551, 1043]
     assert sources["train"].rows[0]["text"].startswith("Our friends won't buy this analysis")

@@ -21,7 +21,22 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def rows_of(file: Path, *, delimiter: str | None = None, header: bool | None = None) -> list[Row]:
-    return list(read_rows(file, delimiter=delimiter, header=header))
+    """All rows; raises what is wrong with the first bad one."""
+    rows = list(read_rows(file, delimiter=delimiter, header=header))
+    for _, values in rows:
+        if isinstance(values, DataError):
+            raise values
+    return rows
+
+
+def test_reading_goes_on_behind_a_row_that_is_not_what_its_format_says(tmp_path: Path) -> None:
+    table = list(read_rows(write(tmp_path, "a.csv", "text,label\na,x\nb\nc,y\n"), delimiter=None, header=None))
+    lines = list(
+        read_rows(write(tmp_path, "a.jsonl", '{"text": "a"}\n{\n3\n{"text": "b"}'), delimiter=None, header=None)
+    )
+
+    assert [line for line, values in table if not isinstance(values, DataError)] == [2, 4]
+    assert [line for line, values in lines if not isinstance(values, DataError)] == [1, 4]
 
 
 def test_a_quoted_csv_field_keeps_its_delimiter_quotes_and_line_break_and_later_lines_count_on(tmp_path: Path) -> None:
@@ -105,7 +120,7 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\n\na\n", r"a\.tsv, line 3: 1 columns"),
         ("a.tsv", b"text\na\nb\xff\n", r"a\.tsv, line 3: the byte 0xff at offset 8 is not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
-        ("a.jsonl", "[1]\n", r"a\.jsonl, line 1: not a row"),
+        ("a.jsonl", "1\n", r"a\.jsonl, line 1: not a row"),
         ("a.json", '[{"text": "a"},\n{"text": }]', r"a\.json, line 2, column 10: not JSON"),
         ("a.json", '[{"text": "a"}, 3]', r"a\.json, row 2: not a row"),
         ("a.json", b'{"text":\n"\xe4"}', r"a\.json, line 2: the byte 0xe4 at offset 10"),

@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import pytest
 
+from dtrain.data.rows import LABELLED, TEXT, Shape
 from dtrain.data.sources import Source, label_names, load_sources, source_key
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
 
 
-def load(kind: str = "labelled", **settings: Any) -> dict[str, Source]:
-    return load_sources(Data(**settings), kind=kind)  # type: ignore[arg-type]
+def load(shape: Shape = LABELLED, **settings: Any) -> dict[str, Source]:
+    return load_sources(Data(**settings), shape)
 
 
 def texts(source: Source) -> list[str]:
@@ -128,6 +129,32 @@ def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None
         load(path=tmp_path)
 
 
+# Bad rows
+
+
+def test_bad_rows_are_passed_over_as_far_as_allowed_each_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "p", "label": "x"}\n{"text": 3, "label": "x"}\n{\n{"text": "q", "label": "y"}'
+    )
+
+    source = load(path=tmp_path / "a.jsonl", max_bad_rows=2)["train"]
+
+    assert (texts(source), list(source.rows["line"]), source.skipped) == (["p", "q"], [1, 4], 2)
+    assert "a.jsonl, line 2: text must be text, found 3" in caplog.text
+    assert "a.jsonl, line 3: not JSON" in caplog.text
+    with pytest.raises(DataError, match=r"line 3: not JSON.*\(data\.max_bad_rows=1 were passed over before it\)"):
+        load(path=tmp_path / "a.jsonl", max_bad_rows=1)
+
+
+def test_a_split_of_bad_rows_only_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{\n{")
+
+    with pytest.raises(DataError, match=r"a\.jsonl has no rows"):
+        load(path=tmp_path / "a.jsonl", max_bad_rows=9)
+
+
 # Columns
 
 
@@ -229,14 +256,14 @@ def test_a_text_file_is_one_row_with_every_character_it_holds(tmp_path: Path) ->
     content = " a\r\n\n\u2028b\x0b \n"
     (tmp_path / "a.txt").write_bytes(content.encode())
 
-    assert [dict(row) for row in load("text", path=tmp_path / "a.txt")["train"].rows] == [{"text": content, "line": 1}]
+    assert [dict(row) for row in load(TEXT, path=tmp_path / "a.txt")["train"].rows] == [{"text": content, "line": 1}]
 
 
 def test_text_is_cut_by_characters_and_limited_by_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0\n2\n4\n6\n8\n")
 
-    halves = load("text", path=tmp_path / "a.txt", validation_fraction=0.3)
-    limited = load("text", path=tmp_path / "a.txt", validation_fraction=0.3, limit=2)
+    halves = load(TEXT, path=tmp_path / "a.txt", validation_fraction=0.3)
+    limited = load(TEXT, path=tmp_path / "a.txt", validation_fraction=0.3, limit=2)
 
     assert (texts(halves["train"]), texts(halves["validation"])) == (["0\n2\n4\n6"], ["\n8\n"])
     assert halves["validation"].rows["line"] == [4]
@@ -271,8 +298,8 @@ def test_the_same_rows_come_from_memory_and_from_scratch_files(tmp_path: Path) -
     data = Data(path=csv_folder(tmp_path), limit=2)
     (tmp_path / "scratch").mkdir()
 
-    in_memory = load_sources(data, kind="labelled")
-    on_disk = load_sources(data, kind="labelled", scratch=tmp_path / "scratch")
+    in_memory = load_sources(data, LABELLED)
+    on_disk = load_sources(data, LABELLED, scratch=tmp_path / "scratch")
 
     assert [list(s.rows) for s in in_memory.values()] == [list(s.rows) for s in on_disk.values()]
     assert on_disk["train"].rows.cache_files[0]["filename"].startswith(str(tmp_path / "scratch"))
@@ -288,7 +315,7 @@ def test_more_rows_than_one_batch_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_pythons_own_documentation_is_a_text_that_is_always_there() -> None:
-    sources = load("text", name="python_docs", validation_fraction=0.1)
+    sources = load(TEXT, name="python_docs", validation_fraction=0.1)
 
     ((train,), (validation,)) = (texts(source) for source in sources.values())
     assert len(train) > 100_000
@@ -300,7 +327,7 @@ def test_an_empty_text_is_an_empty_split(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.txt").write_text(content)
 
     with pytest.raises(DataError, match=r"a\.txt: the split train is empty"):
-        load("text", path=tmp_path / "a.txt")
+        load(TEXT, path=tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
@@ -309,7 +336,7 @@ def test_a_file_without_rows_is_an_empty_split(tmp_path: Path, name: str, conten
     (tmp_path / name).write_text("" if name == "a.jsonl" else content)
 
     with pytest.raises(DataError, match=rf"{name} has no rows"):
-        load("text", path=tmp_path / name)
+        load(TEXT, path=tmp_path / name)
 
 
 def test_plain_text_has_no_labels_to_learn(tmp_path: Path) -> None:
@@ -320,7 +347,7 @@ def test_plain_text_has_no_labels_to_learn(tmp_path: Path) -> None:
 
 
 def test_text_can_be_taken_from_a_table_with_labels(tmp_path: Path) -> None:
-    assert load("text", path=csv_folder(tmp_path))["train"].rows.column_names == ["text", "line"]
+    assert load(TEXT, path=csv_folder(tmp_path))["train"].rows.column_names == ["text", "line"]
 
 
 # Identity

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 
 from dtrain.data import hub
+from dtrain.data.rows import LABELLED
 from dtrain.data.sources import load_sources, source_key
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
@@ -32,7 +33,7 @@ def closed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_a_hub_that_cannot_be_reached_is_named_at_once_with_the_offline_way(closed_hub: str) -> None:
     begin = time.monotonic()
 
-    for attempt in (source_key, lambda data: load_sources(data, kind="labelled")):
+    for attempt in (source_key, lambda data: load_sources(data, LABELLED)):
         with pytest.raises(DataError) as raised:
             attempt(Data(name="tester/tiny-data"))
         for words in (
@@ -62,7 +63,7 @@ def test_offline_a_data_set_that_is_not_in_the_cache_is_named(tmp_path: Path, mo
 
 def test_a_glue_task_without_a_folder_is_looked_for_on_the_hub(closed_hub: str) -> None:
     with pytest.raises(DataError, match=r"load_dataset\(\"nyu-mll/glue\", \"cola\"\)\.save_to_disk"):
-        load_sources(Data(name="cola"), kind="labelled")
+        load_sources(Data(name="cola"), LABELLED)
 
 
 def test_a_name_that_is_a_folder_here_is_not_taken_for_one_on_the_hub(

@@ -76,8 +76,8 @@ def test_a_text_without_a_next_token_is_refused(count: int) -> None:
 
 
 def test_full_blocks_need_no_mask_and_a_short_one_is_padded() -> None:
-    full = task().collate({"input_ids": [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6]]})
-    mixed = task().collate({"input_ids": [[1, 2, 3, 4, 5], [2, 3, 4]]})
+    full = task().collate({"input_ids": [[1, 2, 3, 4, 5], [2, 3, 4, 5, 6]]}, tiny.HERE)
+    mixed = task().collate({"input_ids": [[1, 2, 3, 4, 5], [2, 3, 4]]}, tiny.HERE)
 
     assert set(full) == {"input_ids", "labels"}
     assert full["input_ids"].tolist() == [[1, 2, 3, 4], [2, 3, 4, 5]]
@@ -89,7 +89,7 @@ def test_full_blocks_need_no_mask_and_a_short_one_is_padded() -> None:
 
 
 def test_a_batch_of_one_short_block_is_as_long_as_that() -> None:
-    made = task().collate({"input_ids": [[5, 6]]})
+    made = task().collate({"input_ids": [[5, 6]]}, tiny.HERE)
 
     assert made["input_ids"].tolist() == [[5]]
     assert made["labels"].tolist() == [[6]]
@@ -97,10 +97,10 @@ def test_a_batch_of_one_short_block_is_as_long_as_that() -> None:
 
 def test_sums_are_over_tokens_and_padding_counts_nothing() -> None:
     logits = [[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.5, 3.0], [0.0, 0.0, 4.0, 0.0]]
-    made = task().collate({"input_ids": [[1, 2, 3, 0], [3, 1]]})
+    made = task().collate({"input_ids": [[1, 2, 3, 0], [3, 1]]}, tiny.HERE)
 
     loss = task().loss(Says(logits), made)
-    scored = task().score(Says(logits), made)
+    scored = task().score(Says(logits), made, lock_step=False)
 
     first = nll(logits[0], 2) + nll(logits[1], 3) + nll(logits[2], 0)
     second = nll(logits[0], 1)
@@ -115,7 +115,7 @@ def test_sums_are_over_tokens_and_padding_counts_nothing() -> None:
 def test_the_model_gets_no_labels_and_keeps_no_cache() -> None:
     model = Says([[0.0, 1.0, 2.0, -1.0]] * 3)
 
-    task().loss(model, task().collate({"input_ids": [[1, 2, 3], [3, 1]]}))
+    task().loss(model, task().collate({"input_ids": [[1, 2, 3], [3, 1]]}, tiny.HERE))
 
     assert set(model.given) == {"input_ids", "attention_mask", "use_cache"}
     assert model.given["use_cache"] is False

@@ -47,7 +47,7 @@ def task(
 
 
 def batch(labels: Sequence[int | None]) -> dict[str, torch.Tensor]:
-    return task().collate({"input_ids": [[2, 5, 3]] * len(labels), "label": list(labels)})
+    return task().collate({"input_ids": [[2, 5, 3]] * len(labels), "label": list(labels)}, tiny.HERE)
 
 
 def nll(logits: Sequence[float], label: int) -> float:
@@ -58,7 +58,7 @@ def nll(logits: Sequence[float], label: int) -> float:
 
 
 def test_a_batch_is_padded_to_its_longest_and_the_mask_says_where() -> None:
-    made = task().collate({"input_ids": [[2, 5, 3], [2, 5, 6, 7, 3]], "label": [1, None], "line": [1, 2]})
+    made = task().collate({"input_ids": [[2, 5, 3], [2, 5, 6, 7, 3]], "label": [1, None], "line": [1, 2]}, tiny.HERE)
 
     assert made["input_ids"].tolist() == [[2, 5, 3, 0, 0], [2, 5, 6, 7, 3]]
     assert made["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
@@ -68,7 +68,8 @@ def test_a_batch_is_padded_to_its_longest_and_the_mask_says_where() -> None:
 
 def test_token_types_of_a_pair_are_padded_along() -> None:
     made = task().collate(
-        {"input_ids": [[2, 5, 3, 6, 3], [2, 3]], "token_type_ids": [[0, 0, 0, 1, 1], [0, 0]], "label": [0, 1]}
+        {"input_ids": [[2, 5, 3, 6, 3], [2, 3]], "token_type_ids": [[0, 0, 0, 1, 1], [0, 0]], "label": [0, 1]},
+        tiny.HERE,
     )
 
     assert made["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]
@@ -76,7 +77,7 @@ def test_token_types_of_a_pair_are_padded_along() -> None:
 
 
 def test_a_batch_of_one_is_a_batch() -> None:
-    made = task().collate({"input_ids": [[2, 9, 3]], "label": [0]})
+    made = task().collate({"input_ids": [[2, 9, 3]], "label": [0]}, tiny.HERE)
 
     assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
         "input_ids": (1, 3),
@@ -136,7 +137,7 @@ def test_label_smoothing_is_for_training_only() -> None:
     smooth, labels = task(label_smoothing=0.2), [0, 0, 1]
 
     loss = smooth.loss(Says(LOGITS), batch(labels))
-    scored = smooth.score(Says(LOGITS), batch(labels))
+    scored = smooth.score(Says(LOGITS), batch(labels), lock_step=False)
 
     plain = [nll(logits, label) for logits, label in zip(LOGITS, labels, strict=True)]
     spread = [(nll(logits, 0) + nll(logits, 1)) / 2 for logits in LOGITS]
@@ -146,7 +147,7 @@ def test_label_smoothing_is_for_training_only() -> None:
 
 
 def test_scores_are_plain_and_one_for_each_example() -> None:
-    scored = task(class_weights={"yes": 2.5, "no": 0.5}).score(Says(LOGITS), batch([1, None, 1]))
+    scored = task(class_weights={"yes": 2.5, "no": 0.5}).score(Says(LOGITS), batch([1, None, 1]), lock_step=False)
 
     assert scored.loss.dtype == torch.float64
     assert scored.loss.tolist() == pytest.approx([nll(LOGITS[0], 1), 0.0, nll(LOGITS[2], 1)], rel=1e-6)
@@ -180,7 +181,7 @@ def test_sums_are_taken_in_float32_and_float64_stays(given: torch.dtype, summed:
 
 def test_the_loss_in_train_lines_and_in_evaluation_is_one_for_a_plain_task() -> None:
     loss = task().loss(Says(LOGITS), batch([0, 1, 1]))
-    scored = task().score(Says(LOGITS), batch([0, 1, 1])).loss
+    scored = task().score(Says(LOGITS), batch([0, 1, 1]), lock_step=False).loss
 
     assert float(loss) == pytest.approx(math.fsum(scored.tolist()), rel=1e-6)
 
@@ -297,7 +298,7 @@ def test_sentences_of_a_file_become_ids_and_labels_in_order(folder: Path) -> Non
     assert len(rows["input_ids"][2]) == 6  # cut to data.max_length
     assert made.head_config == {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     assert made.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
-    assert made.collate(made.splits["train"][[0, 1]])["labels"].tolist() == [1, 0]
+    assert made.collate(made.splits["train"][[0, 1]], tiny.HERE)["labels"].tolist() == [1, 0]
 
 
 def test_a_trained_models_label_order_is_kept_by_name(folder: Path) -> None:
@@ -339,7 +340,7 @@ def test_one_token_per_character_knows_the_characters_of_both_texts_and_can_be_p
     assert set("xyzw") <= set(made.tokenizer.get_vocab())
     rows = made.splits["train"][[0, 1]]["input_ids"]
     assert all(made.tokenizer.unk_token_id not in ids for ids in rows)
-    assert made.collate(made.splits["train"][[0, 1]])["input_ids"].shape[0] == 2
+    assert made.collate(made.splits["train"][[0, 1]], tiny.HERE)["input_ids"].shape[0] == 2
 
 
 def test_a_second_start_reads_what_the_first_has_written(folder: Path) -> None:
