@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from dtrain.errors import ConfigError
 from dtrain.quickstart import QUICKSTART
-from dtrain.schema import Config, OnResume
+from dtrain.schema import Config
+from dtrain.settings import OnResume
 from dtrain.wording import (
     ABSENT,
     Difference,

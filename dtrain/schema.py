@@ -6,61 +6,15 @@ about a whole section is worded here, in full, one line for each. Nothing here t
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
+from pydantic import BeforeValidator, field_validator, model_validator
 
-OnResume = Literal["free", "warn", "refuse"]
-
-Head = Literal["sequence_classification", "causal_lm"]
-"""What a task wants on top of a model: which AutoModel class carries it."""
-
-
-def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits: Any) -> Any:
-    """A config field. `resume` says what a resumed run may do with a changed value.
-
-    free: may change. warn: may change, with a word about it. refuse: it changes the mathematics.
-    `...` as the default makes the field required.
-    """
-    if isinstance(default, tuple):
-        limits["strict"] = False  # YAML has lists, no tuples; the items stay strict
-    if isinstance(default, BaseModel):
-        limits["default_factory"] = lambda: default
-    else:
-        limits["default"] = default
-    field: FieldInfo = Field(description=meaning, json_schema_extra={"resume": resume}, **limits)
-    return field
-
-
-def _below_home(path: str | Path) -> Any:
-    return type(path)(os.path.expanduser(path))  # noqa: PTH111 - a str may also be a name on the hub
-
-
-AnyPath = Annotated[Path, Strict(False), AfterValidator(_below_home)]
-NameOrPath = Annotated[str, AfterValidator(_below_home)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """One section of the config, frozen. Unknown keys, `true` for 1, text for a number, and nan are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
+from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
+from dtrain.task_settings import TaskSettings
 
 
 class Run(Section):
@@ -78,33 +32,6 @@ class Run(Section):
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError("a run name is one folder: letters, digits, '.', '_', '-', and a letter or digit first")
         return name
-
-
-class Classification(Section):
-    """One label for a sentence or a pair of sentences."""
-
-    name: Literal["classification"] = setting(..., "classification: one label for a sentence or a pair")
-    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
-        None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
-    )
-    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
-
-    @field_validator("class_weights")
-    @classmethod
-    def _weights_are_positive(cls, weights: Any) -> Any:
-        if isinstance(weights, dict) and (bad := [k for k, w in weights.items() if not w > 0]):
-            raise ValueError(f"the weight of label {bad[0]!r} must be above 0")
-        return weights
-
-
-class CausalLm(Section):
-    """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
-
-    name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
-    joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
-
-
-TaskSettings = Annotated[Classification | CausalLm, Field(discriminator="name")]
 
 
 class Model(Section):

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain import optim, schema
+from dtrain import optim
 from dtrain.commands import construct
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.loop import Loop, train
 from dtrain.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.schema import Config
+from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.topology import Topology
 from tests import tiny
@@ -125,7 +126,7 @@ class Setting:
 def task(setting: Setting, rows: int | None = None) -> ClassificationTask:
     """Classification over made-up sentences."""
     options = setting.config().task
-    assert isinstance(options, schema.Classification)
+    assert isinstance(options, Classification)
     splits = {"train": tiny.sentences(rows or setting.rows), "validation": tiny.sentences(11, seed=1)}
     return ClassificationTask(splits, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
 

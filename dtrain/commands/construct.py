@@ -57,9 +57,8 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         model = load_model(
             config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
-        check_fit(
-            model, task.tokenizer, max_length=task.max_length, needs_padding=task.head == "sequence_classification"
-        )
+        if task.tokenizer is not None:
+            check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
         fitted: nn.Module = model
         return fitted
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,15 +21,21 @@ from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
+from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
-from dtrain.schema import Head
+from dtrain.task_settings import Head
 
 ODD_SIZES = (ArithmeticError, AssertionError, AttributeError)
 """What a constructor raises for sizes that make no layers."""
 
 
 def load_model(
-    model: schema.Model, *, head: Head, head_config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+    model: schema.Model,
+    *,
+    head: Head,
+    head_config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
 ) -> PreTrainedModel:
     """The model that the config names.
 
@@ -39,7 +43,8 @@ def load_model(
         model: the model section of the config.
         head: what the task puts on top.
         head_config: entries of the model's config that the task decides, e.g. num_labels, id2label, label2id.
-        tokenizer: gives a new model its vocabulary size and special tokens, and the config a pad token that it lacks.
+        tokenizer: gives a new model its vocabulary size and special tokens, and the config a pad token that it lacks;
+            None where there is no text.
         seed: of weights that no file holds: a new head, or all from scratch.
 
     Returns:
@@ -54,18 +59,18 @@ def load_model(
     config = read_config(model, local_only)
     own_labels = real_label_names(config)
     refuse_auxiliary_loss(config)
-    if model.from_scratch:
+    if model.from_scratch and tokenizer is not None:
         fit_to_tokenizer(config, model, tokenizer)
     for key, value in head_config.items():
         setattr(config, key, value)
-    if head == "sequence_classification":
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
-        config.problem_type = head_config.get("problem_type", "single_label_classification")
+    if tokenizer is not None and head != "causal_lm" and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
+    if head in PROBLEM_TYPES:
+        config.problem_type = PROBLEM_TYPES[head]
     with quiet(), _drawn_from(seed):
         loaded = _new(model, config, head) if model.from_scratch else _pretrained(model, config, head, local_only)
     names = real_label_names(loaded.config)
-    if head == "sequence_classification" and not model.from_scratch and own_labels not in (None, names):
+    if has_labels(head) and not model.from_scratch and own_labels not in (None, names):
         log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
     if model.gradient_checkpointing:
         _checkpoint_activations(loaded)
@@ -91,17 +96,9 @@ def _drawn_from(seed: int) -> Iterator[None]:
         yield
 
 
-def _auto_class(head: Head) -> Any:
-    match head:
-        case "sequence_classification":
-            return AutoModelForSequenceClassification
-        case "causal_lm":
-            return AutoModelForCausalLM
-
-
 def _new(model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
     try:
-        return _auto_class(head).from_config(
+        return auto_class(head).from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=model.trust_remote_code,
@@ -117,7 +114,7 @@ def _pretrained(model: schema.Model, config: PretrainedConfig, head: Head, local
     name = model.name_or_path
     assert name is not None
     try:
-        loaded, info = _auto_class(head).from_pretrained(
+        loaded, info = auto_class(head).from_pretrained(
             name,
             config=config,
             dtype=torch.float32,  # also where the file is bf16: an optimizer needs the digits

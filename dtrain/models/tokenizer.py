@@ -145,6 +145,16 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
     )
 
 
+def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether each token is one character of the text, so that a loss per token is one per character."""
+    special = set(tokenizer.all_special_tokens)
+    words = [token for token in tokenizer.get_vocab() if token not in special]
+    # Byte-level vocabularies can have single letters only and still need several for a character.
+    sample = "a\u00e9\u4e2d\n"
+    ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
+    return all(len(word) == 1 for word in words) and len(ids) == len(sample)
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256, in hexadecimal, of what decides how a text becomes tokens.
 

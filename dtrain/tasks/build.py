@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dtrain import schema
+from dtrain import task_settings
 from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology
@@ -11,11 +11,11 @@ from dtrain.topology import Topology
 def build_task(config: Config, topology: Topology) -> Task:
     """Collective. Reads and tokenises the data, once per node, and gives the task that explains it."""
     match config.task:
-        case schema.Classification():
+        case task_settings.Classification():
             from dtrain.tasks.classification import prepare_classification
 
             return prepare_classification(config, config.task, topology)
-        case schema.CausalLm():
+        case task_settings.CausalLm():
             from dtrain.tasks.causal_lm import prepare_causal_lm
 
             return prepare_causal_lm(config, config.task, topology)

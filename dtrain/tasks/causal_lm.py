@@ -7,22 +7,22 @@ token but the very first is a target exactly once and none is dropped. The last 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 
-from dtrain import schema
-from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import TEXT
-from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.data.sources import Source
 from dtrain.errors import DataError
-from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.models.tokenizer import has_characters_only
 from dtrain.schema import Config
 from dtrain.seeding import Place
+from dtrain.task_settings import CausalLm, Head
+from dtrain.tasks.preparing import Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -32,7 +32,8 @@ class CausalLmTask:
     """Cross entropy of each next token; perplexity, and bits per character where a token is a character."""
 
     name = "causal_lm"
-    head: schema.Head = "causal_lm"
+    head: Head = "causal_lm"
+    needs_padding = False
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int, is_char: bool) -> None:
         """
@@ -80,44 +81,34 @@ class CausalLmTask:
         return [{"prediction": None, "reference": None} for _ in range(len(self.splits[split]))]
 
 
-def prepare_causal_lm(config: Config, settings: schema.CausalLm, topology: Topology) -> CausalLmTask:
+def prepare_causal_lm(config: Config, settings: CausalLm, topology: Topology) -> CausalLmTask:
     """Collective. Tokenises each split into blocks, once per node."""
 
-    def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
-        tokenizer = load_tokenizer(
-            config.model,
-            training_texts=lambda: [_stream(load_sources(config.data, TEXT)["train"], settings.joiner)],
-        )
-        key: dict[str, Json] = {
-            "task": "causal_lm",
-            "source": source_key(config.data),
-            "tokenizer": fingerprint(tokenizer),
-            "max_length": config.max_length,
-            "joiner": settings.joiner,
-        }
+    def stream(source: Source) -> str:
+        texts: Iterable[str] = source.rows["text"]
+        return settings.joiner.join(texts)
 
-        def build(folder: Path) -> Mapping[str, Json]:
-            is_char = True
-            for split, source in load_sources(config.data, TEXT).items():
-                text = _stream(source, settings.joiner)
-                ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-                is_char = is_char and len(ids) == len(text)
-                save_split(folder, split, _blocks(ids, config.max_length, origin=source.origin))
-            tokenizer.save_pretrained(folder / "tokenizer")
-            return {"is_char": is_char}
+    def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
+        return _blocks(_ids(stream(source), tokenizer), config.max_length, origin=source.origin)
 
-        return key, build
-
-    prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
-    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
+    recipe = Recipe(
+        "causal_lm",
+        TEXT,
+        texts=lambda source: [stream(source)],
+        encode=encode,
+        options={"joiner": settings.joiner},
+        needs_padding=False,
+    )
+    examples = prepare_examples(recipe, config, topology)
+    tokenizer = examples.tokenizer
     return CausalLmTask(
-        prepared.splits, tokenizer, max_length=config.max_length, is_char=bool(prepared.meta["is_char"])
+        examples.splits, tokenizer, max_length=config.max_length, is_char=has_characters_only(tokenizer)
     )
 
 
-def _stream(source: Source, joiner: str) -> str:
-    texts: Iterable[str] = source.rows["text"]
-    return joiner.join(texts)
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return ids
 
 
 def block_starts(num_tokens: int, max_length: int) -> range:
@@ -125,9 +116,7 @@ def block_starts(num_tokens: int, max_length: int) -> range:
     return range(0, num_tokens - 1, max_length)
 
 
-def _blocks(ids: Sequence[int], max_length: int, *, origin: str) -> Any:
-    from datasets import Dataset
-
+def _blocks(ids: Sequence[int], max_length: int, *, origin: str) -> Dataset:
     if len(ids) < 2:
         raise DataError(f"{origin} holds {len(ids)} token(s): a next token needs at least two. Give a longer text.")
     return Dataset.from_dict(

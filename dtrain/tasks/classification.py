@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +12,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
-from dtrain import schema
-from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import LABELLED
-from dtrain.data.sources import Source, check_labels, label_names, load_sources, source_key
+from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.errors import ConfigError
 from dtrain.models.load import label_names_of
-from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
 from dtrain.seeding import Place
+from dtrain.task_settings import Classification, Head
+from dtrain.tasks.preparing import Meta, Recipe, all_texts, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -33,7 +29,8 @@ class ClassificationTask:
     """Cross entropy over the labels; accuracy, F1, precision, recall and Matthews by scikit-learn."""
 
     name = "classification"
-    head: schema.Head = "sequence_classification"
+    head: Head = "sequence_classification"
+    needs_padding = True
     metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 
     def __init__(
@@ -41,7 +38,7 @@ class ClassificationTask:
         splits: Mapping[str, Split],
         tokenizer: Any,
         labels: Sequence[str],
-        settings: schema.Classification,
+        settings: Classification,
         *,
         max_length: int,
     ) -> None:
@@ -130,7 +127,7 @@ class ClassificationTask:
         labels: Sequence[int | None] = rows[list(range(len(rows)))]["label"]
         return labels
 
-    def _class_weights(self, settings: schema.Classification) -> torch.Tensor | None:
+    def _class_weights(self, settings: Classification) -> torch.Tensor | None:
         if settings.class_weights is None:
             return None
         if settings.class_weights == "balanced":
@@ -147,71 +144,44 @@ class ClassificationTask:
         return torch.tensor([settings.class_weights[label] for label in self.labels])
 
 
-def prepare_classification(config: Config, settings: schema.Classification, topology: Topology) -> ClassificationTask:
+def prepare_classification(config: Config, settings: Classification, topology: Topology) -> ClassificationTask:
     """Collective. Tokenises each split once per node and fixes the order of the labels."""
+    if config.data.name == "stsb":
+        raise ConfigError("data.name=stsb has scores from 0 to 5 for labels, no classes: set task.name=regression.")
+    order = label_names_of(config.model)
 
-    def plan() -> tuple[Mapping[str, Json], Callable[[Path], Mapping[str, Json]]]:
-        tokenizer = load_tokenizer(
-            config.model,
-            training_texts=lambda: _texts(load_sources(config.data, LABELLED)),
-            needs_padding=True,
-        )
-        order = label_names_of(config.model)
-        key: dict[str, Json] = {
-            "task": "classification",
-            "source": source_key(config.data),
-            "tokenizer": fingerprint(tokenizer),
-            "max_length": config.max_length,
-            "labels": None if order is None else list(order),
-        }
+    def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
+        if "train" not in sources and order is not None:
+            check_labels(sources, names := order)  # an evaluation: the model knows its labels
+        else:
+            names = label_names(sources)
+        if order is not None and set(order) == set(names):
+            names = order  # the model's outputs keep their meaning
+        return {"labels": list(names)}
 
-        def build(folder: Path) -> Mapping[str, Json]:
-            with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
-                sources = load_sources(config.data, LABELLED, scratch=Path(scratch))
-                if "train" not in sources and order is not None:
-                    check_labels(sources, names := order)  # an evaluation: the model knows its labels
-                else:
-                    names = label_names(sources)
-                if order is not None and set(order) == set(names):
-                    names = order  # the model's outputs keep their meaning
-                for split, source in sources.items():
-                    save_split(folder, split, _tokenised(source, tokenizer, names, config))
-            tokenizer.save_pretrained(folder / "tokenizer")
-            return {"labels": list(names)}
+    def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
+        identity = {name: index for index, name in enumerate(meta["labels"])}
 
-        return key, build
+        def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
+            labels = rows.get("label") or [None] * len(rows["text"])
+            return {
+                **encode_texts(rows, tokenizer, max_length=config.max_length),
+                "label": [None if label is None else identity[label] for label in labels],
+            }
 
-    prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
-    labels = [str(name) for name in prepared.meta["labels"]]
-    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
-    return ClassificationTask(prepared.splits, tokenizer, labels, settings, max_length=config.max_length)
+        return map_rows(source, tokenise, config)
 
-
-def _texts(sources: Mapping[str, Source]) -> Iterator[str]:
-    rows = sources["train"].rows
-    return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
-
-
-def _tokenised(source: Source, tokenizer: Any, names: Sequence[str], config: Config) -> Any:
-    identity = {name: index for index, name in enumerate(names)}
-    has_pair = "text_pair" in source.rows.column_names
-    max_length = config.max_length
-
-    def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
-        pairs = rows["text_pair"] if has_pair else None
-        encoded = tokenizer(rows["text"], pairs, truncation=True, max_length=max_length, return_attention_mask=False)
-        labels = rows.get("label") or [None] * len(rows["text"])
-        return {**encoded, "label": [None if label is None else identity[label] for label in labels]}
-
-    # The result is kept under our own key, so the library need not hash the function.
-    return source.rows.map(
-        tokenise,
-        batched=True,
-        remove_columns=source.rows.column_names,
-        num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
-        new_fingerprint="dtrain",
-        load_from_cache_file=False,
+    recipe = Recipe(
+        "classification",
+        LABELLED,
+        texts=all_texts,
+        encode=encode,
+        describe=describe,
+        options={"labels": None if order is None else list(order)},
     )
+    examples = prepare_examples(recipe, config, topology)
+    labels = [str(name) for name in examples.meta["labels"]]
+    return ClassificationTask(examples.splits, examples.tokenizer, labels, settings, max_length=config.max_length)
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

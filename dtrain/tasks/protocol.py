@@ -1,6 +1,6 @@
 """What makes one task different from another, and nothing else.
 
-A new task is one file beside this one, one option class in schema.TaskSettings and one `case` in build.py.
+A new task is one file beside this one, one option class in task_settings.py and one `case` in build.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from dtrain.schema import Head
 from dtrain.seeding import Place
+from dtrain.task_settings import Head
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus `labels`; every tensor's first dimension is the example."""
@@ -65,6 +65,8 @@ class Task(Protocol):
     """Which AutoModel class carries it."""
     head_config: dict[str, Any]
     """What the head's config must say: number of labels and their names."""
+    needs_padding: bool
+    """Batches hold examples of different lengths, so that the tokenizer needs a pad token."""
     max_length: int
     """Longest sequence of tokens that the model is given."""
     tokenizer: Any

@@ -18,7 +18,6 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 
 import dtrain.evaluation
-from dtrain import schema
 from dtrain.collectives import all_reduce_sum
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.engine.build import build_engine
@@ -26,6 +25,7 @@ from dtrain.engine.forward import Forward, ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.monitors.evaluations import Evaluate
 from dtrain.monitors.protocol import Decision, StepRecord
+from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.topology import SINGLE, Topology
 from tests import tiny, training
@@ -51,7 +51,7 @@ def model(*, double: bool = False) -> Any:
 def task(rows: int, split: Any = None) -> ClassificationTask:
     splits = {"train": tiny.sentences(4), "validation": split or tiny.sentences(rows, seed=5)}
     return ClassificationTask(
-        splits, tiny.tokenizer(), ["no", "yes"], schema.Classification(name="classification"), max_length=32
+        splits, tiny.tokenizer(), ["no", "yes"], Classification(name="classification"), max_length=32
     )
 
 

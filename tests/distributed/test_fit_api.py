@@ -19,8 +19,8 @@ import dtrain
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.jsonl import read_metrics
 from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.schema import Classification
 from dtrain.seeding import Place
+from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
 from dtrain.topology import Topology
@@ -131,6 +131,7 @@ class Lengths:
     """How long is the sentence? A regression that dtrain knows nothing of."""
 
     name, head = "lengths", "sequence_classification"
+    needs_padding = True
     head_config: Mapping[str, Any] = {"num_labels": 1}
     max_length = 32
     metric_names: Sequence[str] = ("worst_error",)

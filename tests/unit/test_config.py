@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 from dtrain.config import differences, load_config, to_yaml
 from dtrain.errors import ConfigError
 from dtrain.quickstart import QUICKSTART
-from dtrain.schema import OWNED_DEEPSPEED_KEYS, Config, OnResume
+from dtrain.schema import OWNED_DEEPSPEED_KEYS, Config
+from dtrain.settings import OnResume
 from dtrain.wording import models_in
 
 ROOT = Path(__file__).parents[2]

@@ -23,6 +23,8 @@ LEVELS = {
         [
             "errors",
             "console",
+            "settings",
+            "task_settings",
             "schema",
             "quickstart",
             "jsonl",
@@ -47,12 +49,13 @@ LEVELS = {
 
 SIDEWAYS = {
     *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
+    ("schema", "task_settings"),
     *[("rollcall", "network"), ("mpi", "launchers"), ("mpi", "network"), ("mpi", "rollcall")],  # topology.py's parts
 }
 """Within a level, only these: who imports, and what."""
 
-BOTTOM = {"errors", "console"}
-"""What level 0 itself may import; these two import nothing of dtrain."""
+BOTTOM = {"errors", "console", "settings"}
+"""What level 0 itself may import; these import nothing of dtrain."""
 
 ONLY_IN = {
     "os.environ": ("main", "topology"),
@@ -67,6 +70,8 @@ SAME_AS_ENVIRON = {"os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.un
 WITHOUT_TORCH = (
     "errors",
     "console",
+    "settings",
+    "task_settings",
     "schema",
     "launchers",
     "network",

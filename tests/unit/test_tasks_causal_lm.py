@@ -16,7 +16,8 @@ from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.tokenizer import build_char_tokenizer
-from dtrain.schema import CausalLm, Config
+from dtrain.schema import Config
+from dtrain.task_settings import CausalLm
 from dtrain.tasks.causal_lm import CausalLmTask, _blocks, block_starts, prepare_causal_lm
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE

@@ -17,7 +17,8 @@ from torch import nn
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
-from dtrain.schema import Classification, Config
+from dtrain.schema import Config
+from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE

@@ -1,0 +1,49 @@
+"""The settings of each task: what `task.name` chooses between."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from dtrain.settings import Section, setting
+
+Head = Literal[
+    "sequence_classification",
+    "regression",
+    "multiple_choice",
+    "causal_lm",
+    "masked_lm",
+    "seq2seq_lm",
+    "question_answering",
+    "token_classification",
+    "image_classification",
+]
+"""What a task wants on top of a model: which AutoModel class carries it."""
+
+
+class Classification(Section):
+    """One label for a sentence or a pair of sentences."""
+
+    name: Literal["classification"] = setting(..., "classification: one label for a sentence or a pair")
+    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
+        None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
+    )
+    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        if isinstance(weights, dict) and (bad := [k for k, w in weights.items() if not w > 0]):
+            raise ValueError(f"the weight of label {bad[0]!r} must be above 0")
+        return weights
+
+
+class CausalLm(Section):
+    """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
+
+    name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
+    joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
+
+
+TaskSettings = Annotated[Classification | CausalLm, Field(discriminator="name")]

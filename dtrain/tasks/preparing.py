@@ -1,0 +1,124 @@
+"""What tasks have in common before the first batch: rows of a shape, tokenised once per node, the tokenizer beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import datasets
+
+from dtrain.console import log
+from dtrain.data.prepared import Json, prepare, save_split
+from dtrain.data.rows import Shape
+from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.schema import Config
+from dtrain.topology import Topology
+
+Meta = Mapping[str, Json]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one task makes its examples. Called on one rank of each node, and only where the result is not kept yet.
+
+    Args:
+        task: name, for the cache; with a number behind it when the meaning of the other parts changes.
+        shape: of a row.
+        texts: of the training split, for a tokenizer that is built from them.
+        encode: a split's examples; its columns are what `Task.collate` is given.
+        describe: what the ranks have to know besides, from all splits, before any is encoded (the labels' names).
+        options: what else the result depends on, e.g. settings of the task.
+        needs_padding: whether batches hold examples of different lengths.
+    """
+
+    task: str
+    shape: Shape
+    texts: Callable[[Source], Iterable[str]]
+    encode: Callable[[Source, Any, Meta], datasets.Dataset]
+    describe: Callable[[Mapping[str, Source], Any], Meta] = lambda _sources, _tokenizer: {}
+    options: Meta | None = None
+    needs_padding: bool = True
+
+
+@dataclass(frozen=True)
+class Examples:
+    """splits: memory-mapped examples. tokenizer: the one that made them. meta: what `Recipe.describe` gave."""
+
+    splits: Mapping[str, datasets.Dataset]
+    tokenizer: Any
+    meta: Meta
+
+
+def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Examples:
+    """Collective. The examples of all splits, from the cache or made now, equal on all nodes.
+
+    Raises:
+        DataError: on every rank: what reading raises, or nodes that hold different data.
+        ConfigError: settings that do not fit the data.
+    """
+
+    def plan() -> tuple[Meta, Callable[[Path], Meta]]:
+        tokenizer = load_tokenizer(
+            config.model,
+            training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
+            needs_padding=recipe.needs_padding,
+        )
+        key: dict[str, Json] = {
+            "task": recipe.task,
+            "shape": recipe.shape.name,
+            "source": source_key(config.data),
+            "tokenizer": fingerprint(tokenizer),
+            "max_length": config.max_length,
+            "options": dict(recipe.options or {}),
+        }
+
+        def build(folder: Path) -> Meta:
+            with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
+                sources = load_sources(config.data, recipe.shape, scratch=Path(scratch))
+                meta = dict(recipe.describe(sources, tokenizer))
+                for split, source in sources.items():
+                    save_split(folder, split, recipe.encode(source, tokenizer, meta))
+            tokenizer.save_pretrained(folder / "tokenizer")
+            return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
+
+        return key, build
+
+    prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
+    for split, number in prepared.meta["skipped"].items():
+        log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
+    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
+    return Examples(prepared.splits, tokenizer, prepared.meta)
+
+
+def map_rows(
+    source: Source, encode: Callable[[Mapping[str, Any]], Mapping[str, Any]], config: Config
+) -> datasets.Dataset:
+    """The source's rows, batch by batch through `encode` (columns in, columns out), by `data.num_proc` processes."""
+    # The result is kept under our own key, so the library need not hash the function.
+    return source.rows.map(
+        encode,
+        batched=True,
+        remove_columns=source.rows.column_names,
+        num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
+        new_fingerprint="dtrain",
+        load_from_cache_file=False,
+    )
+
+
+def all_texts(source: Source) -> Iterator[str]:
+    """Both texts of every row."""
+    rows = source.rows
+    return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
+
+
+def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:
+    """`text`, or `text` and `text_pair`, as the tokenizer joins them, cut to max_length."""
+    encoded: Mapping[str, Any] = tokenizer(
+        rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
+    )
+    return encoded
