@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from dtrain.data.batches import step_batches
 from dtrain.data.order import StepPlan, permutation, turns
+from dtrain.seeding import Place
+from dtrain.topology import SINGLE
+from tests.tiny import Table
 
 
 def test_an_epoch_holds_every_example_once_and_nothing_is_padded_in() -> None:
@@ -70,3 +77,23 @@ def test_ranks_share_the_micro_batches_out_and_nobody_counts_one_twice(
     assert all(len(share) >= 1 for share in shares)
     if lock_step:
         assert len({len(share) for share in shares}) == 1
+
+
+# What collating is told
+
+
+def test_collating_is_told_the_epoch_and_each_rows_index() -> None:
+    plan = StepPlan(num_examples=5, global_batch_size=4, micro_batch_size=2, seed=3, shuffle=True)
+    table = Table({"row": list(range(5))})
+    told: list[tuple[int, list[int]]] = []
+
+    def collate(rows: Any, place: Place) -> dict[str, torch.Tensor]:
+        assert rows["row"] == list(place.example_index)
+        told.append((place.epoch, list(place.example_index)))
+        return {"labels": torch.zeros(len(place.example_index))}
+
+    for _ in step_batches(plan, table, collate, SINGLE, lock_step=False, start=1, stop=4, workers=0):
+        pass
+
+    order = [permutation(3, epoch, 5).tolist() for epoch in (0, 1)]
+    assert told == [(0, order[0][4:]), (1, order[1][:2]), (1, order[1][2:4]), (1, order[1][4:])]
