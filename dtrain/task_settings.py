@@ -46,4 +46,10 @@ class CausalLm(Section):
     joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
 
 
-TaskSettings = Annotated[Classification | CausalLm, Field(discriminator="name")]
+class MultipleChoice(Section):
+    """Which of several endings goes on a text."""
+
+    name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings goes on a text (SWAG)")
+
+
+TaskSettings = Annotated[Classification | CausalLm | MultipleChoice, Field(discriminator="name")]

@@ -22,6 +22,9 @@ Form = Literal["python_docs", "glue", "files", "saved", "hub"]
 
 PYTHON_DOCS = "python_docs"
 
+SWAG = "swag"
+"""On the hub, or a folder with its files, which have the usual names and are read by their suffix."""
+
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 
@@ -50,12 +53,12 @@ def form_of(data: Data) -> Form:
         raise DataError(f"data.path={data.path} does not exist. {_expected(data)}")
     if is_saved(place_of(data)):
         return "saved"
-    if data.name is None:
+    if data.name in (None, SWAG):
         return "files"
     if data.name not in glue.NAMES:
         raise ConfigError(
-            f"data.name={data.name} with data.path: only the files of a GLUE task ({', '.join(glue.NAMES)}) are read "
-            f"by a name. "
+            f"data.name={data.name} with data.path: only the files of a GLUE task ({', '.join(glue.NAMES)}) and of "
+            f"{SWAG} are read by a name. "
             "Drop data.name to read data.path by its suffix, or data.path to load the name from the hub"
         )
     if ignored := [key for key in ("columns", "delimiter", "header") if getattr(data, key) not in (None, {})]:

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 
 from dtrain.data import glue, hub
-from dtrain.data.locate import PYTHON_DOCS, form_of, pick_splits, place_of, split_files
+from dtrain.data.locate import PYTHON_DOCS, SWAG, form_of, pick_splits, place_of, split_files
 from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, whole_text
 from dtrain.data.rows import Origin, Shape
 from dtrain.errors import ConfigError, DataError
@@ -149,6 +149,8 @@ def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
 def hub_name(data: Data) -> tuple[str, str | None]:
     """Name and configuration on the hub."""
     name = str(data.name)
+    if name == SWAG:
+        return "allenai/swag", data.config or "regular"
     return (glue.HUB_NAME, name) if name in glue.NAMES else (name, data.config)
 
 

@@ -19,3 +19,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.causal_lm import prepare_causal_lm
 
             return prepare_causal_lm(config, config.task, topology)
+        case task_settings.MultipleChoice():
+            from dtrain.tasks.multiple_choice import prepare_multiple_choice
+
+            return prepare_multiple_choice(config, config.task, topology)
