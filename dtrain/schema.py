@@ -86,7 +86,9 @@ class Data(Section):
     delimiter: str | None = setting(None, "of CSV and TSV files; default by suffix")
     header: bool | None = setting(None, "whether the first line of a CSV or TSV names the columns; default: true")
     max_length: int | None = setting(
-        None, "tokens per example (default 128), or per block of a language model (256)", ge=2
+        None,
+        "tokens per example (default 128), per block of a language model (256), per window of a context (384)",
+        ge=2,
     )
     limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
     max_bad_rows: int = setting(0, "rows of a split that cannot be used and are passed over, each with a warning", ge=0)
@@ -283,8 +285,8 @@ class Config(Section):
 
     @property
     def max_length(self) -> int:
-        """Tokens per example (classification) or per block (language model)."""
-        return self.data.max_length or (256 if self.task.name == "causal_lm" else 128)
+        """Tokens per example (classification), per block (language model) or per window (question answering)."""
+        return self.data.max_length or {"causal_lm": 256, "question_answering": 384}.get(self.task.name, 128)
 
     @property
     def run_dir(self) -> Path:

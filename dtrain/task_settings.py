@@ -52,4 +52,15 @@ class MultipleChoice(Section):
     name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings goes on a text (SWAG)")
 
 
-TaskSettings = Annotated[Classification | CausalLm | MultipleChoice, Field(discriminator="name")]
+class QuestionAnswering(Section):
+    """The answer to a question as a span of a text."""
+
+    name: Literal["question_answering"] = setting(
+        ..., "question_answering: the answer to a question as a span of a text (SQuAD)"
+    )
+    doc_stride: int = setting(128, "tokens that two neighbouring windows of a long context share", ge=0)
+    max_answer_length: int = setting(30, "tokens of a predicted answer at most", resume="warn", ge=1)
+    n_best: int = setting(20, "starts and ends of each window that are tried for the answer", resume="warn", ge=1)
+
+
+TaskSettings = Annotated[Classification | CausalLm | MultipleChoice | QuestionAnswering, Field(discriminator="name")]

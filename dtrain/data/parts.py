@@ -6,7 +6,7 @@ One function per kind: GLUE files, files by suffix, folders of save_to_disk, the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,13 @@ class Part:
 
 def read_parts(data: Data, shape: Shape) -> dict[str, Part]:
     """What each split is read from, train first."""
+    parts = _parts(data, shape)
+    if shape.unnest is None:
+        return parts
+    return {split: replace(part, rows=shape.unnest(part.rows, part.origin)) for split, part in parts.items()}
+
+
+def _parts(data: Data, shape: Shape) -> dict[str, Part]:
     match form_of(data):
         case "python_docs":
             _refuse_plain_text(shape, f"data.name={PYTHON_DOCS}")

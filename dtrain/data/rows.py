@@ -72,13 +72,14 @@ class Shape:
     """What a task wants of its rows.
 
     name: tells caches apart; raised with a number when the meaning changes. layout: from a split's first row.
-    text_rows: how a plain text file is rows; None: it is none for this task. is_whole_text: it is one text, for
-    language models.
+    text_rows: how a plain text file is rows; None: it is none for this task. unnest: the source's rows as rows of
+    this task, where one may hold several. is_whole_text: a plain text file is one text, for language models.
     """
 
     name: str
     layout: Callable[[Values, Origin], Layout]
     text_rows: Callable[[Path], Iterator[Row]] | None = None
+    unnest: Callable[[Iterable[Row], Origin], Iterator[Row]] | None = None
     is_whole_text: bool = False
 
 

@@ -23,3 +23,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.multiple_choice import prepare_multiple_choice
 
             return prepare_multiple_choice(config, config.task, topology)
+        case task_settings.QuestionAnswering():
+            from dtrain.tasks.question_answering import prepare_question_answering
+
+            return prepare_question_answering(config, config.task, topology)

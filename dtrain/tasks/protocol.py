@@ -16,7 +16,7 @@ from dtrain.seeding import Place
 from dtrain.task_settings import Head
 
 Batch = dict[str, torch.Tensor]
-"""What the model takes, plus `labels`; every tensor's first dimension is the example."""
+"""What the model takes, plus labels; every tensor's first dimension is the example, or a window of one."""
 
 IGNORED = -100
 """A label that is not a target (padding)."""

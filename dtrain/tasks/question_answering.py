@@ -1,0 +1,266 @@
+"""The answer to a question as a span of a text (SQuAD).
+
+An example is one question. What of its context does not fit into data.max_length is cut into windows, of which two
+neighbours share task.doc_stride tokens; a batch holds all windows of its examples. Each window is one target: where the
+answer begins and ends in it, or position 0, the [CLS] token, for both where it does not hold the whole answer. The loss is
+the sum over windows of (start + end) / 2, cross entropies over the window's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+
+from dtrain.data.questions import QUESTIONS
+from dtrain.data.sources import Source
+from dtrain.errors import ConfigError, DataError
+from dtrain.schema import Config
+from dtrain.seeding import Place
+from dtrain.task_settings import Head, QuestionAnswering
+from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
+from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
+from dtrain.tasks.tensors import full_precision
+from dtrain.topology import Topology
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+
+
+class QuestionAnsweringTask:
+    """Cross entropy of the answer's first and last token; SQuAD's exact match and F1, in percent."""
+
+    name = "question_answering"
+    head: Head = "question_answering"
+    needs_padding = True
+    metric_names: Sequence[str] = ("exact_match", "f1")
+
+    def __init__(
+        self, splits: Mapping[str, Split], tokenizer: Any, settings: QuestionAnswering, *, max_length: int
+    ) -> None:
+        """
+        Args:
+            splits: rows with a list for each window in `input_ids`, `token_type_ids`, `offset_starts` and
+                `offset_ends` (characters of the context; -1 for other tokens), a number for each window in
+                `start_positions` and `end_positions` (None: no label), and `context`, `answers` (None: unknown), `id`.
+        """
+        self.splits: Mapping[str, Split] = splits
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.head_config: dict[str, Any] = {"num_labels": 2}  # an output for the start, one for the end
+        self._settings = settings
+        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
+        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+        """All windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
+
+        `example`: (windows,) the row of this batch that a window belongs to, in order; each has at least one.
+        """
+        flat = {key: list(chain.from_iterable(rows[key])) for key in rows if key in (*INPUTS, *_PLACES)}
+        # On the right whatever the tokenizer is used to: positions count from the window's begin.
+        padded = self.tokenizer.pad(
+            {key: flat[key] for key in INPUTS if key in flat}, padding=True, padding_side="right", return_tensors="pt"
+        )
+        batch: Batch = dict(padded)
+        batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOWHERE)
+        for side, key in enumerate(("offset_starts", "offset_ends")):
+            for window, offsets in enumerate(flat[key]):
+                batch["offsets"][window, : len(offsets), side] = torch.tensor(offsets, dtype=torch.int64)
+        for key in ("start_positions", "end_positions"):
+            batch[key] = torch.tensor([IGNORED if place is None else place for place in flat[key]])
+        windows = torch.tensor([len(ids) for ids in rows["input_ids"]])
+        batch["example"] = torch.arange(len(windows)).repeat_interleave(windows)
+        return batch
+
+    def targets(self, batch: Batch) -> Targets:
+        """A target for each window."""
+        count = int((batch["start_positions"] != IGNORED).sum())
+        return Targets(float(count), count)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        return _losses(*_logits(model, batch), batch).sum()
+
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
+        """prediction: (batch, 2) where the answer begins and ends in the context, in characters."""
+        start, end = _logits(module, batch)
+        windows = torch.unique_consecutive(batch["example"], return_counts=True)[1].tolist()
+        targets = (batch["start_positions"] != IGNORED).long()
+        spans = best_spans(
+            start,
+            end,
+            batch["offsets"],
+            windows,
+            n_best=self._settings.n_best,
+            max_answer_length=self._settings.max_answer_length,
+        )
+        losses = _losses(start, end, batch).double()
+        return Scored(_by_example(losses, windows), _by_example(targets, windows), spans)
+
+    def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
+        judged = [record for record in self.records(split, predictions) if record["reference"] is not None]
+        if not judged:
+            return {}
+        return squad_scores([record["prediction"] for record in judged], [record["reference"] for record in judged])
+
+    def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
+        """prediction: the text of the span. reference: all answers that count as right."""
+        rows: Any = self.splits[split]
+        if isinstance(rows, Dataset):  # without the tokens of the whole split
+            rows = rows.select_columns(["context", "answers", "id"])
+        columns = rows[list(range(len(rows)))]
+        return [
+            {
+                "prediction": context[begin:stop] if begin != NOWHERE else "",
+                "reference": answers,
+                **({} if identity is None else {"id": identity}),
+            }
+            for context, answers, identity, (begin, stop) in zip(
+                columns["context"], columns["answers"], columns["id"], predictions, strict=True
+            )
+        ]
+
+
+_PLACES = ("offset_starts", "offset_ends", "start_positions", "end_positions")
+
+
+def prepare_question_answering(
+    config: Config, settings: QuestionAnswering, topology: Topology
+) -> QuestionAnsweringTask:
+    """Collective. Tokenises each split into windows, once per node."""
+
+    def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
+        _check(tokenizer, settings, config.max_length)
+
+        def windows(rows: Mapping[str, Any]) -> dict[str, Any]:
+            places = [f"{source.origin}, {source.unit} {line}" for line in rows["line"]]
+            return encode_windows(rows, tokenizer, places, max_length=config.max_length, doc_stride=settings.doc_stride)
+
+        return map_rows(source, windows, config)
+
+    recipe = Recipe(
+        "question_answering", QUESTIONS, texts=_texts, encode=encode, options={"doc_stride": settings.doc_stride}
+    )
+    examples = prepare_examples(recipe, config, topology)
+    return QuestionAnsweringTask(examples.splits, examples.tokenizer, settings, max_length=config.max_length)
+
+
+def encode_windows(
+    rows: Mapping[str, Any], tokenizer: Any, places: Sequence[str], *, max_length: int, doc_stride: int
+) -> dict[str, Any]:
+    """The rows of QuestionAnsweringTask's splits.
+
+    Args:
+        rows: columns context, question, id and, where they are known, answers and answer_starts.
+        places: "file, row 3" of each row, for messages.
+
+    Raises:
+        DataError: a question that leaves too little of max_length to the context.
+    """
+    _check_questions(rows["question"], tokenizer, places, max_length=max_length, doc_stride=doc_stride)
+    encoded = tokenizer(
+        rows["question"],
+        rows["context"],
+        truncation="only_second",
+        max_length=max_length,
+        stride=doc_stride,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+    )
+    number = len(rows["question"])
+    answers = rows.get("answers") or [None] * number
+    starts = rows.get("answer_starts") or [None] * number
+    tokens = [key for key in INPUTS if key in encoded]
+    made: dict[str, list[list[Any]]] = {key: [[] for _ in range(number)] for key in (*tokens, *_PLACES)}
+    for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        for key in tokens:
+            made[key][row].append(encoded[key][window])
+        offsets = [
+            pair if part == 1 else (NOWHERE, NOWHERE)
+            for pair, part in zip(encoded["offset_mapping"][window], encoded.sequence_ids(window), strict=True)
+        ]
+        made["offset_starts"][row].append([begin for begin, _ in offsets])
+        made["offset_ends"][row].append([stop for _, stop in offsets])
+        first, last = None, None
+        if answers[row] is not None:  # of several answers the first is learned
+            begin = starts[row][0]
+            first, last = positions(offsets, begin, begin + len(answers[row][0]))
+        made["start_positions"][row].append(first)
+        made["end_positions"][row].append(last)
+    return {**made, "context": rows["context"], "answers": answers, "id": rows["id"]}
+
+
+def positions(offsets: Sequence[tuple[int, int]], begin: int, stop: int) -> tuple[int, int]:
+    """First and last of the window's tokens that share a character with the answer; (0, 0) if it is not all there.
+
+    Args:
+        offsets: first character of each token in the context and the one behind it; NOWHERE for other tokens.
+        begin: the answer's first character. stop: the one behind its last.
+    """
+    inside = [token for token, (first, _) in enumerate(offsets) if first != NOWHERE]
+    if not inside or offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < stop:
+        return 0, 0
+    touched = [token for token in inside if offsets[token][1] > begin and offsets[token][0] < stop]
+    return (touched[0], touched[-1]) if touched else (0, 0)
+
+
+def _check(tokenizer: Any, settings: QuestionAnswering, max_length: int) -> None:
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} does not say which characters a token stands for, which answers are cut out "
+            "by. Set model.tokenizer to one with a tokenizer.json (a fast tokenizer)."
+        )
+    if settings.doc_stride + tokenizer.num_special_tokens_to_add(pair=True) >= max_length:
+        raise ConfigError(
+            f"task.doc_stride={settings.doc_stride} leaves no room in data.max_length={max_length}: it is how many "
+            "tokens of the context two neighbouring windows share. Lower it, or raise data.max_length (384 is usual)."
+        )
+
+
+def _check_questions(
+    questions: Sequence[str], tokenizer: Any, places: Sequence[str], *, max_length: int, doc_stride: int
+) -> None:
+    most = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride - 1
+    tokens = tokenizer(list(questions), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for place, ids in zip(places, tokens["input_ids"], strict=True):
+        if len(ids) > most:
+            raise DataError(
+                f"{place}: the question has {len(ids)} tokens, expected {most} at most: data.max_length={max_length} "
+                f"holds it beside more than task.doc_stride={doc_stride} tokens of the context. Change one of them, or "
+                "shorten the question"
+            )
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for row in source.rows:
+        yield row["question"]
+        yield row["context"]
+
+
+def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the start and of the end, (windows, length) each."""
+    found = model(**{key: batch[key] for key in INPUTS if key in batch})
+    if getattr(found, "end_logits", None) is None:
+        raise ConfigError(
+            f"{type(model).__name__} gives no start and end for each token (it searches spans by itself), which this "
+            "task learns from. Choose another model, such as BERT."
+        )
+    return full_precision(found.start_logits), full_precision(found.end_logits)
+
+
+def _losses(start: torch.Tensor, end: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(windows,) in nats, 0 where there is no label."""
+    first = F.cross_entropy(start, batch["start_positions"], ignore_index=IGNORED, reduction="none")
+    last = F.cross_entropy(end, batch["end_positions"], ignore_index=IGNORED, reduction="none")
+    return (first + last) / 2
+
+
+def _by_example(values: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+    """Sums over each example's windows, always added in the same order."""
+    return torch.stack([part.sum() for part in torch.split(values, list(windows))])
