@@ -63,4 +63,14 @@ class QuestionAnswering(Section):
     n_best: int = setting(20, "starts and ends of each window that are tried for the answer", resume="warn", ge=1)
 
 
-TaskSettings = Annotated[Classification | CausalLm | MultipleChoice | QuestionAnswering, Field(discriminator="name")]
+class TokenClassification(Section):
+    """A tag for each word of a sentence."""
+
+    name: Literal["token_classification"] = setting(
+        ..., "token_classification: a tag for each word of a sentence (named entities, CoNLL)"
+    )
+
+
+TaskSettings = Annotated[
+    Classification | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification, Field(discriminator="name")
+]

@@ -25,7 +25,7 @@ Row = tuple[int, Values | DataError]
 """1-based line of the file (or number of the row, where a format has no lines), and its values, or what is wrong with it."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-TEXT_SUFFIXES = (".txt",)
+TEXT_SUFFIXES = (".txt", ".conll")
 SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
 
 

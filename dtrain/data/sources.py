@@ -107,18 +107,26 @@ def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
     Raises:
         DataError: a label outside that set; or no train split to take them from.
     """
+    names = fixed_label_names(sources)
+    if names is None and "train" in sources:
+        names = tuple(sorted(sources["train"].rows.unique("label"), key=label_order))
+    if names is None:
+        raise DataError("there is no train split to take the labels from: name one in data.splits")
+    check_labels(sources, names)
+    return names
+
+
+def fixed_label_names(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
+    """The labels that the source fixes; None where it does not.
+
+    Raises:
+        DataError: its splits do not have the same.
+    """
     fixed = {source.label_names: source.origin for source in sources.values() if source.label_names is not None}
     if len(fixed) > 1:
         listed = "; ".join(f"{origin}: {', '.join(names)}" for names, origin in fixed.items())
         raise DataError(f"the splits do not have the same labels in the same order: {listed}")
-    if fixed:
-        names = next(iter(fixed))
-    elif "train" in sources:
-        names = tuple(sorted(sources["train"].rows.unique("label"), key=_label_order))
-    else:
-        raise DataError("there is no train split to take the labels from: name one in data.splits")
-    check_labels(sources, names)
-    return names
+    return next(iter(fixed), None)
 
 
 def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
@@ -141,7 +149,8 @@ def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
         )
 
 
-def _label_order(name: str) -> tuple[bool, float, str]:
+def label_order(name: str) -> tuple[bool, float, str]:
+    """Sorts labels: numbers by their value, then names."""
     is_number = re.fullmatch(r"-?\d+(\.\d+)?", name) is not None
     return (not is_number, float(name) if is_number else 0.0, name)
 

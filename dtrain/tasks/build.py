@@ -27,3 +27,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.question_answering import prepare_question_answering
 
             return prepare_question_answering(config, config.task, topology)
+        case task_settings.TokenClassification():
+            from dtrain.tasks.token_classification import prepare_token_classification
+
+            return prepare_token_classification(config, config.task, topology)
