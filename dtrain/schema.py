@@ -77,7 +77,7 @@ class Freeze(Section):
 class Data(Section):
     """Where the examples come from."""
 
-    name: str | None = setting(None, "a GLUE task (cola, sst2, ...), python_docs, or a data set on the hub")
+    name: str | None = setting(None, "a GLUE task (cola, sst2, ...), swag, python_docs, or a data set on the hub")
     path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")
     config: str | None = setting(None, "configuration of a hub data set")
     splits: dict[str, str] = setting({}, "our split (train, validation) -> the source's split or file name")

@@ -136,9 +136,10 @@ def prepare_question_answering(
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         _check(tokenizer, settings, config.max_length)
+        place = f"{source.origin}, {source.unit}"
 
         def windows(rows: Mapping[str, Any]) -> dict[str, Any]:
-            places = [f"{source.origin}, {source.unit} {line}" for line in rows["line"]]
+            places = [f"{place} {line}" for line in rows["line"]]
             return encode_windows(rows, tokenizer, places, max_length=config.max_length, doc_stride=settings.doc_stride)
 
         return map_rows(source, windows, config)
