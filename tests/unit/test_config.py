@@ -16,10 +16,13 @@ from dtrain.errors import ConfigError
 from dtrain.quickstart import QUICKSTART
 from dtrain.schema import OWNED_DEEPSPEED_KEYS, Config
 from dtrain.settings import OnResume
+from dtrain.task_settings import TaskSettings
 from dtrain.wording import models_in
 
 ROOT = Path(__file__).parents[2]
 CLASSIFY = ("task.name=classification",)
+TASKS = ", ".join(name for task in models_in(TaskSettings) for name in get_args(task.model_fields["name"].annotation))
+"""Every task's name, in the order of the union."""
 
 
 def written(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
@@ -195,8 +198,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
 
     assert sorted(lines) == sorted(
         [
-            f"{path}, line 2: task.name=clasification: it must be one of classification, causal_lm."
-            " Did you mean classification?",
+            f"{path}, line 2: task.name=clasification: it must be one of {TASKS}. Did you mean classification?",
             f"{path}, line 3: trian is not a setting. Did you mean train?",
             f"{path}, line 6: train.micro_batchsize is not a setting. Did you mean train.micro_batch_size?",
             f"{path}, line 7: train.shuffle=3: it must be true or false.",
@@ -238,7 +240,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
         ("evaluation.best=accuracy", "evaluation.best=accuracy: it must be a section with metric, mode, or null."),
         ("train=3", "train=3: it must be a section with epochs"),
         ("task=classification", "task=classification: it must be a section with name"),
-        ("task={}", "task.name is not set: it must be one of classification, causal_lm."),
+        ("task={}", f"task.name is not set: it must be one of {TASKS}."),
         ("run.name=../outside", "run.name=../outside: a run name is one folder"),
         ("train.learning_rate=1", "train.learning_rate is not a setting. Did you mean optim.learning_rate?"),
         ("learning_rate=1", "learning_rate is not a setting. Did you mean optim.learning_rate?"),
@@ -284,7 +286,7 @@ def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None
 def test_a_file_without_a_task_is_told_so(tmp_path: Path) -> None:
     path = written(tmp_path, "# nothing yet\n")
 
-    assert refusal(path) == [f"{path}: task.name is not set: it must be one of classification, causal_lm."]
+    assert refusal(path) == [f"{path}: task.name is not set: it must be one of {TASKS}."]
 
 
 def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
