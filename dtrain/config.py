@@ -74,7 +74,7 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
 
     problems = settings.problems
     try:
-        config = Config.model_validate(settings.values)
+        config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
         problems += _of_a_later_version(config, place)
     except ValidationError as error:
         problems += complaints(error, Config, settings.values, place=place, show=_show)

@@ -16,10 +16,14 @@ import torch
 from dtrain.collectives import gather_for_metrics, on_main
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.engine.forward import Forward
+from dtrain.errors import ConfigError
 from dtrain.memory import explain_in_evaluation
+from dtrain.own_metrics import Reported
 from dtrain.tasks.protocol import Batch, Scored, Task
 
 MAIN_SPLIT = "validation"
+
+ALL = Reported()
 
 
 @dataclass(frozen=True)
@@ -42,22 +46,34 @@ class EvaluationResult:
     splits: Mapping[str, SplitResult]
 
 
-def metric_names(task: Task) -> list[str]:
-    """What an evaluation of this task will give."""
+def metric_names(task: Task, reported: Reported = ALL) -> list[str]:
+    """What an evaluation of this task will give; what a function of the user's adds is not known before."""
     splits = [split for split in task.splits if not split.startswith(("train", "test"))]  # a test split may lack labels
-    return [prefix_of(split) + name for split in splits for name in ("loss", *task.metric_names)]
+    return [prefix_of(split) + name for split in splits for name in reported.of_task(task)]
 
 
-def evaluate(forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0) -> EvaluationResult:
-    """Collective. Every split but `train`. Leaves the model in eval mode."""
+def evaluate(
+    forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
+) -> EvaluationResult:
+    """Collective. Every split but `train`. Leaves the model in eval mode.
+
+    Raises:
+        ConfigError: a function of the user's cannot be used, or gives a name that another split's metric has.
+    """
     results = {
-        split: evaluate_split(forward, task, split, micro_batch_size=micro_batch_size, workers=workers)
+        split: evaluate_split(
+            forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported
+        )
         for split in task.splits
         if split != "train"
     }
-    metrics = {
-        prefix_of(split) + name: value for split, result in results.items() for name, value in result.metrics.items()
-    }
+    metrics: dict[str, float] = {}
+    for split, result in results.items():
+        for name, value in result.metrics.items():
+            whole = prefix_of(split) + name
+            if whole in metrics:
+                raise ConfigError(f"Two metrics are called {whole}, one of them of the split {split}. Rename one.")
+            metrics[whole] = value
     return EvaluationResult(metrics, results)
 
 
@@ -66,7 +82,9 @@ def prefix_of(split: str) -> str:
     return "" if split == MAIN_SPLIT else split.removeprefix(f"{MAIN_SPLIT}_") + "_"
 
 
-def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0) -> SplitResult:
+def evaluate_split(
+    forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
+) -> SplitResult:
     """Collective. One split, counted exactly."""
     rows = task.splits[split]
     device = next(forward.module.parameters()).device
@@ -98,7 +116,9 @@ def evaluate_split(forward: Forward, task: Task, split: str, *, micro_batch_size
         if sum(targets) == 0:  # a test split without labels: predicted, not judged
             return {}
         loss = math.fsum(losses) / sum(targets)
-        return {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
+        of_task = {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
+        own = reported.own(records, taken=task.metric_names) if reported.own is not None else {}
+        return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **own}
 
     return SplitResult(on_main(judge, forward.topology), records)
 

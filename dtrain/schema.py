@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
 from dtrain.task_settings import TaskSettings
@@ -238,6 +238,12 @@ class Evaluation(Section):
 
     micro_batch_size: int = setting(32, "examples per forward pass", resume="warn", ge=1)
     best: Best | None = setting(None, "keep the best step's model and metrics instead of the last's")
+    metrics: Annotated[tuple[str, ...], Strict(False)] | None = setting(
+        None, "which of the task's metrics are reported, beside loss; null: all", resume="free"
+    )
+    factory: str | None = setting(
+        None, "package.module:function beside the config file: (predictions, references) -> metrics of your own"
+    )
 
 
 class Checkpoint(Section):
@@ -282,6 +288,22 @@ class Config(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "durable state")
     tracking: Tracking = setting(Tracking(), "logs")
     generate: Generate = setting(Generate(), "the generate command")
+
+    _folder: Path = PrivateAttr(Path())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()  # wherever they were read from
+
+    @property
+    def folder(self) -> Path:
+        """Where the config file lies, and modules of the user's own beside it; without a file, the working folder."""
+        return self._folder
+
+    def in_folder(self, folder: Path) -> Config:
+        """The same settings, read from a file in that folder."""
+        copied = self.model_copy()
+        copied._folder = folder
+        return copied
 
     @property
     def max_length(self) -> int:

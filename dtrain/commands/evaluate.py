@@ -15,6 +15,7 @@ from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.forward import Forward, ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.evaluation import EvaluationResult, evaluate
+from dtrain.own_metrics import reported
 from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.topology import Topology
@@ -30,9 +31,16 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
         raise ConfigError(
             "There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction."
         )
+    metrics = reported(config.evaluation, task, folder=config.folder)
     log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
     forward = wrap(construct.load(config, task, topology), config, topology)
-    result = evaluate(forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers)
+    result = evaluate(
+        forward,
+        task,
+        micro_batch_size=config.evaluation.micro_batch_size,
+        workers=config.data.workers,
+        reported=metrics,
+    )
     write_down(result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin, examples=_rows(result))
     return Result(dict(result.metrics), config.run_dir)
 

@@ -27,6 +27,7 @@ from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Monitor, RunState
+from dtrain.own_metrics import Reported, reported
 from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
@@ -64,9 +65,9 @@ def run_dry(config: Config, topology: Topology) -> None:
     log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=True))
 
 
-def _check_best(config: Config, task: Task) -> None:
+def _check_best(config: Config, names: Sequence[str]) -> None:
     """Refuses to wait for a metric that will not come."""
-    names, best = metric_names(task), config.evaluation.best
+    best = config.evaluation.best
     if best is not None and best.metric not in names:
         known = (
             f"This task has {', '.join(names)}"
@@ -84,21 +85,26 @@ def _old_result(config: Config, topology: Topology) -> Result:
 
 def _prepare(config: Config, topology: Topology, model: nn.Module | None, task: Task | None) -> TrainingRun:
     task = task or build_task(config, topology)
-    _check_best(config, task)
+    metrics = reported(config.evaluation, task, folder=config.folder)
+    names = metric_names(task, metrics)
+    if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
+        _check_best(config, names)
     steps = construct.step_plan(config, task)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
-    return TrainingRun(config, topology, task, construct.prepare_training(module, config, task, steps), steps)
+    prepared = construct.prepare_training(module, config, task, steps)
+    return TrainingRun(config, topology, task, prepared, steps, metrics)
 
 
 @dataclass
 class TrainingRun:
-    """One run from engine to summary. The fields below the first five change as it goes."""
+    """One run from engine to summary. The fields below the first six change as it goes."""
 
     config: Config
     topology: Topology
     task: Task
     prepared: construct.Construction
     steps: StepPlan
+    reported: Reported
     state: RunState = field(default_factory=RunState)
     last: EvaluationResult | None = None
     last_step: int = -1
@@ -159,8 +165,13 @@ class TrainingRun:
         begin = time.monotonic()
         evaluation = self.config.evaluation
         self.last = evaluate(
-            self.engine, self.task, micro_batch_size=evaluation.micro_batch_size, workers=self.config.data.workers
+            self.engine,
+            self.task,
+            micro_batch_size=evaluation.micro_batch_size,
+            workers=self.config.data.workers,
+            reported=self.reported,
         )
+        _check_best(self.config, list(self.last.metrics))
         self.last_step = step
         if self.last.metrics:
             self.tracker.evaluation(step, self.last.metrics, time.monotonic() - begin)
