@@ -45,6 +45,7 @@ COMMANDS = {
     "train": "fine-tune a model (the default)",
     "evaluate": "measure model.name_or_path on every split but train, exactly",
     "generate": "continue a text with a causal language model",
+    "export": "write a run's model to a folder of its own, with a model card",
 }
 
 EPILOG = """
@@ -60,6 +61,9 @@ torchrun, deepspeed, mpirun or srun and the same command runs on many ranks.
 exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 pre-empted, 1 anything else
 """
 
+
+WITHOUT_RUN_FOLDER = ("generate", "export")
+"""Commands that leave nothing below run.output_dir."""
 
 GRACE_S = 8.0
 """How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
@@ -159,7 +163,7 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
-    is_noted = not dry_run and command != "generate"  # those make no run folder of their own
+    is_noted = not dry_run and command not in WITHOUT_RUN_FOLDER
 
     def note(cause: str) -> None:
         if is_noted:
@@ -219,6 +223,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.generate import run_generate
 
             run_generate(config, topology)
+        case "export":
+            from dtrain.commands.export_command import run_export
+
+            run_export(config, topology)
 
 
 def console_script() -> None:

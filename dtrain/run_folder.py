@@ -204,7 +204,7 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
         ConfigError: the folder cannot be made or written.
     """
     try:
-        moved = _move_away(folder.path) if set_aside and folder.path.exists() else None
+        moved = move_away(folder.path) if set_aside and folder.path.exists() else None
         folder.path.mkdir(parents=True, exist_ok=True)
         # A summary older than the config beside it would pass for this run's result.
         for stale in (folder.exit, folder.summary):
@@ -220,7 +220,8 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
     return moved
 
 
-def _move_away(path: Path) -> Path:
+def move_away(path: Path) -> Path:
+    """Renames a folder to `<name>.old-<UTC time>` beside it; gives its new path."""
     stem = f"{path.name}.old-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     names = (stem, *(f"{stem}-{n}" for n in range(2, 100)))
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -239,6 +240,16 @@ def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
     """
     with worded(path):
         _write(path, [json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Writes a text file that readers find whole or not at all. Mode 0644.
+
+    Raises:
+        DtrainError: the file cannot be written.
+    """
+    with worded(path):
+        _write(path, [text])
 
 
 def write_lines_atomic(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -272,6 +272,13 @@ class Generate(Section):
     )
 
 
+class Export(Section):
+    """The export command."""
+
+    to: AnyPath | None = setting(None, "folder for the model; an existing one only with run.overwrite", resume="free")
+    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "of the weights; null: as they are", resume="free")
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -288,6 +295,7 @@ class Config(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "durable state")
     tracking: Tracking = setting(Tracking(), "logs")
     generate: Generate = setting(Generate(), "the generate command")
+    export: Export = setting(Export(), "the export command")
 
     _folder: Path = PrivateAttr(Path())
 

@@ -12,6 +12,7 @@ from torch import nn
 from dtrain import optim
 from dtrain.collectives import on_main
 from dtrain.commands import construct, folder, plan, results
+from dtrain.commands.card import write_card
 from dtrain.commands.export import export_model
 from dtrain.commands.results import Result
 from dtrain.commands.thawing import thaw
@@ -208,8 +209,15 @@ class TrainingRun:
             "updates": self.state.updates,
             "examples": self.state.examples,
             "best_step": self.state.best_step,
+            "task": self.task.name,
+            "rows": {split: len(rows) for split, rows in self.task.splits.items()},
         }
-        on_main(lambda: results.write(config.run_dir, summary, final), self.topology)
+
+        def write() -> None:
+            write_card(config.run_dir / "model", config, summary, task=self.task.name)
+            results.write(config.run_dir, summary, final)
+
+        on_main(write, self.topology)
         log.info("done: %s", json.dumps(summary["eval"]) if summary["eval"] else f"{self.state.step} steps")
         log.info("model and summary: %s", config.run_dir)
         return Result(dict(summary["eval"]), config.run_dir)

@@ -1,0 +1,162 @@
+"""The model card: valid for the hub, whole, and without anything of one machine."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dtrain.commands.card import bare_card, command_line, trained_card, without_places, write_card
+from dtrain.config import load_config
+from dtrain.schema import Config
+
+SUMMARY: dict[str, Any] = {
+    "eval": {"loss": 0.51234567, "accuracy": 0.75, "odd": float("nan")},
+    "world_size": 2,
+    "launcher": "torchrun",
+    "engine": "ddp",
+    "step": 12,
+    "examples": 96,
+    "rows": {"train": 8551, "validation": 1043},
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+}
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+SETTINGS = ["task.name=classification", "model.name_or_path=bert-base-uncased", "data.name=cola", "run.name=cola"]
+
+
+def card_of(*settings: str, summary: dict[str, Any] = SUMMARY, model: dict[str, Any] = BERT) -> str:
+    config = load_config(None, [*SETTINGS, *settings])
+    return trained_card(config, summary, task=config.task.name, model=model)
+
+
+def test_the_front_matter_is_what_the_hub_wants() -> None:
+    data = ModelCard(card_of()).data.to_dict()
+
+    assert data["base_model"] == "bert-base-uncased"
+    assert data["datasets"] == ["nyu-mll/glue"]
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
+    assert data["metrics"] == ["accuracy"]
+    (result,) = data["model-index"][0]["results"]
+    assert data["model-index"][0]["name"] == "cola"
+    assert result["dataset"] == {"name": "cola", "type": "nyu-mll/glue", "config": "cola", "split": "validation"}
+    found = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert found == {"loss": 0.51234567, "accuracy": 0.75}, "a value that is no number is none for the hub"
+
+
+def test_the_text_has_data_rows_metrics_settings_versions_and_the_command() -> None:
+    card = card_of("optim.learning_rate=3e-5", "train.epochs=2")
+
+    for row in (
+        "| train | 8551 |",
+        "| validation | 1043 |",
+        "| accuracy | 0.75 |",
+        "| odd | nan |",
+        "| optim.learning_rate | 3e-05 |",
+        "| train.epochs | 2 |",
+        "| seed | 0 |",
+        "| torch | 2.13.0 |",
+        "Ran on 2 processes, started by torchrun, engine ddp: 12 steps over 96 examples.",
+        'BertForSequenceClassification.from_pretrained("FOLDER")',
+    ):
+        assert row in card
+
+
+def test_the_command_line_makes_the_same_settings_again() -> None:
+    settings = [
+        *SETTINGS,
+        "optim.learning_rate=3e-5",
+        "train.max_steps=10",
+        "train.eval_every=2 epochs",
+        "freeze.modules=[embeddings, 'encoder.layer[:2]']",
+        "evaluation.best={metric: accuracy}",
+        "task.class_weights={'yes': 2.0, 'no': 1.0}",
+        "data.delimiter=\t",
+        "engine.deepspeed={zero_optimization: {stage3_max_live_parameters: 5}}",
+    ]
+    config = load_config(None, settings)
+
+    words = shlex.split(command_line(config))
+
+    assert words[:2] == ["dtrain", "train"]
+    assert load_config(None, words[2:]) == config
+
+
+def test_nothing_of_a_machine_is_told() -> None:
+    home = "/ho" + "me/ann"
+    token = "hf_" + "a1B2c3D4e5F6"
+    card = card_of(
+        f"model.name_or_path={home}/models/mine",
+        f"model.tokenizer={home}/tokens",
+        f"data.path={home}/data/cola",
+        f"run.output_dir={home}/runs",
+        f"data.cache_dir={home}/cache",
+        f"engine.deepspeed={{x: {{nvme_path: {home}/disk}}}}",
+        f"data.splits={{train: ../../ann/{token}.csv}}",
+        "data.columns={text: https://ann:secret@host/file}",
+    )
+
+    assert not re.search(r"ann|secret|home", card)
+    assert token not in card
+    for left in ("mine", "tokens", "cola", "disk", "hf_....csv"):
+        assert left in card
+    assert "base_model" not in card, "a folder is no name on the hub"
+
+
+def test_data_and_models_of_ones_own_have_no_name_on_the_hub() -> None:
+    settings = ["data.name=null", "data.path=reviews.csv", "model.from_scratch=true"]
+
+    card = card_of(*settings)
+    data = ModelCard(card).data.to_dict()
+
+    assert not {"datasets", "base_model", "model-index"} & set(data)
+    assert "`reviews.csv`" in card
+    assert "A new bert model made like `bert-base-uncased`" in card
+
+
+def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too() -> None:
+    plain = card_of(summary={**SUMMARY, "eval": {}, "world_size": 1}, model={"architectures": ["Mine"]})
+
+    data = ModelCard(plain).data.to_dict()
+    assert not {"metrics", "model-index", "library_name"} & set(data)
+    assert "Not evaluated." in plain
+    assert "Ran on one process" in plain
+    assert "from_pretrained" not in plain
+    assert ModelCard(bare_card("mine", BERT)).data.to_dict()["library_name"] == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("cola", "cola"),
+        ("org/name", "org/name"),
+        ("data/cola", "data/cola"),
+        ("/a/b", "b"),
+        ("/", "..."),
+        ("~/x", "x"),
+        ("../../x", "x"),
+        (["/a/b", 1], ["b", 1]),
+        ({"k": "/a/b"}, {"k": "b"}),
+        (None, None),
+    ],
+)
+def test_only_the_last_part_of_a_path_is_told(value: Any, told: Any) -> None:
+    assert without_places(value) == told
+
+
+def test_a_bar_in_a_value_does_not_break_a_table() -> None:
+    assert '| freeze.modules | ["a\\|b"] |' in card_of('freeze.modules=["a|b"]')
+
+
+def test_the_card_is_written_beside_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+
+    write_card(tmp_path, Config.model_validate({"task": {"name": "classification"}}), SUMMARY, task="own_task")
+
+    text = (tmp_path / "README.md").read_text()
+    assert "- own-task" in text
+    assert "pipeline_tag" not in text
+    assert "BertModel.from_pretrained" in text
