@@ -45,6 +45,7 @@ COMMANDS = {
     "train": "fine-tune a model (the default)",
     "evaluate": "measure model.name_or_path on every split but train, exactly",
     "generate": "continue a text with a causal language model",
+    "inspect": "write hidden states and attentions of a text or of examples",
     "export": "write a run's model to a folder of its own, with a model card",
 }
 
@@ -223,6 +224,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.generate import run_generate
 
             run_generate(config, topology)
+        case "inspect":
+            from dtrain.commands.inspect_command import run_inspect
+
+            run_inspect(config, topology)
         case "export":
             from dtrain.commands.export_command import run_export
 

@@ -33,8 +33,11 @@ _NAMES = {
     "exit": "exit.json",
     "tensorboard": "tensorboard",
 }
+INSPECTION = "inspection"
+"""Folder of what the inspect command writes."""
+
 _OF_TRAINING = ("metrics.jsonl", "checkpoints", "model", "tensorboard")
-_OF_RESULTS = ("summary.json", "predictions")
+_OF_RESULTS = ("summary.json", "predictions", INSPECTION)
 _OF_ANY_START = ("config.yaml", "exit.json")
 
 
@@ -83,7 +86,7 @@ def state(path: Path) -> State:
     """What lies at `path`.
 
     absent: nothing that a run has produced. unfinished: a training run without whole results. finished: one with them.
-    evaluation: results of evaluate, predict or generate. foreign: something that dtrain did not write.
+    evaluation: results of evaluate, predict, generate or inspect. foreign: something that dtrain did not write.
     """
     if not path.is_dir():
         return "foreign" if path.exists() or path.is_symlink() else "absent"
@@ -125,7 +128,7 @@ def decide(config: Config, *, command: str, changes: Sequence[Difference]) -> De
 
     Args:
         config: the settings asked for.
-        command: train, or one of those that write results only: evaluate, predict, generate.
+        command: train, or one of those that write results only: evaluate, predict, generate, inspect.
         changes: what `config` changes against the config.yaml in the folder.
 
     Raises:
@@ -209,8 +212,9 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
         # A summary older than the config beside it would pass for this run's result.
         for stale in (folder.exit, folder.summary):
             stale.unlink(missing_ok=True)
-        if folder.predictions.exists():
-            shutil.rmtree(folder.predictions)
+        for results in (folder.predictions, folder.path / INSPECTION):
+            if results.exists():
+                shutil.rmtree(results)
         _write(folder.config, [config_text])
     except OSError as error:
         raise ConfigError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
 from dtrain.task_settings import TaskSettings
@@ -279,6 +279,24 @@ class Export(Section):
     dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "of the weights; null: as they are", resume="free")
 
 
+class Inspect(Section):
+    """The inspect command."""
+
+    text: str | None = setting(None, "a text to look at", resume="free")
+    split: str | None = setting(None, "or the split that the examples are from: train, validation, ...", resume="free")
+    examples: tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        (), "indices in that split, from 0 on; default: the first", resume="free"
+    )
+
+    @model_validator(mode="after")
+    def _text_or_split(self) -> Inspect:
+        if self.text is not None and self.split is not None:
+            raise ValueError("give inspect.text or inspect.split, not both: set the other to null")
+        if self.examples and self.split is None:
+            raise ValueError("inspect.examples are of a split: set inspect.split, e.g. to validation")
+        return self
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -296,6 +314,7 @@ class Config(Section):
     tracking: Tracking = setting(Tracking(), "logs")
     generate: Generate = setting(Generate(), "the generate command")
     export: Export = setting(Export(), "the export command")
+    inspect: Inspect = setting(Inspect(), "the inspect command")
 
     _folder: Path = PrivateAttr(Path())
 
