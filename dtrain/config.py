@@ -80,7 +80,7 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         problems += complaints(error, Config, settings.values, place=place, show=_show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return config if command == "train" else _with_the_model_as_it_is(config, command)
+    return config if command in ("train", "download") else _with_the_model_as_it_is(config, command)
 
 
 def _with_the_model_as_it_is(config: Config, command: str) -> Config:

@@ -46,6 +46,7 @@ COMMANDS = {
     "evaluate": "measure model.name_or_path on every split but train, exactly",
     "generate": "continue a text with a causal language model",
     "inspect": "write hidden states and attentions of a text or of examples",
+    "download": "fetch a model or data set of the hub, for nodes without a network",
     "export": "write a run's model to a folder of its own, with a model card",
 }
 
@@ -63,7 +64,7 @@ exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 c
 """
 
 
-WITHOUT_RUN_FOLDER = ("generate", "export")
+WITHOUT_RUN_FOLDER = ("generate", "export", "download")
 """Commands that leave nothing below run.output_dir."""
 
 GRACE_S = 8.0
@@ -228,6 +229,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.inspect_command import run_inspect
 
             run_inspect(config, topology)
+        case "download":
+            from dtrain.commands.download import run_download
+
+            run_download(config, topology)
         case "export":
             from dtrain.commands.export_command import run_export
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, Strict, field_validator, model_validator
+from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
+from dtrain.command_settings import Download, Export, Inspect
 from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
 from dtrain.task_settings import TaskSettings
 
@@ -272,31 +273,6 @@ class Generate(Section):
     )
 
 
-class Export(Section):
-    """The export command."""
-
-    to: AnyPath | None = setting(None, "folder for the model; an existing one only with run.overwrite", resume="free")
-    dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "of the weights; null: as they are", resume="free")
-
-
-class Inspect(Section):
-    """The inspect command."""
-
-    text: str | None = setting(None, "a text to look at", resume="free")
-    split: str | None = setting(None, "or the split that the examples are from: train, validation, ...", resume="free")
-    examples: tuple[Annotated[int, Field(ge=0)], ...] = setting(
-        (), "indices in that split, from 0 on; default: the first", resume="free"
-    )
-
-    @model_validator(mode="after")
-    def _text_or_split(self) -> Inspect:
-        if self.text is not None and self.split is not None:
-            raise ValueError("give inspect.text or inspect.split, not both: set the other to null")
-        if self.examples and self.split is None:
-            raise ValueError("inspect.examples are of a split: set inspect.split, e.g. to validation")
-        return self
-
-
 class Config(Section):
     """All settings of a run."""
 
@@ -315,6 +291,7 @@ class Config(Section):
     generate: Generate = setting(Generate(), "the generate command")
     export: Export = setting(Export(), "the export command")
     inspect: Inspect = setting(Inspect(), "the inspect command")
+    download: Download = setting(Download(), "the download command")
 
     _folder: Path = PrivateAttr(Path())
 

@@ -25,6 +25,7 @@ LEVELS = {
             "console",
             "settings",
             "task_settings",
+            "command_settings",
             "schema",
             "quickstart",
             "jsonl",
@@ -51,6 +52,7 @@ LEVELS = {
 SIDEWAYS = {
     *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
     ("schema", "task_settings"),
+    ("schema", "command_settings"),
     *[("rollcall", "network"), ("mpi", "launchers"), ("mpi", "network"), ("mpi", "rollcall")],  # topology.py's parts
 }
 """Within a level, only these: who imports, and what."""
@@ -73,6 +75,7 @@ WITHOUT_TORCH = (
     "console",
     "settings",
     "task_settings",
+    "command_settings",
     "schema",
     "launchers",
     "network",
