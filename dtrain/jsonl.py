@@ -53,7 +53,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, event in enumerate(events(path)):
         kind = event.get("event")
-        key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval") else (number,)
+        key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval", "gradients") else (number,)
         kept.pop(key, None)  # so that the later one also stands later
         kept[key] = event
     return list(kept.values())

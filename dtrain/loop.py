@@ -32,6 +32,7 @@ class Loop:
 
     learning_rate: by number of updates applied. train_mode: puts the module in training mode, frozen parts apart.
     before_epoch: called with the epoch at its first step; gives the engine to go on with (thawing builds a new one).
+    log_gradients: steps between those that measure the gradient of each parameter; None: never.
     loss_is_scaled: fp16, where an overflow of the gradient is answered by the loss scale and is no fault.
     """
 
@@ -43,6 +44,7 @@ class Loop:
     learning_rate: Callable[[int], float]
     train_mode: Callable[[nn.Module], None]
     before_epoch: Callable[[Engine, int], Engine]
+    log_gradients: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def take_step(
     sums = add_up(engine, task, losses, stop=stop, coming=coming)
     for group in engine.param_groups:
         group["lr"] = learning_rate
+    measures = loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
+    gradient_norms = engine.gradient_norms() if measures else None
     # Without a target there is no gradient: a step would only decay weights and moments.
     with explain_in_step():
         result = engine.step(discard=sums.faults > 0 or weight == 0)
@@ -131,6 +135,7 @@ def take_step(
         faults=_gather_faults(engine, batches, losses) if sums.faults else (),
         ends_epoch=(batches.step + 1) % loop.plan.steps_per_epoch == 0,
         is_last=state.step == loop.total_steps,
+        gradient_norms=gradient_norms,
     )
     return record, sums, coming
 

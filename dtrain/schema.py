@@ -149,6 +149,9 @@ class Train(Section):
         "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
     )
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
+    log_gradients: int | None = setting(
+        None, "steps between lines with the gradient's norm in each layer; null: none", resume="free", ge=1
+    )
     non_finite: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is not finite does", resume="free"
     )

@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,6 +108,12 @@ class Tracker:
         for name, value in metrics.items():
             self._scalar(f"eval/{name}", value, step)
         log.info("eval at step %d: %s", step, "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
+
+    def gradients(self, step: int, norms: Mapping[str, float]) -> None:
+        """A gradients line: the norm in each part of the model, before clipping."""
+        self.event("gradients", step=step, norms=dict(norms))
+        for name, value in norms.items():
+            self._scalar(f"gradients/{name}", value, step)
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._board is not None and math.isfinite(value):

@@ -80,6 +80,7 @@ class Setting:
     workers: int = 0
     warmup: int = 1
     find_unused: bool = False
+    log_gradients: int | None = None
     broken: str | None = None
 
     def config(self) -> Config:
@@ -170,6 +171,7 @@ def build(topology: Topology, setting: Setting, module: nn.Module | None = None,
         learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
         train_mode=prepared.train_mode,
         before_epoch=_Thaw(config, topology, prepared, state),
+        log_gradients=setting.log_gradients,
     )
     subject: Any = Scaled(engine, 1.0001) if setting.broken == "scaled_gradient" else engine
     return Run(config, learns, subject, loop, state)

@@ -25,6 +25,7 @@ from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.loop import Loop, train
 from dtrain.models import freezing
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
+from dtrain.monitors.gradients import LogGradients
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Monitor, RunState
@@ -144,6 +145,7 @@ class TrainingRun:
             learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=total),
             train_mode=self.prepared.train_mode,
             before_epoch=self._before_epoch,
+            log_gradients=config.train.log_gradients,
         )
 
     def _monitors(self, own: Sequence[Monitor]) -> list[Monitor]:
@@ -151,6 +153,7 @@ class TrainingRun:
         train, best = self.config.train, self.config.evaluation.best
         found: list[Monitor] = [
             LogSteps(train.log_every, self.tracker),
+            LogGradients(self.tracker.gradients),
             NonFinite(train.non_finite, self.tracker),
             Evaluate(train.eval_every, self._evaluate),
         ]

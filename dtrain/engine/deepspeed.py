@@ -23,7 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import STEP, broadcast_slots, device_slots, host_copy, host_slots
+from dtrain.engine.state import STEP, broadcast_slots, device_slots, host_copy, host_slots, norms_by_name
 from dtrain.schema import Config
 from dtrain.topology import Topology, device_of
 
@@ -65,6 +65,20 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norms(self) -> dict[str, float]:
+        from deepspeed.utils import safe_get_full_grad
+
+        def gradient(parameter: nn.Parameter) -> torch.Tensor | None:
+            if self.stage == 0:
+                return parameter.grad  # reduced by now
+            found: torch.Tensor | None = safe_get_full_grad(parameter)
+            return found
+
+        scaler = self._loss_scaler()
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        learning = ((name, gradient(p)) for name, p in self.module.named_parameters() if p.requires_grad)
+        return norms_by_name(learning, scale=scale)
 
     def step(self, *, discard: bool = False) -> StepResult:
         if self.stage == 0:

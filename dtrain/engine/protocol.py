@@ -74,6 +74,13 @@ class Engine(Protocol):
         """Adds the gradient of `loss`, already scaled by world_size / summed weight of the step."""
         ...
 
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of each parameter's gradient of the whole step, all ranks together, before clipping, by name.
+
+        Between the last backward and `step`. A parameter that got no gradient is left out.
+        """
+        ...
+
     def step(self, *, discard: bool = False) -> StepResult:
         """Clips, updates, and clears the gradients. `discard` clears them only: weights and moments stay."""
         ...

@@ -13,7 +13,7 @@ from torch import nn
 from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import broadcast_slots, device_slots, host_copy, host_slots
+from dtrain.engine.state import broadcast_slots, device_slots, host_copy, host_slots, norms_by_name
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -49,6 +49,10 @@ class SingleEngine:
         # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
         with torch.autocast(self._device_type, enabled=False):
             torch.autograd.backward(self._scaler.scale(loss))
+
+    def gradient_norms(self) -> dict[str, float]:
+        found = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
+        return norms_by_name(found, scale=float(self._scaler.get_scale()))
 
     def step(self, *, discard: bool = False) -> StepResult:
         self._scaler.unscale_(self._optimizer)

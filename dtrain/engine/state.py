@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def host_slots(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def device_slots(slots: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same entries where the optimizer wants them: beside the parameter, the count of steps apart."""
     return {key: value if key == STEP else value.to(parameter.device, parameter.dtype) for key, value in slots.items()}
+
+
+def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale: float) -> dict[str, float]:
+    """L2 norm of each gradient, of what is multiplied by `scale`; one transfer to the host for all."""
+    norms = {name: gradient.norm(dtype=torch.float64) for name, gradient in gradients if gradient is not None}
+    values = torch.stack(list(norms.values())).tolist() if norms else []
+    return {name: value / scale for name, value in zip(norms, values, strict=True)}
 
 
 def broadcast_slots(

@@ -122,7 +122,7 @@ def frozen_parameters(model: nn.Module) -> list[str]:
 
 def summary(names: Iterable[str]) -> str:
     """Names collapsed for the eye: `bert.embeddings (5 tensors), bert.encoder.layer.0-1 (32 tensors)`, or `none`."""
-    counts = Counter(_group(name) for name in names)
+    counts = Counter(map(_group, names))
     runs: list[tuple[str, int | None, int | None, int]] = []
     for (stem, number), count in counts.items():
         if runs and number is not None and runs[-1][0] == stem and runs[-1][2] == number - 1:
@@ -136,6 +136,12 @@ def summary(names: Iterable[str]) -> str:
 def _written(stem: str, first: int | None, last: int | None, count: int) -> str:
     where = stem if first is None else f"{stem}.{first}" if first == last else f"{stem}.{first}-{last}"
     return f"{where} ({count} tensor{'s' if count > 1 else ''})"
+
+
+def group_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, as `summary` tells them apart: `bert.encoder.layer.3`."""
+    stem, number = _group(name)
+    return stem if number is None else f"{stem}.{number}"
 
 
 def _group(name: str) -> tuple[str, int | None]:

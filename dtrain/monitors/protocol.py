@@ -58,6 +58,7 @@ class StepRecord:
     applied: whether the weights moved. finite: whether loss and gradient were; an fp16 overflow, which the loss scale
     answers, is finite here. faults: where the loss was not. ends_epoch, is_last: of the epoch, of the run.
     metrics: of an evaluation after this step; filled in by the evaluation monitor, read by the monitors below it.
+    gradient_norms: of each parameter, before clipping, at the steps that train.log_gradients names.
     """
 
     step: int
@@ -73,6 +74,7 @@ class StepRecord:
     ends_epoch: bool
     is_last: bool
     metrics: Mapping[str, float] | None = None
+    gradient_norms: Mapping[str, float] | None = None
 
 
 class Log(Protocol):

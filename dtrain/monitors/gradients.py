@@ -1,0 +1,33 @@
+"""How large the gradient is in each part of the model, every k steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from dtrain.models.freezing import group_of
+from dtrain.monitors.protocol import Decision, StepRecord
+
+
+class LogGradients:
+    """Hands the norms on by layer (`bert.encoder.layer.3`) or part (`classifier`), at the steps that have them."""
+
+    def __init__(self, write: Callable[[int, Mapping[str, float]], None]) -> None:
+        """
+        Args:
+            write: takes a step and its norms.
+        """
+        self._write = write
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if record.gradient_norms is not None:
+            self._write(record.step, by_group(record.gradient_norms))
+        return Decision.CONTINUE
+
+
+def by_group(norms: Mapping[str, float]) -> dict[str, float]:
+    """L2 norms of parts of the model, from those of single parameters; all together give the norm of the step."""
+    squares: dict[str, list[float]] = {}
+    for name, norm in norms.items():
+        squares.setdefault(group_of(name), []).append(norm * norm)
+    return {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
