@@ -101,6 +101,7 @@ def test_nothing_of_a_machine_is_told() -> None:
 
     assert not re.search(r"ann|secret|home", card)
     assert token not in card
+    assert "output_dir" not in card
     for left in ("mine", "tokens", "cola", "disk", "hf_....csv"):
         assert left in card
     assert "base_model" not in card, "a folder is no name on the hub"

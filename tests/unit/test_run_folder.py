@@ -89,6 +89,7 @@ def evaluated(tmp_path: Path) -> RunFolder:
         (["summary.json", "model/config.json", "model/model.safetensors"], "finished"),
         (["summary.json", "predictions/validation.jsonl", "config.yaml"], "evaluation"),
         (["predictions/validation.jsonl"], "evaluation"),
+        (["config.yaml", "inspection/tokens.json"], "evaluation"),
         (["notes.txt"], "foreign"),
         (["src/main.py"], "foreign"),
         (["notes.txt", "metrics.jsonl"], "unfinished"),
