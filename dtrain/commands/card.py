@@ -87,7 +87,7 @@ def command_line(config: Config) -> str:
     changed = _changes(config.model_dump(mode="json"), _defaults(config))
     words = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in [("task.name", config.task.name), *changed]
+        for key, value in changed
         if not key.startswith(NOT_TOLD) and key.split(".")[0] not in NOT_OF_TRAINING
     ]
     return shlex.join(["dtrain", "train", *words])
@@ -127,6 +127,8 @@ def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any], above: str 
 def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, model: Mapping[str, Any], name: str) -> str:
     """YAML between two lines of dashes, from huggingface_hub, which checks it."""
     pipeline, dataset = PIPELINES.get(task), _hub_data(config)
+    # The hub compares results on one split; a part of it, or another under its name, is not to be compared.
+    is_whole = (config.data.limit, config.data.validation_fraction, config.data.splits) == (None, None, {})
     metrics = {key: float(value) for key, value in summary["eval"].items() if _is_finite(value)}
     results = [
         EvalResult(
@@ -139,7 +141,7 @@ def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, mode
             metric_value=value,
         )
         for metric, value in metrics.items()
-        if pipeline is not None and dataset is not None
+        if pipeline is not None and dataset is not None and is_whole
     ]
     data = ModelCardData(
         base_model=_base_model(config),

@@ -68,7 +68,7 @@ def test_training_writes_a_card_and_export_takes_it_along(tmp_path: Path, runs: 
     assert {"type": "accuracy", "value": accuracy} in data["model-index"][0]["results"][0]["metrics"]
     assert "| train | 40 |" in trained
     assert "| validation | 7 |" in trained
-    assert "dtrain train task.name=classification run.name=bert" in trained
+    assert "dtrain train run.name=bert task.name=classification" in trained
     assert str(tmp_path.parent.parent) not in trained
     assert str(runs.parent) not in trained
 

@@ -82,6 +82,7 @@ def test_the_command_line_makes_the_same_settings_again() -> None:
     words = shlex.split(command_line(config))
 
     assert words[:2] == ["dtrain", "train"]
+    assert words.count("task.name=classification") == 1
     assert load_config(None, words[2:]) == config
 
 
@@ -116,6 +117,14 @@ def test_data_and_models_of_ones_own_have_no_name_on_the_hub() -> None:
     assert not {"datasets", "base_model", "model-index"} & set(data)
     assert "`reviews.csv`" in card
     assert "A new bert model made like `bert-base-uncased`" in card
+
+
+@pytest.mark.parametrize("part", ["data.limit=100", "data.splits={train: train, validation: test}"])
+def test_results_on_a_part_of_the_data_are_not_the_hubs_results(part: str) -> None:
+    card = card_of(part)
+
+    assert "model-index" not in ModelCard(card).data.to_dict()
+    assert "| accuracy | 0.75 |" in card
 
 
 def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too() -> None:
