@@ -248,6 +248,11 @@ class Evaluation(Section):
     factory: str | None = setting(
         None, "package.module:function beside the config file: (predictions, references) -> metrics of your own"
     )
+    generate: bool = setting(False, "seq2seq: write a text for every example and judge it (BLEU, ROUGE)", resume="warn")
+    num_beams: int = setting(1, "of generated texts; 1: always the likeliest token", resume="warn", ge=1)
+    max_new_tokens: int | None = setting(
+        None, "tokens of a generated text; default: task.max_target_length", resume="warn", ge=1
+    )
 
 
 class Checkpoint(Section):
@@ -344,6 +349,8 @@ class Config(Section):
             found.append(
                 "evaluation.best needs evaluations, but train.eval_every=never: set it to epoch or a number of steps"
             )
+        if self.evaluation.generate and self.task.name != "seq2seq":
+            found.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: leave it out")
         if self.engine.find_unused and self.engine.is_deepspeed:
             found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
         if found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dtrain.settings import Section, setting
 
@@ -71,6 +71,35 @@ class TokenClassification(Section):
     )
 
 
+class Seq2Seq(Section):
+    """A text from a text: translation, summarisation, anything an encoder and a decoder learn together."""
+
+    name: Literal["seq2seq"] = setting(..., "seq2seq: a text from a text, such as a translation or a summary")
+    metric: Literal["translation", "summarization"] = setting(
+        "translation", "what judges generated texts: BLEU and chrF, or ROUGE", resume="free"
+    )
+    source: str | None = setting(None, "side of `translation` (en) or column to read from; default: the usual names")
+    target: str | None = setting(None, "side of `translation` (ro) or column to write; default: the usual names")
+    prefix: str = setting("", "put before every source, blank included: T5 is told its task by one")
+    source_lang: str | None = setting(None, "language code of a multilingual tokenizer (mBART: en_XX, NLLB: eng_Latn)")
+    target_lang: str | None = setting(None, "the same of the targets; generation begins with it")
+    max_target_length: int = setting(128, "tokens of a target; longer ones are cut", ge=2)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread over the vocabulary, in training only", ge=0, lt=1
+    )
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Seq2Seq:
+        for one, other in (("source", "target"), ("source_lang", "target_lang")):
+            if (getattr(self, one) is None) != (getattr(self, other) is None):
+                missing = one if getattr(self, one) is None else other
+                raise ValueError(f"task.{one} and task.{other} go together: set task.{missing} as well")
+        if self.source is not None and self.source == self.target:
+            raise ValueError(f"task.source and task.target are both {self.source}: a text is not learned from itself")
+        return self
+
+
 TaskSettings = Annotated[
-    Classification | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification, Field(discriminator="name")
+    Classification | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq,
+    Field(discriminator="name"),
 ]

@@ -22,6 +22,7 @@ from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
+from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
 from dtrain.task_settings import Head
 
@@ -60,7 +61,10 @@ def load_model(
     own_labels = real_label_names(config)
     refuse_auxiliary_loss(config)
     if model.from_scratch and tokenizer is not None:
+        born_pad = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)
+        if head == "seq2seq_lm":
+            fit_decoder(config, model, tokenizer, born_pad=born_pad)
     for key, value in head_config.items():
         setattr(config, key, value)
     if tokenizer is not None and head != "causal_lm" and getattr(config, "pad_token_id", None) is None:

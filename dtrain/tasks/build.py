@@ -31,3 +31,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.token_classification import prepare_token_classification
 
             return prepare_token_classification(config, config.task, topology)
+        case task_settings.Seq2Seq():
+            from dtrain.tasks.seq2seq import prepare_seq2seq
+
+            return prepare_seq2seq(config, config.task, topology)
