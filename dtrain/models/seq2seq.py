@@ -83,7 +83,7 @@ def _language_token(tokenizer: Any, code: str, setting: str) -> int:
 
 def _codes(tokenizer: Any) -> list[str]:
     by_code = getattr(tokenizer, "lang_code_to_token", None)
-    return list(by_code or [str(token) for token in tokenizer.additional_special_tokens or []])
+    return list(by_code or [token for token in tokenizer.all_special_tokens if not token.startswith(("<", "["))])
 
 
 def generation_of_language(tokenizer: PreTrainedTokenizerBase, language: int | None) -> dict[str, int]:
