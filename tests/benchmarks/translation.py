@@ -44,7 +44,7 @@ def make(folder: Path, *, train: int = 2000, validation: int = 200, seed: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, required=True, metavar="FOLDER")
-    print(make(parser.parse_args().make))  # noqa: T201
+    print(make(parser.parse_args().make))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def test_the_direction_is_the_settings_business(tmp_path: Path) -> None:
 
 
 def test_translations_without_a_direction_are_refused_with_what_there_is(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has translations \(en, ro\): say from which .* task.source=en task.target="):
+    with pytest.raises(
+        ConfigError, match=r"has translations \(en, ro\): say from which .* task.source=en task.target="
+    ):
         read(write(tmp_path, GOOD), source=None, target=None)
 
 
@@ -132,7 +134,9 @@ def test_columns_that_are_not_there_are_said_with_those_that_are(tmp_path: Path)
         read(tmp_path, "one", "ro")
     with pytest.raises(DataError, match=r"no column 'six', which data.columns.target names"):
         read(tmp_path, None, None, columns={"source": "one", "target": "six"})
-    with pytest.raises(ConfigError, match=r"data.columns.label is not a column that is read. Those are source and targ"):
+    with pytest.raises(
+        ConfigError, match=r"data.columns.label is not a column that is read. Those are source and targ"
+    ):
         read(tmp_path, None, None, columns={"label": "one"})
     with pytest.raises(DataError, match=r"no column with a usual name for the target"):
         read(write(tmp_path, [{"text": "A", "two": "B"}]), None, None)
