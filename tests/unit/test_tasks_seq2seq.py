@@ -290,6 +290,26 @@ def test_pairs_of_a_file_become_ids_with_the_prefix_in_front_and_references_as_t
     assert row["reference"] == ["A Dog  runs"]
 
 
+def test_a_multilingual_tokenizer_writes_each_side_in_its_language_and_generation_is_told_of_it(folder: Path) -> None:
+    from transformers import MBartTokenizer
+
+    MBartTokenizer(vocab=[(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", "\u2581a")]).save_pretrained(
+        folder / "mbart"
+    )
+    (folder / "train.tsv").write_text("source\ttarget\na\ta a\n")
+    languages = {"source_lang": "en_XX", "target_lang": "ro_RO"}
+
+    judge = prepare(folder, model={"tokenizer": str(folder / "mbart")}, task=languages, evaluation={"generate": True})
+
+    row, number = judge.splits["train"][[0]], judge.tokenizer.convert_tokens_to_ids
+    assert row["input_ids"] == [[4, 2, number("en_XX")]]
+    assert row["labels"] == [[4, 4, 2, number("ro_RO")]]
+    model = Says([[4, 2]])
+    judge.score(model, judge.collate({**row, "labels": [None]}, tiny.HERE), lock_step=False)
+    assert model.calls[0]["decoder_start_token_id"] == number("ro_RO")
+    assert (judge.tokenizer.src_lang, judge.tokenizer.tgt_lang) == ("en_XX", "ro_RO")
+
+
 def test_long_texts_are_cut_each_side_by_its_own_setting_and_end_as_they_should(folder: Path) -> None:
     long = " ".join(tiny.WORDS[:10])
     (folder / "train.tsv").write_text(f"source\ttarget\n{long}\t{long}\n")
