@@ -109,6 +109,14 @@ def test_columns_go_by_the_settings_before_the_usual_names(tmp_path: Path) -> No
     assert (by_data["source"], by_data["target"]) == (by_task["source"], by_task["target"]) == ("A", "C")
 
 
+def test_columns_that_are_named_count_also_beside_translations(tmp_path: Path) -> None:
+    write(tmp_path, [{**GOOD[0], "one": "A", "two": "B"}])
+
+    row = read(tmp_path, columns={"source": "one", "target": "two"})["train"][0]
+
+    assert (row["source"], row["target"]) == ("A", "B")
+
+
 def test_tab_separated_pairs_keep_their_quotation_marks(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text('en\tro\na "cat\tb\n', encoding="utf-8")
 

@@ -103,6 +103,19 @@ def test_examples_without_a_target_are_no_target() -> None:
     assert scored.prediction is not None
 
 
+class WithoutRuleForNothing(Says):
+    """As mBART, whose decoder begins with a row's last token, which a row without targets does not have."""
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        raise IndexError
+
+
+def test_a_split_without_targets_asks_no_model_for_decoder_inputs() -> None:
+    scored = made().score(WithoutRuleForNothing([[7, END]]), made().collate(rows([None]), tiny.HERE), lock_step=False)
+
+    assert scored.loss.tolist() == [0.0]
+
+
 # Sums
 
 
