@@ -69,7 +69,7 @@ def _bleu_and_chrf(texts: Sequence[str], references: Sequence[str]) -> tuple[dic
 
 
 def _rouge(texts: Sequence[str], references: Sequence[str]) -> tuple[dict[str, float], str]:
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE.values()), use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
