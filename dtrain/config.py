@@ -50,22 +50,26 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     """Reads the settings of one run; without a file, those of the quickstart.
 
     Args:
-        path: a YAML file; None for the quickstart, of which an override drops what it makes meaningless.
+        path: a YAML file; None for the quickstart, of which an override drops what it makes meaningless, and for
+            predict the settings of the run that made model.name_or_path.
         overrides: `section.key=value`, the value in YAML; later ones win, and all win over the file.
         command: names the run's default folder for commands other than train (`cola-evaluate`).
 
     Raises:
         ConfigError: one line for each thing that is wrong, with its place and the fix.
     """
-    settings = _Settings()
+    settings, stem = _Settings(), path.stem if path else None
     if path is not None:
         settings.values = _read_file(path, settings)
     given = [pair for text in overrides if (pair := _read_override(text, settings)) is not None]
-    if path is None:
+    if path is None and command == "predict" and (path := _config_of_model(given)) is not None:
+        settings.values, stem = _read_file(path, settings), path.parent.name
+        settings.values["run"] = {"output_dir": str(path.parent.parent)}  # beside the run, wherever that lies now
+    elif path is None:
         settings.values = _quickstart_under(given)
     for key, value in given:
         _apply(key, value, settings)
-    _name_run(settings, path=path, command=command)
+    _name_run(settings, stem=stem, command=command)
 
     def place(key: Key) -> str:
         around = [settings.places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in settings.places]
@@ -81,6 +85,25 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config if command in ("train", "download") else _with_the_model_as_it_is(config, command)
+
+
+def _config_of_model(given: Sequence[tuple[Key, Any]]) -> Path | None:
+    """The config.yaml of the run whose model is named; None where the task is named instead, or no model.
+
+    Raises:
+        ConfigError: the task cannot be known.
+    """
+    values = dict(given)
+    name = values.get(("model", "name_or_path"))
+    if not isinstance(name, str):
+        return None
+    file = Path(name).expanduser().absolute().parent / "config.yaml"
+    if not file.is_file() and values.keys().isdisjoint({("task", "name"), ("task",)}):
+        raise ConfigError(
+            f"predict does not know what model.name_or_path={name} was trained for: it is not the model folder of a "
+            f"run ({file} is not there). Say task.name=..., or give the settings with --config."
+        )
+    return file if file.is_file() else None
 
 
 def _with_the_model_as_it_is(config: Config, command: str) -> Config:
@@ -181,15 +204,17 @@ def _quickstart_under(given: Sequence[tuple[Key, Any]]) -> dict[str, Any]:
     return base
 
 
-def _name_run(settings: _Settings, *, path: Path | None, command: str) -> None:
-    """Names the run where the user did not: the file's stem, `quickstart` or the task, and the command."""
+def _name_run(settings: _Settings, *, stem: str | None, command: str) -> None:
+    """Names the run where the user did not: `stem`, else `quickstart` or the task, and the command."""
     run = settings.values.setdefault("run", {})
     if not isinstance(run, dict) or run.get("name") is not None:
         return
-    task = settings.values.get("task")
-    stem = path.stem if path else QUICKSTART["run"]["name"]
-    if path is None and isinstance(task, dict) and not settings.places.keys().isdisjoint({("task",), ("task", "name")}):
-        stem = str(task.get("name"))
+    if stem is None:
+        task, is_named = (
+            settings.values.get("task"),
+            not settings.places.keys().isdisjoint({("task",), ("task", "name")}),
+        )
+        stem = str(task.get("name")) if isinstance(task, dict) and is_named else str(QUICKSTART["run"]["name"])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_") or "run"
     run["name"] = name if command == "train" else f"{name}-{command}"
 

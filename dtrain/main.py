@@ -44,6 +44,7 @@ ALIKE_S = 1.0
 COMMANDS = {
     "train": "fine-tune a model (the default)",
     "evaluate": "measure model.name_or_path on every split but train, exactly",
+    "predict": "what model.name_or_path answers: on test splits, on predict.file or to predict.text",
     "generate": "continue a text with a causal language model",
     "inspect": "write hidden states and attentions of a text or of examples",
     "download": "fetch a model or data set of the hub, for nodes without a network",
@@ -165,7 +166,9 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
-    is_noted = not dry_run and command not in WITHOUT_RUN_FOLDER
+    # One text is answered on the spot, as those commands do.
+    without = command in WITHOUT_RUN_FOLDER or (command == "predict" and config.predict.text is not None)
+    is_noted = not (dry_run or without)
 
     def note(cause: str) -> None:
         if is_noted:
@@ -221,6 +224,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.evaluate import run_evaluate
 
             run_evaluate(config, topology)
+        case "predict":
+            from dtrain.commands.predict import run_predict
+
+            run_predict(config, topology)
         case "generate":
             from dtrain.commands.generate import run_generate
 

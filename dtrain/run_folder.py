@@ -27,6 +27,7 @@ _NAMES = {
     "config": "config.yaml",
     "metrics": "metrics.jsonl",
     "predictions": "predictions",
+    "submission": "submission",
     "checkpoints": "checkpoints",
     "model": "model",
     "summary": "summary.json",
@@ -37,7 +38,7 @@ INSPECTION = "inspection"
 """Folder of what the inspect command writes."""
 
 _OF_TRAINING = ("metrics.jsonl", "checkpoints", "model", "tensorboard")
-_OF_RESULTS = ("summary.json", "predictions", INSPECTION)
+_OF_RESULTS = ("summary.json", "predictions", "submission", INSPECTION)
 _OF_ANY_START = ("config.yaml", "exit.json")
 
 
@@ -49,6 +50,7 @@ class RunFolder:
     config: Path = field(init=False)
     metrics: Path = field(init=False)
     predictions: Path = field(init=False)
+    submission: Path = field(init=False)
     checkpoints: Path = field(init=False)
     model: Path = field(init=False)
     summary: Path = field(init=False)
@@ -212,7 +214,7 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
         # A summary older than the config beside it would pass for this run's result.
         for stale in (folder.exit, folder.summary):
             stale.unlink(missing_ok=True)
-        for results in (folder.predictions, folder.path / INSPECTION):
+        for results in (folder.predictions, folder.submission, folder.path / INSPECTION):
             if results.exists():
                 shutil.rmtree(results)
         _write(folder.config, [config_text])

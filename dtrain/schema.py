@@ -281,6 +281,22 @@ class Generate(Section):
     )
 
 
+class Predict(Section):
+    """The predict command."""
+
+    text: str | None = setting(None, "one text: its prediction is printed, and nothing is written", resume="free")
+    text_pair: str | None = setting(None, "second text of a pair", resume="free")
+    file: AnyPath | None = setting(None, "rows to predict, in place of the data section's splits", resume="free")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Predict:
+        if self.text_pair is not None and self.text is None:
+            raise ValueError("predict.text_pair is the second text of a pair: give the first as predict.text")
+        if self.text is not None and self.file is not None:
+            raise ValueError("give predict.text or predict.file, not both")
+        return self
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -297,6 +313,7 @@ class Config(Section):
     checkpoint: Checkpoint = setting(Checkpoint(), "durable state")
     tracking: Tracking = setting(Tracking(), "logs")
     generate: Generate = setting(Generate(), "the generate command")
+    predict: Predict = setting(Predict(), "the predict command")
     export: Export = setting(Export(), "the export command")
     inspect: Inspect = setting(Inspect(), "the inspect command")
     download: Download = setting(Download(), "the download command")

@@ -39,6 +39,12 @@ class Classification(Section):
         return weights
 
 
+class Regression(Section):
+    """One number for a sentence or a pair of sentences."""
+
+    name: Literal["regression"] = setting(..., "regression: one number for a sentence or a pair")
+
+
 class CausalLm(Section):
     """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
 
@@ -100,6 +106,6 @@ class Seq2Seq(Section):
 
 
 TaskSettings = Annotated[
-    Classification | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq,
+    Classification | Regression | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq,
     Field(discriminator="name"),
 ]

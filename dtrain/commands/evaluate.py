@@ -41,7 +41,7 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
         workers=config.data.workers,
         reported=metrics,
     )
-    write_down(result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin, examples=_rows(result))
+    write_down("evaluate", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
     return Result(dict(result.metrics), config.run_dir)
 
 
@@ -52,18 +52,14 @@ def wrap(module: nn.Module, config: Config, topology: Topology) -> Forward:
     return ForwardOnly(module, config, topology)
 
 
-def _rows(result: EvaluationResult) -> int:
-    return sum(len(split.records) for split in result.splits.values())
-
-
 def write_down(
-    result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float, examples: int
+    command: str, result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float
 ) -> None:
     """Collective. summary.json and predictions/, and the metrics on the terminal."""
     summary = {
-        **results.summary("evaluate", result, topology, engine=engine, seconds=seconds),
+        **results.summary(command, result, topology, engine=engine, seconds=seconds),
         "step": 0,
-        "examples": examples,
+        "examples": sum(len(split.records) for split in result.splits.values()),
     }
     on_main(lambda: results.write(run_dir, summary, result), topology)
     for metric, value in result.metrics.items():

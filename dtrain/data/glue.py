@@ -6,13 +6,13 @@ files and hub give the same model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.console import log
 from dtrain.data.readers import Row, Values, plain_records
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -28,15 +28,18 @@ class GlueTask:
     label: column of the label in train and dev.
     labels: a label as the files write it -> its name, in the order of the hub's classes; none where it is a score.
     columns: names of the columns of train and dev, which have no header then.
-    files: our split -> file.
-    skips_malformed: rows with too few or too many columns are skipped and counted.
+    files: our split -> file; test_files: the same for the splits without labels, called as on the hub.
+    submission: test split -> name, without suffix, of the file that the GLUE server wants for it.
+    skips_malformed: rows of train and dev with too few or too many columns are skipped and counted.
     """
 
     texts: tuple[str, ...]
     label: str
     labels: Mapping[str, str]
+    submission: Mapping[str, str]
     columns: tuple[str, ...] | None = None
     files: Mapping[str, str] = field(default_factory=lambda: {"train": "train.tsv", "validation": "dev.tsv"})
+    test_files: Mapping[str, str] = field(default_factory=lambda: {"test": "test.tsv"})
     skips_malformed: bool = False
 
 
@@ -47,23 +50,32 @@ TASKS: dict[str, GlueTask] = {
         ("sentence",),
         "label",
         {"0": "unacceptable", "1": "acceptable"},
+        {"test": "CoLA"},
         columns=("source", "label", "mark", "sentence"),
     ),
-    "sst2": GlueTask(("sentence",), "label", {"0": "negative", "1": "positive"}),
-    "mrpc": GlueTask(("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}),
+    "sst2": GlueTask(("sentence",), "label", {"0": "negative", "1": "positive"}, {"test": "SST-2"}),
+    "mrpc": GlueTask(
+        ("#1 String", "#2 String"), "Quality", {"0": "not_equivalent", "1": "equivalent"}, {"test": "MRPC"}
+    ),
     "qqp": GlueTask(
-        ("question1", "question2"), "is_duplicate", {"0": "not_duplicate", "1": "duplicate"}, skips_malformed=True
+        ("question1", "question2"),
+        "is_duplicate",
+        {"0": "not_duplicate", "1": "duplicate"},
+        {"test": "QQP"},
+        skips_malformed=True,
     ),
     "mnli": GlueTask(
         ("sentence1", "sentence2"),
         "gold_label",
         {"entailment": "entailment", "neutral": "neutral", "contradiction": "contradiction"},
+        {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm"},
         files={"train": "train.tsv", "validation": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"},
+        test_files={"test_matched": "test_matched.tsv", "test_mismatched": "test_mismatched.tsv"},
     ),
-    "qnli": GlueTask(("question", "sentence"), "label", _ENTAILED_OR_NOT),
-    "rte": GlueTask(("sentence1", "sentence2"), "label", _ENTAILED_OR_NOT),
-    "wnli": GlueTask(("sentence1", "sentence2"), "label", {"0": "not_entailment", "1": "entailment"}),
-    "stsb": GlueTask(("sentence1", "sentence2"), "score", {}),
+    "qnli": GlueTask(("question", "sentence"), "label", _ENTAILED_OR_NOT, {"test": "QNLI"}),
+    "rte": GlueTask(("sentence1", "sentence2"), "label", _ENTAILED_OR_NOT, {"test": "RTE"}),
+    "wnli": GlueTask(("sentence1", "sentence2"), "label", {"0": "not_entailment", "1": "entailment"}, {"test": "WNLI"}),
+    "stsb": GlueTask(("sentence1", "sentence2"), "score", {}, {"test": "STS-B"}),
 }
 
 NAMES = tuple(TASKS)
@@ -72,6 +84,29 @@ NAMES = tuple(TASKS)
 def find_task(name: str) -> GlueTask:
     """The task of that name."""
     return TASKS[name]
+
+
+def submission_lines(task: GlueTask, predictions: Iterable[str | float]) -> Iterator[str]:
+    """The lines of a file for the GLUE server: header, then 0-based place in the test file and answer.
+
+    Args:
+        predictions: of every row of the test file, in its order: label names, or scores.
+
+    Raises:
+        ConfigError: a label that is not one of the task's.
+    """
+    written = {name: label for label, name in task.labels.items()}
+    yield "index\tprediction\n"
+    for index, found in enumerate(predictions):
+        if not task.labels:
+            yield f"{index}\t{min(max(float(found), 0.0), 5.0):.3f}\n"
+            continue
+        if found not in written:
+            raise ConfigError(
+                f"The model answers {found!r}, which is no label of this GLUE task ({', '.join(written)}), so that no "
+                "submission can be written. Name its labels so: id2label and label2id in its config.json"
+            )
+        yield f"{index}\t{written[str(found)]}\n"
 
 
 class GlueRows:
@@ -95,7 +130,7 @@ class GlueRows:
             rows += 1
             if len(fields) == len(names):
                 yield line, self._values(line, fields, *where)
-            elif self._task.skips_malformed:
+            elif self._task.skips_malformed and self._has_label:
                 skipped += 1
             else:
                 yield (

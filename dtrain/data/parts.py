@@ -104,6 +104,8 @@ def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data)
                 if (classes := _classes_of(feature)) is not None
             },
         )
+        if data.name in glue.NAMES and not origin.needs_label:
+            rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # all -1 there
         parts[split] = Part(origin, _dataset_rows(rows, origin.class_names))
     return parts
 
@@ -115,7 +117,7 @@ def _classes_of(feature: Any) -> datasets.ClassLabel | None:
 
 
 def _dataset_rows(rows: datasets.Dataset, class_names: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
-    namers = {column: _namer(names) for column, names in class_names.items()}
+    namers = {column: _namer(names) for column, names in class_names.items() if column in rows.column_names}
     number = 0
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         for values in batch.to_pylist():

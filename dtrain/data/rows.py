@@ -149,7 +149,7 @@ def to_table(
 
 
 def given_columns(found: Sequence[str], origin: Origin, ours: Sequence[str]) -> dict[str, str]:
-    """`data.columns`, of which each must be a column of ours and be there.
+    """`data.columns`, of which each must be a column of ours and be there, but for the label of a split without one.
 
     Raises:
         ConfigError: `data.columns` names a column of ours that does not exist.
@@ -160,13 +160,14 @@ def given_columns(found: Sequence[str], origin: Origin, ours: Sequence[str]) -> 
             f"data.columns.{unknown[0]} is not a column that is read. Those are {', '.join(ours[:-1])}"
             f"{' and ' if len(ours) > 1 else ''}{ours[-1]}"
         )
+    there = {our: theirs for our, theirs in origin.given.items() if theirs in found}
     for our, theirs in origin.given.items():
-        if theirs not in found:
+        if our not in there and (our != "label" or origin.needs_label):
             raise DataError(
                 f"{origin.name} has no column {theirs!r}, which data.columns.{our} names. Its columns: "
                 f"{', '.join(found)}"
             )
-    return dict(origin.given)
+    return there
 
 
 def missing_column(what: str, ours: str, usual: Sequence[str], found: Sequence[str], origin: Origin) -> DataError:
@@ -223,7 +224,9 @@ class Columns:
     label: str | None
 
 
-def find_columns(found: Sequence[str], origin: Origin, *, labelled: bool) -> Columns:
+def find_columns(
+    found: Sequence[str], origin: Origin, *, labelled: bool, usual_labels: Sequence[str] = LABELS
+) -> Columns:
     """Which of the columns found are ours: as `data.columns` says, else by the usual names.
 
     Raises:
@@ -240,9 +243,10 @@ def find_columns(found: Sequence[str], origin: Origin, *, labelled: bool) -> Col
         raise missing_column("text", "text", TEXTS, found, origin)
     if not labelled:
         return Columns(text, None, None)
-    label = label or next((name for name in LABELS if name in found and name not in (text, pair)), None)
+    if "label" not in origin.given:
+        label = next((name for name in usual_labels if name in found and name not in (text, pair)), None)
     if label is None and origin.needs_label:
-        raise missing_column("the label", "label", LABELS, found, origin)
+        raise missing_column("the label", "label", usual_labels, found, origin)
     return Columns(text, pair, label)
 
 
@@ -256,10 +260,15 @@ def _text_layout(first: Values, origin: Origin) -> Layout:
 
 
 def labelled_layout(
-    first: Values, origin: Origin, *, label_type: pa.DataType, read_label: Callable[[Any, str], Any]
+    first: Values,
+    origin: Origin,
+    *,
+    label_type: pa.DataType,
+    read_label: Callable[[Any, str], Any],
+    usual_labels: Sequence[str] = LABELS,
 ) -> Layout:
     """text, text_pair where there are pairs, and label. A split that needs none has labels in all rows or in none."""
-    columns = find_columns(list(first), origin, labelled=True)
+    columns = find_columns(list(first), origin, labelled=True, usual_labels=usual_labels)
     label = columns.label
     if label is not None and not origin.needs_label and read_label(first.get(label), origin.name) is None:
         label = None
@@ -278,7 +287,7 @@ def labelled_layout(
         return row
 
     schema = pa.schema([(name, kind) for name, kind in used.items() if there[name] is not None])
-    return Layout(schema, convert, origin.class_names.get(columns.label or ""))
+    return Layout(schema, convert, origin.class_names.get(columns.label or "label"))
 
 
 def _classes_layout(first: Values, origin: Origin) -> Layout:

@@ -15,6 +15,10 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.classification import prepare_classification
 
             return prepare_classification(config, config.task, topology)
+        case task_settings.Regression():
+            from dtrain.tasks.regression import prepare_regression
+
+            return prepare_regression(config, topology)
         case task_settings.CausalLm():
             from dtrain.tasks.causal_lm import prepare_causal_lm
 

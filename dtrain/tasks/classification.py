@@ -19,7 +19,7 @@ from dtrain.models.load import label_names_of
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Classification, Head
-from dtrain.tasks.preparing import Meta, Recipe, all_texts, encode_texts, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, all_texts, column_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -119,13 +119,17 @@ class ClassificationTask:
             for found, label in zip(predictions, self._truth(split), strict=True)
         ]
 
+    def answers(self, module: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:
+        probabilities = _logits(module, batch)[0].softmax(dim=-1)
+        best = probabilities.max(dim=-1)
+        return [
+            {"prediction": self.labels[index], "probability": probability}
+            for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
     def _truth(self, split: str) -> Sequence[int | None]:
         """The labels of a split in data order; None for an example that has none."""
-        rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # one column, without the tokens of the whole split
-            rows = rows.select_columns("label")
-        labels: Sequence[int | None] = rows[list(range(len(rows)))]["label"]
-        return labels
+        return column_of(self.splits[split], "label")
 
     def _class_weights(self, settings: Classification) -> torch.Tensor | None:
         if settings.class_weights is None:
@@ -153,6 +157,12 @@ def prepare_classification(config: Config, settings: Classification, topology: T
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         if "train" not in sources and order is not None:
             check_labels(sources, names := order)  # an evaluation: the model knows its labels
+        elif "train" not in sources and all(source.label_names is None for source in sources.values()):
+            raise ConfigError(
+                f"What the labels are called is said nowhere: there is no train split, and "
+                f"model.name_or_path={config.model.name_or_path} has no id2label in its config.json. Name a trained "
+                "classifier, or a train split in data.splits."
+            )
         else:
             names = label_names(sources)
         if order is not None and set(order) == set(names):

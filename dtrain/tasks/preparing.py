@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from dtrain.data.rows import Shape
 from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
+from dtrain.tasks.protocol import Split
 from dtrain.topology import Topology
 
 Meta = Mapping[str, Json]
@@ -114,6 +115,13 @@ def all_texts(source: Source) -> Iterator[str]:
     """Both texts of every row."""
     rows = source.rows
     return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
+
+
+def column_of(rows: Split, name: str) -> Sequence[Any]:
+    """One column of a split in data order, without the tokens of the whole split."""
+    whole: Any = rows.select_columns(name) if isinstance(rows, datasets.Dataset) else rows
+    values: Sequence[Any] = whole[list(range(len(whole)))][name]
+    return values
 
 
 def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -107,4 +107,16 @@ class Task(Protocol):
 
     def records(self, split: str, predictions: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
         """One mapping per example in data order with `prediction` and `reference`, for predictions/<split>.jsonl."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """What a task has besides, where `predict.text` is to work for it: an answer that a person reads."""
+
+    def answers(self, module: nn.Module, batch: Batch) -> Sequence[Mapping[str, Any]]:
+        """One mapping per example: `prediction`, then by name what tells more of it, e.g. its `probability`.
+
+        Collective where the model is sharded (ZeRO 3): every rank asks for the same batch.
+        """
         ...
