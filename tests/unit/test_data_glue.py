@@ -6,10 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from dtrain.data.glue import TASKS
+from dtrain.data.glue import TASKS, submission_lines
 from dtrain.data.rows import LABELLED
+from dtrain.data.scores import SCORED
 from dtrain.data.sources import label_names, load_sources
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
@@ -103,6 +105,115 @@ def test_label_names_come_from_the_task_in_the_hubs_order_even_where_the_rows_la
     folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."])
 
     assert label_names(load_sources(Data(name="cola", path=folder), LABELLED)) == ("unacceptable", "acceptable")
+
+
+STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
+
+
+def test_stsb_has_scores_for_labels_and_keeps_their_digits(tmp_path: Path) -> None:
+    rows = [["0", "main", "f", "2012", "1", "a", "b", "one", "two", score] for score in ("3.800", "0.000", "5")]
+    lines = ["\t".join(row) for row in (STSB, *rows)]
+    folder = write(tmp_path, train=lines, dev=lines)
+
+    source = load_sources(Data(name="stsb", path=folder), SCORED)["train"]
+
+    assert source.rows[0] == {"text": "one", "text_pair": "two", "label": 3.8, "line": 2}
+    assert source.rows["label"] == [3.8, 0.0, 5.0]
+    assert source.label_names is None
+
+
+def test_an_stsb_score_that_is_no_number_is_named_by_file_and_line(tmp_path: Path) -> None:
+    row = ["0", "main", "f", "2012", "1", "a", "b", "one", "two"]
+    lines = ["\t".join(fields) for fields in (STSB, [*row, "1.0"], [*row, "alike"])]
+    folder = write(tmp_path, train=lines, dev=lines)
+
+    with pytest.raises(DataError, match=r"train\.tsv, line 3: the label 'alike' is no finite number"):
+        load_sources(Data(name="stsb", path=folder), SCORED)
+
+
+# Test files: no labels, a header in every task
+
+
+TESTS = {
+    "cola": ("index sentence", "0|one"),
+    "sst2": ("index sentence", "0|one"),
+    "mrpc": ("index|#1 ID|#2 ID|#1 String|#2 String", "0|7|8|one|two"),
+    "qqp": ("id question1 question2", "0|one|two"),
+    "mnli": (f"{MNLI_COLUMNS} sentence1 sentence2", "0|1|2|g|(b)|(b)|(p)|(p)|one|two"),
+    "qnli": ("index question sentence", "0|one|two"),
+    "rte": ("index sentence1 sentence2", "0|one|two"),
+    "wnli": ("index sentence1 sentence2", "0|one|two"),
+    "stsb": (" ".join(STSB[:-1]), "0|main|f|2012|1|a|b|one|two"),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_test_files_of_every_task_give_its_texts_and_no_label(tmp_path: Path, name: str) -> None:
+    header, row = TESTS[name]
+    task = TASKS[name]
+    lines = [header.replace("|" if "|" in header else " ", "\t"), row.replace("|", "\t")]
+    folder = write(tmp_path, **{file.removesuffix(".tsv"): lines for file in task.test_files.values()})
+
+    shape = LABELLED if task.labels else SCORED
+    sources = load_sources(Data(name=name, path=folder, splits=dict(task.test_files)), shape)
+
+    assert set(sources) == set(task.submission)
+    for source in sources.values():
+        pair = {"text_pair": "two"} if len(task.texts) == 2 else {}
+        assert [dict(read_row) for read_row in source.rows] == [{"text": "one", **pair, "line": 2}]
+        assert source.label_names == (tuple(task.labels.values()) or None)  # known without a row that has one
+
+
+def test_a_malformed_row_of_a_test_file_is_named_for_the_answers_behind_it_would_move_up(tmp_path: Path) -> None:
+    folder = write(tmp_path, test=["id\tquestion1\tquestion2", *["0\ta\tb"] * 2000, "1\tcut off"])
+
+    with pytest.raises(DataError, match=r"test\.tsv, line 2002: 2 columns where this file has 3"):
+        load_sources(Data(name="qqp", path=folder, splits={"test": "test.tsv"}), LABELLED)
+
+
+@pytest.mark.parametrize(("name", "label"), [("stsb", -1.0), ("rte", -1)])
+def test_the_hubs_minus_ones_in_test_splits_are_no_labels(tmp_path: Path, name: str, label: float) -> None:
+    columns: dict[str, Any] = {"sentence1": ["one"], "sentence2": ["two"], "label": [label], "idx": [0]}
+    rows = datasets.Dataset.from_dict(columns)
+    if name == "rte":
+        rows = rows.cast_column("label", datasets.ClassLabel(names=["entailment", "not_entailment"]))
+    datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path))
+
+    shape = SCORED if name == "stsb" else LABELLED
+    source = load_sources(Data(name=name, path=tmp_path, splits={"test": "test"}), shape)["test"]
+
+    assert source.rows[0] == {"text": "one", "text_pair": "two", "line": 1}
+    assert source.label_names == (None if name == "stsb" else ("entailment", "not_entailment"))
+
+
+# What the server takes
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "written"),
+    [
+        ("cola", ["acceptable", "unacceptable"], ["1", "0"]),
+        ("wnli", ["entailment", "not_entailment"], ["1", "0"]),
+        ("mrpc", ["equivalent", "not_equivalent"], ["1", "0"]),
+        ("qqp", ["duplicate", "not_duplicate"], ["1", "0"]),
+        ("sst2", ["negative", "positive"], ["0", "1"]),
+        ("mnli", ["neutral", "contradiction", "entailment"], ["neutral", "contradiction", "entailment"]),
+        ("qnli", ["not_entailment", "entailment"], ["not_entailment", "entailment"]),
+        ("rte", ["not_entailment", "entailment"], ["not_entailment", "entailment"]),
+        ("stsb", [3.14159, -0.2, 5.01, 2.0], ["3.142", "0.000", "5.000", "2.000"]),
+    ],
+)
+def test_a_submission_counts_from_0_and_answers_as_the_files_do(
+    name: str, found: list[str | float], written: list[str]
+) -> None:
+    lines = [f"{index}\t{answer}\n" for index, answer in enumerate(written)]
+
+    assert list(submission_lines(TASKS[name], found)) == ["index\tprediction\n", *lines]
+
+
+def test_a_submission_of_other_labels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'POSITIVE', which is no label of this GLUE task \(negative, positive\)"):
+        list(submission_lines(TASKS["sst2"], ["POSITIVE"]))
 
 
 def qqp_lines(rows: int, *malformed: str) -> list[str]:
