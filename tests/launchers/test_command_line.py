@@ -76,7 +76,17 @@ def test_help_answers_in_half_a_second_of_work_without_a_heavy_import() -> None:
     imported = {line.rpartition("|")[2].strip() for line in imports.splitlines()}
     assert "dtrain.schema" in imported
     assert imported & HEAVY == set()
-    for word in ("--config", "--print-config", "--dry-run", "train", "evaluate", "generate", "exit codes", "torchrun"):
+    for word in (
+        "--config",
+        "--print-config",
+        "--dry-run",
+        "train",
+        "evaluate",
+        "predict",
+        "generate",
+        "exit codes",
+        "torchrun",
+    ):
         assert word in shown.stdout
     assert shown.returncode == 0
 

@@ -598,6 +598,33 @@ def test_the_cola_config_has_the_published_hyper_parameters() -> None:
     assert (config.max_length, config.schedule.name, config.run.name) == (128, "linear", "cola")
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "scores"),
+    [
+        ("sst2", 3, ["92.32"]),
+        ("mrpc", 5, ["88.85", "84.07"]),
+        ("qqp", 3, ["90.71", "87.49"]),
+        ("stsb", 3, ["88.64", "88.48"]),
+        ("mnli", 3, ["83.91", "84.10"]),
+        ("qnli", 3, ["90.66"]),
+        ("rte", 3, ["65.70"]),
+        ("wnli", 5, ["56.34"]),
+    ],
+)
+def test_each_glue_task_has_a_config_with_the_published_hyper_parameters_and_scores(
+    name: str, epochs: int, scores: list[str]
+) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+
+    config = load_config(path, [])
+
+    assert (config.model.name_or_path, config.data.name, config.run.name) == ("bert-base-cased", name, name)
+    assert config.task.name == ("regression" if name == "stsb" else "classification")
+    assert (config.optim.learning_rate, config.optim.weight_decay, config.train.epochs) == (2e-5, 0.0, epochs)
+    assert (config.train.global_batch_size, config.max_length, config.schedule.name) == (32, 128, "linear")
+    assert all(score in path.read_text(encoding="utf-8") for score in scores)
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = load_config(None, [])
 
