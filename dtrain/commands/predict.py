@@ -38,6 +38,9 @@ from dtrain.topology import Topology
 WITHOUT_ANSWERS = ("causal_lm", "masked_lm")
 """Tasks of which an example has no answer."""
 
+OF_TEXT = ("classification", "regression")
+"""Tasks of which `predict.text` alone is an example; each has `Answers`."""
+
 
 def run_predict(config: Config, topology: Topology) -> Result:
     """Collective. Writes predictions/, summary.json and, for a GLUE task, submission/ into a run folder of its own.
@@ -112,6 +115,11 @@ def _write_submission(config: Config, result: EvaluationResult) -> None:
 
 def _answer(config: Config, topology: Topology) -> Result:
     """Collective. One example that is in no file, read and tokenised as one of a split would be."""
+    if config.task.name not in OF_TEXT:
+        raise ConfigError(
+            f"predict.text does not work for task.name={config.task.name}: its examples are more than text. Put them "
+            "in a file and set predict.file."
+        )
     texts = {"text": config.predict.text, "text_pair": config.predict.text_pair}
     with TemporaryDirectory(prefix="dtrain-predict-") as place:
         row = {column: text for column, text in texts.items() if text is not None}
@@ -120,11 +128,7 @@ def _answer(config: Config, topology: Topology) -> Result:
         data = Data(path=Path(place), splits=splits, max_length=config.data.max_length, cache_dir=Path(place) / "cache")
         config = config.model_copy(update={"data": data})
         task = build_task(config, topology)
-        if not isinstance(task, Answers):
-            raise ConfigError(
-                f"predict.text does not work for task.name={task.name}: its examples are more than text. Put them in a "
-                "file and set predict.file."
-            )
+        assert isinstance(task, Answers), "a task of OF_TEXT"
         forward = wrap(construct.load(config, task, topology), config, topology)
         forward.module.eval()
         batch = task.collate(task.splits["test"][[0]], Place(0, (0,)))

@@ -249,6 +249,7 @@ def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
     ("name", "sections", "said"),
     [
         ("cola", {"data": {"max_bad_rows": 1}}, "the GLUE server wants an answer to each"),
+        (None, {"task": {"name": "multiple_choice"}, "predict": {"text": "a"}}, "predict.text does not work for"),
         (None, {"task": {"name": "causal_lm"}}, "task.name=causal_lm has no answers to predict.*generate"),
     ],
 )
