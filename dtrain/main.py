@@ -48,6 +48,7 @@ COMMANDS = {
     "inspect": "write hidden states and attentions of a text or of examples",
     "download": "fetch a model or data set of the hub, for nodes without a network",
     "export": "write a run's model to a folder of its own, with a model card",
+    "chat": "talk with a chat model, or answer a file of dialogues",
 }
 
 EPILOG = """
@@ -165,7 +166,8 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
-    is_noted = not dry_run and command not in WITHOUT_RUN_FOLDER
+    talks = command == "chat" and not config.talk.makes_run_folder
+    is_noted = not dry_run and not talks and command not in WITHOUT_RUN_FOLDER
 
     def note(cause: str) -> None:
         if is_noted:
@@ -237,6 +239,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.export_command import run_export
 
             run_export(config, topology)
+        case "chat":
+            from dtrain.commands.chat import run_chat
+
+            run_chat(config, topology)
 
 
 def console_script() -> None:

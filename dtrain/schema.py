@@ -281,6 +281,29 @@ class Generate(Section):
     )
 
 
+class Talk(Section):
+    """The chat command, which draws its replies as `generate` says."""
+
+    system: str | None = setting(None, "a system message that every dialogue begins with", resume="free")
+    input: AnyPath | None = setting(
+        None, "dialogues to answer: .txt with one on a line, or JSONL; default: the terminal", resume="free"
+    )
+    output: AnyPath | None = setting(
+        None, "JSONL of the replies to talk.input; default: predictions/replies.jsonl of a run folder", resume="free"
+    )
+
+    @model_validator(mode="after")
+    def _output_has_an_input(self) -> Talk:
+        if self.output is not None and self.input is None:
+            raise ValueError("talk.output is for the replies to talk.input: set that as well, or neither")
+        return self
+
+    @property
+    def makes_run_folder(self) -> bool:
+        """Whether the replies go to a run folder of the command's own."""
+        return self.input is not None and self.output is None
+
+
 class Config(Section):
     """All settings of a run."""
 
@@ -300,6 +323,7 @@ class Config(Section):
     export: Export = setting(Export(), "the export command")
     inspect: Inspect = setting(Inspect(), "the inspect command")
     download: Download = setting(Download(), "the download command")
+    talk: Talk = setting(Talk(), "the chat command")
 
     _folder: Path = PrivateAttr(Path())
 
@@ -320,7 +344,9 @@ class Config(Section):
     @property
     def max_length(self) -> int:
         """Tokens per example (classification), per block (language model) or per window (question answering)."""
-        return self.data.max_length or {"causal_lm": 256, "question_answering": 384}.get(self.task.name, 128)
+        return self.data.max_length or {"causal_lm": 256, "chat": 256, "question_answering": 384}.get(
+            self.task.name, 128
+        )
 
     @property
     def run_dir(self) -> Path:
