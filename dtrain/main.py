@@ -49,6 +49,7 @@ COMMANDS = {
     "inspect": "write hidden states and attentions of a text or of examples",
     "download": "fetch a model or data set of the hub, for nodes without a network",
     "export": "write a run's model to a folder of its own, with a model card",
+    "chat": "talk with a chat model, or answer a file of dialogues",
 }
 
 EPILOG = """
@@ -166,9 +167,11 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
-    # One text is answered on the spot, as those commands do.
-    without = command in WITHOUT_RUN_FOLDER or (command == "predict" and config.predict.text is not None)
-    is_noted = not (dry_run or without)
+    # One text is answered on the spot, as those commands do; a talk may be, too.
+    on_the_spot = (command == "predict" and config.predict.text is not None) or (
+        command == "chat" and not config.talk.makes_run_folder
+    )
+    is_noted = not (dry_run or on_the_spot or command in WITHOUT_RUN_FOLDER)
 
     def note(cause: str) -> None:
         if is_noted:
@@ -244,6 +247,10 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
             from dtrain.commands.export_command import run_export
 
             run_export(config, topology)
+        case "chat":
+            from dtrain.commands.chat import run_chat
+
+            run_chat(config, topology)
 
 
 def console_script() -> None:

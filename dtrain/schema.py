@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
-from dtrain.command_settings import Download, Export, Inspect
+from dtrain.command_settings import Download, Export, Generate, Inspect, Predict, Talk
 from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
 from dtrain.task_settings import TaskSettings
 
@@ -269,34 +269,6 @@ class Tracking(Section):
     tensorboard: bool = setting(True, "write event files to tensorboard/ in the run folder", resume="free")
 
 
-class Generate(Section):
-    """The generate command."""
-
-    prompt: str | None = setting(None, "text to go on from; default: a line break", resume="free")
-    max_new_tokens: int = setting(200, "tokens to add", resume="free", ge=1)
-    temperature: float = setting(0.8, "0: always the likeliest token", resume="free", ge=0)
-    top_k: int | None = setting(None, "draw among the k likeliest tokens only", resume="free", ge=1)
-    top_p: float | None = setting(
-        None, "draw among the likeliest tokens up to this probability", resume="free", gt=0, le=1
-    )
-
-
-class Predict(Section):
-    """The predict command."""
-
-    text: str | None = setting(None, "one text: its prediction is printed, and nothing is written", resume="free")
-    text_pair: str | None = setting(None, "second text of a pair", resume="free")
-    file: AnyPath | None = setting(None, "rows to predict, in place of the data section's splits", resume="free")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Predict:
-        if self.text_pair is not None and self.text is None:
-            raise ValueError("predict.text_pair is the second text of a pair: give the first as predict.text")
-        if self.text is not None and self.file is not None:
-            raise ValueError("give predict.text or predict.file, not both")
-        return self
-
-
 class Config(Section):
     """All settings of a run."""
 
@@ -317,6 +289,7 @@ class Config(Section):
     export: Export = setting(Export(), "the export command")
     inspect: Inspect = setting(Inspect(), "the inspect command")
     download: Download = setting(Download(), "the download command")
+    talk: Talk = setting(Talk(), "the chat command")
 
     _folder: Path = PrivateAttr(Path())
 
@@ -337,7 +310,9 @@ class Config(Section):
     @property
     def max_length(self) -> int:
         """Tokens per example (classification), per block (language model) or per window (question answering)."""
-        return self.data.max_length or {"causal_lm": 256, "question_answering": 384}.get(self.task.name, 128)
+        return self.data.max_length or {"causal_lm": 256, "chat": 256, "question_answering": 384}.get(
+            self.task.name, 128
+        )
 
     @property
     def run_dir(self) -> Path:

@@ -105,7 +105,17 @@ class Seq2Seq(Section):
         return self
 
 
+class Chat(Section):
+    """Dialogues: the next token of every turn, or of the assistant's turns only."""
+
+    name: Literal["chat"] = setting(..., "chat: dialogues, in turns or messages")
+    loss_on: Literal["all", "replies"] = setting("all", "which tokens are learnt: all turns', or the assistant's only")
+    format: Literal["auto", "turns", "template"] = setting(
+        "auto", "turns: [CLS] turn [SEP] turn [SEP]; template: the tokenizer's chat template; auto: that if it has one"
+    )
+
+
 TaskSettings = Annotated[
-    Classification | Regression | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq,
+    Classification | Regression | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq | Chat,
     Field(discriminator="name"),
 ]

@@ -40,7 +40,7 @@ PIPELINES = {
 NOT_TOLD = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
 """Settings that say nothing about the model."""
 
-NOT_OF_TRAINING = ("generate", "export", "inspect", "download")
+NOT_OF_TRAINING = ("generate", "talk", "export", "inspect", "download")
 
 TOKEN = re.compile(r"hf_\w{8,}")
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from dtrain.command_settings import Generate
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.schema import Config, Generate
+from dtrain.schema import Config
 from dtrain.seeding import seed_all
 from dtrain.topology import Topology, device_of
 
@@ -35,12 +37,16 @@ def run_generate(config: Config, topology: Topology) -> str:
 
 
 @torch.no_grad()
-def continuation(model: torch.nn.Module, ids: torch.Tensor, config: Config) -> torch.Tensor:
+def continuation(
+    model: torch.nn.Module, ids: torch.Tensor, config: Config, *, stops: Collection[int] | None = None
+) -> torch.Tensor:
     """The prompt and max_new_tokens more. Beyond the model's positions it sees the last ones only (no cache then).
 
     Args:
         ids: (length,) int64.
+        stops: tokens that end the text; None: the eos token of the model's config.
     """
+    ends = (getattr(model.config, "eos_token_id", None),) if stops is None else stops
     settings = config.generate
     window = (
         getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
@@ -48,7 +54,7 @@ def continuation(model: torch.nn.Module, ids: torch.Tensor, config: Config) -> t
     for _ in range(settings.max_new_tokens):
         logits = model(input_ids=ids[None, -window:], use_cache=False).logits[:, -1].float()
         ids = torch.cat([ids, draw(logits, settings)])
-        if ids[-1] == getattr(model.config, "eos_token_id", None):
+        if int(ids[-1]) in ends:
             break
     return ids
 

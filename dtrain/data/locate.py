@@ -88,6 +88,8 @@ def split_files(data: Data, form: Literal["glue", "files"]) -> dict[str, Path]:
     """
     place = place_of(data)
     if place.is_file():
+        if data.splits and place.suffix.lower() == ".json" and form == "files":  # one object with a list for each
+            return train_first(dict.fromkeys(data.splits, place))
         if data.splits or form == "glue":
             raise DataError(f"data.path={data.path} is one file, where the folder of {_wanted_files(data)} is expected")
         return {"train": place}

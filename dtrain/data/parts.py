@@ -81,7 +81,8 @@ def _file_part(split: str, file: Path, data: Data, shape: Shape) -> Part:
         needs_label=needs_label,
         given=data.columns,
     )
-    return Part(origin, read_rows(file, delimiter=data.delimiter, header=data.header))
+    key = data.splits[split] if data.splits and place_of(data).is_file() else None
+    return Part(origin, read_rows(file, delimiter=data.delimiter, header=data.header, key=key))
 
 
 def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data) -> dict[str, Part]:

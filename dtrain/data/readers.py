@@ -29,7 +29,7 @@ TEXT_SUFFIXES = (".txt", ".conll")
 SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
 
 
-def read_rows(path: Path, *, delimiter: str | None, header: bool | None) -> Iterator[Row]:
+def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: str | None = None) -> Iterator[Row]:
     """Rows of a file in the format of its suffix.
 
     CSV is quoted as spreadsheets do it. TSV has no quoting at all, since a stray quotation mark in a text would swallow
@@ -39,6 +39,7 @@ def read_rows(path: Path, *, delimiter: str | None, header: bool | None) -> Iter
         path: a file with a suffix of TABLE_SUFFIXES.
         delimiter: between the fields of CSV and TSV; None: by suffix.
         header: whether CSV and TSV begin with the columns' names, which are "0", "1", ... if not; None: they do.
+        key: of the list in a JSON file whose object holds several, e.g. one for each split.
 
     A row that is not what its format says comes as the error that says so, and reading goes on behind it.
 
@@ -51,7 +52,7 @@ def read_rows(path: Path, *, delimiter: str | None, header: bool | None) -> Iter
         case ".tsv":
             return _named(plain_records(path, _one_character(delimiter or "\t")), path, header=header is not False)
         case ".json":
-            return _json_rows(path)
+            return _json_rows(path, key)
         case ".jsonl":
             return _json_line_rows(path)
         case ".parquet":
@@ -175,7 +176,7 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
         yield line, _object(values, f"{path}, line {line}")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path, key: str | None) -> Iterator[Row]:
     """A list of objects, alone or as the one value (or "data") of an object; or objects line by line, as JSONL."""
     try:
         content = json.loads(whole_text(path))
@@ -186,6 +187,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
         raise DataError(f"{path}: not rows: JSON nested too deep to be read") from None
+    if key is not None:
+        if not isinstance(content, dict) or key not in content:
+            what = f"an object with {', '.join(content)}" if isinstance(content, dict) else type(content).__name__
+            raise DataError(f"{path}: data.splits names {key!r} in it, but it holds {what}")
+        content = content[key]
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         content = content["data"] if "data" in content else lists[0] if len(lists) == 1 == len(content) else [content]

@@ -39,3 +39,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.seq2seq import prepare_seq2seq
 
             return prepare_seq2seq(config, config.task, topology)
+        case task_settings.Chat():
+            from dtrain.tasks.chat import prepare_chat
+
+            return prepare_chat(config, config.task, topology)

@@ -1,0 +1,168 @@
+"""The chat command: talks in the terminal, or answers a file of dialogues, with the encoding of training.
+
+A reply is drawn as `generate` says and seeded by its number in the conversation, or by its dialogue's in the file: the
+same settings give the same replies.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dtrain.commands import folder, results
+from dtrain.commands.generate import continuation
+from dtrain.console import log
+from dtrain.data.dialogues import Message, read_prompts
+from dtrain.errors import ConfigError, DataError
+from dtrain.models.chat_format import ChatFormat, choose_format, newest
+from dtrain.models.checks import check_fit, longest_input
+from dtrain.models.load import load_model
+from dtrain.models.tokenizer import load_tokenizer
+from dtrain.run_folder import write_json_atomic, write_lines_atomic
+from dtrain.schema import Config
+from dtrain.seeding import seed_all
+from dtrain.task_settings import CausalLm, Chat
+from dtrain.topology import Topology, device_of
+
+FORGET = "/reset"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """text: what the model says. forgotten: the oldest turns that it could not be shown any more."""
+
+    text: str
+    forgotten: int
+
+
+def run_chat(config: Config, topology: Topology) -> None:
+    """Talks with whoever sits at the terminal (or behind a pipe), or writes replies to `talk.input`.
+
+    Raises:
+        ConfigError: several ranks, another task, or a tokenizer that the format cannot use.
+        DataError: a file that cannot be read as dialogues.
+    """
+    if topology.world_size > 1:
+        raise ConfigError(f"chat runs as one process, not {topology.world_size}: start it with python, no launcher.")
+    if not isinstance(config.task, Chat | CausalLm):
+        raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
+    begin = time.monotonic()
+    prompts = list(read_prompts(config.talk.input)) if config.talk.input is not None else None
+    if prompts == []:
+        raise DataError(f"{config.talk.input} has no dialogue to answer: a line of text is one")
+    if config.talk.makes_run_folder:
+        folder.take(config, topology, command="chat")
+    answer = speaker(config, topology)
+    if prompts is None:
+        talk(answer, _lines_of(sys.stdin), system=config.talk.system)
+        return
+    target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
+    write_lines_atomic(target, _replies(answer, prompts, system=config.talk.system))
+    if config.talk.makes_run_folder:
+        summary = results.summary("chat", None, topology, engine="single", seconds=time.monotonic() - begin)
+        write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
+    log.info("%d replies: %s", len(prompts), target)
+
+
+Answer = Callable[[Sequence[Message], int], Reply]
+"""The reply to the last message of a dialogue, drawn with that number."""
+
+
+def speaker(config: Config, topology: Topology) -> Answer:
+    """Loads the model and gives what answers with it."""
+    tokenizer = load_tokenizer(config.model, training_texts=list)
+    chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
+    head_config = chat.head_config
+    model = load_model(
+        config.model, head="causal_lm", head_config=head_config, tokenizer=tokenizer, seed=config.run.seed
+    )
+    check_fit(model, tokenizer, max_length=1, needs_padding=False)
+    model = model.to(device_of(topology)).eval()
+    stops = chat.stops | _ends(model)
+    room = _room(model, config.generate.max_new_tokens)
+
+    def answer(messages: Sequence[Message], number: int) -> Reply:
+        ids, forgotten = newest(chat, messages, max_tokens=room)
+        seed_all(config.run.seed, "chat", number)
+        drawn = continuation(model, torch.tensor(ids, device=model.device), config, stops=stops)[len(ids) :].tolist()
+        return Reply(_text(chat, drawn, stops), forgotten)
+
+    return answer
+
+
+def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
+    """Answers line by line with the history, until an empty line or the end; FORGET begins anew."""
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    history, number, told = list(start), 0, 0
+    for line in lines:
+        said = line.strip()
+        if not said:
+            return
+        if said == FORGET:
+            history, told = list(start), 0
+            log.info("(forgotten)")
+            continue
+        history.append({"role": "user", "content": said})
+        reply = answer(history, number)
+        number += 1
+        if reply.forgotten > told:
+            told = reply.forgotten
+            log.info("(the first %d turns are more than the model can look back on)", told)
+        log.info("%s", reply.text)
+        history.append({"role": "assistant", "content": reply.text})
+
+
+def _replies(
+    answer: Answer, prompts: Sequence[tuple[int, Sequence[Message]]], *, system: str | None
+) -> Iterator[dict[str, Any]]:
+    for index, (line, messages) in enumerate(prompts):
+        has_system = messages[0]["role"] == "system"
+        whole = [{"role": "system", "content": system}, *messages] if system and not has_system else messages
+        yield {
+            "example_index": index,
+            "line": line,
+            "messages": [dict(message) for message in messages],
+            "prediction": answer(whole, index).text,
+        }
+
+
+def _lines_of(stream: Any) -> Iterator[str]:
+    """Lines that are typed, each after a sign that it is awaited, or lines of a pipe."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # half a character is no reason to stop
+    if not stream.isatty():
+        yield from stream
+        return
+    log.info("An empty line or Ctrl-D ends, %s forgets what was said.", FORGET)
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            log.info("")  # the shell's own prompt begins a line
+            return
+
+
+def _ends(model: PreTrainedModel) -> frozenset[int]:
+    """What the model's own files say ends a text: one token, several, or none."""
+    found: set[int] = set()
+    for config in (model.config, model.generation_config):
+        ends = getattr(config, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return frozenset(found)
+
+
+def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Tokens of the history: the positions less those of the reply, at least half of them."""
+    positions = longest_input(model)
+    return 2**31 if positions is None else max(positions - max_new_tokens, positions // 2)
+
+
+def _text(chat: ChatFormat, drawn: Sequence[int], stops: frozenset[int]) -> str:
+    return chat.reply([token for token in drawn if token not in stops])

@@ -1,0 +1,147 @@
+"""Dialogues: the next token of every turn, or of the assistant's only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+
+from dtrain.console import log
+from dtrain.data.dialogues import dialogue_shape
+from dtrain.data.sources import Source
+from dtrain.errors import DataError
+from dtrain.models.chat_format import ChatFormat, choose_format, fit
+from dtrain.schema import Config
+from dtrain.seeding import Place
+from dtrain.task_settings import Chat, Head
+from dtrain.tasks.preparing import Examples, Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
+from dtrain.tasks.tensors import full_precision
+from dtrain.topology import Topology
+
+
+class ChatTask:
+    """Cross entropy of each next token that is a target; perplexity, and the share of targets that come first."""
+
+    name = "chat"
+    head: Head = "causal_lm"
+    needs_padding = False  # what stands after the end of a dialogue is masked and no target: any token will do
+    metric_names: Sequence[str] = ("perplexity", "accuracy")
+
+    def __init__(self, splits: Mapping[str, Split], tokenizer: Any, chat: ChatFormat, *, max_length: int) -> None:
+        """
+        Args:
+            splits: rows with `input_ids`, at most max_length of them, and `is_target` for each.
+            chat: the format that the rows were encoded in.
+        """
+        self.splits: Mapping[str, Split] = splits
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.head_config: dict[str, Any] = dict(chat.head_config)
+        self._padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+        longest = max(max(len(ids) for ids in rows["input_ids"]) - 1, 1)
+        shape = (len(rows["input_ids"]), longest)
+        inputs, labels = torch.full(shape, self._padding), torch.full(shape, IGNORED)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        for row, (tokens, is_target) in enumerate(zip(rows["input_ids"], rows["is_target"], strict=True)):
+            ids = torch.tensor(tokens, dtype=torch.int64)
+            used = len(ids) - 1  # the last token has no next one
+            inputs[row, :used] = ids[:-1]
+            labels[row, :used] = ids[1:].masked_fill(~torch.tensor(is_target[1:], dtype=torch.bool), IGNORED)
+            mask[row, : max(used, 1)] = 1  # attention to nothing at all is not a number
+        return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+    def targets(self, batch: Batch) -> Targets:
+        count = int((batch["labels"] != IGNORED).sum())
+        return Targets(float(count), count)
+
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        logits, labels = _logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
+        """The prediction of a dialogue: how many of its targets were the likeliest token, and how many there are."""
+        logits, labels = _logits(module, batch)
+        # Not (batch, vocabulary, length), which takes several times as long on a CPU.
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        count = (labels != IGNORED).sum(dim=1)
+        right = (logits.argmax(dim=-1) == labels).sum(dim=1)
+        return Scored(losses.view_as(labels).double().sum(dim=1), count, torch.stack([right, count], dim=1))
+
+    def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
+        right, count = (sum(column) for column in zip(*predictions, strict=True))
+        return {"perplexity": math.inf if loss > 700 else math.exp(loss), "accuracy": right / count}
+
+    def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
+        """Nothing is written here: `correct` of a dialogue's targets were the likeliest token."""
+        return [{"prediction": None, "reference": None, "correct": int(right)} for right, _ in predictions]
+
+
+def prepare_chat(config: Config, settings: Chat, topology: Topology) -> ChatTask:
+    """Collective. Encodes each dialogue, once per node; says how many did not fit data.max_length."""
+    replies_only = settings.loss_on == "replies"
+
+    def describe(_sources: Mapping[str, Source], tokenizer: Any) -> Meta:
+        return {"format": choose_format(tokenizer, settings.format).name}
+
+    def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
+        chat = choose_format(tokenizer, meta["format"])
+
+        def tokenise(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
+            found: dict[str, list[Any]] = {"input_ids": [], "is_target": [], "is_cut": []}
+            for line, messages in zip(rows["line"], rows["turns"], strict=True):
+                try:
+                    encoded, is_cut = fit(chat, messages, max_length=config.max_length, replies_only=replies_only)
+                except DataError as error:
+                    raise DataError(f"{source.origin}, {source.unit} {line}: {error}") from None
+                for column, value in zip(found, (encoded.ids, encoded.is_target, is_cut), strict=True):
+                    found[column].append(value)
+            return found
+
+        return map_rows(source, tokenise, config)
+
+    recipe = Recipe(
+        "chat",
+        dialogue_shape(needs_reply=replies_only),
+        texts=_texts,
+        encode=encode,
+        describe=describe,
+        options={"format": settings.format, "loss_on": settings.loss_on},
+        needs_padding=False,
+    )
+    examples = prepare_examples(recipe, config, topology)
+    _tell_cuts(examples, config.max_length)
+    chat = choose_format(examples.tokenizer, examples.meta["format"])
+    return ChatTask(examples.splits, examples.tokenizer, chat, max_length=config.max_length)
+
+
+def _texts(source: Source) -> Iterator[str]:
+    for turns in source.rows["turns"]:
+        for turn in turns:
+            yield turn["content"]
+
+
+def _tell_cuts(examples: Examples, max_length: int) -> None:
+    for split, rows in examples.splits.items():
+        marks = rows.select_columns("is_cut").with_format("arrow")[:]["is_cut"].to_pylist()  # row by row takes long
+        cut = [index for index, is_cut in enumerate(marks) if is_cut]
+        if not cut:
+            continue
+        without = sum(not any(is_target[1:]) for is_target in rows[cut]["is_target"])
+        log.info(
+            "data: %s: %d of %d dialogues have more than data.max_length=%d tokens: only their first turns are used%s",
+            *(split, len(cut), len(rows), max_length),
+            f", and {without} of them are left without a target" if without else "",
+        )
+
+
+def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
