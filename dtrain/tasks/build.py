@@ -39,3 +39,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.seq2seq import prepare_seq2seq
 
             return prepare_seq2seq(config, config.task, topology)
+        case task_settings.MaskedLm():
+            from dtrain.tasks.masked_lm import prepare_masked_lm
+
+            return prepare_masked_lm(config, config.task, topology)
