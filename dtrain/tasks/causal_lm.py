@@ -146,7 +146,7 @@ class CausalLmTask:
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._is_checked:
-            check_keeps_apart(model)
+            check_keeps_apart(model, max_length=self.max_length)
             self._is_checked = True
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "document_ids")}
         if self._is_packed:

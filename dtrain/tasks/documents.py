@@ -38,15 +38,22 @@ def own_document_only(document_ids: torch.Tensor, dtype: torch.dtype) -> dict[st
 
 
 @torch.no_grad()
-def check_keeps_apart(model: nn.Module) -> None:
+def check_keeps_apart(model: nn.Module, *, max_length: int) -> None:
     """Shows the model two documents in a row, twice, with another first one: the second must not notice.
 
-    Models differ in what they make of such a mask: some refuse it, some (recurrent and hybrid ones, sliding windows)
-    do without a word as they like. So it is asked, not looked up. Leaves modes and random state alone.
+    Models differ in what they make of such a mask: some refuse it, some (recurrent and hybrid ones) do without a word as
+    they like. So it is asked, not looked up. Leaves modes and random state alone.
+
+    Args:
+        max_length: tokens in a row.
 
     Raises:
-        ConfigError: it refuses, or what it says of the second document depends on the first or on its place.
+        ConfigError: it refuses, or what it says of the second document depends on the first or on its place; or it looks
+            back through a window, of which such a mask would know nothing.
     """
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    if isinstance(window, int) and window < max_length:
+        raise _refusal(model, f"looks back {window} tokens only, fewer than data.max_length={max_length}")
     weights = next(model.parameters())
     tokens = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=weights.device)
     given = own_document_only(torch.tensor([[1, 1, 2, 2]] * 2, device=weights.device), weights.dtype)

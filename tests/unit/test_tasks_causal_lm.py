@@ -198,6 +198,17 @@ def test_a_text_file_becomes_blocks_from_which_it_can_be_read_again(tmp_path: Pa
     assert set(made.metrics("validation", loss=1.0, predictions=[])) == {"perplexity", "bits_per_character"}
 
 
+def test_chinese_is_a_token_per_character_from_the_file_to_the_blocks_and_back(tmp_path: Path) -> None:
+    text = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\n\U00020000\u5929"
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+
+    made = prepare(tmp_path)
+
+    assert text_of(made, "train") == text
+    assert sum(map(len, made.splits["train"][[0, 1, 2]]["input_ids"])) == len(text) + 2  # blocks overlap by one
+    assert "bits_per_character" in made.metric_names
+
+
 def test_a_character_that_training_never_saw_still_counts_as_one(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcabc")
     (tmp_path / "validation.txt").write_text("abxc")
@@ -381,8 +392,19 @@ class TakesNoMask(nn.Module):
         return SimpleNamespace(logits=self.table(input_ids))
 
 
+class HasAWindow(TakesNoMask):
+    """A model whose own mask reaches back three tokens."""
+
+    config = SimpleNamespace(model_type="short", sliding_window=3)
+
+
 @pytest.mark.parametrize(
-    ("model", "says"), [(LooksBack(), "LooksBack mixes documents all the same"), (TakesNoMask(), "refuses that")]
+    ("model", "says"),
+    [
+        (LooksBack(), "LooksBack mixes documents all the same"),
+        (TakesNoMask(), "refuses that"),
+        (HasAWindow(), "a short model looks back 3 tokens only, fewer than data.max_length=6"),
+    ],
 )
 def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, model: nn.Module, says: str) -> None:
     made = packed(tmp_path, DOCUMENTS)
