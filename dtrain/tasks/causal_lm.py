@@ -139,7 +139,7 @@ class CausalLmTask:
         made = [f"blocks of {self.max_length}"]
         if self._settings is not None:
             joined = f"rows joined by {self._settings.joiner!r}"
-            stride = self._settings.stride or "that"
+            stride = self._settings.stride or self.max_length
             made = ["each row a document" if self._is_packed else joined, *made, f"stride {stride}", "no BOS"]
         values = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
         return f"{split}: {values} (nll {nll:.6f} nats over {tokens} tokens{words}; {', '.join(made)})"
