@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from dtrain.errors import ConfigError
 from dtrain.quickstart import QUICKSTART
-from dtrain.schema import Config
+from dtrain.schema import BUILT_TOKENIZERS, Config
 from dtrain.settings import OnResume
 from dtrain.wording import (
     ABSENT,
@@ -116,7 +116,7 @@ def _with_the_model_as_it_is(config: Config, command: str) -> Config:
     if model.name_or_path is None:
         raise ConfigError(f"{command} uses a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
     changes: dict[str, Any] = {"from_scratch": False, "config": {}} if model.from_scratch else {}
-    if model.tokenizer == "char":  # built from the training text then, saved in the model's folder since
+    if model.tokenizer in BUILT_TOKENIZERS:  # from the training text then, saved in the model's folder since
         changes["tokenizer"] = None
     return config.model_copy(update={"model": model.model_copy(update=changes)})
 

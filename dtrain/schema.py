@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, mode
 
 from dtrain.command_settings import Download, Export, Generate, Inspect, Predict, Talk
 from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
-from dtrain.task_settings import TaskSettings
+from dtrain.task_settings import CausalLm, TaskSettings
 
 
 class Run(Section):
@@ -35,13 +35,20 @@ class Run(Section):
         return name
 
 
+BUILT_TOKENIZERS = ("char", "train-bpe")
+"""Values of model.tokenizer that make a tokenizer of the training text; it is saved with the model."""
+
+
 class Model(Section):
     """Which model and tokenizer, and how the model is run."""
 
     name_or_path: NameOrPath | None = setting(None, "a Hugging Face name, or a folder that from_pretrained loads")
     from_scratch: bool = setting(False, "new random weights (from model.config, on top of name_or_path's if given)")
     config: dict[str, Any] = setting({}, "overrides of the model's own config; from scratch it needs model_type")
-    tokenizer: NameOrPath | None = setting(None, "name, folder, vocabulary file (.txt), or char; default: the model's")
+    tokenizer: NameOrPath | None = setting(
+        None, "name, folder, vocabulary file (.txt), char, or train-bpe; default: the model's"
+    )
+    tokenizer_vocab_size: int = setting(8000, "tokens that train-bpe makes of the training text, at most", ge=260)
     trust_remote_code: bool = setting(False, "run Python code that comes with the model. Only for authors you trust")
     attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory", resume="free")
@@ -94,7 +101,7 @@ class Data(Section):
     limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
     max_bad_rows: int = setting(0, "rows of a split that cannot be used and are passed over, each with a warning", ge=0)
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
-    num_proc: int = setting(1, "processes that tokenise classification data, once per node", resume="free", ge=1)
+    num_proc: int = setting(1, "processes that tokenise rows, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "of tokenised data; default: the datasets library's", resume="free")
 
 
@@ -309,7 +316,7 @@ class Config(Section):
 
     @property
     def max_length(self) -> int:
-        """Tokens per example (classification), per block (language model) or per window (question answering)."""
+        """Tokens per example (classification), per block (causal language model) or per window (question answering)."""
         return self.data.max_length or {"causal_lm": 256, "chat": 256, "question_answering": 384}.get(
             self.task.name, 128
         )
@@ -343,6 +350,12 @@ class Config(Section):
             )
         if self.evaluation.generate and self.task.name != "seq2seq":
             found.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: leave it out")
+        stride = self.task.stride if isinstance(self.task, CausalLm) else None
+        if stride is not None and stride > self.max_length:
+            found.append(
+                f"task.stride={stride} leaves tokens out that no window of data.max_length={self.max_length} scores: "
+                "set it to that or less (half is usual)"
+            )
         if self.engine.find_unused and self.engine.is_deepspeed:
             found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
         if found:

@@ -50,6 +50,12 @@ class CausalLm(Section):
 
     name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
     joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
+    packing: Literal["stream", "documents"] = setting(
+        "stream", "documents: each row is one, and a token sees its own only; several share a block"
+    )
+    stride: int | None = setting(
+        None, "evaluate by a window of data.max_length that moves on by so many tokens; null: by blocks", ge=1
+    )
 
 
 class MultipleChoice(Section):
@@ -115,7 +121,23 @@ class Chat(Section):
     )
 
 
+class MaskedLm(Section):
+    """Words hidden in a text, to be guessed from both sides. Rows longer than data.max_length go on in further examples."""
+
+    name: Literal["masked_lm"] = setting(..., "masked_lm: hidden tokens of a text, guessed from both sides")
+    mask_probability: float = setting(0.15, "share of the tokens (or words) that are to be guessed", gt=0, le=1)
+    whole_word: bool = setting(False, "hide all tokens of a word or none")
+
+
 TaskSettings = Annotated[
-    Classification | Regression | CausalLm | MultipleChoice | QuestionAnswering | TokenClassification | Seq2Seq | Chat,
+    Classification
+    | Regression
+    | CausalLm
+    | MaskedLm
+    | MultipleChoice
+    | QuestionAnswering
+    | TokenClassification
+    | Seq2Seq
+    | Chat,
     Field(discriminator="name"),
 ]

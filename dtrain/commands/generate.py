@@ -6,11 +6,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dtrain.command_settings import Generate
 from dtrain.console import log
 from dtrain.errors import ConfigError
+from dtrain.models.checks import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.schema import Config
@@ -38,9 +39,12 @@ def run_generate(config: Config, topology: Topology) -> str:
 
 @torch.no_grad()
 def continuation(
-    model: torch.nn.Module, ids: torch.Tensor, config: Config, *, stops: Collection[int] | None = None
+    model: PreTrainedModel, ids: torch.Tensor, config: Config, *, stops: Collection[int] | None = None
 ) -> torch.Tensor:
-    """The prompt and max_new_tokens more. Beyond the model's positions it sees the last ones only (no cache then).
+    """The prompt and max_new_tokens more, or fewer where the text ends.
+
+    Where all of it fits the model's positions, keys and values are kept, and each token is computed once. Beyond them
+    the model sees the last ones only: the window moves, so that nothing kept would be right.
 
     Args:
         ids: (length,) int64.
@@ -48,12 +52,15 @@ def continuation(
     """
     ends = (getattr(model.config, "eos_token_id", None),) if stops is None else stops
     settings = config.generate
-    window = (
-        getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None) or 2**31
-    )
+    window = longest_input(model) or 2**31
+    keeps = len(ids) + settings.max_new_tokens <= window
+    cache: dict[str, Any] = {}
     for _ in range(settings.max_new_tokens):
-        logits = model(input_ids=ids[None, -window:], use_cache=False).logits[:, -1].float()
-        ids = torch.cat([ids, draw(logits, settings)])
+        seen = ids[-1:] if cache else ids[-window:]
+        output = model(input_ids=seen[None], use_cache=keeps, **cache)
+        if keeps and getattr(output, "past_key_values", None) is not None:  # recurrent models keep something else
+            cache = {"past_key_values": output.past_key_values}
+        ids = torch.cat([ids, draw(output.logits[:, -1].float(), settings)])
         if int(ids[-1]) in ends:
             break
     return ids

@@ -1,4 +1,4 @@
-"""Tokenizers: by name, folder or vocabulary file, or one token per character built from the training text."""
+"""Tokenizers: by name, folder or vocabulary file, or built from the training text: a token per character, or BPE."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dtrain import schema
@@ -19,6 +20,8 @@ from dtrain.models.source import LOADING_ERRORS, explain, is_here, quiet, reach
 
 UNKNOWN = "<unk>"
 PAD = "<pad>"
+MASK = "<mask>"
+END = "<|endoftext|>"
 
 
 def load_tokenizer(
@@ -28,20 +31,23 @@ def load_tokenizer(
 
     Args:
         model: the model section of the config.
-        training_texts: gives the texts of the training split; called for `char` only.
-        needs_padding: whether the task pads. Gives `char` a <pad> token, which it has no use for otherwise.
+        training_texts: gives the texts of the training split; called for `char` and `train-bpe` only.
+        needs_padding: whether the task pads. Gives `char` a <pad> token, which it has no use for otherwise, and
+            `train-bpe` a <mask> token as well.
 
     Raises:
         ConfigError: nothing names a tokenizer, or what is named cannot be used.
-        DataError: the hub does not answer, or `char` has no text to be built from.
+        DataError: the hub does not answer, or there is no text to build one from.
     """
     if model.tokenizer == "char":
         return build_char_tokenizer(training_texts(), pad=needs_padding)
+    if model.tokenizer == "train-bpe":
+        return train_bpe_tokenizer(training_texts(), vocab_size=model.tokenizer_vocab_size, pad=needs_padding)
     name = model.tokenizer or model.name_or_path
     if name is None:
         raise ConfigError(
             "model.tokenizer is not set, and a model without model.name_or_path brings none of its own. "
-            "Set model.tokenizer to a name, a folder, a vocabulary file (.txt) or char."
+            "Set model.tokenizer to a name, a folder, a vocabulary file (.txt), char or train-bpe."
         )
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
     if name.endswith(".txt"):
@@ -140,6 +146,41 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
         tokenizer_object=backend,
         unk_token=UNKNOWN,
         pad_token=PAD if pad else None,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in GPT-2), from these texts.
+
+    The same texts give the same tokenizer. The vocabulary is <|endoftext|>, then <pad> and <mask> if asked for, the 256
+    bytes, then merges up to `vocab_size` tokens, fewer where the text repeats too little. No text is unknown to it, and
+    what it decodes is the text that was encoded.
+
+    Raises:
+        DataError: the texts have no character.
+    """
+    texts = [text for text in texts if text]
+    if not texts:
+        raise DataError("model.tokenizer=train-bpe is trained on the training text, and that has no character in it.")
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, PAD, MASK] if pad else [END],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # split_special_tokens: "<mask>" in a text is six characters, not a token.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD if pad else None,
+        mask_token=MASK if pad else None,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )

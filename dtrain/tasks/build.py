@@ -43,3 +43,7 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.chat import prepare_chat
 
             return prepare_chat(config, config.task, topology)
+        case task_settings.MaskedLm():
+            from dtrain.tasks.masked_lm import prepare_masked_lm
+
+            return prepare_masked_lm(config, config.task, topology)

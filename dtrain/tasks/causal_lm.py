@@ -1,12 +1,16 @@
 """The next token of a text.
 
 A split is one stream of tokens, cut into blocks of `data.max_length` inputs that overlap by one token, so that every
-token but the very first is a target exactly once and none is dropped. The last block is shorter.
+token but the very first is a target exactly once and none is dropped. The last block is shorter. With `task.stride` what
+is evaluated is cut into overlapping windows instead, which give a token more context and score it once all the same.
+With `task.packing: documents` each row of the data is a stream of its own; several share a block and see nothing of each
+other, so that the loss of a document does not depend on its neighbours. A document's first token is no target then.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +19,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.console import log
+from dtrain.data.blocks import pieces_of, rows_of
 from dtrain.data.rows import TEXT
 from dtrain.data.sources import Source
 from dtrain.errors import DataError
@@ -22,87 +28,175 @@ from dtrain.models.tokenizer import has_characters_only
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import CausalLm, Head
-from dtrain.tasks.preparing import Meta, Recipe, prepare_examples
+from dtrain.tasks.documents import check_keeps_apart, own_document_only
+from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
 
 
 class CausalLmTask:
-    """Cross entropy of each next token; perplexity, and bits per character where a token is a character."""
+    """Cross entropy of each next token; perplexity per token and per word, bits per character where tokens are that."""
 
     name = "causal_lm"
     head: Head = "causal_lm"
     needs_padding = False
 
-    def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int, is_char: bool) -> None:
+    def __init__(
+        self,
+        splits: Mapping[str, Split],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        is_char: bool,
+        words: Mapping[str, int] | None = None,
+        settings: CausalLm | None = None,
+    ) -> None:
         """
         Args:
-            splits: rows with `input_ids`, at most max_length + 1 of them.
+            splits: rows with `input_ids`, at most max_length + 1 of them; with `lengths` and `scored` (see data.blocks)
+                several pieces, of which not all targets count.
             is_char: every token is one character.
+            words: white-space-separated words of each split's text, for a perplexity per word; None: there is none.
+            settings: how the splits were made of a text; None: not from here.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
-        self.metric_names: Sequence[str] = ("perplexity", "bits_per_character") if is_char else ("perplexity",)
+        self.metric_names: Sequence[str] = (
+            "perplexity",
+            *(["word_perplexity"] if words is not None else []),
+            *(["bits_per_character"] if is_char else []),
+        )
         self._is_char = is_char
+        self._words = words
+        self._settings = settings
+        self._is_packed = settings is not None and settings.packing == "documents"
+        self._is_checked = not self._is_packed
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        blocks = [torch.tensor(ids, dtype=torch.int64) for ids in rows["input_ids"]]
-        longest = max(len(block) for block in blocks) - 1
-        inputs = torch.full((len(blocks), longest), self.tokenizer.pad_token_id or 0)
-        labels = torch.full((len(blocks), longest), IGNORED)
-        for row, block in enumerate(blocks):
-            inputs[row, : len(block) - 1] = block[:-1]
-            labels[row, : len(block) - 1] = block[1:]
-        if (labels != IGNORED).all():  # full blocks need no mask, and attention is faster without one
+        ids: Sequence[Sequence[int]] = rows["input_ids"]
+        lengths = rows.get("lengths") or [[len(row)] for row in ids]
+        scored = rows.get("scored") or [[length - 1 for length in row] for row in lengths]
+        longest = max(sum(row) - len(row) for row in lengths)
+        inputs = torch.full((len(ids), longest), self.tokenizer.pad_token_id or 0)
+        labels = torch.full((len(ids), longest), IGNORED)
+        documents = torch.zeros((len(ids), longest), dtype=torch.int64)
+        for row, tokens in enumerate(map(torch.tensor, ids)):
+            start = 0
+            pieces = torch.split(tokens, list(lengths[row]))
+            for number, (piece, count) in enumerate(zip(pieces, scored[row], strict=True), start=1):
+                stop = start + len(piece) - 1
+                inputs[row, start:stop] = piece[:-1]
+                labels[row, stop - count : stop] = piece[len(piece) - count :]
+                documents[row, start:stop] = number
+                start = stop
+        if self._is_packed:
+            return {"input_ids": inputs, "document_ids": documents, "labels": labels}
+        if documents.all():  # full blocks need no mask, and attention is faster without one
             return {"input_ids": inputs, "labels": labels}
-        return {"input_ids": inputs, "attention_mask": (labels != IGNORED).long(), "labels": labels}
+        return {"input_ids": inputs, "attention_mask": (documents != 0).long(), "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
         count = int((batch["labels"] != IGNORED).sum())
         return Targets(float(count), count)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
+        logits, labels = self._logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        logits, labels = _logits(module, batch)
+        logits, labels = self._logits(module, batch)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        found = {"perplexity": math.inf if loss > 700 else math.exp(loss)}
-        return {**found, "bits_per_character": loss / math.log(2)} if self._is_char else found
+        found = {"perplexity": _exp(loss)}
+        tokens = self._scored_tokens(split)
+        if self._words is not None:
+            found["word_perplexity"] = _exp(loss * tokens / max(self._words[split], 1))
+        if self._is_char:
+            found["bits_per_character"] = loss / math.log(2)
+        log.info("%s", self._account(split, loss * tokens, tokens, found))
+        return found
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         return [{"prediction": None, "reference": None} for _ in range(len(self.splits[split]))]
 
+    def _scored_tokens(self, split: str) -> int:
+        rows: Any = self.splits[split]
+        if isinstance(rows, Dataset):  # without the tokens of the whole split
+            rows = rows.select_columns([name for name in ("scored", "input_ids") if name in rows.column_names][:1])
+        columns = rows[list(range(len(rows)))]
+        if "scored" in columns:
+            return sum(map(sum, columns["scored"]))
+        return sum(len(ids) - 1 for ids in columns["input_ids"])
+
+    def _account(self, split: str, nll: float, tokens: int, found: Mapping[str, float]) -> str:
+        """Everything that two perplexities must have in common to be compared, in one line."""
+        words = f" and {self._words[split]} words" if self._words is not None else ""
+        made = [f"blocks of {self.max_length}"]
+        if self._settings is not None:
+            joined = f"rows joined by {self._settings.joiner!r}"
+            stride = self._settings.stride or self.max_length
+            made = ["each row a document" if self._is_packed else joined, *made, f"stride {stride}", "no BOS"]
+        values = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
+        return f"{split}: {values} (nll {nll:.6f} nats over {tokens} tokens{words}; {', '.join(made)})"
+
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._is_checked:
+            check_keeps_apart(model, max_length=self.max_length)
+            self._is_checked = True
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "document_ids")}
+        if self._is_packed:
+            inputs.update(own_document_only(batch["document_ids"], next(model.parameters()).dtype))
+        return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
+
 
 def prepare_causal_lm(config: Config, settings: CausalLm, topology: Topology) -> CausalLmTask:
-    """Collective. Tokenises each split into blocks, once per node."""
+    """Collective. Tokenises each split into blocks or windows, once per node."""
+    is_packed = settings.packing == "documents"
 
-    def stream(source: Source) -> str:
-        texts: Iterable[str] = source.rows["text"]
-        return settings.joiner.join(texts)
+    def texts(source: Source) -> Iterable[str]:
+        rows: Iterable[str] = source.rows["text"]
+        return rows if is_packed else [settings.joiner.join(rows)]
+
+    def describe(sources: Mapping[str, Source], tokenizer: Any) -> Meta:
+        if has_characters_only(tokenizer):  # bits per character say it without a notion of words
+            return {"words": None}
+        return {"words": {split: sum(map(_count_words, texts(source))) for split, source in sources.items()}}
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
-        return _blocks(_ids(stream(source), tokenizer), config.max_length, origin=source.origin)
+        stride = config.max_length if source.split == "train" else settings.stride or config.max_length
+        if is_packed and len(source.rows) == 1:
+            log.warning(
+                "data: %s is a single document: task.packing=documents packs the rows of a table", source.origin
+            )
+        streams = _documents(source, tokenizer, config) if is_packed else [_ids(next(iter(texts(source))), tokenizer)]
+        pieces = [piece for ids in streams for piece in pieces_of(ids, max_length=config.max_length, stride=stride)]
+        if not pieces:
+            found = "documents of at most one token" if is_packed else f"{len(streams[0])} token(s)"
+            raise DataError(f"{source.origin} holds {found}: a next token needs at least two. Give a longer text.")
+        return Dataset.from_dict(rows_of(pieces, room=config.max_length if is_packed else None))
 
     recipe = Recipe(
-        "causal_lm",
+        "causal_lm-2",
         TEXT,
-        texts=lambda source: [stream(source)],
+        texts=texts,
         encode=encode,
-        options={"joiner": settings.joiner},
+        describe=describe,
+        options=settings.model_dump(mode="json"),
         needs_padding=False,
     )
     examples = prepare_examples(recipe, config, topology)
-    tokenizer = examples.tokenizer
     return CausalLmTask(
-        examples.splits, tokenizer, max_length=config.max_length, is_char=has_characters_only(tokenizer)
+        examples.splits,
+        examples.tokenizer,
+        max_length=config.max_length,
+        is_char=has_characters_only(examples.tokenizer),
+        words=examples.meta["words"],
+        settings=settings,
     )
 
 
@@ -111,19 +205,21 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def block_starts(num_tokens: int, max_length: int) -> range:
-    """Where each block of max_length inputs begins; its targets are the same tokens one place on."""
-    return range(0, num_tokens - 1, max_length)
+def _documents(source: Source, tokenizer: Any, config: Config) -> Sequence[list[int]]:
+    """The tokens of each row."""
+
+    def tokenise(rows: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {
+            "input_ids": tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        }
+
+    documents: Sequence[list[int]] = map_rows(source, tokenise, config)["input_ids"]
+    return documents
 
 
-def _blocks(ids: Sequence[int], max_length: int, *, origin: str) -> Dataset:
-    if len(ids) < 2:
-        raise DataError(f"{origin} holds {len(ids)} token(s): a next token needs at least two. Give a longer text.")
-    return Dataset.from_dict(
-        {"input_ids": [ids[start : start + max_length + 1] for start in block_starts(len(ids), max_length)]}
-    )
+def _count_words(text: str) -> int:
+    return sum(1 for _ in re.finditer(r"\S+", text))  # as str.split() counts, without the list
 
 
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
+def _exp(value: float) -> float:
+    return math.inf if value > 700 else math.exp(value)

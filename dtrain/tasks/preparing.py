@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
 from dtrain.console import log
 from dtrain.data.prepared import Json, prepare, save_split
@@ -63,22 +65,31 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
         ConfigError: settings that do not fit the data.
     """
 
-    def plan() -> tuple[Meta, Callable[[Path], Meta]]:
-        tokenizer = load_tokenizer(
+    @cache
+    def made_tokenizer() -> PreTrainedTokenizerBase:
+        return load_tokenizer(
             config.model,
             training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
             needs_padding=recipe.needs_padding,
         )
+
+    def tokenizer_key() -> Json:
+        if config.model.tokenizer == "train-bpe":  # told apart by what makes it, so that it is trained once
+            return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding}
+        return fingerprint(made_tokenizer())
+
+    def plan() -> tuple[Meta, Callable[[Path], Meta]]:
         key: dict[str, Json] = {
             "task": recipe.task,
             "shape": recipe.shape.name,
             "source": source_key(config.data),
-            "tokenizer": fingerprint(tokenizer),
+            "tokenizer": tokenizer_key(),
             "max_length": config.max_length,
             "options": dict(recipe.options or {}),
         }
 
         def build(folder: Path) -> Meta:
+            tokenizer = made_tokenizer()
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, recipe.shape, scratch=Path(scratch))
                 meta = dict(recipe.describe(sources, tokenizer))

@@ -81,7 +81,7 @@ class Always(torch.nn.Module):
     def __init__(self, tokens: Sequence[int]) -> None:
         super().__init__()
         self.tokens = list(tokens)
-        self.config: Any = type("Config", (), {"max_position_embeddings": 64, "eos_token_id": 7})()
+        self.config: Any = PretrainedConfig(max_position_embeddings=64, eos_token_id=7)
         self.begin: int | None = None
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:

@@ -20,6 +20,7 @@ from dtrain.task_settings import TaskSettings
 from dtrain.wording import models_in
 
 ROOT = Path(__file__).parents[2]
+TASKS = ", ".join(get_args(task.model_fields["name"].annotation)[0] for task in get_args(get_args(TaskSettings)[0]))
 CLASSIFY = ("task.name=classification",)
 TASKS = ", ".join(name for task in models_in(TaskSettings) for name in get_args(task.model_fields["name"].annotation))
 """Every task's name, in the order of the union."""
@@ -248,7 +249,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
         ("qqq.epochs=1", "qqq is not a setting: the config has run, task, model"),
         (
             "task.label_smoothing=0.1",
-            "task.label_smoothing is not a setting of task.name=causal_lm, which has name, joiner.",
+            "task.label_smoothing is not a setting of task.name=causal_lm, which has name, joiner, packing, stride.",
         ),
         ("optim.betas=[0.9", "optim.betas=[0.9: the value is not YAML"),
         ("configs/cola.yaml", "'configs/cola.yaml' sets nothing: for a config file write --config configs/cola.yaml."),

@@ -10,7 +10,14 @@ from transformers import AutoTokenizer, BertConfig
 
 from dtrain import schema
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.tokenizer import build_char_tokenizer, fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.models.tokenizer import (
+    build_char_tokenizer,
+    fingerprint,
+    has_characters_only,
+    load_tokenizer,
+    reload_tokenizer,
+    train_bpe_tokenizer,
+)
 from tests import tiny
 
 # Line breaks and white space of every kind, an emoji, a combining accent, a Chinese word, the names of special tokens.
@@ -140,3 +147,49 @@ def test_a_fingerprint_changes_with_what_changes_the_tokens() -> None:
     ]
 
     assert len(set(prints)) == 4
+
+
+# Trained on the text
+
+
+def test_trained_bpe_gives_any_text_back_also_after_saving(tmp_path: Path) -> None:
+    made = train_bpe_tokenizer(["the cat sees the dog, the dog sees the cat"] * 3, vocab_size=265)
+    made.save_pretrained(tmp_path)
+
+    for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT  # of which it has seen hardly a character
+        assert len(tokenizer) == 265
+        assert tokenizer("the")["input_ids"] == [tokenizer.get_vocab()["the"]]
+        assert tokenizer("<|endoftext|>")["input_ids"] != [tokenizer.eos_token_id]  # text is text
+
+
+def test_trained_bpe_is_the_same_each_time() -> None:
+    texts = ["one two three two one", "three four", TEXT]
+
+    prints = {fingerprint(train_bpe_tokenizer(texts, vocab_size=300)) for _ in range(3)}
+
+    assert len(prints) == 1
+    assert prints != {fingerprint(train_bpe_tokenizer(texts, vocab_size=290))}
+
+
+def test_trained_bpe_on_a_single_letter_is_256_bytes_and_no_character_tokenizer() -> None:
+    tokenizer = train_bpe_tokenizer(["a"], vocab_size=8000)
+
+    assert tokenizer.decode(tokenizer("aba\u00e9")["input_ids"]) == "aba\u00e9"
+    assert len(tokenizer) == 257
+    assert not has_characters_only(tokenizer)  # its tokens are single letters, and an accent takes two
+
+
+def test_trained_bpe_without_a_character_is_refused() -> None:
+    with pytest.raises(DataError, match="train-bpe is trained on the training text"):
+        train_bpe_tokenizer(["", ""], vocab_size=300)
+
+
+def test_train_bpe_pads_and_masks_where_the_task_pads_only() -> None:
+    model = schema.Model(tokenizer="train-bpe", tokenizer_vocab_size=300)
+
+    plain = load_tokenizer(model, training_texts=lambda: ["ab"])
+    padding = load_tokenizer(model, training_texts=lambda: ["ab"], needs_padding=True)
+
+    assert (plain.pad_token_id, plain.mask_token_id, plain.eos_token_id) == (None, None, 0)
+    assert (padding.pad_token_id, padding.mask_token_id, padding.eos_token_id) == (1, 2, 0)

@@ -12,13 +12,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dtrain.data.blocks import pieces_of
 from dtrain.engine.forward import ForwardOnly
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.schema import Config
 from dtrain.task_settings import CausalLm
-from dtrain.tasks.causal_lm import CausalLmTask, _blocks, block_starts, prepare_causal_lm
+from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
+from dtrain.tasks.documents import own_document_only
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE
 from tests import tiny
@@ -48,29 +50,6 @@ def task(*, is_char: bool = False, **splits: list[list[int]]) -> CausalLmTask:
 
 def nll(logits: list[float], label: int) -> float:
     return math.log(sum(math.exp(logit) for logit in logits)) - logits[label]
-
-
-# Blocks
-
-
-@pytest.mark.parametrize("max_length", [2, 4, 7])
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 13, 14, 15, 16, 17])
-def test_every_token_but_the_first_is_a_target_once_and_in_order(max_length: int, count: int) -> None:
-    ids = list(range(count))
-
-    blocks = _blocks(ids, max_length, origin="a text")["input_ids"]
-
-    assert [token for block in blocks for token in block[1:]] == ids[1:]  # targets
-    assert [token for block in blocks for token in block[:-1]] == ids[:-1]  # inputs
-    assert all(len(block) == max_length + 1 for block in blocks[:-1])
-    assert 2 <= len(blocks[-1]) <= max_length + 1
-    assert len(blocks) == len(block_starts(len(ids), max_length)) == -(-(len(ids) - 1) // max_length)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_a_text_without_a_next_token_is_refused(count: int) -> None:
-    with pytest.raises(DataError, match=rf"poem.txt holds {count} token\(s\): a next token needs at least two"):
-        _blocks([7] * count, 4, origin="poem.txt")
 
 
 # Batches and sums
@@ -126,16 +105,27 @@ def test_the_model_gets_no_labels_and_keeps_no_cache() -> None:
 
 
 def test_perplexity_and_bits_are_functions_of_the_exact_loss() -> None:
-    found = task(is_char=True).metrics("validation", loss=math.log(8), predictions=[])
+    found = task(is_char=True, validation=[[1, 2]]).metrics("validation", loss=math.log(8), predictions=[])
 
     assert found == pytest.approx({"perplexity": 8.0, "bits_per_character": 3.0}, rel=1e-12)
-    assert task().metrics("validation", loss=math.log(8), predictions=[]) == pytest.approx({"perplexity": 8.0})
+
+
+def test_a_perplexity_per_word_divides_the_same_sum_by_words() -> None:
+    table = Table({"input_ids": [[1, 2, 3, 4, 5], [4, 5, 6]]})
+    judged = CausalLmTask({"test": table}, TOKENIZER, max_length=4, is_char=False, words={"test": 3})
+
+    found = judged.metrics("test", loss=0.5, predictions=[])
+
+    assert found == pytest.approx({"perplexity": math.exp(0.5), "word_perplexity": math.exp(6 * 0.5 / 3)}, rel=1e-12)
+    assert tuple(judged.metric_names) == ("perplexity", "word_perplexity")
 
 
 def test_a_hopeless_loss_is_an_infinite_perplexity_and_none_at_all_is_not_a_number() -> None:
-    assert task().metrics("validation", loss=1000.0, predictions=[])["perplexity"] == math.inf
-    assert task().metrics("validation", loss=math.inf, predictions=[])["perplexity"] == math.inf
-    assert math.isnan(task().metrics("validation", loss=math.nan, predictions=[])["perplexity"])
+    judged = task(validation=[[1, 2]])
+
+    assert judged.metrics("validation", loss=1000.0, predictions=[])["perplexity"] == math.inf
+    assert judged.metrics("validation", loss=math.inf, predictions=[])["perplexity"] == math.inf
+    assert math.isnan(judged.metrics("validation", loss=math.nan, predictions=[])["perplexity"])
 
 
 def test_evaluation_weighs_by_tokens_and_not_by_blocks() -> None:
@@ -173,10 +163,12 @@ def tiny_gpt(*, vocabulary: int) -> Any:
         return GPT2LMHeadModel(config)
 
 
-def prepare(folder: Path, *, tokenizer: str = "char", max_length: int = 4, **data: Any) -> CausalLmTask:
+def prepare(
+    folder: Path, *, tokenizer: str = "char", max_length: int = 4, task: dict[str, Any] | None = None, **data: Any
+) -> CausalLmTask:
     config = Config.model_validate(
         {
-            **SETTINGS,
+            "task": {**SETTINGS["task"], **(task or {})},
             "model": {"from_scratch": True, "tokenizer": tokenizer, "config": {"model_type": "gpt2"}},
             "data": {"path": str(folder), "cache_dir": str(folder / "cache"), "max_length": max_length, **data},
         }
@@ -206,6 +198,17 @@ def test_a_text_file_becomes_blocks_from_which_it_can_be_read_again(tmp_path: Pa
     assert set(made.metrics("validation", loss=1.0, predictions=[])) == {"perplexity", "bits_per_character"}
 
 
+def test_chinese_is_a_token_per_character_from_the_file_to_the_blocks_and_back(tmp_path: Path) -> None:
+    text = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\n\U00020000\u5929"
+    (tmp_path / "train.txt").write_text(text, encoding="utf-8")
+
+    made = prepare(tmp_path)
+
+    assert text_of(made, "train") == text
+    assert sum(map(len, made.splits["train"][[0, 1, 2]]["input_ids"])) == len(text) + 2  # blocks overlap by one
+    assert "bits_per_character" in made.metric_names
+
+
 def test_a_character_that_training_never_saw_still_counts_as_one(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcabc")
     (tmp_path / "validation.txt").write_text("abxc")
@@ -224,7 +227,8 @@ def test_words_have_a_perplexity_but_no_bits_per_character(tmp_path: Path) -> No
 
     ids = made.splits["train"][[0, 1]]["input_ids"]
     assert [*ids[0], *ids[1][1:]] == tiny.tokenizer()("the cat sees a dog near the bird")["input_ids"][1:-1]
-    assert set(made.metrics("train", loss=1.0, predictions=[])) == {"perplexity"}
+    found = made.metrics("train", loss=1.0, predictions=[])
+    assert found == pytest.approx({"perplexity": math.e, "word_perplexity": math.exp(7 / 8)})  # 8 words, 7 targets
 
 
 def test_rows_are_joined_into_one_stream(tmp_path: Path) -> None:
@@ -241,3 +245,204 @@ def test_a_split_of_one_character_is_refused_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"validation.txt holds 1 token\(s\)"):
         prepare(tmp_path)
+
+
+# Windows
+
+
+def test_windows_are_for_what_is_evaluated_and_training_keeps_its_blocks(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("abcabcabc")
+    (tmp_path / "validation.txt").write_text("abcabcabc")
+
+    made = prepare(tmp_path, task={"stride": 2})
+
+    train, judged = made.splits["train"][[0, 1]], made.splits["validation"][[0, 1, 2]]
+    assert (len(made.splits["train"]), train["scored"]) == (2, [[4], [4]])
+    assert [len(ids) for ids in judged["input_ids"]] == [5, 5, 5]
+    assert judged["scored"] == [[4], [2], [2]]
+    batch = made.collate(judged, tiny.HERE)
+    assert set(batch) == {"input_ids", "labels"}  # all is seen, so there is no mask
+    assert (batch["labels"] != -100).tolist() == [[True] * 4, [False, False, True, True], [False, False, True, True]]
+    assert batch["labels"][1, 2:].tolist() == judged["input_ids"][1][3:]
+
+
+def test_a_window_scores_each_token_as_the_model_does_with_that_context(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "train.txt").write_text("abc")
+    text = "abccbaabcacbbca"
+    (tmp_path / "validation.txt").write_text(text)
+    made = prepare(tmp_path, task={"stride": 3}, max_length=5)
+    ids = made.tokenizer(text)["input_ids"]
+    model = tiny_gpt(vocabulary=len(made.tokenizer)).double().eval()
+
+    with caplog.at_level("INFO", logger="dtrain"):
+        result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), SINGLE), made, micro_batch_size=2)
+
+    losses = []
+    for place in range(1, len(ids)):
+        window = max(0, -(-(place - 5) // 3) * 3)  # the first that reaches it
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[window:place]])).logits[0, -1]
+        losses.append(float(-logits.log_softmax(-1)[ids[place]]))
+    assert result.metrics["loss"] == pytest.approx(math.fsum(losses) / (len(text) - 1), rel=1e-12)
+    assert sum(record["targets"] for record in result.splits["validation"].records) == len(text) - 1
+    said = f"(nll {math.fsum(losses):.6f} nats over 14 tokens; rows joined by '\\n\\n', blocks of 5, stride 3, no BOS)"
+    assert said in caplog.text
+
+
+def test_a_stride_that_would_leave_tokens_out_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"task\.stride=9 leaves tokens out .* data\.max_length=8"):
+        Config.model_validate({"task": {"name": "causal_lm", "stride": 9}, "data": {"max_length": 8}})
+
+
+# Documents
+
+
+DOCUMENTS = ["ab", "cabb", "", "a", "bca", "abcabcabc", "cc"]
+
+
+def packed(folder: Path, documents: list[str], **settings: Any) -> CausalLmTask:
+    rows = {"text": documents}
+    Dataset.from_dict(rows).save_to_disk(str(folder / "saved" / "train"))
+    Dataset.from_dict(rows).save_to_disk(str(folder / "saved" / "validation"))
+    (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    options = {"packing": "documents", **settings}
+    return prepare(folder / "saved", max_length=6, task=options, cache_dir=str(folder / "cache"))
+
+
+def test_documents_share_a_block_whole_and_their_positions_restart(tmp_path: Path) -> None:
+    made = packed(tmp_path, DOCUMENTS)
+
+    rows = made.splits["train"][[0, 1, 2]]
+    decoded = [made.tokenizer.decode(ids) for ids in rows["input_ids"]]
+    # 1 + 3 + 2 inputs; then six of "abcabcabc", whose rest shares a row with "cc". "a" and "" hold no target.
+    assert decoded == ["abcabbbca", "abcabca", "abccc"]
+    assert rows["lengths"] == [[2, 4, 3], [7], [3, 2]]
+    batch = made.collate(rows, tiny.HERE)
+    assert batch["document_ids"].tolist() == [[1, 2, 2, 2, 3, 3], [1] * 6, [1, 1, 2, 0, 0, 0]]
+    given = own_document_only(batch["document_ids"], torch.float32)
+    assert given["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2]]
+    sees = (given["attention_mask"][0, 0] == 0).int().tolist()
+    assert sees == [
+        [1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_editing_one_document_leaves_the_others_logits_unchanged(tmp_path: Path, attention: str) -> None:
+    made = packed(tmp_path, DOCUMENTS)
+    model = tiny_gpt(vocabulary=len(made.tokenizer)).eval()
+    model.set_attn_implementation(attention)
+    batch = made.collate(made.splits["train"][[0]], tiny.HERE)
+    edited = {**batch, "input_ids": batch["input_ids"].clone()}
+    edited["input_ids"][0, 1:4] = batch["input_ids"][0, 1:4].flip(0) % 3 + 1
+
+    with torch.no_grad():
+        before, after = (made._logits(model, of)[0][0] for of in (batch, edited))
+
+    is_edited = batch["document_ids"][0] == 2
+    assert torch.equal(before[~is_edited], after[~is_edited])
+    assert not torch.allclose(before[is_edited], after[is_edited])
+
+
+@pytest.mark.parametrize("stride", [None, 2])
+def test_packed_documents_are_judged_as_each_is_alone(tmp_path: Path, stride: int | None) -> None:
+    made = packed(tmp_path, DOCUMENTS, stride=stride)
+    model = tiny_gpt(vocabulary=len(made.tokenizer)).double().eval()
+
+    result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), SINGLE), made, micro_batch_size=2)
+
+    losses = []
+    for text in DOCUMENTS:
+        ids = made.tokenizer(text)["input_ids"]
+        for piece in pieces_of(ids, max_length=6, stride=stride or 6):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([piece.ids[:-1]])).logits[0].log_softmax(-1)
+            places = range(len(piece.ids) - 1 - piece.scored, len(piece.ids) - 1)
+            losses += [-float(logits[place, piece.ids[place + 1]]) for place in places]
+    assert len(losses) == sum(max(len(text) - 1, 0) for text in DOCUMENTS)
+    assert result.metrics["loss"] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-9)
+
+
+class LooksBack(nn.Module):
+    """A model that takes such a mask and does as it likes: each place knows the sum of all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 9)
+
+    def forward(self, input_ids: torch.Tensor, **_others: Any) -> Any:
+        return SimpleNamespace(logits=self.table(input_ids).cumsum(dim=1))
+
+
+class TakesNoMask(nn.Module):
+    """A model that knows no positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 9)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+class HasAWindow(TakesNoMask):
+    """A model whose own mask reaches back three tokens."""
+
+    config = SimpleNamespace(model_type="short", sliding_window=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (LooksBack(), "LooksBack mixes documents all the same"),
+        (TakesNoMask(), "refuses that"),
+        (HasAWindow(), "a short model looks back 3 tokens only, fewer than data.max_length=6"),
+    ],
+)
+def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, model: nn.Module, says: str) -> None:
+    made = packed(tmp_path, DOCUMENTS)
+
+    with pytest.raises(ConfigError, match=f"task.packing=documents needs a model.*{says}.*Use task.packing=stream"):
+        made.loss(model, made.collate(made.splits["train"][[0]], tiny.HERE))
+
+
+def test_the_question_whether_documents_stay_apart_leaves_a_models_modes_alone(tmp_path: Path) -> None:
+    made, model = packed(tmp_path, DOCUMENTS), tiny_gpt(vocabulary=9)
+    model.train()
+    model.transformer.h[0].eval()  # as a frozen module is
+
+    made.loss(model, made.collate(made.splits["train"][[0]], tiny.HERE))
+
+    assert (model.training, model.transformer.h[0].training, model.transformer.h[0].mlp.training) == (
+        True,
+        False,
+        False,
+    )
+
+
+def test_documents_without_a_next_token_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"saved.*holds documents of at most one token"):
+        packed(tmp_path, ["a", "b"])
+
+
+# Tokenizers made of the training text
+
+
+def test_a_tokenizer_is_trained_once_and_kept_with_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.txt").write_text("the cat sees the bird and the dog\n" * 3)
+    first = prepare(tmp_path, tokenizer="train-bpe", max_length=8)
+
+    monkeypatch.setattr("dtrain.models.tokenizer.train_bpe_tokenizer", None)  # a second training would fail
+    second = prepare(tmp_path, tokenizer="train-bpe", max_length=8)
+
+    assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
+    assert text_of(second, "train") == "the cat sees the bird and the dog\n" * 3
+    assert len(second.splits["train"][[0]]["input_ids"][0]) == 9
+    assert "word_perplexity" in second.metric_names

@@ -1,0 +1,117 @@
+"""Text from a model: the cache changes the time and not the text, and any script goes in and comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.commands.generate import continuation, run_generate
+from dtrain.errors import ConfigError
+from dtrain.models.tokenizer import build_char_tokenizer
+from dtrain.schema import Config
+from dtrain.seeding import seed_all
+from dtrain.topology import SINGLE
+
+CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\U00020000\n"
+
+
+def config(**generate: Any) -> Config:
+    return Config.model_validate({"task": {"name": "causal_lm"}, "generate": generate})
+
+
+def gpt(*, positions: int, vocabulary: int = 11, seed: int = 0) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": vocabulary, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": positions}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+        for parameter in model.parameters():  # louder, so that what is said depends on what was read
+            parameter.data.mul_(6.0)
+        return model
+
+
+class Counts(torch.nn.Module):
+    """Passes everything on to a model, and keeps how many tokens each call was given."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.config, self.given = model, model.config, []
+
+    def forward(self, **inputs: Any) -> Any:
+        self.given: list[int]
+        self.given.append(inputs["input_ids"].shape[1])
+        return self.model(**inputs)
+
+
+def without_cache(model: Any, ids: torch.Tensor, settings: Config) -> list[int]:
+    """The same through no cache: each step computes the whole text."""
+    from dtrain.commands.generate import draw
+
+    with torch.no_grad():
+        for _ in range(settings.generate.max_new_tokens):
+            logits = model(input_ids=ids[None, -model.config.n_positions :], use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, draw(logits, settings.generate)])
+    return ids.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_the_cache_gives_the_text_that_is_computed_anew_for_each_token(temperature: float) -> None:
+    model, settings = gpt(positions=40), config(max_new_tokens=35, temperature=temperature, top_k=8, top_p=0.95)
+    prompt = torch.tensor([3, 1, 4, 1, 5])
+
+    seed_all(0)
+    watched: Any = Counts(model)
+    found = continuation(watched, prompt, settings).tolist()
+    seed_all(0)
+    expected = without_cache(model, prompt, settings)
+
+    assert found == expected
+    assert len(set(found[5:])) > 3  # a text of one token would prove nothing
+    assert watched.given == [5] + [1] * 34
+
+
+def test_a_text_that_outgrows_the_positions_sees_the_last_ones_and_keeps_nothing() -> None:
+    model, settings = gpt(positions=8), config(max_new_tokens=12, temperature=0.0)
+    prompt = torch.tensor([3, 1, 4, 1, 5])
+
+    watched: Any = Counts(model)
+    found = continuation(watched, prompt, settings).tolist()
+
+    assert found == without_cache(model, prompt, settings)
+    assert watched.given == [5, 6, 7, *[8] * 9]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model whose tokens are Chinese characters."""
+    tokenizer = build_char_tokenizer([CHINESE])
+    tokenizer.save_pretrained(tmp_path)
+    gpt(positions=32, vocabulary=len(tokenizer)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def generate(folder: Path, **settings: Any) -> str:
+    model = {"name_or_path": str(folder)}
+    return run_generate(
+        Config.model_validate({"task": {"name": "causal_lm"}, "model": model, "generate": settings}), SINGLE
+    )
+
+
+def test_chinese_goes_in_and_comes_out_character_by_character(folder: Path) -> None:
+    prompt = CHINESE[:4]
+
+    text = generate(folder, prompt=prompt, max_new_tokens=20, temperature=1.0)
+
+    assert text.startswith(prompt)
+    assert set(text) <= set(CHINESE)
+    assert len(set(text)) > 4
+    assert generate(folder, prompt=prompt, max_new_tokens=20, temperature=1.0) == text
+
+
+def test_a_prompt_of_no_token_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"generate\.prompt is empty"):
+        generate(folder, prompt="")
