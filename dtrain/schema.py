@@ -35,6 +35,17 @@ class Run(Section):
         return name
 
 
+class NewHead(Section):
+    """A head of one's own on the bare backbone; how many outputs it has is the task's business."""
+
+    kind: Literal["linear"] = setting("linear", "a linear layer, or two with tanh between them where hidden is set")
+    pooling: Literal["cls", "mean", "last"] = setting(
+        "cls", "the first token's state (encoders), the mean, or the last token's (decoders); padding does not count"
+    )
+    hidden: int | None = setting(None, "width of a layer before the last", ge=1)
+    dropout: float = setting(0.0, "before each linear layer", ge=0, lt=1)
+
+
 class Model(Section):
     """Which model and tokenizer, and how the model is run."""
 
@@ -47,6 +58,9 @@ class Model(Section):
     gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory", resume="free")
     compile: bool = setting(False, "torch.compile the model: faster steps after a slow first one", resume="warn")
     batch_norm: Literal["eval", "train"] = setting("eval", "running statistics kept, or updated per rank (inexact)")
+    head: NewHead | None = setting(
+        None, "a new head on the bare backbone, e.g. {pooling: mean}; null: transformers' own"
+    )
 
     @model_validator(mode="after")
     def _from_scratch_knows_what(self) -> Model:

@@ -28,6 +28,7 @@ OWNED_CONFIG_KEYS = {
     "attn_implementation": "model.attn_implementation",
     "dtype": "engine.precision",
     "torch_dtype": "engine.precision",
+    "dtrain_head": "model.head",
 }
 """Keys of a model's own config that something else decides, and what does."""
 

@@ -28,7 +28,7 @@ def check_fit(
     positions = longest_input(model)
     if positions is not None and max_length > positions:
         cure = f"Set data.max_length={positions} or less"
-        if not _learned_positions(model):  # computed ones cost no weights
+        if not learned_positions(model):  # computed ones cost no weights
             cure += f", or model.config={{max_position_embeddings: {max_length}}} to go beyond what it was trained on"
         raise ConfigError(
             f"data.max_length={max_length}, but {_called(model)} has positions for {positions} tokens only. {cure}."
@@ -40,14 +40,14 @@ def longest_input(model: PreTrainedModel) -> int | None:
     bound = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(bound, int) or bound <= 0:
         return None
-    for embedding in _learned_positions(model):
+    for embedding in learned_positions(model):
         if embedding.padding_idx is not None and embedding.num_embeddings == bound:
             # RoBERTa and its kin number their positions from padding_idx + 1 on.
             return bound - embedding.padding_idx - 1
     return bound
 
 
-def _learned_positions(model: nn.Module) -> list[nn.Embedding]:
+def learned_positions(model: nn.Module) -> list[nn.Embedding]:
     """Tables with a row per absolute position, by the names that transformers gives them."""
     tables = ("position_embeddings", "embed_positions", "wpe", "position_embed", "positions_embed")
     return [

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +22,7 @@ from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
+from dtrain.models.headed import add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
 from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
@@ -71,8 +73,17 @@ def load_model(
         config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
     if head in PROBLEM_TYPES:
         config.problem_type = PROBLEM_TYPES[head]
+    new_head = settings_of(model, config)
     with quiet(), _drawn_from(seed):
-        loaded = _new(model, config, head) if model.from_scratch else _pretrained(model, config, head, local_only)
+        kind = auto_class(head) if new_head is None else AutoModel
+        loaded = (
+            _new(kind, model, config, head)
+            if model.from_scratch
+            else _pretrained(kind, model, config, head, local_only)
+        )
+        if new_head is not None:
+            pads_left = tokenizer is not None and tokenizer.padding_side == "left"
+            loaded = add_head(loaded, new_head, model, task_head=head, pads_left=pads_left, local_only=local_only)
     names = real_label_names(loaded.config)
     if has_labels(head) and not model.from_scratch and own_labels not in (None, names):
         log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
@@ -100,9 +111,9 @@ def _drawn_from(seed: int) -> Iterator[None]:
         yield
 
 
-def _new(model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
+def _new(kind: Any, model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
     try:
-        return auto_class(head).from_config(
+        return kind.from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=model.trust_remote_code,
@@ -114,11 +125,13 @@ def _new(model: schema.Model, config: PretrainedConfig, head: Head) -> PreTraine
         ) from error
 
 
-def _pretrained(model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool) -> PreTrainedModel:
+def _pretrained(
+    kind: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
+) -> PreTrainedModel:
     name = model.name_or_path
     assert name is not None
     try:
-        loaded, info = auto_class(head).from_pretrained(
+        loaded, info = kind.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,  # also where the file is bf16: an optimizer needs the digits
@@ -166,7 +179,8 @@ def _refuse_mismatch(name: str, loaded: PreTrainedModel, mismatched: Collection[
     shapes = _some(
         [f"{key} is {tuple(found)}, wanted {tuple(wanted)}" for key, found, wanted in sorted(mismatched)], most=2
     )
-    if any(key.startswith(f"{loaded.base_model_prefix}.") for key, _, _ in mismatched):
+    is_backbone = not hasattr(loaded, loaded.base_model_prefix)
+    if is_backbone or any(key.startswith(f"{loaded.base_model_prefix}.") for key, _, _ in mismatched):
         raise ConfigError(
             f"model.name_or_path={name}: its weights do not fit model.config ({shapes}). Drop the override, or set "
             "model.from_scratch=true."
