@@ -61,6 +61,28 @@ class Model(Section):
     head: NewHead | None = setting(
         None, "a new head on the bare backbone, e.g. {pooling: mean}; null: transformers' own"
     )
+    factory: str | None = setting(None, "package.module:function that makes your own torch module, instead of a name")
+    factory_folder: AnyPath | None = setting(
+        None, "where that module's file is; default: the config file's folder, or the current one", resume="free"
+    )
+
+    @field_validator("factory")
+    @classmethod
+    def _names_a_function(cls, factory: str | None) -> str | None:
+        if factory is not None and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", factory):
+            raise ValueError(
+                "expected package.module:function, e.g. own_model:build for the function build in own_model.py"
+            )
+        return factory
+
+    @model_validator(mode="after")
+    def _factory_stands_alone(self) -> Model:
+        others = ("from_scratch", "head", "attn_implementation", "trust_remote_code")
+        if self.factory is not None and (set_too := [name for name in others if getattr(self, name)]):
+            raise ValueError(
+                f"model.{set_too[0]} has no effect on what model.factory={self.factory} makes: drop one of the two"
+            )
+        return self
 
     @model_validator(mode="after")
     def _from_scratch_knows_what(self) -> Model:

@@ -14,18 +14,21 @@ from dtrain.jsonl import read_metrics
 from dtrain.topology import Topology
 
 
-def commands(topology: Topology, runs: Sequence[tuple[str, list[str]]]) -> list[dict[str, Any]]:
+def commands(
+    topology: Topology, runs: Sequence[tuple[str, list[str]]], file: Path | None = None
+) -> list[dict[str, Any]]:
     """Collective. Runs them in this order.
 
     Args:
         runs: command (train or evaluate) and its settings as `section.key=value`, run.output_dir and run.name included.
+        file: the config file under all of them.
 
     Returns:
         For each: final metrics, the loss of every logged step, and what is written in predictions/validation.jsonl.
     """
     found = []
     for command, settings in runs:
-        config = load_config(None, settings, command=command)
+        config = load_config(file, settings, command=command)
         result = (run_train if command == "train" else run_evaluate)(config, topology)
         found.append(
             {

@@ -57,7 +57,7 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         model = load_model(
             config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
-        if task.tokenizer is not None:
+        if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
         fitted: nn.Module = model
         return fitted

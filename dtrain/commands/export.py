@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dtrain.collectives import on_main
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.models import own
 from dtrain.models.headed import HeadedModel
 from dtrain.run_folder import replace_folder, write_json_atomic
 
@@ -47,10 +48,13 @@ def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, fo
     state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
     parameters = set(state)
     state.update({name: value.detach().cpu() for name, value in module.state_dict().items() if name not in parameters})
+    told = getattr(module, own.RECORD, {})
     if isinstance(module, PreTrainedModel | HeadedModel):
+        for key, value in told.items():
+            setattr(module.config, key, value)
         module.save_pretrained(str(folder), state_dict=state)
     else:
         folder.mkdir(parents=True)
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
-        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__]})
+        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **told})
     tokenizer.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain import schema
 from dtrain.errors import ConfigError
+from dtrain.models.own import refuse_without_factory
 from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 
 WEIGHT_FILES = (
@@ -53,6 +54,7 @@ def locate(model: schema.Model) -> bool:
             raise ConfigError(
                 f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
             )
+        refuse_without_factory(folder)
         if not model.from_scratch and not any((folder / file).is_file() for file in WEIGHT_FILES):
             raise ConfigError(
                 f"model.name_or_path={name} has no weights ({', '.join(WEIGHT_FILES[::2])} or their .index.json). Copy "

@@ -21,6 +21,7 @@ from transformers import (
 from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
+from dtrain.models import own
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
 from dtrain.models.headed import add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
@@ -58,6 +59,12 @@ def load_model(
         DataError: the hub does not answer.
         CheckpointError: damaged files.
     """
+    if model.factory is not None:
+        with _drawn_from(seed), own.all_drawn_from(seed):
+            module = own.make(model, head=head, head_config=head_config, tokenizer=tokenizer)
+        if model.gradient_checkpointing:
+            _checkpoint_activations(module)
+        return module
     local_only = locate(model)
     config = read_config(model, local_only)
     own_labels = real_label_names(config)
@@ -98,6 +105,8 @@ def label_names_of(model: schema.Model) -> tuple[str, ...] | None:
     Reads the model's config only. Labels are mapped by name: where these are the data's names in another order (MNLI
     has had several), the task has to number its labels in this order.
     """
+    if model.factory is not None:
+        return own.label_names(model)
     if model.from_scratch or model.name_or_path is None:
         return None
     return real_label_names(read_config(model, locate(model)))
@@ -198,11 +207,11 @@ def _some(names: list[str], *, most: int = 4) -> str:
 
 
 def _checkpoint_activations(loaded: PreTrainedModel) -> None:
-    if not loaded.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"model.gradient_checkpointing=true: transformers cannot do that for a {loaded.config.model_type} model."
-        )
+    if not getattr(loaded, "supports_gradient_checkpointing", False):
+        kind = getattr(getattr(loaded, "config", None), "model_type", type(loaded).__name__)
+        raise ConfigError(f"model.gradient_checkpointing=true: transformers cannot do that for a {kind} model.")
     # Renamed within transformers 5; the old name warns.
     enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    loaded.config.use_cache = False  # keys and values kept for later would be recomputed as well
+    if hasattr(loaded, "config"):
+        loaded.config.use_cache = False  # keys and values kept for later would be recomputed as well
