@@ -18,6 +18,7 @@ from dtrain.errors import CheckpointError, DtrainError
 from dtrain.models import own
 from dtrain.models.headed import HeadedModel
 from dtrain.run_folder import replace_folder, write_json_atomic
+from dtrain.tasks.protocol import Task
 
 
 def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
@@ -34,6 +35,11 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
             raise CheckpointError(f"The model cannot be written to {target}: {error}. Is the disk full?") from error
 
     on_main(write, engine.topology)
+
+
+def beside(task: Task) -> Any:
+    """What is saved beside the weights: the tokenizer, or what makes pixels of images."""
+    return getattr(task, "processor", None) or task.tokenizer
 
 
 def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
@@ -57,4 +63,5 @@ def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, fo
         folder.mkdir(parents=True)
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
         write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **told})
-    tokenizer.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))

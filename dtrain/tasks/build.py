@@ -43,3 +43,11 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.chat import prepare_chat
 
             return prepare_chat(config, config.task, topology)
+        case task_settings.ImageClassification():
+            from dtrain.tasks.image_classification import prepare_image_classification
+
+            return prepare_image_classification(config, config.task, topology)
+        case task_settings.ImageRegression():
+            from dtrain.tasks.image_regression import prepare_image_regression
+
+            return prepare_image_regression(config, config.task, topology)

@@ -35,6 +35,7 @@ class Recipe:
         describe: what the ranks have to know besides, from all splits, before any is encoded (the labels' names).
         options: what else the result depends on, e.g. settings of the task.
         needs_padding: whether batches hold examples of different lengths.
+        has_text: False where there is nothing to tokenise, and no tokenizer.
     """
 
     task: str
@@ -44,11 +45,12 @@ class Recipe:
     describe: Callable[[Mapping[str, Source], Any], Meta] = lambda _sources, _tokenizer: {}
     options: Meta | None = None
     needs_padding: bool = True
+    has_text: bool = True
 
 
 @dataclass(frozen=True)
 class Examples:
-    """splits: memory-mapped examples. tokenizer: the one that made them. meta: what `Recipe.describe` gave."""
+    """splits: memory-mapped examples. tokenizer: the one that made them, if any. meta: what `Recipe.describe` gave."""
 
     splits: Mapping[str, datasets.Dataset]
     tokenizer: Any
@@ -64,17 +66,19 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
     """
 
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
-        tokenizer = load_tokenizer(
-            config.model,
-            training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
-            needs_padding=recipe.needs_padding,
-        )
+        tokenizer: Any = None
+        if recipe.has_text:
+            tokenizer = load_tokenizer(
+                config.model,
+                training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
+                needs_padding=recipe.needs_padding,
+            )
         key: dict[str, Json] = {
             "task": recipe.task,
             "shape": recipe.shape.name,
             "source": source_key(config.data),
-            "tokenizer": fingerprint(tokenizer),
-            "max_length": config.max_length,
+            "tokenizer": fingerprint(tokenizer) if recipe.has_text else None,
+            "max_length": config.max_length if recipe.has_text else None,
             "options": dict(recipe.options or {}),
         }
 
@@ -84,7 +88,8 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
                 meta = dict(recipe.describe(sources, tokenizer))
                 for split, source in sources.items():
                     save_split(folder, split, recipe.encode(source, tokenizer, meta))
-            tokenizer.save_pretrained(folder / "tokenizer")
+            if recipe.has_text:
+                tokenizer.save_pretrained(folder / "tokenizer")
             return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
 
         return key, build
@@ -92,7 +97,7 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
     prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
-    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
+    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
 
