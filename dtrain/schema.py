@@ -46,6 +46,17 @@ class NewHead(Section):
     dropout: float = setting(0.0, "before each linear layer", ge=0, lt=1)
 
 
+class Lora(Section):
+    """Low-rank adapters beside the layers of a pretrained model, by peft."""
+
+    r: int = setting(8, "rank of the adapters", ge=1)
+    alpha: int = setting(16, "their output is multiplied by alpha / r", ge=1)
+    dropout: float = setting(0.0, "before each adapter", ge=0, lt=1)
+    targets: tuple[str, ...] | None = setting(
+        None, "names of layers, e.g. [query, value]; default: those that peft knows for the model", strict=False
+    )
+
+
 class Model(Section):
     """Which model and tokenizer, and how the model is run."""
 
@@ -61,6 +72,7 @@ class Model(Section):
     head: NewHead | None = setting(
         None, "a new head on the bare backbone, e.g. {pooling: mean}; null: transformers' own"
     )
+    lora: Lora | None = setting(None, "adapters that learn instead of the model, e.g. {r: 8, alpha: 16}; needs peft")
     factory: str | None = setting(None, "package.module:function that makes your own torch module, instead of a name")
     factory_folder: AnyPath | None = setting(
         None, "where that module's file is; default: the config file's folder, or the current one", resume="free"
@@ -77,10 +89,18 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _factory_stands_alone(self) -> Model:
-        others = ("from_scratch", "head", "attn_implementation", "trust_remote_code")
+        others = ("from_scratch", "head", "lora", "attn_implementation", "trust_remote_code")
         if self.factory is not None and (set_too := [name for name in others if getattr(self, name)]):
             raise ValueError(
                 f"model.{set_too[0]} has no effect on what model.factory={self.factory} makes: drop one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_need_a_pretrained_model(self) -> Model:
+        if self.lora is not None and self.from_scratch:
+            raise ValueError(
+                "model.lora adapts a pretrained model, but model.from_scratch=true makes a new one: drop one"
             )
         return self
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from dtrain.collectives import on_main
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
-from dtrain.models import own
+from dtrain.models import adapters, own
 from dtrain.models.headed import HeadedModel
 from dtrain.run_folder import replace_folder, write_json_atomic
 from dtrain.tasks.protocol import Task
@@ -55,7 +55,9 @@ def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, fo
     parameters = set(state)
     state.update({name: value.detach().cpu() for name, value in module.state_dict().items() if name not in parameters})
     told = getattr(module, own.RECORD, {})
-    if isinstance(module, PreTrainedModel | HeadedModel):
+    if hasattr(module, adapters.RECORD):
+        adapters.save(module, state, folder)
+    elif isinstance(module, PreTrainedModel | HeadedModel):
         for key, value in told.items():
             setattr(module.config, key, value)
         module.save_pretrained(str(folder), state_dict=state)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain import schema
 from dtrain.errors import ConfigError
+from dtrain.models import adapters
 from dtrain.models.own import refuse_without_factory
 from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 
@@ -55,7 +56,8 @@ def locate(model: schema.Model) -> bool:
                 f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
             )
         refuse_without_factory(folder)
-        if not model.from_scratch and not any((folder / file).is_file() for file in WEIGHT_FILES):
+        files = (*WEIGHT_FILES, adapters.WEIGHTS)
+        if not model.from_scratch and not any((folder / file).is_file() for file in files):
             raise ConfigError(
                 f"model.name_or_path={name} has no weights ({', '.join(WEIGHT_FILES[::2])} or their .index.json). Copy "
                 "them there, name another folder, or start from new weights with model.from_scratch=true."

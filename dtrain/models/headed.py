@@ -174,8 +174,12 @@ def add_head(
     task_head: Head,
     pads_left: bool,
     local_only: bool,
+    is_stored: bool,
 ) -> HeadedModel:
-    """The backbone with its head: the saved one where there is one, else a new one, drawn from torch's random state.
+    """The backbone with its head: the saved one, or a new one, drawn from torch's random state.
+
+    Args:
+        is_stored: whether model.name_or_path has the head's weights.
 
     Raises:
         ConfigError: a task or backbone that this head does not fit, or a head saved for another one.
@@ -201,7 +205,7 @@ def add_head(
     headed = HeadedModel(
         backbone, settings, task_head=task_head, outputs=outputs, width=width, pads_left=pads_left
     ).train(backbone.training)
-    if saved is not None:
+    if is_stored:
         _load(headed.head, str(model.name_or_path), local_only=local_only)
     return headed
 

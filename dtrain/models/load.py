@@ -21,9 +21,9 @@ from transformers import (
 from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
-from dtrain.models import own
+from dtrain.models import adapters, own
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
-from dtrain.models.headed import add_head, settings_of
+from dtrain.models.headed import KEY, add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
 from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
@@ -80,17 +80,8 @@ def load_model(
         config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
     if head in PROBLEM_TYPES:
         config.problem_type = PROBLEM_TYPES[head]
-    new_head = settings_of(model, config)
     with quiet(), _drawn_from(seed):
-        kind = auto_class(head) if new_head is None else AutoModel
-        loaded = (
-            _new(kind, model, config, head)
-            if model.from_scratch
-            else _pretrained(kind, model, config, head, local_only)
-        )
-        if new_head is not None:
-            pads_left = tokenizer is not None and tokenizer.padding_side == "left"
-            loaded = add_head(loaded, new_head, model, task_head=head, pads_left=pads_left, local_only=local_only)
+        loaded = _with_its_parts(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
     names = real_label_names(loaded.config)
     if has_labels(head) and not model.from_scratch and own_labels not in (None, names):
         log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
@@ -110,6 +101,47 @@ def label_names_of(model: schema.Model) -> tuple[str, ...] | None:
     if model.from_scratch or model.name_or_path is None:
         return None
     return real_label_names(read_config(model, locate(model)))
+
+
+def _with_its_parts(
+    model: schema.Model,
+    config: PretrainedConfig,
+    *,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase | None,
+    local_only: bool,
+) -> Any:
+    """The model with transformers' head or one of `model.head`, and with adapters: those of the folder, or new ones."""
+    saved = adapters.saved_adapters(model)
+    if saved is not None:
+        model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
+        local_only = locate(model)
+    new_head = settings_of(model, config)
+    kind = auto_class(head) if new_head is None else AutoModel
+    new: list[str] = []
+    if model.from_scratch:
+        loaded = _new(kind, model, config, head)
+    else:
+        loaded, new = _pretrained(kind, model, config, head, local_only)
+    if new_head is not None:
+        among_adapters = saved is not None and any(name.startswith("head.") for name in saved.heads)
+        is_stored = hasattr(config, KEY) and not model.from_scratch and not among_adapters
+        loaded = add_head(
+            loaded,
+            new_head,
+            model,
+            task_head=head,
+            pads_left=tokenizer is not None and tokenizer.padding_side == "left",
+            local_only=local_only,
+            is_stored=is_stored,
+        )
+        drawn = [] if is_stored else [f"head.{name}" for name, _ in loaded.head.named_parameters()]
+        new = [*(f"backbone.{name}" for name in new), *drawn]
+    if saved is not None:
+        adapters.load(loaded, saved)
+    elif model.lora is not None:
+        adapters.add(loaded, model.lora, base=str(model.name_or_path), new=new)
+    return loaded
 
 
 @contextmanager
@@ -136,7 +168,8 @@ def _new(kind: Any, model: schema.Model, config: PretrainedConfig, head: Head) -
 
 def _pretrained(
     kind: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that no file held."""
     name = model.name_or_path
     assert name is not None
     try:
@@ -165,7 +198,7 @@ def _pretrained(
         log.info("Newly initialised (not in %s): %s", name, _some(new))
     if unused:
         log.info("Not used from %s: %s", name, _some(unused))
-    return loaded
+    return loaded, new
 
 
 def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedConfig, head: Head) -> ConfigError | None:
