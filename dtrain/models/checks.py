@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +34,32 @@ def check_fit(
         raise ConfigError(
             f"data.max_length={max_length}, but {_called(model)} has positions for {positions} tokens only. {cure}."
         )
+
+
+@torch.no_grad()
+def check_images(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Refuses images of a size that the model is not made for, by showing it a blank one.
+
+    Args:
+        shape: channels, height, width of what the model will be given.
+
+    Raises:
+        ConfigError: with what the model says to it.
+    """
+    was_training = model.training
+    model.eval()  # running statistics stay
+    try:
+        model(pixel_values=torch.zeros(1, *shape))
+    except (ValueError, RuntimeError) as error:
+        edge = getattr(getattr(model, "config", None), "image_size", None)
+        cure = (
+            f"Set task.image_size={edge}." if isinstance(edge, int) else "Set task.image_size to what it is made for."
+        )
+        raise ConfigError(
+            f"Images are made {shape[1]} x {shape[2]} with {shape[0]} channel(s), which the model does not take: "
+            f"{' '.join(str(error).split())[:300]} {cure}"
+        ) from error
+    model.train(was_training)
 
 
 def longest_input(model: PreTrainedModel) -> int | None:

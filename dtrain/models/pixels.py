@@ -64,6 +64,13 @@ class PixelProcessor:
         found: NDArray[np.float32] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
         return found
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        out = self.crop or self.size
+        assert out is not None, "_sizes lets no other through"
+        return len(self.mean), *out
+
     def save_pretrained(self, folder: str) -> None:
         """Writes preprocessor_config.json."""
         text = json.dumps(self.content, indent=2, sort_keys=True)

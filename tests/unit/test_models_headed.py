@@ -11,13 +11,15 @@ import torch
 from transformers import AutoModel
 
 from dtrain import schema
+from dtrain.commands import construct
 from dtrain.commands.export import save
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.freezing import frozen_parameters
 from dtrain.models.headed import HeadedModel
 from dtrain.models.load import label_names_of, load_model
 from dtrain.models.paths import resolve
 from dtrain.models.pooling import pool
-from tests import tiny
+from tests import tiny, training
 from tests.tiny import SPECIAL, WORDS
 
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -182,6 +184,19 @@ def test_activations_of_the_backbone_are_recomputed_where_that_is_asked_for(base
 
     assert any(getattr(module, "gradient_checkpointing", False) for module in made.backbone.modules())
     assert made.config.use_cache is False
+
+
+def test_a_pooler_that_no_gradient_reaches_is_found_and_frozen(base: Path) -> None:
+    setting = training.Setting()
+    task = training.task(setting)
+    made = load_model(on(base, pooling="mean"), head=task.head, head_config=task.head_config, tokenizer=None, seed=0)
+
+    plan = construct.step_plan(setting.config(), task)
+    prepared = construct.prepare_training(made, setting.config(), task, plan)
+
+    pooler = ["backbone.pooler.dense.weight", "backbone.pooler.dense.bias"]
+    assert frozen_parameters(prepared.module) == pooler
+    assert prepared.freeze(made, 0) == pooler
 
 
 # Saved and loaded

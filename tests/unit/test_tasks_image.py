@@ -10,10 +10,12 @@ import torch
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import nn
 
+from dtrain.commands import construct
 from dtrain.data.images import images_shape
 from dtrain.data.locate import form_of
 from dtrain.data.sources import load_sources, source_key
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.checks import check_images
 from dtrain.models.load import load_model
 from dtrain.schema import Config, Data
 from dtrain.tasks.build import build_task
@@ -186,6 +188,24 @@ def test_models_of_images_are_made_from_scratch_with_an_output_for_each_label(fo
     batch = task.collate(task.splits["train"][[0, 1]], tiny.HERE)
     assert model(pixel_values=batch["pixel_values"]).logits.shape == (2, 3)
     assert torch.isfinite(task.loss(model, batch))
+
+
+def test_images_of_a_size_that_the_model_does_not_take_are_refused_before_the_first_step(folders: Path) -> None:
+    settings = config(folders, folders.parent / "cache", task={"name": "image_classification", "image_size": 24})
+
+    with pytest.raises(ConfigError, match=r"made 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
+        construct.load(settings, build_task(settings, SINGLE), SINGLE)
+
+
+def test_looking_at_a_blank_image_moves_no_running_statistics() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3)).train()
+    module.forward = lambda pixel_values: module[0](pixel_values + 1.0)  # type: ignore[method-assign]
+
+    check_images(module, (3, 4, 4))
+
+    assert module.training
+    assert module[0].training
+    assert float(module[0].running_mean.abs().max()) == 0.0
 
 
 # What is refused
