@@ -10,7 +10,6 @@ names it.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import random
@@ -18,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dtrain import schema
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.imports import import_function
 from dtrain.task_settings import Head
 
 KEY = "dtrain_factory"
@@ -55,9 +54,10 @@ def make(model: schema.Model, *, head: Head, head_config: Mapping[str, Any], tok
         CheckpointError: damaged weights.
     """
     assert model.factory is not None
-    with _importable(model.factory_folder or Path()):
-        function = _find(model)
-        module = _call(function, model, head=head, head_config=head_config, tokenizer=tokenizer)
+    folder = (model.factory_folder or Path()).expanduser()
+    _refuse_taken_name(model.factory, folder)
+    function = import_function(model.factory, folder=folder, setting="model.factory")
+    module = _call(function, model, head=head, head_config=head_config, tokenizer=tokenizer)
     module.register_forward_pre_hook(_only_what_it_takes, with_kwargs=True)
     module.register_forward_hook(_logits)
     told = {"id2label": head_config.get("id2label"), "label2id": head_config.get("label2id")}
@@ -93,47 +93,12 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The folder is where imports look first, for this block only."""
-    place = str(folder.expanduser().resolve())
-    sys.path.insert(0, place)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(place)
-
-
-def _find(model: schema.Model) -> Callable[..., Any]:
-    assert model.factory is not None
-    name, _, attribute = model.factory.partition(":")
-    folder = (model.factory_folder or Path()).expanduser().resolve()
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise _failed(model.factory, "importing it", error) from error
-        raise ConfigError(
-            f"model.factory={model.factory}: there is no {error.name.replace('.', '/')}.py in {folder} (the config's "
-            "folder, or model.factory_folder) and no installed package of that name."
-        ) from error
-    except Exception as error:  # whatever the user's file does
-        raise _failed(model.factory, "importing it", error) from error
-    _refuse_other_file(module, name, folder, model.factory)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        found = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == name]
-        what = "is not there" if function is None else f"is {type(function).__name__}, not a function"
-        raise ConfigError(
-            f"model.factory={model.factory}: {attribute} {what}. {module.__file__} has {', '.join(found) or 'none'}."
-        )
-    chosen: Callable[..., Any] = function
-    return chosen
-
-
-def _refuse_other_file(module: ModuleType, name: str, folder: Path, factory: str) -> None:
+def _refuse_taken_name(factory: str, folder: Path) -> None:
     """A name that Python had imported before, from elsewhere, is not looked for again."""
+    name = factory.partition(":")[0]
+    module = sys.modules.get(name)
+    if module is None:
+        return
     own = folder.joinpath(*name.split("."))
     files = [file for file in (own.with_suffix(".py"), own / "__init__.py") if file.is_file()]
     if files and Path(module.__file__ or "").resolve() not in [file.resolve() for file in files]:

@@ -192,16 +192,16 @@ def test_a_saved_folder_without_the_factory_is_refused_with_its_name(folder: Pat
 @pytest.mark.parametrize(
     ("factory", "model", "message"),
     [
-        ("nothing:build", {}, "there is no nothing.py in .* and no installed package"),
-        ("bag:biuld", {}, r"biuld is not there. .*bag.py has .*build"),
-        ("bag:SIZE", {}, "SIZE is int, not a function"),
+        ("nothing:build", {}, r"there is no module nothing \(looked in .*config file"),
+        ("bag:biuld", {}, r"bag.py has no function biuld"),
+        ("bag:SIZE", {}, "has no function SIZE"),
         ("bag:raises", {}, r"calling it raised RuntimeError: no such thing \(.*bag.py, line \d+\)"),
         ("bag:number", {}, "gave int: expected a torch.nn.Module"),
         ("bag:empty", {}, "gave a Identity without parameters"),
         ("bag:build", {"config": {"depth": 2}}, r"unexpected keyword argument 'depth'.*model.config=\{'depth': 2\}"),
-        ("broken:build", {}, r"importing it raised SyntaxError"),
-        ("lacking:build", {}, r"importing it raised ModuleNotFoundError: No module named 'no_such_library'"),
-        ("random:build", {}, "the name random is taken by .*random.py, .*Rename your file"),
+        ("broken:build", {}, r"cannot be imported: SyntaxError"),
+        ("lacking:build", {}, "it imports no_such_library, which is not installed"),
+        ("calendar:build", {}, "the name calendar is taken by .*calendar.py, .*Rename your file"),
         ("bag:build", {"gradient_checkpointing": True}, "cannot do that for a Bag model"),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_factory_that_makes_no_module_is_refused(
 ) -> None:
     (folder / "broken.py").write_text("def build(:\n")
     (folder / "lacking.py").write_text("import no_such_library\n")
-    (folder / "random.py").write_text("def build():\n    pass\n")
+    (folder / "calendar.py").write_text("def build():\n    pass\n")
 
     with pytest.raises(ConfigError, match=message):
         load(folder, factory, **model)
