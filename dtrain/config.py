@@ -84,7 +84,6 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         problems += complaints(error, Config, settings.values, place=place, show=_show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    config = _with_the_factorys_folder(config, path)
     return config if command in ("train", "download") else _with_the_model_as_it_is(config, command)
 
 
@@ -105,14 +104,6 @@ def _config_of_model(given: Sequence[tuple[Key, Any]]) -> Path | None:
             f"run ({file} is not there). Say task.name=..., or give the settings with --config."
         )
     return file if file.is_file() else None
-
-
-def _with_the_factorys_folder(config: Config, path: Path | None) -> Config:
-    """A user's own module is looked for beside the config file; noted down, so that a run's config.yaml finds it too."""
-    if config.model.factory is None or config.model.factory_folder is not None:
-        return config
-    folder = path.parent if path is not None else Path()
-    return config.model_copy(update={"model": config.model.model_copy(update={"factory_folder": folder})})
 
 
 def _with_the_model_as_it_is(config: Config, command: str) -> Config:

@@ -282,8 +282,12 @@ class Config(Section):
         return self._folder
 
     def in_folder(self, folder: Path) -> Config:
-        """The same settings, read from a file in that folder."""
-        copied = self.model_copy()
+        """The same settings, read from a file in that folder, where a module of the user's own is looked for."""
+        model = self.model
+        if model.factory is not None and model.factory_folder is None:
+            # Noted down, so that the run's config.yaml finds it too.
+            model = model.model_copy(update={"factory_folder": folder})
+        copied = self.model_copy(update={"model": model})
         copied._folder = folder
         return copied
 
