@@ -18,8 +18,9 @@ import yaml
 from pydantic import ValidationError
 
 from dtrain.errors import ConfigError
+from dtrain.model_settings import BUILT_TOKENIZERS
 from dtrain.quickstart import QUICKSTART
-from dtrain.schema import BUILT_TOKENIZERS, Config
+from dtrain.schema import Config
 from dtrain.settings import OnResume
 from dtrain.wording import (
     ABSENT,

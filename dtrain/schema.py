@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.command_settings import Download, Export, Generate, Inspect, Predict, Talk
-from dtrain.settings import AnyPath, Beta, NameOrPath, Section, setting
+from dtrain.model_settings import Lora as Lora
+from dtrain.model_settings import Model as Model
+from dtrain.model_settings import NewHead as NewHead
+from dtrain.settings import AnyPath, Beta, Section, setting
 from dtrain.task_settings import CausalLm, TaskSettings
 
 
@@ -33,36 +36,6 @@ class Run(Section):
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError("a run name is one folder: letters, digits, '.', '_', '-', and a letter or digit first")
         return name
-
-
-BUILT_TOKENIZERS = ("char", "train-bpe")
-"""Values of model.tokenizer that make a tokenizer of the training text; it is saved with the model."""
-
-
-class Model(Section):
-    """Which model and tokenizer, and how the model is run."""
-
-    name_or_path: NameOrPath | None = setting(None, "a Hugging Face name, or a folder that from_pretrained loads")
-    from_scratch: bool = setting(False, "new random weights (from model.config, on top of name_or_path's if given)")
-    config: dict[str, Any] = setting({}, "overrides of the model's own config; from scratch it needs model_type")
-    tokenizer: NameOrPath | None = setting(
-        None, "name, folder, vocabulary file (.txt), char, or train-bpe; default: the model's"
-    )
-    tokenizer_vocab_size: int = setting(8000, "tokens that train-bpe makes of the training text, at most", ge=260)
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model. Only for authors you trust")
-    attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory", resume="free")
-    compile: bool = setting(False, "torch.compile the model: faster steps after a slow first one", resume="warn")
-    batch_norm: Literal["eval", "train"] = setting("eval", "running statistics kept, or updated per rank (inexact)")
-
-    @model_validator(mode="after")
-    def _from_scratch_knows_what(self) -> Model:
-        if self.from_scratch and self.name_or_path is None and "model_type" not in self.config:
-            raise ValueError(
-                "model.from_scratch=true does not say what to make: set model.config.model_type (gpt2, bert, ...) "
-                "or model.name_or_path"
-            )
-        return self
 
 
 class ThawStage(Section):
@@ -309,8 +282,12 @@ class Config(Section):
         return self._folder
 
     def in_folder(self, folder: Path) -> Config:
-        """The same settings, read from a file in that folder."""
-        copied = self.model_copy()
+        """The same settings, read from a file in that folder, where a module of the user's own is looked for."""
+        model = self.model
+        if model.factory is not None and model.factory_folder is None:
+            # Noted down, so that the run's config.yaml finds it too.
+            model = model.model_copy(update={"factory_folder": folder})
+        copied = self.model_copy(update={"model": model})
         copied._folder = folder
         return copied
 

@@ -18,6 +18,7 @@ Head = Literal[
     "question_answering",
     "token_classification",
     "image_classification",
+    "image_regression",
 ]
 """What a task wants on top of a model: which AutoModel class carries it."""
 
@@ -34,9 +35,7 @@ class Classification(Section):
     @field_validator("class_weights")
     @classmethod
     def _weights_are_positive(cls, weights: Any) -> Any:
-        if isinstance(weights, dict) and (bad := [k for k, w in weights.items() if not w > 0]):
-            raise ValueError(f"the weight of label {bad[0]!r} must be above 0")
-        return weights
+        return _positive(weights)
 
 
 class Regression(Section):
@@ -129,6 +128,42 @@ class MaskedLm(Section):
     whole_word: bool = setting(False, "hide all tokens of a word or none")
 
 
+class ImageClassification(Section):
+    """One label for an image."""
+
+    name: Literal["image_classification"] = setting(..., "image_classification: one label for an image")
+    class_weights: Literal["balanced"] | dict[str, float] | None = setting(
+        None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
+    )
+    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
+    image_size: int | None = setting(
+        None, "edge of the square that images are resized to; default: as the model says", ge=1
+    )
+
+    @field_validator("class_weights")
+    @classmethod
+    def _weights_are_positive(cls, weights: Any) -> Any:
+        return _positive(weights)
+
+
+class ImageRegression(Section):
+    """Numbers for an image: landmarks, a size, an age."""
+
+    name: Literal["image_regression"] = setting(..., "image_regression: numbers for an image, e.g. landmarks")
+    targets: tuple[str, ...] = setting(
+        ..., "columns of the numbers, in the order of the model's outputs", min_length=1, strict=False
+    )
+    image_size: int | None = setting(
+        None, "edge of the square that images are resized to; default: as the model says", ge=1
+    )
+
+
+def _positive(weights: Any) -> Any:
+    if isinstance(weights, dict) and (bad := [k for k, w in weights.items() if not w > 0]):
+        raise ValueError(f"the weight of label {bad[0]!r} must be above 0")
+    return weights
+
+
 TaskSettings = Annotated[
     Classification
     | Regression
@@ -138,6 +173,8 @@ TaskSettings = Annotated[
     | QuestionAnswering
     | TokenClassification
     | Seq2Seq
-    | Chat,
+    | Chat
+    | ImageClassification
+    | ImageRegression,
     Field(discriminator="name"),
 ]

@@ -15,7 +15,7 @@ from dtrain.data.order import StepPlan
 from dtrain.engine.probe import without_gradient
 from dtrain.errors import ConfigError
 from dtrain.models import freezing
-from dtrain.models.checks import check_fit
+from dtrain.models.checks import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
@@ -57,8 +57,11 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         model = load_model(
             config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
-        if task.tokenizer is not None:
+        if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
+        processor = getattr(task, "processor", None)
+        if processor is not None:
+            check_images(model, processor.shape)
         fitted: nn.Module = model
         return fitted
 

@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from dtrain.collectives import on_main
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
+from dtrain.models import adapters, own
+from dtrain.models.headed import HeadedModel
 from dtrain.run_folder import replace_folder, write_json_atomic
+from dtrain.tasks.protocol import Task
 
 
 def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
@@ -34,6 +37,11 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
     on_main(write, engine.topology)
 
 
+def beside(task: Task) -> Any:
+    """What is saved beside the weights: the tokenizer, or what makes pixels of images."""
+    return getattr(task, "processor", None) or task.tokenizer
+
+
 def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
     """Writes config, weights and tokenizer into a new folder.
 
@@ -46,10 +54,16 @@ def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, fo
     state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
     parameters = set(state)
     state.update({name: value.detach().cpu() for name, value in module.state_dict().items() if name not in parameters})
-    if isinstance(module, PreTrainedModel):
+    told = getattr(module, own.RECORD, {})
+    if hasattr(module, adapters.RECORD):
+        adapters.save(module, state, folder)
+    elif isinstance(module, PreTrainedModel | HeadedModel):
+        for key, value in told.items():
+            setattr(module.config, key, value)
         module.save_pretrained(str(folder), state_dict=state)
     else:
         folder.mkdir(parents=True)
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
-        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__]})
-    tokenizer.save_pretrained(str(folder))
+        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **told})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))

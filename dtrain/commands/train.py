@@ -13,7 +13,7 @@ from dtrain import optim
 from dtrain.collectives import on_main
 from dtrain.commands import construct, folder, plan, results
 from dtrain.commands.card import write_card
-from dtrain.commands.export import export_model
+from dtrain.commands.export import beside, export_model
 from dtrain.commands.results import Result
 from dtrain.commands.thawing import thaw
 from dtrain.console import log
@@ -184,7 +184,7 @@ class TrainingRun:
     def _keep_best(self) -> None:
         """Collective. The model of this step becomes the run's."""
         self.best = self.last
-        export_model(self.engine, self.task.tokenizer, self.config.run_dir / "model")
+        export_model(self.engine, beside(self.task), self.config.run_dir / "model")
 
     def _before_epoch(self, engine: Engine, epoch: int) -> Engine:
         """Collective. Thaws what is due."""
@@ -204,7 +204,7 @@ class TrainingRun:
                 self.keeper.judge(self.state.step, metrics)
         final = self.best if config.evaluation.best is not None and self.best is not None else self.last
         if config.evaluation.best is None or self.best is None:
-            export_model(self.engine, self.task.tokenizer, config.run_dir / "model")
+            export_model(self.engine, beside(self.task), config.run_dir / "model")
         name, _ = engine_name(config, self.topology)
         summary = {
             **results.summary("train", final, self.topology, engine=name, seconds=self.tracker.seconds),

@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dtrain.data import glue
+from dtrain.data.images import class_folder_state, is_class_folders
 from dtrain.data.readers import SUFFIXES
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
 
 Named = TypeVar("Named")
 
-Form = Literal["python_docs", "glue", "files", "saved", "hub"]
-"""glue: the original TSV files. saved: written by save_to_disk. files: one file per split, read by its suffix."""
+Form = Literal["python_docs", "glue", "files", "saved", "hub", "class_folders"]
+"""glue: the original TSV files. saved: written by save_to_disk. files: one file per split, read by its suffix.
+
+class_folders: a folder per split with a folder of images per class.
+"""
 
 PYTHON_DOCS = "python_docs"
 
@@ -53,6 +57,8 @@ def form_of(data: Data) -> Form:
         raise DataError(f"data.path={data.path} does not exist. {_expected(data)}")
     if is_saved(place_of(data)):
         return "saved"
+    if data.name is None and class_folders(data):
+        return "class_folders"
     if data.name in (None, SWAG):
         return "files"
     if data.name not in glue.NAMES:
@@ -110,6 +116,25 @@ def split_files(data: Data, form: Literal["glue", "files"]) -> dict[str, Path]:
     return train_first(files)
 
 
+def class_folders(data: Data) -> dict[str, Path]:
+    """The folder of each split whose images lie in folders by class, train first; none where the data is not like that."""
+    place = place_of(data)
+    found: dict[str, Path] = {}
+    if not place.is_dir():
+        return {}
+    for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
+        if any((place / f"{name}{suffix}").is_file() for name in names for suffix in SUFFIXES):
+            return {}
+        folders = [place / name for name in names if is_class_folders(place / name)]
+        if folders:
+            found[split] = folders[0]
+    if data.splits:
+        found = {split: place / name for split, name in data.splits.items()}
+        if not all(is_class_folders(folder) for folder in found.values()):
+            return {}
+    return train_first(found)
+
+
 def pick_splits(available: Sequence[str], data: Data, *, origin: str) -> dict[str, str]:
     """Our split -> the source's, by `data.splits` or else the usual names; tests only where they are asked for."""
     if data.splits:
@@ -133,6 +158,8 @@ def file_hashes(data: Data, form: Form) -> dict[str, list[str]]:
         # datasets keeps its own cache files beside the data.
         found = (file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith("cache-"))
         files = {file.relative_to(place).as_posix(): file for file in found}
+    elif form == "class_folders":
+        return {split: [folder.name, class_folder_state(folder)] for split, folder in class_folders(data).items()}
     else:
         assert form in ("glue", "files")
         files = split_files(data, form)

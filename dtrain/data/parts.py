@@ -14,7 +14,8 @@ import datasets
 import pyarrow as pa
 
 from dtrain.data import glue, hub
-from dtrain.data.locate import PYTHON_DOCS, SWAG, form_of, pick_splits, place_of, split_files
+from dtrain.data.images import class_folder_rows
+from dtrain.data.locate import PYTHON_DOCS, SWAG, class_folders, form_of, pick_splits, place_of, split_files
 from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, whole_text
 from dtrain.data.rows import Origin, Shape
 from dtrain.errors import ConfigError, DataError
@@ -50,6 +51,11 @@ def _parts(data: Data, shape: Shape) -> dict[str, Part]:
             return _glue_parts(data)
         case "files":
             return {split: _file_part(split, file, data, shape) for split, file in split_files(data, "files").items()}
+        case "class_folders":
+            return {
+                split: Part(Origin(str(folder), "row", needs_label=not _is_test(split)), class_folder_rows(folder))
+                for split, folder in class_folders(data).items()
+            }
         case "saved":
             return _dataset_parts(_load_saved(data), str(data.path), data)
         case "hub":

@@ -12,6 +12,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain import schema
 from dtrain.errors import ConfigError
+from dtrain.models import adapters
+from dtrain.models.own import refuse_without_factory
 from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 
 WEIGHT_FILES = (
@@ -28,6 +30,7 @@ OWNED_CONFIG_KEYS = {
     "attn_implementation": "model.attn_implementation",
     "dtype": "engine.precision",
     "torch_dtype": "engine.precision",
+    "dtrain_head": "model.head",
 }
 """Keys of a model's own config that something else decides, and what does."""
 
@@ -52,7 +55,9 @@ def locate(model: schema.Model) -> bool:
             raise ConfigError(
                 f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
             )
-        if not model.from_scratch and not any((folder / file).is_file() for file in WEIGHT_FILES):
+        refuse_without_factory(folder)
+        files = (*WEIGHT_FILES, adapters.WEIGHTS)
+        if not model.from_scratch and not any((folder / file).is_file() for file in files):
             raise ConfigError(
                 f"model.name_or_path={name} has no weights ({', '.join(WEIGHT_FILES[::2])} or their .index.json). Copy "
                 "them there, name another folder, or start from new weights with model.from_scratch=true."

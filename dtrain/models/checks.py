@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,11 +29,37 @@ def check_fit(
     positions = longest_input(model)
     if positions is not None and max_length > positions:
         cure = f"Set data.max_length={positions} or less"
-        if not _learned_positions(model):  # computed ones cost no weights
+        if not learned_positions(model):  # computed ones cost no weights
             cure += f", or model.config={{max_position_embeddings: {max_length}}} to go beyond what it was trained on"
         raise ConfigError(
             f"data.max_length={max_length}, but {_called(model)} has positions for {positions} tokens only. {cure}."
         )
+
+
+@torch.no_grad()
+def check_images(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Refuses images of a size that the model is not made for, by showing it a blank one.
+
+    Args:
+        shape: channels, height, width of what the model will be given.
+
+    Raises:
+        ConfigError: with what the model says to it.
+    """
+    was_training = model.training
+    model.eval()  # running statistics stay
+    try:
+        model(pixel_values=torch.zeros(1, *shape))
+    except (ValueError, RuntimeError) as error:
+        edge = getattr(getattr(model, "config", None), "image_size", None)
+        cure = (
+            f"Set task.image_size={edge}." if isinstance(edge, int) else "Set task.image_size to what it is made for."
+        )
+        raise ConfigError(
+            f"Images are made {shape[1]} x {shape[2]} with {shape[0]} channel(s), which the model does not take: "
+            f"{' '.join(str(error).split())[:300]} {cure}"
+        ) from error
+    model.train(was_training)
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
@@ -40,14 +67,14 @@ def longest_input(model: PreTrainedModel) -> int | None:
     bound = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(bound, int) or bound <= 0:
         return None
-    for embedding in _learned_positions(model):
+    for embedding in learned_positions(model):
         if embedding.padding_idx is not None and embedding.num_embeddings == bound:
             # RoBERTa and its kin number their positions from padding_idx + 1 on.
             return bound - embedding.padding_idx - 1
     return bound
 
 
-def _learned_positions(model: nn.Module) -> list[nn.Embedding]:
+def learned_positions(model: nn.Module) -> list[nn.Embedding]:
     """Tables with a row per absolute position, by the names that transformers gives them."""
     tables = ("position_embeddings", "embed_positions", "wpe", "position_embed", "positions_embed")
     return [

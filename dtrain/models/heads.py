@@ -18,12 +18,14 @@ CLASSES: dict[Head, str] = {
     "question_answering": "AutoModelForQuestionAnswering",
     "token_classification": "AutoModelForTokenClassification",
     "image_classification": "AutoModelForImageClassification",
+    "image_regression": "AutoModelForImageClassification",
 }
 
 PROBLEM_TYPES: dict[Head, str] = {
     "sequence_classification": "single_label_classification",
     "regression": "regression",
     "image_classification": "single_label_classification",
+    "image_regression": "regression",
 }
 """How from_pretrained's own loss reads the labels, for those who use the exported model with it."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,7 +21,9 @@ from transformers import (
 from dtrain import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
+from dtrain.models import adapters, own
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
+from dtrain.models.headed import KEY, add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
 from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
@@ -56,6 +59,12 @@ def load_model(
         DataError: the hub does not answer.
         CheckpointError: damaged files.
     """
+    if model.factory is not None:
+        with _drawn_from(seed), own.all_drawn_from(seed):
+            module = own.make(model, head=head, head_config=head_config, tokenizer=tokenizer)
+        if model.gradient_checkpointing:
+            _checkpoint_activations(module)
+        return module
     local_only = locate(model)
     config = read_config(model, local_only)
     own_labels = real_label_names(config)
@@ -72,7 +81,7 @@ def load_model(
     if head in PROBLEM_TYPES:
         config.problem_type = PROBLEM_TYPES[head]
     with quiet(), _drawn_from(seed):
-        loaded = _new(model, config, head) if model.from_scratch else _pretrained(model, config, head, local_only)
+        loaded = _with_its_parts(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
     names = real_label_names(loaded.config)
     if has_labels(head) and not model.from_scratch and own_labels not in (None, names):
         log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
@@ -87,9 +96,52 @@ def label_names_of(model: schema.Model) -> tuple[str, ...] | None:
     Reads the model's config only. Labels are mapped by name: where these are the data's names in another order (MNLI
     has had several), the task has to number its labels in this order.
     """
+    if model.factory is not None:
+        return own.label_names(model)
     if model.from_scratch or model.name_or_path is None:
         return None
     return real_label_names(read_config(model, locate(model)))
+
+
+def _with_its_parts(
+    model: schema.Model,
+    config: PretrainedConfig,
+    *,
+    head: Head,
+    tokenizer: PreTrainedTokenizerBase | None,
+    local_only: bool,
+) -> Any:
+    """The model with transformers' head or one of `model.head`, and with adapters: those of the folder, or new ones."""
+    saved = adapters.saved_adapters(model)
+    if saved is not None:
+        model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
+        local_only = locate(model)
+    new_head = settings_of(model, config)
+    kind = auto_class(head) if new_head is None else AutoModel
+    new: list[str] = []
+    if model.from_scratch:
+        loaded = _new(kind, model, config, head)
+    else:
+        loaded, new = _pretrained(kind, model, config, head, local_only)
+    if new_head is not None:
+        among_adapters = saved is not None and any(name.startswith("head.") for name in saved.heads)
+        is_stored = hasattr(config, KEY) and not model.from_scratch and not among_adapters
+        loaded = add_head(
+            loaded,
+            new_head,
+            model,
+            task_head=head,
+            pads_left=tokenizer is not None and tokenizer.padding_side == "left",
+            local_only=local_only,
+            is_stored=is_stored,
+        )
+        drawn = [] if is_stored else [f"head.{name}" for name, _ in loaded.head.named_parameters()]
+        new = [*(f"backbone.{name}" for name in new), *drawn]
+    if saved is not None:
+        adapters.load(loaded, saved)
+    elif model.lora is not None:
+        adapters.add(loaded, model.lora, base=str(model.name_or_path), new=new)
+    return loaded
 
 
 @contextmanager
@@ -100,9 +152,9 @@ def _drawn_from(seed: int) -> Iterator[None]:
         yield
 
 
-def _new(model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
+def _new(kind: Any, model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
     try:
-        return auto_class(head).from_config(
+        return kind.from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=model.trust_remote_code,
@@ -114,11 +166,14 @@ def _new(model: schema.Model, config: PretrainedConfig, head: Head) -> PreTraine
         ) from error
 
 
-def _pretrained(model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool) -> PreTrainedModel:
+def _pretrained(
+    kind: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of its weights that no file held."""
     name = model.name_or_path
     assert name is not None
     try:
-        loaded, info = auto_class(head).from_pretrained(
+        loaded, info = kind.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,  # also where the file is bf16: an optimizer needs the digits
@@ -143,7 +198,7 @@ def _pretrained(model: schema.Model, config: PretrainedConfig, head: Head, local
         log.info("Newly initialised (not in %s): %s", name, _some(new))
     if unused:
         log.info("Not used from %s: %s", name, _some(unused))
-    return loaded
+    return loaded, new
 
 
 def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedConfig, head: Head) -> ConfigError | None:
@@ -166,7 +221,8 @@ def _refuse_mismatch(name: str, loaded: PreTrainedModel, mismatched: Collection[
     shapes = _some(
         [f"{key} is {tuple(found)}, wanted {tuple(wanted)}" for key, found, wanted in sorted(mismatched)], most=2
     )
-    if any(key.startswith(f"{loaded.base_model_prefix}.") for key, _, _ in mismatched):
+    is_backbone = not hasattr(loaded, loaded.base_model_prefix)
+    if is_backbone or any(key.startswith(f"{loaded.base_model_prefix}.") for key, _, _ in mismatched):
         raise ConfigError(
             f"model.name_or_path={name}: its weights do not fit model.config ({shapes}). Drop the override, or set "
             "model.from_scratch=true."
@@ -184,11 +240,11 @@ def _some(names: list[str], *, most: int = 4) -> str:
 
 
 def _checkpoint_activations(loaded: PreTrainedModel) -> None:
-    if not loaded.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"model.gradient_checkpointing=true: transformers cannot do that for a {loaded.config.model_type} model."
-        )
+    if not getattr(loaded, "supports_gradient_checkpointing", False):
+        kind = getattr(getattr(loaded, "config", None), "model_type", type(loaded).__name__)
+        raise ConfigError(f"model.gradient_checkpointing=true: transformers cannot do that for a {kind} model.")
     # Renamed within transformers 5; the old name warns.
     enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-    loaded.config.use_cache = False  # keys and values kept for later would be recomputed as well
+    if hasattr(loaded, "config"):
+        loaded.config.use_cache = False  # keys and values kept for later would be recomputed as well

@@ -47,3 +47,11 @@ def build_task(config: Config, topology: Topology) -> Task:
             from dtrain.tasks.masked_lm import prepare_masked_lm
 
             return prepare_masked_lm(config, config.task, topology)
+        case task_settings.ImageClassification():
+            from dtrain.tasks.image_classification import prepare_image_classification
+
+            return prepare_image_classification(config, config.task, topology)
+        case task_settings.ImageRegression():
+            from dtrain.tasks.image_regression import prepare_image_regression
+
+            return prepare_image_regression(config, config.task, topology)

@@ -18,7 +18,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.load import label_names_of
 from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Classification, Head
+from dtrain.task_settings import Classification, Head, ImageClassification
 from dtrain.tasks.preparing import Meta, Recipe, all_texts, column_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
@@ -38,13 +38,14 @@ class ClassificationTask:
         splits: Mapping[str, Split],
         tokenizer: Any,
         labels: Sequence[str],
-        settings: Classification,
+        settings: Classification | ImageClassification,
         *,
         max_length: int,
     ) -> None:
         """
         Args:
             splits: rows with `input_ids`, further model inputs, and `label`, an index into `labels`.
+            tokenizer: None where a subclass collates what is no text.
             labels: label names in the order of the model's outputs.
         """
         self.splits: Mapping[str, Split] = splits
@@ -59,7 +60,8 @@ class ClassificationTask:
         self._smoothing = settings.label_smoothing
         self._weights = self._class_weights(settings)
         # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+        if tokenizer is not None:
+            tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
@@ -131,7 +133,7 @@ class ClassificationTask:
         """The labels of a split in data order; None for an example that has none."""
         return column_of(self.splits[split], "label")
 
-    def _class_weights(self, settings: Classification) -> torch.Tensor | None:
+    def _class_weights(self, settings: Classification | ImageClassification) -> torch.Tensor | None:
         if settings.class_weights is None:
             return None
         if settings.class_weights == "balanced":
@@ -155,19 +157,7 @@ def prepare_classification(config: Config, settings: Classification, topology: T
     order = label_names_of(config.model)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
-        if "train" not in sources and order is not None:
-            check_labels(sources, names := order)  # an evaluation: the model knows its labels
-        elif "train" not in sources and all(source.label_names is None for source in sources.values()):
-            raise ConfigError(
-                f"What the labels are called is said nowhere: there is no train split, and "
-                f"model.name_or_path={config.model.name_or_path} has no id2label in its config.json. Name a trained "
-                "classifier, or a train split in data.splits."
-            )
-        else:
-            names = label_names(sources)
-        if order is not None and set(order) == set(names):
-            names = order  # the model's outputs keep their meaning
-        return {"labels": list(names)}
+        return {"labels": ordered_labels(sources, order, config.model.name_or_path)}
 
     def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
         identity = {name: index for index, name in enumerate(meta["labels"])}
@@ -192,6 +182,30 @@ def prepare_classification(config: Config, settings: Classification, topology: T
     examples = prepare_examples(recipe, config, topology)
     labels = [str(name) for name in examples.meta["labels"]]
     return ClassificationTask(examples.splits, examples.tokenizer, labels, settings, max_length=config.max_length)
+
+
+def ordered_labels(sources: Mapping[str, Source], known: tuple[str, ...] | None, name: str | None) -> list[str]:
+    """The labels in the order of the model's outputs: those that it knows, where they are the data's.
+
+    Args:
+        name: of the model, for the message.
+
+    Raises:
+        ConfigError: nothing says what the labels are called.
+        DataError: a label that is not one of them.
+    """
+    if "train" not in sources and known is not None:
+        check_labels(sources, names := known)  # an evaluation: the model knows its labels
+    elif "train" not in sources and all(source.label_names is None for source in sources.values()):
+        raise ConfigError(
+            f"What the labels are called is said nowhere: there is no train split, and model.name_or_path={name} has no "
+            "id2label in its config.json. Name a trained classifier, or a train split in data.splits."
+        )
+    else:
+        names = label_names(sources)
+    if known is not None and set(known) == set(names):
+        names = known  # the model's outputs keep their meaning
+    return list(names)
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,7 @@ class Recipe:
         describe: what the ranks have to know besides, from all splits, before any is encoded (the labels' names).
         options: what else the result depends on, e.g. settings of the task.
         needs_padding: whether batches hold examples of different lengths.
+        has_text: False where there is nothing to tokenise, and no tokenizer.
     """
 
     task: str
@@ -46,11 +47,12 @@ class Recipe:
     describe: Callable[[Mapping[str, Source], Any], Meta] = lambda _sources, _tokenizer: {}
     options: Meta | None = None
     needs_padding: bool = True
+    has_text: bool = True
 
 
 @dataclass(frozen=True)
 class Examples:
-    """splits: memory-mapped examples. tokenizer: the one that made them. meta: what `Recipe.describe` gave."""
+    """splits: memory-mapped examples. tokenizer: the one that made them, if any. meta: what `Recipe.describe` gave."""
 
     splits: Mapping[str, datasets.Dataset]
     tokenizer: Any
@@ -66,7 +68,9 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
     """
 
     @cache
-    def made_tokenizer() -> PreTrainedTokenizerBase:
+    def made_tokenizer() -> PreTrainedTokenizerBase | None:
+        if not recipe.has_text:
+            return None
         return load_tokenizer(
             config.model,
             training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
@@ -76,7 +80,8 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
     def tokenizer_key() -> Json:
         if config.model.tokenizer == "train-bpe":  # told apart by what makes it, so that it is trained once
             return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding}
-        return fingerprint(made_tokenizer())
+        tokenizer = made_tokenizer()
+        return None if tokenizer is None else fingerprint(tokenizer)
 
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
         key: dict[str, Json] = {
@@ -84,7 +89,7 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
             "shape": recipe.shape.name,
             "source": source_key(config.data),
             "tokenizer": tokenizer_key(),
-            "max_length": config.max_length,
+            "max_length": config.max_length if recipe.has_text else None,
             "options": dict(recipe.options or {}),
         }
 
@@ -95,7 +100,8 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
                 meta = dict(recipe.describe(sources, tokenizer))
                 for split, source in sources.items():
                     save_split(folder, split, recipe.encode(source, tokenizer, meta))
-            tokenizer.save_pretrained(folder / "tokenizer")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder / "tokenizer")
             return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
 
         return key, build
@@ -103,7 +109,7 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
     prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
-    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model)
+    tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import PretrainedConfig
 
 from dtrain.commands import chat
 from dtrain.commands.chat import Reply, run_chat, speaker, talk

@@ -26,6 +26,7 @@ LEVELS = {
             "settings",
             "task_settings",
             "command_settings",
+            "model_settings",
             "schema",
             "quickstart",
             "jsonl",
@@ -51,7 +52,7 @@ LEVELS = {
 
 SIDEWAYS = {
     *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
-    ("schema", "task_settings"),
+    *[("schema", "task_settings"), ("schema", "model_settings")],
     ("schema", "command_settings"),
     *[("rollcall", "network"), ("mpi", "launchers"), ("mpi", "network"), ("mpi", "rollcall")],  # topology.py's parts
 }
@@ -76,6 +77,7 @@ WITHOUT_TORCH = (
     "settings",
     "task_settings",
     "command_settings",
+    "model_settings",
     "schema",
     "launchers",
     "network",

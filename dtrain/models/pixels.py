@@ -1,0 +1,227 @@
+"""From an image file to the numbers that a model takes: resized, cropped and normalised as its preprocessor_config says.
+
+A few lines of Pillow and numpy, so that the numbers are the same whether torchvision is installed or not; tests hold
+them against transformers' own processors. A model that brings no preprocessor_config.json gets one: its own image size,
+mean and deviation 0.5. The file is saved beside the trained model, where AutoImageProcessor finds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.utils import cached_file
+
+from dtrain import schema
+from dtrain.errors import CheckpointError, ConfigError, DataError
+from dtrain.models.architecture import locate, read_config
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FILE = "preprocessor_config.json"
+
+BILINEAR, NATIVE_SIZE = 2, 224
+WARPED_FROM = 384
+"""From this edge on ConvNeXT's processor resizes to a square; below, it resizes to more and crops."""
+
+
+@dataclass(frozen=True)
+class PixelProcessor:
+    """What happens to an image, and the preprocessor_config.json that says so.
+
+    size: (height, width) to resize to; None where `shortest` says how long the shorter side gets. crop: (height, width)
+    of the middle that is kept. resample: Pillow's number. mean, std: one per channel, after the multiplication by scale.
+    """
+
+    size: tuple[int, int] | None
+    shortest: int | None
+    crop: tuple[int, int] | None
+    resample: int
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    content: Mapping[str, Any]
+
+    def __call__(self, file: Path) -> NDArray[np.float32]:
+        """(channels, height, width).
+
+        Raises:
+            DataError: the file is gone or cannot be decoded.
+        """
+        image = self._resized(open_image(file, "RGB" if len(self.mean) == 3 else "L"))
+        if self.crop is not None:
+            top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, len(self.mean))
+        scaled = pixels * np.float32(self.scale)
+        normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        found: NDArray[np.float32] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        out = self.crop or self.size
+        assert out is not None, "_sizes lets no other through"
+        return len(self.mean), *out
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes preprocessor_config.json."""
+        text = json.dumps(self.content, indent=2, sort_keys=True)
+        Path(folder, FILE).write_text(f"{text}\n", encoding="utf-8")
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.size is not None:
+            return image.resize((self.size[1], self.size[0]), self.resample)
+        assert self.shortest is not None
+        short, long = sorted(image.size)
+        longer = int(self.shortest * long / short)
+        size = (self.shortest, longer) if image.width <= image.height else (longer, self.shortest)
+        return image.resize(size, self.resample)
+
+
+def open_image(file: Path, mode: str) -> Image.Image:
+    """A decoded image, RGB or L (grey).
+
+    Raises:
+        DataError: it is gone or damaged. Headers were looked at when the data was prepared; pixels are read here.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be decoded: {error}. Remove it from the data or write it again") from None
+
+
+def load_processor(model: schema.Model, *, image_size: int | None) -> PixelProcessor:
+    """The model's own, or a plain one.
+
+    Args:
+        image_size: edge of the square that images are resized to; None: as the model says.
+
+    Raises:
+        ConfigError: a preprocessor_config.json that asks for what dtrain does not do, or Pillow is missing.
+    """
+    try:
+        import PIL  # noqa: F401 - only whether it is there
+    except ImportError:
+        raise ConfigError("Images are read with Pillow, which is not installed: pip install pillow") from None
+    content, edge, channels = _brought(model)
+    edge = image_size or edge
+    if content is None:
+        content = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_resize": True,
+            "size": {"height": edge or NATIVE_SIZE, "width": edge or NATIVE_SIZE},
+            "resample": BILINEAR,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5] * channels,
+            "image_std": [0.5] * channels,
+        }
+    elif image_size is not None:
+        dropped = ("crop_pct", "crop_size", "do_center_crop", "feature_extractor_type")
+        content = {key: value for key, value in content.items() if key not in dropped}
+        size = {"height": image_size, "width": image_size}
+        content.update(image_processor_type="ViTImageProcessor", do_resize=True, size=size)
+    return _read(content, channels, str(model.name_or_path))
+
+
+def _brought(model: schema.Model) -> tuple[dict[str, Any] | None, int | None, int]:
+    """preprocessor_config.json if there is one, the image size of the model's config, and its channels."""
+    if model.factory is not None:
+        folder = Path(model.name_or_path) if model.name_or_path is not None else None
+        return (_json(folder / FILE) if folder is not None and (folder / FILE).is_file() else None), None, 3
+    local_only = locate(model)
+    config = read_config(model, local_only)
+    if model.name_or_path is None:
+        content = None
+    else:
+        file = cached_file(
+            model.name_or_path,
+            FILE,
+            local_files_only=local_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        content = _json(Path(file)) if file is not None else None
+    edge = getattr(config, "image_size", None)
+    channels = getattr(config, "num_channels", 3)
+    if channels not in (1, 3):
+        raise ConfigError(f"A {config.model_type} model with {channels} channels: images have 1 (grey) or 3 (RGB).")
+    return content, edge if isinstance(edge, int) else None, channels
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Copy or download it again.") from None
+    return content
+
+
+def _read(content: Mapping[str, Any], channels: int, name: str) -> PixelProcessor:
+    """The steps that a preprocessor_config.json describes."""
+    size, shortest, crop = _sizes(content, name)
+    has_scale, has_norm = content.get("do_rescale", True), content.get("do_normalize", True)
+    mean = tuple(content.get("image_mean") or [0.5] * channels) if has_norm else (0.0,) * channels
+    std = tuple(content.get("image_std") or [0.5] * channels) if has_norm else (1.0,) * channels
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"model.name_or_path={name}: {FILE} has {len(mean)} means and {len(std)} deviations for {channels} channels."
+        )
+    return PixelProcessor(
+        size,
+        shortest,
+        crop,
+        int(content.get("resample", BILINEAR)),
+        float(content.get("rescale_factor", 1 / 255)) if has_scale else 1.0,
+        mean,
+        std,
+        content,
+    )
+
+
+def _sizes(content: Mapping[str, Any], name: str) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
+    """Size, shortest edge and crop; the files of older models have plain numbers for sizes.
+
+    Raises:
+        ConfigError: sizes that are written in another way, or images that would not all come out equally large.
+    """
+    size, crop = content.get("size"), content.get("crop_size")
+    is_convnext = "crop_pct" in content or "convnext" in str(content.get("image_processor_type", "")).lower()
+    crops = bool(content.get("do_center_crop", crop is not None))
+    if isinstance(size, int):
+        size = {"shortest_edge": size} if is_convnext or crops else {"height": size, "width": size}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    unusual = ConfigError(
+        f"model.name_or_path={name}: {FILE} makes images in a way that dtrain does not know (size {size}, crop "
+        f"{crop if crops else None}, do_resize {content.get('do_resize', True)}, do_pad {content.get('do_pad', False)}). "
+        "Set task.image_size to resize all of them to one square."
+    )
+    if not isinstance(size, dict) or content.get("do_pad") or not content.get("do_resize", True):
+        raise unusual
+    cut = (int(crop["height"]), int(crop["width"])) if crops and isinstance(crop, dict) and "height" in crop else None
+    if set(size) == {"height", "width"}:
+        whole = (int(size["height"]), int(size["width"]))
+        return whole, None, cut
+    if set(size) != {"shortest_edge"}:
+        raise unusual
+    edge = int(size["shortest_edge"])
+    if is_convnext:
+        if edge >= WARPED_FROM:
+            return (edge, edge), None, None
+        return None, int(edge / float(content.get("crop_pct") or 224 / 256)), (edge, edge)
+    if cut is None or max(cut) > edge:
+        raise unusual
+    return None, edge, cut

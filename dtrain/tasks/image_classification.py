@@ -1,0 +1,84 @@
+"""One label for an image. Pixels are read when a batch is made, one image after the other, and kept nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from dtrain.data.sources import Source
+from dtrain.models.load import label_names_of
+from dtrain.models.pixels import PixelProcessor, load_processor
+from dtrain.schema import Config
+from dtrain.seeding import Place
+from dtrain.task_settings import Head, ImageClassification
+from dtrain.tasks.classification import ClassificationTask, ordered_labels
+from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
+from dtrain.tasks.preparing import Meta, map_rows
+from dtrain.tasks.protocol import IGNORED, Batch, Split
+from dtrain.topology import Topology
+
+
+class ImageClassificationTask(ClassificationTask):
+    """Loss and metrics of classification, over images."""
+
+    name = "image_classification"
+    head: Head = "image_classification"
+    needs_padding = False
+
+    def __init__(
+        self,
+        splits: Mapping[str, Split],
+        processor: PixelProcessor,
+        labels: Sequence[str],
+        settings: ImageClassification,
+        *,
+        folder: Path,
+    ) -> None:
+        """
+        Args:
+            splits: rows with `image`, a path below folder, and `label`, an index into `labels`.
+            processor: makes pixels of files; saved beside the model.
+        """
+        super().__init__(splits, None, labels, settings, max_length=0)
+        self.processor = processor
+        self._folder = folder
+
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+        labels = [IGNORED if label is None else label for label in rows["label"]]
+        return {**pixels(rows, self._folder, self.processor), "labels": torch.tensor(labels, dtype=torch.int64)}
+
+    def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
+        files = self.splits[split][list(range(len(self.splits[split])))]["image"]
+        judged = super().records(split, predictions)
+        return [{"image": file, **record} for file, record in zip(files, judged, strict=True)]
+
+
+def prepare_image_classification(
+    config: Config, settings: ImageClassification, topology: Topology
+) -> ImageClassificationTask:
+    """Collective. Finds and checks the images of each split once per node and fixes the order of the labels."""
+    folder = folder_of(config)
+    processor = load_processor(config.model, image_size=settings.image_size)
+    order = label_names_of(config.model)
+
+    def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
+        return {"labels": ordered_labels(sources, order, config.model.name_or_path)}
+
+    def encode(source: Source, _tokenizer: Any, meta: Meta) -> Dataset:
+        identity = {name: index for index, name in enumerate(meta["labels"])}
+
+        def number(rows: Mapping[str, Any]) -> dict[str, Any]:
+            labels = rows.get("label") or [None] * len(rows["image"])
+            found = [None if label is None else identity[label] for label in labels]
+            return {"image": rows["image"], "digest": rows["digest"], "label": found}
+
+        return map_rows(source, number, config)
+
+    options = {"labels": None if order is None else list(order)}
+    examples = prepare_images(config, topology, targets=(), encode=encode, describe=describe, options=options)
+    labels = [str(name) for name in examples.meta["labels"]]
+    return ImageClassificationTask(examples.splits, processor, labels, settings, folder=folder)
