@@ -16,7 +16,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 REAL_DATA = TESTS.parent.parent / "shared" / "data"
-STAGES = ("unit", "distributed", "launchers")
+STAGES = ("unit", "tasks", "distributed", "launchers")
 """Folders in the order in which they run: what is quick comes first."""
 
 gc.set_threshold(20_000)  # Python's 700 costs a run of the unit tests a sixth of its time, most of it during imports
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts by stage, limits unit tests, and skips what needs a GPU or data that is not here."""
     items.sort(key=_stage)
     for item in items:
-        if _stage(item) == 0 and item.get_closest_marker("timeout") is None:
+        if _stage(item) <= STAGES.index("tasks") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(UNIT_LIMIT_S))
         if reason := _missing_resource(item):
             item.add_marker(pytest.mark.skip(reason=reason))

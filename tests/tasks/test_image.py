@@ -22,7 +22,7 @@ from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE
 from tests import pictures, tiny
-from tests.unit.test_tasks_classification import Says
+from tests.tasks.test_classification import Says
 
 LANDMARKS = {"name": "image_regression", "targets": ["x", "y"]}
 

@@ -24,7 +24,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Config
 from dtrain.topology import SINGLE
 from tests import tiny
-from tests.unit.test_tasks_chat import CLS, HAO, NI, SEP, gpt, tokenizer
+from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
 
 
 class Echo:
