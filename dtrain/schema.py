@@ -319,6 +319,8 @@ class Config(Section):
                 f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
                 "DeepSpeed clips gradients still multiplied by the loss scale. Use bf16, or optim.max_grad_norm=null"
             )
+        if self.model.factory is not None and self.task.name == "seq2seq":
+            found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
         if self.train.early_stopping is not None and self.evaluation.best is None:
             found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
         if self.evaluation.best is not None and self.train.eval_every == "never":

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dtrain.commands import folder, results
-from dtrain.commands.generate import continuation
+from dtrain.commands.generate import continuation, ends_of
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.errors import ConfigError, DataError
@@ -77,6 +77,8 @@ Answer = Callable[[Sequence[Message], int], Reply]
 
 def speaker(config: Config, topology: Topology) -> Answer:
     """Loads the model and gives what answers with it."""
+    if config.model.factory is not None or config.model.head is not None:
+        raise ConfigError("chat needs a language model of transformers, not model.factory or model.head.")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
     head_config = chat.head_config
@@ -85,7 +87,7 @@ def speaker(config: Config, topology: Topology) -> Answer:
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
     model = model.to(device_of(topology)).eval()
-    stops = chat.stops | _ends(model)
+    stops = chat.stops | ends_of(model)
     room = _room(model, config.generate.max_new_tokens)
 
     def answer(messages: Sequence[Message], number: int) -> Reply:
@@ -147,15 +149,6 @@ def _lines_of(stream: Any) -> Iterator[str]:
         except (EOFError, KeyboardInterrupt):
             log.info("")  # the shell's own prompt begins a line
             return
-
-
-def _ends(model: PreTrainedModel) -> frozenset[int]:
-    """What the model's own files say ends a text: one token, several, or none."""
-    found: set[int] = set()
-    for config in (model.config, model.generation_config):
-        ends = getattr(config, "eos_token_id", None)
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
-    return frozenset(found)
 
 
 def _room(model: PreTrainedModel, max_new_tokens: int) -> int:

@@ -14,6 +14,7 @@ from dtrain.data import hub
 from dtrain.data.locate import form_of
 from dtrain.data.parts import hub_name
 from dtrain.errors import ConfigError, DataError
+from dtrain.model_settings import BUILT_TOKENIZERS
 from dtrain.models.fetch import fetch_model
 from dtrain.run_folder import move_away, replace_folder
 from dtrain.schema import Config
@@ -54,7 +55,9 @@ def _wanted(config: Config) -> dict[str, str]:
     found = {}
     if model.name_or_path is not None and not Path(model.name_or_path).is_dir():
         found["model.name_or_path"] = model.name_or_path
-    is_name = model.tokenizer not in (None, "char", model.name_or_path) and not str(model.tokenizer).endswith(".txt")
+    is_name = model.tokenizer not in (None, *BUILT_TOKENIZERS, model.name_or_path) and not str(
+        model.tokenizer
+    ).endswith(".txt")
     if is_name and not Path(str(model.tokenizer)).is_dir():
         found["model.tokenizer"] = str(model.tokenizer)
     if data.name is not None and data.path is None and form_of(data) == "hub":
@@ -88,7 +91,7 @@ def _fetch_data(name: str, config: Config) -> str:
     rows = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     if to is None:
         log.info("%s: %s rows, in %s", name, rows, datasets.config.HF_DATASETS_CACHE)
-        return f"data.name={name}"
+        return f"data.name={name}" + (f" data.config={config.data.config}" if config.data.config else "")
     draft = to.with_name(f".tmp-{to.name}")
     try:
         shutil.rmtree(draft, ignore_errors=True)

@@ -23,6 +23,8 @@ def run_generate(config: Config, topology: Topology) -> str:
     """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
     if config.task.name != "causal_lm":
         raise ConfigError(f"generate needs a language model (task.name=causal_lm), not task.name={config.task.name}.")
+    if config.model.factory is not None or config.model.head is not None:
+        raise ConfigError("generate needs a language model of transformers, not model.factory or model.head.")
     settings = config.generate
     tokenizer = load_tokenizer(config.model, training_texts=list)
     model = load_model(config.model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=config.run.seed)
@@ -37,6 +39,15 @@ def run_generate(config: Config, topology: Topology) -> str:
     return text
 
 
+def ends_of(model: PreTrainedModel) -> frozenset[int]:
+    """What the model's own files say ends a text: one token, several, or none."""
+    found: set[int] = set()
+    for config in (model.config, getattr(model, "generation_config", None)):
+        ends = getattr(config, "eos_token_id", None)
+        found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return frozenset(found)
+
+
 @torch.no_grad()
 def continuation(
     model: PreTrainedModel, ids: torch.Tensor, config: Config, *, stops: Collection[int] | None = None
@@ -48,9 +59,9 @@ def continuation(
 
     Args:
         ids: (length,) int64.
-        stops: tokens that end the text; None: the eos token of the model's config.
+        stops: tokens that end the text; None: those that the model's own files name.
     """
-    ends = (getattr(model.config, "eos_token_id", None),) if stops is None else stops
+    ends = ends_of(model) if stops is None else stops
     settings = config.generate
     window = longest_input(model) or 2**31
     keeps = len(ids) + settings.max_new_tokens <= window

@@ -35,8 +35,12 @@ from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers
 from dtrain.topology import Topology
 
-WITHOUT_ANSWERS = ("causal_lm", "masked_lm")
-"""Tasks of which an example has no answer."""
+WITHOUT_ANSWERS = {
+    "causal_lm": "See what the model writes with generate, or how good it is with evaluate.",
+    "masked_lm": "See how good the model is with evaluate.",
+    "chat": "Let the model answer a file of dialogues: chat talk.input=FILE.",
+}
+"""Tasks of which an example has no answer, and what to do instead."""
 
 OF_TEXT = ("classification", "regression")
 """Tasks of which `predict.text` alone is an example; each has `Answers`."""
@@ -49,14 +53,15 @@ def run_predict(config: Config, topology: Topology) -> Result:
     """
     if config.task.name in WITHOUT_ANSWERS:
         raise ConfigError(
-            f"task.name={config.task.name} has no answers to predict. See what the model writes with generate, or how "
-            "good it is with evaluate."
+            f"task.name={config.task.name} has no answers to predict. {WITHOUT_ANSWERS[config.task.name]}"
         )
     if config.predict.text is not None:
         return _answer(config, topology)
     begin = time.monotonic()
     name, why = engine_name(config, topology)
     config = config.model_copy(update={"data": what_to_predict(config, topology)})
+    if config.task.name == "seq2seq":  # its answer is the text that it writes
+        config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     folder.take(config, topology, command="predict")
     task = build_task(config, topology)
     if set(task.splits) <= {"train"}:
@@ -67,8 +72,8 @@ def run_predict(config: Config, topology: Topology) -> Result:
     log.info("predict with %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
     forward = wrap(construct.load(config, task, topology), config, topology)
     result = evaluate(forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers)
-    on_main(lambda: _write_submission(config, result), topology)
     write_down("predict", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
+    on_main(lambda: _write_submission(config, result), topology)
     return Result(dict(result.metrics), config.run_dir)
 
 
@@ -77,7 +82,8 @@ def what_to_predict(config: Config, topology: Topology) -> Data:
     data, file = config.data, config.predict.file
     if file is not None:
         own = {"name": None, "config": None, "path": file.parent, "splits": {"test": file.name}}
-        return data.model_copy(update={**own, "validation_fraction": None})
+        # An answer to each row of it, whatever the training was cut to.
+        return data.model_copy(update={**own, "validation_fraction": None, "limit": None, "max_bad_rows": 0})
     if data.name not in glue.NAMES:
         return data
     if data.max_bad_rows:

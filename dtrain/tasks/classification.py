@@ -15,11 +15,19 @@ from torch import nn
 from dtrain.data.rows import LABELLED
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.errors import ConfigError
-from dtrain.models.load import label_names_of
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Classification, Head, ImageClassification
-from dtrain.tasks.preparing import Meta, Recipe, all_texts, column_of, encode_texts, map_rows, prepare_examples
+from dtrain.tasks.preparing import (
+    Meta,
+    Recipe,
+    all_texts,
+    column_of,
+    encode_texts,
+    known_labels,
+    map_rows,
+    prepare_examples,
+)
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -136,6 +144,8 @@ class ClassificationTask:
     def _class_weights(self, settings: Classification | ImageClassification) -> torch.Tensor | None:
         if settings.class_weights is None:
             return None
+        if settings.class_weights == "balanced" and "train" not in self.splits:
+            return None  # nothing learns here, and evaluation is unweighted
         if settings.class_weights == "balanced":
             rows = self.splits["train"]
             counts = Counter(self._truth("train"))
@@ -154,7 +164,7 @@ def prepare_classification(config: Config, settings: Classification, topology: T
     """Collective. Tokenises each split once per node and fixes the order of the labels."""
     if config.data.name == "stsb":
         raise ConfigError("data.name=stsb has scores from 0 to 5 for labels, no classes: set task.name=regression.")
-    order = label_names_of(config.model)
+    order = known_labels(config, topology)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         return {"labels": ordered_labels(sources, order, config.model.name_or_path)}

@@ -51,6 +51,7 @@ def check_keeps_apart(model: nn.Module, *, max_length: int) -> None:
         ConfigError: it refuses, or what it says of the second document depends on the first or on its place; or it looks
             back through a window, of which such a mask would know nothing.
     """
+    model = getattr(model, "module", model)  # where no probe asked before, it comes in DDP's wrapper
     window = getattr(getattr(model, "config", None), "sliding_window", None)
     if isinstance(window, int) and window < max_length:
         raise _refusal(model, f"looks back {window} tokens only, fewer than data.max_length={max_length}")

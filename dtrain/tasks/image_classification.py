@@ -10,14 +10,13 @@ import torch
 from datasets import Dataset
 
 from dtrain.data.sources import Source
-from dtrain.models.load import label_names_of
 from dtrain.models.pixels import PixelProcessor, load_processor
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, ImageClassification
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, map_rows
+from dtrain.tasks.preparing import Meta, known_labels, map_rows
 from dtrain.tasks.protocol import IGNORED, Batch, Split
 from dtrain.topology import Topology
 
@@ -63,7 +62,7 @@ def prepare_image_classification(
     """Collective. Finds and checks the images of each split once per node and fixes the order of the labels."""
     folder = folder_of(config)
     processor = load_processor(config.model, image_size=settings.image_size)
-    order = label_names_of(config.model)
+    order = known_labels(config, topology)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         return {"labels": ordered_labels(sources, order, config.model.name_or_path)}

@@ -13,13 +13,12 @@ from torch import nn
 
 from dtrain.data.sources import Source
 from dtrain.errors import ConfigError
-from dtrain.models.load import label_names_of
 from dtrain.models.pixels import PixelProcessor, load_processor
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, ImageRegression
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, map_rows
+from dtrain.tasks.preparing import Meta, known_labels, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -102,7 +101,7 @@ class ImageRegressionTask:
 def prepare_image_regression(config: Config, settings: ImageRegression, topology: Topology) -> ImageRegressionTask:
     """Collective. Finds and checks the images of each split, and their numbers, once per node."""
     processor = load_processor(config.model, image_size=settings.image_size)
-    known = label_names_of(config.model)
+    known = known_labels(config, topology)
     if known is not None and set(known) == set(settings.targets) and known != settings.targets:
         raise ConfigError(
             f"task.targets={list(settings.targets)}, but the outputs of model.name_or_path={config.model.name_or_path} "

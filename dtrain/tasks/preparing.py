@@ -13,10 +13,12 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from dtrain.collectives import node_first
 from dtrain.console import log
 from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import Shape
 from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
 from dtrain.tasks.protocol import Split
@@ -111,6 +113,12 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
         log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
+
+
+def known_labels(config: Config, topology: Topology) -> tuple[str, ...] | None:
+    """Collective. The label names that a trained model brings; one rank of each node asks a hub."""
+    names: list[str] | None = node_first(lambda: label_names_of(config.model), topology)
+    return None if names is None else tuple(names)
 
 
 def map_rows(

@@ -245,14 +245,18 @@ def _texts(source: Source) -> Iterator[str]:
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the start and of the end, (windows, length) each."""
+    """Of the start and of the end, (windows, length) each; padding is out of the question."""
     found = model(**{key: batch[key] for key in INPUTS if key in batch})
     if getattr(found, "end_logits", None) is None:
         raise ConfigError(
             f"{type(model).__name__} gives no start and end for each token (it searches spans by itself), which this "
             "task learns from. Choose another model, such as BERT."
         )
-    return full_precision(found.start_logits), full_precision(found.end_logits)
+    padding = batch["attention_mask"] == 0
+    start, end = full_precision(found.start_logits), full_precision(found.end_logits)
+    # Else a window's loss would depend on the longest window beside it.
+    lowest = torch.finfo(start.dtype).min
+    return start.masked_fill(padding, lowest), end.masked_fill(padding, lowest)
 
 
 def _losses(start: torch.Tensor, end: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.collectives import node_first
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.errors import ConfigError
@@ -157,7 +158,7 @@ class Seq2SeqTask:
 
 def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Seq2SeqTask:
     """Collective. Tokenises sources and targets, once per node."""
-    _check_positions(config, settings)
+    _check_positions(config, settings, topology)
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         set_languages(tokenizer, settings.source_lang, settings.target_lang)
@@ -193,9 +194,9 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Se
     )
 
 
-def _check_positions(config: Config, settings: Seq2Seq) -> None:
-    """The decoder's side of what models.checks asks of the encoder."""
-    bound = decoder_positions(config.model)
+def _check_positions(config: Config, settings: Seq2Seq, topology: Topology) -> None:
+    """Collective. The decoder's side of what models.checks asks of the encoder."""
+    bound = node_first(lambda: decoder_positions(config.model), topology)
     longest = {"task.max_target_length": settings.max_target_length}
     if config.evaluation.generate:
         longest["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens or 0

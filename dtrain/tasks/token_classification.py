@@ -21,11 +21,10 @@ from dtrain.console import log
 from dtrain.data.sources import Source
 from dtrain.data.tags import TAGGED, check_tags, tag_names
 from dtrain.errors import ConfigError
-from dtrain.models.load import label_names_of
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, TokenClassification
-from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, known_labels, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -134,7 +133,7 @@ def prepare_token_classification(
     config: Config, settings: TokenClassification, topology: Topology
 ) -> TokenClassificationTask:
     """Collective. Tokenises each split once per node and fixes the order of the tags."""
-    order = label_names_of(config.model)
+    order = known_labels(config, topology)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         if "train" not in sources and order is not None:

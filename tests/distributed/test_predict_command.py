@@ -14,7 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
 from dtrain.commands.evaluate import run_evaluate
-from dtrain.commands.predict import run_predict, worded
+from dtrain.commands.predict import run_predict, what_to_predict, worded
 from dtrain.config import load_config, to_yaml
 from dtrain.data.glue import TASKS
 from dtrain.errors import ConfigError, DataError
@@ -202,6 +202,14 @@ def test_a_file_of_rows_is_answered_in_its_order_and_needs_no_labels(tmp_path: P
     assert not (tmp_path / "told" / "submission").exists()
 
 
+def test_a_file_is_answered_whole_whatever_the_training_was_cut_to(tmp_path: Path) -> None:
+    settings = config(tmp_path, None, predict={"file": tmp_path / "new.csv"}, data={"limit": 2, "max_bad_rows": 3})
+
+    data = what_to_predict(settings, SINGLE)
+
+    assert (data.limit, data.max_bad_rows, data.splits) == (None, 0, {"test": "new.csv"})
+
+
 def test_an_old_submission_does_not_outlive_its_run(tmp_path: Path) -> None:
     write_model(tmp_path / "model", ["acceptable", "unacceptable"])
     write(tmp_path / "data" / "test.tsv", [("index", "sentence"), (0, "a cat")])
@@ -251,6 +259,7 @@ def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
         ("cola", {"data": {"max_bad_rows": 1}}, "the GLUE server wants an answer to each"),
         (None, {"task": {"name": "multiple_choice"}, "predict": {"text": "a"}}, "predict.text does not work for"),
         (None, {"task": {"name": "causal_lm"}}, "task.name=causal_lm has no answers to predict.*generate"),
+        (None, {"task": {"name": "chat"}}, r"task.name=chat has no answers to predict.*talk\.input=FILE"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(

@@ -296,7 +296,7 @@ def test_errors_have_their_exit_code_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     wrong: list[tuple[dict[str, Any], int, str]] = [
         ({"data__path": empty}, 3, "train.tsv"),
-        ({"model__name_or_path": empty}, 2, "has no tokenizer that can be loaded"),
+        ({"model__name_or_path": empty}, 2, "has no config.json"),
         ({"freeze__modules": "[encodr]"}, 2, "encoder"),
         ({"evaluation__best": "{metric: bleu}", "train__eval_every": "epoch"}, 2, "matthews_correlation"),
     ]

@@ -129,6 +129,15 @@ def test_a_label_without_rows_does_not_break_balanced_weights() -> None:
     assert balanced.targets(batch([0])).weight == 0.5
 
 
+def test_balanced_weights_ask_for_no_training_rows_where_nothing_is_trained() -> None:
+    rows = Table({"input_ids": [[2, 5, 3]], "label": [None]})
+    options = Classification(name="classification", class_weights="balanced")
+
+    judge = ClassificationTask({"test": rows}, tiny.tokenizer(), ["no", "yes"], options, max_length=8)
+
+    assert judge.targets(batch([0])).weight == 1.0
+
+
 def test_class_weights_must_name_every_label() -> None:
     with pytest.raises(ConfigError, match=r"task.class_weights names \['maybe', 'no'\].*labels are \['no', 'yes'\]"):
         task(class_weights={"no": 1.0, "maybe": 2.0})

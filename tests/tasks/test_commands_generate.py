@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.generate import continuation, run_generate
+from dtrain.commands.generate import continuation, ends_of, run_generate
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.schema import Config
@@ -115,3 +115,17 @@ def test_chinese_goes_in_and_comes_out_character_by_character(folder: Path) -> N
 def test_a_prompt_of_no_token_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"generate\.prompt is empty"):
         generate(folder, prompt="")
+
+
+def test_a_model_may_name_several_tokens_that_end_a_text() -> None:
+    model = gpt(positions=16)
+    model.generation_config.eos_token_id = [3, 5]
+    model.config.eos_token_id = 7
+
+    assert ends_of(model) == {3, 5, 7}
+
+
+@pytest.mark.parametrize("model", [{"factory": "own:build"}, {"head": {"pooling": "last"}, "name_or_path": "x"}])
+def test_a_model_that_is_not_of_transformers_is_refused(model: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="generate needs a language model of transformers"):
+        run_generate(Config.model_validate({"task": {"name": "causal_lm"}, "model": model}), SINGLE)

@@ -70,6 +70,11 @@ class Says(nn.Module):
         return SimpleNamespace(start_logits=self.start, end_logits=self.end)
 
 
+def unpadded(logits: torch.Tensor, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Those logits with no chance for padding."""
+    return logits.masked_fill(made["attention_mask"] == 0, -1e30)
+
+
 def logits(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -177,6 +182,7 @@ def test_the_loss_is_summed_over_windows_half_for_the_start_and_half_for_the_end
 
     loss = task().loss(Says(start, end), made)
 
+    start, end = unpadded(start, made), unpadded(end, made)
     expected = sum(
         (nll(start[w], first) + nll(end[w], last)) / 2 for w, first, last in [(0, 6, 7), (1, 3, 4), (2, 0, 0)]
     )
@@ -188,8 +194,10 @@ def test_scores_are_one_for_each_question_however_many_windows_it_has() -> None:
     rows = encoded(["a dog", CONTEXT, "the cat"], [("dog", 2), ("a dog", 13), None])
     start, end = logits(5, 9, seed=2), logits(5, 9, seed=3)
 
-    scored = task().score(Says(start, end), batch(rows), lock_step=False)
+    made = batch(rows)
+    scored = task().score(Says(start, end), made, lock_step=False)
 
+    start, end = unpadded(start, made), unpadded(end, made)
     one = (nll(start[0], 4) + nll(end[0], 4)) / 2
     rest = sum((nll(start[w], a) + nll(end[w], b)) / 2 for w, a, b in [(1, 6, 7), (2, 3, 4), (3, 0, 0)])
     assert scored.loss.dtype == torch.float64
@@ -197,6 +205,21 @@ def test_scores_are_one_for_each_question_however_many_windows_it_has() -> None:
     assert scored.targets.tolist() == [1, 3, 0]
     assert scored.prediction is not None
     assert scored.prediction.shape == (3, 2)
+
+
+def test_a_questions_loss_does_not_depend_on_longer_windows_beside_it() -> None:
+    alone, beside = (
+        batch(encoded(["a dog"], [("dog", 2)])),
+        batch(encoded(["a dog", CONTEXT], [("dog", 2), ("a dog", 13)])),
+    )
+    short, long = alone["input_ids"].shape[1], beside["input_ids"].shape[1]
+    start, end = logits(4, long, seed=4), logits(4, long, seed=5)
+
+    by_itself = task().score(Says(start[:1, :short], end[:1, :short]), alone, lock_step=False)
+    in_company = task().score(Says(start, end), beside, lock_step=False)
+
+    assert short < long
+    assert float(in_company.loss[0]) == pytest.approx(float(by_itself.loss[0]), rel=1e-6)
 
 
 def test_bf16_logits_are_summed_in_float32() -> None:
