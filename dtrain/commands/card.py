@@ -192,11 +192,13 @@ def _usage(model: Mapping[str, Any]) -> str:
     names = model.get("architectures") or []
     if not names or "model_type" not in model:
         return ""
+    beside = "AutoImageProcessor" if names[0].endswith("ForImageClassification") else "AutoTokenizer"
+    called = "processor" if beside == "AutoImageProcessor" else "tokenizer"
     return (
         "```python\n"
-        f"from transformers import AutoTokenizer, {names[0]}\n\n"
+        f"from transformers import {', '.join(sorted([beside, names[0]]))}\n\n"
         f'model = {names[0]}.from_pretrained("FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'{called} = {beside}.from_pretrained("FOLDER")\n'
         "```"
     )
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import StepPlan, Turn, chunks, turns
+from dtrain.errors import KINDS, DtrainError
 from dtrain.seeding import Place
 from dtrain.topology import Topology
 
@@ -95,14 +96,24 @@ def evaluation_batches(
         yield MicroBatch(turn.micro_batch, turn.counted, tuple(micro_batches[turn.micro_batch]), tensors)
 
 
-class _Collated(Dataset[Tensors]):
-    """Places to batches, in a worker or here."""
+class Failed(NamedTuple):
+    """An error on its way out of a worker process. kind: its name in errors.KINDS."""
+
+    kind: str
+    message: str
+
+
+class _Collated(Dataset[Tensors | Failed]):
+    """Places to batches, in a worker or here. What a user can mend comes as a value, not through the worker's traceback."""
 
     def __init__(self, rows: Rows, collate: Collate) -> None:
         self._rows, self._collate = rows, collate
 
-    def __getitem__(self, place: Place) -> Tensors:
-        return self._collate(self._rows[list(place.example_index)], place)
+    def __getitem__(self, place: Place) -> Tensors | Failed:
+        try:
+            return self._collate(self._rows[list(place.example_index)], place)
+        except DtrainError as error:
+            return Failed(type(error).__name__, str(error))
 
 
 class _InOrder(Sampler[Place]):
@@ -116,7 +127,7 @@ class _InOrder(Sampler[Place]):
 def _collated(rows: Rows, collate: Collate, places: Iterable[Place], *, workers: int) -> Iterator[Tensors]:
     if workers == 0:
         batches = _Collated(rows, collate)
-        return (batches[place] for place in places)
+        return map(_unless_failed, (batches[place] for place in places))
     # A generator of its own: DataLoader draws a base seed, which would otherwise move torch's global stream.
     loader = DataLoader(
         _Collated(rows, collate),
@@ -125,4 +136,10 @@ def _collated(rows: Rows, collate: Collate, places: Iterable[Place], *, workers:
         num_workers=workers,
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return map(_unless_failed, loader)
+
+
+def _unless_failed(made: Tensors | Failed) -> Tensors:
+    if isinstance(made, Failed):
+        raise KINDS[made.kind](made.message)
+    return made

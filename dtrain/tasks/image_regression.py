@@ -53,9 +53,9 @@ class ImageRegressionTask:
         self._folder = folder
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        """labels: (batch, targets) float32, nan where an example has none."""
+        """labels: (batch, targets) float64, nan where an example has none."""
         values = [[math.nan] * len(self.names) if row is None else row for row in rows["values"]]
-        return {**pixels(rows, self._folder, self.processor), "labels": torch.tensor(values, dtype=torch.float32)}
+        return {**pixels(rows, self._folder, self.processor), "labels": torch.tensor(values, dtype=torch.float64)}
 
     def targets(self, batch: Batch) -> Targets:
         count = int((~batch["labels"].isnan()).sum())
@@ -130,5 +130,5 @@ def _errors(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     """Squared errors, 0 where there is no target, and outputs: (batch, targets) each."""
     found = full_precision(model(pixel_values=batch["pixel_values"]).logits)
     labels = batch["labels"]
-    known = ~labels.isnan()
-    return ((found - labels.nan_to_num(0.0)) * known) ** 2, found
+    differences = torch.where(labels.isnan(), 0.0, found - labels.to(found.dtype))
+    return differences.square(), found

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.data.batches import step_batches
+from dtrain.data.batches import evaluation_batches, step_batches
 from dtrain.data.order import StepPlan, permutation, turns
+from dtrain.errors import DataError
 from dtrain.seeding import Place
 from dtrain.topology import SINGLE
 from tests.tiny import Table
@@ -97,3 +98,16 @@ def test_collating_is_told_the_epoch_and_each_rows_index() -> None:
 
     order = [permutation(3, epoch, 5).tolist() for epoch in (0, 1)]
     assert told == [(0, order[0][4:]), (1, order[1][:2]), (1, order[1][2:4]), (1, order[1][4:])]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_collated_is_named_as_it_is_whoever_prepares_it(workers: int) -> None:
+    def collate(_rows: Any, place: Place) -> dict[str, torch.Tensor]:
+        raise DataError(f"row {place.example_index[0]} is torn")
+
+    batches = evaluation_batches(
+        Table({"row": [1]}), collate, SINGLE, micro_batch_size=1, lock_step=False, workers=workers
+    )
+
+    with pytest.raises(DataError, match=r"^row 0 is torn$"):
+        next(batches)
