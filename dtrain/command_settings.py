@@ -14,6 +14,7 @@ class Export(Section):
 
     to: AnyPath | None = setting(None, "folder for the model; an existing one only with run.overwrite", resume="free")
     dtype: Literal["fp32", "bf16", "fp16"] | None = setting(None, "of the weights; null: as they are", resume="free")
+    merge: bool = setting(False, "LoRA adapters are added into their base model: a plain model", resume="free")
 
 
 class Inspect(Section):

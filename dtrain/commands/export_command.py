@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from dtrain.commands.card import CARD, bare_card, trained_card
 from dtrain.config import load_config
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
+from dtrain.models import adapters
 from dtrain.run_folder import move_away, replace_folder, write_json_atomic, write_text_atomic
 from dtrain.schema import Config
 from dtrain.topology import Topology
@@ -42,7 +44,12 @@ def run_export(config: Config, topology: Topology) -> None:
         shutil.rmtree(draft, ignore_errors=True)  # of an export that was cut short
         try:
             draft.mkdir(parents=True)
-            _copy(source, draft, None if config.export.dtype is None else DTYPES[config.export.dtype])
+            dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+            if config.export.merge:
+                with TemporaryDirectory(prefix=".tmp-merged-", dir=draft.parent) as place:
+                    _copy(_merged(source, Path(place)), draft, dtype)
+            else:
+                _copy(source, draft, dtype)
             _write_card(source, draft, config)
             moved = move_away(target) if target.exists() else None
             replace_folder(draft, target)
@@ -100,6 +107,17 @@ def _target(config: Config) -> Path:
             f"{target.name}.old-<time>."
         )
     return target
+
+
+def _merged(source: Path, place: Path) -> Path:
+    """The plain model of a folder of adapters, with its tokenizer, in `place`."""
+    adapters.merged(source).save_pretrained(str(place))
+    for file in _files(source):
+        target = place / file.relative_to(source)
+        if file.suffix not in WEIGHTS and file.name != adapters.CONFIG and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+    return place
 
 
 def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:

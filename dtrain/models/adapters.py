@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtrain import schema
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -133,7 +135,41 @@ def save(module: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> 
     kept = {name for name, _ in module.named_parameters() if _belongs(name, tuple(config.modules_to_save or ()))}
     save_file({_in_file(name): state[name].clone() for name in state if name in kept}, folder / WEIGHTS)
     config.save_pretrained(str(folder))
-    module.config.save_pretrained(str(folder))  # type: ignore[union-attr, operator]
+    own: Any = module.config
+    own.architectures = [type(module).__name__]  # as save_pretrained says it; `merged` goes by it
+    own.save_pretrained(str(folder))
+
+
+def merged(folder: Path) -> Any:
+    """The plain model of transformers that a folder of adapters and its base model make together.
+
+    Raises:
+        ConfigError: the folder holds no adapters, or does not say for which class; or the base model is not there.
+        CheckpointError: damaged files.
+    """
+    saved = saved_adapters(schema.Model(name_or_path=str(folder)))
+    if saved is None:
+        raise ConfigError(
+            f"model.name_or_path={folder} holds no adapters ({CONFIG}), so that there is nothing to merge."
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    if kind is None:
+        raise ConfigError(f"{folder}/config.json does not say in `architectures` which class the adapters belong in.")
+    local_only = reach(saved.base, file="config.json", setting="base_model_name_or_path")
+    try:
+        with quiet():
+            module = kind.from_pretrained(
+                saved.base,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=local_only,
+                ignore_mismatched_sizes=True,
+            )
+    except LOADING_ERRORS as error:
+        raise explain(error, name=saved.base, setting="base_model_name_or_path") from error
+    load(module, saved)
+    return merge(module)
 
 
 def merge(module: nn.Module) -> nn.Module:

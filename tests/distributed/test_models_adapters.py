@@ -17,9 +17,12 @@ from transformers import AutoModelForSequenceClassification
 
 from dtrain import schema
 from dtrain.commands.export import save
+from dtrain.commands.export_command import run_export
+from dtrain.config import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.load import label_names_of, load_model
+from dtrain.topology import SINGLE
 from tests import tiny
 from tests.multirank import run_ranks
 from tests.whole_runs import commands
@@ -234,3 +237,26 @@ def test_two_ranks_train_as_one_and_the_folder_gives_the_same_digits(base: Path,
     assert (again["metrics"], again["predictions"]) == (one["metrics"], one["predictions"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
     assert plain["losses"][1:] != pytest.approx(one["losses"][1:], rel=1e-6)  # a control
+
+
+def test_an_export_merges_adapters_into_a_plain_model(base: Path, tmp_path: Path) -> None:
+    made = adapted(base)
+    folder = saved(made, tmp_path / "run" / "model")
+
+    export = [f"model.name_or_path={folder}", f"export.to={tmp_path / 'plain'}", "export.merge=true"]
+    run_export(load_config(None, export, command="export"), SINGLE)
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert torch.allclose(logits(plain), logits(made), atol=1e-6)
+    assert not (tmp_path / "plain" / "adapter_config.json").exists()
+    assert (tmp_path / "plain" / "tokenizer.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "run"], "no draft is left"
+
+
+def test_a_plain_model_has_nothing_to_merge(base: Path, tmp_path: Path) -> None:
+    export = [f"model.name_or_path={base}", f"export.to={tmp_path / 'plain'}", "export.merge=true"]
+
+    with pytest.raises(ConfigError, match="holds no adapters"):
+        run_export(load_config(None, export, command="export"), SINGLE)
+
+    assert not list(tmp_path.iterdir())
