@@ -83,7 +83,7 @@ def reported(settings: schema.Evaluation, task: Task, *, folder: Path) -> Report
     """What the evaluation section asks for.
 
     Args:
-        folder: of the config file, where `evaluation.factory` is looked for.
+        folder: of the config file, where `evaluation.factory` is looked for unless factory_folder says where.
 
     Raises:
         ConfigError: a metric that this task does not have, or a function that cannot be imported.
@@ -95,5 +95,6 @@ def reported(settings: schema.Evaluation, task: Task, *, folder: Path) -> Report
             f"It has {', '.join(known)}; a split's prefix is left out here."
         )
     spec = settings.factory
-    own = None if spec is None else import_function(spec, folder=folder, setting="evaluation.factory")
+    place = settings.factory_folder or folder
+    own = None if spec is None else import_function(spec, folder=place, setting="evaluation.factory")
     return Reported(settings.metrics, None if own is None or spec is None else OwnMetrics(spec, own))

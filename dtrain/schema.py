@@ -228,6 +228,9 @@ class Evaluation(Section):
     factory: str | None = setting(
         None, "package.module:function beside the config file: (predictions, references) -> metrics of your own"
     )
+    factory_folder: AnyPath | None = setting(
+        None, "where that module's file is; default: the config file's folder, or the current one", resume="free"
+    )
     generate: bool = setting(False, "seq2seq: write a text for every example and judge it (BLEU, ROUGE)", resume="warn")
     num_beams: int = setting(1, "of generated texts; 1: always the likeliest token", resume="warn", ge=1)
     max_new_tokens: int | None = setting(
@@ -283,11 +286,13 @@ class Config(Section):
 
     def in_folder(self, folder: Path) -> Config:
         """The same settings, read from a file in that folder, where a module of the user's own is looked for."""
-        model = self.model
+        model, evaluation = self.model, self.evaluation
+        # Noted down, so that the run's config.yaml finds them too.
         if model.factory is not None and model.factory_folder is None:
-            # Noted down, so that the run's config.yaml finds it too.
             model = model.model_copy(update={"factory_folder": folder})
-        copied = self.model_copy(update={"model": model})
+        if evaluation.factory is not None and evaluation.factory_folder is None:
+            evaluation = evaluation.model_copy(update={"factory_folder": folder})
+        copied = self.model_copy(update={"model": model, "evaluation": evaluation})
         copied._folder = folder
         return copied
 

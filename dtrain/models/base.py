@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModel
 
 from dtrain import schema
 from dtrain.errors import ConfigError
+from dtrain.models import adapters
 from dtrain.models.architecture import locate, read_config
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
 
@@ -24,9 +26,11 @@ def load_base(model: schema.Model) -> nn.Module:
         DataError: the hub does not answer.
         CheckpointError: damaged files.
     """
+    name = model.name_or_path
+    if name is not None and (Path(name) / adapters.CONFIG).is_file():
+        return _body(adapters.merged(Path(name)))
     local_only = locate(model)
     config = read_config(model, local_only)
-    name = model.name_or_path
     assert name is not None
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -48,6 +52,11 @@ def load_base(model: schema.Model) -> nn.Module:
             f"model.name_or_path={name}: {', '.join(missing[:3])} is not in its weights, so that what it computes would "
             "be random."
         )
-    body: Any = loaded.get_encoder() if config.is_encoder_decoder else loaded
-    module: nn.Module = body.eval()
+    return _body(loaded)
+
+
+def _body(loaded: Any) -> nn.Module:
+    loaded.set_attn_implementation("eager")
+    bare = loaded.base_model
+    module: nn.Module = (bare.get_encoder() if bare.config.is_encoder_decoder else bare).eval()
     return module

@@ -21,6 +21,7 @@ from dtrain.commands.export_command import run_export
 from dtrain.config import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
+from dtrain.models.base import load_base
 from dtrain.models.load import label_names_of, load_model
 from dtrain.topology import SINGLE
 from tests import tiny
@@ -260,3 +261,16 @@ def test_a_plain_model_has_nothing_to_merge(base: Path, tmp_path: Path) -> None:
         run_export(load_config(None, export, command="export"), SINGLE)
 
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_looked_at_is_the_model_with_its_adapters(base: Path, tmp_path: Path) -> None:
+    made = adapted(base)
+    folder = saved(made, tmp_path / "model")
+
+    body = load_base(schema.Model(name_or_path=str(folder)))
+
+    with torch.no_grad():
+        looked_at = body(**BATCH, output_attentions=True)
+        states = made.bert(**BATCH).last_hidden_state
+    assert torch.allclose(looked_at.last_hidden_state, states, atol=1e-6)
+    assert looked_at.attentions[0].shape == (1, 4, 5, 5)
