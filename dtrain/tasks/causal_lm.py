@@ -31,7 +31,7 @@ from dtrain.task_settings import CausalLm, Head
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
 from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, full_precision, perplexity
 from dtrain.topology import Topology
 
 
@@ -99,8 +99,7 @@ class CausalLmTask:
         return {"input_ids": inputs, "attention_mask": (documents != 0).long(), "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = self._logits(model, batch)
@@ -112,10 +111,10 @@ class CausalLmTask:
         return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        found = {"perplexity": _exp(loss)}
+        found = {"perplexity": perplexity(loss)}
         tokens = self._scored_tokens(split)
         if self._words is not None:
-            found["word_perplexity"] = _exp(loss * tokens / max(self._words[split], 1))
+            found["word_perplexity"] = perplexity(loss * tokens / max(self._words[split], 1))
         if self._is_char:
             found["bits_per_character"] = loss / math.log(2)
         log.info("%s", self._account(split, loss * tokens, tokens, found))
@@ -219,7 +218,3 @@ def _documents(source: Source, tokenizer: Any, config: Config) -> Sequence[list[
 
 def _count_words(text: str) -> int:
     return sum(1 for _ in re.finditer(r"\S+", text))  # as str.split() counts, without the list
-
-
-def _exp(value: float) -> float:
-    return math.inf if value > 700 else math.exp(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from dtrain.seeding import Place
 from dtrain.task_settings import Chat, Head
 from dtrain.tasks.preparing import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, logits_of, perplexity
 from dtrain.topology import Topology
 
 
@@ -59,16 +58,15 @@ class ChatTask:
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
+        logits, labels = logits_of(model, batch, use_cache=False), batch["labels"]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
         """The prediction of a dialogue: how many of its targets were the likeliest token, and how many there are."""
-        logits, labels = _logits(module, batch)
+        logits, labels = logits_of(module, batch, use_cache=False), batch["labels"]
         # Not (batch, vocabulary, length), which takes several times as long on a CPU.
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         count = (labels != IGNORED).sum(dim=1)
@@ -77,7 +75,7 @@ class ChatTask:
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         right, count = (sum(column) for column in zip(*predictions, strict=True))
-        return {"perplexity": math.inf if loss > 700 else math.exp(loss), "accuracy": right / count}
+        return {"perplexity": perplexity(loss), "accuracy": right / count}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """Nothing is written here: `correct` of a dialogue's targets were the likeliest token."""
@@ -140,8 +138,3 @@ def _tell_cuts(examples: Examples, max_length: int) -> None:
             *(split, len(cut), len(rows), max_length),
             f", and {without} of them are left without a target" if without else "",
         )
-
-
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]

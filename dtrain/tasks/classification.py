@@ -22,14 +22,15 @@ from dtrain.tasks.preparing import (
     Meta,
     Recipe,
     all_texts,
-    column_of,
+    columns_of,
     encode_texts,
     known_labels,
+    label_outputs,
     map_rows,
     prepare_examples,
 )
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import label_tensor, logits_of, padded
 from dtrain.topology import Topology
 
 
@@ -60,24 +61,13 @@ class ClassificationTask:
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
-        self.head_config: dict[str, Any] = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        self.head_config: dict[str, Any] = label_outputs(labels)
         self._smoothing = settings.label_smoothing
         self._weights = self._class_weights(settings)
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        if tokenizer is not None:
-            tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
-        batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
-        batch["labels"] = torch.tensor(
-            [IGNORED if label is None else label for label in rows["label"]], dtype=torch.int64
-        )
-        return batch
+        return {**padded(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
 
     def targets(self, batch: Batch) -> Targets:
         labels = batch["labels"][batch["labels"] != IGNORED]
@@ -85,14 +75,14 @@ class ClassificationTask:
         return Targets(weight, len(labels))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
+        logits, labels = logits_of(model, batch), batch["labels"]
         weights = None if self._weights is None else self._weights.to(logits)
         return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        logits, labels = _logits(module, batch)
+        logits, labels = logits_of(module, batch), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         return Scored(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
 
@@ -130,7 +120,7 @@ class ClassificationTask:
         ]
 
     def answers(self, module: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:
-        probabilities = _logits(module, batch)[0].softmax(dim=-1)
+        probabilities = logits_of(module, batch).softmax(dim=-1)
         best = probabilities.max(dim=-1)
         return [
             {"prediction": self.labels[index], "probability": probability}
@@ -139,7 +129,7 @@ class ClassificationTask:
 
     def _truth(self, split: str) -> Sequence[int | None]:
         """The labels of a split in data order; None for an example that has none."""
-        return column_of(self.splits[split], "label")
+        return columns_of(self.splits[split], "label")["label"]
 
     def _class_weights(self, settings: Classification | ImageClassification) -> torch.Tensor | None:
         if settings.class_weights is None:
@@ -216,8 +206,3 @@ def ordered_labels(sources: Mapping[str, Source], known: tuple[str, ...] | None,
     if known is not None and set(known) == set(names):
         names = known  # the model's outputs keep their meaning
     return list(names)
-
-
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(model(**inputs).logits), batch["labels"]

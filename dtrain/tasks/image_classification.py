@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from dtrain.data.sources import Source
@@ -16,8 +15,9 @@ from dtrain.seeding import Place
 from dtrain.task_settings import Head, ImageClassification
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, known_labels, map_rows
-from dtrain.tasks.protocol import IGNORED, Batch, Split
+from dtrain.tasks.preparing import Meta, columns_of, known_labels, map_rows
+from dtrain.tasks.protocol import Batch, Split
+from dtrain.tasks.tensors import label_tensor
 from dtrain.topology import Topology
 
 
@@ -47,11 +47,10 @@ class ImageClassificationTask(ClassificationTask):
         self._folder = folder
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        labels = [IGNORED if label is None else label for label in rows["label"]]
-        return {**pixels(rows, self._folder, self.processor), "labels": torch.tensor(labels, dtype=torch.int64)}
+        return {**pixels(rows, self._folder, self.processor), "labels": label_tensor(rows["label"])}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        files = self.splits[split][list(range(len(self.splits[split])))]["image"]
+        files = columns_of(self.splits[split], "image")["image"]
         judged = super().records(split, predictions)
         return [{"image": file, **record} for file, record in zip(files, judged, strict=True)]
 

@@ -18,7 +18,7 @@ from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, ImageRegression
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, known_labels, map_rows
+from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 from dtrain.topology import Topology
@@ -45,11 +45,7 @@ class ImageRegressionTask:
         self.splits: Mapping[str, Split] = splits
         self.processor = processor
         self.names = tuple(targets)
-        self.head_config: dict[str, Any] = {
-            "num_labels": len(targets),
-            "id2label": dict(enumerate(targets)),
-            "label2id": {name: index for index, name in enumerate(targets)},
-        }
+        self.head_config: dict[str, Any] = label_outputs(targets)
         self._folder = folder
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
@@ -93,9 +89,7 @@ class ImageRegressionTask:
         return [{"prediction": values} for values in _errors(module, batch)[1].tolist()]
 
     def _column(self, split: str, name: str) -> Sequence[Any]:
-        rows = self.splits[split]
-        column: Sequence[Any] = rows[list(range(len(rows)))][name]
-        return column
+        return columns_of(self.splits[split], name)[name]
 
 
 def prepare_image_regression(config: Config, settings: ImageRegression, topology: Topology) -> ImageRegressionTask:

@@ -10,7 +10,6 @@ one row as well, and nothing of it is dropped. A row without a token to hide is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ from dtrain.seeding import Place, derive
 from dtrain.task_settings import Head, MaskedLm
 from dtrain.tasks.preparing import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, full_precision, padded, perplexity
 from dtrain.topology import Topology
 
 MASKED, REPLACED = 0.8, 0.1
@@ -64,8 +63,6 @@ class MaskedLmTask:
         self._special = np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64)
         known = np.array(sorted(tokenizer.get_vocab().values()), dtype=np.int64)
         self._ordinary = known[~np.isin(known, self._special)]
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         words = rows["word_ids"] if self._settings.whole_word else rows["input_ids"]
@@ -75,14 +72,13 @@ class MaskedLmTask:
             shown, wanted = self._hide(np.array(ids, dtype=np.int64), np.array(word_ids, dtype=np.int64), draws)
             hidden.append(shown.tolist())
             labels.append(torch.from_numpy(wanted))
-        batch: Batch = dict(self.tokenizer.pad({"input_ids": hidden}, padding=True, return_tensors="pt"))
+        batch = padded(self.tokenizer, {"input_ids": hidden})
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["labels"][batch["attention_mask"].bool()] = torch.cat(labels)  # wherever the tokenizer puts its padding
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = _logits(model, batch)
@@ -100,7 +96,7 @@ class MaskedLmTask:
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         correct, targets = (sum(column) for column in zip(*predictions, strict=True))
-        return {"accuracy": correct / targets, "perplexity": math.inf if loss > 700 else math.exp(loss)}
+        return {"accuracy": correct / targets, "perplexity": perplexity(loss)}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """`correct` of the example's `targets`; what was hidden is not written down."""

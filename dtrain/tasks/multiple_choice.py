@@ -16,9 +16,9 @@ from dtrain.data.sources import Source
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, MultipleChoice
-from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded
 from dtrain.topology import Topology
 
 
@@ -40,29 +40,24 @@ class MultipleChoiceTask:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         """Inputs (batch, choices, length), labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}
-        padded = self.tokenizer.pad(inputs, padding=True, return_tensors="pt")
-        batch: Batch = {key: value.reshape(examples, choices, -1) for key, value in padded.items()}
-        labels = rows.get("label") or [None] * examples
-        batch["labels"] = torch.tensor([IGNORED if label is None else label for label in labels], dtype=torch.int64)
-        return batch
+        flat = padded(self.tokenizer, inputs)
+        labels = label_tensor(rows.get("label") or [None] * examples)
+        return {**{key: value.reshape(examples, choices, -1) for key, value in flat.items()}, "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
+        logits, labels = logits_of(model, batch), batch["labels"]
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        logits, labels = _logits(module, batch)
+        logits, labels = logits_of(module, batch), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         return Scored(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
 
@@ -84,11 +79,7 @@ class MultipleChoiceTask:
 
     def _truth(self, split: str) -> Sequence[int | None]:
         """The right choices of a split in data order; None for an example without a label."""
-        rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # one column, without the tokens of the whole split
-            rows = rows.select_columns("label")
-        labels: Sequence[int | None] = rows[list(range(len(rows)))]["label"]
-        return labels
+        return columns_of(self.splits[split], "label")["label"]
 
 
 def prepare_multiple_choice(config: Config, settings: MultipleChoice, topology: Topology) -> MultipleChoiceTask:
@@ -126,9 +117,3 @@ def _texts(source: Source) -> Iterator[str]:
         yield row["sent1"]
         for ending in row["endings"]:
             yield _joined(row["sent2"], ending)
-
-
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, choices), and the labels."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(model(**inputs).logits), batch["labels"]

@@ -142,11 +142,20 @@ def all_texts(source: Source) -> Iterator[str]:
     return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
 
 
-def column_of(rows: Split, name: str) -> Sequence[Any]:
-    """One column of a split in data order, without the tokens of the whole split."""
-    whole: Any = rows.select_columns(name) if isinstance(rows, datasets.Dataset) else rows
-    values: Sequence[Any] = whole[list(range(len(whole)))][name]
-    return values
+def columns_of(rows: Split, *names: str) -> Mapping[str, Sequence[Any]]:
+    """Those columns of a split in data order, without the tokens of the whole split."""
+    whole: Any = rows.select_columns(list(names)) if isinstance(rows, datasets.Dataset) else rows
+    columns: Mapping[str, Sequence[Any]] = whole[list(range(len(whole)))]
+    return columns
+
+
+def label_outputs(labels: Sequence[str]) -> dict[str, Any]:
+    """What the config of a head with an output for each label says."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
 
 
 def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:

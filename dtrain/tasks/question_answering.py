@@ -24,9 +24,9 @@ from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, QuestionAnswering
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
-from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import full_precision, padded
 from dtrain.topology import Topology
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -54,8 +54,6 @@ class QuestionAnsweringTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {"num_labels": 2}  # an output for the start, one for the end
         self._settings = settings
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         """All windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
@@ -64,10 +62,7 @@ class QuestionAnsweringTask:
         """
         flat = {key: list(chain.from_iterable(rows[key])) for key in rows if key in (*INPUTS, *_PLACES)}
         # On the right whatever the tokenizer is used to: positions count from the window's begin.
-        padded = self.tokenizer.pad(
-            {key: flat[key] for key in INPUTS if key in flat}, padding=True, padding_side="right", return_tensors="pt"
-        )
-        batch: Batch = dict(padded)
+        batch = padded(self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, side="right")
         batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOWHERE)
         for side, key in enumerate(("offset_starts", "offset_ends")):
             for window, offsets in enumerate(flat[key]):
@@ -110,10 +105,7 @@ class QuestionAnsweringTask:
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """prediction: the text of the span. reference: all answers that count as right."""
-        rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # without the tokens of the whole split
-            rows = rows.select_columns(["context", "answers", "id"])
-        columns = rows[list(range(len(rows)))]
+        columns = columns_of(self.splits[split], "context", "answers", "id")
         return [
             {
                 "prediction": context[begin:stop] if begin != NOWHERE else "",

@@ -18,9 +18,9 @@ from dtrain.errors import ConfigError
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head
-from dtrain.tasks.preparing import Meta, Recipe, all_texts, column_of, encode_texts, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import full_precision, padded
 from dtrain.topology import Topology
 
 
@@ -41,15 +41,11 @@ class RegressionTask:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {"num_labels": 1}
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
-        batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
         labels = [math.nan if label is None else label for label in rows["label"]]  # nan: no target
-        batch["labels"] = torch.tensor(labels, dtype=torch.float64)
-        return batch
+        return {**padded(self.tokenizer, inputs), "labels": torch.tensor(labels, dtype=torch.float64)}
 
     def targets(self, batch: Batch) -> Targets:
         count = int((~batch["labels"].isnan()).sum())
@@ -63,12 +59,12 @@ class RegressionTask:
         return Scored(_squared_errors(values, labels).double(), (~labels.isnan()).long(), values.double())
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        truth = column_of(self.splits[split], "label")
+        truth = columns_of(self.splits[split], "label")["label"]
         judged = [(label, found) for label, found in zip(truth, predictions, strict=True) if label is not None]
         return correlations(*zip(*judged, strict=True)) if judged else {}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        truth = column_of(self.splits[split], "label")
+        truth = columns_of(self.splits[split], "label")["label"]
         return [{"prediction": found, "reference": label} for found, label in zip(predictions, truth, strict=True)]
 
     def answers(self, module: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:

@@ -31,9 +31,9 @@ from dtrain.models.seq2seq import (
 from dtrain.schema import Config, Evaluation
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, Seq2Seq
-from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.topology import Topology
 
@@ -80,18 +80,15 @@ class Seq2SeqTask:
             "do_sample": False,
             **generation_of_language(tokenizer, language),
         }
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        batch: Batch = dict(self.tokenizer.pad({"input_ids": rows["input_ids"]}, padding=True, return_tensors="pt"))
+        batch = padded(self.tokenizer, {"input_ids": rows["input_ids"]})
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
         batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(
@@ -149,11 +146,7 @@ class Seq2SeqTask:
 
     def _references(self, split: str) -> Sequence[str | None]:
         """The targets' texts as they were given, in data order."""
-        rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # one column, without the tokens of the whole split
-            rows = rows.select_columns("reference")
-        references: Sequence[str | None] = rows[list(range(len(rows)))]["reference"]
-        return references
+        return columns_of(self.splits[split], "reference")["reference"]
 
 
 def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Seq2SeqTask:
@@ -210,7 +203,4 @@ def _check_positions(config: Config, settings: Seq2Seq, topology: Topology) -> N
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """(batch, length, vocabulary) in full precision, for each token of the target given those before it."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(
-        model(**inputs, decoder_input_ids=decoder_inputs(model, batch["labels"]), use_cache=False).logits
-    )
+    return logits_of(model, batch, decoder_input_ids=decoder_inputs(model, batch["labels"]), use_cache=False)

@@ -24,9 +24,9 @@ from dtrain.errors import ConfigError
 from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.task_settings import Head, TokenClassification
-from dtrain.tasks.preparing import Meta, Recipe, known_labels, map_rows, prepare_examples
+from dtrain.tasks.preparing import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision
+from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.topology import Topology
 
 NO_TOKEN = -1
@@ -52,23 +52,17 @@ class TokenClassificationTask:
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
-        self.head_config: dict[str, Any] = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        self.head_config: dict[str, Any] = label_outputs(labels)
         self._has_entities = all(re.fullmatch(r"O|[BIES](-.+)?", label) for label in labels)
         self.metric_names: Sequence[str] = (
             ("f1", "precision", "recall", "accuracy") if self._has_entities else ("accuracy",)
         )
-        # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
-        tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         """Inputs and labels (batch, length); a label stands at each word's first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         # On the right whatever the tokenizer is used to: places count from the first token.
-        batch: Batch = dict(self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt"))
+        batch: Batch = padded(self.tokenizer, inputs, side="right")
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for row, (places, tags) in enumerate(zip(rows["places"], rows["tags"], strict=True)):
             for where, tag in zip(places, tags or [], strict=False):
@@ -77,16 +71,15 @@ class TokenClassificationTask:
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        count = int((batch["labels"] != IGNORED).sum())
-        return Targets(float(count), count)
+        return counted(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
+        logits, labels = logits_of(model, batch), batch["labels"]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
         """prediction: (batch, max_length) the likeliest tag of every token, IGNORED behind a row's last."""
-        logits, labels = _logits(module, batch)
+        logits, labels = logits_of(module, batch), batch["labels"]
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
         found = logits.argmax(dim=-1).masked_fill(batch["attention_mask"] == 0, IGNORED)
         found = F.pad(found, (0, self.max_length - found.shape[1]), value=IGNORED)
@@ -116,10 +109,7 @@ class TokenClassificationTask:
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """A tag for each word of the sentence; None in `prediction` for a word that no token stands for."""
-        rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # without the tokens of the whole split
-            rows = rows.select_columns(["places", "tags"])
-        columns = rows[list(range(len(rows)))]
+        columns = columns_of(self.splits[split], "places", "tags")
         return [
             {
                 "prediction": [None if where == NO_TOKEN else self.labels[found[where]] for where in places],
@@ -220,9 +210,3 @@ def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
 
 def _texts(source: Source) -> Iterator[str]:
     return chain.from_iterable(source.rows["tokens"])
-
-
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, length, tags), and the labels."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    return full_precision(model(**inputs).logits), batch["labels"]
