@@ -16,7 +16,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 REAL_DATA = TESTS.parent.parent / "shared" / "data"
-STAGES = ("unit", "tasks", "distributed", "launchers")
+STAGES = ("unit", "models", "tasks", "distributed", "launchers")
 """Folders in the order in which they run: what is quick comes first."""
 
 gc.set_threshold(20_000)  # Python's 700 costs a run of the unit tests a sixth of its time, most of it during imports
