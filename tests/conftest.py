@@ -35,6 +35,12 @@ SET_BY_LIBRARIES = {
 """Environment variables that an import changes: no test can be blamed for them."""
 
 
+def pytest_configure() -> None:
+    """Undoes what a shell does to its background jobs: with SIGINT ignored, no job that a test starts could be stopped by it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # Time limits, order, resources
 
 
