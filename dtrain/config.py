@@ -80,7 +80,7 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     problems = settings.problems
     try:
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
-        problems += _of_a_later_version(config, place)
+        problems += _unknown_changes(config, place)
     except ValidationError as error:
         problems += complaints(error, Config, settings.values, place=place, show=_show)
     if problems:
@@ -122,15 +122,16 @@ def _with_the_model_as_it_is(config: Config, command: str) -> Config:
     return config.model_copy(update={"model": model.model_copy(update=changes)})
 
 
-def _of_a_later_version(config: Config, place: Callable[[Key], str]) -> list[str]:
-    """Settings that have their place already and that this version cannot serve yet: checkpoints."""
-    every, resume, found = config.checkpoint.every, config.checkpoint.resume, []
-    if every is not None:
-        where = place(("checkpoint", "every"))
-        found.append(f"{where}: checkpoint.every={every}: saving checkpoints comes with a later version. Leave it out.")
-    if resume not in ("auto", "never"):
-        where = place(("checkpoint", "resume"))
-        found.append(f"{where}: checkpoint.resume={resume}: a path comes with a later version. Use auto or never.")
+def _unknown_changes(config: Config, place: Callable[[Key], str]) -> list[str]:
+    """Names in checkpoint.allow_changes that are no settings of this run."""
+    found, key = [], ("checkpoint", "allow_changes")
+    sections = config.model_dump(mode="json")
+    known = [*sections, *(f"{name}.{inner}" for name, section in sections.items() for inner in section or ())]
+    for name in config.checkpoint.allow_changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " Name a section or section.key."
+            found.append(f"{place(key)}: checkpoint.allow_changes names {name}, which is no setting.{hint}")
     return found
 
 

@@ -48,6 +48,12 @@ class CheckpointError(DtrainError):
     exit_code = 6
 
 
+class Preempted(DtrainError):
+    """Asked to stop (a signal, `train.max_minutes`), and stopped with a checkpoint: the same command goes on from it."""
+
+    exit_code = 75
+
+
 class Interrupted(KeyboardInterrupt):
     """The user or the launcher asked the job to stop (SIGINT, SIGTERM) and nothing could be saved.
 
@@ -59,6 +65,14 @@ class Interrupted(KeyboardInterrupt):
 
 KINDS: dict[str, type[DtrainError]] = {
     kind.__name__: kind
-    for kind in (DtrainError, ConfigError, DataError, TopologyError, NonFiniteError, CheckpointError)
+    for kind in (
+        DtrainError,
+        ConfigError,
+        DataError,
+        TopologyError,
+        NonFiniteError,
+        CheckpointError,
+        Preempted,
+    )
 }
 """By name, so that an error can cross ranks as JSON."""

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: an exception in the main thread, and a way out when that thread does not hear it.
+"""Ctrl-C, SIGTERM and SIGUSR1: an exception in the main thread, and a way out when that thread does not hear it.
+
+Where a run can save what it has, the first signal is only noted (`deferred`): the run ends in good order by itself.
 
 A Python signal handler waits until the running C call ends, and a collective may wait long for a peer. The C-level
 wake-up does not: a helper thread then gives the main thread `grace_s` and ends the process.
@@ -11,19 +13,56 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from dtrain.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm's --signal and people send ahead of the end; mpirun passes it on and lives."""
 
 PATIENCE_S = 3.0
 """From then on a further signal ends the process at once. Sooner it may be the first one, passed on by a launcher."""
 
 LAST_WORDS_S = 2.0
 """How long before_exit may take: it writes a file and a line, and either may block."""
+
+
+class Asked:
+    """Whether a signal has asked the run to stop while signals were deferred, and which."""
+
+    def __init__(self, signals: Collection[signal.Signals]) -> None:
+        self.signals = frozenset(signals)
+        self.number: int | None = None
+        self.since = 0.0
+
+    def note(self, number: int) -> None:
+        """A signal came: the first is noted, a later one ends the process at once."""
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > PATIENCE_S:
+            os._exit(128 + number)
+
+    @property
+    def name(self) -> str | None:
+        """SIGTERM, ..."""
+        return None if self.number is None else signal.Signals(self.number).name
+
+
+_deferring: Asked | None = None
+"""Signals are the process's, and so is this: set in `deferred` only."""
+
+
+@contextmanager
+def deferred(signals: Collection[signal.Signals]) -> Iterator[Asked]:
+    """Inside, the first of these signals is only noted, for the run to see; a second one, 3 s later, ends the process."""
+    global _deferring
+    _deferring = asked = Asked(signals)
+    try:
+        yield asked
+    finally:
+        _deferring = None
 
 
 @contextmanager
@@ -61,6 +100,9 @@ def ignore_further() -> None:
 
 
 def _raise_once(number: int, _frame: FrameType | None) -> None:
+    if _deferring is not None and number in _deferring.signals:
+        _deferring.note(number)
+        return
     begin = time.monotonic()
 
     def again(number: int, _frame: FrameType | None) -> None:
@@ -77,21 +119,38 @@ def _forget_in_child() -> None:
     if signal.getsignal(signal.SIGTERM) is not _raise_once:
         return
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end_if_deaf(
     hears: socket.socket, done: threading.Event, grace_s: float, before_exit: Callable[[str], None]
 ) -> None:
-    heard = hears.recv(1)
-    while heard and heard[0] not in SIGNALS:  # another handler's signal
-        heard = hears.recv(1)
-    if heard and not done.wait(grace_s):
-        cause = f"Stopped by {signal.Signals(heard[0]).name}, which was not heard within {grace_s:.0f} s."
-        words = threading.Thread(target=before_exit, args=(cause,), daemon=True)
-        words.start()
-        words.join(LAST_WORDS_S)
-        os._exit(1)
+    heard = _next_signal(hears)
+    begin = time.monotonic()
+    if heard and _deferring is not None and heard in _deferring.signals:
+        # The run ends by itself, however long its step and its checkpoint take, unless it is told once more.
+        while (again := _next_signal(hears)) and time.monotonic() - begin <= PATIENCE_S:
+            continue
+        if again:
+            _leave(f"Stopped at once by a second {signal.Signals(again).name}: nothing more was saved.", before_exit)
+    elif heard and not done.wait(grace_s):
+        _leave(f"Stopped by {signal.Signals(heard).name}, which was not heard within {grace_s:.0f} s.", before_exit)
     done.wait()  # a write into a socket that nobody holds would print an error
     hears.close()
+
+
+def _next_signal(hears: socket.socket) -> int | None:
+    """The number of the next of our signals; None when there will be none."""
+    while heard := hears.recv(1):
+        if heard[0] in SIGNALS:
+            return heard[0]
+    return None
+
+
+def _leave(cause: str, before_exit: Callable[[str], None]) -> None:
+    words = threading.Thread(target=before_exit, args=(cause,), daemon=True)
+    words.start()
+    words.join(LAST_WORDS_S)
+    os._exit(1)

@@ -49,17 +49,20 @@ class Loop:
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all micro-batches and ranks: of this step's losses, of who found a fault or wants to stop, of the next step's targets."""
+    """Over all micro-batches and ranks: this step's losses, who found a fault or has a wish, the next step's targets."""
 
     loss: float
     faults: int
     stops: int
+    preempts: int
     next_weight: float
     next_targets: int
 
 
-def train(loop: Loop, engine: Engine, task: Task, monitors: Sequence[Monitor], state: RunState) -> Engine:
-    """Collective. Runs from `state.step` to the end, or until a monitor stops it; gives the engine it ended with.
+def train(
+    loop: Loop, engine: Engine, task: Task, monitors: Sequence[Monitor], state: RunState
+) -> tuple[Engine, Decision]:
+    """Collective. Runs from `state.step` to the end, or until a monitor stops it; gives the engine and why it ended.
 
     Changes `state`, and the engine's weights.
     """
@@ -74,20 +77,27 @@ def train(loop: Loop, engine: Engine, task: Task, monitors: Sequence[Monitor], s
         workers=loop.workers,
     )
     coming = next(steps, None)
-    sums = add_up(engine, task, [], stop=False, coming=coming)
-    wish, stopped = Decision.CONTINUE, False
-    while coming is not None and not stopped:
+    sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming)
+    wish = stopped = Decision.CONTINUE
+    while coming is not None and stopped == Decision.CONTINUE:
         if coming.step % loop.plan.steps_per_epoch == 0:
             engine = loop.before_epoch(engine, loop.plan.epoch_of(coming.step))
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
-        record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, stop=wish == Decision.STOP)
+        record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
         wish = max((monitor.after_step(record) for monitor in monitors), default=Decision.CONTINUE)
-        stopped = sums.stops > 0
+        stopped = agreed(sums)
         # A wish rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
         if record.metrics is not None:
-            stopped = agree(int(stopped or wish == Decision.STOP), engine.topology) > 0
-    return engine
+            stopped = Decision(agree(max(stopped, wish), engine.topology))
+    return engine, stopped
+
+
+def agreed(sums: Sums) -> Decision:
+    """What the ranks' wishes come to."""
+    if sums.preempts:
+        return Decision.PREEMPT
+    return Decision.STOP if sums.stops else Decision.CONTINUE
 
 
 def take_step(
@@ -99,14 +109,14 @@ def take_step(
     sums: Sums,
     state: RunState,
     *,
-    stop: bool,
+    wish: Decision,
 ) -> tuple[StepRecord, Sums, StepBatches | None]:
     """Collective. One step; gives its record, the sums that the next one needs, and the next one's batches."""
     learning_rate = loop.learning_rate(state.updates)
     losses = run_micro_batches(engine, task, batches, weight=sums.next_weight, seed=loop.seed)
     coming = next(steps, None)
     targets, weight = sums.next_targets, sums.next_weight
-    sums = add_up(engine, task, losses, stop=stop, coming=coming)
+    sums = add_up(engine, task, losses, wish=wish, coming=coming)
     for group in engine.param_groups:
         group["lr"] = learning_rate
     measures = loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
@@ -162,20 +172,21 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
     return torch.stack(losses).double().tolist() if losses else []
 
 
-def add_up(engine: Engine, task: Task, losses: Sequence[float], *, stop: bool, coming: StepBatches | None) -> Sums:
+def add_up(engine: Engine, task: Task, losses: Sequence[float], *, wish: Decision, coming: StepBatches | None) -> Sums:
     """Collective. The one small all-reduce of a step; float64 holds its counts exactly."""
     ahead = [task.targets(batch.tensors) for batch in _counted(coming)]
     own = [
         math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
         sum(not math.isfinite(loss) for loss in losses),
-        int(stop),
+        int(wish == Decision.STOP),
+        int(wish == Decision.PREEMPT),
         math.fsum(targets.weight for targets in ahead),
         sum(targets.count for targets in ahead),
     ]
-    loss, faults, stops, weight, count = all_reduce_sum(
+    loss, faults, stops, preempts, weight, count = all_reduce_sum(
         torch.tensor(own, dtype=torch.float64), engine.topology
     ).tolist()
-    return Sums(loss, int(faults), int(stops), weight, int(count))
+    return Sums(loss, int(faults), int(stops), int(preempts), weight, int(count))
 
 
 def _counted(batches: StepBatches | None) -> list[MicroBatch]:

@@ -120,8 +120,15 @@ def _read_eval_every(value: Any) -> Any:
 class Train(Section):
     """How long, in which portions, and what is watched."""
 
-    epochs: int | None = setting(None, "passes over the training data; default 3 where max_steps is not set", ge=1)
-    max_steps: int | None = setting(None, "optimizer steps; the first of epochs and max_steps ends the run", ge=1)
+    epochs: int | None = setting(
+        None, "passes over the training data; default 3 where max_steps is not set", resume="warn", ge=1
+    )
+    max_steps: int | None = setting(
+        None, "optimizer steps; the first of epochs and max_steps ends the run", resume="warn", ge=1
+    )
+    max_minutes: float | None = setting(
+        None, "wall time of one start; then a checkpoint is saved and the exit code is 75", resume="free", gt=0
+    )
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     shuffle: bool = setting(True, "a new order each epoch; false: file order")
@@ -239,11 +246,21 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    """Durable state."""
+    """Durable state: weights, optimizer and place in the data, to go on from on any number of ranks and any engine."""
 
-    every: int | None = setting(None, "steps between checkpoints; null: none", resume="free", ge=1)
-    keep: int = setting(2, "how many checkpoints to keep", resume="free", ge=1)
-    resume: str = setting("auto", "auto, never, or the path of a checkpoint", resume="free")
+    every: int | None = setting(
+        None, "steps between checkpoints, and after the last step; null: none", resume="free", ge=1
+    )
+    keep: int = setting(2, "how many checkpoints to keep, beside that of the best step", resume="free", ge=1)
+    resume: str = setting(
+        "auto", "auto: from the newest whole one of this run; never; or the path of a checkpoint", resume="free"
+    )
+    allow_changes: Annotated[tuple[str, ...], Strict(False)] = setting(
+        (), "settings that may have changed although they change the mathematics: [optim.learning_rate]", resume="free"
+    )
+    replicas: int = setting(2, "nodes that keep a copy, where run.output_dir is not shared", resume="free", ge=1)
+    max_file_gb: float = setting(5.0, "gigabytes of a file at most", resume="free", gt=0)
+    asynchronous: bool = setting(True, "write while training goes on; false: wait for the disk", resume="free")
 
 
 class Tracking(Section):

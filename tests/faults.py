@@ -186,8 +186,11 @@ def _steps(topology: Topology, setting: Setting) -> Iterator[Any]:
 def _state(engine: Engine) -> dict[str, Any]:
     """Collective. Weights and moments; None stands for other ranks' values."""
     return {
-        entry.name: (entry.value, {key: value.clone() for key, value in entry.slots.items()})
-        for entry in engine.named_state()
+        entry.name: (
+            None if entry.value is None else entry.value.clone(),
+            {key: value.clone() for key, value in entry.slots.items()},
+        )
+        for entry in engine.named_state(here=engine.topology.is_main)
     }
 
 

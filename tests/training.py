@@ -144,7 +144,7 @@ class Run:
 
     def go(self, *monitors: Monitor) -> Engine:
         """Collective. Trains to the end; the engine to go on with."""
-        self.engine = train(self.loop, self.engine, self.task, monitors, self.state)
+        self.engine, _ = train(self.loop, self.engine, self.task, monitors, self.state)
         return self.engine
 
 
@@ -183,7 +183,7 @@ def run(topology: Topology, setting: Setting, module: nn.Module | None = None) -
     lock_step = built.engine.lock_step
     recorder = Recorder()
     ended = built.go(recorder)
-    slots = {entry.name: sorted(entry.slots) for entry in ended.named_state()}
+    slots = {entry.name: sorted(entry.slots) for entry in ended.named_state(here=topology.is_main)}
     weights = weights_of(ended)
     ended.release()
     return {

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from dtrain.checkpoint import layout
 from dtrain.collectives import node_first
 from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.engine.probe import without_gradient
-from dtrain.errors import ConfigError
+from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.checks import check_fit, check_images
 from dtrain.models.load import load_model
@@ -51,7 +53,11 @@ def total_steps(config: Config, plan: StepPlan) -> int:
 
 
 def load(config: Config, task: Task, topology: Topology) -> nn.Module:
-    """Collective. The model on this rank's device, fp32; one rank per node loads first, so that a hub is asked once."""
+    """Collective. The model on this rank's device, fp32; one rank per node loads first, so that a hub is asked once.
+
+    Raises:
+        CheckpointError: model.name_or_path is a damaged checkpoint.
+    """
 
     def own() -> nn.Module:
         model = load_model(
@@ -66,8 +72,35 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         return fitted
 
     loaded: list[nn.Module] = []
-    node_first(lambda: loaded.append(own()), topology)
+
+    def first() -> None:
+        check_whole(config.model.name_or_path)
+        loaded.append(own())
+
+    node_first(first, topology)
     return place(loaded[0] if loaded else own(), config, topology)
+
+
+def check_whole(name: str | None) -> None:
+    """A checkpoint to begin with must be as it was written; other folders say nothing about that.
+
+    Raises:
+        CheckpointError: it is not, or its run had adapters, of which a checkpoint is no folder for from_pretrained.
+    """
+    folder = Path(name) if name is not None else None
+    if folder is None or not (folder / layout.MANIFEST).is_file():
+        return
+    try:
+        layout.verify(folder)
+    except layout.Damaged as error:
+        raise CheckpointError(
+            f"model.name_or_path={folder} is a damaged checkpoint: {error}. Use another one of the run, or its model/."
+        ) from None
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"model.name_or_path={folder} is a checkpoint of adapters (model.lora), to go on from with checkpoint.resume "
+            "only. Use the run's model/, which has them in the form that others load."
+        )
 
 
 def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
@@ -76,8 +109,8 @@ def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
     return module if is_sharded else module.to(device_of(topology))
 
 
-def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan) -> Construction:
-    """Freezes what must not learn, and finds what cannot.
+def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> Construction:
+    """Freezes what must not learn in an epoch, and finds what cannot.
 
     Raises:
         ConfigError: a path that matches nothing, or nothing is left to learn.
@@ -98,7 +131,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
             log.info("no gradient reaches %s: frozen", freezing.summary(unused))
         return unused
 
-    freeze(module, 0)
+    freeze(module, epoch)
     if config.model.compile:
         # In place, so that names in the state dict stay what they are.
         module.compile(dynamic=True)

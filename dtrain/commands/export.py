@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,44 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
     on_main(write, engine.topology)
 
 
+def save_surroundings(module: nn.Module, task: Task, folder: Path) -> None:
+    """What a model's folder holds beside the weights: config, tokenizer. Nothing of a module with adapters.
+
+    Args:
+        folder: existing and empty.
+    """
+    if hasattr(module, adapters.RECORD):
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        around = Path(place) / "model"
+        save(module, {}, beside(task), around, config_only=True)
+        for file in around.iterdir():
+            if file.suffix != ".safetensors":
+                file.rename(folder / file.name)
+
+
 def beside(task: Task) -> Any:
     """What is saved beside the weights: the tokenizer, or what makes pixels of images."""
     return getattr(task, "processor", None) or task.tokenizer
 
 
-def save(module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path) -> None:
+def save(
+    module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, *, config_only: bool = False
+) -> None:
     """Writes config, weights and tokenizer into a new folder.
 
     Args:
         module: any; one that is not from transformers gets its weights and the name of its class.
         weights: each parameter once; shared ones are named again here.
+        config_only: what is written of weights means nothing.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut short
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
-    state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
-    parameters = set(state)
-    state.update({name: value.detach().cpu() for name, value in module.state_dict().items() if name not in parameters})
+    state: dict[str, torch.Tensor] = {}
+    if not config_only:
+        state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
+        buffers = {name: value for name, value in module.state_dict().items() if name not in state}
+        state.update({name: value.detach().cpu() for name, value in buffers.items()})
     told = getattr(module, own.RECORD, {})
     if hasattr(module, adapters.RECORD):
         adapters.save(module, state, folder)

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtrain.checkpoint import choosing
+from dtrain.checkpoint.choosing import Chosen
 from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
-from dtrain.errors import ConfigError
-from dtrain.run_folder import Action, RunFolder, claim, decide
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.run_folder import Action, Checkpoints, RunFolder, claim, decide
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
 
-def take(config: Config, topology: Topology, *, command: str) -> Action:
+@dataclass(frozen=True)
+class Taken:
+    """What becomes of a start. checkpoint: to go on from; None: from the beginning."""
+
+    action: Action
+    checkpoint: Chosen | None
+
+
+def take(config: Config, topology: Topology, *, command: str) -> Taken:
     """Collective. What becomes of this start; the folder is this run's own afterwards, unless it is already_finished.
 
     Raises:
         ConfigError: on all ranks, where the folder may not be touched or cannot be written.
+        CheckpointError: on all ranks, where the run cannot go on from where it was.
     """
+    chosen, there = _checkpoints(config, topology) if command == "train" else (None, Checkpoints())
 
     def work() -> dict[str, object]:
         folder = RunFolder(config.run_dir)
-        decision = decide(config, command=command, changes=differences(folder.old_config(), config))
+        old = folder.old_config() if chosen is None or not there.given else chosen.config_text
+        changes = differences(old or (chosen.config_text if chosen is not None else None), config)
+        try:
+            decision = decide(config, command=command, changes=changes, checkpoints=there)
+        except CheckpointError:
+            folder.exit.unlink(missing_ok=True)  # this end is the run's own, and the latest
+            raise
         notes = list(decision.notes)
         if decision.action != "already_finished":
             moved = claim(folder, to_yaml(config), set_aside=decision.set_aside)
@@ -35,4 +56,18 @@ def take(config: Config, topology: Topology, *, command: str) -> Action:
     for note in told["notes"]:
         log.info("%s", note)
     action: Action = told["action"]
-    return action
+    if action == "go_on" and chosen is not None and there.given:
+        choosing.set_newer_aside(RunFolder(config.run_dir).checkpoints, chosen.step, topology)
+    return Taken(action, chosen if action == "go_on" else None)
+
+
+def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Checkpoints]:
+    """Collective. What a training run could go on from, and the whole of what there is."""
+    resume = config.checkpoint.resume
+    if config.run.overwrite or resume == "never":
+        return None, Checkpoints()
+    if resume != "auto":
+        chosen = choosing.at(Path(resume), topology)
+        return chosen, Checkpoints(chosen.step, given=True)
+    found, damaged = choosing.newest(RunFolder(config.run_dir).checkpoints, topology)
+    return found, Checkpoints(found.step if found is not None else None, damaged)

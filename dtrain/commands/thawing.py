@@ -5,6 +5,7 @@ from __future__ import annotations
 from dtrain.commands.construct import Construction
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
+from dtrain.engine.state import host_slots
 from dtrain.models import freezing
 from dtrain.monitors.protocol import RunState
 from dtrain.schema import Config
@@ -19,7 +20,7 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, sta
     if not any(stage.epoch == epoch for stage in config.freeze.thaw):
         return engine
     topology = engine.topology
-    slots = {entry.name: entry.slots for entry in engine.named_state()}
+    slots = {entry.name: host_slots(entry.slots) for entry in engine.named_state(here=topology.is_main)}
     scalars = engine.scalars()
     module = engine.release()
     before = freezing.frozen_parameters(module)

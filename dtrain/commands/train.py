@@ -6,21 +6,27 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from torch import nn
 
 from dtrain import optim
-from dtrain.collectives import on_main
+from dtrain.checkpoint import choosing
+from dtrain.checkpoint.choosing import Chosen
+from dtrain.checkpoint.layout import folder_name
+from dtrain.checkpoint.restoring import restore_slots, restore_weights
+from dtrain.collectives import all_gather_object, on_main
 from dtrain.commands import construct, folder, plan, results
 from dtrain.commands.card import write_card
 from dtrain.commands.export import beside, export_model
 from dtrain.commands.results import Result
+from dtrain.commands.saving import Checkpoints, StopOnRequest, deferring
 from dtrain.commands.thawing import thaw
 from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError, Preempted
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.loop import Loop, train
 from dtrain.models import freezing
@@ -28,8 +34,9 @@ from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.gradients import LogGradients
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite
-from dtrain.monitors.protocol import Monitor, RunState
+from dtrain.monitors.protocol import Decision, Monitor, RunState
 from dtrain.own_metrics import Reported, reported
+from dtrain.run_folder import RunFolder
 from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
@@ -53,9 +60,10 @@ def run_train(
         monitors: further ones, below dtrain's own.
     """
     engine_name(config, topology)  # refuses a wrong combination before any work
-    if folder.take(config, topology, command="train") == "already_finished":
+    taken = folder.take(config, topology, command="train")
+    if taken.action == "already_finished":
         return _old_result(config, topology)
-    run = _prepare(config, topology, model, task)
+    run = _prepare(config, topology, model, task, taken.checkpoint)
     log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
     return run.go(monitors)
 
@@ -63,7 +71,7 @@ def run_train(
 def run_dry(config: Config, topology: Topology) -> None:
     """Collective. Says what `run_train` would do; makes no folder and takes no step."""
     engine_name(config, topology)
-    run = _prepare(config, topology, None, None)
+    run = _prepare(config, topology, None, None, None)
     log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=True))
 
 
@@ -85,7 +93,9 @@ def _old_result(config: Config, topology: Topology) -> Result:
     return Result(dict(metrics), config.run_dir)
 
 
-def _prepare(config: Config, topology: Topology, model: nn.Module | None, task: Task | None) -> TrainingRun:
+def _prepare(
+    config: Config, topology: Topology, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
+) -> TrainingRun:
     task = task or build_task(config, topology)
     metrics = reported(config.evaluation, task, folder=config.folder)
     names = metric_names(task, metrics)
@@ -93,13 +103,30 @@ def _prepare(config: Config, topology: Topology, model: nn.Module | None, task: 
         _check_best(config, names)
     steps = construct.step_plan(config, task)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
-    prepared = construct.prepare_training(module, config, task, steps)
-    return TrainingRun(config, topology, task, prepared, steps, metrics)
+    state = RunState()
+    if checkpoint is not None:
+        state = RunState(**checkpoint.state["run"])
+        _check_rows(config, task, checkpoint)
+        restore_weights(module, checkpoint, topology)
+    # A thaw that is due at this very step is yet to come, as it was then.
+    epoch = steps.epoch_of(max(state.step - 1, 0))
+    prepared = construct.prepare_training(module, config, task, steps, epoch=epoch)
+    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state)
+
+
+def _check_rows(config: Config, task: Task, checkpoint: Chosen) -> None:
+    """The place in the data is a number, which means another example in other data."""
+    was, now = checkpoint.state["rows"]["train"], len(task.splits["train"])
+    if was != now and "data" not in config.checkpoint.allow_changes:
+        raise DataError(
+            f"The training data has {now} examples, but the checkpoint of step {checkpoint.step} was made with {was}. Bring "
+            "the data back, choose another run.name, or go on all the same by checkpoint.allow_changes='[data]'."
+        )
 
 
 @dataclass
 class TrainingRun:
-    """One run from engine to summary. The fields below the first six change as it goes."""
+    """One run from engine to summary. checkpoint: what it goes on from. The fields below that change as it goes."""
 
     config: Config
     topology: Topology
@@ -107,17 +134,23 @@ class TrainingRun:
     prepared: construct.Construction
     steps: StepPlan
     reported: Reported
-    state: RunState = field(default_factory=RunState)
+    checkpoint: Chosen | None
+    state: RunState
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
     keeper: KeepBest | None = None
     engine: Engine = field(init=False)
     tracker: Tracker = field(init=False)
+    checkpoints: Checkpoints = field(init=False)
 
     def go(self, own_monitors: Sequence[Monitor]) -> Result:
-        """Collective. Trains to the end and writes everything down."""
-        config, total = self.config, construct.total_steps(self.config, self.steps)
+        """Collective. Trains to the end and writes everything down.
+
+        Raises:
+            Preempted: on every rank; asked to stop, and stopped with a checkpoint.
+        """
+        config, total = self.config, self._total_steps()
         self.tracker = Tracker(
             config.run_dir,
             is_main=self.topology.is_main,
@@ -127,12 +160,54 @@ class TrainingRun:
         )
         with self.tracker:
             self.tracker.event("start", command="train", world_size=self.topology.world_size, total_steps=total)
-            self.engine = build_engine(self.prepared.module, config, self.topology)
+            self._start_engine()
             try:
-                self.engine = train(self._loop(total), self.engine, self.task, self._monitors(own_monitors), self.state)
-                return self._finish()
+                return self._train(total, own_monitors)
             finally:
+                self.checkpoints.close()
                 self.tracker.event("end", step=self.state.step)
+
+    def _start_engine(self) -> None:
+        """Collective. The engine, where a checkpoint left it; and what saves the next ones."""
+        self.engine = build_engine(self.prepared.module, self.config, self.topology, thawed=self.state.thawed)
+        if self.checkpoint is not None:
+            restore_slots(self.engine, self.checkpoint, self.topology)
+            self.tracker.event("resume", step=self.state.step, world_size=self.topology.world_size)
+        self.checkpoints = Checkpoints(
+            self.config,
+            self.topology,
+            self.engine.module,
+            self.task,
+            state=self.state,
+            tracker=self.tracker,
+            engine=lambda: self.engine,
+        )
+
+    def _train(self, total: int, own_monitors: Sequence[Monitor]) -> Result:
+        with deferring(self.config) as asked:
+            request = StopOnRequest(asked, self.config.train.max_minutes)
+            monitors = [*self._monitors(own_monitors), request, self.checkpoints]
+            self.engine, decision = train(self._loop(total), self.engine, self.task, monitors, self.state)
+            if decision == Decision.PREEMPT and self.state.step < total:
+                self._stop(request.why)
+        return self._finish()
+
+    def _stop(self, why: str | None) -> NoReturn:
+        """Collective. Saves, and leaves the rest to another start."""
+        told = next(word for word in all_gather_object(why, self.topology) if word is not None)
+        self.checkpoints.save()
+        self.checkpoints.finish()
+        self.tracker.event("preempt", step=self.state.step, cause=told)
+        raise Preempted(
+            f"Stopped after step {self.state.step}: {told}. The checkpoint is saved; the same command goes on from it."
+        )
+
+    def _total_steps(self) -> int:
+        """Where this run ends; where it is, if it had stopped early before."""
+        patience = self.config.train.early_stopping
+        if patience is not None and self.state.patience >= patience:
+            return self.state.step
+        return construct.total_steps(self.config, self.steps)
 
     def _loop(self, total: int) -> Loop:
         config = self.config
@@ -200,8 +275,14 @@ class TrainingRun:
         config = self.config
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
-            if self.keeper is not None:  # stopped between two evaluations, at what may be the best step
-                self.keeper.judge(self.state.step, metrics)
+            if self.keeper is not None and self.state.best_step != self.state.step:
+                self.keeper.judge(
+                    self.state.step, metrics
+                )  # stopped between two evaluations, at what may be the best step
+        if config.checkpoint.every is not None:
+            self.checkpoints.save()  # stopped early, between two of them
+        if config.evaluation.best is not None and self.best is None and self.state.best_step is not None:
+            self._bring_back_best(self.state.best_step)
         final = self.best if config.evaluation.best is not None and self.best is not None else self.last
         if config.evaluation.best is None or self.best is None:
             export_model(self.engine, beside(self.task), config.run_dir / "model")
@@ -215,6 +296,7 @@ class TrainingRun:
             "task": self.task.name,
             "rows": {split: len(rows) for split, rows in self.task.splits.items()},
         }
+        self.checkpoints.finish()
 
         def write() -> None:
             write_card(config.run_dir / "model", config, summary, task=self.task.name)
@@ -224,3 +306,12 @@ class TrainingRun:
         log.info("done: %s", json.dumps(summary["eval"]) if summary["eval"] else f"{self.state.step} steps")
         log.info("model and summary: %s", config.run_dir)
         return Result(dict(summary["eval"]), config.run_dir)
+
+    def _bring_back_best(self, step: int) -> None:
+        """Collective. The best step was in an earlier start: its checkpoint gives the model and its results again."""
+        chosen = choosing.at(RunFolder(self.config.run_dir).checkpoints / folder_name(step), self.topology)
+        module = self.engine.release()
+        restore_weights(module, chosen, self.topology)
+        self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
+        self._evaluate(step)
+        self._keep_best()

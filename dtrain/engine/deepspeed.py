@@ -23,7 +23,16 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import STEP, broadcast_slots, device_slots, host_copy, host_slots, norms_by_name
+from dtrain.engine.state import (
+    STEP,
+    broadcast_slots,
+    device_slots,
+    host_copy,
+    load_scaler,
+    norms_by_name,
+    scaler_scalars,
+    slot_tensors,
+)
 from dtrain.schema import Config
 from dtrain.topology import Topology, device_of
 
@@ -126,16 +135,14 @@ class DeepSpeedEngine:
                 value = host_copy(parameter) if self.topology.is_main else None
             yield name, value
 
-    def named_state(self) -> Iterator[ParameterState]:
-        main = self.topology.is_main
+    def named_state(self, *, here: bool) -> Iterator[ParameterState]:
         self._link_slots()
         for name, parameter in self.module.named_parameters():
             slots = self._slots_of(parameter)
             with self._whole([parameter]):
-                value = host_copy(parameter) if main else None
-            yield ParameterState(name, value, slots if main else {})
+                yield ParameterState(name, parameter.detach() if here else None, slots if here else {})
         for name, buffer in self.module.named_buffers():
-            yield ParameterState(name, host_copy(buffer) if main else None, {})
+            yield ParameterState(name, buffer if here else None, {})
 
     def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         """Collective. The full values of ZeRO 3's sharded parameters, for reading."""
@@ -147,21 +154,18 @@ class DeepSpeedEngine:
         return context
 
     def _slots_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Collective. The slots of one parameter, whole, on the host."""
+        """Collective. The slots of one parameter, whole."""
         if not parameter.requires_grad:
             return {}
         if self.stage == 0:
-            return host_slots(self._engine.optimizer.state.get(parameter, {}))
+            return slot_tensors(self._engine.optimizer.state.get(parameter, {}))
         from deepspeed.utils import safe_get_full_optimizer_state
 
         flat_state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
-        slots = {}
-        for key, value in flat_state.items():
-            if key == STEP:
-                slots[key] = torch.as_tensor(value).detach().to("cpu", copy=True)
-            else:
-                slots[key] = host_copy(safe_get_full_optimizer_state(parameter, key))
-        return slots
+        return {
+            key: torch.as_tensor(value) if key == STEP else safe_get_full_optimizer_state(parameter, key)
+            for key, value in flat_state.items()
+        }
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The torch optimizer whose groups hold this rank's flat shards."""
@@ -191,16 +195,18 @@ class DeepSpeedEngine:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
         trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         if self.stage > 0:
-            keys = broadcast_object(_first_keys([name for name, _ in trainable], read), self.topology)
+            names = [name for name, _ in trainable]
+            own = _first_keys(names, read) if self.topology.rank == src else None
+            keys = broadcast_object(own, self.topology, src=src)
             if not keys:
                 return
             self._create_slots(keys)
             self._link_slots()
         for name, parameter in trainable:
-            slots = broadcast_slots(name, read, self.topology)
+            slots = broadcast_slots(name, read, self.topology, src=src)
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
@@ -231,13 +237,12 @@ class DeepSpeedEngine:
 
     def scalars(self) -> dict[str, float]:
         scaler = self._loss_scaler()
-        return {} if scaler is None else {"loss_scale": float(scaler.get_scale())}
+        return {} if scaler is None else scaler_scalars(scaler)
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        scale = broadcast_object(scalars.get("loss_scale"), self.topology)
         scaler = self._loss_scaler()
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict({**scaler.state_dict(), "scale": scale})
+        if scaler is not None:
+            load_scaler(scaler, scalars, self.topology)
 
     def _loss_scaler(self) -> Any:
         """inner: torch's GradScaler of an fp16 run; None in other precisions."""

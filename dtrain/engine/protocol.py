@@ -29,9 +29,9 @@ class StepResult:
 
 
 class ParameterState(NamedTuple):
-    """One parameter or buffer by name, whole, on the host; only rank 0 holds values.
+    """One parameter or buffer by name, whole, where the engine has it, until the next one is asked for: copy what stays.
 
-    value: the fp32 (or float64) tensor, None on other ranks.
+    value: the fp32 (or float64) tensor, None on ranks that did not ask.
     slots: the optimizer's tensors and counts for it (exp_avg, exp_avg_sq, step, momentum_buffer, ...); empty for
         buffers, frozen parameters, and before the first step.
     """
@@ -89,19 +89,23 @@ class Engine(Protocol):
         """Every parameter by name, one at a time, gathered whole to rank 0's host in fp32 (float64 stays); elsewhere None."""
         ...
 
-    def named_state(self) -> Iterator[ParameterState]:
-        """Every parameter and buffer with its optimizer slots, one at a time, gathered to rank 0."""
+    def named_state(self, *, here: bool) -> Iterator[ParameterState]:
+        """Every parameter and buffer with its optimizer slots, one at a time, to its end on every rank.
+
+        Args:
+            here: whether this rank wants the values; others only take part.
+        """
         ...
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
-        """Sets the optimizer's slots; `read(name)` is called on rank 0 and its result is broadcast.
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
+        """Sets the optimizer's slots; `read(name)` is called on rank `src` and its result is broadcast.
 
         Weights are loaded into the model before the engine is built.
         """
         ...
 
     def scalars(self) -> dict[str, float]:
-        """What else a step depends on, as JSON: the loss scale."""
+        """What else a step depends on, as JSON: the loss scale, and the steps since it last changed."""
         ...
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:

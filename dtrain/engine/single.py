@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import ParameterState, StepResult
-from dtrain.engine.state import broadcast_slots, device_slots, host_copy, host_slots, norms_by_name
+from dtrain.engine.state import (
+    broadcast_slots,
+    device_slots,
+    host_copy,
+    load_scaler,
+    norms_by_name,
+    scaler_scalars,
+    slot_tensors,
+)
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -74,29 +81,27 @@ class SingleEngine:
         for name, parameter in self.module.named_parameters():
             yield name, host_copy(parameter) if self.topology.is_main else None
 
-    def named_state(self) -> Iterator[ParameterState]:
-        main = self.topology.is_main
+    def named_state(self, *, here: bool) -> Iterator[ParameterState]:
         for name, parameter in self.module.named_parameters():
-            slots = host_slots(self._optimizer.state.get(parameter, {})) if main else {}
-            yield ParameterState(name, host_copy(parameter) if main else None, slots)
+            slots = slot_tensors(self._optimizer.state.get(parameter, {})) if here else {}
+            yield ParameterState(name, parameter.detach() if here else None, slots)
         for name, buffer in self.module.named_buffers():
-            yield ParameterState(name, host_copy(buffer) if main else None, {})
+            yield ParameterState(name, buffer if here else None, {})
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            slots = broadcast_slots(name, read, self.topology)
+            slots = broadcast_slots(name, read, self.topology, src=src)
             if slots:
                 self._optimizer.state[parameter] = device_slots(slots, parameter)
 
     def scalars(self) -> dict[str, float]:
-        return {"loss_scale": float(self._scaler.get_scale())} if self._scaler.is_enabled() else {}
+        return scaler_scalars(self._scaler) if self._scaler.is_enabled() else {}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        scale = broadcast_object(scalars.get("loss_scale"), self.topology)
-        if self._scaler.is_enabled() and scale is not None:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale})
+        if self._scaler.is_enabled():
+            load_scaler(self._scaler, scalars, self.topology)
 
     def release(self) -> nn.Module:
         self._optimizer.zero_grad(set_to_none=True)

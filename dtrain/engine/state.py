@@ -20,13 +20,18 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     return copied if copied.dtype == torch.float64 or not copied.is_floating_point() else copied.float()
 
 
-def host_slots(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def slot_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The optimizer's entries for one parameter, whatever they are called; plain numbers become 0-d tensors."""
     return {
-        key: host_copy(value if torch.is_tensor(value) else torch.tensor(value))
+        key: value if torch.is_tensor(value) else torch.tensor(value)
         for key, value in state.items()
         if value is not None
     }
+
+
+def host_slots(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of them on the host."""
+    return {key: host_copy(value) for key, value in slots.items()}
 
 
 def device_slots(slots: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -42,9 +47,22 @@ def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale
 
 
 def broadcast_slots(
-    name: str, read: Callable[[str], Mapping[str, torch.Tensor]], topology: Topology
+    name: str, read: Callable[[str], Mapping[str, torch.Tensor]], topology: Topology, *, src: int
 ) -> dict[str, torch.Tensor]:
-    """Collective. Rank 0's slots of one parameter, on every rank's host; empty where there are none."""
-    own = dict(read(name)) if topology.is_main else {}
-    keys = broadcast_object(sorted(own) if topology.is_main else None, topology)
-    return {key: broadcast(own.get(key), topology) for key in keys}
+    """Collective. Rank `src`'s slots of one parameter, on every rank's host; empty where there are none."""
+    own = dict(read(name)) if topology.rank == src else {}
+    keys = broadcast_object(sorted(own) if topology.rank == src else None, topology, src=src)
+    return {key: broadcast(own.get(key), topology, src=src) for key in keys}
+
+
+def scaler_scalars(scaler: torch.amp.GradScaler) -> dict[str, float]:
+    """What a GradScaler goes on from: its scale, and how many steps it has been good for."""
+    return {"loss_scale": float(scaler.get_scale()), "loss_scale_steps": float(scaler.state_dict()["_growth_tracker"])}
+
+
+def load_scaler(scaler: torch.amp.GradScaler, scalars: Mapping[str, float], topology: Topology) -> None:
+    """Collective. Takes rank 0's `scaler_scalars`; nothing where the state has none (it comes from another precision)."""
+    told = broadcast_object(dict(scalars), topology)
+    if "loss_scale" in told:
+        steps = int(told.get("loss_scale_steps", 0))
+        scaler.load_state_dict({**scaler.state_dict(), "scale": told["loss_scale"], "_growth_tracker": steps})

@@ -14,6 +14,8 @@ class Decision(IntEnum):
     CONTINUE = 0
     STOP = 1
     """End the run in good order: evaluate, export, summary. After this step if it was evaluated, else after the next."""
+    PREEMPT = 2
+    """Stop where the run stands, with a checkpoint to go on from; after the next step."""
 
 
 @dataclass

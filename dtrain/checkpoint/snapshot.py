@@ -1,0 +1,88 @@
+"""The state of a run, copied into a block of memory, tensor by tensor: all that the loop has to wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from dtrain.checkpoint.block import Block
+from dtrain.checkpoint.layout import BUFFER, MODEL, OPTIMIZER
+from dtrain.checkpoint.writing import Piece
+from dtrain.engine.protocol import ParameterState
+from dtrain.models.headed import HeadedModel
+
+ALIGNMENT = 64
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What is stored, as safetensors calls it. Other floating types are stored as float32."""
+
+Place = Callable[[str], tuple[str, str]]
+"""From a parameter's or buffer's name to the stem of its files and its key there."""
+
+
+def place_in(module: nn.Module) -> Place:
+    """Where a model's weights go, so that the checkpoint is a folder that from_pretrained loads."""
+    is_headed = isinstance(module, HeadedModel)
+    persistent = set(module.state_dict().keys())
+
+    def place(name: str) -> tuple[str, str]:
+        if name not in persistent:
+            return OPTIMIZER, f"{BUFFER}/{name}"
+        if is_headed:
+            part, _, rest = name.partition(".")
+            return (MODEL if part == "backbone" else part), rest
+        return MODEL, name
+
+    return place
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which type a tensor of `dtype` is kept."""
+    return dtype if dtype in DTYPES else torch.float32
+
+
+def copy_into(block: Block, entries: Iterable[ParameterState], place: Place) -> list[Piece]:
+    """Copies what the entries hold into the block, which grows as needed; gives where each tensor lies."""
+    pieces: list[Piece] = []
+    end = 0
+
+    def add(stem: str, key: str, tensor: torch.Tensor) -> None:
+        nonlocal end
+        kind = stored_dtype(tensor.dtype)
+        size = tensor.numel() * kind.itemsize
+        if end + size > block.size:
+            block.grow(max(end + size, block.size * 3 // 2))
+        if size:
+            view = torch.frombuffer(block.view(end, size), dtype=kind)
+            view.view(tensor.shape).copy_(tensor)
+        pieces.append(Piece(stem, key, DTYPES[kind], list(tensor.shape), end, size))
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+
+    for entry in entries:
+        if entry.value is None:
+            continue
+        add(*place(entry.name), entry.value.detach())
+        for slot, value in entry.slots.items():
+            add(OPTIMIZER, f"{slot}/{entry.name}", value)
+    return pieces
+
+
+def estimate(module: nn.Module, *, slots: int) -> int:
+    """Bytes of a checkpoint of this model, before the first one: weights, and `slots` numbers for each that learns."""
+    size = 0
+    for parameter in module.parameters():
+        numbers = int(getattr(parameter, "ds_numel", parameter.numel()))
+        width = stored_dtype(parameter.dtype).itemsize
+        size += numbers * width * (1 + slots * int(parameter.requires_grad)) + ALIGNMENT * (1 + slots)
+    return size

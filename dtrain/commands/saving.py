@@ -1,0 +1,151 @@
+"""Checkpoints in a run: when they are due, what is said of them, and the end of a run that was asked to stop."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from dtrain.checkpoint.saver import Outcome, Saver
+from dtrain.commands.export import save_surroundings
+from dtrain.commands.results import versions
+from dtrain.config import to_yaml
+from dtrain.console import log
+from dtrain.engine.protocol import Engine
+from dtrain.errors import CheckpointError
+from dtrain.interrupts import SIGNALS, Asked, deferred
+from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.run_folder import RunFolder
+from dtrain.schema import Config
+from dtrain.tasks.protocol import Task
+from dtrain.topology import Topology
+
+SLOTS = {"adamw": 2, "sgd": 1, "adafactor": 1}
+"""Numbers that an optimizer keeps for each one that learns, at most."""
+
+
+class Checkpoints:
+    """Saves the run every `checkpoint.every` steps, at a new best one, and at its end. Last in the list of monitors.
+
+    Without `checkpoint.every` it saves where a run is pre-empted only, and starts no process before.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        module: nn.Module,
+        task: Task,
+        *,
+        state: RunState,
+        tracker: Log,
+        engine: Callable[[], Engine],
+    ) -> None:
+        """Collective.
+
+        Args:
+            state: of the run, complete once the monitors above this one have seen a step.
+            engine: the one of this moment.
+        """
+        settings = config.checkpoint
+        self._every = settings.every
+        self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
+        self._saved: int | None = state.step or None
+        self._failed: str | None = None
+
+        def static() -> Mapping[str, bytes]:
+            with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
+                save_surroundings(module, task, Path(place))
+                return {file.name: file.read_bytes() for file in Path(place).iterdir() if file.is_file()}
+
+        self._saver = Saver(
+            RunFolder(config.run_dir).checkpoints,
+            topology,
+            keep=settings.keep,
+            replicas=settings.replicas,
+            max_file_bytes=int(settings.max_file_gb * 1e9),
+            asynchronous=settings.asynchronous,
+            static=static,
+            config_text=to_yaml(config),
+            about={"versions": versions()},
+        )
+        if self._every is not None:
+            self._saver.prepare(module, slots=SLOTS[config.optim.name])
+
+    def after_step(self, record: StepRecord) -> Decision:
+        """Collective where a checkpoint is due, which every rank knows alike."""
+        self._report(self._saver.result(wait=False))
+        if self._every is not None:
+            is_best = record.metrics is not None and self._state.best_step == record.step
+            if record.step % self._every == 0 or record.is_last or is_best:
+                self.save()
+        return Decision.CONTINUE
+
+    def save(self) -> None:
+        """Collective. Saves this step, unless it is saved."""
+        if self._saved == self._state.step:
+            return
+        best = self._state.best_step
+        state = {
+            "run": asdict(self._state),
+            "task": self._task.name,
+            "rows": {split: len(rows) for split, rows in self._task.splits.items()},
+        }
+        protected = [best] if best is not None else []
+        self._report(self._saver.save(self._engine(), self._state.step, state, protected=protected))
+        self._saved = self._state.step
+
+    def finish(self) -> None:
+        """Collective. Waits until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._report(self._saver.result(wait=True))
+        if self._failed is not None:
+            raise CheckpointError(
+                f"{self._failed}. It was the last one of this start: the run goes on from the one before."
+            )
+
+    def close(self) -> None:
+        """Gives up what is not written yet."""
+        self._saver.close()
+
+    def _report(self, outcome: Outcome | None) -> None:
+        """A checkpoint that could not be written is a fault, but no reason to stop: the one before is as it was."""
+        if outcome is None:
+            return
+        self._failed = outcome.error
+        if outcome.error is None:
+            told = {"stall_s": outcome.stall_s, "seconds": outcome.seconds, "bytes": outcome.bytes}
+            self._tracker.event("checkpoint", step=outcome.step, **told)
+            return
+        log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
+        self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error)
+
+
+class StopOnRequest:
+    """Answers a signal, or the end of `train.max_minutes`, with the wish to stop with a checkpoint."""
+
+    def __init__(self, asked: Asked, max_minutes: float | None) -> None:
+        self._asked = asked
+        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.why: str | None = None
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if self._asked.name is not None:
+            self.why = f"asked to by {self._asked.name}"
+        elif self._end is not None and time.monotonic() > self._end:
+            self.why = "train.max_minutes is over"
+        return Decision.CONTINUE if self.why is None else Decision.PREEMPT
+
+
+def deferring(config: Config) -> AbstractContextManager[Asked]:
+    """Signals that a run answers with a checkpoint: SIGUSR1 always, the others where it makes checkpoints anyway."""
+    signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
+    return deferred(signals)

@@ -1,0 +1,212 @@
+"""Checkpoint folders on the disk: written whole, found damaged where they are, old ones removed; no torch, no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoint.layout import Damaged, found, manifest_text, verify
+from dtrain.checkpoint.writing import Order, Piece, clear_drafts, publish
+
+BLOCK = bytes(range(256)) * 4
+PIECES = [
+    Piece("model", "a", "F32", [4, 8], 0, 128),
+    Piece("model", "b", "F32", [16], 128, 64),
+    Piece("optimizer", "exp_avg/a", "F32", [4, 8], 192, 128),
+]
+
+
+def order(checkpoints: Path, step: int, **changes: Any) -> Order:
+    made = Order(
+        checkpoints=str(checkpoints),
+        step=step,
+        pieces=PIECES,
+        texts={"state.json": json.dumps({"run": {"step": step}})},
+        about={"world_size": 1},
+        max_file_bytes=10**9,
+        keep=2,
+        protected=[],
+    )
+    return replace(made, **changes)
+
+
+def write(checkpoints: Path, step: int, **changes: Any) -> Path:
+    publish(order(checkpoints, step, **changes), {"config.json": b"{}"}, memoryview(BLOCK))
+    return checkpoints / f"step-{step:06d}"
+
+
+def test_what_was_written_is_read_by_the_safetensors_library(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    saved = verify(write(tmp_path, 7))
+
+    assert (saved.step, saved.state) == (7, {"run": {"step": 7}})
+    assert sorted(saved.manifest["files"]) == [
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    weights = load_file(saved.path / "model.safetensors")
+    assert {name: value.shape for name, value in weights.items()} == {"a": (4, 8), "b": (16,)}
+    assert weights["b"].tobytes() == BLOCK[128:192]
+    assert load_file(saved.path / "optimizer.safetensors")["exp_avg/a"].tobytes() == BLOCK[192:320]
+    assert (saved.path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_files_are_split_where_they_would_get_too_large_and_transformers_finds_the_parts(tmp_path: Path) -> None:
+    path = write(tmp_path, 1, max_file_bytes=150)
+
+    assert sorted(file.name for file in path.glob("*.safetensors")) == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "optimizer.safetensors",
+    ]
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    assert index["metadata"]["total_size"] == 192
+    verify(path)
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped bit": (
+        lambda path: flip(path / "model.safetensors", -1),
+        "model.safetensors has the right size but other",
+    ),
+    "cut": (
+        lambda path: os.truncate(path / "optimizer.safetensors", 99),
+        "optimizer.safetensors has 99 bytes, expected",
+    ),
+    "missing": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
+    "state flipped": (lambda path: flip(path / "state.json", 3), "state.json has the right size but other contents"),
+    "manifest flipped": (lambda path: flip(path / "manifest.json", 40), "manifest.json is not as it was written"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
+    "no JSON": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not as it was written"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, 3)
+    damage, message = DAMAGES[kind]
+
+    damage(path)
+
+    with pytest.raises(Damaged, match=message):
+        verify(path)
+
+
+def test_every_single_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    whole = (path / "manifest.json").read_bytes()
+    parsed = json.loads(whole)
+
+    for at in range(len(whole)):
+        (path / "manifest.json").write_bytes(whole)
+        flip(path / "manifest.json", at)
+        try:
+            verify(path)
+        except Damaged:
+            continue
+        assert json.loads((path / "manifest.json").read_bytes()) == parsed, f"byte {at} was changed and not seen"
+
+
+def test_another_files_place_is_not_looked_at(tmp_path: Path) -> None:
+    path = write(tmp_path / "run", 3)
+    outside = tmp_path / "secret"
+    outside.write_text("x")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["self"]
+    manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "0"}
+
+    (path / "manifest.json").write_text(manifest_text(manifest))
+
+    with pytest.raises(Damaged, match=r"names '\.\./\.\./secret', which is no file of a checkpoint"):
+        verify(path)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.abort, ()
+
+
+def test_a_strangers_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 3)
+    for name in ("optimizer.pt", "pytorch_model.bin", "state.pkl", ".metadata"):
+        (path / name).write_bytes(pickle.dumps(Bomb()))
+
+    assert verify(path).step == 3
+
+
+def test_a_format_of_another_version_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 3, about={"format": "dtrain-checkpoint-9"})
+
+    with pytest.raises(Damaged, match="says 'dtrain-checkpoint-9', which this version does not read"):
+        verify(path)
+
+
+def test_the_newest_stay_and_the_best_besides(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        write(tmp_path, step, keep=2, protected=[2])
+
+    assert list(found(tmp_path)) == [6, 5, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000005", "step-000006"]
+
+
+def test_drafts_and_damaged_ones_are_no_checkpoints(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    for name in (".tmp-step-000002", "damaged-step-000003", ".old-step-000001", "step-x", "left-step-000009"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000008").write_text("a file")
+
+    assert list(found(tmp_path)) == [1]
+
+    clear_drafts(tmp_path)
+    assert not (tmp_path / ".tmp-step-000002").exists()
+    assert not (tmp_path / ".old-step-000001").exists()
+    assert (tmp_path / "damaged-step-000003").exists()
+    assert list(found(tmp_path / "nothing")) == []
+
+
+def test_what_cannot_be_written_leaves_nothing_and_the_older_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, 1)
+    real = os.write
+
+    def full(handle: int, data: Any) -> int:
+        if os.fstat(handle).st_size > 100:
+            raise OSError(28, "No space left on device")
+        return real(handle, data[:64])
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        write(tmp_path, 2)
+    monkeypatch.undo()
+
+    assert str(failed.value.filename).endswith("model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    verify(tmp_path / "step-000001")
+
+
+def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = verify(write(tmp_path / "one", 1))
+    real = os.write
+    monkeypatch.setattr("os.write", lambda handle, data: real(handle, data[:7]))
+
+    other = verify(write(tmp_path / "other", 1))
+
+    assert other.manifest == one.manifest
