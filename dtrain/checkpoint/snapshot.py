@@ -73,7 +73,7 @@ def copy_into(block: Block, entries: Iterable[ParameterState], place: Place) -> 
         if entry.value is None:
             continue
         add(*place(entry.name), entry.value.detach())
-        for slot, value in entry.slots.items():
+        for slot, value in sorted(entry.slots.items()):  # after a resume they come in another order
             add(OPTIMIZER, f"{slot}/{entry.name}", value)
     return pieces
 

@@ -11,7 +11,8 @@ from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.run_folder import Action, Checkpoints, RunFolder, claim, decide
+from dtrain.run_folder import RunFolder, claim
+from dtrain.run_start import Action, Checkpoints, decide
 from dtrain.schema import Config
 from dtrain.topology import Topology
 

@@ -344,12 +344,12 @@ def test_two_settings_that_contradict_each_other_are_both_placed(tmp_path: Path)
     assert line.startswith(f"{path}, line 3 and command line: give schedule.warmup_steps or schedule.warmup_ratio")
 
 
-def test_checkpoints_are_refused_until_they_exist() -> None:
-    every, resume = refusal(None, "checkpoint.every=3", "checkpoint.resume=runs/a/checkpoints/step-1")
+def test_a_change_can_be_allowed_for_settings_that_exist_only() -> None:
+    (found,) = refusal(None, "checkpoint.allow_changes=[optim.learning_rat]")
 
-    assert every.startswith("command line: checkpoint.every=3: saving checkpoints comes with a later version")
-    assert resume.startswith("command line: checkpoint.resume=runs/a/checkpoints/step-1: ")
-    assert load_config(None, ["checkpoint.resume=never"]).checkpoint.resume == "never"
+    assert "checkpoint.allow_changes names optim.learning_rat, which is no setting." in found
+    assert "Did you mean optim.learning_rate?" in found
+    assert load_config(None, ["checkpoint.allow_changes=[optim, data.path]"]).checkpoint.allow_changes
 
 
 # ---------------------------------------------------------------- overrides

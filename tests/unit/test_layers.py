@@ -41,7 +41,7 @@ LEVELS = {
         0,
     ),
     **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
-    **dict.fromkeys(["collectives", "seeding", "watch", "memory"], 2),
+    **dict.fromkeys(["collectives", "seeding", "watch", "memory", "run_start"], 2),
     **dict.fromkeys(["models", "data", "optim", "engine.protocol", "tasks.protocol"], 3),
     **dict.fromkeys(["engine", "tasks", "own_metrics"], 4),
     **dict.fromkeys(["evaluation", "checkpoint", "tracking", "monitors"], 5),
@@ -84,6 +84,7 @@ WITHOUT_TORCH = (
     "config",
     "topology",
     "run_folder",
+    "run_start",
     "main",
     "dtrain",
 )

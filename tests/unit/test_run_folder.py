@@ -13,20 +13,19 @@ from typing import Any
 import pytest
 
 from dtrain.config import differences, load_config, to_yaml
-from dtrain.errors import ConfigError, DataError, DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.jsonl import MetricsLog, read_metrics
 from dtrain.run_folder import (
-    Decision,
     RunFolder,
     State,
     claim,
-    decide,
     replace_folder,
     state,
     write_exit,
     write_json_atomic,
     write_lines_atomic,
 )
+from dtrain.run_start import Checkpoints, Decision, decide
 from dtrain.schema import Config
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -38,9 +37,10 @@ def config_for(tmp_path: Path, *overrides: str, command: str = "train") -> Confi
     return load_config(None, [f"run.output_dir={tmp_path}", "run.name=one", *overrides], command=command)
 
 
-def asked(config: Config, command: str = "train") -> Decision:
+def asked(config: Config, command: str = "train", checkpoints: Checkpoints | None = None) -> Decision:
     """The decision as the commands take it."""
-    return decide(config, command=command, changes=differences(RunFolder(config.run_dir).old_config(), config))
+    changes = differences(RunFolder(config.run_dir).old_config(), config)
+    return decide(config, command=command, changes=changes, checkpoints=checkpoints)
 
 
 def begun(tmp_path: Path, *overrides: str, steps: int = 1) -> RunFolder:
@@ -154,7 +154,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again_and_shows_what_chan
     assert (decision.action, decision.set_aside) == ("go_on", False)
     assert "starts again at step 1" in decision.notes[0]
     assert "train.log_every: 20 -> 1" in decision.notes[1]
-    assert "engine.precision: fp32 -> bf16  (other rounding from here on)" in decision.notes[1]
+    assert "engine.precision: fp32 -> bf16  (the numbers differ from here on)" in decision.notes[1]
 
 
 def test_an_unchanged_unfinished_run_has_no_differences_to_show(tmp_path: Path) -> None:
@@ -163,19 +163,114 @@ def test_an_unchanged_unfinished_run_has_no_differences_to_show(tmp_path: Path) 
     assert len(asked(config_for(tmp_path)).notes) == 1
 
 
+# Checkpoints: a run goes on from the newest whole one
+
+
+def saved(folder: RunFolder, *steps: int, resumed: int | None = None) -> None:
+    """What the log says of checkpoints, and of a start that went on from one before."""
+    with MetricsLog(folder.metrics) as log:
+        if resumed is not None:
+            log.write({"event": "resume", "step": resumed})
+        for step in steps:
+            log.write({"event": "checkpoint", "step": step})
+
+
+def at_step(folder: RunFolder, step: int) -> None:
+    write_json_atomic(folder.summary, {"eval": {}, "step": step})
+
+
+def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    saved(begun(tmp_path), 2, 4)
+
+    decision = asked(config_for(tmp_path), checkpoints=Checkpoints(4))
+
+    assert decision.action == "go_on"
+    assert decision.notes == (f"{tmp_path / 'one'} goes on from the checkpoint of step 4",)
+
+
+def test_a_node_that_has_only_a_checkpoint_goes_on_from_it(tmp_path: Path) -> None:
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4)).action == "go_on"
+
+
+def test_a_change_of_mathematics_goes_on_where_it_is_allowed_by_name_or_section(tmp_path: Path) -> None:
+    begun(tmp_path)
+
+    for allowed in ("[optim.learning_rate]", "[optim]"):
+        config = config_for(tmp_path, "optim.learning_rate=0.5", f"checkpoint.allow_changes={allowed}")
+        decision = asked(config, checkpoints=Checkpoints(4))
+        assert decision.action == "go_on"
+        assert "optim.learning_rate: 0.002 -> 0.5" in decision.notes[1]
+
+
+def test_a_newer_checkpoint_that_nobody_holds_stops_the_start(tmp_path: Path) -> None:
+    saved(begun(tmp_path), 2, 4, 6)
+
+    with pytest.raises(
+        CheckpointError, match=r"saved a checkpoint of step 6 .* no node holds it; the newest there is of step 4"
+    ):
+        asked(config_for(tmp_path), checkpoints=Checkpoints(4))
+    with pytest.raises(CheckpointError, match=r"no node holds a checkpoint of it any more \(step 6\)"):
+        asked(config_for(tmp_path), checkpoints=Checkpoints())
+
+
+def test_a_newer_checkpoint_that_is_damaged_does_not(tmp_path: Path) -> None:
+    saved(begun(tmp_path), 2, 4, 6)
+
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4, frozenset({6}))).action == "go_on"
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(step 4, 6\)"):
+        asked(config_for(tmp_path), checkpoints=Checkpoints(None, frozenset({4, 6})))
+
+
+def test_what_a_later_start_gave_up_is_not_missed(tmp_path: Path) -> None:
+    folder = begun(tmp_path)
+    saved(folder, 2, 4, 6)
+    saved(folder, resumed=4)
+
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4)).action == "go_on"
+
+
+def test_a_checkpoint_that_the_user_names_is_gone_on_from_whatever_else_there_is(tmp_path: Path) -> None:
+    saved(begun(tmp_path), 2, 4, 6)
+
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(2, given=True)).action == "go_on"
+
+
+def test_a_finished_run_is_left_alone_if_its_last_step_is_saved_whole(tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    saved(folder, 4, 6)
+    at_step(folder, 6)
+
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(6)).action == "already_finished"
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints()).action == "already_finished"  # deleted to make room
+    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4, frozenset({6}))).action == "go_on"
+
+
+def test_a_finished_run_goes_on_for_more_steps_and_says_what_that_means(tmp_path: Path) -> None:
+    folder = finished(tmp_path, "train.max_steps=6")
+    at_step(folder, 6)
+
+    decision = asked(config_for(tmp_path, "train.max_steps=12"), checkpoints=Checkpoints(6))
+
+    assert decision.action == "go_on"
+    assert "train.max_steps: 6 -> 12  (the numbers differ from here on)" in decision.notes[1]
+    with pytest.raises(ConfigError, match="is finished and has no checkpoint to go on from"):
+        asked(config_for(tmp_path, "train.max_steps=12"))
+
+
 @pytest.mark.parametrize("made", [begun, finished])
 def test_a_run_with_other_mathematics_is_refused_with_old_and_new_value_and_the_cure(tmp_path: Path, made: Any) -> None:
     made(tmp_path)
 
     with pytest.raises(ConfigError) as caught:
-        asked(config_for(tmp_path, "optim.learning_rate=0.5", "train.max_steps=700", "train.log_every=1"))
+        asked(config_for(tmp_path, "optim.learning_rate=0.5", "train.shuffle=false", "train.log_every=1"))
 
     text = str(caught.value)
     assert "optim.learning_rate: 0.002 -> 0.5" in text
-    assert "train.max_steps: 400 -> 700" in text
+    assert "train.shuffle: true -> false" in text
     assert "log_every" not in text
     assert "run.overwrite=true" in text
     assert "run.name=one-2" in text
+    assert "checkpoint.allow_changes='[optim.learning_rate, train.shuffle]'" in text
 
 
 def test_a_finished_run_is_not_trained_twice(tmp_path: Path) -> None:
