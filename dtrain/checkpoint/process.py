@@ -27,6 +27,9 @@ PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 CLOSE_S = 10.0
 
+NOT_FOR_US = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Meant for the rank, which decides what becomes of a checkpoint on its way."""
+
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from dtrain.checkpoint.process import serve; serve(sys.argv[2:])"
 
 
@@ -111,9 +114,14 @@ class Writer:
         root = str(Path(__file__).resolve().parents[2])
         # -I: nothing of the user's environment or folder is imported by chance.
         command = [sys.executable, "-I", "-c", _START, root, str(fd), str(os.getpid())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], close_fds=True
-        )
+        # Blocked in the child until it ignores them: launchers signal a rank's whole group, at any moment.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_US)
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], close_fds=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._fd, self._line = fd, b""
         self._tell(self._texts)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from dtrain.checkpoint.saver import Outcome, Saver
+from dtrain.collectives import all_gather_object
 from dtrain.commands.export import save_surroundings
 from dtrain.commands.results import versions
 from dtrain.config import to_yaml
@@ -53,7 +54,7 @@ class Checkpoints:
             engine: the one of this moment.
         """
         settings = config.checkpoint
-        self._every = settings.every
+        self._every, self._topology = settings.every, topology
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
         self._saved: int | None = state.step or None
         self._failed: str | None = None
@@ -101,16 +102,19 @@ class Checkpoints:
         self._saved = self._state.step
 
     def finish(self) -> None:
-        """Collective. Waits until the last checkpoint is on the disk.
+        """Collective. Waits until the last checkpoint is on every disk: a rank that left before would take the others along.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: on every rank; rank 0 could not write it.
         """
         self._report(self._saver.result(wait=True))
-        if self._failed is not None:
-            raise CheckpointError(
-                f"{self._failed}. It was the last one of this start: the run goes on from the one before."
+        failed, *_ = all_gather_object(self._failed, self._topology)
+        if failed is not None:
+            error = CheckpointError(
+                f"{failed}. It was the last one of this start: the run goes on from the one before."
             )
+            error.is_said_elsewhere = not self._topology.is_main
+            raise error
 
     def close(self) -> None:
         """Gives up what is not written yet."""

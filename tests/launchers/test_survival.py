@@ -1,0 +1,132 @@
+"""Runs that are asked to stop, or killed, under real launchers: they end with the right code and go on where they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dtrain.checkpoint.layout import found, verify
+from tests import jobs
+from tests.jobs import Job
+
+slow = pytest.mark.slow
+LONG = {"train__max_steps": 100000, "train__log_every": 1}
+SHORT = {"train__max_steps": 300, "train__log_every": 1, "checkpoint__every": 20}
+
+
+def newest(folder: Path) -> int:
+    return next(iter(found(folder / "run" / "checkpoints")), 0)
+
+
+def tensors(folder: Path, name: str) -> dict[str, bytes]:
+    """Weights and moments after the last step."""
+    path = folder / name / "checkpoints" / "step-000300"
+    return {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
+
+
+def send(job: Job, number: signal.Signals, target: str) -> None:
+    match target:
+        case "launcher":
+            os.kill(job.process.pid, number)
+        case "rank 0" | "rank 1":
+            os.kill(job.ranks()[int(target[-1])], number)
+        case _:
+            os.kill(job.named(target), number)
+
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("start", "number", "target", "code"),
+    [
+        pytest.param(jobs.python, TERM, "launcher", 75, id="python-term"),
+        pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=slow),
+        pytest.param(jobs.torchrun, TERM, "launcher", 1, id="torchrun-term"),
+        pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1"),
+        pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term"),
+        pytest.param(jobs.mpirun, USR1, "launcher", 75, id="mpirun-usr1"),
+    ],
+)
+def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
+    tmp_path: Path, start: Callable[[], list[str]], number: signal.Signals, target: str, code: int
+) -> None:
+    folder = tmp_path / "runs"
+    settings = jobs.settings(folder, "run", **LONG, checkpoint__every=100000)
+    with jobs.started([*start(), *settings]) as job:
+        job.wait_for("  loss ")
+        send(job, number, target)
+        ended = job.end()
+
+    step = newest(folder)
+    told = jobs.exit_of(folder / "run")
+    assert step > 0
+    assert ended == code
+    assert (told["code"], told["cause"]) == (75, "Preempted")
+    assert told["message"].startswith(f"Stopped after step {step}: asked to by {number.name}. The checkpoint is saved")
+    assert sum("The checkpoint is saved" in line for line in job.said) == 1
+    verify(folder / "run" / "checkpoints" / f"step-{step:06d}")
+    assert jobs.events(folder / "run", "preempt")[-1]["step"] == step
+    before = len(jobs.events(folder / "run"))
+
+    with jobs.started([*jobs.python(), *settings]) as job:
+        job.wait_for("  loss ")
+        os.kill(job.process.pid, TERM)
+        assert job.end() == 75
+    assert jobs.events(folder / "run")[before]["step"] == step + 1
+    assert jobs.events(folder / "run", "resume")[-1]["step"] == step
+
+
+def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_otherwise(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    with jobs.started([*jobs.python(), *jobs.settings(folder, "run", **LONG)]) as job:
+        job.wait_for("  loss ")
+        os.kill(job.process.pid, USR1)
+        assert job.end() == 75
+    first = newest(folder)
+
+    job = jobs.run([*jobs.python(), *jobs.settings(folder, "run", **LONG, train__max_minutes=0.01)])
+
+    assert job.process.returncode == 75
+    assert newest(folder) > first > 0
+    assert "train.max_minutes is over" in jobs.exit_of(folder / "run")["message"]
+
+
+@pytest.mark.parametrize("start", [jobs.python, jobs.torchrun], ids=["python", "torchrun"])
+def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
+    tmp_path: Path, start: Callable[[], list[str]]
+) -> None:
+    folder = tmp_path / "runs"
+    assert jobs.run([*start(), *jobs.settings(folder, "steady", **SHORT)]).process.returncode == 0
+
+    for number in (signal.SIGKILL, TERM):
+        with jobs.started([*start(), *jobs.settings(folder, "run", **SHORT)]) as job:
+            at = newest(folder) + 20
+            jobs.until(lambda at=at: newest(folder) >= at)  # type: ignore[misc]
+            os.kill(job.ranks()[0], number)
+            assert job.end() != 0
+            assert job.gone_within(10)
+    assert jobs.run([*start(), *jobs.settings(folder, "run", **SHORT)]).process.returncode == 0
+
+    assert len(tensors(folder, "steady")) == 2
+    assert tensors(folder, "run") == tensors(folder, "steady")
+
+
+def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    start = jobs.torchrun(2, "--standalone", "--max-restarts", "5")
+    assert jobs.run([*start, *jobs.settings(folder, "steady", **SHORT)]).process.returncode == 0
+
+    with jobs.started([*start, *jobs.settings(folder, "run", **SHORT)]) as job:
+        for kill, rank in enumerate((1, 0, 1), 1):
+            jobs.until(lambda kill=kill: newest(folder) >= 60 * kill and len(job.ranks()) == 2)  # type: ignore[misc]
+            os.kill(job.ranks()[rank], signal.SIGKILL)
+            jobs.until(lambda kill=kill: len(jobs.events(folder / "run", "resume")) >= kill)  # type: ignore[misc]
+        assert job.end() == 0
+
+    assert len(jobs.events(folder / "run", "resume")) == 3
+    assert tensors(folder, "run") == tensors(folder, "steady")
