@@ -22,12 +22,12 @@ _DAMAGED = re.compile(r"damaged-step-(\d+)(-\d+)?")
 class Chosen:
     """The same on every rank, `saved` apart.
 
-    step: of the checkpoint. holder: the lowest rank that holds it. state: its state.json. config_text: its settings.
-    saved: where it lies; None on ranks whose node has none.
+    step: of the checkpoint. readers: for each of its parts, the lowest rank that holds it. state: its state.json.
+    config_text: its settings. saved: where it lies; None on ranks that see none.
     """
 
     step: int
-    holder: int
+    readers: list[int]
     state: dict[str, Any]
     config_text: str
     saved: Saved | None
@@ -63,9 +63,20 @@ def newest(checkpoints: Path, topology: Topology) -> tuple[Chosen | None, frozen
             return None, _damaged(checkpoints, topology)
         path = candidates.pop(step, None)
         saved = _whole(path) if path is not None else None
-        holders = [rank for rank, has in enumerate(all_gather_object(saved is not None, topology)) if has]
-        if holders:
-            return _told(holders[0], saved, topology), _damaged(checkpoints, topology)
+        readers = _readers(saved, topology)
+        if readers is not None:
+            return _told(readers, saved, topology), _damaged(checkpoints, topology)
+
+
+def _readers(saved: Saved | None, topology: Topology) -> list[int] | None:
+    """Collective. For each part the lowest rank that has it; None where not all parts are there."""
+    lowest: dict[int, int] = {}
+    number = 1
+    for rank, told in enumerate(all_gather_object(saved.parts if saved is not None else None, topology)):
+        if told is not None:
+            parts, number = told
+            lowest.update({part: rank for part in parts if part not in lowest})
+    return [lowest[part] for part in range(number)] if set(range(number)) <= lowest.keys() else None
 
 
 def _damaged(checkpoints: Path, topology: Topology) -> frozenset[int]:
@@ -87,28 +98,28 @@ def at(path: Path, topology: Topology) -> Chosen:
             saved = verify(path)
         except Damaged as error:
             why = str(error)
-    answers = all_gather_object([saved is not None, why, path.is_dir()], topology)
-    holders = [rank for rank, (has, _, _) in enumerate(answers) if has]
-    if not holders:
-        reason = next((why for _, why, is_there in answers if is_there), why)
+    readers = _readers(saved, topology)
+    answers = all_gather_object([why, path.is_dir()], topology)
+    if readers is None:
+        reason = next((why for why, is_there in answers if is_there), why)
         failed = CheckpointError(
             f"checkpoint.resume={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run, or "
             "auto for the newest whole one of this run."
         )
         failed.is_said_elsewhere = not topology.is_main
         raise failed
-    return _told(holders[0], saved, topology)
+    return _told(readers, saved, topology)
 
 
-def _told(holder: int, saved: Saved | None, topology: Topology) -> Chosen:
+def _told(readers: list[int], saved: Saved | None, topology: Topology) -> Chosen:
     mine = None
-    if topology.rank == holder:
+    if topology.rank == readers[0]:
         assert saved is not None
         config = saved.path / CONFIG
         text = config.read_text(encoding="utf-8") if CONFIG in saved.manifest["files"] else ""
         mine = {"step": saved.step, "state": dict(saved.state), "config": text}
-    told = broadcast_object(mine, topology, src=holder)
-    return Chosen(told["step"], holder, told["state"], told["config"], saved)
+    told = broadcast_object(mine, topology, src=readers[0])
+    return Chosen(told["step"], readers, told["state"], told["config"], saved)
 
 
 def _whole(path: Path) -> Saved | None:

@@ -8,6 +8,9 @@
         optimizer.safetensors      `exp_avg/<parameter>`, ..., and `buffer/<name>` of buffers that a model folder leaves out
         config.json, tokenizer ... so that from_pretrained loads the folder
 
+A sharded one (`checkpoint.format: sharded`) has, in place of model and optimizer, shard-00003.safetensors ... with the
+pieces that each rank had: `value/<name>@<first element>`, `exp_avg/<name>@<first element>`.
+
 safetensors and JSON throughout: a pickle would let a stranger's checkpoint run code, and a file that the manifest does
 not name is not looked at.
 """
@@ -33,6 +36,11 @@ OPTIMIZER = "optimizer"
 BUFFER = "buffer"
 """In place of a slot's name, for buffers that belong to no model folder."""
 
+SHARD = "shard"
+"""Stem of the files of a sharded checkpoint, one part for each rank that wrote: `shard-00003.safetensors`."""
+VALUE = "value"
+"""In place of a slot's name, for a parameter or buffer itself, in the files of a sharded checkpoint."""
+
 CHUNK = 2**22
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FOLDER = re.compile(r"step-(\d{6,})")
@@ -47,6 +55,11 @@ class Saved:
     manifest: Mapping[str, Any]
     state: Mapping[str, Any]
 
+    @property
+    def parts(self) -> tuple[list[int], int]:
+        """Which parts of it lie here, and of how many: all of one, unless it is sharded over nodes' own disks."""
+        return list(self.manifest.get("parts", [0])), int(self.manifest.get("of", 1))
+
 
 class Damaged(Exception):
     """A checkpoint that is not as it was written; the message names the file and what is wrong."""
@@ -55,6 +68,11 @@ class Damaged(Exception):
 def folder_name(step: int) -> str:
     """`step-000100`."""
     return f"step-{step:06d}"
+
+
+def shard_prefix(part: int) -> str:
+    """What the names of a part's files begin with."""
+    return f"{SHARD}-{part:05d}"
 
 
 def found(checkpoints: Path) -> dict[int, Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dtrain.commands.construct import Construction
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
-from dtrain.engine.state import host_slots
+from dtrain.engine.state import broadcast_slots, host_slots
 from dtrain.models import freezing
 from dtrain.monitors.protocol import RunState
 from dtrain.schema import Config
@@ -28,7 +28,7 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, sta
     after = set(freezing.frozen_parameters(module))
     state.thawed.append([name for name in before if name not in after])
     rebuilt = build_engine(module, config, topology, thawed=state.thawed)
-    rebuilt.load_named_slots(lambda name: slots.get(name, {}))
+    rebuilt.load_named_slots(lambda name, _shape: broadcast_slots(slots.get(name, {}), topology))
     rebuilt.load_scalars(scalars)
     prepared.train_mode(rebuilt.module)
     return rebuilt

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from dtrain.collectives import broadcast_object
 from dtrain.engine.forward import autocast
-from dtrain.engine.protocol import ParameterState, StepResult
+from dtrain.engine.protocol import ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
     STEP,
-    broadcast_slots,
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
+    replicated_shards,
     scaler_scalars,
     slot_tensors,
 )
@@ -195,22 +194,65 @@ class DeepSpeedEngine:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
-        trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+    def load_named_slots(self, read: ReadSlots) -> None:
+        trainable = [(name, p, _whole_shape(p)) for name, p in self.module.named_parameters() if p.requires_grad]
         if self.stage > 0:
-            names = [name for name, _ in trainable]
-            own = _first_keys(names, read) if self.topology.rank == src else None
-            keys = broadcast_object(own, self.topology, src=src)
+            keys = next((sorted(slots) for name, _, shape in trainable if (slots := read(name, shape))), [])
             if not keys:
                 return
             self._create_slots(keys)
             self._link_slots()
-        for name, parameter in trainable:
-            slots = broadcast_slots(name, read, self.topology, src=src)
+        for name, parameter, shape in trainable:
+            slots = read(name, shape)
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
                 self._engine.optimizer.state[parameter] = device_slots(slots, parameter)
+
+    def local_state(self) -> Iterator[Shard]:
+        self._link_slots()
+        for name, parameter in self.module.named_parameters():
+            match self.stage:
+                case 0:
+                    slots = slot_tensors(self._engine.optimizer.state.get(parameter, {}))
+                    yield from replicated_shards(name, parameter, slots, self.topology)
+                case 3:
+                    yield from self._own_chunk(name, parameter)
+                case _:
+                    yield from replicated_shards(name, parameter, {}, self.topology)
+                    yield from self._own_fragment(name, parameter)
+        for name, buffer in self.module.named_buffers():
+            yield from replicated_shards(name, buffer, {}, self.topology)
+
+    def _own_fragment(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
+        """inner: ZeRO 1/2 keep the slots of one stretch of each flat group, which a parameter lies in whole, partly or not."""
+        if not parameter.requires_grad:
+            return
+        state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
+        mapping = getattr(parameter, "_hp_mapping", None)
+        for key in sorted(state):
+            if key == STEP and self.topology.is_main:
+                yield Shard(name, key, None, torch.as_tensor(state[key]))
+            elif key != STEP and mapping is not None:
+                start = int(mapping.lp_fragment_address.start)
+                yield Shard(name, key, start, mapping.get_optim_state_fragment(key).reshape(-1))
+
+    def _own_chunk(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
+        """inner: ZeRO 3 keeps an equal chunk of every parameter, the last ones padded."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        shard, total = parameter.ds_tensor, int(parameter.ds_numel)  # type: ignore[attr-defined]
+        start = min(self.topology.rank * shard.numel(), total)
+        count = min(shard.numel(), total - start)
+        state = self._inner_optimizer().state.get(self._flat_of(parameter), {}) if parameter.requires_grad else {}
+        value = safe_get_local_fp32_param(parameter) if parameter.requires_grad else shard
+        if count:
+            yield Shard(name, None, start, value.reshape(-1)[:count])
+        for key in sorted(state):
+            if key == STEP and self.topology.is_main:
+                yield Shard(name, key, None, torch.as_tensor(state[key]))
+            elif key != STEP and count:
+                yield Shard(name, key, start, safe_get_local_optimizer_state(parameter, key).reshape(-1)[:count])
 
     def _create_slots(self, keys: Sequence[str]) -> None:
         """Zero slots for every flat shard: what a parameter without slots starts from anyway."""
@@ -282,9 +324,9 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return {**defaults, **passed, **owned}
 
 
-def _first_keys(names: Sequence[str], read: Callable[[str], Mapping[str, torch.Tensor]]) -> list[str]:
-    """What the optimizer calls its slots, from the first parameter that has any."""
-    return next((sorted(slots) for slots in map(read, names) if slots), [])
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a parameter that ZeRO 3 may have sharded."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _import_quietly() -> Any:

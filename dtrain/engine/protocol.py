@@ -41,6 +41,22 @@ class ParameterState(NamedTuple):
     slots: Mapping[str, torch.Tensor]
 
 
+class Shard(NamedTuple):
+    """A piece of a tensor, on the rank that keeps it.
+
+    slot: the optimizer's name for it, or None for a parameter's or buffer's own values. start: the piece's first element
+    in the flattened tensor; None for a tensor that is whole here and in no other rank's part. tensor: flat, unless whole.
+    """
+
+    name: str
+    slot: str | None
+    start: int | None
+    tensor: torch.Tensor
+
+
+ReadSlots = Callable[[str, torch.Size], Mapping[str, torch.Tensor]]
+
+
 class Engine(Protocol):
     """A model that learns on every rank alike. Every method is a collective.
 
@@ -97,10 +113,20 @@ class Engine(Protocol):
         """
         ...
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
-        """Sets the optimizer's slots; `read(name)` is called on rank `src` and its result is broadcast.
+    def load_named_slots(self, read: ReadSlots) -> None:
+        """Sets the optimizer's slots.
 
         Weights are loaded into the model before the engine is built.
+
+        Args:
+            read: collective; from a parameter's name and whole shape to its slots on every rank's host.
+        """
+        ...
+
+    def local_state(self) -> Iterator[Shard]:
+        """This rank's part of every parameter, buffer and slot, without sending any; all ranks' parts make the whole.
+
+        As with `named_state`, a tensor is there until the next one is asked for.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from dtrain.engine.forward import autocast
-from dtrain.engine.protocol import ParameterState, StepResult
+from dtrain.engine.protocol import ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
-    broadcast_slots,
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
+    replicated_shards,
     scaler_scalars,
     slot_tensors,
 )
@@ -88,13 +88,18 @@ class SingleEngine:
         for name, buffer in self.module.named_buffers():
             yield ParameterState(name, buffer if here else None, {})
 
-    def load_named_slots(self, read: Callable[[str], Mapping[str, torch.Tensor]], *, src: int = 0) -> None:
+    def load_named_slots(self, read: ReadSlots) -> None:
         for name, parameter in self.module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            slots = broadcast_slots(name, read, self.topology, src=src)
+            slots = read(name, parameter.shape) if parameter.requires_grad else {}
             if slots:
                 self._optimizer.state[parameter] = device_slots(slots, parameter)
+
+    def local_state(self) -> Iterator[Shard]:
+        for name, parameter in self.module.named_parameters():
+            slots = slot_tensors(self._optimizer.state.get(parameter, {}))
+            yield from replicated_shards(name, parameter, slots, self.topology)
+        for name, buffer in self.module.named_buffers():
+            yield from replicated_shards(name, buffer, {}, self.topology)
 
     def scalars(self) -> dict[str, float]:
         return scaler_scalars(self._scaler) if self._scaler.is_enabled() else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from dtrain.collectives import broadcast, broadcast_object
+from dtrain.engine.protocol import Shard
 from dtrain.topology import Topology
 
 STEP = "step"
@@ -46,13 +47,30 @@ def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale
     return {name: value / scale for name, value in zip(norms, values, strict=True)}
 
 
-def broadcast_slots(
-    name: str, read: Callable[[str], Mapping[str, torch.Tensor]], topology: Topology, *, src: int
-) -> dict[str, torch.Tensor]:
-    """Collective. Rank `src`'s slots of one parameter, on every rank's host; empty where there are none."""
-    own = dict(read(name)) if topology.rank == src else {}
-    keys = broadcast_object(sorted(own) if topology.rank == src else None, topology, src=src)
-    return {key: broadcast(own.get(key), topology, src=src) for key in keys}
+def broadcast_slots(own: Mapping[str, torch.Tensor], topology: Topology) -> dict[str, torch.Tensor]:
+    """Collective. Rank 0's slots of one parameter, on every rank's host."""
+    keys = broadcast_object(sorted(own) if topology.is_main else None, topology)
+    return {key: broadcast(own.get(key), topology) for key in keys}
+
+
+def even_part(tensor: torch.Tensor, topology: Topology) -> tuple[int, torch.Tensor]:
+    """This rank's share of a tensor that every rank has: where it begins, and its elements."""
+    size = -(-tensor.numel() // topology.world_size)
+    start = min(topology.rank * size, tensor.numel())
+    return start, tensor.detach().reshape(-1)[start : start + size]
+
+
+def replicated_shards(
+    name: str, value: torch.Tensor, slots: Mapping[str, torch.Tensor], topology: Topology
+) -> Iterator[Shard]:
+    """What a rank keeps of a parameter that every rank has: an even part of all that is as large, counts on rank 0."""
+    for slot, tensor in (None, value), *sorted(slots.items()):
+        if tensor.numel() == value.numel():
+            start, part = even_part(tensor, topology)
+            if part.numel():
+                yield Shard(name, slot, start, part)
+        elif topology.is_main:
+            yield Shard(name, slot, None, tensor)
 
 
 def scaler_scalars(scaler: torch.amp.GradScaler) -> dict[str, float]:
