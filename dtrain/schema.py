@@ -258,6 +258,9 @@ class Checkpoint(Section):
     allow_changes: Annotated[tuple[str, ...], Strict(False)] = setting(
         (), "settings that may have changed although they change the mathematics: [optim.learning_rate]", resume="free"
     )
+    format: Literal["portable", "sharded"] = setting(
+        "portable", "sharded: each rank writes what it keeps, for models too large to gather", resume="free"
+    )
     replicas: int = setting(2, "nodes that keep a copy, where run.output_dir is not shared", resume="free", ge=1)
     max_file_gb: float = setting(5.0, "gigabytes of a file at most", resume="free", gt=0)
     asynchronous: bool = setting(True, "write while training goes on; false: wait for the disk", resume="free")

@@ -40,6 +40,8 @@ SHARD = "shard"
 """Stem of the files of a sharded checkpoint, one part for each rank that wrote: `shard-00003.safetensors`."""
 VALUE = "value"
 """In place of a slot's name, for a parameter or buffer itself, in the files of a sharded checkpoint."""
+WHOLE = -1
+"""In place of where a piece begins in its tensor, of one that is all of it."""
 
 CHUNK = 2**22
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

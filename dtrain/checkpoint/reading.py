@@ -13,15 +13,12 @@ from safetensors import safe_open
 from torch import nn
 
 from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.layout import BUFFER, OPTIMIZER, SHARD, VALUE, shard_prefix
+from dtrain.checkpoint.layout import BUFFER, OPTIMIZER, SHARD, VALUE, WHOLE, shard_prefix
 from dtrain.checkpoint.snapshot import DTYPES, Place, place_in
 from dtrain.collectives import all_gather_object, broadcast
 from dtrain.topology import Topology
 
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
-WHOLE = -1
-"""In place of where a piece begins, of one that is all of its tensor."""
-
 Entry = tuple[int, list[int], str]
 """Where a piece begins in its flattened tensor, its shape, and its type as safetensors calls it."""
 

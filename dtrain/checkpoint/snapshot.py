@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dtrain.checkpoint.block import Block
-from dtrain.checkpoint.layout import BUFFER, MODEL, OPTIMIZER
+from dtrain.checkpoint.layout import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
 from dtrain.checkpoint.writing import Piece
-from dtrain.engine.protocol import ParameterState
+from dtrain.engine.protocol import ParameterState, Shard
 from dtrain.models.headed import HeadedModel
 
 ALIGNMENT = 64
@@ -52,30 +52,44 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in DTYPES else torch.float32
 
 
-def copy_into(block: Block, entries: Iterable[ParameterState], place: Place) -> list[Piece]:
+def copy_whole(block: Block, entries: Iterable[ParameterState], place: Place) -> list[Piece]:
     """Copies what the entries hold into the block, which grows as needed; gives where each tensor lies."""
-    pieces: list[Piece] = []
-    end = 0
-
-    def add(stem: str, key: str, tensor: torch.Tensor) -> None:
-        nonlocal end
-        kind = stored_dtype(tensor.dtype)
-        size = tensor.numel() * kind.itemsize
-        if end + size > block.size:
-            block.grow(max(end + size, block.size * 3 // 2))
-        if size:
-            view = torch.frombuffer(block.view(end, size), dtype=kind)
-            view.view(tensor.shape).copy_(tensor)
-        pieces.append(Piece(stem, key, DTYPES[kind], list(tensor.shape), end, size))
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-
+    filler = _Filler(block)
     for entry in entries:
         if entry.value is None:
             continue
-        add(*place(entry.name), entry.value.detach())
+        filler.add(*place(entry.name), entry.value)
         for slot, value in sorted(entry.slots.items()):  # after a resume they come in another order
-            add(OPTIMIZER, f"{slot}/{entry.name}", value)
-    return pieces
+            filler.add(OPTIMIZER, f"{slot}/{entry.name}", value)
+    return filler.pieces
+
+
+def copy_shards(block: Block, shards: Iterable[Shard], part: int) -> list[Piece]:
+    """The same with what one rank keeps, for the files of its part."""
+    filler = _Filler(block)
+    for shard in shards:
+        start = WHOLE if shard.start is None else shard.start
+        filler.add(shard_prefix(part), f"{shard.slot or VALUE}/{shard.name}@{start}", shard.tensor)
+    return filler.pieces
+
+
+class _Filler:
+    """Puts one tensor behind the other into a block."""
+
+    def __init__(self, block: Block) -> None:
+        self._block, self._end = block, 0
+        self.pieces: list[Piece] = []
+
+    def add(self, stem: str, key: str, tensor: torch.Tensor) -> None:
+        kind = stored_dtype(tensor.dtype)
+        size = tensor.numel() * kind.itemsize
+        if self._end + size > self._block.size:
+            self._block.grow(max(self._end + size, self._block.size * 3 // 2))
+        if size:
+            view = torch.frombuffer(self._block.view(self._end, size), dtype=kind)
+            view.view(tensor.shape).copy_(tensor.detach())
+        self.pieces.append(Piece(stem, key, DTYPES[kind], list(tensor.shape), self._end, size))
+        self._end += -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def estimate(module: nn.Module, *, slots: int) -> int:

@@ -22,6 +22,10 @@ from dtrain.checkpoint.layout import CHUNK, FORMAT, MANIFEST, MODEL, folder_name
 
 DRAFT = ".tmp-"
 TRASH = ".old-"
+PART = "part-"
+"""Begins the name of the file that says, in a draft, that a rank's part of a sharded checkpoint is there."""
+PATIENCE_S = 600.0
+"""How long the rank that publishes waits for the others' parts."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +45,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Order:
-    """One checkpoint to write; JSON throughout, so that it can be told to another process.
+    """One checkpoint to write, or one part of it; JSON throughout, so that it can be told to another process.
 
-    checkpoints: the folder of all checkpoints. texts: small files by name, state.json among them. about: further keys of
-    the manifest. max_file_bytes: how large a file with tensors may get. keep: newest ones that stay when this one is
-    published; protected: steps that stay besides.
+    checkpoints: the folder of all checkpoints. nonce: tells this start's drafts from those that others left. texts: small
+    files by name, state.json among them. about: further keys of the manifest. max_file_bytes: how large a file with
+    tensors may get. keep: newest ones that stay when this one is published; protected: steps that stay besides.
+    part: which one this is, of a sharded checkpoint; the order with `of_here` waits for those parts and publishes.
     """
 
     checkpoints: str
     step: int
+    nonce: str
     pieces: Sequence[Piece]
     texts: Mapping[str, str]
     about: Mapping[str, Any]
     max_file_bytes: int
     keep: int
     protected: Sequence[int]
+    part: int | None = None
+    of_here: Sequence[int] | None = None
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Order:
@@ -76,24 +84,69 @@ def publish(order: Order, static: Mapping[str, bytes], block: memoryview) -> dic
     """
     begin = time.monotonic()
     checkpoints = Path(order.checkpoints)
-    draft = checkpoints / f"{DRAFT}{folder_name(order.step)}"
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = checkpoints / f"{DRAFT}{folder_name(order.step)}-{order.nonce}"
     try:
-        draft.mkdir(parents=True)
-        small = {**static, **{name: text.encode() for name, text in order.texts.items()}}
-        files = {name: _write(draft / name, [content]) for name, content in small.items()}
-        for name, part in _files_of(order):
-            files[name] = _write(draft / name, _safetensors(part, block))
+        draft.mkdir(parents=True, exist_ok=order.part is not None)
+        files = {name: _write(draft / name, _safetensors(part, block)) for name, part in _files_of(order)}
         files |= {name: _write(draft / name, [text.encode()]) for name, text in _index(order)}
-        manifest = {"format": FORMAT, "step": order.step, **order.about, "files": files}
-        _write(draft / MANIFEST, [manifest_text(manifest).encode()])
-        _flush(draft)
-        _put(draft, checkpoints / folder_name(order.step))
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        if order.part is not None:
+            _write(draft / f"{PART}{order.part}", [json.dumps(files).encode()])
+        if order.part is None or order.of_here is not None:
+            files |= _parts(draft, order)
+            small = {**static, **{name: text.encode() for name, text in order.texts.items()}}
+            files |= {name: _write(draft / name, [content]) for name, content in small.items()}
+            manifest = {"format": FORMAT, "step": order.step, **order.about, "files": files}
+            _write(draft / MANIFEST, [manifest_text(manifest).encode()])
+            _flush(draft)
+            _put(draft, checkpoints / folder_name(order.step))
+    except BaseException as error:
+        _give_up(draft, order, error)
         raise
-    remove_old(checkpoints, keep=order.keep, protected=[*order.protected, order.step])
+    if order.part is None or order.of_here is not None:
+        remove_old(checkpoints, keep=order.keep, protected=[*order.protected, order.step])
     return {"bytes": sum(told["bytes"] for told in files.values()), "seconds": time.monotonic() - begin}
+
+
+def _give_up(draft: Path, order: Order, error: BaseException) -> None:
+    """Removes the draft; a part that others wait for says that it will not come."""
+    if order.part is None or order.of_here is not None:
+        shutil.rmtree(draft, ignore_errors=True)
+        return
+    with suppress(OSError):
+        (draft / f"{PART}{order.part}").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+
+
+def _parts(draft: Path, order: Order) -> dict[str, Any]:
+    """Waits for all parts of this folder, and gives the files of the others.
+
+    Raises:
+        OSError: one failed, or did not come for long.
+    """
+    files: dict[str, Any] = {}
+    for part in order.of_here or ():
+        told, deadline = draft / f"{PART}{part}", time.monotonic() + PATIENCE_S
+        while not told.exists():
+            if time.monotonic() > deadline:
+                raise OSError(errno.ETIMEDOUT, f"the part of rank {part} did not come in {PATIENCE_S:.0f} s", str(told))
+            time.sleep(0.02)
+        named = _when_whole(told)
+        if "error" in named:
+            raise OSError(errno.EIO, f"rank {part} could not write its part: {named['error']}", str(told))
+        files |= named
+    for part in order.of_here or ():
+        (draft / f"{PART}{part}").unlink()
+    return files
+
+
+def _when_whole(told: Path) -> dict[str, Any]:
+    """A part's list of files, which its writer may be at."""
+    while True:
+        try:
+            files: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
+        except ValueError:
+            time.sleep(0.02)
+        else:
+            return files
 
 
 def _put(draft: Path, target: Path) -> None:

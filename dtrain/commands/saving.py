@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dtrain.checkpoint.saver import Outcome, Saver
+from dtrain.checkpoint.saver import Outcome, Saver, Settings
 from dtrain.collectives import all_gather_object
 from dtrain.commands.export import save_surroundings
 from dtrain.commands.results import versions
@@ -67,10 +67,13 @@ class Checkpoints:
         self._saver = Saver(
             RunFolder(config.run_dir).checkpoints,
             topology,
-            keep=settings.keep,
-            replicas=settings.replicas,
-            max_file_bytes=int(settings.max_file_gb * 1e9),
-            asynchronous=settings.asynchronous,
+            Settings(
+                sharded=settings.format == "sharded",
+                keep=settings.keep,
+                replicas=settings.replicas,
+                max_file_bytes=int(settings.max_file_gb * 1e9),
+                asynchronous=settings.asynchronous,
+            ),
             static=static,
             config_text=to_yaml(config),
             about={"versions": versions()},

@@ -36,6 +36,7 @@ def order(checkpoints: Path, step: int) -> Order:
     return Order(
         checkpoints=str(checkpoints),
         step=step,
+        nonce="n",
         pieces=[
             Piece(stem, f"{stem}-{n}", "U8", [SIZE], SIZE * n, SIZE)
             for n in range(3)

@@ -72,6 +72,8 @@ def test_the_loss_scale_and_thawed_parts_are_gone_on_with(folder: Path, changes:
     assert weights_and_moments(folder, name, STEPS) == weights_and_moments(folder, reference, STEPS)
 
 
+SHARDED = {"checkpoint.format": "sharded"}
+
 STAGES: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
     (1, {}),
@@ -82,11 +84,13 @@ STAGES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Path) -> None:
+@pytest.mark.parametrize("form", [{}, SHARDED], ids=["portable", "sharded"])
+def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Path, form: dict[str, Any]) -> None:
     taken: dict[int, list[int]] = {}
+    name = f"elastic-{len(form)}"
     for number, (world, changes) in enumerate(STAGES):
         end = {} if number == len(STAGES) - 1 else {"die_in": 2 * number + 2}
-        ranks = start(folder, "elastic", world, changes, **end)
+        ranks = start(folder, name, world, {**changes, **form}, **end)
         for step in {step for rank in ranks for step, _ in rank["taken"]}:
             taken[step] = sorted(
                 index
@@ -97,8 +101,8 @@ def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Pa
                 for index in part
             )
 
-    alone = run_ranks(dying, 1, str(folder), "alone", {}, {})[0]
+    alone = run_ranks(dying, 1, str(folder), f"alone-{len(form)}", {}, {})[0]
     assert taken == {step: sorted(index for part in parts for index in part) for step, parts in alone["taken"]}
-    expected, found = losses(folder, "alone"), losses(folder, "elastic")
+    expected, found = losses(folder, f"alone-{len(form)}"), losses(folder, name)
     assert found.keys() == expected.keys()
     assert max(abs(found[step] / loss - 1) for step, loss in expected.items()) < 1e-5

@@ -27,6 +27,7 @@ def order(checkpoints: Path, step: int, **changes: Any) -> Order:
     made = Order(
         checkpoints=str(checkpoints),
         step=step,
+        nonce="n",
         pieces=PIECES,
         texts={"state.json": json.dumps({"run": {"step": step}})},
         about={"world_size": 1},
