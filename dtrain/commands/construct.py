@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from dtrain.models.load import load_model
 from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology, device_of
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,18 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         fitted: nn.Module = model
         return fitted
 
-    loaded: list[nn.Module] = []
-    node_first(lambda: loaded.append(own()), topology)
-    return place(loaded[0] if loaded else own(), config, topology)
+    return place(in_turn(own, topology), config, topology)
+
+
+def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
+    """Collective. What `make` gives on each rank; one rank per node goes first, so that a hub is asked once.
+
+    Raises:
+        DtrainError: what `make` raised there, on all ranks alike.
+    """
+    made: list[Made] = []
+    node_first(lambda: made.append(make()), topology)
+    return made[0] if made else make()
 
 
 def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
