@@ -57,9 +57,13 @@ class Generate(Section):
 class Predict(Section):
     """The predict command."""
 
-    text: str | None = setting(None, "one text: its prediction is printed, and nothing is written", resume="free")
-    text_pair: str | None = setting(None, "second text of a pair", resume="free")
-    file: AnyPath | None = setting(None, "rows to predict, in place of the data section's splits", resume="free")
+    text: str | None = setting(
+        None, "one text, image or JSON row: its answer is printed, and nothing is written", resume="free"
+    )
+    text_pair: str | None = setting(None, "second text of a pair, or the context of a question", resume="free")
+    file: AnyPath | None = setting(
+        None, "rows or prompts to answer, in place of the data section's splits", resume="free"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Predict:

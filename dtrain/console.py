@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger("dtrain")
 
@@ -32,6 +34,17 @@ def set_up(*, rank: int, world_size: int) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Keeps reports to itself, for a command that is asked one thing and answers it."""
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _Formatter(logging.Formatter):

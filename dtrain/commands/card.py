@@ -21,6 +21,7 @@ from dtrain.data.locate import PYTHON_DOCS
 from dtrain.data.parts import hub_name
 from dtrain.run_folder import write_text_atomic
 from dtrain.schema import Config
+from dtrain.task_settings import Seq2Seq
 
 CARD = "README.md"
 
@@ -35,7 +36,9 @@ PIPELINES = {
     "token_classification": "token-classification",
     "image_classification": "image-classification",
 }
-"""What the hub calls a task, where it has one name for it."""
+"""What the hub calls a task, where it has one name for it (seq2seq: see `_pipeline`)."""
+
+ADAPTERS = "adapter_config.json"
 
 NOT_TOLD = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
 """Settings that say nothing about the model."""
@@ -56,16 +59,16 @@ def write_card(folder: Path, config: Config, summary: Mapping[str, Any], *, task
     Raises:
         DtrainError: the file cannot be written.
     """
-    write_text_atomic(folder / CARD, trained_card(config, summary, task=task, model=_model_config(folder)))
+    write_text_atomic(folder / CARD, trained_card(config, summary, task=task, folder=folder))
 
 
-def trained_card(config: Config, summary: Mapping[str, Any], *, task: str, model: Mapping[str, Any]) -> str:
-    """The card of a training run. model: the model's config.json."""
-    name = str(config.run.name or task)
+def trained_card(config: Config, summary: Mapping[str, Any], *, task: str, folder: Path) -> str:
+    """The card of a training run. folder: of the model, for its config.json and, of adapters, adapter_config.json."""
+    name, model, adapters = str(config.run.name or task), _json_of(folder / "config.json"), _json_of(folder / ADAPTERS)
     parts = [
-        _front_matter(config, summary, task=task, model=model, name=name),
+        _front_matter(config, summary, task=task, library=_library(model, adapters), name=name),
         f"# {name}\n\n{_origin(config, model)}, fine-tuned by dtrain for `{task}`.",
-        _usage(model),
+        _usage(model, adapters),
         "## Results\n\n" + (_table(("metric", "value"), summary["eval"]) if summary["eval"] else "Not evaluated."),
         f"## Data\n\n{_data(config)}\n\n" + _table(("split", "rows"), summary.get("rows", {})),
         "## Training\n\n```\n" + command_line(config) + "\n```\n\n" + _circumstances(summary),
@@ -75,11 +78,12 @@ def trained_card(config: Config, summary: Mapping[str, Any], *, task: str, model
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def bare_card(name: str, model: Mapping[str, Any]) -> str:
+def bare_card(name: str, folder: Path) -> str:
     """The card of a model of which no training run is known."""
-    data = ModelCardData(library_name="transformers" if "model_type" in model else None, tags=["dtrain"])
+    model, adapters = _json_of(folder / "config.json"), _json_of(folder / ADAPTERS)
+    data = ModelCardData(library_name=_library(model, adapters), tags=["dtrain"])
     head = f"---\n{data.to_yaml()}\n---"
-    return "\n\n".join(part for part in (head, f"# {name}", _usage(model)) if part) + "\n"
+    return "\n\n".join(part for part in (head, f"# {name}", _usage(model, adapters)) if part) + "\n"
 
 
 def command_line(config: Config) -> str:
@@ -124,9 +128,9 @@ def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any], above: str 
             yield above + key, without_places(value)
 
 
-def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, model: Mapping[str, Any], name: str) -> str:
+def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, library: str | None, name: str) -> str:
     """YAML between two lines of dashes, from huggingface_hub, which checks it."""
-    pipeline, dataset = PIPELINES.get(task), _hub_data(config)
+    pipeline, dataset = _pipeline(config, task), _hub_data(config)
     # The hub compares results on one split; a part of it, or another under its name, is not to be compared.
     is_whole = (config.data.limit, config.data.validation_fraction, config.data.splits) == (None, None, {})
     metrics = {key: float(value) for key, value in summary["eval"].items() if _is_finite(value)}
@@ -145,8 +149,9 @@ def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, mode
     ]
     data = ModelCardData(
         base_model=_base_model(config),
+        base_model_relation="adapter" if library == "peft" and _base_model(config) is not None else None,
         datasets=[dataset[0]] if dataset is not None else None,
-        library_name="transformers" if "model_type" in model else None,
+        library_name=library,
         metrics=[metric for metric in metrics if metric != "loss"] or None,
         pipeline_tag=pipeline,
         tags=["dtrain", task.replace("_", "-")],
@@ -188,19 +193,49 @@ def _data(config: Config) -> str:
     return ", ".join(without_places(named)) if named else "Given from Python."
 
 
-def _usage(model: Mapping[str, Any]) -> str:
+def _pipeline(config: Config, task: str) -> str | None:
+    """What the hub calls the task. It tells translation and summarization apart, as the metric does."""
+    if isinstance(config.task, Seq2Seq) and task == config.task.name:
+        return config.task.metric
+    return PIPELINES.get(task)
+
+
+def _library(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str | None:
+    if adapters:
+        return "peft"
+    return "transformers" if "model_type" in model else None
+
+
+def _usage(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
+    """How the folder is loaded. adapters: their config, where it holds nothing else."""
     names = model.get("architectures") or []
     if not names or "model_type" not in model:
         return ""
-    beside = "AutoImageProcessor" if names[0].endswith("ForImageClassification") else "AutoTokenizer"
+    beside = "AutoImageProcessor" if "ForImageClassification" in names[0] else "AutoTokenizer"
     called = "processor" if beside == "AutoImageProcessor" else "tokenizer"
-    return (
-        "```python\n"
-        f"from transformers import {', '.join(sorted([beside, names[0]]))}\n\n"
-        f'model = {names[0]}.from_pretrained("FOLDER")\n'
-        f'{called} = {beside}.from_pretrained("FOLDER")\n'
-        "```"
+    imports, lines = [beside, names[0]], [f'model = {names[0]}.from_pretrained("FOLDER")']
+    if adapters:
+        imports.append("AutoConfig")
+        base = without_places(str(adapters.get("base_model_name_or_path")))
+        # A head of another size in the base model is no fault: the folder brings the one that was trained.
+        other = ", ignore_mismatched_sizes=True" if adapters.get("modules_to_save") else ""
+        lines = [
+            'config = AutoConfig.from_pretrained("FOLDER")',
+            f'base = {names[0]}.from_pretrained("{base}", config=config{other})',
+            'model = PeftModel.from_pretrained(base, "FOLDER")',
+        ]
+    code = [
+        *(["from peft import PeftModel"] if adapters else []),
+        f"from transformers import {', '.join(sorted(imports))}",
+        "",
+        *lines,
+        f'{called} = {beside}.from_pretrained("FOLDER")',
+    ]
+    told = (
+        "The folder holds LoRA adapters alone, which go on their base model; `dtrain export ... export.merge=true` makes\n"
+        "one model of both.\n\n"
     )
+    return (told if adapters else "") + "\n".join(["```python", *code, "```"])
 
 
 def _circumstances(summary: Mapping[str, Any]) -> str:
@@ -235,10 +270,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder; nothing where there is none."""
+def _json_of(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing where there is none."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

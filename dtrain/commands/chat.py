@@ -20,6 +20,7 @@ from dtrain.commands import folder, results
 from dtrain.commands.generate import continuation, ends_of
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
+from dtrain.data.readers import unit_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, newest
 from dtrain.models.checks import check_fit, longest_input
@@ -54,17 +55,23 @@ def run_chat(config: Config, topology: Topology) -> None:
     if not isinstance(config.task, Chat | CausalLm):
         raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
     begin = time.monotonic()
-    prompts = list(read_prompts(config.talk.input)) if config.talk.input is not None else None
-    if prompts == []:
-        raise DataError(f"{config.talk.input} has no dialogue to answer: a line of text is one")
+    file, system = config.talk.input, config.talk.system
+    prompts = list(read_prompts(file)) if file is not None else []
+    if file is not None and not prompts:
+        raise DataError(f"{file} has no dialogue to answer: a line of text is one")
     if config.talk.makes_run_folder:
         folder.take(config, topology, command="chat")
     answer = speaker(config, topology)
-    if prompts is None:
-        talk(answer, _lines_of(sys.stdin), system=config.talk.system)
+    if file is None:
+        talk(answer, _lines_of(sys.stdin), system=system)
         return
+    for line, messages in prompts:
+        answer.check(begun_with(system, messages), f"{file}, {unit_of(file)} {line}")
     target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
-    write_lines_atomic(target, _replies(answer, prompts, system=config.talk.system))
+    replies = (
+        reply_record(answer, index, line, messages, system=system) for index, (line, messages) in enumerate(prompts)
+    )
+    write_lines_atomic(target, replies)
     if config.talk.makes_run_folder:
         summary = results.summary("chat", None, topology, engine="single", seconds=time.monotonic() - begin)
         write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
@@ -75,28 +82,42 @@ Answer = Callable[[Sequence[Message], int], Reply]
 """The reply to the last message of a dialogue, drawn with that number."""
 
 
-def speaker(config: Config, topology: Topology) -> Answer:
-    """Loads the model and gives what answers with it."""
+class Speaker:
+    """A model that replies to the last message of a dialogue; an Answer."""
+
+    def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat) -> None:
+        self._config, self._model, self._chat = config, model, chat
+        self._stops = chat.stops | ends_of(model)
+        self._room = _room(model, config.generate.max_new_tokens)
+
+    def __call__(self, messages: Sequence[Message], number: int) -> Reply:
+        ids, forgotten = newest(self._chat, messages, max_tokens=self._room)
+        seed_all(self._config.run.seed, "chat", number)
+        prompt = torch.tensor(ids, device=self._model.device)
+        drawn = continuation(self._model, prompt, self._config, stops=self._stops)[len(ids) :].tolist()
+        return Reply(self._chat.reply([token for token in drawn if token not in self._stops]), forgotten)
+
+    def check(self, messages: Sequence[Message], place: str) -> None:
+        """Raises:
+        DataError: a dialogue that the format cannot write down, such as one that the chat template refuses.
+        """
+        try:
+            self._chat.prompt(messages)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+
+
+def speaker(config: Config, topology: Topology) -> Speaker:
+    """Loads the model that answers."""
     if config.model.factory is not None or config.model.head is not None:
         raise ConfigError("chat needs a language model of transformers, not model.factory or model.head.")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
-    head_config = chat.head_config
     model = load_model(
-        config.model, head="causal_lm", head_config=head_config, tokenizer=tokenizer, seed=config.run.seed
+        config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
-    model = model.to(device_of(topology)).eval()
-    stops = chat.stops | ends_of(model)
-    room = _room(model, config.generate.max_new_tokens)
-
-    def answer(messages: Sequence[Message], number: int) -> Reply:
-        ids, forgotten = newest(chat, messages, max_tokens=room)
-        seed_all(config.run.seed, "chat", number)
-        drawn = continuation(model, torch.tensor(ids, device=model.device), config, stops=stops)[len(ids) :].tolist()
-        return Reply(_text(chat, drawn, stops), forgotten)
-
-    return answer
+    return Speaker(config, model.to(device_of(topology)).eval(), chat)
 
 
 def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
@@ -121,18 +142,23 @@ def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
         history.append({"role": "assistant", "content": reply.text})
 
 
-def _replies(
-    answer: Answer, prompts: Sequence[tuple[int, Sequence[Message]]], *, system: str | None
-) -> Iterator[dict[str, Any]]:
-    for index, (line, messages) in enumerate(prompts):
-        has_system = messages[0]["role"] == "system"
-        whole = [{"role": "system", "content": system}, *messages] if system and not has_system else messages
-        yield {
-            "example_index": index,
-            "line": line,
-            "messages": [dict(message) for message in messages],
-            "prediction": answer(whole, index).text,
-        }
+def begun_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
+    """The dialogue with that system message, unless it begins with one of its own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def reply_record(
+    answer: Answer, index: int, line: int, messages: Sequence[Message], *, system: str | None
+) -> dict[str, Any]:
+    """What is written down of one dialogue of a file. index: its number among them, which seeds the reply."""
+    return {
+        "example_index": index,
+        "line": line,
+        "messages": [dict(message) for message in messages],
+        "prediction": answer(begun_with(system, messages), index).text,
+    }
 
 
 def _lines_of(stream: Any) -> Iterator[str]:
@@ -155,7 +181,3 @@ def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
     """Tokens of the history: the positions less those of the reply, at least half of them."""
     positions = longest_input(model)
     return 2**31 if positions is None else max(positions - max_new_tokens, positions // 2)
-
-
-def _text(chat: ChatFormat, drawn: Sequence[int], stops: frozenset[int]) -> str:
-    return chat.reply([token for token in drawn if token not in stops])

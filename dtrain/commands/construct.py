@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from dtrain.models.load import load_model
 from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology, device_of
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,20 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         fitted: nn.Module = model
         return fitted
 
-    loaded: list[nn.Module] = []
+    # Every byte of a checkpoint is read once, by the rank that goes first.
+    node_first(lambda: check_whole(config.model.name_or_path), topology)
+    return place(in_turn(own, topology), config, topology)
 
-    def first() -> None:
-        check_whole(config.model.name_or_path)
-        loaded.append(own())
 
-    node_first(first, topology)
-    return place(loaded[0] if loaded else own(), config, topology)
+def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
+    """Collective. What `make` gives on each rank; one rank per node goes first, so that a hub is asked once.
+
+    Raises:
+        DtrainError: what `make` raised there, on all ranks alike.
+    """
+    made: list[Made] = []
+    node_first(lambda: made.append(make()), topology)
+    return made[0] if made else make()
 
 
 def check_whole(name: str | None) -> None:

@@ -183,26 +183,25 @@ def _bytes(file: Path) -> int:
 
 def _write_card(source: Path, draft: Path, config: Config) -> None:
     """The run's card, written anew from what the run left; else the one that is there; else what config.json tells."""
-    try:
-        model = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        model = {}
-    text = _card_of_run(source.resolve().parent, model)
+    text = _card_of_run(source.resolve().parent, draft)
     if text is None and (source / CARD).is_file():
         text = (source / CARD).read_text(encoding="utf-8")
-    text = bare_card(str(config.export.to and config.export.to.name), model) if text is None else text
+    text = bare_card(str(config.export.to and config.export.to.name), draft) if text is None else text
     if config.export.dtype is not None:
         text = f"{text.rstrip()}\n\nThe weights are stored in {config.export.dtype}.\n"
     write_text_atomic(draft / CARD, text)
 
 
-def _card_of_run(run: Path, model: dict[str, Any]) -> str | None:
-    """From config.yaml and summary.json of a training run; None where it is none, or one of another version."""
+def _card_of_run(run: Path, draft: Path) -> str | None:
+    """From config.yaml and summary.json of a training run; None where it is none, or one of another version.
+
+    draft: what is exported.
+    """
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         if summary.get("command") != "train":
             return None
         settings = load_config(run / "config.yaml", [])
-        return trained_card(settings, summary, task=str(summary.get("task", settings.task.name)), model=model)
+        return trained_card(settings, summary, task=str(summary.get("task", settings.task.name)), folder=draft)
     except (OSError, ValueError, KeyError, AttributeError, DtrainError):
         return None

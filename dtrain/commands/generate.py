@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,22 +22,64 @@ from dtrain.topology import Topology, device_of
 
 def run_generate(config: Config, topology: Topology) -> str:
     """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
-    if config.task.name != "causal_lm":
-        raise ConfigError(f"generate needs a language model (task.name=causal_lm), not task.name={config.task.name}.")
-    if config.model.factory is not None or config.model.head is not None:
-        raise ConfigError("generate needs a language model of transformers, not model.factory or model.head.")
-    settings = config.generate
-    tokenizer = load_tokenizer(config.model, training_texts=list)
-    model = load_model(config.model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=config.run.seed)
-    model = model.to(device_of(topology)).eval()
-    prompt = settings.prompt if settings.prompt is not None else "\n"
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    if ids.shape[1] == 0:
+    prompt = config.generate.prompt if config.generate.prompt is not None else "\n"
+    writer = Writer(config, topology, command="generate")
+    if not writer.has_tokens(prompt):
         raise ConfigError("generate.prompt is empty for this tokenizer: give at least one token.")
-    seed_all(config.run.seed, "generate")
-    text = str(tokenizer.decode(continuation(model, ids[0], config), skip_special_tokens=True))
+    text = writer.write(prompt, number=0).whole
     log.info("%s", text)
     return text
+
+
+@dataclass(frozen=True)
+class Written:
+    """whole: the prompt and what the model went on with, decoded together. added: the latter alone."""
+
+    whole: str
+    added: str
+
+
+class Writer:
+    """A language model that goes on from texts, as `generate` says.
+
+    Raises:
+        ConfigError: the settings name no language model.
+    """
+
+    def __init__(self, config: Config, topology: Topology, *, command: str) -> None:
+        if config.task.name != "causal_lm":
+            raise ConfigError(
+                f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
+            )
+        if config.model.factory is not None or config.model.head is not None:
+            raise ConfigError(f"{command} needs a language model of transformers, not model.factory or model.head.")
+        self._config = config
+        self._tokenizer = load_tokenizer(config.model, training_texts=list)
+        model = load_model(
+            config.model, head="causal_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
+        )
+        self._model = model.to(device_of(topology)).eval()
+
+    def has_tokens(self, prompt: str) -> bool:
+        """Whether the tokenizer makes a token of it at least, which a model has to go on from."""
+        return bool(self._tokens(prompt))
+
+    def write(self, prompt: str, *, number: int) -> Written:
+        """The prompt's continuation, drawn with its number among several; the first one's is what `generate` gives."""
+        ids = torch.tensor(self._tokens(prompt), device=self._model.device)
+        seed_all(self._config.run.seed, "generate", *([number] if number else []))
+        whole = continuation(self._model, ids, self._config)
+        before, after = self._text(ids), self._text(whole)
+        # Alone, the added tokens would lose the blank that they begin with.
+        is_begun = after.startswith(before)
+        return Written(after, after[len(before) :] if is_begun else self._text(whole[len(ids) :]))
+
+    def _tokens(self, prompt: str) -> list[int]:
+        ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _text(self, ids: torch.Tensor) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def ends_of(model: PreTrainedModel) -> frozenset[int]:

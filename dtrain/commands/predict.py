@@ -4,46 +4,30 @@
     python dtrain/main.py predict model.name_or_path=runs/cola/model predict.file=new.csv
     python dtrain/main.py predict model.name_or_path=runs/cola/model predict.text="They drank the pub dry."
 
-A split's answers come in the order of its rows and are the same at every world size, as those of evaluate.
+What one text is for each task is said in answer.py; causal_lm, masked_lm and chat, whose rows have no answers, answer
+prompts (prompts.py). The answers come in the order of the rows and are the same at every world size, as those of evaluate.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import torch
-
-from dtrain.collectives import barrier, on_main
-from dtrain.commands import construct, folder
+from dtrain.collectives import on_main
+from dtrain.commands import construct, folder, prompts
+from dtrain.commands.answer import run_answer
 from dtrain.commands.evaluate import wrap, write_down
 from dtrain.commands.results import Result
 from dtrain.console import log
 from dtrain.data import glue
 from dtrain.data.locate import form_of
 from dtrain.engine.build import engine_name
-from dtrain.errors import ConfigError
-from dtrain.evaluation import EvaluationResult, evaluate, to_device
+from dtrain.errors import ConfigError, DataError
+from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.run_folder import RunFolder, write_text_atomic
 from dtrain.schema import Config, Data
-from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
-from dtrain.tasks.protocol import Answers
 from dtrain.topology import Topology
-
-WITHOUT_ANSWERS = {
-    "causal_lm": "See what the model writes with generate, or how good it is with evaluate.",
-    "masked_lm": "See how good the model is with evaluate.",
-    "chat": "Let the model answer a file of dialogues: chat talk.input=FILE.",
-}
-"""Tasks of which an example has no answer, and what to do instead."""
-
-OF_TEXT = ("classification", "regression")
-"""Tasks of which `predict.text` alone is an example; each has `Answers`."""
 
 
 def run_predict(config: Config, topology: Topology) -> Result:
@@ -51,12 +35,18 @@ def run_predict(config: Config, topology: Topology) -> Result:
 
     With `predict.text` it prints the answer instead, and writes nothing.
     """
-    if config.task.name in WITHOUT_ANSWERS:
-        raise ConfigError(
-            f"task.name={config.task.name} has no answers to predict. {WITHOUT_ANSWERS[config.task.name]}"
-        )
     if config.predict.text is not None:
-        return _answer(config, topology)
+        return run_answer(config, topology)
+    file = config.predict.file
+    if file is not None:
+        _check_file(file.expanduser(), topology)
+    if config.task.name in prompts.TASKS:
+        if file is None:
+            raise ConfigError(
+                f"task.name={config.task.name}: the rows of a split have no answers. Give a prompt as predict.text, or a "
+                "file of them as predict.file; evaluate tells how good the model is."
+            )
+        return prompts.run_prompts(config, file.expanduser(), topology)
     begin = time.monotonic()
     name, why = engine_name(config, topology)
     config = config.model_copy(update={"data": what_to_predict(config, topology)})
@@ -75,6 +65,16 @@ def run_predict(config: Config, topology: Topology) -> Result:
     write_down("predict", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
     on_main(lambda: _write_submission(config, result), topology)
     return Result(dict(result.metrics), config.run_dir)
+
+
+def _check_file(file: Path, topology: Topology) -> None:
+    """Collective. Says so at once where rank 0 has no such file."""
+
+    def check() -> None:
+        if not file.is_file():
+            raise DataError(f"predict.file={file}: there is no such file (seen from {Path.cwd()})")
+
+    on_main(check, topology)
 
 
 def what_to_predict(config: Config, topology: Topology) -> Data:
@@ -117,37 +117,3 @@ def _write_submission(config: Config, result: EvaluationResult) -> None:
         log.info("submission: %s", path)
     if config.data.limit is not None:
         log.warning("data.limit=%d: the GLUE server refuses a submission that is cut", config.data.limit)
-
-
-def _answer(config: Config, topology: Topology) -> Result:
-    """Collective. One example that is in no file, read and tokenised as one of a split would be."""
-    if config.task.name not in OF_TEXT:
-        raise ConfigError(
-            f"predict.text does not work for task.name={config.task.name}: its examples are more than text. Put them "
-            "in a file and set predict.file."
-        )
-    texts = {"text": config.predict.text, "text_pair": config.predict.text_pair}
-    with TemporaryDirectory(prefix="dtrain-predict-") as place:
-        row = {column: text for column, text in texts.items() if text is not None}
-        (Path(place) / "text.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-        splits = {"test": "text.jsonl"}
-        data = Data(path=Path(place), splits=splits, max_length=config.data.max_length, cache_dir=Path(place) / "cache")
-        config = config.model_copy(update={"data": data})
-        task = build_task(config, topology)
-        assert isinstance(task, Answers), "a task of OF_TEXT"
-        forward = wrap(construct.load(config, task, topology), config, topology)
-        forward.module.eval()
-        batch = task.collate(task.splits["test"][[0]], Place(0, (0,)))
-        device = next(forward.module.parameters()).device
-        with torch.no_grad(), forward.autocast():
-            (answer,) = task.answers(forward.module, to_device(batch, device))
-        barrier(topology)  # the rows lie in the folder of one rank of each node
-    log.info("%s", worded(answer))
-    return Result({}, config.run_dir)
-
-
-def worded(answer: Mapping[str, Any]) -> str:
-    """`acceptable (probability 0.9731)`."""
-    first, *further = (f"{value:.4f}" if isinstance(value, float) else str(value) for value in answer.values())
-    more = ", ".join(f"{name} {value}" for name, value in zip(list(answer)[1:], further, strict=True))
-    return f"{first} ({more})" if more else first

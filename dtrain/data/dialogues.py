@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, text_lines
+from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, text_lines, unit_of
 from dtrain.data.rows import Layout, Origin, Shape, checked_text, given_columns, missing_column
 from dtrain.errors import DataError
 
@@ -165,7 +165,7 @@ def read_prompts(path: Path) -> Iterator[tuple[int, list[Message]]]:
         DataError: an unreadable file, a row that is no dialogue, or one that the assistant has the last word in.
     """
     is_text = path.suffix.lower() in TEXT_SUFFIXES
-    unit = "row" if path.suffix.lower() in (".json", ".parquet") else "line"
+    unit = unit_of(path)
     rows = _lines(path) if is_text else read_rows(path, delimiter=None, header=None)
     for number, values in rows:
         if isinstance(values, DataError):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from dtrain.data import glue, hub
 from dtrain.data.images import class_folder_rows
 from dtrain.data.locate import PYTHON_DOCS, SWAG, class_folders, form_of, pick_splits, place_of, split_files
-from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, whole_text
+from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, stored_schema, unit_of, whole_text
 from dtrain.data.rows import Origin, Shape
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
@@ -83,12 +83,25 @@ def _file_part(split: str, file: Path, data: Data, shape: Shape) -> Part:
         return Part(Origin(str(file)), ((1, {"text": whole_text(path)}) for path in [file]), is_text=True)
     origin = Origin(
         str(file),
-        "row" if file.suffix.lower() in (".json", ".parquet") else "line",
+        unit_of(file),
         needs_label=needs_label,
         given=data.columns,
+        class_names=_stored_classes(file),
     )
     key = data.splits[split] if data.splits and place_of(data).is_file() else None
-    return Part(origin, read_rows(file, delimiter=data.delimiter, header=data.header, key=key))
+    rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key)
+    return Part(origin, _with_class_names(rows, origin.class_names))
+
+
+def _stored_classes(file: Path) -> dict[str, tuple[str, ...]]:
+    """The names of class numbers that the datasets library put into a Parquet or Arrow file; nothing in others."""
+    schema = stored_schema(file)
+    if schema is None or b"huggingface" not in (schema.metadata or {}):
+        return {}
+    try:
+        return _class_names(datasets.Features.from_arrow_schema(schema))
+    except (ValueError, KeyError, TypeError):
+        return {}  # of a version of the library that says it in another way
 
 
 def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data) -> dict[str, Part]:
@@ -105,15 +118,11 @@ def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data)
             "row",
             needs_label=not _is_test(split),
             given=data.columns,
-            class_names={
-                column: tuple(classes.names)
-                for column, feature in rows.features.items()
-                if (classes := _classes_of(feature)) is not None
-            },
+            class_names=_class_names(rows.features),
         )
         if data.name in glue.NAMES and not origin.needs_label:
             rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # all -1 there
-        parts[split] = Part(origin, _dataset_rows(rows, origin.class_names))
+        parts[split] = Part(origin, _with_class_names(_dataset_rows(rows), origin.class_names))
     return parts
 
 
@@ -123,13 +132,30 @@ def _classes_of(feature: Any) -> datasets.ClassLabel | None:
     return inner if isinstance(inner, datasets.ClassLabel) else None
 
 
-def _dataset_rows(rows: datasets.Dataset, class_names: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
-    namers = {column: _namer(names) for column, names in class_names.items() if column in rows.column_names}
+def _class_names(features: datasets.Features) -> dict[str, tuple[str, ...]]:
+    return {
+        column: tuple(classes.names)
+        for column, feature in features.items()
+        if (classes := _classes_of(feature)) is not None
+    }
+
+
+def _dataset_rows(rows: datasets.Dataset) -> Iterator[Row]:
     number = 0
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         for values in batch.to_pylist():
             number += 1
-            yield number, {**values, **{column: name(values[column]) for column, name in namers.items()}}
+            yield number, values
+
+
+def _with_class_names(rows: Iterable[Row], class_names: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
+    """The rows with names for class numbers."""
+    namers = {column: _namer(names) for column, names in class_names.items()}
+    for number, values in rows:
+        if isinstance(values, DataError) or not namers:
+            yield number, values
+        else:
+            yield number, {key: namers[key](value) if key in namers else value for key, value in values.items()}
 
 
 def _namer(names: tuple[str, ...]) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""Rows of a data file, one at a time, each with the line it began on: CSV, TSV, JSON, JSONL, Parquet, plain text.
+"""Rows of a data file, one at a time, each with the line it began on: CSV, TSV, JSON, JSONL, Parquet, Arrow, plain text.
 
 Reads bytes, names and values as they are, and says file and line (or byte offset) of what it cannot read. Which column
 is the text and which the label is decided in rows.py.
@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +24,14 @@ Values = Mapping[str, Any]
 Row = tuple[int, Values | DataError]
 """1-based line of the file (or number of the row, where a format has no lines), and its values, or what is wrong with it."""
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
+WITHOUT_LINES = (".json", ".parquet", ".arrow")
+"""Of these a row's number is told, not its line."""
 TEXT_SUFFIXES = (".txt", ".conll")
 SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
+
+ARROW_FILE = b"ARROW1"
+"""How a file of Arrow's begins that is no stream."""
 
 
 def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: str | None = None) -> Iterator[Row]:
@@ -57,11 +62,18 @@ def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: st
             return _json_line_rows(path)
         case ".parquet":
             return _parquet_rows(path)
+        case ".arrow":
+            return _arrow_rows(path)
         case suffix:
             raise DataError(
                 f"{path}: {suffix or 'a file without a suffix'} is no format of rows that dtrain reads. "
                 f"Those are {', '.join(TABLE_SUFFIXES)}"
             )
+
+
+def unit_of(path: Path) -> Literal["line", "row"]:
+    """What the numbers of a file's rows count."""
+    return "row" if path.suffix.lower() in WITHOUT_LINES else "line"
 
 
 def plain_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -210,15 +222,58 @@ def _object(values: Any, place: str) -> Values | DataError:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    def batches() -> Iterator[pa.RecordBatch]:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=1000)
+
+    return _batch_rows(batches(), path, "a Parquet")
+
+
+def _arrow_rows(path: Path) -> Iterator[Row]:
+    def batches() -> Iterator[pa.RecordBatch]:
+        with _open(path) as file, _opened_arrow(file) as reader:
+            if isinstance(reader, pa.ipc.RecordBatchFileReader):
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                yield from reader
+
+    return _batch_rows(batches(), path, "an Arrow")
+
+
+def _opened_arrow(file: BinaryIO) -> Any:
+    """Either of Arrow's formats: a stream, as `save_to_disk` writes it, or a file with a table of contents."""
+    is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+    file.seek(0)
+    return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
+
+
+def stored_schema(path: Path) -> pa.Schema | None:
+    """What a Parquet or Arrow file says of its columns; None for other files, and for one that cannot be read."""
+    try:
+        match path.suffix.lower():
+            case ".parquet":
+                return pq.read_schema(path)
+            case ".arrow":
+                with path.open("rb") as file, _opened_arrow(file) as reader:
+                    return reader.schema
+    except (pa.ArrowException, OSError):
+        pass  # reading its rows tells what is wrong
+    return None
+
+
+def _batch_rows(batches: Iterator[pa.RecordBatch], path: Path, kind: str) -> Iterator[Row]:
+    """The rows of record batches, numbered through. kind: `a Parquet`, for the message about a broken file."""
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for values in batch.to_pylist():
+        for batch in batches:
+            batch.validate(full=True)  # offsets of a damaged file would lead out of its memory
+            for begin in range(0, len(batch), 1000):  # a batch may be the whole file
+                for values in batch.slice(begin, 1000).to_pylist():
                     number += 1
                     yield number, values
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read (after row {number}): {error}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: not {kind} file that can be read (after row {number}): {reason}") from None
 
 
 def _shown(value: object) -> str:

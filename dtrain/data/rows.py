@@ -83,13 +83,34 @@ class Shape:
     is_whole_text: bool = False
 
 
+class BadRows:
+    """Counts the rows of a split that cannot be used: as many as data.max_bad_rows are passed over, with a warning."""
+
+    def __init__(self, most: int, *, passed_over: int = 0) -> None:
+        self.passed_over = passed_over
+        self._most = most
+
+    def add(self, error: DataError) -> None:
+        """One more.
+
+        Raises:
+            DataError: that error, if no more are allowed.
+        """
+        if self.passed_over == self._most:
+            more = f" (data.max_bad_rows={self._most} were passed over before it)" if self._most else ""
+            raise DataError(f"{error}{more}") from error
+        self.passed_over += 1
+        if self.passed_over <= SHOWN_BAD_ROWS:
+            log.warning("data: passed over: %s", error)
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of one split, with `line`, and how many bad ones were passed over."""
 
     rows: datasets.Dataset
     label_names: tuple[str, ...] | None
-    skipped: int
+    bad: BadRows
 
 
 def to_table(
@@ -102,28 +123,19 @@ def to_table(
     Raises:
         DataError: there is no row, or more than max_bad_rows cannot be used; the first of those is named.
     """
-    layout, skipped = None, 0
-
-    def bad(error: DataError) -> None:
-        nonlocal skipped
-        skipped += 1
-        if skipped > max_bad_rows:
-            more = f" (data.max_bad_rows={max_bad_rows} were passed over before it)" if max_bad_rows else ""
-            raise DataError(f"{error}{more}") from error
-        if skipped <= SHOWN_BAD_ROWS:
-            log.warning("data: passed over: %s", error)
+    layout, bad = None, BadRows(max_bad_rows)
 
     def converted() -> Iterator[Mapping[str, Any]]:
         nonlocal layout
         for line, values in rows:
             if isinstance(values, DataError):
-                bad(values)
+                bad.add(values)
                 continue
             try:
                 layout = layout or shape.layout(values, origin)
                 yield {**layout.convert(values, f"{origin.name}, {origin.unit} {line}"), "line": line}
             except DataError as error:
-                bad(error)
+                bad.add(error)
 
     found = converted()
     first = list(islice(found, BATCH_ROWS))
@@ -142,7 +154,7 @@ def to_table(
         if file
         else datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
     )
-    return Table(table, layout.label_names, skipped)
+    return Table(table, layout.label_names, bad)
 
 
 # What every shape is made of

@@ -20,7 +20,7 @@ from dtrain.data import hub
 from dtrain.data.locate import file_hashes, form_of
 from dtrain.data.parts import Part, hub_name, python_docs, read_parts
 from dtrain.data.readers import Row
-from dtrain.data.rows import Shape, Table, Unit, to_table
+from dtrain.data.rows import BadRows, Shape, Table, Unit, to_table
 from dtrain.errors import ConfigError, DataError
 from dtrain.schema import Data
 
@@ -36,7 +36,7 @@ class Source:
     rows: the columns of the task's Shape (text, label, ...) and line (1-based; what `unit` says).
     origin: file or hub name, for messages.
     label_names: the labels in the order of their ids, where the source fixes them; None: the training labels, sorted.
-    skipped: bad rows passed over, as data.max_bad_rows allows.
+    bad: the count of bad rows passed over, as data.max_bad_rows allows; it goes on while the rows are encoded.
     unit: what `line` counts: lines of a file, or rows where there are no lines.
     """
 
@@ -44,8 +44,13 @@ class Source:
     rows: datasets.Dataset
     origin: str
     label_names: tuple[str, ...] | None
-    skipped: int = 0
+    bad: BadRows
     unit: Unit = "line"
+
+    @property
+    def skipped(self) -> int:
+        """Bad rows passed over so far."""
+        return self.bad.passed_over
 
 
 def source_key(data: Data) -> dict[str, Json]:
@@ -95,9 +100,9 @@ def load_sources(data: Data, shape: Shape, *, scratch: Path | None = None) -> di
     sources = {}
     for split, part in parts.items():
         for name, table in _tables(split, part, data, shape, scratch).items():
-            sources[name] = Source(
-                name, table.rows, part.origin.name, table.label_names, table.skipped, part.origin.unit
-            )
+            # A count for each split: two that were cut from one table go on apart.
+            bad = BadRows(data.max_bad_rows, passed_over=table.bad.passed_over)
+            sources[name] = Source(name, table.rows, part.origin.name, table.label_names, bad, part.origin.unit)
     return sources
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
@@ -167,9 +167,11 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = Fa
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    # It takes the blank before it along, as a word's first token does, which it stands for.
+    mask = AddedToken(MASK, lstrip=True, normalized=False, special=True)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, PAD, MASK] if pad else [END],
+        special_tokens=[END, PAD, mask] if pad else [END],
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -180,7 +182,7 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = Fa
         bos_token=END,
         eos_token=END,
         pad_token=PAD if pad else None,
-        mask_token=MASK if pad else None,
+        mask_token=mask if pad else None,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )

@@ -77,6 +77,13 @@ class MultipleChoiceTask:
             for found, label in zip(predictions, self._truth(split), strict=True)
         ]
 
+    def answers(self, module: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:
+        best = logits_of(module, batch).softmax(dim=-1).max(dim=-1)
+        return [
+            {"prediction": index, "probability": probability}
+            for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
     def _truth(self, split: str) -> Sequence[int | None]:
         """The right choices of a split in data order; None for an example without a label."""
         return columns_of(self.splits[split], "label")["label"]

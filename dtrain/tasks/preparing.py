@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +18,7 @@ from dtrain.console import log
 from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import Shape
 from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.errors import DataError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.schema import Config
@@ -25,6 +26,9 @@ from dtrain.tasks.protocol import Split
 from dtrain.topology import Topology
 
 Meta = Mapping[str, Json]
+
+Encode = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Columns of some rows to columns of examples; a row that it cannot encode is a DataError that says which."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,57 @@ def known_labels(config: Config, topology: Topology) -> tuple[str, ...] | None:
     return None if names is None else tuple(names)
 
 
-def map_rows(
-    source: Source, encode: Callable[[Mapping[str, Any]], Mapping[str, Any]], config: Config
+def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset:
+    """The source's rows, batch by batch through `encode` (columns in, columns out), by `data.num_proc` processes.
+
+    A row that `encode` refuses with a DataError is a bad row: as many as data.max_bad_rows still allows are passed over.
+
+    Raises:
+        DataError: more rows than that are refused, or all.
+    """
+    try:
+        return _mapped(source.rows, encode, config)
+    except DataError:
+        if config.data.max_bad_rows == 0:
+            raise
+    # Bad rows are few: all are looked at again only where there is one, and told in their order by this process.
+    faults = _mapped(source.rows, partial(_faults, encode), config, features=_FAULT)["fault"][:]
+    for fault in faults:
+        if fault is not None:
+            source.bad.add(DataError(fault))
+    kept = [number for number, fault in enumerate(faults) if fault is None]
+    if not kept:
+        raise DataError(f"{source.origin} has no rows that can be used: a split needs at least one")
+    return _mapped(source.rows.select(kept), encode, config)
+
+
+_FAULT = datasets.Features({"fault": datasets.Value("string")})
+
+
+def _faults(encode: Encode, rows: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """What `encode` says against each row; None: nothing."""
+    names, number = list(rows), len(next(iter(rows.values())))
+    faults: list[str | None] = [None] * number
+    try:
+        encode({name: rows[name] for name in names})
+    except DataError:
+        for row in range(number):
+            try:
+                encode({name: [rows[name][row]] for name in names})
+            except DataError as error:
+                faults[row] = str(error)
+    return {"fault": faults}
+
+
+def _mapped(
+    rows: datasets.Dataset, encode: Encode, config: Config, *, features: datasets.Features | None = None
 ) -> datasets.Dataset:
-    """The source's rows, batch by batch through `encode` (columns in, columns out), by `data.num_proc` processes."""
     # The result is kept under our own key, so the library need not hash the function.
-    return source.rows.map(
+    return rows.map(
         encode,
         batched=True,
-        remove_columns=source.rows.column_names,
+        remove_columns=rows.column_names,
+        features=features,
         num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
         new_fingerprint="dtrain",
         load_from_cache_file=False,

@@ -112,7 +112,7 @@ class Task(Protocol):
 
 @runtime_checkable
 class Answers(Protocol):
-    """What a task has besides, where `predict.text` is to work for it: an answer that a person reads."""
+    """What a task may have besides: an answer to `predict.text` that tells more than the prediction of a record."""
 
     def answers(self, module: nn.Module, batch: Batch) -> Sequence[Mapping[str, Any]]:
         """One mapping per example: `prediction`, then by name what tells more of it, e.g. its `probability`.

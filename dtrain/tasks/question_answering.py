@@ -225,8 +225,8 @@ def _check_questions(
         if len(ids) > most:
             raise DataError(
                 f"{place}: the question has {len(ids)} tokens, expected {most} at most: data.max_length={max_length} "
-                f"holds it beside more than task.doc_stride={doc_stride} tokens of the context. Change one of them, or "
-                "shorten the question"
+                f"holds it beside more than task.doc_stride={doc_stride} tokens of the context. Change one of them, "
+                "shorten the question, or pass over so many of them: data.max_bad_rows"
             )
 
 

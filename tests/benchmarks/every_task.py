@@ -181,7 +181,7 @@ def images(folder: Path) -> Mapping[str, Any]:
 
 def landmarks(folder: Path) -> Mapping[str, Any]:
     pictures.write_landmarks(folder, train=TRAIN, validation=DEV)
-    return {"data.path": folder, "task.name": "image_regression", "task.targets": "[x, y]", "task.image_size": 16}
+    return {"data.path": folder, "task.targets": "[x, y]", "task.image_size": 16}
 
 
 CASES: dict[str, Case] = {
@@ -205,7 +205,7 @@ CASES: dict[str, Case] = {
     "t5_en_ro": Case("t5_en_ro", translations, TRANSLATOR, {"schedule.warmup_steps": 2}),
     "summarization": Case("summarization", lambda folder: {**pairs(folder), "task.max_target_length": 12}, TRANSLATOR),
     "images": Case("image_classification", images, pictures.VIT),
-    "landmarks": Case("image_classification", landmarks, pictures.VIT),
+    "landmarks": Case("image_regression", landmarks, pictures.VIT),
     "frozen_backbone": Case("frozen_backbone", glue("cola")),
     "lora": Case("lora", glue("cola"), settings={"train.epochs": 3}),
     "own_model": Case("own_model", reviews, {}),
@@ -225,7 +225,7 @@ def settings_of(case: Case, folder: Path) -> list[str]:
         words = folder / "words"
         tiny.tokenizer().save_pretrained(words)
         found |= {"model.name_or_path": "null", "model.from_scratch": "true", "model.config": json.dumps(case.model)}
-        if case.config not in ("char_gpt", "wikitext2_from_scratch", "image_classification"):
+        if case.config not in ("char_gpt", "wikitext2_from_scratch", "image_classification", "image_regression"):
             found["model.tokenizer"] = words
     found |= case.make(folder / "data")
     return [f"{key}={value}" for key, value in {**found, **case.settings}.items()]

@@ -6,6 +6,7 @@ Here and not among the unit tests, since peft takes seconds to import.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from dtrain import schema
+from dtrain.commands.card import bare_card
 from dtrain.commands.export import save
 from dtrain.commands.export_command import run_export
 from dtrain.config import load_config
@@ -140,6 +142,19 @@ def test_peft_puts_the_folder_on_the_base_model(base: Path, tmp_path: Path) -> N
 
     assert torch.allclose(logits(theirs), logits(made), atol=1e-6)
     assert not torch.allclose(logits(made), logits(load(name_or_path=str(base))), atol=1e-3)  # adapters do something
+
+
+def test_the_cards_code_loads_the_folder(base: Path, tmp_path: Path) -> None:
+    made = adapted(base, seed=2)
+    folder = saved(made, tmp_path / "model")
+    tiny.tokenizer().save_pretrained(folder)
+
+    card = bare_card("mine", folder)
+
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code.replace('"FOLDER"', repr(str(folder))).replace(f'"{base.name}"', repr(str(base))), found)
+    assert torch.allclose(logits(found["model"].eval()), logits(made), atol=1e-6)
 
 
 def test_merged_it_is_a_plain_model_with_the_same_answers(base: Path, tmp_path: Path) -> None:

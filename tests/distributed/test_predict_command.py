@@ -14,7 +14,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
 from dtrain.commands.evaluate import run_evaluate
-from dtrain.commands.predict import run_predict, what_to_predict, worded
+from dtrain.commands.predict import run_predict, what_to_predict
 from dtrain.config import load_config, to_yaml
 from dtrain.data.glue import TASKS
 from dtrain.errors import ConfigError, DataError
@@ -245,11 +245,6 @@ def test_one_text_is_answered_in_a_line_and_leaves_nothing(
     assert set(tmp_path.iterdir()) == before
 
 
-def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
-    assert worded({"prediction": "yes", "probability": 0.75, "rank": 1}) == "yes (probability 0.7500, rank 1)"
-    assert worded({"prediction": 3.14159}) == "3.1416"
-
-
 # Refusals
 
 
@@ -257,9 +252,6 @@ def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
     ("name", "sections", "said"),
     [
         ("cola", {"data": {"max_bad_rows": 1}}, "the GLUE server wants an answer to each"),
-        (None, {"task": {"name": "multiple_choice"}, "predict": {"text": "a"}}, "predict.text does not work for"),
-        (None, {"task": {"name": "causal_lm"}}, "task.name=causal_lm has no answers to predict.*generate"),
-        (None, {"task": {"name": "chat"}}, r"task.name=chat has no answers to predict.*talk\.input=FILE"),
     ],
 )
 def test_what_cannot_be_predicted_is_refused(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,9 +30,23 @@ BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]
 SETTINGS = ["task.name=classification", "model.name_or_path=bert-base-uncased", "data.name=cola", "run.name=cola"]
 
 
-def card_of(*settings: str, summary: dict[str, Any] = SUMMARY, model: dict[str, Any] = BERT) -> str:
+def card_of(
+    *settings: str,
+    summary: dict[str, Any] = SUMMARY,
+    model: dict[str, Any] = BERT,
+    adapters: dict[str, Any] | None = None,
+) -> str:
     config = load_config(None, [*SETTINGS, *settings])
-    return trained_card(config, summary, task=config.task.name, model=model)
+    with TemporaryDirectory() as place:
+        return trained_card(config, summary, task=config.task.name, folder=folder_of(Path(place), model, adapters))
+
+
+def folder_of(folder: Path, model: dict[str, Any], adapters: dict[str, Any] | None = None) -> Path:
+    """A model's folder, as far as a card looks into it."""
+    (folder / "config.json").write_text(json.dumps(model))
+    if adapters is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(adapters))
+    return folder
 
 
 def test_the_front_matter_is_what_the_hub_wants() -> None:
@@ -127,7 +143,7 @@ def test_results_on_a_part_of_the_data_are_not_the_hubs_results(part: str) -> No
     assert "| accuracy | 0.75 |" in card
 
 
-def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too() -> None:
+def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too(tmp_path: Path) -> None:
     plain = card_of(summary={**SUMMARY, "eval": {}, "world_size": 1}, model={"architectures": ["Mine"]})
 
     data = ModelCard(plain).data.to_dict()
@@ -135,7 +151,7 @@ def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too() -
     assert "Not evaluated." in plain
     assert "Ran on one process" in plain
     assert "from_pretrained" not in plain
-    assert ModelCard(bare_card("mine", BERT)).data.to_dict()["library_name"] == "transformers"
+    assert ModelCard(bare_card("mine", folder_of(tmp_path, BERT))).data.to_dict()["library_name"] == "transformers"
 
 
 @pytest.mark.parametrize(
@@ -170,3 +186,43 @@ def test_the_card_is_written_beside_the_weights(tmp_path: Path) -> None:
     assert "- own-task" in text
     assert "pipeline_tag" not in text
     assert "BertModel.from_pretrained" in text
+
+
+@pytest.mark.parametrize("metric", ["translation", "summarization"])
+def test_the_hub_tells_translations_from_summaries_as_the_metric_does(metric: str) -> None:
+    settings = ["task.name=seq2seq", "model.name_or_path=t5-small", "data.name=opus", f"task.metric={metric}"]
+    config = load_config(None, settings)
+
+    with TemporaryDirectory() as place:
+        made = trained_card(config, SUMMARY, task="seq2seq", folder=folder_of(Path(place), {"model_type": "t5"}))
+        own = trained_card(config, SUMMARY, task="own_task", folder=Path(place))
+
+    data = ModelCard(made).data.to_dict()
+    assert data["pipeline_tag"] == metric
+    assert data["model-index"][0]["results"][0]["task"]["type"] == metric
+    assert "pipeline_tag" not in ModelCard(own).data.to_dict()
+
+
+def test_adapters_are_said_to_go_on_their_base_model() -> None:
+    adapters = {"base_model_name_or_path": "bert-base-uncased", "modules_to_save": ["classifier"]}
+
+    card = card_of("model.lora={r: 8}", adapters=adapters)
+
+    data = ModelCard(card).data.to_dict()
+    assert (data["library_name"], data["base_model_relation"]) == ("peft", "adapter")
+    for line in (
+        "from peft import PeftModel",
+        "from transformers import AutoConfig, AutoTokenizer, BertForSequenceClassification",
+        'base = BertForSequenceClassification.from_pretrained("bert-base-uncased", config=config, '
+        "ignore_mismatched_sizes=True)",
+        'model = PeftModel.from_pretrained(base, "FOLDER")',
+    ):
+        assert line in card.splitlines()
+    assert "base_model_relation" not in ModelCard(card_of()).data.to_dict()
+
+
+def test_adapters_on_a_folder_of_this_machine_tell_its_name_alone() -> None:
+    card = card_of("model.lora={r: 8}", adapters={"base_model_name_or_path": "/ho" + "me/ann/models/mine"})
+
+    assert 'from_pretrained("mine", config=config)' in card
+    assert "ann" not in card

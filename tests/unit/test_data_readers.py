@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,6 +110,50 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "a.parquet") == [(1, {"text": "a", "label": 1}), (2, {"text": "b", "label": 0})]
 
 
+def arrow(*batches: dict[str, list[Any]], kind: Any = pa.ipc.new_stream) -> bytes:
+    """Those record batches in one of Arrow's two formats."""
+    sink = pa.BufferOutputStream()
+    schema = pa.table(dict(batches[0])).schema
+    tables = [pa.RecordBatch.from_pydict(batch, schema=schema) for batch in batches]
+    with kind(sink, schema) as writer:
+        for table in tables:
+            writer.write_batch(table)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_rows_of_both_formats_are_numbered_through_their_batches(tmp_path: Path, kind: Any) -> None:
+    content = arrow({"text": ["a", "b"], "label": [1, 0]}, {"text": ["c"], "label": [None]}, kind=kind)
+
+    found = rows_of(write(tmp_path, "a.arrow", content))
+
+    assert found == [
+        (1, {"text": "a", "label": 1}),
+        (2, {"text": "b", "label": 0}),
+        (3, {"text": "c", "label": None}),
+    ]
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+@pytest.mark.parametrize("cut", [0, 7, 200, -40])
+def test_an_arrow_file_that_is_cut_off_is_named(tmp_path: Path, kind: Any, cut: int) -> None:
+    whole = arrow({"text": ["a" * 99, "b"] * 20}, {"text": ["c"] * 40}, kind=kind)
+
+    with pytest.raises(DataError, match=r"a\.arrow: not an Arrow file that can be read \(after row \d+\): "):
+        rows_of(write(tmp_path, "a.arrow", whole[:cut]))
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_an_arrow_file_whose_bytes_are_damaged_is_named_and_does_no_harm(tmp_path: Path, kind: Any) -> None:
+    content = arrow({"text": ["abc", "de"]}, kind=kind)
+    offsets = pa.array([0, 3, 5], pa.int32()).buffers()[1].to_pybytes()[:12]
+    assert content.count(offsets) == 1
+    damaged = content.replace(offsets, pa.array([0, 3, 2**30], pa.int32()).buffers()[1].to_pybytes()[:12])
+
+    with pytest.raises(DataError, match=r"a\.arrow: not an Arrow file that can be read \(after row 0\): "):
+        rows_of(write(tmp_path, "a.arrow", damaged))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
@@ -126,6 +171,8 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
         ("a.json", b'{"text":\n"\xe4"}', r"a\.json, line 2: the byte 0xe4 at offset 10"),
         ("a.csv", "text\nx".encode("utf-16"), r"a\.csv, line 1: the byte 0xff at offset 0 .* looks like UTF-16"),
         ("a.parquet", b"PAR1 not really", r"a\.parquet: not a Parquet file"),
+        ("a.arrow", b"ARROW1 not really", r"a\.arrow: not an Arrow file"),
+        ("a.arrow", "text\na\n", r"a\.arrow: not an Arrow file"),
         ("a.xlsx", b"", r"a\.xlsx: \.xlsx is no format"),
     ],
 )

@@ -65,6 +65,23 @@ def test_a_folder_of_save_to_disk_keeps_its_class_names_and_their_order(tmp_path
     assert label_names(sources) == ("z", "a")
 
 
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_a_bare_file_of_the_datasets_library_keeps_its_class_names_too(tmp_path: Path, suffix: str) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
+    rows = datasets.Dataset.from_dict({"text": ["p", "q"], "label": [1, 0]}, features=features)
+    file = tmp_path / f"train.{suffix}"
+    if suffix == "arrow":
+        rows.save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(file)
+    else:
+        rows.to_parquet(str(file))
+
+    alone, beside = load(path=file)["train"], load(path=tmp_path)["train"]
+
+    for source in (alone, beside):
+        assert (source.rows["label"][:], source.label_names, source.unit) == (["a", "z"], ("z", "a"), "row")
+
+
 def test_splits_of_a_saved_folder_may_change_places(tmp_path: Path) -> None:
     rows = {split: datasets.Dataset.from_dict({"text": [split], "label": ["x"]}) for split in ("train", "test")}
     datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))

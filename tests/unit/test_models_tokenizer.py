@@ -193,3 +193,18 @@ def test_train_bpe_pads_and_masks_where_the_task_pads_only() -> None:
 
     assert (plain.pad_token_id, plain.mask_token_id, plain.eos_token_id) == (None, None, 0)
     assert (padding.pad_token_id, padding.mask_token_id, padding.eos_token_id) == (1, 2, 0)
+
+
+def test_the_mask_of_a_trained_bpe_stands_for_a_word_and_the_blank_before_it(tmp_path: Path) -> None:
+    made = train_bpe_tokenizer(["the cat sleeps, the cat"] * 3, vocab_size=280, pad=True)
+    made.save_pretrained(tmp_path)
+
+    for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
+        the, word, comma = (tokenizer.get_vocab()[token] for token in ("the", "\u0120cat", ","))
+        assert tokenizer("the cat,")["input_ids"] == [the, word, comma]
+        assert tokenizer("the <mask>,", split_special_tokens=False)["input_ids"] == [
+            the,
+            tokenizer.mask_token_id,
+            comma,
+        ]
+        assert tokenizer.mask_token_id not in tokenizer("the <mask>,")["input_ids"]  # text is text

@@ -1,0 +1,129 @@
+"""Rows that cannot be encoded are bad rows: counted with those that cannot be read, and passed over as far as allowed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.console import log
+from dtrain.data.rows import TEXT
+from dtrain.data.sources import Source, load_sources
+from dtrain.errors import ConfigError, DataError
+from dtrain.schema import Config
+from dtrain.tasks.preparing import map_rows
+from tests.tasks import test_chat, test_question_answering
+
+ROWS = ["one", "bad", "three", "bad", "five"]
+
+
+def config(**data: Any) -> Config:
+    return Config.model_validate({"task": {"name": "causal_lm"}, "data": data})
+
+
+def source(folder: Path, texts: list[Any] = ROWS, **data: Any) -> tuple[Source, Config]:
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = config(path=folder / "a.jsonl", **data)
+    return load_sources(settings.data, TEXT)["train"], settings
+
+
+def encode(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Two examples of each row, and none of one that is called bad."""
+    for text, line in zip(rows["text"], rows["line"], strict=True):
+        if text == "bad":
+            raise DataError(f"a.jsonl, line {line}: it is bad")
+    return {"half": [part for text in rows["text"] for part in (text[:2], text[2:])]}
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="dtrain")
+    return caplog
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_that_cannot_be_encoded_are_passed_over_in_their_order(
+    tmp_path: Path, said: pytest.LogCaptureFixture, processes: int
+) -> None:
+    rows, settings = source(tmp_path, max_bad_rows=2, num_proc=processes)
+
+    found = map_rows(rows, encode, settings)
+
+    assert found["half"][:] == ["on", "e", "th", "ree", "fi", "ve"]
+    assert rows.skipped == 2
+    assert [text for text in said.messages if "passed over" in text] == [
+        "data: passed over: a.jsonl, line 2: it is bad",
+        "data: passed over: a.jsonl, line 4: it is bad",
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_without_an_allowance_the_first_of_them_ends_it(tmp_path: Path, processes: int) -> None:
+    rows, settings = source(tmp_path, num_proc=processes)
+
+    with pytest.raises(DataError, match=r"a\.jsonl, line [24]: it is bad$"):
+        map_rows(rows, encode, settings)
+
+
+def test_they_count_with_those_that_cannot_be_read(tmp_path: Path) -> None:
+    rows, settings = source(tmp_path, ["one", 2, "bad", "bad"], max_bad_rows=2)
+
+    assert rows.skipped == 1
+    with pytest.raises(DataError, match=r"line 4: it is bad \(data\.max_bad_rows=2 were passed over before it\)"):
+        map_rows(rows, encode, settings)
+
+
+def test_a_split_of_which_nothing_can_be_encoded_is_empty(tmp_path: Path) -> None:
+    rows, settings = source(tmp_path, ["bad", "bad"], max_bad_rows=2)
+
+    with pytest.raises(DataError, match=r"a\.jsonl has no rows that can be used: a split needs at least one"):
+        map_rows(rows, encode, settings)
+
+
+def test_a_wrong_setting_is_no_bad_row(tmp_path: Path) -> None:
+    def refuse(_rows: Mapping[str, Any]) -> dict[str, Any]:
+        raise ConfigError("change it")
+
+    rows, settings = source(tmp_path, max_bad_rows=9)
+
+    with pytest.raises(ConfigError, match="change it"):
+        map_rows(rows, refuse, settings)
+
+
+# The tasks whose encoding may refuse a row
+
+
+def test_a_dialogue_that_the_template_refuses_is_a_bad_row(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    made = test_chat.tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
+    made.save_pretrained(tmp_path / "words")
+    turns = [["a", "a"], ["b", "a"], ["a"]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    data = {"path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache"), "max_bad_rows": 1}
+
+    for _ in range(2):  # the second start reads what the first one kept
+        found = test_chat.prepare(tmp_path, data=data, tokenizer=str(tmp_path / "words"))  # type: ignore[arg-type]
+
+    assert len(found.splits["train"]) == 2
+    assert sum("rows.jsonl, line 2: the tokenizer's chat template refuses" in text for text in said.messages) == 1
+    assert said.messages.count("data: train lacks 1 bad row(s), passed over as data.max_bad_rows allows") == 2
+
+
+def test_a_question_that_leaves_no_room_is_a_bad_row(tmp_path: Path) -> None:
+    asked = [test_question_answering.question("a", 0), test_question_answering.question("dog", 2)]
+    asked[0]["question"] = "a cat " * 9
+    test_question_answering.write(tmp_path, train=test_question_answering.squad(("a dog", asked)))
+
+    found = test_question_answering.prepare(tmp_path, data={"max_bad_rows": 1})
+
+    assert len(found.splits["train"]) == 1
+    with pytest.raises(DataError, match=r"row 1: the question has 18 tokens, expected .* data\.max_bad_rows"):
+        test_question_answering.prepare(tmp_path)
