@@ -27,6 +27,7 @@ from dtrain.config import load_config, to_yaml
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, Interrupted
 from dtrain.interrupts import ignore_further, interruptible
+from dtrain.processes import began
 from dtrain.schema import Config
 from dtrain.topology import SINGLE, Topology, finalize_mpi
 from dtrain.watch import end_with_launcher
@@ -50,6 +51,7 @@ COMMANDS = {
     "download": "fetch a model or data set of the hub, for nodes without a network",
     "export": "write a run's model to a folder of its own, with a model card",
     "chat": "talk with a chat model, or answer a file of dialogues",
+    "goodput": "where the wall time of a run went: goodput runs/cola",
 }
 
 EPILOG = """
@@ -96,12 +98,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
+    parser.add_argument("--json", action="store_true", help="goodput: one JSON object instead of a table")
     # DeepSpeed's launcher inserts it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     found = parser.parse_intermixed_args(list(argv))
     words: list[str] = found.words
     found.command = words.pop(0) if words and "=" not in words[0] else "train"
+    found.run = Path(words.pop(0)) if found.command == "goodput" and words and "=" not in words[0] else None
     found.overrides = words
+    if found.json and found.command != "goodput":
+        raise ConfigError(f"--json is of the goodput command; {found.command} has no such output. Leave it out.")
     if found.dry_run and found.command != "train":
         raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
     if found.command not in COMMANDS:
@@ -119,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = Topology.from_env(os.environ)
         console.set_up(rank=topology.rank, world_size=topology.world_size)
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.command == "goodput":
+            return _goodput(arguments, topology)
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     except DtrainError as error:
         return _report_alike(error, topology)
@@ -129,10 +137,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(arguments.command, config, topology, dry_run=arguments.dry_run)
 
 
+def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
+    """The one command that reads files alone: no model, no ranks, no torch."""
+    from dtrain.commands.goodput import run_goodput
+
+    if arguments.run is not None and (arguments.overrides or arguments.config):
+        raise ConfigError(
+            "goodput takes a run's folder, or the --config and settings that it was trained with, not both."
+        )
+    run = arguments.run or load_config(arguments.config, arguments.overrides).run_dir
+    if topology.is_main:
+        run_goodput(run, as_json=arguments.json)
+    return 0
+
+
 def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
 ) -> Result:
     """Collective. Trains as the command line does, from Python: see dtrain.fit."""
+    begin = time.monotonic()
     topology = Topology.from_env(os.environ)
     console.set_up(rank=topology.rank, world_size=topology.world_size)
 
@@ -146,7 +169,7 @@ def fit(
 
         with session(config, topology, os.environ) as job:
             try:
-                result = run_train(config, job.topology, model=model, task=task, monitors=monitors)
+                result = run_train(config, job.topology, model=model, task=task, monitors=monitors, began=begin)
             except BaseException as error:
                 if getattr(error, "is_noted", True):
                     write_down(end_of(error, job.topology), config)
@@ -187,7 +210,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             launcher_lives = end_with_launcher(topology, note)
             from dtrain.commands.session import session
 
-            with session(config, topology, os.environ) as job:
+            with session(config, topology, os.environ, command=command) as job:
                 try:
                     _command(command, config, job.topology, dry_run=dry_run)
                 except BaseException as error:
@@ -222,7 +245,7 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, topology) if dry_run else run_train(config, topology)
+            run_dry(config, topology) if dry_run else run_train(config, topology, began=began())
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 

@@ -29,6 +29,8 @@ from dtrain.monitors.gradients import LogGradients
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Monitor, RunState
+from dtrain.monitors.replicas import Replicas
+from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
 from dtrain.schema import Config
 from dtrain.tasks.build import build_task
@@ -44,6 +46,7 @@ def run_train(
     model: nn.Module | None = None,
     task: Task | None = None,
     monitors: Sequence[Monitor] = (),
+    began: float | None = None,
 ) -> Result:
     """Collective. Trains, evaluates, exports; gives the old result where the run was finished already.
 
@@ -51,13 +54,17 @@ def run_train(
         model: to train instead of what the config's model section says.
         task: instead of what the task and data sections say.
         monitors: further ones, below dtrain's own.
+        began: time.monotonic() at this start's beginning, imports included; default: now.
     """
+    began = time.monotonic() if began is None else began
     engine_name(config, topology)  # refuses a wrong combination before any work
-    if folder.take(config, topology, command="train") == "already_finished":
-        return _old_result(config, topology)
-    run = _prepare(config, topology, model, task)
-    log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
-    return run.go(monitors)
+    with folder.taken(config, topology, command="train") as action:
+        if action == "already_finished":
+            return _old_result(config, topology)
+        run = _prepare(config, topology, model, task)
+        run.began = began
+        log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
+        return run.go(monitors)
 
 
 def run_dry(config: Config, topology: Topology) -> None:
@@ -112,6 +119,8 @@ class TrainingRun:
     last_step: int = -1
     best: EvaluationResult | None = None
     keeper: KeepBest | None = None
+    spikes: Spikes | None = None
+    began: float = field(default_factory=time.monotonic)
     engine: Engine = field(init=False)
     tracker: Tracker = field(init=False)
 
@@ -126,8 +135,16 @@ class TrainingRun:
             tensorboard=config.tracking.tensorboard,
         )
         with self.tracker:
-            self.tracker.event("start", command="train", world_size=self.topology.world_size, total_steps=total)
+            self.tracker.event(
+                "start",
+                command="train",
+                world_size=self.topology.world_size,
+                total_steps=total,
+                startup_s=time.monotonic() - self.began,
+            )
             self.engine = build_engine(self.prepared.module, config, self.topology)
+            if config.train.spike is not None:
+                self.spikes = Spikes(config.train.spike, self.state, self.tracker)
             try:
                 self.engine = train(self._loop(total), self.engine, self.task, self._monitors(own_monitors), self.state)
                 return self._finish()
@@ -146,6 +163,7 @@ class TrainingRun:
             train_mode=self.prepared.train_mode,
             before_epoch=self._before_epoch,
             log_gradients=config.train.log_gradients,
+            drops=self.spikes.drops if self.spikes is not None else None,
         )
 
     def _monitors(self, own: Sequence[Monitor]) -> list[Monitor]:
@@ -155,8 +173,12 @@ class TrainingRun:
             LogSteps(train.log_every, self.tracker),
             LogGradients(self.tracker.gradients),
             NonFinite(train.non_finite, self.tracker),
-            Evaluate(train.eval_every, self._evaluate),
         ]
+        if self.spikes is not None:
+            found.append(self.spikes)
+        if train.check_replicas is not None:
+            found.append(Replicas(train.check_replicas, lambda: self.engine.module, self.topology, self.tracker))
+        found.append(Evaluate(train.eval_every, self._evaluate))
         if best is not None:
             self.keeper = KeepBest(best, self.state, self._keep_best)
             found.append(self.keeper)
