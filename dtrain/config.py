@@ -98,7 +98,9 @@ def _config_of_model(given: Sequence[tuple[Key, Any]]) -> Path | None:
     name = values.get(("model", "name_or_path"))
     if not isinstance(name, str):
         return None
-    file = Path(name).expanduser().absolute().parent / "config.yaml"
+    folder = Path(name).expanduser().absolute()
+    inside = folder / "config.yaml"  # a checkpoint has its settings with it, a model beside it
+    file = inside if inside.is_file() else folder.parent / "config.yaml"
     if not file.is_file() and values.keys().isdisjoint({("task", "name"), ("task",)}):
         raise ConfigError(
             f"predict does not know what model.name_or_path={name} was trained for: it is not the model folder of a "

@@ -73,6 +73,29 @@ def read_place(env: Mapping[str, str]) -> Place:
     return place
 
 
+def job_of(env: Mapping[str, str], launcher: str) -> tuple[dict[str, str], int, bool]:
+    """What the launcher calls this job, equal on all its ranks and unlike other jobs' where the user has seen to that.
+
+    Args:
+        launcher: the one that started this process; others' variables may be left over from around it.
+
+    Returns:
+        The names it has, by what they are called (none under deepspeed, which gives none); how often the job was started
+        again; and whether that number is the same on all nodes.
+    """
+    match launcher:
+        case "torchrun":
+            # Each node's agent counts the failures of its own workers only.
+            is_one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
+            return {"rdzv id": env["TORCHELASTIC_RUN_ID"]}, _number(env, "TORCHELASTIC_RESTART_COUNT") or 0, is_one_node
+        case "openmpi" | "mpich" | "intelmpi" if env.get("PMIX_NAMESPACE"):
+            return {"MPI job": env["PMIX_NAMESPACE"]}, 0, True
+        case "slurm" if env.get("SLURM_JOB_ID"):
+            step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0"))
+            return {"Slurm step": f"{env['SLURM_JOB_ID']}.{step}"}, _number(env, "SLURM_RESTART_COUNT") or 0, True
+    return {}, 0, True
+
+
 def refuse(env: Mapping[str, str], problem: str) -> NoReturn:
     """Raises the TopologyError: the problem, then a table of the variables that were found."""
     found = sorted(name for name in env if RELEVANT.fullmatch(name))

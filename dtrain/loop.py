@@ -7,7 +7,7 @@ summed weight), clip and update, monitors. Everything in a StepRecord is equal o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -32,8 +32,10 @@ class Loop:
 
     learning_rate: by number of updates applied. train_mode: puts the module in training mode, frozen parts apart.
     before_epoch: called with the epoch at its first step; gives the engine to go on with (thawing builds a new one).
+    roll_back: puts the engine back to the newest checkpoint, when a monitor asks for it.
     log_gradients: steps between those that measure the gradient of each parameter; None: never.
     loss_is_scaled: fp16, where an overflow of the gradient is answered by the loss scale and is no fault.
+    drops: told a step's loss per target before its update, whether to leave that out; the same on every rank.
     """
 
     plan: StepPlan
@@ -45,6 +47,8 @@ class Loop:
     train_mode: Callable[[nn.Module], None]
     before_epoch: Callable[[Engine, int], Engine]
     log_gradients: int | None = None
+    roll_back: Callable[[Engine], Engine] | None = None
+    drops: Callable[[float], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,24 @@ def train(
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
-        wish = max((monitor.after_step(record) for monitor in monitors), default=Decision.CONTINUE)
+        wish = ask(monitors, record)
+        if wish == Decision.ROLLBACK and loop.roll_back is not None:  # on every rank alike
+            engine, wish = loop.roll_back(engine), Decision.CONTINUE
         stopped = agreed(sums)
         # A wish rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
         if record.metrics is not None:
             stopped = Decision(agree(max(stopped, wish), engine.topology))
     return engine, stopped
+
+
+def ask(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
+    """The largest answer. Who stands below one that wants to roll back is not asked: this step's state is given up."""
+    wish = Decision.CONTINUE
+    for monitor in monitors:
+        wish = max(wish, answer := monitor.after_step(record))
+        if answer == Decision.ROLLBACK:
+            return answer
+    return wish
 
 
 def agreed(sums: Sums) -> Decision:
@@ -121,10 +137,13 @@ def take_step(
         group["lr"] = learning_rate
     measures = loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
     gradient_norms = engine.gradient_norms() if measures else None
+    is_unwanted = _is_unwanted(loop, sums, weight)
+    # DeepSpeed does not tell the norm of what it drops.
+    dropped_norm = _norm_of(gradient_norms or engine.gradient_norms()) if is_unwanted else None
     # Without a target there is no gradient: a step would only decay weights and moments.
     with explain_in_step():
-        result = engine.step(discard=sums.faults > 0 or weight == 0)
-    grad_norm = result.grad_norm if weight else 0.0
+        result = engine.step(discard=sums.faults > 0 or weight == 0 or is_unwanted)
+    grad_norm = 0.0 if weight == 0 else result.grad_norm if dropped_norm is None else dropped_norm
     # fp16 answers an overflow with a smaller loss scale; below 1 it is no overflow any more.
     norm_is_fine = math.isfinite(grad_norm) or (loop.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
     state.step += 1
@@ -148,6 +167,15 @@ def take_step(
         gradient_norms=gradient_norms,
     )
     return record, sums, coming
+
+
+def _is_unwanted(loop: Loop, sums: Sums, weight: float) -> bool:
+    """Whether the update is left out for its loss, which is finite."""
+    return loop.drops is not None and sums.faults == 0 and weight > 0 and loop.drops(sums.loss / weight)
+
+
+def _norm_of(gradient_norms: Mapping[str, float]) -> float:
+    return math.sqrt(math.fsum(norm * norm for norm in gradient_norms.values()))
 
 
 def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weight: float, seed: int) -> list[float]:

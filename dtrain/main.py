@@ -17,16 +17,18 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
 from dtrain.commands.farewell import done, end_of, report, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
-from dtrain.errors import ConfigError, DtrainError, Interrupted
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
 from dtrain.interrupts import ignore_further, interruptible
+from dtrain.processes import age_s, began
 from dtrain.schema import Config
 from dtrain.topology import SINGLE, Topology, finalize_mpi
 from dtrain.watch import end_with_launcher
@@ -50,6 +52,7 @@ COMMANDS = {
     "download": "fetch a model or data set of the hub, for nodes without a network",
     "export": "write a run's model to a folder of its own, with a model card",
     "chat": "talk with a chat model, or answer a file of dialogues",
+    "goodput": "where the wall time of a run went: goodput runs/cola",
 }
 
 EPILOG = """
@@ -68,6 +71,9 @@ exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 c
 
 WITHOUT_RUN_FOLDER = ("generate", "export", "download")
 """Commands that leave nothing below run.output_dir."""
+
+HOPELESS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
+"""Ends that another start of the same command does not mend."""
 
 GRACE_S = 8.0
 """How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
@@ -96,12 +102,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
+    parser.add_argument("--json", action="store_true", help="goodput: one JSON object instead of a table")
     # DeepSpeed's launcher inserts it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     found = parser.parse_intermixed_args(list(argv))
     words: list[str] = found.words
     found.command = words.pop(0) if words and "=" not in words[0] else "train"
+    found.run = Path(words.pop(0)) if found.command == "goodput" and words and "=" not in words[0] else None
     found.overrides = words
+    if found.json and found.command != "goodput":
+        raise ConfigError(f"--json is of the goodput command; {found.command} has no such output. Leave it out.")
     if found.dry_run and found.command != "train":
         raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
     if found.command not in COMMANDS:
@@ -119,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         topology = Topology.from_env(os.environ)
         console.set_up(rank=topology.rank, world_size=topology.world_size)
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        if arguments.command == "goodput":
+            return _goodput(arguments, topology)
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     except DtrainError as error:
         return _report_alike(error, topology)
@@ -129,10 +141,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(arguments.command, config, topology, dry_run=arguments.dry_run)
 
 
+def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
+    """The one command that reads files alone: no model, no ranks, no torch."""
+    from dtrain.commands.goodput import run_goodput
+
+    if arguments.run is not None and (arguments.overrides or arguments.config):
+        raise ConfigError(
+            "goodput takes a run's folder, or the --config and settings that it was trained with, not both."
+        )
+    run = arguments.run or load_config(arguments.config, arguments.overrides).run_dir
+    if topology.is_main:
+        run_goodput(run, as_json=arguments.json)
+    return 0
+
+
 def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
 ) -> Result:
     """Collective. Trains as the command line does, from Python: see dtrain.fit."""
+    begin = time.monotonic()
     topology = Topology.from_env(os.environ)
     console.set_up(rank=topology.rank, world_size=topology.world_size)
 
@@ -146,7 +173,7 @@ def fit(
 
         with session(config, topology, os.environ) as job:
             try:
-                result = run_train(config, job.topology, model=model, task=task, monitors=monitors)
+                result = run_train(config, job.topology, model=model, task=task, monitors=monitors, began=begin)
             except BaseException as error:
                 if getattr(error, "is_noted", True):
                     write_down(end_of(error, job.topology), config)
@@ -172,6 +199,10 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
         command == "chat" and not config.talk.makes_run_folder
     )
     is_noted = not (dry_run or on_the_spot or command in WITHOUT_RUN_FOLDER)
+    if is_noted and (before := _hopeless(config, topology, os.environ)) is not None:
+        if topology.is_main:
+            log.error("%s", before["message"])
+        return int(before["code"])
 
     def note(cause: str) -> None:
         if is_noted:
@@ -187,7 +218,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             launcher_lives = end_with_launcher(topology, note)
             from dtrain.commands.session import session
 
-            with session(config, topology, os.environ) as job:
+            with session(config, topology, os.environ, command=command) as job:
                 try:
                     _command(command, config, job.topology, dry_run=dry_run)
                 except BaseException as error:
@@ -208,6 +239,19 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
     return 0
 
 
+def _hopeless(config: Config, topology: Topology, env: Mapping[str, str]) -> dict[str, Any] | None:
+    """How this job's last start ended, where torchrun starts ranks again that would only find the same: exit.json of then."""
+    if topology.launcher != "torchrun" or env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    file, launcher_s = config.run_dir / "exit.json", age_s(os.getppid())
+    try:
+        is_of_this_job = launcher_s is not None and time.time() - file.stat().st_mtime < launcher_s
+        ended: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return ended if is_of_this_job and ended.get("code") in HOPELESS else None
+
+
 def _report_alike(error: DtrainError, topology: Topology) -> int:
     """An error that every rank finds by itself, from the same arguments: said once per node, for files may differ."""
     if topology.is_node_main:
@@ -222,7 +266,7 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, topology) if dry_run else run_train(config, topology)
+            run_dry(config, topology) if dry_run else run_train(config, topology, began=began())
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 

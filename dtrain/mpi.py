@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dtrain import launchers, network, rollcall
+from dtrain import launchers, network
 from dtrain.errors import TopologyError
 
 CURE = "or give the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
@@ -54,7 +54,7 @@ def meet(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -
     if comm.rank == 0:
         address = "127.0.0.1" if shared.size == comm.size else network.outward_address()
         if address is not None:
-            listener = rollcall.listen(address, 0)
+            listener = network.listen(address, 0)
             where = (address, int(listener.getsockname()[1]))
     where = comm.bcast(where, root=0)
     finalize_mpi()

@@ -1,15 +1,18 @@
-"""Addresses and network interfaces of this machine. Nothing is sent."""
+"""Addresses and network interfaces of this machine, and the master's socket. Nothing is sent."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import struct
 import sys
+import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from dtrain.console import log
+from dtrain.errors import TopologyError
 
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface."""
@@ -118,3 +121,72 @@ def _ipv4_of(interface: str) -> str | None:
         except OSError:  # the interface has no IPv4 address
             return None
     return socket.inet_ntoa(answer[20:24])
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A listening socket on one address only (torch's own listens on all interfaces); port 0 takes a free one.
+
+    Raises:
+        TopologyError: the port is taken.
+        OSError: the address is not this machine's.
+    """
+    family, _ = resolve(address, port)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise TopologyError(
+            f"Port {port} on {address} is in use, so rank 0 cannot open the meeting point there. Is another job, or an "
+            "old one, still running? Choose another port (MASTER_PORT, --master-port)."
+        ) from error
+    return listener
+
+
+def listen_as_master(address: str, port: int, *, serves_other_nodes: bool) -> socket.socket:
+    """The master's listening socket, on the interface of MASTER_ADDR; on all where that address cannot be bound.
+
+    Args:
+        serves_other_nodes: other machines may come, so a name that means 127.0.1.1 here must not be taken at its word.
+
+    Raises:
+        TopologyError: the name does not resolve, or the port is taken.
+    """
+    try:
+        _, own = resolve(address, port)
+    except socket.gaierror as error:
+        here = socket.gethostname()
+        raise TopologyError(
+            f"MASTER_ADDR={address} does not resolve on {here}: {error}. Use its IP address."
+        ) from error
+    if serves_other_nodes and is_loopback(own):
+        return listen("0.0.0.0", port)
+    try:
+        return listen(own, port)
+    except OSError:  # an address in front of this machine (a service, a NAT)
+        return listen("::" if ":" in own else "0.0.0.0", port)
+
+
+def reach(address: str, port: int, *, rank: int, deadline: float, timeout_s: float) -> None:
+    """Waits until the master answers.
+
+    Raises:
+        TopologyError: nobody answered until the deadline.
+    """
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((address, port), timeout=min(left, 5.0)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TopologyError(
+                    f"Rank {rank} on {socket.gethostname()} found no master at {address}:{port} within {timeout_s:g} s "
+                    f"({error}). Rank 0 opens it: is it running there, with the same MASTER_ADDR and MASTER_PORT, "
+                    "and does no firewall close the port?"
+                ) from error
+            time.sleep(0.1)

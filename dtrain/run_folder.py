@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from dtrain.errors import ConfigError
 from dtrain.jsonl import finite, line_of, worded
+from dtrain.run_lock import LOCK, follow
 
 State = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
 
@@ -77,7 +78,7 @@ def state(path: Path) -> State:
     if not path.is_dir():
         return "foreign" if path.exists() or path.is_symlink() else "absent"
     folder = RunFolder(path)
-    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    names = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")} - {LOCK}
     if not names.isdisjoint(_OF_TRAINING):
         return "finished" if _is_model(folder.model) and _is_json(folder.summary) else "unfinished"
     if not names.isdisjoint(_OF_RESULTS):
@@ -110,7 +111,9 @@ def _is_json(path: Path) -> bool:
 
 
 def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Path | None:
-    """Makes the folder this run's own: on rank 0, before any work. Results of an earlier life are removed from it.
+    """Makes the folder this run's own: on rank 0, before any work, under its lock (run_lock.py).
+
+    Results of an earlier life are removed from it.
 
     Args:
         folder: as run_start.decide found.
@@ -126,6 +129,8 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
     try:
         moved = move_away(folder.path) if set_aside and folder.path.exists() else None
         folder.path.mkdir(parents=True, exist_ok=True)
+        if moved is not None:
+            follow(moved, folder.path)
         # A summary older than the config beside it would pass for this run's result.
         for stale in (folder.exit, folder.summary):
             stale.unlink(missing_ok=True)
@@ -134,11 +139,16 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
                 shutil.rmtree(results)
         _write(folder.config, [config_text])
     except OSError as error:
-        raise ConfigError(
-            f"the run folder {folder.path} cannot be written: {error.filename or folder.path}: {error.strerror}. "
-            "Set run.output_dir to a folder that you may write to"
-        ) from None
+        raise unwritable(folder, error) from None
     return moved
+
+
+def unwritable(folder: RunFolder, error: OSError) -> ConfigError:
+    """What the system said of the folder, for the user."""
+    return ConfigError(
+        f"the run folder {folder.path} cannot be written: {error.filename or folder.path}: {error.strerror}. "
+        "Set run.output_dir to a folder that you may write to"
+    )
 
 
 def move_away(path: Path) -> Path:

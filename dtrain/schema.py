@@ -117,6 +117,20 @@ def _read_eval_every(value: Any) -> Any:
     return int(value) if str(value).isdecimal() else value
 
 
+class Spike(Section):
+    """What is done about a loss far above those before it."""
+
+    factor: float = setting(
+        3.0, "a loss above so many times the median of the last ones is a spike", resume="free", gt=1
+    )
+    action: Literal["warn", "skip", "rollback"] = setting(
+        "warn", "skip: leave its update out; rollback: go on with the weights of the newest checkpoint", resume="free"
+    )
+    window: int = setting(
+        50, "how many of the last losses the median is taken of, once there are ten", resume="free", ge=10
+    )
+
+
 class Train(Section):
     """How long, in which portions, and what is watched."""
 
@@ -141,6 +155,10 @@ class Train(Section):
     )
     non_finite: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is not finite does", resume="free"
+    )
+    spike: Spike | None = setting(None, "what a loss far above those before it does; null: nothing", resume="free")
+    check_replicas: int | None = setting(
+        None, "steps between comparisons of all ranks' weights, bit by bit; null: none", resume="free", ge=1
     )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better", resume="free", ge=1)
 
@@ -348,6 +366,15 @@ class Config(Section):
             found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
         if self.train.early_stopping is not None and self.evaluation.best is None:
             found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
+        if self.train.spike is not None and self.train.spike.action == "rollback" and self.checkpoint.every is None:
+            found.append(
+                "train.spike.action=rollback needs checkpoints to go back to: set checkpoint.every, or use skip"
+            )
+        if self.train.check_replicas is not None and sharded and stage == 3:
+            found.append(
+                "train.check_replicas compares whole weights, but with engine.zero_stage=3 each rank holds a part of its "
+                "own: set it to null, or use stage 0, 1 or 2"
+            )
         if self.evaluation.best is not None and self.train.eval_every == "never":
             found.append(
                 "evaluation.best needs evaluations, but train.eval_every=never: set it to epoch or a number of steps"

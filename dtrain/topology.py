@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from dtrain import launchers, mpi, network, rollcall
 from dtrain.errors import TopologyError
+from dtrain.identity import Identity
 from dtrain.mpi import finalize_mpi as finalize_mpi
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def process_group(
     timeout_s: float = 120.0,
     collective_timeout_s: float = COLLECTIVE_TIMEOUT_S,
     store: Store | None = None,
+    run: Mapping[str, str] | None = None,
 ) -> Iterator[Topology]:
     """Collective. Forms torch's default process group and yields the complete topology; nothing at world size 1.
 
@@ -149,9 +151,10 @@ def process_group(
         timeout_s: how long to wait for all ranks to arrive.
         collective_timeout_s: how long a collective waits later on.
         store: where to meet instead of the master's address (tests use a file store).
+        run: what the ranks work on, in words that are the same on all: a process that says otherwise is not let in.
 
     Raises:
-        TopologyError: not all ranks came in time; the message says how many did and which are missing.
+        TopologyError: not all ranks came in time, or this one is of another job; the message says which.
     """
     if topology.world_size == 1:
         with _published(topology, env):
@@ -171,7 +174,7 @@ def process_group(
     if topology.is_complete:
         # The launcher knows its nodes; two of them may share a machine, as in tests.
         node = f"node {topology.node_rank}"
-    seat = rollcall.call(
+    admission = rollcall.call(
         PrefixStore("rollcall", store),
         rank=topology.rank,
         world_size=topology.world_size,
@@ -179,10 +182,12 @@ def process_group(
         node=node,
         deadline=deadline,
         timeout_s=timeout_s,
+        identity=Identity(*launchers.job_of(env, topology.launcher), run=run or {}),
     )
     if not topology.is_complete:
-        topology = replace(topology, **seat._asdict(), is_complete=True)
-    _start_group(topology, store, deadline, collective_timeout_s)
+        topology = replace(topology, **admission.seat._asdict(), is_complete=True)
+    # Of its own in a store that an earlier start of this job has used: a restarted one must not read what that wrote.
+    _start_group(topology, PrefixStore(f"group/{admission.meeting}", store), deadline, collective_timeout_s)
     try:
         with _published(topology, env):
             yield topology
@@ -214,14 +219,13 @@ def _open_store(
     left = timedelta(seconds=timeout_s)
     if topology.is_main and not agent_has_it:
         if listener is None:
-            listener = rollcall.listen_as_master(address, port, serves_other_nodes=serves_others)
+            listener = network.listen_as_master(address, port, serves_other_nodes=serves_others)
         own = network.resolve(address, port)[1]
         store: Store = TCPStore(own, port, size, True, left, False, master_listen_fd=listener.detach())
     else:
-        rollcall.reach(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
+        network.reach(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
         store = _connect(lambda: TCPStore(address, port, size, False, left, False), f"{address}:{port}", deadline)
-    # Workers that torchrun starts again must not read what their forerunners wrote.
-    return PrefixStore(f"dtrain/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore("dtrain", store)
 
 
 def _connect(client: Callable[[], Store], where: str, deadline: float) -> Store:
@@ -247,16 +251,13 @@ def _connect(client: Callable[[], Store], where: str, deadline: float) -> Store:
 def _start_group(topology: Topology, store: Store, deadline: float, collective_timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore, _set_pg_timeout
+    from torch.distributed.distributed_c10d import _set_pg_timeout
 
     # Connecting has the start-up time-out, work after it the longer one.
     left = timedelta(seconds=max(deadline - time.monotonic(), 10.0))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    group_store = PrefixStore("group", store)
     try:
-        dist.init_process_group(
-            backend, store=group_store, rank=topology.rank, world_size=topology.world_size, timeout=left
-        )
+        dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=left)
         dist.all_reduce(_nothing())
     except RuntimeError as error:
         raise TopologyError(

@@ -10,6 +10,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,23 +60,23 @@ def run_chat(config: Config, topology: Topology) -> None:
     prompts = list(read_prompts(file)) if file is not None else []
     if file is not None and not prompts:
         raise DataError(f"{file} has no dialogue to answer: a line of text is one")
-    if config.talk.makes_run_folder:
-        folder.take(config, topology, command="chat")
-    answer = speaker(config, topology)
-    if file is None:
-        talk(answer, _lines_of(sys.stdin), system=system)
-        return
-    for line, messages in prompts:
-        answer.check(begun_with(system, messages), f"{file}, {unit_of(file)} {line}")
-    target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
-    replies = (
-        reply_record(answer, index, line, messages, system=system) for index, (line, messages) in enumerate(prompts)
-    )
-    write_lines_atomic(target, replies)
-    if config.talk.makes_run_folder:
-        summary = results.summary("chat", None, topology, engine="single", seconds=time.monotonic() - begin)
-        write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
-    log.info("%d replies: %s", len(prompts), target)
+    holds = folder.taken(config, topology, command="chat") if config.talk.makes_run_folder else nullcontext()
+    with holds:
+        answer = speaker(config, topology)
+        if file is None:
+            talk(answer, _lines_of(sys.stdin), system=system)
+            return
+        for line, messages in prompts:
+            answer.check(begun_with(system, messages), f"{file}, {unit_of(file)} {line}")
+        target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
+        replies = (
+            reply_record(answer, index, line, messages, system=system) for index, (line, messages) in enumerate(prompts)
+        )
+        write_lines_atomic(target, replies)
+        if config.talk.makes_run_folder:
+            summary = results.summary("chat", None, topology, engine="single", seconds=time.monotonic() - begin)
+            write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
+        log.info("%d replies: %s", len(prompts), target)
 
 
 Answer = Callable[[Sequence[Message], int], Reply]

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dtrain.checkpoint import layout
+from dtrain.checkpoint import choosing, layout
+from dtrain.checkpoint.restoring import restore_weights
 from dtrain.collectives import node_first
 from dtrain.console import log
 from dtrain.data.order import StepPlan
@@ -20,7 +21,7 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.checks import check_fit, check_images
 from dtrain.models.load import load_model
-from dtrain.schema import Config
+from dtrain.schema import Config, Model
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology, device_of
 
@@ -62,9 +63,9 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         CheckpointError: model.name_or_path is a damaged checkpoint.
     """
 
-    def own() -> nn.Module:
+    def own_with(settings: Model) -> nn.Module:
         model = load_model(
-            config.model, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
+            settings, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
         if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
@@ -75,8 +76,17 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         return fitted
 
     # Every byte of a checkpoint is read once, by the rank that goes first.
-    node_first(lambda: check_whole(config.model.name_or_path), topology)
-    return place(in_turn(own, topology), config, topology)
+    is_sharded: bool = node_first(lambda: check_whole(config.model.name_or_path), topology)
+    if is_sharded:
+        return place(_from_pieces(config, own_with, topology), config, topology)
+    return place(in_turn(lambda: own_with(config.model), topology), config, topology)
+
+
+def _from_pieces(config: Config, make: Callable[[Model], nn.Module], topology: Topology) -> nn.Module:
+    """Collective. The model of a sharded checkpoint: new weights of its shape, then those in the pieces."""
+    module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), topology)
+    restore_weights(module, choosing.at(Path(str(config.model.name_or_path)), topology), topology)
+    return module
 
 
 def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
@@ -90,17 +100,17 @@ def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
     return made[0] if made else make()
 
 
-def check_whole(name: str | None) -> None:
-    """A checkpoint to begin with must be as it was written; other folders say nothing about that.
+def check_whole(name: str | None) -> bool:
+    """A checkpoint to begin with must be as it was written; gives whether it is a sharded one. Others are not looked at.
 
     Raises:
         CheckpointError: it is not, or its run had adapters, of which a checkpoint is no folder for from_pretrained.
     """
     folder = Path(name) if name is not None else None
     if folder is None or not (folder / layout.MANIFEST).is_file():
-        return
+        return False
     try:
-        layout.verify(folder)
+        saved = layout.verify(folder)
     except layout.Damaged as error:
         raise CheckpointError(
             f"model.name_or_path={folder} is a damaged checkpoint: {error}. Use another one of the run, or its model/."
@@ -110,6 +120,7 @@ def check_whole(name: str | None) -> None:
             f"model.name_or_path={folder} is a checkpoint of adapters (model.lora), to go on from with checkpoint.resume "
             "only. Use the run's model/, which has them in the form that others load."
         )
+    return "of" in saved.manifest
 
 
 def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:

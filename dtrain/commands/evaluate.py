@@ -25,24 +25,24 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
     """Collective. Writes summary.json and predictions/ into a run folder of its own."""
     begin = time.monotonic()
     name, why = engine_name(config, topology)
-    folder.take(config, topology, command="evaluate")
-    task = build_task(config, topology)
-    if set(task.splits) <= {"train"}:
-        raise ConfigError(
-            "There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction."
+    with folder.taken(config, topology, command="evaluate"):
+        task = build_task(config, topology)
+        if set(task.splits) <= {"train"}:
+            raise ConfigError(
+                "There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction."
+            )
+        metrics = reported(config.evaluation, task, folder=config.folder)
+        log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
+        forward = wrap(construct.load(config, task, topology), config, topology)
+        result = evaluate(
+            forward,
+            task,
+            micro_batch_size=config.evaluation.micro_batch_size,
+            workers=config.data.workers,
+            reported=metrics,
         )
-    metrics = reported(config.evaluation, task, folder=config.folder)
-    log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-    forward = wrap(construct.load(config, task, topology), config, topology)
-    result = evaluate(
-        forward,
-        task,
-        micro_batch_size=config.evaluation.micro_batch_size,
-        workers=config.data.workers,
-        reported=metrics,
-    )
-    write_down("evaluate", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
-    return Result(dict(result.metrics), config.run_dir)
+        write_down("evaluate", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
+        return Result(dict(result.metrics), config.run_dir)
 
 
 def wrap(module: nn.Module, config: Config, topology: Topology) -> Forward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dtrain.checkpoint import layout
 from dtrain.collectives import on_main
 from dtrain.commands.card import CARD, bare_card, trained_card
+from dtrain.commands.construct import check_whole
 from dtrain.config import load_config
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
@@ -73,11 +74,15 @@ def _source(config: Config) -> Path:
             f"model.name_or_path={name} is not a folder here: export takes a run's model (<run>/model). A model of the "
             f"hub is fetched by: download model.name_or_path={name} download.to=FOLDER"
         )
-    if re.fullmatch(r"(damaged-)?step-\d+", folder.resolve().name) or folder.name == "checkpoints":
-        raise ConfigError(
-            f"model.name_or_path={name} is a checkpoint: exporting one comes with a later version. Export the run's "
-            f"model instead: {folder.resolve().parent.parent.name}/model"
-        )
+    if folder.name == "checkpoints":
+        raise ConfigError(f"model.name_or_path={name} holds checkpoints: name one of them, or the run's model/.")
+    if (folder / layout.MANIFEST).is_file():
+        check_whole(name)
+        if not list(folder.glob(f"{layout.MODEL}*.safetensors")):
+            raise ConfigError(
+                f"model.name_or_path={name} is a sharded checkpoint, whose weights lie in pieces. A run can begin with it or "
+                "go on from it; what is exported is the run's model/."
+            )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"model.name_or_path={name} is a run folder: its model is {folder / 'model'}.")
     if not any((folder / config_file).is_file() for config_file in ("config.json", "adapter_config.json")):
@@ -138,6 +143,12 @@ def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:
 
 
 def _files(source: Path) -> Iterator[Path]:
+    """What belongs to the model; of a checkpoint, neither the optimizer nor the state of the run."""
+    if (source / layout.MANIFEST).is_file():
+        names = sorted(layout.read_manifest(source)["files"])
+        not_model = (layout.STATE, layout.CONFIG, f"{layout.OPTIMIZER}.safetensors")
+        yield from (source / n for n in names if n not in not_model and not n.startswith(f"{layout.OPTIMIZER}-"))
+        return
     for file in sorted(source.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
         if file.is_file() and not hidden:
@@ -183,7 +194,8 @@ def _bytes(file: Path) -> int:
 
 def _write_card(source: Path, draft: Path, config: Config) -> None:
     """The run's card, written anew from what the run left; else the one that is there; else what config.json tells."""
-    text = _card_of_run(source.resolve().parent, draft)
+    is_checkpoint = (source / layout.MANIFEST).is_file()  # whose metrics are not those of the run's end
+    text = None if is_checkpoint else _card_of_run(source.resolve().parent, draft)
     if text is None and (source / CARD).is_file():
         text = (source / CARD).read_text(encoding="utf-8")
     text = bare_card(str(config.export.to and config.export.to.name), draft) if text is None else text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.run_folder import RunFolder, claim
+from dtrain.run_folder import RunFolder, claim, state, unwritable
+from dtrain.run_lock import locked
 from dtrain.run_start import Action, Checkpoints, decide
 from dtrain.schema import Config
 from dtrain.topology import Topology
@@ -25,18 +28,34 @@ class Taken:
     checkpoint: Chosen | None
 
 
-def take(config: Config, topology: Topology, *, command: str) -> Taken:
-    """Collective. What becomes of this start; the folder is this run's own afterwards, unless it is already_finished.
+@contextmanager
+def taken(config: Config, topology: Topology, *, command: str) -> Iterator[Taken]:
+    """Collective. What becomes of this start; inside, the folder is this run's own, unless it is already_finished.
+
+    Rank 0 holds its lock until the end, so that there is one writer.
 
     Raises:
-        ConfigError: on all ranks, where the folder may not be touched or cannot be written.
+        ConfigError: on all ranks, where the folder is in use, may not be touched or cannot be written.
         CheckpointError: on all ranks, where the run cannot go on from where it was.
     """
-    chosen, there = _checkpoints(config, topology) if command == "train" else (None, Checkpoints())
+    with ExitStack() as lock:
+        yield _take(config, topology, command, lock)
+
+
+def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> Taken:
+    folder = RunFolder(config.run_dir)
+    refusals: list[ConfigError] = []
+
+    def hold() -> None:
+        if state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
+            return
+        try:
+            lock.enter_context(locked(folder.path, command=command))
+        except OSError as error:
+            refusals.append(unwritable(folder, error))
 
     def work() -> dict[str, object]:
-        folder = RunFolder(config.run_dir)
-        old = folder.old_config() if chosen is None or not there.given else chosen.config_text
+        old = chosen.config_text if chosen is not None and there.given else folder.old_config()
         changes = differences(old or (chosen.config_text if chosen is not None else None), config)
         try:
             decision = decide(config, command=command, changes=changes, checkpoints=there)
@@ -45,11 +64,15 @@ def take(config: Config, topology: Topology, *, command: str) -> Taken:
             raise
         notes = list(decision.notes)
         if decision.action != "already_finished":
+            if refusals:
+                raise refusals[0]
             moved = claim(folder, to_yaml(config), set_aside=decision.set_aside)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         return {"action": decision.action, "notes": notes}
 
     try:
+        on_main(hold, topology)
+        chosen, there = _checkpoints(config, topology) if command == "train" else (None, Checkpoints())
         told = on_main(work, topology)
     except ConfigError as error:
         error.is_noted = False
@@ -58,7 +81,7 @@ def take(config: Config, topology: Topology, *, command: str) -> Taken:
         log.info("%s", note)
     action: Action = told["action"]
     if action == "go_on" and chosen is not None and there.given:
-        choosing.set_newer_aside(RunFolder(config.run_dir).checkpoints, chosen.step, topology)
+        choosing.set_newer_aside(folder.checkpoints, chosen.step, topology)
     return Taken(action, chosen if action == "go_on" else None)
 
 

@@ -45,30 +45,30 @@ def run_inspect(config: Config, topology: Topology) -> Path:
     settings, model = config.inspect, config.model
     if settings.text is None and settings.split is None:
         raise ConfigError('inspect needs examples: inspect.text="..." or inspect.split and inspect.examples=[0, 5].')
-    folder.take(config, topology, command="inspect")
-    if model.attn_implementation not in (None, "eager"):
-        log.info("attentions are computed with model.attn_implementation=eager, not %s", model.attn_implementation)
-    if settings.text is not None:
-        tokenizer = load_tokenizer(model, training_texts=list)
-        examples = [_of_text(settings.text, tokenizer)]
-    else:
-        task = build_task(config, topology)
-        tokenizer = task.tokenizer
-        examples = list(_of_split(config, task))
-    target = config.run_dir / INSPECTION
+    with folder.taken(config, topology, command="inspect"):
+        if model.attn_implementation not in (None, "eager"):
+            log.info("attentions are computed with model.attn_implementation=eager, not %s", model.attn_implementation)
+        if settings.text is not None:
+            tokenizer = load_tokenizer(model, training_texts=list)
+            examples = [_of_text(settings.text, tokenizer)]
+        else:
+            task = build_task(config, topology)
+            tokenizer = task.tokenizer
+            examples = list(_of_split(config, task))
+        target = config.run_dir / INSPECTION
 
-    def work() -> None:
-        body = load_base(model).to(device_of(topology))
-        for example in examples:
-            _check(example, body)
-        with worded(target):
-            target.mkdir(exist_ok=True)
-            told = [_write(example, body, tokenizer, target) for example in examples]
-        write_json_atomic(target / "tokens.json", {"model": model.name_or_path, "examples": told})
+        def work() -> None:
+            body = load_base(model).to(device_of(topology))
+            for example in examples:
+                _check(example, body)
+            with worded(target):
+                target.mkdir(exist_ok=True)
+                told = [_write(example, body, tokenizer, target) for example in examples]
+            write_json_atomic(target / "tokens.json", {"model": model.name_or_path, "examples": told})
 
-    on_main(work, topology)
-    log.info("hidden states and attentions of %d example(s): %s", len(examples), target)
-    return target
+        on_main(work, topology)
+        log.info("hidden states and attentions of %d example(s): %s", len(examples), target)
+        return target
 
 
 def states_of(body: nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,19 +52,21 @@ def run_predict(config: Config, topology: Topology) -> Result:
     config = config.model_copy(update={"data": what_to_predict(config, topology)})
     if config.task.name == "seq2seq":  # its answer is the text that it writes
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
-    folder.take(config, topology, command="predict")
-    task = build_task(config, topology)
-    if set(task.splits) <= {"train"}:
-        raise ConfigError(
-            "There is nothing to predict: the data has only a train split. Name one in data.splits, e.g. "
-            "data.splits={test: test.csv}, or set predict.file."
+    with folder.taken(config, topology, command="predict"):
+        task = build_task(config, topology)
+        if set(task.splits) <= {"train"}:
+            raise ConfigError(
+                "There is nothing to predict: the data has only a train split. Name one in data.splits, e.g. "
+                "data.splits={test: test.csv}, or set predict.file."
+            )
+        log.info("predict with %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
+        forward = wrap(construct.load(config, task, topology), config, topology)
+        result = evaluate(
+            forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
         )
-    log.info("predict with %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-    forward = wrap(construct.load(config, task, topology), config, topology)
-    result = evaluate(forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers)
-    write_down("predict", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
-    on_main(lambda: _write_submission(config, result), topology)
-    return Result(dict(result.metrics), config.run_dir)
+        write_down("predict", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
+        on_main(lambda: _write_submission(config, result), topology)
+        return Result(dict(result.metrics), config.run_dir)
 
 
 def _check_file(file: Path, topology: Topology) -> None:

@@ -56,21 +56,21 @@ def run_prompts(config: Config, file: Path, topology: Topology) -> Result:
     """
     begin = time.monotonic()
     prompts = _read(config, file, topology)
-    folder.take(config, topology, command="predict")
-    respondent = in_turn(lambda: _respondent(config, topology), topology)
-    _check(respondent, prompts, file, topology)
-    log.info("predict with %s on %s, the whole model on each rank", config.model.name_or_path, topology.describe())
-    own = [
-        respondent.answer(number, line, prompt)
-        for number, (line, prompt) in enumerate(prompts)
-        if number % topology.world_size == topology.rank
-    ]
-    gathered = [record for records in all_gather_object(own, topology) for record in records]
-    records = sorted(gathered, key=lambda record: int(record["example_index"]))
-    assert [record["example_index"] for record in records] == list(range(len(prompts)))
-    result = EvaluationResult({}, {"test": SplitResult({}, records)})
-    write_down("predict", result, config.run_dir, topology, engine="single", seconds=time.monotonic() - begin)
-    return Result({}, config.run_dir)
+    with folder.taken(config, topology, command="predict"):
+        respondent = in_turn(lambda: _respondent(config, topology), topology)
+        _check(respondent, prompts, file, topology)
+        log.info("predict with %s on %s, the whole model on each rank", config.model.name_or_path, topology.describe())
+        own = [
+            respondent.answer(number, line, prompt)
+            for number, (line, prompt) in enumerate(prompts)
+            if number % topology.world_size == topology.rank
+        ]
+        gathered = [record for records in all_gather_object(own, topology) for record in records]
+        records = sorted(gathered, key=lambda record: int(record["example_index"]))
+        assert [record["example_index"] for record in records] == list(range(len(prompts)))
+        result = EvaluationResult({}, {"test": SplitResult({}, records)})
+        write_down("predict", result, config.run_dir, topology, engine="single", seconds=time.monotonic() - begin)
+        return Result({}, config.run_dir)
 
 
 def answer_first(config: Config, file: Path, topology: Topology) -> str:

@@ -110,14 +110,19 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank; rank 0 could not write it.
         """
-        self._report(self._saver.result(wait=True))
-        failed, *_ = all_gather_object(self._failed, self._topology)
+        failed = self.settle()
         if failed is not None:
             error = CheckpointError(
                 f"{failed}. It was the last one of this start: the run goes on from the one before."
             )
             error.is_said_elsewhere = not self._topology.is_main
             raise error
+
+    def settle(self) -> str | None:
+        """Collective. Waits until nothing is on its way; gives why the last one failed on rank 0, if it did."""
+        self._report(self._saver.result(wait=True))
+        failed: str | None = all_gather_object(self._failed, self._topology)[0]
+        return failed
 
     def close(self) -> None:
         """Gives up what is not written yet."""

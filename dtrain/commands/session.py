@@ -19,7 +19,9 @@ from dtrain.topology import Topology, process_group, set_threads
 
 
 @contextmanager
-def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -> Iterator[Job]:
+def session(
+    config: Config, topology: Topology, env: MutableMapping[str, str], *, command: str = "train"
+) -> Iterator[Job]:
     """Collective. Yields the job with its complete topology; its group has formed where there is more than one rank.
 
     Args:
@@ -27,7 +29,8 @@ def session(config: Config, topology: Topology, env: MutableMapping[str, str]) -
     """
     set_threads(topology, env)
     _quieten_libraries(env)
-    with process_group(topology, env, timeout_s=config.run.startup_timeout_s) as ready:
+    run = {"command": command, "run folder": str(config.run_dir)}
+    with process_group(topology, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
         set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
         peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
         _compare_configs(config, ready, peers)

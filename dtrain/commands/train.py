@@ -35,6 +35,8 @@ from dtrain.monitors.gradients import LogGradients
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Decision, Monitor, RunState
+from dtrain.monitors.replicas import Replicas
+from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
 from dtrain.run_folder import RunFolder
 from dtrain.schema import Config
@@ -51,6 +53,7 @@ def run_train(
     model: nn.Module | None = None,
     task: Task | None = None,
     monitors: Sequence[Monitor] = (),
+    began: float | None = None,
 ) -> Result:
     """Collective. Trains, evaluates, exports; gives the old result where the run was finished already.
 
@@ -58,14 +61,17 @@ def run_train(
         model: to train instead of what the config's model section says.
         task: instead of what the task and data sections say.
         monitors: further ones, below dtrain's own.
+        began: time.monotonic() at this start's beginning, imports included; default: now.
     """
+    began = time.monotonic() if began is None else began
     engine_name(config, topology)  # refuses a wrong combination before any work
-    taken = folder.take(config, topology, command="train")
-    if taken.action == "already_finished":
-        return _old_result(config, topology)
-    run = _prepare(config, topology, model, task, taken.checkpoint)
-    log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
-    return run.go(monitors)
+    with folder.taken(config, topology, command="train") as taken:
+        if taken.action == "already_finished":
+            return _old_result(config, topology)
+        run = _prepare(config, topology, model, task, taken.checkpoint)
+        run.began = began
+        log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
+        return run.go(monitors)
 
 
 def run_dry(config: Config, topology: Topology) -> None:
@@ -140,6 +146,8 @@ class TrainingRun:
     last_step: int = -1
     best: EvaluationResult | None = None
     keeper: KeepBest | None = None
+    spikes: Spikes | None = None
+    began: float = field(default_factory=time.monotonic)
     engine: Engine = field(init=False)
     tracker: Tracker = field(init=False)
     checkpoints: Checkpoints = field(init=False)
@@ -159,8 +167,16 @@ class TrainingRun:
             tensorboard=config.tracking.tensorboard,
         )
         with self.tracker:
-            self.tracker.event("start", command="train", world_size=self.topology.world_size, total_steps=total)
+            self.tracker.event(
+                "start",
+                command="train",
+                world_size=self.topology.world_size,
+                total_steps=total,
+                startup_s=time.monotonic() - self.began,
+            )
             self._start_engine()
+            if config.train.spike is not None:
+                self.spikes = Spikes(config.train.spike, self.state, self.tracker)
             try:
                 return self._train(total, own_monitors)
             finally:
@@ -221,6 +237,8 @@ class TrainingRun:
             train_mode=self.prepared.train_mode,
             before_epoch=self._before_epoch,
             log_gradients=config.train.log_gradients,
+            roll_back=self._roll_back,
+            drops=self.spikes.drops if self.spikes is not None else None,
         )
 
     def _monitors(self, own: Sequence[Monitor]) -> list[Monitor]:
@@ -230,8 +248,12 @@ class TrainingRun:
             LogSteps(train.log_every, self.tracker),
             LogGradients(self.tracker.gradients),
             NonFinite(train.non_finite, self.tracker),
-            Evaluate(train.eval_every, self._evaluate),
         ]
+        if self.spikes is not None:
+            found.append(self.spikes)
+        if train.check_replicas is not None:
+            found.append(Replicas(train.check_replicas, lambda: self.engine.module, self.topology, self.tracker))
+        found.append(Evaluate(train.eval_every, self._evaluate))
         if best is not None:
             self.keeper = KeepBest(best, self.state, self._keep_best)
             found.append(self.keeper)
@@ -269,6 +291,26 @@ class TrainingRun:
             log.info("epoch %d: thawed %s", epoch, freezing.summary(names))
             self.tracker.event("thaw", step=self.state.step, epoch=epoch, parameters=names)
         return self.engine
+
+    def _roll_back(self, engine: Engine) -> Engine:
+        """Collective. The engine as the newest checkpoint has it; the data goes on where it is."""
+        self.checkpoints.settle()
+        chosen, _ = choosing.newest(RunFolder(self.config.run_dir).checkpoints, self.topology)
+        if chosen is None:
+            log.warning("step %d: there is no checkpoint to go back to yet; training goes on", self.state.step)
+            return engine
+        self._load(engine, chosen)
+        self.state.updates = int(chosen.state["run"]["updates"])
+        self.tracker.event("rollback", step=self.state.step, to_step=chosen.step)
+        log.info("step %d: weights and moments are those of step %d again", self.state.step, chosen.step)
+        return self.engine
+
+    def _load(self, engine: Engine, chosen: Chosen) -> None:
+        """Collective. A checkpoint into an engine that runs already: it is built anew around the module."""
+        module = engine.release()
+        restore_weights(module, chosen, self.topology)
+        self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
+        restore_slots(self.engine, chosen, self.topology)
 
     def _finish(self) -> Result:
         """Collective. The model, its predictions and the summary; `best` where one was asked for."""
@@ -310,8 +352,6 @@ class TrainingRun:
     def _bring_back_best(self, step: int) -> None:
         """Collective. The best step was in an earlier start: its checkpoint gives the model and its results again."""
         chosen = choosing.at(RunFolder(self.config.run_dir).checkpoints / folder_name(step), self.topology)
-        module = self.engine.release()
-        restore_weights(module, chosen, self.topology)
-        self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
+        self._load(self.engine, chosen)
         self._evaluate(step)
         self._keep_best()

@@ -14,7 +14,13 @@ class Decision(IntEnum):
     CONTINUE = 0
     STOP = 1
     """End the run in good order: evaluate, export, summary. After this step if it was evaluated, else after the next."""
-    PREEMPT = 2
+    ROLLBACK = 2
+    """Take weights, moments, loss scale and the number of updates from the newest checkpoint, before the next step.
+
+    The data goes on behind this step, so that what spoiled the weights is not met again. Every rank answers so at the
+    same step, since it answers by the record alone.
+    """
+    PREEMPT = 3
     """Stop where the run stands, with a checkpoint to go on from; after the next step."""
 
 
@@ -25,6 +31,7 @@ class RunState:
     step: optimizer steps taken, the data position; always advances. updates: those that changed weights, the
     schedule's argument. examples, targets: seen so far. best: the best value of evaluation.best, None before the first.
     best_step: where that was. patience: evaluations since then. thawed: parameter names per thaw so far.
+    recent_losses: of the last steps, per target, oldest first, where train.spike needs them.
     """
 
     step: int = 0
@@ -35,6 +42,7 @@ class RunState:
     best_step: int | None = None
     patience: int = 0
     thawed: list[list[str]] = field(default_factory=list)
+    recent_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

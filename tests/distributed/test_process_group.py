@@ -20,7 +20,8 @@ from dtrain.errors import DtrainError
 from dtrain.topology import Topology, process_group
 begin = time.monotonic()
 try:
-    with process_group(Topology.from_env(os.environ), os.environ, timeout_s=float(sys.argv[1])) as topology:
+    run = {"run folder": os.environ.get("TEST_RUN", "runs/one")}
+    with process_group(Topology.from_env(os.environ), os.environ, timeout_s=float(sys.argv[1]), run=run) as topology:
         print(json.dumps({
             "everyone": all_gather_object(topology.rank, topology),
             "local_rank": topology.local_rank,
@@ -106,6 +107,35 @@ def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -
     assert f"Port {taken} on 127.0.0.1 is in use" in third
     assert f"What answers at 127.0.0.1:{taken} is not this job's meeting point" in fourth
     assert all(float(str(found["seconds"])) < 10 for _, found in ended)
+
+
+@pytest.mark.parametrize(
+    ("stale", "right", "row"),
+    [
+        ({"TEST_RUN": "runs/old"}, {}, "run folder  runs/one"),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, {"TORCHELASTIC_RESTART_COUNT": "1"}, "restart  1"),
+    ],
+    ids=["another run", "an older start"],
+)
+def test_a_process_of_an_old_run_is_turned_away_before_any_collective_and_the_right_one_let_in(
+    stale: dict[str, str], right: dict[str, str], row: str
+) -> None:
+    common: dict[str, str] = {}
+    if right:
+        common = {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}
+    port = _free_port()
+    zero = _start(0, 2, port, "60", **common, **right, LOCAL_RANK="0")
+    try:
+        code, told = _end(_start(1, 2, port, "60", **common, **stale, LOCAL_RANK="1"))
+        ended = [_end(process) for process in (_start(1, 2, port, "60", **common, **right, LOCAL_RANK="1"), zero)]
+    finally:
+        zero.kill()
+
+    assert code == 4
+    assert f"is not of the job that rank 0 (process {zero.pid} on " in str(told["error"])
+    assert row in str(told["error"])
+    assert float(str(told["seconds"])) < 30
+    assert [(code, found["everyone"]) for code, found in ended] == [(0, [0, 1])] * 2
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_sources_that_cannot_be_exported_say_what_to_do(tmp_path: Path, model: P
         folder.mkdir(parents=True)
     wrong = [
         (Path("org/name"), r"is not a folder here.*download model.name_or_path=org/name"),
-        (step, r"is a checkpoint: exporting one comes with a later version. Export the run's model instead: run/model"),
+        (step.parent, r"holds checkpoints: name one of them, or the run's model/"),
         (tmp_path / "run", "is a run folder: its model is .*run/model"),
         (bare, "has no config.json"),
     ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dtrain import launchers
 from dtrain.errors import TopologyError
 from dtrain.launchers import first_host, tasks_per_node
 from dtrain.topology import SINGLE, Topology
@@ -261,3 +262,45 @@ def test_one_line_says_where_a_process_stands() -> None:
     assert SINGLE.describe() == "one process"
     assert Topology.from_env(TORCHRUN).describe() == "rank 7 of 8 on 2 nodes (local rank 3 of 4), by torchrun"
     assert "as far as the variables tell" in Topology.from_env(BY_HAND).describe()
+
+
+# ---------------------------------------------------------------- which job
+
+
+@pytest.mark.parametrize(
+    ("launcher", "env", "job"),
+    [
+        ("torchrun", {"TORCHELASTIC_RUN_ID": "a"}, ({"rdzv id": "a"}, 0, True)),
+        (
+            "torchrun",
+            {
+                "TORCHELASTIC_RUN_ID": "a",
+                "TORCHELASTIC_RESTART_COUNT": "2",
+                "GROUP_WORLD_SIZE": "1",
+                "SLURM_JOB_ID": "7",
+            },
+            ({"rdzv id": "a"}, 2, True),
+        ),
+        (
+            "torchrun",
+            {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2", "GROUP_WORLD_SIZE": "3"},
+            ({"rdzv id": "a"}, 2, False),
+        ),
+        ("openmpi", {"PMIX_NAMESPACE": "prterun-9@1", "SLURM_JOB_ID": "7"}, ({"MPI job": "prterun-9@1"}, 0, True)),
+        ("mpich", {}, ({}, 0, True)),
+        ("slurm", {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}, ({"Slurm step": "7.3"}, 0, True)),
+        (
+            "slurm",
+            {"SLURM_JOB_ID": "7", "SLURM_STEPID": "4", "SLURM_RESTART_COUNT": "1"},
+            ({"Slurm step": "7.4"}, 1, True),
+        ),
+        ("slurm", {}, ({}, 0, True)),
+        ("deepspeed", {"SLURM_JOB_ID": "7", "PMIX_NAMESPACE": "x"}, ({}, 0, True)),
+        ("env", {"SLURM_JOB_ID": "7", "TORCHELASTIC_RESTART_COUNT": "3"}, ({}, 0, True)),
+        ("none", {}, ({}, 0, True)),
+    ],
+)
+def test_a_job_has_the_name_that_its_own_launcher_gave_it(
+    launcher: str, env: dict[str, str], job: tuple[dict[str, str], int, bool]
+) -> None:
+    assert launchers.job_of(env, launcher) == job

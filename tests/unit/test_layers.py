@@ -37,6 +37,9 @@ LEVELS = {
             "wording",
             "rollcall",
             "imports",
+            "identity",
+            "processes",
+            "run_lock",
         ],
         0,
     ),
@@ -54,7 +57,8 @@ SIDEWAYS = {
     *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
     *[("schema", "task_settings"), ("schema", "model_settings")],
     ("schema", "command_settings"),
-    *[("rollcall", "network"), ("mpi", "launchers"), ("mpi", "network"), ("mpi", "rollcall")],  # topology.py's parts
+    *[("rollcall", "identity"), ("mpi", "launchers"), ("mpi", "network")],  # topology.py's parts
+    ("run_lock", "processes"),
 }
 """Within a level, only these: who imports, and what."""
 

@@ -1,18 +1,27 @@
-"""The roll-call over torch's in-memory store, each rank a thread."""
+"""The roll-call over torch's in-memory store, each rank a thread; and the sockets at the master's address."""
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from dtrain import rollcall
+from dtrain import network, rollcall
 from dtrain.errors import TopologyError
+from dtrain.identity import Identity
 from dtrain.rollcall import Seat
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No store to spare here."""
+    monkeypatch.setattr(rollcall, "LONGEST_PAUSE_S", 0.02)
 
 
 def _call(board: Any, rank: int, world_size: int, *, timeout_s: float = 5.0, **more: Any) -> Seat | str:
@@ -25,7 +34,7 @@ def _call(board: Any, rank: int, world_size: int, *, timeout_s: float = 5.0, **m
             deadline=time.monotonic() + timeout_s,
             timeout_s=timeout_s,
             **wanted,
-        )
+        ).seat
     except TopologyError as error:
         return str(error)
 
@@ -34,6 +43,13 @@ def _together(calls: list[dict[str, Any]]) -> list[Seat | str]:
     board = HashStore()
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(lambda call: _call(board, **call), calls))
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert done()
 
 
 def test_ranks_that_all_come_learn_who_shares_their_node() -> None:
@@ -75,13 +91,20 @@ def test_ranks_that_disagree_about_the_size_of_the_world_are_named() -> None:
     assert "counts 3 processes in all, rank 0 counts 2" in str(messages[0])
 
 
-def test_two_processes_of_one_rank_are_refused() -> None:
-    board = HashStore()
-    first = _call(board, 1, 2, timeout_s=0.1, node="a")
-    second = _call(board, 1, 2, timeout_s=0.1, node="b")
+def test_of_two_processes_of_one_rank_the_later_is_refused_and_the_job_goes_on() -> None:
+    board, found = HashStore(), {}
+    with ThreadPoolExecutor(3) as pool:
+        second_1 = [pool.submit(_call, board, 1, 3, node=node) for node in ("a", "b")]
+        wait_for(lambda: board.check(["arrival/2"]))
+        zero = pool.submit(_call, board, 0, 3)
+        done, _ = wait(second_1, timeout=20, return_when=FIRST_COMPLETED)
+        found["refused"] = str(done.pop().result())
+        two = _call(board, 2, 3)
+        found["seats"] = [zero.result(), two, *(each.result() for each in second_1)]
 
-    assert "Missing: rank 0" in str(first)
-    assert str(second).startswith("Two processes are rank 1")
+    assert found["refused"].startswith("Two processes are rank 1 (process ")
+    assert "give each its own RANK" in found["refused"]
+    assert sum(isinstance(seat, Seat) for seat in found["seats"]) == 3
 
 
 def test_a_local_rank_that_two_ranks_of_a_node_claim_is_refused() -> None:
@@ -91,23 +114,167 @@ def test_a_local_rank_that_two_ranks_of_a_node_claim_is_refused() -> None:
     assert "One node has local rank 0 2 times" in str(messages[0])
 
 
+# ---------------------------------------------------------------- who does not belong
+
+
+COLA = {"command": "train", "run folder": "runs/cola"}
+SST2 = {"command": "train", "run folder": "runs/sst2"}
+
+
+def of(restart: int = 0, job: str = "j1", *, run: dict[str, str] | None = None, alike: bool = True) -> Identity:
+    """As under torchrun."""
+    return Identity({"rdzv id": job}, restart, alike, run or COLA)
+
+
+@pytest.mark.parametrize(
+    ("mine", "its", "rows"),
+    [
+        pytest.param(of(1), of(0), ["restart", "1", "0"], id="an older start"),
+        pytest.param(of(job="j1"), of(job="j2"), ["rdzv id", "j1", "j2"], id="another job"),
+        pytest.param(of(), Identity(run=COLA), ["rdzv id", "j1", "-"], id="started by hand"),
+        pytest.param(
+            Identity(run=COLA), Identity(run=SST2), ["run folder", "runs/cola", "runs/sst2"], id="another run"
+        ),
+        pytest.param(
+            Identity(run=COLA),
+            Identity(run={**COLA, "command": "evaluate"}),
+            ["command", "train", "evaluate"],
+            id="command",
+        ),
+    ],
+)
+def test_a_process_of_another_start_is_turned_away_at_once_and_the_right_one_let_in(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mine: Identity, its: Identity, rows: list[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("dtrain"), "propagate", True)
+    board = HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        stranger = pool.submit(_call, board, 1, 2, identity=its, timeout_s=20.0)
+        wait_for(lambda: board.check(["arrival/1"]))
+        zero = pool.submit(_call, board, 0, 2, identity=mine, timeout_s=20.0)
+        told = str(stranger.result(timeout=20))
+        assert not zero.done()
+        one = pool.submit(_call, board, 1, 2, identity=mine, timeout_s=20.0)
+        seats = [zero.result(timeout=20), one.result(timeout=20)]
+
+    assert seats == [Seat(0, 2, 0, 1), Seat(1, 2, 0, 1)]
+    assert told.startswith("Rank 1 (process ")
+    table = [line.split("  ") for line in told.splitlines() if line.startswith("  ")]
+    assert [[cell.strip() for cell in line if cell] for line in table][1:] == [rows]
+    assert "MASTER_PORT" in told
+    assert told.splitlines()[0] in caplog.text, "rank 0 says it, too"
+
+
+def test_a_rank_that_came_for_another_run_is_named_when_nobody_else_comes() -> None:
+    messages = _together(
+        [
+            {"rank": 0, "world_size": 2, "timeout_s": 0.3, "identity": Identity(run=COLA)},
+            {"rank": 1, "world_size": 2, "timeout_s": 0.3, "identity": Identity(run=SST2)},
+        ]
+    )
+
+    assert str(messages[0]).startswith("1 of 2 ranks came within 0.3 s. Missing: rank 1.")
+    for message in messages:
+        assert "runs/cola" in str(message)
+        assert "runs/sst2" in str(message)
+
+
+def test_nodes_of_one_job_that_were_told_different_commands_fail_together_with_a_table() -> None:
+    sides = [of(run=COLA), of(run=SST2), of(run=COLA)]
+
+    messages = _together([{"rank": rank, "world_size": 3, "identity": side} for rank, side in enumerate(sides)])
+
+    assert len(set(messages)) == 1
+    assert "Rank 0 (process " in str(messages[0])
+    assert "work on different runs" in str(messages[0])
+    assert "run folder  runs/cola" in str(messages[0])
+
+
+def test_nodes_whose_agents_count_their_own_failures_meet_all_the_same() -> None:
+    sides = [of(0, alike=False), of(1, alike=False)]
+
+    seats = _together([{"rank": rank, "world_size": 2, "identity": side} for rank, side in enumerate(sides)])
+
+    assert seats == [Seat(0, 2, 0, 1), Seat(1, 2, 0, 1)]
+
+
+def test_what_the_dead_of_an_earlier_start_left_does_no_harm() -> None:
+    board = HashStore()
+    for rank in (1, 2):  # they arrived, and were killed before rank 0 came
+        assert "Missing: rank 0" in str(_call(board, rank, 3, timeout_s=0.05, identity=of(alike=False)))
+    for restart in (1, 1, 2):  # the same number again: another node joined
+        with ThreadPoolExecutor(3) as pool:
+            calls = [pool.submit(_call, board, rank, 3, identity=of(restart, alike=False)) for rank in range(3)]
+            assert [call.result() for call in calls] == [Seat(rank, 3, 0, 1) for rank in range(3)]
+
+
+def test_each_meeting_has_a_number_of_its_own() -> None:
+    board = HashStore()
+    common: dict[str, Any] = {"world_size": 1, "local_rank": None, "node": None, "timeout_s": 5.0}
+
+    meetings = [rollcall.call(board, rank=0, deadline=time.monotonic() + 5, **common).meeting for _ in range(3)]
+
+    assert meetings == [1, 2, 3]
+
+
+def test_a_rank_0_of_an_older_start_leaves_the_others_to_the_newer_one() -> None:
+    board = HashStore()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(_call, board, rank, 3, identity=of(1)) for rank in (0, 1)]
+        wait_for(lambda: board.check(["here/1/1"]))
+        late = str(_call(board, 0, 3, identity=of(0)))
+        waiting.append(pool.submit(_call, board, 2, 3, identity=of(1)))
+        seats = [call.result() for call in waiting]
+
+    assert "is left over from an older start of this job, which rank 0 (process " in late
+    assert seats == [Seat(0, 3, 0, 1), Seat(1, 3, 0, 1), Seat(2, 3, 0, 1)]
+
+
+def test_a_rank_0_that_waits_gives_way_to_the_one_that_was_started_after_it() -> None:
+    board = HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        old = pool.submit(_call, board, 0, 3, identity=of(0))
+        one = pool.submit(_call, board, 1, 3, identity=of(1))
+        old_ended = old.result()
+        new = [pool.submit(_call, board, 0, 3, identity=of(1))]
+        two = _call(board, 2, 3, identity=of(1))
+        found = [old_ended, new[0].result(), one.result()]
+
+    assert "is left over from an older start" in str(found[0])
+    assert [found[1], found[2], two] == [Seat(rank, 3, 0, 1) for rank in range(3)]
+
+
+def test_a_process_that_comes_when_the_others_have_met_is_told_so() -> None:
+    board = HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(_call, board, rank, 2, identity=of()) for rank in range(2)]
+        assert all(isinstance(call.result(), Seat) for call in calls)
+
+    late = str(_call(board, 1, 2, identity=of(), timeout_s=0.1))
+
+    assert "met without this process: is it left over from an older start?" in late
+
+
+# ---------------------------------------------------------------- sockets
+
+
 def test_the_masters_socket_is_on_its_own_address_and_a_taken_port_is_named() -> None:
-    with rollcall.listen_as_master("127.0.0.1", 0, serves_other_nodes=False) as listener:
+    with network.listen_as_master("127.0.0.1", 0, serves_other_nodes=False) as listener:
         address, port = listener.getsockname()[:2]
         with pytest.raises(TopologyError, match=rf"Port {port} on 127\.0\.0\.1 is in use"):
-            rollcall.listen("127.0.0.1", port)
+            network.listen("127.0.0.1", port)
 
     assert address == "127.0.0.1"
 
 
 def test_a_master_that_other_nodes_must_reach_does_not_hide_behind_loopback() -> None:
-    with rollcall.listen_as_master("127.0.1.1", 0, serves_other_nodes=True) as listener:
+    with network.listen_as_master("127.0.1.1", 0, serves_other_nodes=True) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 
 def test_a_master_name_that_does_not_resolve_is_named() -> None:
     with pytest.raises(TopologyError, match=r"MASTER_ADDR=no-such-host\.invalid does not resolve"):
-        rollcall.listen_as_master("no-such-host.invalid", 1, serves_other_nodes=True)
+        network.listen_as_master("no-such-host.invalid", 1, serves_other_nodes=True)
 
 
 def test_a_master_that_never_answers_is_named_with_its_address_and_port() -> None:
@@ -115,4 +282,4 @@ def test_a_master_that_never_answers_is_named_with_its_address_and_port() -> Non
         taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody can answer there
         port = taken.getsockname()[1]
         with pytest.raises(TopologyError, match=rf"Rank 1 .* found no master at 127\.0\.0\.1:{port} within 0\.2 s"):
-            rollcall.reach("127.0.0.1", port, rank=1, deadline=time.monotonic() + 0.2, timeout_s=0.2)
+            network.reach("127.0.0.1", port, rank=1, deadline=time.monotonic() + 0.2, timeout_s=0.2)

@@ -1,0 +1,73 @@
+"""A loss far above those before it: said, dropped, or answered with the weights of the newest checkpoint."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from dtrain.console import log
+from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.schema import Spike
+
+SEEN = 10
+"""So many losses make a median worth comparing with."""
+
+
+class Spikes:
+    """Compares each step's loss with the median of the last ones, which are part of the run's state.
+
+    A spike counts among the last ones as well: a loss that stays high is the usual one after half a window.
+    """
+
+    def __init__(self, settings: Spike, state: RunState, tracker: Log) -> None:
+        self._settings = settings
+        self._state = state
+        self._tracker = tracker
+
+    def drops(self, loss: float) -> bool:
+        """Whether the update of a step is to be left out; asked before it, with the step's loss per target in nats.
+
+        Equal on every rank, for the loss and the last ones are.
+        """
+        return self._settings.action == "skip" and self._is_spike(loss)
+
+    def after_step(self, record: StepRecord) -> Decision:
+        if not (record.targets and math.isfinite(record.loss)):
+            return Decision.CONTINUE
+        is_spike = self._is_spike(record.loss)
+        if is_spike:
+            self._report(record)
+        self._state.recent_losses = [*self._state.recent_losses, record.loss][-self._settings.window :]
+        return Decision.ROLLBACK if is_spike and self._settings.action == "rollback" else Decision.CONTINUE
+
+    def _is_spike(self, loss: float) -> bool:
+        last = self._state.recent_losses[-self._settings.window :]
+        usual = median(last) if len(last) >= SEEN else 0.0
+        return loss > self._settings.factor * usual > 0
+
+    def _report(self, record: StepRecord) -> None:
+        settings, usual = self._settings, median(self._state.recent_losses[-self._settings.window :])
+        self._tracker.event(
+            "fault",
+            kind="spike",
+            step=record.step,
+            loss=record.loss,
+            median=usual,
+            factor=settings.factor,
+            action=settings.action,
+        )
+        what = {
+            "warn": "The run goes on.",
+            "skip": "Its update was left out.",
+            "rollback": "The run takes the weights of its newest checkpoint and goes on with the data after this step.",
+        }
+        log.info(
+            "warning: step %d: the loss of %.4g is a spike, more than train.spike.factor=%g times %.4g, the median of the "
+            "%d before it. %s",
+            record.step,
+            record.loss,
+            settings.factor,
+            usual,
+            min(len(self._state.recent_losses), settings.window),
+            what[settings.action],
+        )

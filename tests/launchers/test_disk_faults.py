@@ -1,0 +1,88 @@
+"""Checkpoints on a disk that fills up, and without the process that writes them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dtrain.checkpoint.layout import found, verify
+from tests import jobs
+
+STEPS = {"train__max_steps": 100000, "train__log_every": 1, "checkpoint__every": 10, "checkpoint__keep": 1}
+DISK = 4 * 2**20
+"""Bytes. A checkpoint of the tiny model has 280,000."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"needs the right to mount a small disk: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """A file that leaves so many bytes."""
+    filler = disk / "filler"
+    stat = os.statvfs(disk)
+    with filler.open("wb") as out:
+        out.write(bytes(stat.f_bavail * stat.f_frsize - leave))
+    return filler
+
+
+def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(disk: Path) -> None:
+    run = disk / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
+        job.wait_for("  loss ")
+        jobs.until(lambda: bool(found(run / "checkpoints")))
+        filler = fill(disk, leave=100_000)
+        job.wait_for("Training goes on")
+        at = max(found(run / "checkpoints"))
+        verify(run / "checkpoints" / f"step-{at:06d}")
+        filler.unlink()
+        jobs.until(lambda: max(found(run / "checkpoints"), default=0) > at)
+        os.kill(job.process.pid, signal.SIGTERM)
+        job.end()
+
+    fault = jobs.events(run, "fault")[0]
+    assert fault["kind"] == "checkpoint"
+    assert "No space left on device" in fault["message"]
+    assert jobs.exit_of(run)["code"] == 75
+    assert any(line.startswith("warning: step-") and "No space left on device" in line for line in job.said)
+
+
+def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(disk: Path) -> None:
+    fill(disk, leave=500_000)
+
+    job = jobs.run([*jobs.python(), *jobs.settings(disk / "runs", "run", **STEPS)])
+
+    assert job.process.returncode == 6
+    assert "checkpoint.keep=1 checkpoints and the next one take" in job.said[-1]
+    assert not any("  loss " in line for line in job.out)
+
+
+def test_a_killed_writer_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
+        job.wait_for("  loss ")
+        jobs.until(lambda: bool(found(run / "checkpoints")))
+        (writer,) = [pid for pid, words in job.members().items() if any("checkpoint.process" in word for word in words)]
+        os.kill(writer, signal.SIGKILL)
+        job.end()
+
+    ended = jobs.exit_of(run)
+    assert (ended["code"], ended["cause"], ended["rank"]) == (6, "CheckpointError", 0)
+    assert ended["message"].startswith(f"The process that writes checkpoints ended by SIGKILL (process {writer})")

@@ -1,0 +1,421 @@
+"""One writer for a run folder: who has it, who is refused, and when a lock counts no more."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain import run_lock
+from dtrain.commands.folder import taken
+from dtrain.config import load_config
+from dtrain.errors import ConfigError
+from dtrain.processes import Process, began, is_alive, this_process
+from dtrain.run_folder import RunFolder, state
+from dtrain.run_lock import LOCK, Owner, locked, look
+from dtrain.schema import Config
+from dtrain.topology import SINGLE
+
+PERIOD_S = 0.02
+NOBODY = 2**22 + 1
+"""No process has this number: it is above what Linux gives out."""
+
+
+def owner(**changes: Any) -> Owner:
+    """Of another job, which ran where this test does unless `changes` say otherwise."""
+    return Owner(this_process()._replace(**changes), "train", "2026-01-02 03:04:05 UTC", "0123")
+
+
+def leave_lock(folder: Path, whose: Owner | str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).write_text(whose if isinstance(whose, str) else whose.as_text())
+    return folder
+
+
+@contextmanager
+def touched(file: Path) -> Iterator[None]:
+    """A heart that beats in another place."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(PERIOD_S / 4):
+            os.utime(file)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        yield
+    finally:
+        done.set()
+        heart.join()
+
+
+def at_once(work: Callable[[int], Any], times: int) -> list[Any]:
+    """What `work` gives, or the error, in that many threads that begin together and end together."""
+    ready, over, found = threading.Barrier(times), threading.Barrier(times), [None] * times
+
+    def run(number: int) -> None:
+        ready.wait(timeout=20)
+        try:
+            with work(number) as found[number]:
+                over.wait(timeout=20)
+        except ConfigError as error:
+            found[number] = error  # type: ignore[call-overload]
+            over.wait(timeout=20)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(times)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    return found
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """The log's lines so far."""
+    monkeypatch.setattr(logging.getLogger("dtrain"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="dtrain")
+    return lambda: "\n".join(caplog.messages)
+
+
+# ---------------------------------------------------------------- one job
+
+
+def test_the_lock_says_who_has_the_folder_and_goes_when_the_job_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+
+    with locked(folder, command="train"):
+        record = json.loads((folder / LOCK).read_text())
+        assert [entry.name for entry in folder.iterdir()] == [LOCK]
+
+    own = this_process()
+    assert {name: record[name] for name in Process._fields} == own._asdict()
+    assert record["command"] == "train"
+    assert abs(time.mktime(time.strptime(record["since"], "%Y-%m-%d %H:%M:%S UTC")) - time.mktime(time.gmtime())) < 60
+    assert list(folder.iterdir()) == []
+
+
+def test_the_lock_goes_when_the_job_fails_as_well(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path, command="train"):
+        raise KeyboardInterrupt
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "deep" / "one", command="train"):
+        pass
+    with locked(tmp_path / "two", command="train"):
+        (tmp_path / "two" / "metrics.jsonl").write_text("")
+
+    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == []
+    assert [entry.name for entry in (tmp_path / "two").iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_heart_beats_while_the_job_lives(tmp_path: Path) -> None:
+    with locked(tmp_path, command="train", period_s=PERIOD_S):
+        os.utime(tmp_path / LOCK, ns=(0, 0))
+        deadline = time.monotonic() + 10
+        while (tmp_path / LOCK).stat().st_mtime_ns == 0 and time.monotonic() < deadline:
+            time.sleep(PERIOD_S)
+        assert (tmp_path / LOCK).stat().st_mtime_ns > 0
+
+
+def test_a_job_whose_folder_was_taken_over_while_it_stood_still_ends_and_leaves_the_others_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, other = threading.Event(), owner(host="node7")
+    monkeypatch.setattr(run_lock, "_leave", lambda _folder, who: ended.set() if who == other else None)
+
+    with locked(tmp_path, command="train", period_s=PERIOD_S):
+        leave_lock(tmp_path, other)
+        assert ended.wait(10)
+
+    assert look(tmp_path).owner == other  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- two jobs
+
+
+def test_a_second_job_is_refused_and_told_who_where_since_when_and_what_to_do(tmp_path: Path) -> None:
+    with locked(tmp_path, command="evaluate"):
+        since = json.loads((tmp_path / LOCK).read_text())["since"]
+        with pytest.raises(ConfigError) as refused, locked(tmp_path, command="train"):
+            pass
+        assert (tmp_path / LOCK).exists()
+
+    own = this_process()
+    assert f"in use by process {own.pid} on {own.host} (evaluate, since {since})" in str(refused.value)
+    assert "Wait until that job ends, or stop it; or choose another run.name" in str(refused.value)
+
+
+@pytest.mark.parametrize("lies_there", ["nothing", "a stale lock"])
+@pytest.mark.parametrize("links", [True, False])
+def test_of_starts_at_once_exactly_one_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies_there: str, links: bool
+) -> None:
+    def no_links(*_args: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for turn in range(10):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        if lies_there == "a stale lock":
+            leave_lock(folder, owner(pid=NOBODY))
+
+        found = at_once(lambda _, folder=folder: locked(folder, command="train", period_s=PERIOD_S), 6)
+
+        assert sorted(type(each).__name__ for each in found) == ["ConfigError"] * 5 + ["Owner"]
+        assert list(folder.iterdir()) == []
+
+
+def test_of_two_who_replace_a_stale_lock_the_later_finds_the_other_ones_and_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, flock, found = threading.Event(), fcntl.flock, []
+
+    def tell(*args: Any) -> None:
+        waits.set()
+        flock(*args)
+
+    def start() -> None:
+        try:
+            with locked(tmp_path, command="train"):
+                found.append("won")
+        except ConfigError as error:
+            found.append(str(error))
+
+    leave_lock(tmp_path, owner(pid=NOBODY))
+    later = threading.Thread(target=start)
+    with (tmp_path / LOCK).open("r+") as held:
+        flock(held, fcntl.LOCK_EX)  # the other one is at it
+        monkeypatch.setattr(fcntl, "flock", tell)
+        later.start()
+        came_to_wait = waits.wait(10)
+        leave_lock(tmp_path / "draft", owner())
+        (tmp_path / "draft" / LOCK).replace(tmp_path / LOCK)
+    later.join(timeout=20)
+
+    assert came_to_wait
+    assert f"is in use by {owner()}" in found[0]
+    assert look(tmp_path).owner == owner()  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- stale or not
+
+
+@pytest.mark.parametrize("changes", [{"pid": NOBODY}, {"started": "1"}], ids=["gone", "its number is another's"])
+def test_the_lock_of_a_process_that_is_gone_is_taken_at_once_and_a_line_says_so(
+    tmp_path: Path, changes: dict[str, Any], said: Callable[[], str]
+) -> None:
+    dead = owner(**changes)
+    leave_lock(tmp_path, dead)
+    begin = time.monotonic()
+
+    with locked(tmp_path, command="train"):
+        taken_after_s = time.monotonic() - begin
+        assert look(tmp_path).owner.process == this_process()  # type: ignore[union-attr]
+
+    assert taken_after_s < 1
+    assert said() == f"{tmp_path}: took the lock of {dead}, whose process is gone"
+    assert "2026-01-02 03:04:05 UTC" in said()
+
+
+ELSEWHERE = [
+    pytest.param({"host": "node7"}, id="another host"),
+    pytest.param({"pid_namespace": 4}, id="a container"),
+    pytest.param({"boot": "0000"}, id="another machine of that name"),
+]
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_heart_that_beats_out_of_sight_keeps_the_folder(tmp_path: Path, where: dict[str, Any]) -> None:
+    leave_lock(tmp_path, owner(pid=NOBODY, **where))
+
+    with (
+        touched(tmp_path / LOCK),
+        pytest.raises(ConfigError, match="is in use by process"),
+        locked(tmp_path, command="train", period_s=PERIOD_S),
+    ):
+        pass
+
+    assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_a_heart_that_stands_still_out_of_sight_is_watched_for_3_periods_and_taken_for_dead(
+    tmp_path: Path, where: dict[str, Any], said: Callable[[], str]
+) -> None:
+    leave_lock(tmp_path, owner(**where))  # the number of a living process, which is not the one meant
+    os.utime(tmp_path / LOCK, ns=(2**62, 2**62))  # the clock of its host is far ahead
+    begin = time.monotonic()
+
+    with locked(tmp_path, command="train", period_s=PERIOD_S):
+        waited_s = time.monotonic() - begin
+
+    assert waited_s >= 3 * PERIOD_S
+    assert "looking for 0.06 s whether it lives" in said()
+    assert "gave no sign of life for 0.06 s" in said()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"train"', '{"host": "a", "pid": "x"}', "\udcff"])
+def test_a_lock_that_makes_no_sense_is_watched_like_one_out_of_sight(tmp_path: Path, text: str) -> None:
+    tmp_path.joinpath(LOCK).write_bytes(text.encode(errors="surrogateescape"))
+
+    with (
+        touched(tmp_path / LOCK),
+        pytest.raises(ConfigError, match=r"in use by a job that its run\.lock does not name"),
+        locked(tmp_path, command="train", period_s=PERIOD_S),
+    ):
+        pass
+    with locked(tmp_path, command="train", period_s=PERIOD_S):
+        assert look(tmp_path).owner is not None  # type: ignore[union-attr]
+
+
+def test_a_lock_that_changes_hands_while_it_is_watched_keeps_the_folder(tmp_path: Path) -> None:
+    leave_lock(tmp_path, owner(host="node7"))
+    watched = threading.Timer(PERIOD_S, leave_lock, args=(tmp_path, owner()))
+    watched.start()
+    try:
+        with pytest.raises(ConfigError, match="in use by"), locked(tmp_path, command="train", period_s=1.0):
+            pass
+    finally:
+        watched.join()
+
+
+def test_whether_a_process_lives_is_known_for_those_in_sight_only() -> None:
+    own = this_process()
+
+    assert is_alive(own) is True
+    assert is_alive(own._replace(started="1")) is False
+    assert is_alive(own._replace(pid=NOBODY)) is False
+    assert [is_alive(own._replace(**where)) for where in ({"host": "x"}, {"boot": "x"}, {"pid_namespace": 1})] == [
+        None
+    ] * 3
+    assert is_alive(own._replace(pid=1, started="x")) in (False, None)
+
+
+def test_the_age_of_this_process_is_known() -> None:
+    now = time.monotonic()
+
+    assert 0 < now - began() < 24 * 3600
+    assert began() == pytest.approx(began(), abs=0.05)
+
+
+# ---------------------------------------------------------------- with the run folder
+
+
+def config_for(tmp_path: Path, *overrides: str) -> Config:
+    return load_config(None, [f"run.output_dir={tmp_path}", "run.name=one", *overrides])
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_lock_is_no_content(tmp_path: Path) -> None:
+    leave_lock(tmp_path / "one", owner())
+    assert state(tmp_path / "one") == "absent"
+
+    (tmp_path / "one" / "thesis.tex").write_text("")
+    assert state(tmp_path / "one") == "foreign"
+
+    (tmp_path / "one" / "metrics.jsonl").write_text("")
+    assert state(tmp_path / "one") == "unfinished"
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect"])
+def test_a_second_start_of_any_command_changes_nothing_in_a_folder_in_use(tmp_path: Path, command: str) -> None:
+    config = config_for(tmp_path, "run.overwrite=true")
+    with taken(config, SINGLE, command="train"):
+        folder = RunFolder(config.run_dir)
+        folder.metrics.write_text('{"event": "start"}\n')
+        before = bytes_of(folder.path)
+
+        with (
+            pytest.raises(ConfigError, match="is in use by process") as refused,
+            taken(config, SINGLE, command=command),
+        ):
+            pass
+
+        assert refused.value.exit_code == 2
+        assert refused.value.is_noted is False
+        assert bytes_of(folder.path) == before
+
+    assert [entry.name for entry in tmp_path.iterdir()] == ["one"]
+    assert not (folder.path / LOCK).exists()
+
+
+def test_overwriting_moves_the_old_run_and_keeps_the_lock(tmp_path: Path) -> None:
+    config = config_for(tmp_path, "run.overwrite=true")
+    RunFolder(config.run_dir).path.mkdir()
+    RunFolder(config.run_dir).metrics.write_text('{"event": "start"}\n')
+
+    with taken(config, SINGLE, command="train") as start:
+        old = next(tmp_path.glob("one.old-*"))
+        assert start.action == "start"
+        assert sorted(entry.name for entry in config.run_dir.iterdir()) == ["config.yaml", LOCK]
+        assert [entry.name for entry in old.iterdir()] == ["metrics.jsonl"]
+        with pytest.raises(ConfigError, match="is in use"), taken(config, SINGLE, command="train"):
+            pass
+
+    assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
+
+
+def test_a_start_that_comes_while_the_old_run_is_moved_has_the_new_folder(tmp_path: Path) -> None:
+    moved = leave_lock(tmp_path / "one.old", owner())
+    leave_lock(tmp_path / "one", owner(pid=77))
+
+    with pytest.raises(ConfigError, match="was taken in this moment by process 77"):
+        run_lock.follow(moved, tmp_path / "one")
+
+
+def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
+    foreign = config_for(tmp_path, "run.name=foreign")
+    foreign.run_dir.mkdir()
+    (foreign.run_dir / "thesis.tex").write_text("years of work")
+    before = foreign.run_dir.stat().st_mtime_ns
+
+    with (
+        pytest.raises(ConfigError, match=r"thesis\.tex, which dtrain did not write"),
+        taken(foreign, SINGLE, command="train"),
+    ):
+        pass
+
+    assert bytes_of(foreign.run_dir) == {"thesis.tex": b"years of work"}
+    assert foreign.run_dir.stat().st_mtime_ns == before
+
+
+def test_a_folder_that_cannot_be_written_is_the_error_that_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(tmp_path)
+    config.run_dir.mkdir()
+
+    def read_only(path: Path, *_args: Any, **_more: Any) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "write_text", read_only)  # permissions do not bind root, who may run this
+
+    said = r"the run folder .*one cannot be written: .*Read-only.*Set run\.output_dir"
+    with pytest.raises(ConfigError, match=said), taken(config, SINGLE, command="train"):
+        pass
+
+
+def test_a_run_name_that_leads_out_of_the_output_folder_is_refused(tmp_path: Path) -> None:
+    for name in ("../one", "..", "a/b", "/etc", ".hidden", "a\\b", ""):
+        with pytest.raises(ConfigError, match="a run name is one folder"):
+            load_config(None, [f"run.output_dir={tmp_path}", f"run.name={json.dumps(name)}"])
