@@ -35,14 +35,11 @@ class Asked:
     def __init__(self, signals: Collection[signal.Signals]) -> None:
         self.signals = frozenset(signals)
         self.number: int | None = None
-        self.since = 0.0
 
     def note(self, number: int) -> None:
-        """A signal came: the first is noted, a later one ends the process at once."""
+        """A signal came. The first is noted; a later one is the helper thread's business."""
         if self.number is None:
-            self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > PATIENCE_S:
-            os._exit(128 + number)
+            self.number = number
 
     @property
     def name(self) -> str | None:

@@ -41,7 +41,8 @@ class Tracker:
         if is_main and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            # Of what an earlier start wrote, steps that are taken again are hidden.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> Tracker:
         return self

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import loop
-from dtrain.commands import saving
+from dtrain.commands import saving, train
 from dtrain.commands.train import run_train
 from dtrain.config import load_config
 from dtrain.monitors.protocol import Decision, StepRecord
@@ -85,8 +85,13 @@ def life(
     *,
     die_in: int | None = None,
     die_after: int | None = None,
+    broken: str | None = None,
 ) -> dict[str, Any]:
-    """Collective. One start; gives the example indices of each step that this rank took, in order, and how it ended."""
+    """Collective. One start; gives the example indices of each step that this rank took, in order, and how it ended.
+
+    Args:
+        broken: forgets the optimizer's "moments", or the "place" in the data.
+    """
     taken: dict[int, list[list[int]]] = {}
     real = loop.run_micro_batches
 
@@ -98,9 +103,12 @@ def life(
     loop.run_micro_batches = recorded
     if die_after is not None:
         DieAfter.step = die_after
-        from dtrain.commands import train
-
         train.Checkpoints = DieAfter  # type: ignore[misc]
+    if broken == "moments":
+        train.restore_slots = lambda *_: None
+    if broken == "place":
+        real_state = train.RunState
+        train.RunState = lambda **state: real_state(**state | ({"step": state["step"] - 1} if state else {}))  # type: ignore[assignment,misc]
     config = load_config(None, settings(Path(folder), name, changes))
     try:
         run_train(config, topology, monitors=[] if die_in is None else [DieIn(die_in)])

@@ -53,20 +53,28 @@ class Checkpoints:
             state: of the run, complete once the monitors above this one have seen a step.
             engine: the one of this moment.
         """
-        settings = config.checkpoint
-        self._every, self._topology = settings.every, topology
+        self._config, self._topology = config, topology
+        self._every = config.checkpoint.every
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
         self._saved: int | None = state.step or None
         self._failed: str | None = None
+        self._saver: Saver | None = None
+        if self._every is not None:
+            self._saver = self._make(module)
+            self._saver.prepare(module, slots=SLOTS[config.optim.name])
+
+    def _make(self, module: nn.Module) -> Saver:
+        """Collective."""
+        settings = self._config.checkpoint
 
         def static() -> Mapping[str, bytes]:
             with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
-                save_surroundings(module, task, Path(place))
+                save_surroundings(module, self._task, Path(place))
                 return {file.name: file.read_bytes() for file in Path(place).iterdir() if file.is_file()}
 
-        self._saver = Saver(
-            RunFolder(config.run_dir).checkpoints,
-            topology,
+        return Saver(
+            RunFolder(self._config.run_dir).checkpoints,
+            self._topology,
             Settings(
                 sharded=settings.format == "sharded",
                 keep=settings.keep,
@@ -75,16 +83,14 @@ class Checkpoints:
                 asynchronous=settings.asynchronous,
             ),
             static=static,
-            config_text=to_yaml(config),
+            config_text=to_yaml(self._config),
             about={"versions": versions()},
         )
-        if self._every is not None:
-            self._saver.prepare(module, slots=SLOTS[config.optim.name])
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which every rank knows alike."""
-        self._report(self._saver.result(wait=False))
-        if self._every is not None:
+        if self._saver is not None and self._every is not None:
+            self._report(self._saver.result(wait=False))
             is_best = record.metrics is not None and self._state.best_step == record.step
             if record.step % self._every == 0 or record.is_last or is_best:
                 self.save()
@@ -94,6 +100,9 @@ class Checkpoints:
         """Collective. Saves this step, unless it is saved."""
         if self._saved == self._state.step:
             return
+        engine = self._engine()
+        if self._saver is None:
+            self._saver = self._make(engine.module)
         best = self._state.best_step
         state = {
             "run": asdict(self._state),
@@ -101,7 +110,7 @@ class Checkpoints:
             "rows": {split: len(rows) for split, rows in self._task.splits.items()},
         }
         protected = [best] if best is not None else []
-        self._report(self._saver.save(self._engine(), self._state.step, state, protected=protected))
+        self._report(self._saver.save(engine, self._state.step, state, protected=protected))
         self._saved = self._state.step
 
     def finish(self) -> None:
@@ -120,13 +129,15 @@ class Checkpoints:
 
     def settle(self) -> str | None:
         """Collective. Waits until nothing is on its way; gives why the last one failed on rank 0, if it did."""
-        self._report(self._saver.result(wait=True))
+        if self._saver is not None:
+            self._report(self._saver.result(wait=True))
         failed: str | None = all_gather_object(self._failed, self._topology)[0]
         return failed
 
     def close(self) -> None:
         """Gives up what is not written yet."""
-        self._saver.close()
+        if self._saver is not None:
+            self._saver.close()
 
     def _report(self, outcome: Outcome | None) -> None:
         """A checkpoint that could not be written is a fault, but no reason to stop: the one before is as it was."""

@@ -16,6 +16,9 @@ from dtrain.models import adapters
 from dtrain.models.own import refuse_without_factory
 from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 
+SHARDED = "shard-00000.safetensors"
+"""Is there in place of weights, in a checkpoint whose pieces dtrain itself puts together."""
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -56,7 +59,7 @@ def locate(model: schema.Model) -> bool:
                 f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
             )
         refuse_without_factory(folder)
-        files = (*WEIGHT_FILES, adapters.WEIGHTS)
+        files = (*WEIGHT_FILES, adapters.WEIGHTS, SHARDED)
         if not model.from_scratch and not any((folder / file).is_file() for file in files):
             raise ConfigError(
                 f"model.name_or_path={name} has no weights ({', '.join(WEIGHT_FILES[::2])} or their .index.json). Copy "

@@ -99,6 +99,51 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
     assert (printed, process.returncode) == (b"stopped\n", 0)
 
 
+DEFERS = """
+import dtrain.interrupts
+from dtrain.interrupts import deferred
+dtrain.interrupts.PATIENCE_S = 0.2
+with interruptible(grace_s=0.1, before_exit=last_words), deferred([signal.SIGTERM]) as asked:
+    print("ready", flush=True)
+    while asked.name is None:
+        time.sleep(0.01)
+    print("asked by", asked.name, flush=True)
+    time.sleep(1)  # longer than a signal that is not deferred may go unheard
+    print("saved", flush=True)
+    {then}
+"""
+
+
+def test_a_deferred_signal_is_noted_and_the_program_goes_on_as_long_as_it_needs() -> None:
+    with running(DEFERS.format(then="")) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"asked by SIGTERM\nsaved\n", 0)
+
+
+def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() -> None:
+    with running(DEFERS.format(then='ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")')) as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGTERM)
+        while process.stdout.readline() != b"saved\n":
+            continue
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
+    assert process.returncode == 1
+
+
+def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
+    with running(DEFERS.format(then="")) as process:
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert b"Stopped by SIGINT" in printed
+    assert process.returncode != 0
+
+
 DEAF = """
 with interruptible(grace_s=0.3, before_exit={before_exit}):
     # system() waits in C whatever signals come, as a collective does; cat ends with our standard input.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resuming.material(tmp_path_factory.mktemp("resume"))
 
 
-def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **death: int) -> list[Any]:
+def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **death: int | str) -> list[Any]:
     return run_ranks(dying, world, str(folder), name, dict(changes), death)
 
 
-def dying(topology: Any, folder: str, name: str, changes: dict[str, Any], death: dict[str, int]) -> Any:
+def dying(topology: Any, folder: str, name: str, changes: dict[str, Any], death: dict[str, Any]) -> Any:
     return life(topology, folder, name, changes, **death)
 
 
 def steady(folder: Path, world: int, changes: Mapping[str, Any]) -> str:
     """The name of the run that never died, made once."""
-    name = f"steady-{world}-" + "-".join(f"{abs(hash(str(sorted(changes.items())))) % 10**6}")
+    name = "-".join(["steady", str(world), *(re.sub(r"\W+", "", str(value)) for value in changes.values())])
     if not (folder / "runs" / name).exists():
         start(folder, name, world, changes)
     return name
@@ -58,6 +59,16 @@ def test_a_run_that_died_ends_with_every_bit_of_one_that_did_not(folder: Path, w
     reference = steady(folder, world, {})
     assert weights_and_moments(folder, name, STEPS) == weights_and_moments(folder, reference, STEPS)
     assert losses(folder, name) == losses(folder, reference)
+
+
+@pytest.mark.parametrize("broken", ["moments", "place"])
+def test_a_start_that_forgets_something_is_caught(folder: Path, broken: str) -> None:
+    start(folder, broken, 1, {}, die_in=7)
+
+    start(folder, broken, 1, {}, broken=broken)
+
+    reference = steady(folder, 1, {})
+    assert weights_and_moments(folder, broken, STEPS) != weights_and_moments(folder, reference, STEPS)
 
 
 @pytest.mark.parametrize("changes", [FP16, THAW], ids=["fp16", "thaw"])

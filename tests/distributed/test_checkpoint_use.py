@@ -1,0 +1,179 @@
+"""What a checkpoint is good for beside going on: a model to begin with, to measure, to export; and the best step's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dtrain.commands.evaluate import run_evaluate
+from dtrain.commands.export_command import run_export
+from dtrain.commands.train import run_train
+from dtrain.config import load_config
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
+from dtrain.topology import Topology
+from tests import resuming
+from tests.multirank import run_ranks
+from tests.resuming import Died, DieIn, settings
+
+BEST = {"evaluation.best": "{metric: loss}", "train.eval_every": 2, "checkpoint.every": 3, "checkpoint.keep": 1}
+HEADED = {"model.head": "{pooling: mean}"}
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "own head": HEADED,
+    "sharded": {"checkpoint.format": "sharded"},
+    "in several files": {"checkpoint.max_file_gb": 0.00005},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resuming.material(tmp_path_factory.mktemp("use"))
+
+
+def commands(topology: Topology, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:
+    """Collective. (command, name, changes, step to die in) one after the other: metrics, or the error's kind and words."""
+    found: list[Any] = []
+    for command, name, changes, die_in in runs:
+        config = load_config(None, settings(Path(folder), name, changes), command=command)
+        monitors = [] if die_in is None else [DieIn(die_in)]
+        try:
+            if command == "train":
+                found.append(run_train(config, topology, monitors=monitors).metrics)
+            elif command == "evaluate":
+                found.append(run_evaluate(config, topology).metrics)
+            else:
+                run_export(config, topology)
+                found.append({})
+        except Died:
+            found.append("died")
+        except DtrainError as error:
+            found.append([type(error).__name__, str(error)])
+    return found
+
+
+def run(folder: Path, world: int, *runs: tuple[str, str, Mapping[str, Any], int | None]) -> Any:
+    """What rank 0 found."""
+    return run_ranks(commands, world, str(folder), [(c, n, dict(s), d) for c, n, s, d in runs])[0]
+
+
+def checkpoint(folder: Path, name: str, step: int) -> Path:
+    return folder / "runs" / name / "checkpoints" / f"step-{step:06d}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_checkpoint_is_a_model_to_measure_and_to_begin_with(folder: Path, form: str) -> None:
+    name = form.replace(" ", "-")
+    last = {"train.eval_every": "epoch", **FORMS[form]}
+    step = checkpoint(folder, name, resuming.STEPS)
+    beside = {"model.name_or_path": step, "run.name": f"{name}-measured"}
+
+    trained, measured, begun = run(
+        folder,
+        2,
+        ("train", name, last, None),
+        ("evaluate", "", beside, None),
+        ("train", "", {**beside, "run.name": f"{name}-more", "train.max_steps": 1, "checkpoint.every": "null"}, None),
+    )
+
+    assert measured == trained
+    first = resuming.losses(folder, f"{name}-more")[1]
+    assert first != resuming.losses(folder, name)[1]
+    assert begun == {}
+
+
+def test_plain_transformers_loads_a_checkpoint_and_export_makes_a_model_of_it(folder: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    step, out = checkpoint(folder, "exported", 3), folder / "out"
+    _, exported = run(
+        folder,
+        1,
+        ("train", "exported", {"train.max_steps": 3}, None),
+        ("export", "", {"model.name_or_path": step, "export.to": out}, None),
+    )
+
+    assert exported == {}
+    names = {file.name for file in out.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
+    inputs = AutoTokenizer.from_pretrained(out)("the cat sees a dog", return_tensors="pt")
+    trained = folder / "runs" / "exported" / "model"
+    models = [AutoModelForSequenceClassification.from_pretrained(f).eval() for f in (trained, step, out)]
+    weights = [model.state_dict() for model in models]
+    with torch.no_grad():
+        logits = [model(**inputs).logits for model in models]
+    for other in (1, 2):
+        assert all(torch.equal(value, weights[other][name]) for name, value in weights[0].items())
+        assert torch.allclose(logits[0], logits[other], rtol=1e-6, atol=1e-6)
+
+
+def test_a_damaged_checkpoint_is_not_begun_with(folder: Path) -> None:
+    run(folder, 1, ("train", "hurt", {"train.max_steps": 2}, None))
+    step = checkpoint(folder, "hurt", 2)
+    with (step / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x77")
+
+    (found,) = run(folder, 2, ("evaluate", "", {"model.name_or_path": step, "run.name": "hurt-measured"}, None))
+
+    kind, message = found
+    assert kind == CheckpointError.__name__
+    assert "is a damaged checkpoint: model.safetensors has the right size but other contents" in message
+
+
+def test_the_best_step_of_an_earlier_start_is_the_runs_model_and_result(folder: Path) -> None:
+    steady = run(folder, 2, ("train", "best-steady", BEST, None))[0]
+    best = json.loads((folder / "runs" / "best-steady" / "summary.json").read_text())["best_step"]
+    last = resuming.STEPS - 1
+    assert best < last, "the material does not show what it should"
+
+    died, went_on = run(folder, 2, ("train", "best", BEST, last), ("train", "best", BEST, None))
+
+    assert died == "died"
+    assert went_on == steady
+    one, other = (folder / "runs" / name / "model" / "model.safetensors" for name in ("best", "best-steady"))
+    assert one.read_bytes() == other.read_bytes()
+    assert checkpoint(folder, "best", best).is_dir()
+
+
+def test_other_data_and_another_model_are_refused(folder: Path) -> None:
+    wider = resuming.tiny.write_model(folder / "wider", layers=3)
+    died = ("train", "other", {}, 4)
+    allowed = {"checkpoint.allow_changes": "[data, model]"}
+
+    _, rows, model, refused = run(
+        folder,
+        1,
+        died,
+        ("train", "other", {"data.limit": 100, "checkpoint.allow_changes": "[data.limit]"}, None),
+        ("train", "other", {**allowed, "model.name_or_path": wider}, None),
+        ("train", "other", {"data.limit": 100}, None),
+    )
+
+    assert rows[0] == DataError.__name__
+    assert "The training data has 100 examples, but the checkpoint of step 3 was made with 150" in rows[1]
+    assert model[0] == CheckpointError.__name__
+    assert "it has no bert.encoder.layer.2" in model[1]
+    assert refused[0] == ConfigError.__name__
+    assert "data.limit: null -> 100" in refused[1]
+
+
+def test_a_named_checkpoint_is_gone_on_from_and_newer_ones_make_way(folder: Path) -> None:
+    path = checkpoint(folder, "back", 4)
+
+    run(folder, 1, ("train", "back", {}, 7), ("train", "back", {"checkpoint.resume": path}, 6))
+
+    names = sorted(p.name for p in path.parent.iterdir())
+    assert names == ["left-step-000005", "left-step-000006", "step-000004", "step-000005"]
+
+
+def test_a_path_that_is_no_checkpoint_is_refused_on_every_rank(folder: Path) -> None:
+    (found,) = run(folder, 2, ("train", "nowhere", {"checkpoint.resume": folder / "model"}, None))
+
+    assert found[0] == CheckpointError.__name__
+    assert "is no whole checkpoint: manifest.json is missing" in found[1]
+    assert not (folder / "runs" / "nowhere" / "config.yaml").exists()
