@@ -29,6 +29,9 @@ from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
 from dtrain.task_settings import Head
 
+ALIGNMENT = 64
+"""Bytes to which PyTorch aligns its own memory on a CPU."""
+
 ODD_SIZES = (ArithmeticError, AssertionError, AttributeError)
 """What a constructor raises for sizes that make no layers."""
 
@@ -198,7 +201,19 @@ def _pretrained(
         log.info("Newly initialised (not in %s): %s", name, _some(new))
     if unused:
         log.info("Not used from %s: %s", name, _some(unused))
+    _align(loaded)
     return loaded, new
+
+
+def _align(loaded: PreTrainedModel) -> None:
+    """Weights into memory of their own, where PyTorch puts new ones.
+
+    In a mapped file they begin at any multiple of 4 bytes, and other kernels then give other last digits than the process
+    that trained them.
+    """
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedConfig, head: Head) -> ConfigError | None:
