@@ -271,3 +271,22 @@ def test_an_attention_that_is_not_there_is_refused(folder: Path) -> None:
 def test_no_model_at_all_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model.name_or_path is not set"):
         classifier(schema.Model())
+
+
+def test_loaded_weights_lie_where_pytorch_puts_new_ones(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "odd")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # A header four bytes longer: every tensor of the mapped file begins at an odd multiple of 4.
+    file.write_bytes((length + 4).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 4 + content[8 + length :])
+
+    loaded = load_model(
+        schema.Model(name_or_path=str(folder)),
+        head="sequence_classification",
+        head_config={"num_labels": 2},
+        tokenizer=tiny.tokenizer(),
+        seed=0,
+    )
+
+    assert [name for name, value in loaded.named_parameters() if value.data_ptr() % 64] == []
