@@ -6,7 +6,6 @@ What settings there are is said in schema.py, what an error says in wording.py. 
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,8 +30,10 @@ from dtrain.wording import (
     inside,
     models_in,
     name_of,
+    not_a_setting,
     takes_mapping_only,
     takes_text_only,
+    value_at,
 )
 
 _COMMAND_LINE = "command line"
@@ -126,15 +127,9 @@ def _with_the_model_as_it_is(config: Config, command: str) -> Config:
 
 def _unknown_changes(config: Config, place: Callable[[Key], str]) -> list[str]:
     """Names in checkpoint.allow_changes that are no settings of this run."""
-    found, key = [], ("checkpoint", "allow_changes")
-    sections = config.model_dump(mode="json")
-    known = [*sections, *(f"{name}.{inner}" for name, section in sections.items() for inner in section or ())]
-    for name in config.checkpoint.allow_changes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else " Name a section or section.key."
-            found.append(f"{place(key)}: checkpoint.allow_changes names {name}, which is no setting.{hint}")
-    return found
+    values, key = config.model_dump(mode="json"), ("checkpoint", "allow_changes")
+    unknown = [name for name in config.checkpoint.allow_changes if value_at(values, tuple(name.split("."))) is ABSENT]
+    return [f"{place(key)}: checkpoint.allow_changes: {not_a_setting(name, Config, values)}" for name in unknown]
 
 
 def to_yaml(config: Config) -> str:

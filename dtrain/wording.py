@@ -208,6 +208,11 @@ def _lines(
     yield f"{place(key)}: {is_set}: {why.removesuffix('.')}.{hint}"
 
 
+def not_a_setting(name: str, root: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """`optim.learning_rat is not a setting. Did you mean optim.learning_rate?`"""
+    return _unknown(tuple(name.split(".")), root, values)
+
+
 def _unknown(key: Key, root: type[BaseModel], values: Mapping[str, Any]) -> str:
     parent, last = key[:-1], str(key[-1])
     if "." in last:
