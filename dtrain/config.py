@@ -6,6 +6,7 @@ What settings there are is said in schema.py, what an error says in wording.py. 
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
