@@ -14,22 +14,48 @@ import numpy.typing as npt
 
 from dtrain.seeding import derive
 
+WORD = 2**64
+SCATTER = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT = 31
+
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     """The order of an epoch: indices 0..size-1, sorted by a 64-bit hash of (seed, epoch, index).
 
     The hash is SplitMix64's finaliser (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195), so that the order
-    depends on no library's random stream. Ties, if any, keep the data's order.
+    depends on no library's random stream. No two indices share one, and each is computed back from it: sorting the
+    hashes alone takes a third of the time of sorting indices by them.
     """
-    keys = np.arange(size, dtype=np.uint64) + np.uint64(derive(seed, "order", epoch))
-    with np.errstate(over="ignore"):
-        keys *= np.uint64(0x9E3779B97F4A7C15)
-        keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    order = np.argsort(keys ^ (keys >> np.uint64(31)), kind="stable")
+    first = np.uint64(derive(seed, "order", epoch))
+    hashes = np.arange(size, dtype=np.uint64)
+    hashes += first
+    _mix(hashes)
+    hashes.sort()
+    _unmix(hashes)
+    hashes -= first
+    order = hashes.astype(np.int64)
     order.setflags(write=False)
     return order
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> None:
+    """The hash, in place; arithmetic modulo 2^64."""
+    values *= np.uint64(SCATTER)
+    for shift, factor in MIX:
+        values ^= values >> np.uint64(shift)
+        values *= np.uint64(factor)
+    values ^= values >> np.uint64(LAST_SHIFT)
+
+
+def _unmix(values: npt.NDArray[np.uint64]) -> None:
+    """Back from the hash, in place: each step of `_mix` undone, the last one first."""
+    for shift, factor in ((LAST_SHIFT, None), *((shift, factor) for shift, factor in reversed(MIX))):
+        if factor is not None:
+            values *= np.uint64(pow(factor, -1, WORD))
+        values ^= values >> np.uint64(shift) ^ values >> np.uint64(2 * shift)
+    values *= np.uint64(pow(SCATTER, -1, WORD))
 
 
 def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
