@@ -135,6 +135,9 @@ class Train(Section):
     non_finite: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is not finite does", resume="free"
     )
+    hang_timeout: float | None = setting(
+        300.0, "seconds without progress until the job is ended as hung; null or 0: never", resume="free", ge=0
+    )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better", resume="free", ge=1)
 
     @model_validator(mode="before")

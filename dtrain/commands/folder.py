@@ -34,5 +34,6 @@ def take(config: Config, topology: Topology, *, command: str) -> Action:
         raise
     for note in told["notes"]:
         log.info("%s", note)
+    topology.beat.own_folder()
     action: Action = told["action"]
     return action

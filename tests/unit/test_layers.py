@@ -23,6 +23,7 @@ LEVELS = {
         [
             "errors",
             "console",
+            "heartbeat",
             "settings",
             "task_settings",
             "command_settings",
@@ -42,7 +43,7 @@ LEVELS = {
     ),
     **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
     **dict.fromkeys(["collectives", "seeding", "watch", "memory"], 2),
-    **dict.fromkeys(["models", "data", "optim", "engine.protocol", "tasks.protocol"], 3),
+    **dict.fromkeys(["models", "data", "optim", "watching", "engine.protocol", "tasks.protocol"], 3),
     **dict.fromkeys(["engine", "tasks", "own_metrics"], 4),
     **dict.fromkeys(["evaluation", "checkpoint", "tracking", "monitors"], 5),
     "loop": 6,
@@ -63,7 +64,7 @@ BOTTOM = {"errors", "console", "settings"}
 
 ONLY_IN = {
     "os.environ": ("main", "topology"),
-    "torch.distributed": ("topology", "collectives", "watch", "engine"),
+    "torch.distributed": ("topology", "collectives", "watch", "watching.flight", "engine"),
     "deepspeed": ("engine.deepspeed",),
     "yaml": ("config",),
 }
@@ -81,6 +82,7 @@ WITHOUT_TORCH = (
     "schema",
     "launchers",
     "network",
+    "heartbeat",
     "config",
     "topology",
     "run_folder",

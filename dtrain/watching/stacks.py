@@ -1,0 +1,130 @@
+"""What can be seen of a process from outside: its state, its children, and the stacks that faulthandler writes for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+SIGNAL = signal.SIGUSR2
+"""Makes a rank write its stacks, also while it holds the interpreter lock."""
+
+WITHIN_S = 1.0
+POLL_S = 0.02
+CHILDREN = 4
+"""How many data workers are asked for their stacks."""
+
+STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a disk or device",
+    "T": "stopped",
+    "t": "held by a debugger",
+    "Z": "dead",
+    "X": "dead",
+}
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<function>.*)')
+_THREAD = re.compile(r"(?:Current thread|Thread) 0x(?P<ident>[0-9a-f]+)")
+
+
+class Frame(NamedTuple):
+    """A line of a stack."""
+
+    file: str
+    line: str
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def frames_of(text: str, thread: int) -> list[Frame]:
+    """The stack of one thread, innermost first, from what faulthandler wrote; of several dumps the last.
+
+    Args:
+        thread: threading.get_ident() there.
+    """
+    found: list[Frame] = []
+    is_wanted = False
+    for line in text.splitlines():
+        if head := _THREAD.match(line):
+            is_wanted = int(head["ident"], 16) == thread
+            found = [] if is_wanted else found
+        elif is_wanted and (frame := _FRAME.match(line)):
+            found.append(Frame(*frame.groups()))
+    return found
+
+
+def fatal_error_in(text: str) -> str | None:
+    """`Segmentation fault`, where the interpreter wrote that it dies of it."""
+    found = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def state_of(pid: int) -> str:
+    """The letter of its state, as ps shows it; Z where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def written(file: int, start: int) -> str:
+    """What was written to a file from an offset on, without moving anybody's place in it."""
+    return os.pread(file, max(os.fstat(file).st_size - start, 0), start).decode(errors="replace")
+
+
+async def ask_for_stacks(pid: int, file: int) -> str:
+    """Lets a process that has called faulthandler.register write its stacks; gives them, or nothing after a second."""
+    if not _hears(pid):
+        return ""
+    start, last = os.fstat(file).st_size, -1
+    was_stopped = state_of(pid) == "T"
+    try:
+        os.kill(pid, SIGNAL)
+        if was_stopped:  # it writes when it goes on
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return ""
+    for _ in range(int(WITHIN_S / POLL_S)):
+        await asyncio.sleep(POLL_S)
+        size = os.fstat(file).st_size
+        if size > start and size == last:
+            break
+        last = size
+    return written(file, start)
+
+
+async def ask_children(pid: int, file: int, *, but: int) -> list[str]:
+    """The stacks of a rank's data workers, which inherited its faulthandler.
+
+    Args:
+        but: a child that is none of them.
+    """
+    children = [child for child in _children_of(pid) if child != but and _hears(child)]
+    return [await ask_for_stacks(child, file) for child in children[:CHILDREN]]
+
+
+def _children_of(pid: int) -> Sequence[int]:
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, listing.read_text().split())
+        except OSError:  # a thread that ended while we looked
+            continue
+    return found
+
+
+def _hears(pid: int) -> bool:
+    """Whether it handles the signal, which would end it otherwise."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (SIGNAL - 1) & 1)
