@@ -115,6 +115,7 @@ def report(
 
     ignore_further()  # a launcher that sees one rank end tells the others to end, too
     topology = job.topology
+    job.watch.stay_quiet()
     topology.beat.at(Phase.ENDING)
     follows = topology.world_size > 1 and is_lost_peer(error)
     if follows and not launcher_lives():

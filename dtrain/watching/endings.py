@@ -13,7 +13,7 @@ from typing import Any
 
 from dtrain.console import log
 from dtrain.run_folder import write_exit, write_text_atomic
-from dtrain.watching.report import Evidence
+from dtrain.watching.report import Evidence, place_of
 from dtrain.watching.stacks import fatal_error_in, frames_of, written
 
 STACKS = "hang-stacks.txt"
@@ -27,7 +27,7 @@ def words_of_death(rank: int, pid: int, file: int | None, thread: int) -> str:
     if fatal is None:
         return f"{who} died without a word: killed from outside, or for want of memory?"
     frames = frames_of(text[text.index("Fatal Python error") :], thread)
-    return f"{who} died: {fatal}{f' at {frames[0]}' if frames else ''}."
+    return f"{who} died: {fatal} at {place_of(frames)}."
 
 
 def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> None:

@@ -18,13 +18,14 @@ def last_collectives() -> list[dict[str, Any]]:
     group: its name. number: counts the collectives of the group. name: gloo:all_reduce. sizes: of its tensors. pending:
     whether it has not ended.
     """
-    last: dict[str, dict[str, Any]] = {}
+    last: dict[tuple[str, str], dict[str, Any]] = {}  # gloo and NCCL count apart, also in one group
     for entry in _entries():
         group, is_pending = str(entry["process_group"][-1]), not entry["retired"]
-        before = last.get(group)
+        key = (group, str(entry["profiling_name"]).partition(":")[0])
+        before = last.get(key)
         if before is not None and before["pending"] and is_pending:
             continue  # it waits for the one before
-        last[group] = {
+        last[key] = {
             "group": group,
             "number": int(entry["collective_seq_id"]),
             "name": str(entry["profiling_name"]),

@@ -157,8 +157,11 @@ class Hub:
         self._is_over = True
         if not self._is_said and not any(each.seen and each.seen.phase == Phase.ENDING for each in self._alive()):
             self._tell_all({"hush": True})
+            # What one process prints itself before it leaves is not known here; with a folder, exit.json tells.
             end = {"code": code, "cause": "TopologyError", "rank": rank, "host": member.host, "message": words}
-            self._speak({**end, "owns_folder": any(each.owns_folder for each in self._members.values())}, [])
+            owns_folder = any(each.owns_folder for each in self._members.values())
+            if owns_folder or len(self._awaited) > 1:
+                self._speak({**end, "owns_folder": owns_folder}, [])
         self._tell_all({"end": code})
 
     @property

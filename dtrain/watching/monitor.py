@@ -7,10 +7,12 @@ pair and with the hub over a connection, and runs the hub itself beside rank 0. 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import faulthandler
 import gc
 import json
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,11 @@ ENDING_S = 20.0
 ANSWER_S = 1.0
 """How long the helper thread may take; it needs the interpreter lock."""
 
+ALONE = 10.0
+"""How many times the limit a rank gets whose monitor has lost the others."""
+
+PR_SET_NAME = 15
+
 TO_THE_HUB_S = 10.0
 LONGEST_TEXT = 100_000
 
@@ -54,13 +61,15 @@ LONGEST_TEXT = 100_000
 class Ward:
     """The rank that is watched, and what is shared with it.
 
-    thread: threading.get_ident() of the one that works. memory: its heartbeat. stacks: file that faulthandler writes
-    to; None where another handler has the signal. channel: this end of the socket pair.
+    thread, native_thread: threading.get_ident() and get_native_id() of the one that works. memory: its heartbeat.
+    stacks: file that faulthandler writes to; None where another handler has the signal. channel: this end of the
+    socket pair.
     """
 
     rank: int
     pid: int
     thread: int
+    native_thread: int
     memory: Any
     stacks: int | None
     channel: socket.socket
@@ -78,12 +87,14 @@ def run(ward: Ward) -> None:
     code = 1
     try:
         faulthandler.disable()  # its file is for the rank's last words
+        _name_process(b"dtrain-monitor")
         gc.disable()  # a collection would copy every page that is shared with the rank
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, stacks.SIGNAL, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)  # it ends with its rank, not before
         with Path(os.devnull).open("rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        asyncio.run(Monitor(ward).live())
+        # Not asyncio.run, which ends by cancelling what is left and prints that.
+        asyncio.new_event_loop().run_until_complete(Monitor(ward).live())
         code = 0
     except Exception as error:  # noqa: BLE001 - nobody is above us
         log.warning("the monitor of rank %d ended: %s: %s", ward.rank, type(error).__name__, error)
@@ -127,8 +138,14 @@ class Monitor:
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = task.exception()
+        if error is not None and not isinstance(error, OSError):  # a connection that breaks is seen elsewhere
+            log.warning("the monitor of rank %d: %s: %s", self._ward.rank, type(error).__name__, error)
 
     # ------------------------------------------------------------ the rank
 
@@ -201,11 +218,13 @@ class Monitor:
     async def _serve(self, where: Message | None) -> None:
         """Opens the hub. `where` None: for this rank alone, without a socket."""
         ranks = range(where["world_size"]) if where is not None else [self._ward.rank]
-        hub = self._new_hub(ranks)
+        hub = self._new_hub(ranks, self._ward.rules.hang_timeout_s)
         if where is None:
             self._attach(hub)
             return
         token = secrets.token_hex(16)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
         try:
             if where["address"] == "127.0.0.1":
                 listener = rollcall.listen("127.0.0.1", 0)
@@ -220,8 +239,8 @@ class Monitor:
         )
         send(self._to_rank, {"serving": [where["address"], listener.getsockname()[1], token]})
 
-    def _new_hub(self, ranks: Iterable[int]) -> Hub:
-        self._hub = Hub(ranks, self._ward.rules, self._speak)
+    def _new_hub(self, ranks: Iterable[int], hang_timeout_s: float | None) -> Hub:
+        self._hub = Hub(ranks, replace(self._ward.rules, hang_timeout_s=hang_timeout_s), self._speak)
         self._start(self._hub.judge(self._period_s))
         return self._hub
 
@@ -245,7 +264,9 @@ class Monitor:
         except (OSError, ValueError, TimeoutError, asyncio.TimeoutError):
             pass
         if not (self._over or self._done.is_set()):
-            self._attach(self._new_hub([self._ward.rank]))
+            # Whether the others still work is not known any more, so that a rank that waits is given much longer.
+            limit = self._ward.rules.hang_timeout_s
+            self._attach(self._new_hub([self._ward.rank], limit and limit * ALONE))
 
     def _obey(self, message: Message) -> None:
         """What the hub says."""
@@ -262,15 +283,16 @@ class Monitor:
     async def _testify(self) -> None:
         """Says what can be seen of the rank. From here on there is no way back, and it prints no more."""
         ward, state = self._ward, stacks.state_of(self._ward.pid)
-        trace = None if state == "T" else await self._trace(hush=True)
+        start = os.fstat(ward.stacks).st_size if ward.stacks is not None else 0
+        trace = None if state == "T" else await self._trace(hush=True)  # writes the stacks, too
+        text = stacks.written(ward.stacks, start) if ward.stacks is not None else ""
         if trace is None:
-            # To ask a stopped rank for its stacks, or one in a C call, sets it going: not before the others are asked.
+            # To ask a stopped rank for its stack, or one in a C call, sets it going: not before the others are asked.
             send(self._to_rank, {"hush": True})
             await asyncio.sleep(ANSWER_S)
-        text, workers = "", []
-        if ward.stacks is not None:
-            text = await stacks.ask_for_stacks(ward.pid, ward.stacks)
-            workers = await stacks.ask_children(ward.pid, ward.stacks, but=os.getpid())
+        if ward.stacks is not None and not text:
+            text = await stacks.ask_for_stack(ward.pid, ward.native_thread, ward.stacks)
+        workers = await stacks.ask_children(ward.pid, ward.stacks, but=os.getpid()) if ward.stacks is not None else []
         self._tell_hub(
             {
                 "evidence": {
@@ -289,6 +311,11 @@ class Monitor:
     def _speak(self, end: Message, ranks: Iterable[Evidence]) -> None:
         self._said = True
         endings.speak(end, list(ranks), self._ward.run_dir)
+
+
+def _name_process(name: bytes) -> None:
+    """As ps and top show it; its command line is the rank's."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
 
 
 class Silence:

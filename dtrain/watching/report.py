@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.heartbeat import WORDS, Phase
@@ -18,7 +19,8 @@ LISTED = 8
 COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/collectives.py")
 """A stack that ends there is one that waits, whatever torch's recorder knows."""
 
-LIBRARY_CODE = (*COLLECTIVE_CODE, "/torch/autograd/", "/torch/_tensor.py", "/torch/utils/_contextlib.py")
+LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/collectives.py")
+OWN_CODE = f"{Path(__file__).parents[1]}/"
 WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
 """Where a data worker is that has nothing to do."""
 
@@ -194,9 +196,19 @@ def _place(each: Evidence) -> str:
     for stack in each.workers if any("/torch/utils/data/" in frame.file for frame in each.stack) else ():
         if stack and not any(code in stack[0].file for code in WORKER_CODE):
             return f"{stack[0]} (in a data worker)"
-    own = [frame for frame in each.stack if not any(code in frame.file for code in LIBRARY_CODE)]
-    if not own:
-        return str(each.stack[0]) if each.stack else "an unknown place"
-    if each.waits or own[0] == each.stack[0]:
-        return str(own[0])
-    return f"{each.stack[0]}, from {own[0]}"
+    own = next((frame for frame in each.stack if not _is_library(frame)), None)
+    return str(own) if each.waits and own is not None else place_of(each.stack)
+
+
+def place_of(stack: Sequence[Frame]) -> str:
+    """The innermost line, and the one outside of libraries that led there."""
+    if not stack:
+        return "an unknown place"
+    own = next((frame for frame in stack if not _is_library(frame)), stack[0])
+    return str(own) if own == stack[0] else f"{stack[0]}, from {own}"
+
+
+def _is_library(frame: Frame) -> bool:
+    if frame.file.startswith(OWN_CODE) and not frame.file.endswith("/dtrain/collectives.py"):
+        return False  # an installed dtrain lies among the libraries
+    return any(code in frame.file for code in LIBRARY_CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import re
 import signal
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 SIGNAL = signal.SIGUSR2
-"""Makes a rank write its stacks, also while it holds the interpreter lock."""
+"""Makes a thread of a rank write its stack, also while it holds the interpreter lock.
+
+Only its own: to walk through the stacks of threads that run meanwhile can crash the process.
+"""
 
 WITHIN_S = 1.0
 POLL_S = 0.02
@@ -29,7 +33,7 @@ STATES = {
 }
 
 _FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+|\?\?\?) in (?P<function>.*)')
-_THREAD = re.compile(r"(?:Current thread|Thread) 0x(?P<ident>[0-9a-f]+)")
+_THREAD = re.compile(r"(?:(?:Current thread|Thread) 0x(?P<ident>[0-9a-f]+)|Stack).* \(most recent call first\)")
 
 
 class Frame(NamedTuple):
@@ -46,6 +50,8 @@ class Frame(NamedTuple):
 def frames_of(text: str, thread: int) -> list[Frame]:
     """The stack of one thread, innermost first, from what faulthandler wrote; of several dumps the last.
 
+    A stack without a thread's name counts as that thread's.
+
     Args:
         thread: threading.get_ident() there.
     """
@@ -53,7 +59,7 @@ def frames_of(text: str, thread: int) -> list[Frame]:
     is_wanted = False
     for line in text.splitlines():
         if head := _THREAD.match(line):
-            is_wanted = int(head["ident"], 16) == thread
+            is_wanted = head["ident"] is None or int(head["ident"], 16) == thread
             found = [] if is_wanted else found
         elif is_wanted and (frame := _FRAME.match(line)):
             found.append(Frame(*frame.groups()))
@@ -79,14 +85,18 @@ def written(file: int, start: int) -> str:
     return os.pread(file, max(os.fstat(file).st_size - start, 0), start).decode(errors="replace")
 
 
-async def ask_for_stacks(pid: int, file: int) -> str:
-    """Lets a process that has called faulthandler.register write its stacks; gives them, or nothing after a second."""
+async def ask_for_stack(pid: int, thread: int, file: int) -> str:
+    """Lets a thread of a process that has called faulthandler.register write its stack; nothing after a second.
+
+    Args:
+        thread: threading.get_native_id() there.
+    """
     if not _hears(pid):
         return ""
     start, last = os.fstat(file).st_size, -1
     was_stopped = state_of(pid) == "T"
     try:
-        os.kill(pid, SIGNAL)
+        _signal_thread(pid, thread)
         if was_stopped:  # it writes when it goes on
             os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
@@ -107,7 +117,16 @@ async def ask_children(pid: int, file: int, *, but: int) -> list[str]:
         but: a child that is none of them.
     """
     children = [child for child in _children_of(pid) if child != but and _hears(child)]
-    return [await ask_for_stacks(child, file) for child in children[:CHILDREN]]
+    return [await ask_for_stack(child, child, file) for child in children[:CHILDREN]]
+
+
+def _signal_thread(pid: int, thread: int) -> None:
+    """To that thread: what is sent to the process goes to any, and it is the one that hears it whose stack is written."""
+    tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
+    if tgkill is None:
+        os.kill(pid, SIGNAL)
+    else:
+        tgkill(pid, thread, int(SIGNAL))
 
 
 def _children_of(pid: int) -> Sequence[int]:

@@ -33,6 +33,7 @@ from dtrain.watching.verdict import Rules
 TICK_S = 1.0
 SERVING_S = 10.0
 CLOSING_S = 2.0
+HUSHED_S = 10.0
 
 
 class News(NamedTuple):
@@ -47,11 +48,18 @@ class News(NamedTuple):
 class Watch:
     """What the rank holds of its monitor. Where nothing watches, everything here does nothing."""
 
-    def __init__(self, beat: Beat, channel: socket.socket | None = None, pid: int | None = None) -> None:
+    def __init__(
+        self, beat: Beat, channel: socket.socket | None = None, pid: int | None = None, file: int | None = None
+    ) -> None:
+        """
+        Args:
+            channel, pid: of the monitor. file: where stacks are written.
+        """
         self.beat = beat
+        self._file = file
         self._channel, self._pid = channel, pid
         self._news: News | None = None
-        self._has_news, self._is_serving = threading.Event(), threading.Event()
+        self._has_news, self._is_serving, self._is_hushed = (threading.Event() for _ in range(3))
         self._where: Any = None
         self._why = ""
         self._is_closed = threading.Event()
@@ -108,6 +116,11 @@ class Watch:
             with suppress(OSError):  # the monitor has gone: nobody watches then
                 self._channel.sendall(json.dumps(message).encode() + b"\n")
 
+    def stay_quiet(self) -> None:
+        """Waits for the end where the monitors have decided on it: they have the last word."""
+        if self._is_hushed.is_set():
+            threading.Event().wait(HUSHED_S)
+
     # ------------------------------------------------------------ the helper thread
 
     def _hear(self) -> None:
@@ -131,9 +144,11 @@ class Watch:
 
     def _heed(self, message: dict[str, Any]) -> None:
         if message.get("hush"):
-            _hush()
+            self._hush()
         match message:
-            case {"ask": _}:
+            case {"ask": _, **more}:
+                if self._file is not None and "hush" in more:
+                    faulthandler.dump_traceback(self._file, all_threads=True)
                 self._say({"trace": _collectives()})
             case {"serving": where}:
                 self._where, self._why = where, message.get("why", "")
@@ -143,6 +158,12 @@ class Watch:
                 self._has_news.set()
             case {"exit": code}:
                 os._exit(code)
+
+    def _hush(self) -> None:
+        """What the main thread would still print or write down is of no use."""
+        self._is_hushed.set()
+        log.handlers[:] = []
+        log.disabled = True
 
 
 @contextmanager
@@ -159,8 +180,9 @@ def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
         memory = mmap.mmap(-1, heartbeat.SIZE)
         beat = Beat(memory)
         ours, theirs = socket.socketpair()
-        ward = monitor.Ward(rank, os.getpid(), threading.get_ident(), memory, file, theirs, rules, run_dir)
-        watch = Watch(beat, ours, _fork(ward, ours))
+        thread, native_thread = threading.get_ident(), threading.get_native_id()
+        ward = monitor.Ward(rank, os.getpid(), thread, native_thread, memory, file, theirs, rules, run_dir)
+        watch = Watch(beat, ours, _fork(ward, ours), file)
         theirs.close()
         try:
             yield watch
@@ -190,7 +212,7 @@ def _written_stacks() -> Iterator[int | None]:
         yield None
         return
     file = os.memfd_create("stacks")
-    faulthandler.register(stacks.SIGNAL, file=file, all_threads=True, chain=False)
+    faulthandler.register(stacks.SIGNAL, file=file, all_threads=False, chain=False)
     is_enabled_elsewhere = faulthandler.is_enabled()
     if not is_enabled_elsewhere:
         faulthandler.enable(file=file, all_threads=True)
@@ -223,9 +245,3 @@ def _collectives() -> Sequence[dict[str, Any]]:
         return flight.last_collectives()
     except (RuntimeError, ValueError, KeyError):  # another torch, another recorder
         return []
-
-
-def _hush() -> None:
-    """The monitor has the last word: what the main thread would still print is of no use."""
-    log.handlers[:] = []
-    log.disabled = True
