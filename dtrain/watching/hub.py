@@ -82,6 +82,7 @@ class Hub:
                 member.evidence = evidence
             case {"bye": _}:
                 member.has_left = True
+                self._is_said |= self._followed is not None  # it has said why it follows
                 if rank == 0:
                     self._is_over = True
                     self._tell_all({"over": True})

@@ -118,14 +118,16 @@ class Monitor:
         self._over = self._released = self._said = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._hub: Hub | None = None
+        self._handle: int | None = None
+        self._workers: list[int] = []
 
     async def live(self) -> None:
         """Until the rank has gone, or lets us go."""
         self._done = asyncio.Event()
-        handle = os.pidfd_open(self._ward.pid)
-        if os.getppid() != self._ward.pid:
-            return  # gone before we began
-        asyncio.get_running_loop().add_reader(handle, self._rank_died, handle)
+        loop = asyncio.get_running_loop()
+        with suppress(OSError):  # an old kernel: then _look finds it
+            self._handle = os.pidfd_open(self._ward.pid)
+            loop.add_reader(self._handle, self._rank_died)
         from_rank, self._to_rank = await asyncio.open_connection(sock=self._ward.channel, limit=LONGEST_LINE)
         self._start(self._listen(from_rank))
         self._start(self._look())
@@ -170,12 +172,18 @@ class Monitor:
                     await asyncio.sleep(0)  # lets the connection write
                     self._done.set()
 
-    def _rank_died(self, handle: int) -> None:
-        asyncio.get_running_loop().remove_reader(handle)
+    def _rank_died(self) -> None:
+        if self._handle is not None:
+            asyncio.get_running_loop().remove_reader(self._handle)
         if not (self._released or self._over or self._said):
             owns_folder = read(self._ward.memory).owns_folder
             words = endings.words_of_death(self._ward.rank, self._ward.pid, self._ward.stacks, self._ward.thread)
             self._tell_hub({"died": words, "owns_folder": owns_folder})
+        # One that waits for work finds out by itself that its rank is gone, one that is stuck does not.
+        for worker in self._workers:
+            if stacks.is_worker(worker):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
         self._done.set()
 
     async def _trace(self, **more: bool) -> list[Message] | None:
@@ -191,7 +199,11 @@ class Monitor:
         """Reports to the hub again and again."""
         while True:
             await asyncio.sleep(self._period_s)
+            if os.getppid() != self._ward.pid:
+                self._rank_died()
+                return
             pulse, state = read(self._ward.memory), stacks.state_of(self._ward.pid)
+            self._workers = stacks.workers_of(self._ward.pid)
             self._silence.observe(pulse, state, now=time.monotonic(), period_s=self._period_s)
             seen = self._silence.seen(self._ward.rank, pulse)
             if pulse.phase == Phase.ENDING and seen.silent_s > ENDING_S:
@@ -208,8 +220,11 @@ class Monitor:
     async def _end_rank(self, code: int) -> None:
         """By its own helper thread, with the code; by SIGKILL where that cannot be heard."""
         self._over = True
+        self._workers = stacks.workers_of(self._ward.pid)
         send(self._to_rank, {"exit": code})
-        await asyncio.sleep(KILL_AFTER_S)
+        deadline = time.monotonic() + KILL_AFTER_S
+        while not self._done.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         with suppress(ProcessLookupError):
             os.kill(self._ward.pid, signal.SIGKILL)
 
@@ -292,7 +307,7 @@ class Monitor:
             await asyncio.sleep(ANSWER_S)
         if ward.stacks is not None and not text:
             text = await stacks.ask_for_stack(ward.pid, ward.native_thread, ward.stacks)
-        workers = await stacks.ask_children(ward.pid, ward.stacks, but=os.getpid()) if ward.stacks is not None else []
+        workers = await stacks.ask_workers(ward.pid, ward.stacks) if ward.stacks is not None else []
         self._tell_hub(
             {
                 "evidence": {

@@ -7,7 +7,6 @@ import ctypes
 import os
 import re
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ Only its own: to walk through the stacks of threads that run meanwhile can crash
 
 WITHIN_S = 1.0
 POLL_S = 0.02
-CHILDREN = 4
+WORKERS = 4
 """How many data workers are asked for their stacks."""
 
 STATES = {
@@ -91,7 +90,7 @@ async def ask_for_stack(pid: int, thread: int, file: int) -> str:
     Args:
         thread: threading.get_native_id() there.
     """
-    if not _hears(pid):
+    if not is_worker(pid):
         return ""
     start, last = os.fstat(file).st_size, -1
     was_stopped = state_of(pid) == "T"
@@ -110,14 +109,20 @@ async def ask_for_stack(pid: int, thread: int, file: int) -> str:
     return written(file, start)
 
 
-async def ask_children(pid: int, file: int, *, but: int) -> list[str]:
-    """The stacks of a rank's data workers, which inherited its faulthandler.
+async def ask_workers(pid: int, file: int) -> list[str]:
+    """The stacks of a rank's data workers, which inherited its faulthandler."""
+    return [await ask_for_stack(worker, worker, file) for worker in workers_of(pid)[:WORKERS]]
 
-    Args:
-        but: a child that is none of them.
-    """
-    children = [child for child in _children_of(pid) if child != but and _hears(child)]
-    return [await ask_for_stack(child, child, file) for child in children[:CHILDREN]]
+
+def workers_of(pid: int) -> list[int]:
+    """Its forked children, data workers mostly; not programs that it has started, and not its monitor."""
+    found: list[int] = []
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [child for child in map(int, listing.read_text().split()) if is_worker(child)]
+        except OSError:  # a thread that ended while we looked
+            continue
+    return found
 
 
 def _signal_thread(pid: int, thread: int) -> None:
@@ -129,18 +134,8 @@ def _signal_thread(pid: int, thread: int) -> None:
         tgkill(pid, thread, int(SIGNAL))
 
 
-def _children_of(pid: int) -> Sequence[int]:
-    found: list[int] = []
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, listing.read_text().split())
-        except OSError:  # a thread that ended while we looked
-            continue
-    return found
-
-
-def _hears(pid: int) -> bool:
-    """Whether it handles the signal, which would end it otherwise."""
+def is_worker(pid: int) -> bool:
+    """Whether it handles the signal, as a fork of a rank does; others would be ended by it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

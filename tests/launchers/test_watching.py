@@ -109,7 +109,7 @@ def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
     assert (fault_line["kind"], fault_line["ranks"]) == ("hang", [1])
     stacks = (tmp_path / "runs" / "run" / "hang-stacks.txt").read_text()
     assert "in stall" in stacks
-    assert "in run_micro_batches" in stacks
+    assert "in take_step" in stacks
     assert "Traceback" not in "\n".join(job.said)
 
 
