@@ -24,6 +24,8 @@ _THREAD = struct.Struct("<dq")
 
 SIZE = _MAIN.size + _THREAD.size
 
+TRIES = 1000
+
 STEPS = 31
 """How many of the last steps the median is taken over."""
 
@@ -186,9 +188,9 @@ class Beat:
 
 def read(memory: mmap | bytearray) -> Pulse:
     """What a rank wrote last, from the memory that it shares."""
-    while True:
+    for _ in range(TRIES):
         count, time_s, step, median_s, timed, phase, owns_folder, again = _MAIN.unpack_from(memory, 0)
-        if count == again:  # else the rank writes just now
+        if count == again:  # else the rank writes just now, or was stopped while it wrote
             break
     lock_s, collective = _THREAD.unpack_from(memory, _MAIN.size)
     return Pulse(count, time_s, step, median_s, timed, Phase(phase), bool(owns_folder), lock_s, collective)

@@ -27,11 +27,12 @@ from typing import Any
 from dtrain import network, rollcall
 from dtrain.console import log
 from dtrain.errors import TopologyError
-from dtrain.heartbeat import Phase, Pulse, read
+from dtrain.heartbeat import Phase, read
 from dtrain.watching import endings, stacks
 from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, send, serve
 from dtrain.watching.report import Evidence
-from dtrain.watching.verdict import Rules, Seen, limit_of
+from dtrain.watching.silence import Silence, period_of
+from dtrain.watching.verdict import Rules, limit_of
 
 KILL_AFTER_S = 0.7
 """A rank that is told to end and has not done so by itself is killed."""
@@ -75,11 +76,6 @@ class Ward:
     channel: socket.socket
     rules: Rules
     run_dir: Path
-
-
-def period_of(rules: Rules) -> float:
-    """Seconds between two looks."""
-    return 2.0 if rules.hang_timeout_s is None else min(2.0, max(0.1, rules.hang_timeout_s / 10))
 
 
 def run(ward: Ward) -> None:
@@ -331,33 +327,3 @@ class Monitor:
 def _name_process(name: bytes) -> None:
     """As ps and top show it; its command line is the rank's."""
     ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)
-
-
-class Silence:
-    """How long a rank has been silent, counted only while the monitor itself was awake."""
-
-    def __init__(self) -> None:
-        self._number, self._last = -1, time.monotonic()
-        self._silent_s = self._stopped_s = self._deaf_s = 0.0
-        self._lock_s = 0.0
-
-    def observe(self, pulse: Pulse, state: str, *, now: float, period_s: float) -> None:
-        """One look. After a pause of the whole machine no more than three periods are counted."""
-        passed = min(now - self._last, 3 * period_s)
-        self._silent_s = 0.0 if pulse.number != self._number else self._silent_s + passed
-        self._stopped_s = self._stopped_s + passed if state == "T" else 0.0
-        self._deaf_s = 0.0 if pulse.lock_s != self._lock_s else self._deaf_s + passed
-        self._number, self._lock_s, self._last = pulse.number, pulse.lock_s, now
-
-    def seen(self, rank: int, pulse: Pulse) -> Seen:
-        """As the hub wants it."""
-        return Seen(
-            rank=rank,
-            phase=pulse.phase,
-            step=pulse.step,
-            silent_s=self._silent_s,
-            stopped_s=self._stopped_s,
-            deaf_s=self._deaf_s,
-            median_s=pulse.median_s,
-            steps_timed=pulse.steps_timed,
-        )

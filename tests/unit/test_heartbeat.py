@@ -29,6 +29,14 @@ def test_what_is_written_is_read_from_the_shared_memory() -> None:
     assert pulse.lock_s == pytest.approx(time.monotonic(), abs=5)
 
 
+def test_a_rank_that_was_stopped_while_it_wrote_can_be_read() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    Beat(memory).at(Phase.DATA, step=3)
+    memory[0] = 99  # the first of two counts that should be equal
+
+    assert read(memory).phase == Phase.DATA
+
+
 def test_each_portion_of_work_counts_as_a_beat() -> None:
     memory = mmap.mmap(-1, heartbeat.SIZE)
     beat = Beat(memory)

@@ -16,8 +16,8 @@ from dtrain import heartbeat
 from dtrain.heartbeat import Beat, Phase, read
 from dtrain.watching import endings, hub, report
 from dtrain.watching.hub import Hub, Member
-from dtrain.watching.monitor import Silence, period_of
 from dtrain.watching.report import Collective, Evidence, blame, message
+from dtrain.watching.silence import Silence, period_of
 from dtrain.watching.stacks import Frame, fatal_error_in, frames_of
 from dtrain.watching.verdict import Rules, Seen, hanging, limit_of
 
