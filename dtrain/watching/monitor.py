@@ -89,6 +89,7 @@ def run(ward: Ward) -> None:
             signal.signal(number, signal.SIG_IGN)  # it ends with its rank, not before
         with Path(os.devnull).open("rb") as nothing:
             os.dup2(nothing.fileno(), 0)
+        asyncio._set_running_loop(None)  # a notebook's, in which the rank was when we were forked
         # Not asyncio.run, which ends by cancelling what is left and prints that.
         asyncio.new_event_loop().run_until_complete(Monitor(ward).live())
         code = 0

@@ -1,6 +1,6 @@
 """Ranks that hang or die in the middle of a real job: named with their place, and nothing is left.
 
-A mark `slow` here means: the same as a test above it, under another launcher.
+A mark `slow` here means: the same as a test above it, under another launcher or with data workers.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def ends(job: Job) -> tuple[bool, str]:
     ("fault", "workers", "place", "says"),
     [
         pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps"),
-        pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker"),
+        pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
         pytest.param("holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock"),
     ],
 )
@@ -136,8 +136,8 @@ def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: P
     ("start", "limit_s"),
     [
         pytest.param(jobs.torchrun, 10, id="torchrun"),
-        pytest.param(jobs.deepspeed, LIMIT, id="deepspeed"),
-        pytest.param(jobs.mpirun, LIMIT, id="mpirun"),
+        pytest.param(jobs.deepspeed, LIMIT, id="deepspeed", marks=slow),
+        pytest.param(jobs.mpirun, LIMIT, id="mpirun", marks=slow),
     ],
 )
 def test_a_rank_that_is_stopped_is_named_and_ended(
