@@ -174,8 +174,10 @@ class Hub:
         return [each for each in self._members.values() if not (each.has_left or each.is_lost)]
 
     def _tell_all(self, message: Message) -> None:
+        """Those who are there: one that has said why it ends does so itself, and may go on as a process."""
         for member in self._members.values():
-            member.send(message)
+            if not member.has_left:
+                member.send(message)
 
     def _follow(self, rank: int, words: str, code: int, grace_s: float) -> None:
         """The first end counts; further ones follow from it."""
