@@ -269,7 +269,13 @@ def node_first(work: Callable[[], JSON], topology: Topology, *, progress_every_s
     # Every rank counts its own calls, and all make the same ones: so the number names the call everywhere.
     number = store.add(f"node_first/calls/{topology.rank}", 1)
     turn = Turn(
-        store, f"node_first/{number}", topology.rank, topology.world_size, topology.node_rank, topology.num_nodes
+        store,
+        f"node_first/{number}",
+        topology.rank,
+        topology.world_size,
+        topology.node_rank,
+        topology.num_nodes,
+        topology.beat,
     )
     return take_turn(turn, work if topology.is_node_main else None, progress_every_s=progress_every_s)
 

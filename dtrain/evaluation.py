@@ -17,6 +17,7 @@ from dtrain.collectives import gather_for_metrics, on_main
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.engine.forward import Forward
 from dtrain.errors import ConfigError
+from dtrain.heartbeat import Phase
 from dtrain.memory import explain_in_evaluation
 from dtrain.own_metrics import Reported
 from dtrain.tasks.protocol import Batch, Scored, Task
@@ -60,13 +61,14 @@ def evaluate(
     Raises:
         ConfigError: a function of the user's cannot be used, or gives a name that another split's metric has.
     """
-    results = {
-        split: evaluate_split(
-            forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported
-        )
-        for split in task.splits
-        if split != "train"
-    }
+    with forward.topology.beat.within(Phase.EVALUATION):
+        results = {
+            split: evaluate_split(
+                forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported
+            )
+            for split in task.splits
+            if split != "train"
+        }
     metrics: dict[str, float] = {}
     for split, result in results.items():
         for name, value in result.metrics.items():
@@ -86,6 +88,8 @@ def evaluate_split(
     forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
 ) -> SplitResult:
     """Collective. One split, counted exactly."""
+    beat = forward.topology.beat
+    beat.at(Phase.EVALUATION)
     rows = task.splits[split]
     device = next(forward.module.parameters()).device
     forward.module.eval()
@@ -101,6 +105,7 @@ def evaluate_split(
     for batch in batches:
         with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
             scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
+        beat.tick()
         if batch.counted:
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
@@ -120,6 +125,7 @@ def evaluate_split(
         own = reported.own(records, taken=task.metric_names) if reported.own is not None else {}
         return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **own}
 
+    beat.at(Phase.METRICS)  # on rank 0, for as long as it takes
     return SplitResult(on_main(judge, forward.topology), records)
 
 

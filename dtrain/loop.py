@@ -19,6 +19,7 @@ from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
 from dtrain.engine.protocol import Engine
 from dtrain.evaluation import to_device
+from dtrain.heartbeat import Phase
 from dtrain.memory import explain_in_step, explain_in_training
 from dtrain.models.freezing import held_statistics
 from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
@@ -80,6 +81,8 @@ def train(
         stop=loop.total_steps,
         workers=loop.workers,
     )
+    beat = engine.topology.beat
+    beat.at(Phase.DATA, step=state.step)
     coming = next(steps, None)
     sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming)
     wish = stopped = Decision.CONTINUE
@@ -89,6 +92,7 @@ def train(
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
+        beat.at(Phase.MONITORS)
         wish = ask(monitors, record)
         if wish == Decision.ROLLBACK and loop.roll_back is not None:  # on every rank alike
             engine, wish = loop.roll_back(engine), Decision.CONTINUE
@@ -128,11 +132,15 @@ def take_step(
     wish: Decision,
 ) -> tuple[StepRecord, Sums, StepBatches | None]:
     """Collective. One step; gives its record, the sums that the next one needs, and the next one's batches."""
+    beat = engine.topology.beat
+    beat.at(Phase.MICRO_BATCH, step=batches.step)
     learning_rate = loop.learning_rate(state.updates)
     losses = run_micro_batches(engine, task, batches, weight=sums.next_weight, seed=loop.seed)
+    beat.at(Phase.DATA)
     coming = next(steps, None)
     targets, weight = sums.next_targets, sums.next_weight
     sums = add_up(engine, task, losses, wish=wish, coming=coming)
+    beat.at(Phase.UPDATE)
     for group in engine.param_groups:
         group["lr"] = learning_rate
     measures = loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
@@ -189,6 +197,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
     scale = engine.topology.world_size / weight if weight else 0.0
     losses = []
     for position, micro_batch in enumerate(batches.micro_batches):
+        engine.topology.beat.tick()
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
@@ -202,6 +211,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
 
 def add_up(engine: Engine, task: Task, losses: Sequence[float], *, wish: Decision, coming: StepBatches | None) -> Sums:
     """Collective. The one small all-reduce of a step; float64 holds its counts exactly."""
+    engine.topology.beat.at(Phase.SUMMING)
     ahead = [task.targets(batch.tensors) for batch in _counted(coming)]
     own = [
         math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,

@@ -175,8 +175,10 @@ def fit(
             try:
                 result = run_train(config, job.topology, model=model, task=task, monitors=monitors, began=begin)
             except BaseException as error:
+                end = end_of(error, job.topology)
                 if getattr(error, "is_noted", True):
-                    write_down(end_of(error, job.topology), config)
+                    write_down(end, config)
+                job.watch.failing((end.message.splitlines() or [end.cause])[0], end.code)
                 raise
     if topology.is_main:
         write_down(done(topology), config)

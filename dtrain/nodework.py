@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.console import log
 from dtrain.errors import KINDS, DtrainError
+from dtrain.heartbeat import Beat, Phase
 from dtrain.rollcall import Board
 
 JSON = Any
@@ -31,6 +32,7 @@ class Turn:
     world_size: int
     node_rank: int
     num_nodes: int
+    beat: Beat = field(default_factory=Beat)
 
     @property
     def keys(self) -> list[str]:
@@ -55,10 +57,11 @@ def take_turn(turn: Turn, work: Callable[[], JSON] | None, *, progress_every_s: 
     with _progress(turn, progress_every_s):
         if work is not None:
             _work_and_tell(turn, work)
-        pause = 0.005
-        while not turn.board.check(turn.keys) and not turn.board.check([turn.broken]):
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
+        with turn.beat.within(Phase.WAITING_FOR_NODE):
+            pause = 0.005
+            while not turn.board.check(turn.keys) and not turn.board.check([turn.broken]):
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.5)
     keys = [turn.broken] if turn.board.check([turn.broken]) else turn.keys
     results = [json.loads(turn.board.get(key)) for key in keys]
     failed = next((result for result in results if "error" in result), None)

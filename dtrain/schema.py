@@ -156,6 +156,9 @@ class Train(Section):
     non_finite: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is not finite does", resume="free"
     )
+    hang_timeout: float | None = setting(
+        300.0, "seconds without progress until the job is ended as hung; null or 0: never", resume="free", ge=0
+    )
     spike: Spike | None = setting(None, "what a loss far above those before it does; null: nothing", resume="free")
     check_replicas: int | None = setting(
         None, "steps between comparisons of all ranks' weights, bit by bit; null: none", resume="free", ge=1

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 from dtrain import launchers, mpi, network, rollcall
 from dtrain.errors import TopologyError
+from dtrain.heartbeat import Beat
 from dtrain.identity import Identity
 from dtrain.mpi import finalize_mpi as finalize_mpi
 
@@ -43,6 +44,7 @@ class Topology:
     master_addr, master_port: where the ranks meet; None for one process, and under MPI until the group has formed.
     is_complete: False while the node's numbers are estimates, since the launcher does not give them; `process_group`
         yields a complete one.
+    beat: where this process says how far it is; see watching/.
     """
 
     rank: int
@@ -55,6 +57,7 @@ class Topology:
     master_addr: str | None
     master_port: int | None
     is_complete: bool = True
+    beat: Beat = field(default_factory=Beat, compare=False, repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:

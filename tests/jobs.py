@@ -29,6 +29,12 @@ from tests import tiny
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 MAIN = "dtrain/main.py"
+SCRIPT = "runs_dtrain.py"
+"""What a test's own script is called that runs dtrain with a fault in it."""
+
+HELPERS = ("dtrain-monitor",)
+"""Processes that have a rank's command line, but a name of their own."""
+
 MARK = "DTRAIN_TEST_JOB"
 LIMIT_S = 150.0
 """How long a job may take: 10 s is usual, but the machine may be busy."""
@@ -129,7 +135,8 @@ class Job:
             for pid, words in self.members().items()
             if len(words) > 1
             and Path(words[0]).name.startswith("python")
-            and (words[1] == MAIN or words[1:3] == ["-u", MAIN])
+            and any(MAIN in word or word.endswith(SCRIPT) for word in words[1:3])
+            and _name(pid) not in HELPERS
         ]
         return sorted(
             found,
@@ -294,6 +301,13 @@ def _environment(pid: int) -> dict[str, str]:
     except OSError:  # another user's, or gone
         return {}
     return dict(entry.partition("=")[::2] for entry in entries if "=" in entry)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _is_alive(pid: int) -> bool:

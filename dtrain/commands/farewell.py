@@ -16,15 +16,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dtrain.console import log
 from dtrain.errors import DtrainError, TopologyError
+from dtrain.heartbeat import Phase
 from dtrain.interrupts import ignore_further
 from dtrain.rollcall import Board
 from dtrain.run_folder import write_exit
 from dtrain.schema import Config
 from dtrain.topology import Topology
+
+if TYPE_CHECKING:
+    from dtrain.watching.start import Watch
 
 T = TypeVar("T")
 
@@ -33,6 +37,12 @@ WAIT_S = 2.0
 
 SEEN_S = 0.2
 """How long after its sockets a killed process may still stand in /proc. mpirun kills the rest after 0.5 s."""
+
+NEWS_S = 0.5
+"""How long the monitors may take to tell of a rank that has died."""
+
+PREEMPTED = 75
+"""Exit code of an end that all ranks have agreed upon."""
 
 STORE_S = 3.0
 """How long the store may take in all: its host may be gone without a word."""
@@ -48,11 +58,12 @@ class Peer(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """All ranks together, once they have met. board: None for one process."""
+    """All ranks together, once they have met. board: None for one process. watch: this rank's, by its monitor."""
 
     topology: Topology
     board: Board | None
     peers: Sequence[Peer]
+    watch: Watch
 
 
 @dataclass(frozen=True)
@@ -104,20 +115,26 @@ def report(
 
     ignore_further()  # a launcher that sees one rank end tells the others to end, too
     topology = job.topology
+    job.watch.stay_quiet()
+    topology.beat.at(Phase.ENDING)
     follows = topology.world_size > 1 and is_lost_peer(error)
     if follows and not launcher_lives():
         threading.Event().wait(WAIT_S)
     own = _end_of_follower(error, job) if follows else end_of(error, topology)
+    if not follows and own.code != PREEMPTED:
+        job.watch.failing(_first_line(own), own.code)
     first = _in_time(lambda: _first_cause(own, job.board), own)
     if is_noted and getattr(error, "is_noted", True):
         write_down(first, config)
     if follows:
-        words = f"Rank {first.rank} ended: {first.message.splitlines()[0]}" if first != own else own.message
+        words = f"Rank {first.rank} on {first.host} ended: {_first_line(first)}" if first != own else own.message
         words += f" Rank {topology.rank} ends as well."
     elif isinstance(error, DtrainError | KeyboardInterrupt):
         words = own.message
     else:
         words = "".join(traceback.format_exception(error)).rstrip()
+        if topology.world_size > 1:
+            words = f"Rank {own.rank} on {own.host} failed:\n{words}"
     _say(words, job, error, follows=follows)
     return first.code if follows else own.code
 
@@ -165,7 +182,10 @@ def _first_cause(own: End, board: Board | None) -> End:
 
 
 def _end_of_follower(error: BaseException, job: Job) -> End:
-    """Why a connection was lost, if no rank has said why it ended: who is gone, as far as can be seen from here."""
+    """Why a connection was lost, if no rank has said why it ended: who is gone, as the monitors or /proc tell."""
+    news = job.watch.news(NEWS_S)
+    if news is not None:
+        return End(news.code, TopologyError.__name__, news.rank, news.host, news.message)
     deadline = time.monotonic() + SEEN_S
     while not (gone := _gone(job)) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -180,6 +200,10 @@ def _end_of_follower(error: BaseException, job: Job) -> End:
             f"{f' at {address[1]}' if address else ''}: that rank has died, or its node or the network has."
         )
     return End(TopologyError.exit_code, TopologyError.__name__, rank, job.peers[rank].host, message)
+
+
+def _first_line(end: End) -> str:
+    return (end.message.splitlines() or [end.cause])[0]
 
 
 def _gone(job: Job) -> list[int]:

@@ -79,6 +79,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         raise
     for note in told["notes"]:
         log.info("%s", note)
+    topology.beat.own_folder()
     action: Action = told["action"]
     if action == "go_on" and chosen is not None and there.given:
         choosing.set_newer_aside(folder.checkpoints, chosen.step, topology)

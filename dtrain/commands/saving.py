@@ -19,6 +19,7 @@ from dtrain.config import to_yaml
 from dtrain.console import log
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
+from dtrain.heartbeat import Phase
 from dtrain.interrupts import SIGNALS, Asked, deferred
 from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.run_folder import RunFolder
@@ -100,17 +101,17 @@ class Checkpoints:
         """Collective. Saves this step, unless it is saved."""
         if self._saved == self._state.step:
             return
-        engine = self._engine()
-        if self._saver is None:
-            self._saver = self._make(engine.module)
-        best = self._state.best_step
+        engine, best = self._engine(), self._state.best_step
         state = {
             "run": asdict(self._state),
             "task": self._task.name,
             "rows": {split: len(rows) for split, rows in self._task.splits.items()},
         }
         protected = [best] if best is not None else []
-        self._report(self._saver.save(engine, self._state.step, state, protected=protected))
+        with self._topology.beat.within(Phase.CHECKPOINT):
+            if self._saver is None:
+                self._saver = self._make(engine.module)
+            self._report(self._saver.save(engine, self._state.step, state, protected=protected))
         self._saved = self._state.step
 
     def finish(self) -> None:
@@ -129,9 +130,10 @@ class Checkpoints:
 
     def settle(self) -> str | None:
         """Collective. Waits until nothing is on its way; gives why the last one failed on rank 0, if it did."""
-        if self._saver is not None:
-            self._report(self._saver.result(wait=True))
-        failed: str | None = all_gather_object(self._failed, self._topology)[0]
+        with self._topology.beat.within(Phase.CHECKPOINT):
+            if self._saver is not None:
+                self._report(self._saver.result(wait=True))
+            failed: str | None = all_gather_object(self._failed, self._topology)[0]
         return failed
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -14,8 +15,11 @@ import transformers
 from dtrain.collectives import all_gather_object, job_board, on_main
 from dtrain.commands.farewell import Job, Peer, own_peer
 from dtrain.errors import ConfigError
+from dtrain.heartbeat import Phase
 from dtrain.schema import Config
 from dtrain.topology import Topology, process_group, set_threads
+from dtrain.watching.start import Watch, watching
+from dtrain.watching.verdict import Rules
 
 
 @contextmanager
@@ -27,14 +31,27 @@ def session(
     Args:
         env: os.environ; what libraries read of the topology is set in it.
     """
-    set_threads(topology, env)
-    _quieten_libraries(env)
-    run = {"command": command, "run folder": str(config.run_dir)}
+    rules = Rules(config.train.hang_timeout or None, compiles=bool(config.model.compile))
+    with watching(topology.rank, rules, config.run_dir) as watch:  # forks, so it comes first
+        set_threads(topology, env)
+        _quieten_libraries(env)
+        run = {"command": command, "run folder": str(config.run_dir)}
+        with _met(config, replace(topology, beat=watch.beat), env, watch, run) as job:
+            yield job
+            job.topology.beat.at(Phase.FINISHING)
+
+
+@contextmanager
+def _met(
+    config: Config, topology: Topology, env: MutableMapping[str, str], watch: Watch, run: Mapping[str, str]
+) -> Iterator[Job]:
+    """Collective. All ranks together, from their meeting to their parting."""
     with process_group(topology, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
         set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
         peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
         _compare_configs(config, ready, peers)
-        yield Job(ready, job_board(ready), peers)
+        watch.meet(ready)
+        yield Job(ready, job_board(ready), peers, watch)
 
 
 def _compare_configs(config: Config, topology: Topology, peers: list[Peer]) -> None:

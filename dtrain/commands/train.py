@@ -28,6 +28,7 @@ from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError, DataError, Preempted
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
+from dtrain.heartbeat import Phase
 from dtrain.loop import Loop, train
 from dtrain.models import freezing
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
@@ -102,12 +103,14 @@ def _old_result(config: Config, topology: Topology) -> Result:
 def _prepare(
     config: Config, topology: Topology, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
 ) -> TrainingRun:
+    topology.beat.at(Phase.PREPARING)
     task = task or build_task(config, topology)
     metrics = reported(config.evaluation, task, folder=config.folder)
     names = metric_names(task, metrics)
     if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
         _check_best(config, names)
     steps = construct.step_plan(config, task)
+    topology.beat.at(Phase.LOADING)
     module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
     state = RunState()
     if checkpoint is not None:
@@ -174,6 +177,7 @@ class TrainingRun:
                 total_steps=total,
                 startup_s=time.monotonic() - self.began,
             )
+            self.topology.beat.at(Phase.BUILDING)
             self._start_engine()
             if config.train.spike is not None:
                 self.spikes = Spikes(config.train.spike, self.state, self.tracker)
@@ -281,11 +285,13 @@ class TrainingRun:
     def _keep_best(self) -> None:
         """Collective. The model of this step becomes the run's."""
         self.best = self.last
-        export_model(self.engine, beside(self.task), self.config.run_dir / "model")
+        with self.topology.beat.within(Phase.EXPORT):
+            export_model(self.engine, beside(self.task), self.config.run_dir / "model")
 
     def _before_epoch(self, engine: Engine, epoch: int) -> Engine:
         """Collective. Thaws what is due."""
         thaws = len(self.state.thawed)
+        self.topology.beat.at(Phase.BUILDING)
         self.engine = thaw(engine, epoch, self.config, self.prepared, self.state)
         for names in self.state.thawed[thaws:]:
             log.info("epoch %d: thawed %s", epoch, freezing.summary(names))
@@ -307,14 +313,16 @@ class TrainingRun:
 
     def _load(self, engine: Engine, chosen: Chosen) -> None:
         """Collective. A checkpoint into an engine that runs already: it is built anew around the module."""
-        module = engine.release()
-        restore_weights(module, chosen, self.topology)
-        self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
-        restore_slots(self.engine, chosen, self.topology)
+        with self.topology.beat.within(Phase.LOADING):
+            module = engine.release()
+            restore_weights(module, chosen, self.topology)
+            self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
+            restore_slots(self.engine, chosen, self.topology)
 
     def _finish(self) -> Result:
         """Collective. The model, its predictions and the summary; `best` where one was asked for."""
         config = self.config
+        self.topology.beat.at(Phase.EXPORT)
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
             if self.keeper is not None and self.state.best_step != self.state.step:

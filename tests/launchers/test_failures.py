@@ -16,6 +16,7 @@ from tests import jobs
 from tests.jobs import Job
 
 slow = pytest.mark.slow
+HOST = os.uname().nodename
 GONE_S = 10.0
 """How soon after Ctrl-C all processes are gone."""
 
@@ -55,7 +56,12 @@ def lines_after(job: Job, text: str) -> list[str]:
         pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "Stopped by SIGINT", id="torchrun-int", marks=slow),
         pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "Stopped by SIGTERM", id="torchrun-term", marks=slow),
         pytest.param(
-            jobs.torchrun, signal.SIGTERM, "rank 1", "Rank 1 ended: Stopped by SIGTERM", id="rank", marks=slow
+            jobs.torchrun,
+            signal.SIGTERM,
+            "rank 1",
+            f"Rank 1 on {HOST} ended: Stopped by SIGTERM",
+            id="rank",
+            marks=slow,
         ),
         # Its launcher sends a second signal after the first, and not to all ranks.
         pytest.param(jobs.deepspeed, signal.SIGINT, "group", "Stopped by SIGINT", id="deepspeed-int-group"),
@@ -189,7 +195,8 @@ def test_a_rank_that_raises_shows_its_traceback_and_the_other_one_line(tmp_path:
     assert end["message"] == "RuntimeError: made to fail"
     assert job.out.count("RuntimeError: made to fail") == 1
     assert job.text.count("Traceback (most recent call last)") == 2, "rank 1's, and torchrun's own"
-    assert "error: Rank 1 ended: RuntimeError: made to fail Rank 0 ends as well." in job.out
+    assert f"error: Rank 1 on {HOST} ended: RuntimeError: made to fail Rank 0 ends as well." in job.out
+    assert f"[rank 1] error: Rank 1 on {HOST} failed:" in job.out
     assert "gloo" not in job.text
 
 

@@ -23,6 +23,7 @@ LEVELS = {
         [
             "errors",
             "console",
+            "heartbeat",
             "settings",
             "task_settings",
             "command_settings",
@@ -45,7 +46,7 @@ LEVELS = {
     ),
     **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework"], 1),
     **dict.fromkeys(["collectives", "seeding", "watch", "memory", "run_start"], 2),
-    **dict.fromkeys(["models", "data", "optim", "engine.protocol", "tasks.protocol"], 3),
+    **dict.fromkeys(["models", "data", "optim", "watching", "engine.protocol", "tasks.protocol"], 3),
     **dict.fromkeys(["engine", "tasks", "own_metrics"], 4),
     **dict.fromkeys(["evaluation", "checkpoint", "tracking", "monitors"], 5),
     "loop": 6,
@@ -67,7 +68,7 @@ BOTTOM = {"errors", "console", "settings"}
 
 ONLY_IN = {
     "os.environ": ("main", "topology"),
-    "torch.distributed": ("topology", "collectives", "watch", "engine"),
+    "torch.distributed": ("topology", "collectives", "watch", "watching.flight", "engine"),
     "deepspeed": ("engine.deepspeed",),
     "yaml": ("config",),
 }
@@ -85,6 +86,7 @@ WITHOUT_TORCH = (
     "schema",
     "launchers",
     "network",
+    "heartbeat",
     "config",
     "topology",
     "run_folder",

@@ -1,0 +1,330 @@
+"""The monitor of one rank: a small process forked from it, which sees it die, stop, or hang, and can end it.
+
+It never returns from `run`. It reads the rank's heartbeat and /proc, talks with the rank's helper thread over a socket
+pair and with the hub over a connection, and runs the hub itself beside rank 0. It touches neither CUDA nor torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import faulthandler
+import gc
+import json
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dtrain import network, rollcall
+from dtrain.console import log
+from dtrain.errors import TopologyError
+from dtrain.heartbeat import Phase, read
+from dtrain.watching import endings, stacks
+from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, send, serve
+from dtrain.watching.report import Evidence
+from dtrain.watching.silence import Silence, period_of
+from dtrain.watching.verdict import Rules, limit_of
+
+KILL_AFTER_S = 0.7
+"""A rank that is told to end and has not done so by itself is killed."""
+
+LINGER_S = 0.1
+"""How long a monitor outlives its rank, so that what it says gets through. Launchers wait for its standard output."""
+
+HUB_LINGER_S = 3.0
+"""The same for the hub, through which the others hear of it."""
+
+ENDING_S = 20.0
+"""How long a rank may take over its own last words."""
+
+ANSWER_S = 1.0
+"""How long the helper thread may take; it needs the interpreter lock."""
+
+ALONE = 10.0
+"""How many times the limit a rank gets whose monitor has lost the others."""
+
+PR_SET_NAME = 15
+
+TO_THE_HUB_S = 10.0
+LONGEST_TEXT = 100_000
+
+
+@dataclass(frozen=True)
+class Ward:
+    """The rank that is watched, and what is shared with it.
+
+    thread, native_thread: threading.get_ident() and get_native_id() of the one that works. memory: its heartbeat.
+    stacks: file that faulthandler writes to; None where another handler has the signal. channel: this end of the
+    socket pair.
+    """
+
+    rank: int
+    pid: int
+    thread: int
+    native_thread: int
+    memory: Any
+    stacks: int | None
+    channel: socket.socket
+    rules: Rules
+    run_dir: Path
+
+
+def run(ward: Ward) -> None:
+    """The whole life of the monitor, in the forked process; leaves it by os._exit."""
+    code = 1
+    try:
+        faulthandler.disable()  # its file is for the rank's last words
+        _name_process(b"dtrain-monitor")
+        gc.disable()  # a collection would copy every page that is shared with the rank
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, stacks.SIGNAL, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)  # it ends with its rank, not before
+        with Path(os.devnull).open("rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        asyncio._set_running_loop(None)  # a notebook's, in which the rank was when we were forked
+        # Not asyncio.run, which ends by cancelling what is left and prints that.
+        asyncio.new_event_loop().run_until_complete(Monitor(ward).live())
+        code = 0
+    except Exception as error:  # noqa: BLE001 - nobody is above us
+        log.warning("the monitor of rank %d ended: %s: %s", ward.rank, type(error).__name__, error)
+    finally:
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
+
+
+class Monitor:
+    """One rank's. All of it runs in one event loop."""
+
+    def __init__(self, ward: Ward) -> None:
+        self._ward = ward
+        self._period_s = period_of(ward.rules)
+        self._silence = Silence()
+        self._tell_hub: Callable[[Message], None] = lambda _message: None
+        self._to_rank: asyncio.StreamWriter
+        self._answer: asyncio.Future[list[Message]] | None = None
+        self._done = asyncio.Event()
+        self._over = self._released = self._said = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._hub: Hub | None = None
+        self._handle: int | None = None
+        self._workers: list[int] = []
+
+    async def live(self) -> None:
+        """Until the rank has gone, or lets us go."""
+        self._done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        with suppress(OSError):  # an old kernel: then _look finds it
+            self._handle = os.pidfd_open(self._ward.pid)
+            loop.add_reader(self._handle, self._rank_died)
+        from_rank, self._to_rank = await asyncio.open_connection(sock=self._ward.channel, limit=LONGEST_LINE)
+        self._start(self._listen(from_rank))
+        self._start(self._look())
+        await self._done.wait()
+        if not self._released:
+            await asyncio.sleep(LINGER_S)
+            deadline = time.monotonic() + HUB_LINGER_S
+            while self._hub is not None and not self._hub.is_settled and time.monotonic() < deadline:
+                await asyncio.sleep(LINGER_S)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = task.exception()
+        if error is not None and not isinstance(error, OSError):  # a connection that breaks is seen elsewhere
+            log.warning("the monitor of rank %d: %s: %s", self._ward.rank, type(error).__name__, error)
+
+    # ------------------------------------------------------------ the rank
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """What the rank says, until it says goodbye. The end of the stream is no news: its death is seen elsewhere."""
+        while line := await reader.readline():
+            message = json.loads(line)
+            match message:
+                case {"serve": where}:
+                    await self._serve(where)
+                case {"join": where}:
+                    self._start(self._join(where))
+                case {"trace": collectives}:
+                    if self._answer is not None and not self._answer.done():
+                        self._answer.set_result(collectives)
+                case {"failed": _}:
+                    self._said = True
+                    self._tell_hub(message)
+                case {"bye": _}:
+                    self._released = True
+                    self._tell_hub(message)
+                    await asyncio.sleep(0)  # lets the connection write
+                    self._done.set()
+
+    def _rank_died(self) -> None:
+        if self._handle is not None:
+            asyncio.get_running_loop().remove_reader(self._handle)
+        if not (self._released or self._over or self._said):
+            owns_folder = read(self._ward.memory).owns_folder
+            words = endings.words_of_death(self._ward.rank, self._ward.pid, self._ward.stacks, self._ward.thread)
+            self._tell_hub({"died": words, "owns_folder": owns_folder})
+        # One that waits for work finds out by itself that its rank is gone, one that is stuck does not.
+        for worker in self._workers:
+            if stacks.is_worker(worker):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+        self._done.set()
+
+    async def _trace(self, **more: bool) -> list[Message] | None:
+        """What the helper thread says about collectives; None where it does not get the interpreter lock."""
+        self._answer = asyncio.get_running_loop().create_future()
+        send(self._to_rank, {"ask": True, **more})
+        try:
+            return await asyncio.wait_for(self._answer, ANSWER_S)
+        except (TimeoutError, asyncio.TimeoutError):
+            return None
+
+    async def _look(self) -> None:
+        """Reports to the hub again and again."""
+        while True:
+            await asyncio.sleep(self._period_s)
+            if os.getppid() != self._ward.pid:
+                self._rank_died()
+                return
+            pulse, state = read(self._ward.memory), stacks.state_of(self._ward.pid)
+            self._workers = stacks.workers_of(self._ward.pid)
+            self._silence.observe(pulse, state, now=time.monotonic(), period_s=self._period_s)
+            seen = self._silence.seen(self._ward.rank, pulse)
+            if pulse.phase == Phase.ENDING and seen.silent_s > ENDING_S:
+                os.kill(self._ward.pid, signal.SIGKILL)
+            limit = limit_of(seen, self._ward.rules)
+            waits = None
+            if limit is not None and seen.silent_s > limit and not seen.stopped_s:
+                trace = await self._trace()
+                waits = None if not trace else any(each["pending"] for each in trace)
+            values = {**asdict(seen), "waits": waits, "owns_folder": pulse.owns_folder}
+            del values["rank"]
+            self._tell_hub({"seen": values})
+
+    async def _end_rank(self, code: int) -> None:
+        """By its own helper thread, with the code; by SIGKILL where that cannot be heard."""
+        self._over = True
+        self._workers = stacks.workers_of(self._ward.pid)
+        send(self._to_rank, {"exit": code})
+        deadline = time.monotonic() + KILL_AFTER_S
+        while not self._done.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        with suppress(ProcessLookupError):
+            os.kill(self._ward.pid, signal.SIGKILL)
+
+    # ------------------------------------------------------------ the hub
+
+    async def _serve(self, where: Message | None) -> None:
+        """Opens the hub. `where` None: for this rank alone, without a socket."""
+        ranks = range(where["world_size"]) if where is not None else [self._ward.rank]
+        hub = self._new_hub(ranks, self._ward.rules.hang_timeout_s)
+        if where is None:
+            self._attach(hub)
+            return
+        token = secrets.token_hex(16)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
+        try:
+            if where["address"] == "127.0.0.1":
+                listener = rollcall.listen("127.0.0.1", 0)
+            else:
+                others = not network.is_literally_local(where["address"])
+                listener = rollcall.listen_as_master(where["address"], 0, serves_other_nodes=others)
+        except (TopologyError, OSError) as error:
+            send(self._to_rank, {"serving": None, "why": str(error)})
+            return
+        await asyncio.start_server(
+            lambda reader, writer: serve(hub, reader, writer, token=token), sock=listener, limit=LONGEST_LINE
+        )
+        send(self._to_rank, {"serving": [where["address"], listener.getsockname()[1], token]})
+
+    def _new_hub(self, ranks: Iterable[int], hang_timeout_s: float | None) -> Hub:
+        self._hub = Hub(ranks, replace(self._ward.rules, hang_timeout_s=hang_timeout_s), self._speak)
+        self._start(self._hub.judge(self._period_s))
+        return self._hub
+
+    def _attach(self, hub: Hub) -> None:
+        """To a hub in this process."""
+        rank = self._ward.rank
+        hub.join(rank, Member(self._obey, socket.gethostname(), self._ward.pid))
+        self._tell_hub = lambda message: hub.receive(rank, message)
+
+    async def _join(self, where: list[Any]) -> None:
+        """Connects to the hub and obeys it; goes on alone when it has gone without a word."""
+        address, port, token = where
+        try:
+            reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(address, port, limit=LONGEST_LINE), TO_THE_HUB_S
+            )
+            send(writer, {"token": token, "rank": self._ward.rank, "host": socket.gethostname(), "pid": self._ward.pid})
+            self._tell_hub = lambda message: send(writer, message)
+            while line := await reader.readline():
+                self._obey(json.loads(line))
+        except (OSError, ValueError, TimeoutError, asyncio.TimeoutError):
+            pass
+        if not (self._over or self._done.is_set()):
+            # Whether the others still work is not known any more, so that a rank that waits is given much longer.
+            limit = self._ward.rules.hang_timeout_s
+            self._attach(self._new_hub([self._ward.rank], limit and limit * ALONE))
+
+    def _obey(self, message: Message) -> None:
+        """What the hub says."""
+        match message:
+            case {"testify": _}:
+                self._start(self._testify())
+            case {"hush": _} | {"news": _}:
+                send(self._to_rank, message)
+            case {"end": code}:
+                self._start(self._end_rank(code))
+            case {"over": _}:
+                self._over = True
+
+    async def _testify(self) -> None:
+        """Says what can be seen of the rank. From here on there is no way back, and it prints no more."""
+        ward, state = self._ward, stacks.state_of(self._ward.pid)
+        start = os.fstat(ward.stacks).st_size if ward.stacks is not None else 0
+        trace = None if state == "T" else await self._trace(hush=True)  # writes the stacks, too
+        text = stacks.written(ward.stacks, start) if ward.stacks is not None else ""
+        if trace is None:
+            # To ask a stopped rank for its stack, or one in a C call, sets it going: not before the others are asked.
+            send(self._to_rank, {"hush": True})
+            await asyncio.sleep(ANSWER_S)
+        if ward.stacks is not None and not text:
+            text = await stacks.ask_for_stack(ward.pid, ward.native_thread, ward.stacks)
+        workers = await stacks.ask_workers(ward.pid, ward.stacks) if ward.stacks is not None else []
+        self._tell_hub(
+            {
+                "evidence": {
+                    "host": socket.gethostname(),
+                    "pid": ward.pid,
+                    "state": state,
+                    "stack": stacks.frames_of(text, ward.thread),
+                    "workers": [stacks.frames_of(each, ward.thread) for each in workers],
+                    "collectives": trace or [],
+                    "heard": True,
+                    "text": "\n".join([text, *workers])[:LONGEST_TEXT],
+                }
+            }
+        )
+
+    def _speak(self, end: Message, ranks: Iterable[Evidence]) -> None:
+        self._said = True
+        endings.speak(end, list(ranks), self._ward.run_dir)
+
+
+def _name_process(name: bytes) -> None:
+    """As ps and top show it; its command line is the rank's."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)

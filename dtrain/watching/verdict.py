@@ -1,0 +1,91 @@
+"""Whether the job hangs: a pure function of what the monitors of all ranks have last seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dtrain.heartbeat import RULES, Phase, Rule
+
+MEDIANS = 10.0
+"""A step may take so many median ones."""
+
+AT_LEAST_S = 60.0
+"""But no limit is lowered below this by quick steps."""
+
+DEAF_S = 3.0
+"""How long no thread of a rank gets the interpreter lock until it counts as held; threads ask for it every second."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """hang_timeout_s: train.hang_timeout; None: silence is not judged. compiles: the first step may take for ever."""
+
+    hang_timeout_s: float | None
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A rank as its monitor saw it last.
+
+    silent_s: since the last beat, as far as the monitor itself was awake. stopped_s: how long the process has been
+    stopped by a signal. deaf_s: how long no thread has had the interpreter lock. waits: whether a collective is under
+    way; None where that cannot be told. unheard_s: how long the monitor has said nothing.
+    """
+
+    rank: int
+    phase: Phase
+    step: int = -1
+    silent_s: float = 0.0
+    stopped_s: float = 0.0
+    deaf_s: float = 0.0
+    waits: bool | None = None
+    median_s: float = 0.0
+    steps_timed: int = 0
+    unheard_s: float = 0.0
+
+
+def limit_of(seen: Seen, rules: Rules) -> float | None:
+    """How long that rank may be silent where it is, in seconds; None: as long as it takes."""
+    rule, limit = RULES[seen.phase], rules.hang_timeout_s
+    if limit is None or rule in (Rule.SLOW, Rule.WAIT):
+        return None
+    if rule is Rule.STEP:
+        if rules.compiles and seen.steps_timed == 0:
+            return None
+        if seen.steps_timed and not rules.compiles:  # a new shape is compiled at any step
+            return min(limit, max(AT_LEAST_S, MEDIANS * seen.median_s))
+    return limit
+
+
+def hanging(ranks: Sequence[Seen], rules: Rules) -> bool:
+    """Whether somebody must end this job.
+
+    A rank that is stopped, or silent outside of a collective, hangs whatever the others do. One that waits in a
+    collective hangs when there is nobody left who may still be on the way to it.
+    """
+    if rules.hang_timeout_s is None:
+        return False
+    limit = rules.hang_timeout_s
+    if any(seen.stopped_s > limit for seen in ranks):
+        return True
+    late = [seen for seen in ranks if _is_late(seen, rules)]
+    if any(seen.waits is False or seen.deaf_s > DEAF_S for seen in late):
+        return True
+    return bool(late) and not any(_may_come(seen, rules) for seen in ranks)
+
+
+def _is_late(seen: Seen, rules: Rules) -> bool:
+    limit = limit_of(seen, rules)
+    return limit is not None and seen.silent_s > limit and seen.unheard_s <= limit
+
+
+def _may_come(seen: Seen, rules: Rules) -> bool:
+    """Whether that rank is at work, for all that is known, so that others wait for it with reason."""
+    assert rules.hang_timeout_s is not None
+    if seen.unheard_s > rules.hang_timeout_s or seen.stopped_s > rules.hang_timeout_s:
+        return False
+    if RULES[seen.phase] is Rule.WAIT:
+        return False
+    return not _is_late(seen, rules)

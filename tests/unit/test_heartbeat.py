@@ -1,0 +1,91 @@
+"""The heartbeat: what a rank writes is what another process reads."""
+
+from __future__ import annotations
+
+import mmap
+import time
+
+import pytest
+
+from dtrain import heartbeat
+from dtrain.heartbeat import RULES, WORDS, Beat, Phase, read
+from dtrain.topology import SINGLE, Topology
+
+
+def test_what_is_written_is_read_from_the_shared_memory() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+    begin = read(memory)
+
+    beat.at(Phase.MICRO_BATCH, step=41)
+    beat.own_folder()
+    beat.thread(7)
+    pulse = read(memory)
+
+    assert (begin.phase, begin.step, begin.owns_folder) == (Phase.STARTING, -1, False)
+    assert (pulse.phase, pulse.step, pulse.owns_folder, pulse.collective) == (Phase.MICRO_BATCH, 41, True, 7)
+    assert pulse.number > begin.number
+    assert pulse.time_s == pytest.approx(time.monotonic(), abs=5)
+    assert pulse.lock_s == pytest.approx(time.monotonic(), abs=5)
+
+
+def test_a_rank_that_was_stopped_while_it_wrote_can_be_read() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    Beat(memory).at(Phase.DATA, step=3)
+    memory[0] = 99  # the first of two counts that should be equal
+
+    assert read(memory).phase == Phase.DATA
+
+
+def test_each_portion_of_work_counts_as_a_beat() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+    beat.at(Phase.EVALUATION)
+    before = read(memory)
+
+    beat.tick()
+
+    assert read(memory).number == before.number + 1
+    assert read(memory).phase == Phase.EVALUATION
+
+
+def test_the_phase_before_goes_on_after_one_within_it_except_when_the_rank_ends() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+    beat.at(Phase.MONITORS)
+
+    with beat.within(Phase.EVALUATION), beat.within(Phase.EXPORT):
+        inner = read(memory).phase
+    after = read(memory).phase
+    with beat.within(Phase.EXPORT):
+        beat.at(Phase.ENDING)
+
+    assert (inner, after, read(memory).phase) == (Phase.EXPORT, Phase.MONITORS, Phase.ENDING)
+
+
+def test_the_median_step_forgets_one_slow_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+    clock = {"now": 0.0}
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    for step, clock["now"] in enumerate([0.0, 2.0, 4.0, 104.0, 106.0]):
+        beat.at(Phase.MICRO_BATCH, step=step)
+        beat.at(Phase.DATA, step=step)
+
+    pulse = read(memory)
+
+    assert (pulse.median_s, pulse.steps_timed) == (2.0, 4)
+
+
+def test_every_phase_has_a_rule_and_a_name() -> None:
+    assert RULES.keys() == WORDS.keys() == set(Phase)
+
+
+def test_a_beat_that_nobody_reads_changes_no_topology() -> None:
+    topology = Topology(0, 1, 0, 1, 0, 1, "none", None, None)
+
+    topology.beat.at(Phase.EXPORT, step=3)
+
+    assert topology == SINGLE
+    assert hash(topology) == hash(SINGLE)
+    assert "beat" not in repr(topology)

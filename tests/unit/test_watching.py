@@ -1,0 +1,439 @@
+"""Who hangs: the rule over what monitors see, and the one message about it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mmap
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain import heartbeat
+from dtrain.heartbeat import Beat, Phase, read
+from dtrain.watching import endings, hub, report
+from dtrain.watching.hub import Hub, Member
+from dtrain.watching.report import Collective, Evidence, blame, message
+from dtrain.watching.silence import Silence, period_of
+from dtrain.watching.stacks import Frame, fatal_error_in, frames_of
+from dtrain.watching.verdict import Rules, Seen, hanging, limit_of
+
+RULES = Rules(300.0)
+SHORT = Rules(10.0)
+ALL_REDUCE = Collective("default_pg", 20, "gloo:all_reduce", "[[7]]", pending=True)
+BARRIER = Collective("default_pg", 20, "gloo:barrier", "[]", pending=True)
+DONE = Collective("default_pg", 19, "gloo:all_reduce", "[[7]]", pending=False)
+SLEEP = Frame("/home/me/rows.py", "7", "__getitem__")
+STEP = Frame("/home/me/train/loop.py", "80", "take_step")
+GLOO = Frame("/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", "3200", "all_reduce")
+
+
+def seen(rank: int = 0, phase: Phase = Phase.SUMMING, **more: Any) -> Seen:
+    return Seen(rank, phase, step=14, **more)
+
+
+# ---------------------------------------------------------------- the limit
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "median_s", "steps", "limit"),
+    [
+        (300.0, 0.0, 0, 300.0),  # before the first step has been taken
+        (300.0, 0.1, 5, 60.0),  # ten median steps are less than a minute
+        (300.0, 12.0, 5, 120.0),
+        (300.0, 100.0, 5, 300.0),  # never more than what was asked for
+        (10.0, 0.1, 5, 10.0),  # a small one holds as it is
+        (10.0, 12.0, 5, 10.0),
+    ],
+)
+def test_the_limit_of_a_step(timeout_s: float, median_s: float, steps: int, limit: float) -> None:
+    assert limit_of(seen(median_s=median_s, steps_timed=steps), Rules(timeout_s)) == limit
+
+
+def test_compiling_takes_as_long_as_it_takes_and_no_limit_is_lowered_after_it() -> None:
+    rules = Rules(300.0, compiles=True)
+
+    assert limit_of(seen(phase=Phase.MICRO_BATCH), rules) is None
+    assert limit_of(seen(phase=Phase.MICRO_BATCH, steps_timed=3, median_s=0.1), rules) == 300.0
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        Phase.STARTING,
+        Phase.PREPARING,
+        Phase.LOADING,
+        Phase.BUILDING,
+        Phase.EXPORT,
+        Phase.CHECKPOINT,
+        Phase.METRICS,
+        Phase.WAITING_FOR_NODE,
+    ],
+)
+def test_long_work_has_no_limit(phase: Phase) -> None:
+    assert limit_of(seen(phase=phase), RULES) is None
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def silent(rank: int, phase: Phase = Phase.SUMMING, **more: Any) -> Seen:
+    return seen(rank, phase, silent_s=301.0, **more)
+
+
+def test_silence_below_the_limit_is_no_hang() -> None:
+    assert not hanging([seen(0, silent_s=299.0), seen(1, silent_s=299.0)], RULES)
+
+
+def test_when_nobody_goes_on_the_job_hangs() -> None:
+    assert hanging([silent(0, waits=True), silent(1, waits=True)], RULES)
+    assert hanging([silent(0)], RULES), "one process, with nobody who waits"
+
+
+def test_one_that_waits_is_no_hang_while_another_is_at_work() -> None:
+    waiting = silent(0, Phase.EVALUATION, waits=True)
+
+    assert not hanging([waiting, seen(1, Phase.EVALUATION, silent_s=5.0)], RULES), "it has more to evaluate"
+    assert not hanging([waiting, silent(1, Phase.EXPORT)], RULES), "it writes a large file"
+    assert not hanging([waiting, silent(1, Phase.CHECKPOINT)], RULES)
+    assert not hanging([silent(0), seen(1, Phase.STARTING)], RULES), "torch without a recorder: it may wait"
+
+
+def test_one_that_is_silent_outside_of_a_collective_hangs_whatever_the_others_do() -> None:
+    assert hanging([silent(0, Phase.DATA, waits=False), seen(1, Phase.EVALUATION)], RULES)
+
+
+def test_one_that_holds_the_interpreter_lock_hangs_whatever_the_others_do() -> None:
+    assert hanging([silent(0, Phase.DATA, deaf_s=301.0), seen(1, Phase.EVALUATION)], RULES)
+
+
+def test_a_stopped_rank_hangs_in_any_phase() -> None:
+    stopped = seen(1, Phase.EXPORT, silent_s=11.0, stopped_s=11.0)
+
+    assert hanging([seen(0, Phase.EXPORT), stopped], SHORT)
+    assert not hanging([seen(0, Phase.EXPORT), replace(stopped, stopped_s=9.0)], SHORT)
+
+
+def test_those_who_wait_for_a_node_count_neither_as_hanging_nor_as_a_reason_to_wait() -> None:
+    waiting = silent(1, Phase.WAITING_FOR_NODE)
+
+    assert not hanging([seen(0, Phase.PREPARING), waiting], RULES)
+    assert not hanging([silent(0, Phase.PREPARING), waiting], RULES), "hours of tokenising"
+    assert hanging([silent(0), waiting], RULES)
+
+
+def test_a_node_that_is_out_of_reach_is_no_reason_to_wait() -> None:
+    assert hanging([silent(0, waits=True), seen(1, Phase.EXPORT, unheard_s=301.0)], RULES)
+    assert not hanging([silent(0, waits=True), seen(1, Phase.EXPORT, unheard_s=31.0)], RULES)
+
+
+def test_without_a_limit_nothing_hangs() -> None:
+    assert not hanging([silent(0), seen(1, stopped_s=1e6)], Rules(None))
+
+
+def test_a_pause_of_the_whole_machine_is_nobodys_silence() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    Beat(memory)
+    pulse, silence = read(memory), Silence()
+    silence.observe(pulse, "S", now=1e6, period_s=1.0)
+
+    silence.observe(pulse, "S", now=1e6 + 1, period_s=1.0)
+    silence.observe(pulse, "T", now=1e6 + 5000, period_s=1.0)
+
+    found = silence.seen(0, pulse)
+    assert (found.silent_s, found.stopped_s) == (4.0, 3.0)
+
+
+def test_monitors_look_often_enough_for_a_short_limit_and_seldom_for_a_long_one() -> None:
+    assert period_of(RULES) == period_of(Rules(None)) == 2.0
+    assert period_of(SHORT) == 1.0
+
+
+# ---------------------------------------------------------------- the message
+
+
+def evidence(rank: int, *stack: Frame, collectives: Iterable[Collective] = (), **more: Any) -> Evidence:
+    about = {key: more.pop(key) for key in ("phase", "stopped_s", "deaf_s", "unheard_s") if key in more}
+    return Evidence(
+        seen(rank, about.pop("phase", Phase.SUMMING), silent_s=12.0, **about),
+        f"node{rank // 2}",
+        100 + rank,
+        stack=stack,
+        collectives=list(collectives),
+        **more,
+    )
+
+
+WAITER = evidence(0, GLOO, STEP, collectives=[ALL_REDUCE])
+
+
+@pytest.mark.parametrize(
+    ("guilty", "said"),
+    [
+        pytest.param(
+            evidence(1, SLEEP, STEP, collectives=[DONE], phase=Phase.DATA),
+            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /home/me/rows.py:7 in __getitem__.",
+            id="sleeps",
+        ),
+        pytest.param(
+            evidence(1, SLEEP, stopped_s=12.0, deaf_s=12.0, state="T"),
+            "Rank 1 (process 101 on node0) hangs: it is stopped by a signal (state T) while adding up the step's "
+            "losses, at /home/me/rows.py:7 in __getitem__.",
+            id="stopped",
+        ),
+        pytest.param(
+            evidence(1, SLEEP, deaf_s=12.0),
+            "Rank 1 (process 101 on node0) hangs: it holds the interpreter lock while adding up the step's losses, at "
+            "/home/me/rows.py:7 in __getitem__.",
+            id="lock",
+        ),
+        pytest.param(
+            evidence(1, heard=False, unheard_s=40.0),
+            "Rank 1 (process 101 on node0) hangs: nothing has been heard of it for 40 s; its node or the network to it "
+            "is gone.",
+            id="unheard",
+        ),
+        pytest.param(
+            evidence(
+                1,
+                Frame("/x/torch/utils/data/dataloader.py", "9", "next"),
+                workers=[[Frame("/x/multiprocessing/queues.py", "1", "get")], [SLEEP]],
+                collectives=[DONE],
+                phase=Phase.DATA,
+            ),
+            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /home/me/rows.py:7 in __getitem__ (in a "
+            "data worker).",
+            id="worker",
+        ),
+    ],
+)
+def test_the_rank_that_keeps_the_others_waiting_is_named_with_its_place(guilty: Evidence, said: str) -> None:
+    text, ranks = message([WAITER, guilty], SHORT, stacks="/run/stacks.txt")
+
+    lines = text.splitlines()
+    assert lines[0] == said
+    assert ranks == [1]
+    assert lines[1] == "  no progress for 12 s in step 15 (train.hang_timeout=10)"
+    waits = "waits in collective 20, gloo:all_reduce [[7]], at /home/me/train/loop.py:80 in take_step [S: sleeping]"
+    assert f"  rank 0 on node0: {waits}" in lines
+    assert lines[-1] == "  the stacks of all ranks: /run/stacks.txt"
+
+
+def test_ranks_that_wait_in_different_collectives_are_told_apart_by_name_and_number() -> None:
+    other = evidence(1, GLOO, SLEEP, collectives=[BARRIER])
+
+    text, ranks = message([WAITER, other], SHORT, stacks=None)
+
+    assert ranks == [0, 1]
+    first = text.splitlines()[0]
+    assert "different collectives: rank 0 (process 100 on node0) in collective 20, gloo:all_reduce [[7]] at" in first
+    assert "rank 1 (process 101 on node0) in collective 20, gloo:barrier [] at /home/me/rows.py:7" in first
+
+
+def test_all_ranks_in_one_collective_blame_none_but_the_network() -> None:
+    kind, guilty = blame([WAITER, evidence(1, GLOO, collectives=[ALL_REDUCE])])
+
+    assert (kind, [each.rank for each in guilty]) == ("together", [0])
+
+
+def test_without_a_recorder_the_stack_tells_who_waits() -> None:
+    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, SLEEP, STEP)])
+
+    assert (kind, [each.rank for each in guilty]) == ("alone", [1])
+
+
+def test_hundreds_of_ranks_make_a_few_lines() -> None:
+    waiters = [evidence(rank, GLOO, STEP, collectives=[ALL_REDUCE]) for rank in range(511)]
+
+    text, ranks = message([*waiters, evidence(511, SLEEP, collectives=[DONE])], SHORT, stacks=None)
+
+    assert ranks == [511]
+    assert len(text.splitlines()) == 4
+    assert "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 503 more on 256 hosts: waits in collective 20" in text
+
+
+def test_a_lowered_limit_is_explained() -> None:
+    slow = replace(WAITER, seen=replace(WAITER.seen, steps_timed=5, median_s=0.1))
+
+    assert "(train.hang_timeout=300, here 60 s: 10 median steps)" in message([slow], RULES, stacks=None)[0]
+
+
+def test_a_place_in_a_library_is_given_with_the_line_that_went_there() -> None:
+    inner = Frame("/venv/lib/python3.11/site-packages/torch/nn/functional.py", "1491", "dropout")
+
+    text, _ = message([evidence(0, inner, STEP)], SHORT, stacks=None)
+
+    assert f"at {inner}, from {STEP}." in text
+
+
+# ---------------------------------------------------------------- stacks
+
+
+WRITTEN = """Thread 0x00007ff15a01d6c0 (most recent call first):
+  File "/lib/threading.py", line 982 in run
+
+Current thread 0x00007ff15aa87b80 (most recent call first):
+  File "/home/me/a b.py", line 6 in g
+  File "/home/me/main.py", line 7 in <module>
+"""
+
+
+def test_the_stack_of_one_thread_is_found_among_all() -> None:
+    assert frames_of(WRITTEN, 0x7FF15AA87B80) == [
+        Frame("/home/me/a b.py", "6", "g"),
+        Frame("/home/me/main.py", "7", "<module>"),
+    ]
+    assert frames_of(WRITTEN, 1) == []
+    nameless = 'Stack (most recent call first):\n  File "/home/me/x.py", line 3 in f\n'
+    assert frames_of(nameless, 1) == [Frame("/home/me/x.py", "3", "f")], "what a signal makes it write"
+    assert frames_of(WRITTEN + WRITTEN.replace("line 6", "line 8"), 0x7FF15AA87B80)[0].line == "8"
+
+
+def test_what_the_interpreter_died_of_is_found() -> None:
+    assert fatal_error_in(f"Fatal Python error: Segmentation fault\n\n{WRITTEN}") == "Segmentation fault"
+    assert fatal_error_in(WRITTEN) is None
+
+
+# ---------------------------------------------------------------- the hub
+
+
+class Ranks:
+    """A hub with members whose monitors are this test."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch, rules: Rules = SHORT) -> None:
+        monkeypatch.setattr(hub, "AFTER_DEATH_S", 0.05)
+        monkeypatch.setattr(hub, "AFTER_ERROR_S", 0.05)
+        monkeypatch.setattr(hub, "EVIDENCE_S", 0.05)
+        self.told: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+        self.spoken: list[dict[str, Any]] = []
+        self.hub = Hub(range(count), rules, lambda end, _ranks: self.spoken.append(end))
+        for rank in range(count):
+            self.hub.join(rank, Member(self.told[rank].append, f"node{rank}", 100 + rank))
+
+    def say(self, rank: int, phase: Phase = Phase.SUMMING, **more: Any) -> None:
+        values = {**vars(seen(rank, phase, **more)), "owns_folder": True}
+        del values["rank"]
+        self.hub.receive(rank, json.loads(json.dumps({"seen": values})))
+
+
+def test_a_hang_is_told_once_and_ends_all_ranks_with_code_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    (end,) = ranks.spoken
+    assert (end["code"], end["cause"]) == (4, "Hang")
+    assert all(told == [{"testify": True}, {"end": 4}] for told in ranks.told)
+
+
+def test_nothing_is_judged_before_all_monitors_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(1, monkeypatch)
+        ranks.hub._awaited = frozenset({0, 1})
+        ranks.say(0, silent_s=11.0)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(ranks.hub.judge(0.01), 0.1)
+        return ranks
+
+    assert asyncio.run(life()).spoken == []
+
+
+def test_the_others_hear_at_once_of_a_rank_that_died_and_are_ended_when_they_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def life() -> tuple[Ranks, list[dict[str, Any]]]:
+        ranks = Ranks(3, monkeypatch)
+        ranks.hub.receive(1, {"died": "Rank 1 died.", "owns_folder": True})
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first = list(ranks.told[0])
+        await asyncio.sleep(0.2)
+        return ranks, first
+
+    ranks, first = asyncio.run(life())
+
+    assert first == [{"news": {"rank": 1, "host": "node1", "message": "Rank 1 died.", "code": 4}}]
+    assert [end["message"] for end in ranks.spoken] == ["Rank 1 died."]
+    assert ranks.told[2][1:] == [{"hush": True}, {"end": 4}]
+
+
+def test_a_rank_that_says_itself_why_it_ends_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+        ranks.hub.receive(1, {"failed": "ValueError: no", "code": 3})
+        await asyncio.sleep(0.2)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    assert ranks.spoken == []
+    assert ranks.told[0][-1] == {"end": 3}
+    assert ranks.told[1] == [], "a notebook may catch the error and go on"
+
+
+def test_when_rank_0_leaves_in_good_order_the_job_is_over_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+        ranks.say(1, silent_s=11.0)
+        ranks.hub.receive(0, {"bye": True})
+        await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    assert ranks.spoken == []
+    assert ranks.told[1] == [{"over": True}]
+
+
+# ---------------------------------------------------------------- what is written down
+
+
+END = {"code": 4, "cause": "Hang", "rank": 0, "host": "node0", "message": "Rank 0 hangs.", "ranks": [0], "step": 15}
+
+
+def test_a_hang_is_written_to_exit_json_and_as_a_whole_line_of_metrics(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"event": "start"}\n')
+
+    endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path)
+
+    told = json.loads((tmp_path / "exit.json").read_text())
+    assert (told["code"], told["cause"], told["rank"]) == (4, "Hang", 0)
+    fault = json.loads(metrics.read_text().splitlines()[1])
+    assert (fault["event"], fault["kind"], fault["step"], fault["ranks"]) == ("fault", "hang", 15, [0])
+    assert "File x" in (tmp_path / endings.STACKS).read_text()
+
+
+def test_a_line_that_is_half_written_is_not_made_worse(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"event": "st')
+
+    endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path)
+
+    assert metrics.read_text() == '{"event": "st'
+
+
+def test_a_folder_that_is_not_this_runs_is_left_alone(tmp_path: Path) -> None:
+    endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_death_that_another_has_told_is_not_told_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "LISTED", 8)
+    with caplog.at_level("ERROR", logger="dtrain"):
+        endings.log.propagate = True
+        endings.speak({**END, "owns_folder": True}, [], tmp_path)
+        endings.speak({**END, "owns_folder": True}, [], tmp_path)
+
+    assert [record.message for record in caplog.records] == ["Rank 0 hangs."]
