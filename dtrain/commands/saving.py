@@ -112,6 +112,7 @@ class Checkpoints:
             if self._saver is None:
                 self._saver = self._make(engine.module)
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
+            self._report(self._saver.result(wait=False))  # of this one, where the run waits for the disk
         self._saved = self._state.step
 
     def finish(self) -> None:
