@@ -168,10 +168,11 @@ def fit(
 
     with interruptible(grace_s=GRACE_S, before_exit=note):
         end_with_launcher(topology, note)
-        from dtrain.commands.session import session
-        from dtrain.commands.train import run_train
+        from dtrain.commands.watched import session
 
         with session(config, topology, os.environ) as job:
+            from dtrain.commands.train import run_train
+
             try:
                 result = run_train(config, job.topology, model=model, task=task, monitors=monitors, began=begin)
             except BaseException as error:
@@ -218,7 +219,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
     with interruptible(grace_s=GRACE_S, before_exit=note_and_say):
         try:
             launcher_lives = end_with_launcher(topology, note)
-            from dtrain.commands.session import session
+            from dtrain.commands.watched import session
 
             with session(config, topology, os.environ, command=command) as job:
                 try:

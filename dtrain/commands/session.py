@@ -18,40 +18,32 @@ from dtrain.errors import ConfigError
 from dtrain.heartbeat import Phase
 from dtrain.schema import Config
 from dtrain.topology import Topology, process_group, set_threads
-from dtrain.watching.start import Watch, watching
-from dtrain.watching.verdict import Rules
+from dtrain.watching.start import Watch
 
 
 @contextmanager
 def session(
-    config: Config, topology: Topology, env: MutableMapping[str, str], *, command: str = "train"
+    config: Config, topology: Topology, env: MutableMapping[str, str], watch: Watch, *, command: str
 ) -> Iterator[Job]:
     """Collective. Yields the job with its complete topology; its group has formed where there is more than one rank.
 
     Args:
         env: os.environ; what libraries read of the topology is set in it.
+        watch: this rank's monitor, which is told where the others' are.
     """
-    rules = Rules(config.train.hang_timeout or None, compiles=bool(config.model.compile))
-    with watching(topology.rank, rules, config.run_dir) as watch:  # forks, so it comes first
-        set_threads(topology, env)
-        _quieten_libraries(env)
-        run = {"command": command, "run folder": str(config.run_dir)}
-        with _met(config, replace(topology, beat=watch.beat), env, watch, run) as job:
-            yield job
-            job.topology.beat.at(Phase.FINISHING)
-
-
-@contextmanager
-def _met(
-    config: Config, topology: Topology, env: MutableMapping[str, str], watch: Watch, run: Mapping[str, str]
-) -> Iterator[Job]:
-    """Collective. All ranks together, from their meeting to their parting."""
-    with process_group(topology, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
+    set_threads(topology, env)
+    _quieten_libraries(env)
+    watched, run = replace(topology, beat=watch.beat), {"command": command, "run folder": str(config.run_dir)}
+    with process_group(watched, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
         set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
         peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
         _compare_configs(config, ready, peers)
-        watch.meet(ready)
+        if ready.world_size == 1:
+            watch.alone()
+        else:
+            watch.join(on_main(lambda: watch.serve(ready), ready))
         yield Job(ready, job_board(ready), peers, watch)
+        ready.beat.at(Phase.FINISHING)
 
 
 def _compare_configs(config: Config, topology: Topology, peers: list[Peer]) -> None:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtrain import network, rollcall
+from dtrain import network
 from dtrain.console import log
 from dtrain.errors import TopologyError
 from dtrain.heartbeat import Phase, read
@@ -239,10 +239,10 @@ class Monitor:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each rank
         try:
             if where["address"] == "127.0.0.1":
-                listener = rollcall.listen("127.0.0.1", 0)
+                listener = network.listen("127.0.0.1", 0)
             else:
                 others = not network.is_literally_local(where["address"])
-                listener = rollcall.listen_as_master(where["address"], 0, serves_other_nodes=others)
+                listener = network.listen_as_master(where["address"], 0, serves_other_nodes=others)
         except (TopologyError, OSError) as error:
             send(self._to_rank, {"serving": None, "why": str(error)})
             return

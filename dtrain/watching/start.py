@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain import heartbeat
-from dtrain.collectives import on_main
 from dtrain.console import log
 from dtrain.heartbeat import Beat, Phase
 from dtrain.topology import Topology
-from dtrain.watching import flight, monitor, stacks
+from dtrain.watching import monitor, stacks
 from dtrain.watching.verdict import Rules
 
 TICK_S = 1.0
@@ -63,17 +62,34 @@ class Watch:
         self._where: Any = None
         self._why = ""
         self._is_closed = threading.Event()
+        self._has_group = False
         if channel is not None:
             threading.Thread(target=self._hear, name="monitor-ear", daemon=True).start()
 
-    def meet(self, topology: Topology) -> None:
-        """Collective. The monitors of all ranks find each other; from here on the job is watched."""
-        if topology.world_size == 1:
-            self._say({"serve": None})
-            return
-        where = on_main(lambda: self._serve(topology), topology)
+    def alone(self) -> None:
+        """From here on one process is watched, as a job of its own."""
+        self._say({"serve": None})
+
+    def join(self, where: Any) -> None:
+        """From here on this rank is watched together with all others, whose process group has formed.
+
+        Args:
+            where: what `serve` gave on rank 0.
+        """
+        self._has_group = True
         if where is not None:
             self._say({"join": where})
+
+    def serve(self, topology: Topology) -> Any:
+        """On rank 0: its monitor opens the place where all monitors meet; gives it as JSON, or None."""
+        if self._channel is None:
+            return None
+        address = "127.0.0.1" if topology.num_nodes == 1 else topology.master_addr
+        self._say({"serve": {"address": address, "world_size": topology.world_size}})
+        self._is_serving.wait(SERVING_S)
+        if self._where is None:
+            log.warning("Nobody watches for ranks that hang: %s", self._why or "rank 0's monitor does not answer")
+        return self._where
 
     def failing(self, words: str, code: int) -> None:
         """This rank ends with an error, and will say so itself; the others are told."""
@@ -100,17 +116,6 @@ class Watch:
                 os.waitpid(self._pid, 0)
         self._is_closed.set()
 
-    def _serve(self, topology: Topology) -> Any:
-        """On rank 0: its monitor opens the hub; gives address, port and the job's word."""
-        if self._channel is None:
-            return None
-        address = "127.0.0.1" if topology.num_nodes == 1 else topology.master_addr
-        self._say({"serve": {"address": address, "world_size": topology.world_size}})
-        self._is_serving.wait(SERVING_S)
-        if self._where is None:
-            log.warning("Nobody watches for ranks that hang: %s", self._why or "rank 0's monitor does not answer")
-        return self._where
-
     def _say(self, message: Any) -> None:
         if self._channel is not None:
             with suppress(OSError):  # the monitor has gone: nobody watches then
@@ -127,7 +132,7 @@ class Watch:
         assert self._channel is not None
         rest = b""
         while not self._is_closed.is_set():
-            self.beat.thread(_number())
+            self.beat.thread(_number() if self._has_group else -1)
             readable, _, _ = select.select([self._channel], [], [], TICK_S)
             if not readable:
                 continue
@@ -149,7 +154,7 @@ class Watch:
             case {"ask": _, **more}:
                 if self._file is not None and "hush" in more:
                     faulthandler.dump_traceback(self._file, all_threads=True)
-                self._say({"trace": _collectives()})
+                self._say({"trace": _collectives() if self._has_group else []})
             case {"serving": where}:
                 self._where, self._why = where, message.get("why", "")
                 self._is_serving.set()
@@ -170,8 +175,8 @@ class Watch:
 def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
     """A monitor for this process, from before its process group to after it.
 
-    Forked here, so that it costs neither time nor memory: call it when torch is imported and before anything is
-    connected or put on a device.
+    Forked here: call it before torch is imported, so that it shares little with the rank and costs neither time nor
+    memory, and before anything is connected or put on a device.
     """
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
         yield Watch(Beat())
@@ -234,6 +239,8 @@ def _ended(pid: int) -> bool:
 
 
 def _number() -> int:
+    from dtrain.watching import flight
+
     try:
         return flight.collective_number()
     except RuntimeError:  # a group that is being taken down
@@ -241,6 +248,8 @@ def _number() -> int:
 
 
 def _collectives() -> Sequence[dict[str, Any]]:
+    from dtrain.watching import flight
+
     try:
         return flight.last_collectives()
     except (RuntimeError, ValueError, KeyError):  # another torch, another recorder

@@ -239,6 +239,12 @@ def test_all_ranks_in_one_collective_blame_none_but_the_network() -> None:
     assert (kind, [each.rank for each in guilty]) == ("together", [0])
 
 
+def test_a_rank_that_was_stopped_inside_a_collective_is_to_blame() -> None:
+    stopped = evidence(1, GLOO, STEP, stopped_s=12.0)
+
+    assert blame([WAITER, stopped, evidence(2, SLEEP, STEP)]) == ("alone", [stopped])
+
+
 def test_without_a_recorder_the_stack_tells_who_waits() -> None:
     kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, SLEEP, STEP)])
 

@@ -1,0 +1,32 @@
+"""A session under watch: the monitor first, then the heavy imports, then the ranks' meeting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dtrain.schema import Config
+from dtrain.topology import Topology
+from dtrain.watching.start import watching
+from dtrain.watching.verdict import Rules
+
+if TYPE_CHECKING:
+    from dtrain.commands.farewell import Job
+
+
+@contextmanager
+def session(
+    config: Config, topology: Topology, env: MutableMapping[str, str], *, command: str = "train"
+) -> Iterator[Job]:
+    """Collective. What commands/session.py yields, watched by a process of its own. Imports torch on the way.
+
+    Args:
+        env: os.environ; what libraries read of the topology is set in it.
+    """
+    rules = Rules(config.train.hang_timeout or None, compiles=bool(config.model.compile))
+    with watching(topology.rank, rules, config.run_dir) as watch:
+        from dtrain.commands import session
+
+        with session.session(config, topology, env, watch, command=command) as job:
+            yield job
