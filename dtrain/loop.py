@@ -86,11 +86,14 @@ def train(
     coming = next(steps, None)
     sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming)
     wish = stopped = Decision.CONTINUE
+    warm: Engine | None = None
     while coming is not None and stopped == Decision.CONTINUE:
         if coming.step % loop.plan.steps_per_epoch == 0:
             engine = loop.before_epoch(engine, loop.plan.epoch_of(coming.step))
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
+        if engine is not warm:  # new: at the start, after a thaw, after a rollback
+            warm = warm_up(engine, task, coming)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
         beat.at(Phase.MONITORS)
         wish = ask(monitors, record)
@@ -101,6 +104,14 @@ def train(
         if record.metrics is not None:
             stopped = Decision(agree(max(stopped, wish), engine.topology))
     return engine, stopped
+
+
+def warm_up(engine: Engine, task: Task, batches: StepBatches) -> Engine:
+    """Collective. Lets a new engine make ready on a micro-batch that counts for nothing; gives the engine."""
+    tensors = batches.micro_batches[0].tensors
+    with held_statistics(engine.module):
+        engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, next(engine.module.parameters()).device)))
+    return engine
 
 
 def ask(monitors: Sequence[Monitor], record: StepRecord) -> Decision:

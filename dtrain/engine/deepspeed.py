@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -73,6 +73,9 @@ class DeepSpeedEngine:
 
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Nothing: its buckets are fixed when it is built."""
 
     def gradient_norms(self) -> dict[str, float]:
         from deepspeed.utils import safe_get_full_grad

@@ -90,6 +90,16 @@ class Engine(Protocol):
         """Adds the gradient of `loss`, already scaled by world_size / summed weight of the step."""
         ...
 
+    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Once before the first step of an engine: what its very first backward pass would do otherwise than later ones.
+
+        Leaves weights, moments and gradients as they are.
+
+        Args:
+            loss: of any micro-batch, which counts for nothing.
+        """
+        ...
+
     def gradient_norms(self) -> dict[str, float]:
         """L2 norm of each parameter's gradient of the whole step, all ranks together, before clipping, by name.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -56,6 +56,9 @@ class SingleEngine:
         # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
         with torch.autocast(self._device_type, enabled=False):
             torch.autograd.backward(self._scaler.scale(loss))
+
+    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Nothing."""
 
     def gradient_norms(self) -> dict[str, float]:
         found = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
