@@ -26,8 +26,8 @@ SHORT = Rules(10.0)
 ALL_REDUCE = Collective("default_pg", 20, "gloo:all_reduce", "[[7]]", pending=True)
 BARRIER = Collective("default_pg", 20, "gloo:barrier", "[]", pending=True)
 DONE = Collective("default_pg", 19, "gloo:all_reduce", "[[7]]", pending=False)
-SLEEP = Frame("/home/me/rows.py", "7", "__getitem__")
-STEP = Frame("/home/me/train/loop.py", "80", "take_step")
+SLEEP = Frame("/there/rows.py", "7", "__getitem__")
+STEP = Frame("/there/train/loop.py", "80", "take_step")
 GLOO = Frame("/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", "3200", "all_reduce")
 
 
@@ -175,19 +175,19 @@ WAITER = evidence(0, GLOO, STEP, collectives=[ALL_REDUCE])
     [
         pytest.param(
             evidence(1, SLEEP, STEP, collectives=[DONE], phase=Phase.DATA),
-            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /home/me/rows.py:7 in __getitem__.",
+            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /there/rows.py:7 in __getitem__.",
             id="sleeps",
         ),
         pytest.param(
             evidence(1, SLEEP, stopped_s=12.0, deaf_s=12.0, state="T"),
             "Rank 1 (process 101 on node0) hangs: it is stopped by a signal (state T) while adding up the step's "
-            "losses, at /home/me/rows.py:7 in __getitem__.",
+            "losses, at /there/rows.py:7 in __getitem__.",
             id="stopped",
         ),
         pytest.param(
             evidence(1, SLEEP, deaf_s=12.0),
             "Rank 1 (process 101 on node0) hangs: it holds the interpreter lock while adding up the step's losses, at "
-            "/home/me/rows.py:7 in __getitem__.",
+            "/there/rows.py:7 in __getitem__.",
             id="lock",
         ),
         pytest.param(
@@ -204,7 +204,7 @@ WAITER = evidence(0, GLOO, STEP, collectives=[ALL_REDUCE])
                 collectives=[DONE],
                 phase=Phase.DATA,
             ),
-            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /home/me/rows.py:7 in __getitem__ (in a "
+            "Rank 1 (process 101 on node0) hangs: reading the next batches, at /there/rows.py:7 in __getitem__ (in a "
             "data worker).",
             id="worker",
         ),
@@ -217,7 +217,7 @@ def test_the_rank_that_keeps_the_others_waiting_is_named_with_its_place(guilty: 
     assert lines[0] == said
     assert ranks == [1]
     assert lines[1] == "  no progress for 12 s in step 15 (train.hang_timeout=10)"
-    waits = "waits in collective 20, gloo:all_reduce [[7]], at /home/me/train/loop.py:80 in take_step [S: sleeping]"
+    waits = "waits in collective 20, gloo:all_reduce [[7]], at /there/train/loop.py:80 in take_step [S: sleeping]"
     assert f"  rank 0 on node0: {waits}" in lines
     assert lines[-1] == "  the stacks of all ranks: /run/stacks.txt"
 
@@ -230,7 +230,7 @@ def test_ranks_that_wait_in_different_collectives_are_told_apart_by_name_and_num
     assert ranks == [0, 1]
     first = text.splitlines()[0]
     assert "different collectives: rank 0 (process 100 on node0) in collective 20, gloo:all_reduce [[7]] at" in first
-    assert "rank 1 (process 101 on node0) in collective 20, gloo:barrier [] at /home/me/rows.py:7" in first
+    assert "rank 1 (process 101 on node0) in collective 20, gloo:barrier [] at /there/rows.py:7" in first
 
 
 def test_all_ranks_in_one_collective_blame_none_but_the_network() -> None:
@@ -282,19 +282,19 @@ WRITTEN = """Thread 0x00007ff15a01d6c0 (most recent call first):
   File "/lib/threading.py", line 982 in run
 
 Current thread 0x00007ff15aa87b80 (most recent call first):
-  File "/home/me/a b.py", line 6 in g
-  File "/home/me/main.py", line 7 in <module>
+  File "/there/a b.py", line 6 in g
+  File "/there/main.py", line 7 in <module>
 """
 
 
 def test_the_stack_of_one_thread_is_found_among_all() -> None:
     assert frames_of(WRITTEN, 0x7FF15AA87B80) == [
-        Frame("/home/me/a b.py", "6", "g"),
-        Frame("/home/me/main.py", "7", "<module>"),
+        Frame("/there/a b.py", "6", "g"),
+        Frame("/there/main.py", "7", "<module>"),
     ]
     assert frames_of(WRITTEN, 1) == []
-    nameless = 'Stack (most recent call first):\n  File "/home/me/x.py", line 3 in f\n'
-    assert frames_of(nameless, 1) == [Frame("/home/me/x.py", "3", "f")], "what a signal makes it write"
+    nameless = 'Stack (most recent call first):\n  File "/there/x.py", line 3 in f\n'
+    assert frames_of(nameless, 1) == [Frame("/there/x.py", "3", "f")], "what a signal makes it write"
     assert frames_of(WRITTEN + WRITTEN.replace("line 6", "line 8"), 0x7FF15AA87B80)[0].line == "8"
 
 
