@@ -184,6 +184,11 @@ def landmarks(folder: Path) -> Mapping[str, Any]:
     return {"data.path": folder, "task.targets": "[x, y]", "task.image_size": 16}
 
 
+def pretrained(folder: Path) -> Mapping[str, Any]:
+    """CoLA, and a model that has been saved: adapters go on no other."""
+    return {**glue("cola")(folder), "model.name_or_path": tiny.write_model(folder / "model"), "data.max_length": 64}
+
+
 CASES: dict[str, Case] = {
     **{name: Case(name, glue(name)) for name in TASKS},
     "swag": Case("swag", swag),
@@ -207,7 +212,7 @@ CASES: dict[str, Case] = {
     "images": Case("image_classification", images, pictures.VIT),
     "landmarks": Case("image_regression", landmarks, pictures.VIT),
     "frozen_backbone": Case("frozen_backbone", glue("cola")),
-    "lora": Case("lora", glue("cola"), settings={"train.epochs": 3}),
+    "lora": Case("lora", pretrained, {}),
     "own_model": Case("own_model", reviews, {}),
 }
 
