@@ -103,13 +103,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
     parser.add_argument("--json", action="store_true", help="goodput: one JSON object instead of a table")
+    parser.add_argument("--text", metavar="TEXT", help="predict: short for predict.text=TEXT")
+    parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
     # DeepSpeed's launcher inserts it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     found = parser.parse_intermixed_args(list(argv))
     words: list[str] = found.words
     found.command = words.pop(0) if words and "=" not in words[0] else "train"
     found.run = Path(words.pop(0)) if found.command == "goodput" and words and "=" not in words[0] else None
-    found.overrides = words
+    found.overrides = [*words, *_spelt_out(found)]
     if found.json and found.command != "goodput":
         raise ConfigError(f"--json is of the goodput command; {found.command} has no such output. Leave it out.")
     if found.dry_run and found.command != "train":
@@ -119,6 +121,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
         )
     return found
+
+
+def _spelt_out(found: argparse.Namespace) -> list[str]:
+    """Short options as the settings that they stand for.
+
+    Raises:
+        ConfigError: one that belongs to another command.
+    """
+    short = {
+        "--text": ("predict", None if found.text is None else f"predict.text={found.text}"),
+        "--merge": ("export", "export.merge=true" if found.merge else None),
+    }
+    for option, (command, setting) in short.items():
+        if setting is not None and found.command != command:
+            raise ConfigError(f"{option} belongs to the command {command}, not to {found.command}.")
+    return [setting for _, setting in short.values() if setting is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

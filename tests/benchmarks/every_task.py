@@ -40,7 +40,7 @@ ENCODER = {
     "intermediate_size": 64,
     "max_position_embeddings": 128,
 }
-DECODER = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 64}
+DECODER = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 128}
 TRANSLATOR = {"model_type": "t5", "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2}
 
 
@@ -184,6 +184,11 @@ def landmarks(folder: Path) -> Mapping[str, Any]:
     return {"data.path": folder, "task.targets": "[x, y]", "task.image_size": 16}
 
 
+def pretrained(folder: Path) -> Mapping[str, Any]:
+    """CoLA, and a model that has been saved: adapters go on no other."""
+    return {**glue("cola")(folder), "model.name_or_path": tiny.write_model(folder / "model"), "data.max_length": 64}
+
+
 CASES: dict[str, Case] = {
     **{name: Case(name, glue(name)) for name in TASKS},
     "swag": Case("swag", swag),
@@ -207,7 +212,7 @@ CASES: dict[str, Case] = {
     "images": Case("image_classification", images, pictures.VIT),
     "landmarks": Case("image_regression", landmarks, pictures.VIT),
     "frozen_backbone": Case("frozen_backbone", glue("cola")),
-    "lora": Case("lora", glue("cola"), settings={"train.epochs": 3}),
+    "lora": Case("lora", pretrained, {}),
     "own_model": Case("own_model", reviews, {}),
 }
 
@@ -233,8 +238,8 @@ def settings_of(case: Case, folder: Path) -> list[str]:
 
 def run(
     case: Case, name: str, world: int, folder: Path, settings: list[str]
-) -> tuple[dict[str, float], list[float], str]:
-    """Final metrics, the loss of every step, and the written predictions."""
+) -> tuple[dict[str, float], list[float], list[Any]]:
+    """Final metrics, the loss of every step, and what was predicted for every example."""
     start = [sys.executable]
     if world > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -247,11 +252,9 @@ def run(
     run_dir = folder / f"{name}-{world}"
     metrics = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["eval"]
     losses = [event["loss"] for event in read_metrics(run_dir / "metrics.jsonl") if event["event"] == "train"]
-    return (
-        metrics,
-        losses,
-        "".join(file.read_text(encoding="utf-8") for file in sorted((run_dir / "predictions").glob("*.jsonl"))),
-    )
+    files = sorted((run_dir / "predictions").glob("*.jsonl"))
+    records = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return metrics, losses, [record["prediction"] for record in records]
 
 
 def main() -> int:
