@@ -197,7 +197,8 @@ def fit(
                 end = end_of(error, job.topology)
                 if getattr(error, "is_noted", True):
                     write_down(end, config)
-                job.watch.failing((end.message.splitlines() or [end.cause])[0], end.code)
+                by_signal = isinstance(error, KeyboardInterrupt)
+                job.watch.failing((end.message.splitlines() or [end.cause])[0], end.code, by_signal=by_signal)
                 raise
     if topology.is_main:
         write_down(done(topology), config)

@@ -41,6 +41,9 @@ SEEN_S = 0.2
 NEWS_S = 0.5
 """How long the monitors may take to tell of a rank that has died."""
 
+TOLD_S = 0.1
+"""The same where a launcher tells this rank to end: mpirun kills it 0.25 s later."""
+
 PREEMPTED = 75
 """Exit code of an end that all ranks have agreed upon."""
 
@@ -117,12 +120,12 @@ def report(
     topology = job.topology
     job.watch.stay_quiet()
     topology.beat.at(Phase.ENDING)
-    follows = topology.world_size > 1 and is_lost_peer(error)
+    follows = topology.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
     if follows and not launcher_lives():
         threading.Event().wait(WAIT_S)
     own = _end_of_follower(error, job) if follows else end_of(error, topology)
     if not follows and own.code != PREEMPTED:
-        job.watch.failing(_first_line(own), own.code)
+        job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
     first = _in_time(lambda: _first_cause(own, job.board), own)
     if is_noted and getattr(error, "is_noted", True):
         write_down(first, config)
@@ -139,10 +142,18 @@ def report(
     return first.code if follows else own.code
 
 
+def _is_told_for_another(error: BaseException, job: Job) -> bool:
+    """Whether a launcher stops this rank since another one has ended; it may be quicker than the broken connection."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    news = job.watch.news(TOLD_S)
+    return news is not None and not news.by_signal
+
+
 def _say(words: str, job: Job, error: BaseException, *, follows: bool) -> None:
     """Prints on rank 0, and where that says something else."""
     # Then a rank that waits in a collective ends with the first that leaves; to wait for each other would take longer.
-    is_hurried = isinstance(error, KeyboardInterrupt)
+    is_hurried = isinstance(error, KeyboardInterrupt) and not follows
     if job.topology.is_main:
         log.error("%s", words)
         _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)

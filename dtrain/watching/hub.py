@@ -89,9 +89,9 @@ class Hub:
             case {"died": words, "owns_folder": owns_folder}:
                 member.has_left, member.owns_folder = True, owns_folder
                 self._follow(rank, words, TopologyError.exit_code, AFTER_DEATH_S)
-            case {"failed": words, "code": code}:
+            case {"failed": words, "code": code, "by_signal": by_signal}:
                 member.has_left = self._is_said = True
-                self._follow(rank, words, code, AFTER_ERROR_S)
+                self._follow(rank, words, code, AFTER_ERROR_S, by_signal=by_signal)
 
     def lost(self, rank: int) -> None:
         """The line to a monitor is closed. It alone may have been killed: that is no reason to end a healthy job."""
@@ -146,10 +146,11 @@ class Hub:
             return Evidence(seen, member.host, member.pid, heard=False)
         return report.from_json(member.evidence, seen)
 
-    async def _others_end(self, rank: int, words: str, code: int, grace_s: float) -> None:
+    async def _others_end(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool) -> None:
         """All other ranks are told that this one has ended; those that go on regardless are ended."""
         member = self._members[rank]
-        self._tell_all({"news": {"rank": rank, "host": member.host, "message": words, "code": code}})
+        news = {"rank": rank, "host": member.host, "message": words, "code": code, "by_signal": by_signal}
+        self._tell_all({"news": news})
         deadline = time.monotonic() + grace_s
         while not self.is_settled and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -179,10 +180,12 @@ class Hub:
             if not member.has_left:
                 member.send(message)
 
-    def _follow(self, rank: int, words: str, code: int, grace_s: float) -> None:
+    def _follow(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool = False) -> None:
         """The first end counts; further ones follow from it."""
         if self._followed is None:
-            self._followed = asyncio.get_running_loop().create_task(self._others_end(rank, words, code, grace_s))
+            self._followed = asyncio.get_running_loop().create_task(
+                self._others_end(rank, words, code, grace_s, by_signal=by_signal)
+            )
 
 
 async def serve(hub: Hub, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, token: str) -> None:

@@ -7,6 +7,7 @@ one that waits. It ends the process on the monitor's word, whatever the main thr
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import mmap
 import os
@@ -36,12 +37,13 @@ HUSHED_S = 10.0
 
 
 class News(NamedTuple):
-    """Of a rank that has ended: what its exit.json would have."""
+    """Of a rank that has ended: what its exit.json would have. by_signal: it was told to end, as others may be."""
 
     rank: int
     host: str
     message: str
     code: int
+    by_signal: bool
 
 
 class Watch:
@@ -91,10 +93,10 @@ class Watch:
             log.warning("Nobody watches for ranks that hang: %s", self._why or "rank 0's monitor does not answer")
         return self._where
 
-    def failing(self, words: str, code: int) -> None:
+    def failing(self, words: str, code: int, *, by_signal: bool) -> None:
         """This rank ends with an error, and will say so itself; the others are told."""
         self.beat.at(Phase.ENDING)
-        self._say({"failed": words, "code": code})
+        self._say({"failed": words, "code": code, "by_signal": by_signal})
 
     def news(self, within_s: float) -> News | None:
         """Which rank has ended first, if one has; waits a moment for the word of it."""
@@ -198,6 +200,8 @@ def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
 def _fork(ward: monitor.Ward, rank_side: socket.socket) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # what is not written yet would be written twice
+    if "torch" not in sys.modules:  # in a notebook it may be, and with it what is garbage one day
+        gc.freeze()  # the rank's own collections would copy every page that is shared
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: none of ours holds a lock
         pid = os.fork()

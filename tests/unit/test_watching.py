@@ -366,7 +366,7 @@ def test_the_others_hear_at_once_of_a_rank_that_died_and_are_ended_when_they_go_
 
     ranks, first = asyncio.run(life())
 
-    assert first == [{"news": {"rank": 1, "host": "node1", "message": "Rank 1 died.", "code": 4}}]
+    assert first == [{"news": {"rank": 1, "host": "node1", "message": "Rank 1 died.", "code": 4, "by_signal": False}}]
     assert [end["message"] for end in ranks.spoken] == ["Rank 1 died."]
     assert ranks.told[2][1:] == [{"hush": True}, {"end": 4}]
 
@@ -374,7 +374,7 @@ def test_the_others_hear_at_once_of_a_rank_that_died_and_are_ended_when_they_go_
 def test_a_rank_that_says_itself_why_it_ends_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     async def life() -> Ranks:
         ranks = Ranks(2, monkeypatch)
-        ranks.hub.receive(1, {"failed": "ValueError: no", "code": 3})
+        ranks.hub.receive(1, {"failed": "ValueError: no", "code": 3, "by_signal": False})
         await asyncio.sleep(0.2)
         return ranks
 
