@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -110,7 +111,7 @@ class Monitor:
         self._silence = Silence()
         self._tell_hub: Callable[[Message], None] = lambda _message: None
         self._to_rank: asyncio.StreamWriter
-        self._answer: asyncio.Future[list[Message]] | None = None
+        self._asked: deque[asyncio.Future[list[Message]]] = deque()
         self._done = asyncio.Event()
         self._over = self._released = self._said = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -158,8 +159,9 @@ class Monitor:
                 case {"join": where}:
                     self._start(self._join(where))
                 case {"trace": collectives}:
-                    if self._answer is not None and not self._answer.done():
-                        self._answer.set_result(collectives)
+                    asked = self._asked.popleft()  # answers come in the order of the questions
+                    if not asked.done():
+                        asked.set_result(collectives)
                 case {"failed": _}:
                     self._said = True
                     self._tell_hub(message)
@@ -185,10 +187,11 @@ class Monitor:
 
     async def _trace(self, **more: bool) -> list[Message] | None:
         """What the helper thread says about collectives; None where it does not get the interpreter lock."""
-        self._answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
         send(self._to_rank, {"ask": True, **more})
         try:
-            return await asyncio.wait_for(self._answer, ANSWER_S)
+            return await asyncio.wait_for(answer, ANSWER_S)
         except (TimeoutError, asyncio.TimeoutError):
             return None
 

@@ -118,7 +118,8 @@ def blame(ranks: Sequence[Evidence]) -> tuple[Kind, list[Evidence]]:
         if guilty:
             return "alone", guilty
     kinds: dict[str, Evidence] = {}
-    for each in ranks:
+    # Where the recorder was not to be had, the stack says that a rank waits, but not in what.
+    for each in [each for each in ranks if each.pending is not None] or ranks:
         kinds.setdefault(str(each.pending), each)
     return ("differ", list(kinds.values())) if len(kinds) > 1 else ("together", list(kinds.values()))
 
@@ -146,9 +147,8 @@ def message(ranks: Sequence[Evidence], rules: Rules, *, stacks: str | None) -> t
 def _headline(kind: Kind, guilty: Sequence[Evidence], world_size: int) -> str:
     if kind == "together":
         others = "alone" if world_size == 1 else f"with all {world_size} ranks"
-        return (
-            f"The job hangs: {guilty[0].who} waits in {guilty[0].pending} {others}. Does the network pass between them?"
-        )
+        where = guilty[0].pending or "a collective"
+        return f"The job hangs: {guilty[0].who} waits in {where} {others}. Does the network pass between them?"
     if kind == "differ":
         waits = ", ".join(f"{each.who} in {each.pending} at {_place(each)}" for each in guilty[:LISTED])
         return (

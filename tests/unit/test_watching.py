@@ -251,6 +251,12 @@ def test_without_a_recorder_the_stack_tells_who_waits() -> None:
     assert (kind, [each.rank for each in guilty]) == ("alone", [1])
 
 
+def test_a_rank_whose_collective_is_not_known_is_not_said_to_wait_in_another_one() -> None:
+    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, GLOO, collectives=[ALL_REDUCE])])
+
+    assert (kind, [each.rank for each in guilty]) == ("together", [1])
+
+
 def test_hundreds_of_ranks_make_a_few_lines() -> None:
     waiters = [evidence(rank, GLOO, STEP, collectives=[ALL_REDUCE]) for rank in range(511)]
 
