@@ -82,6 +82,16 @@ def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
     return made[0] if made else make()
 
 
+def refuse_own_parts(config: Config, command: str, kind: str = "language model") -> None:
+    """For a command that draws on what transformers knows of its own models.
+
+    Raises:
+        ConfigError: the model is a module of the user's, or has a head of dtrain's.
+    """
+    if config.model.factory is not None or config.model.head is not None:
+        raise ConfigError(f"{command} needs a {kind} of transformers, not model.factory or model.head.")
+
+
 def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
     """The module where it will run. ZeRO 3 takes it from the host and shards it itself."""
     is_sharded = config.engine.is_deepspeed and config.engine.zero_stage == 3
