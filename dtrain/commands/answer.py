@@ -74,7 +74,7 @@ def row_of(config: Config) -> dict[str, Any]:
         ConfigError: the task wants more than one text, or less than two, or JSON that is none.
     """
     text, pair, task = str(config.predict.text), config.predict.text_pair, config.task
-    if text.lstrip().startswith("{"):
+    if _is_row(config):
         if pair is not None:
             raise ConfigError("predict.text is a whole row, as JSON: put predict.text_pair into it as a column.")
         return _json_row(text, config)
@@ -105,6 +105,11 @@ def row_of(config: Config) -> dict[str, Any]:
             return {"text": text} if pair is None else {"text": text, "text_pair": pair}
 
 
+def _is_row(config: Config) -> bool:
+    """Whether the text is a whole row, as JSON."""
+    return str(config.predict.text).lstrip().startswith("{")
+
+
 def _json_row(text: str, config: Config) -> dict[str, Any]:
     try:
         row = json.loads(text)
@@ -127,11 +132,10 @@ def _absolute(path: str) -> str:
 
 def _data(config: Config, file: Path) -> Data:
     """The row as a split; its columns have the user's names where it came as JSON."""
-    is_json = str(config.predict.text).lstrip().startswith("{")
     return Data(
         path=file.parent,
         splits={SPLIT: file.name},
-        columns=config.data.columns if is_json else {},
+        columns=config.data.columns if _is_row(config) else {},
         max_length=config.data.max_length,
         cache_dir=file.parent / "cache",
     )

@@ -19,6 +19,7 @@ from dtrain import schema
 from dtrain.data import glue
 from dtrain.data.locate import PYTHON_DOCS
 from dtrain.data.parts import hub_name
+from dtrain.models.adapters import CONFIG as ADAPTERS
 from dtrain.run_folder import write_text_atomic
 from dtrain.schema import Config
 from dtrain.task_settings import Seq2Seq
@@ -37,8 +38,6 @@ PIPELINES = {
     "image_classification": "image-classification",
 }
 """What the hub calls a task, where it has one name for it (seq2seq: see `_pipeline`)."""
-
-ADAPTERS = "adapter_config.json"
 
 NOT_TOLD = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
 """Settings that say nothing about the model."""

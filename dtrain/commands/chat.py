@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dtrain.commands import folder, results
+from dtrain.commands.construct import refuse_own_parts
 from dtrain.commands.generate import continuation, ends_of
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
@@ -110,8 +111,7 @@ class Speaker:
 
 def speaker(config: Config, topology: Topology) -> Speaker:
     """Loads the model that answers."""
-    if config.model.factory is not None or config.model.head is not None:
-        raise ConfigError("chat needs a language model of transformers, not model.factory or model.head.")
+    refuse_own_parts(config, "chat")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
     model = load_model(

@@ -100,6 +100,16 @@ def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
     return made[0] if made else make()
 
 
+def refuse_own_parts(config: Config, command: str, kind: str = "language model") -> None:
+    """For a command that draws on what transformers knows of its own models.
+
+    Raises:
+        ConfigError: the model is a module of the user's, or has a head of dtrain's.
+    """
+    if config.model.factory is not None or config.model.head is not None:
+        raise ConfigError(f"{command} needs a {kind} of transformers, not model.factory or model.head.")
+
+
 def check_whole(name: str | None) -> bool:
     """A checkpoint to begin with must be as it was written; gives whether it is a sharded one. Others are not looked at.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dtrain.commands.construct import refuse_own_parts
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.checks import check_fit, longest_input
 from dtrain.models.load import load_model
@@ -35,8 +36,7 @@ class Filler:
     """
 
     def __init__(self, config: Config, topology: Topology) -> None:
-        if config.model.factory is not None or config.model.head is not None:
-            raise ConfigError("predict needs a masked language model of transformers, not model.factory or model.head.")
+        refuse_own_parts(config, "predict", "masked language model")
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         if self._tokenizer.mask_token is None:
             raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from dtrain.command_settings import Generate
+from dtrain.commands.construct import refuse_own_parts
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models.checks import longest_input
@@ -51,8 +52,7 @@ class Writer:
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
-        if config.model.factory is not None or config.model.head is not None:
-            raise ConfigError(f"{command} needs a language model of transformers, not model.factory or model.head.")
+        refuse_own_parts(config, command)
         self._config = config
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(
