@@ -14,7 +14,7 @@ import pytest
 
 from dtrain import heartbeat
 from dtrain.heartbeat import Beat, Phase, read
-from dtrain.watching import endings, hub, report
+from dtrain.watching import endings, hub
 from dtrain.watching.hub import Hub, Member
 from dtrain.watching.report import Collective, Evidence, blame, message
 from dtrain.watching.silence import Silence, period_of
