@@ -11,7 +11,7 @@ from dtrain import loop
 from dtrain.commands import saving, train
 from dtrain.commands.train import run_train
 from dtrain.config import load_config
-from dtrain.monitors.protocol import Decision, StepRecord
+from dtrain.monitors.protocol import Decision, RunState, StepRecord
 from dtrain.topology import Topology
 from tests import tiny
 
@@ -86,11 +86,13 @@ def life(
     die_in: int | None = None,
     die_after: int | None = None,
     broken: str | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Collective. One start; gives the example indices of each step that this rank took, in order, and how it ended.
 
     Args:
         broken: forgets the optimizer's "moments", or the "place" in the data.
+        state: put in the place of what the checkpoint says of the run.
     """
     taken: dict[int, list[list[int]]] = {}
     real = loop.run_micro_batches
@@ -107,8 +109,9 @@ def life(
     if broken == "moments":
         train.restore_slots = lambda *_: None
     if broken == "place":
-        real_state = train.RunState
-        train.RunState = lambda **state: real_state(**state | ({"step": state["step"] - 1} if state else {}))  # type: ignore[assignment,misc]
+        train.RunState = lambda **saved: RunState(**saved | ({"step": saved["step"] - 1} if saved else {}))  # type: ignore[assignment,misc]
+    if state is not None:
+        train.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
     config = load_config(None, settings(Path(folder), name, changes))
     try:
         run_train(config, topology, monitors=[] if die_in is None else [DieIn(die_in)])

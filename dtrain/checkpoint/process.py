@@ -152,11 +152,7 @@ def serve(arguments: list[str]) -> None:
         arguments: the block's file descriptor, and the number of the process that it may not outlive.
     """
     fd, parent = int(arguments[0]), int(arguments[1])
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # meant for the rank, which decides what becomes of it
+    for number in NOT_FOR_US:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -171,9 +167,10 @@ def serve(arguments: list[str]) -> None:
 
 def _carry_out(order: Order, static: Mapping[str, bytes], fd: int) -> dict[str, Any]:
     begin = time.monotonic()
-    try:
-        size = os.fstat(fd).st_size
-        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as block, memoryview(block) as view:
+    with mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ) as block, memoryview(block) as view:
+        try:
             return publish(order, static, view)
-    except OSError as error:
-        return {"error": error.strerror or str(error), "file": str(error.filename), "seconds": time.monotonic() - begin}
+        except OSError as error:
+            told = {"error": error.strerror or str(error), "file": str(error.filename)}
+        # Only here is the error gone, whose traceback holds parts of the view: the block cannot be closed before.
+        return {**told, "seconds": time.monotonic() - begin}

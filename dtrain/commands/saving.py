@@ -45,6 +45,7 @@ class Checkpoints:
         task: Task,
         *,
         state: RunState,
+        data: str | None,
         tracker: Log,
         engine: Callable[[], Engine],
     ) -> None:
@@ -52,11 +53,13 @@ class Checkpoints:
 
         Args:
             state: of the run, complete once the monitors above this one have seen a step.
+            data: what a start that goes on compares its own data with.
             engine: the one of this moment.
         """
         self._config, self._topology = config, topology
         self._every = config.checkpoint.every
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
+        self._data = data
         self._saved: int | None = state.step or None
         self._failed: str | None = None
         self._saver: Saver | None = None
@@ -106,6 +109,7 @@ class Checkpoints:
             "run": asdict(self._state),
             "task": self._task.name,
             "rows": {split: len(rows) for split, rows in self._task.splits.items()},
+            "data": self._data,
         }
         protected = [best] if best is not None else []
         with self._topology.beat.within(Phase.CHECKPOINT):

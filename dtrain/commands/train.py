@@ -16,7 +16,7 @@ from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.layout import folder_name
 from dtrain.checkpoint.restoring import restore_slots, restore_weights
 from dtrain.collectives import all_gather_object, on_main
-from dtrain.commands import construct, folder, plan, results
+from dtrain.commands import construct, folder, plan, results, same_data
 from dtrain.commands.card import write_card
 from dtrain.commands.export import beside, export_model
 from dtrain.commands.results import Result
@@ -26,7 +26,7 @@ from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
-from dtrain.errors import ConfigError, DataError, Preempted
+from dtrain.errors import ConfigError, Preempted
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.heartbeat import Phase
 from dtrain.loop import Loop, train
@@ -104,7 +104,8 @@ def _prepare(
     config: Config, topology: Topology, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
 ) -> TrainingRun:
     topology.beat.at(Phase.PREPARING)
-    task = task or build_task(config, topology)
+    is_own, task = task is not None, task or build_task(config, topology)
+    data = None if is_own else same_data.glance(task.splits["train"])  # rows of the user's own may be drawn at random
     metrics = reported(config.evaluation, task, folder=config.folder)
     names = metric_names(task, metrics)
     if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
@@ -115,27 +116,20 @@ def _prepare(
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])
-        _check_rows(config, task, checkpoint)
+        same_data.check(task, data, checkpoint, config)
         restore_weights(module, checkpoint, topology)
     # A thaw that is due at this very step is yet to come, as it was then.
     epoch = steps.epoch_of(max(state.step - 1, 0))
     prepared = construct.prepare_training(module, config, task, steps, epoch=epoch)
-    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state)
-
-
-def _check_rows(config: Config, task: Task, checkpoint: Chosen) -> None:
-    """The place in the data is a number, which means another example in other data."""
-    was, now = checkpoint.state["rows"]["train"], len(task.splits["train"])
-    if was != now and "data" not in config.checkpoint.allow_changes:
-        raise DataError(
-            f"The training data has {now} examples, but the checkpoint of step {checkpoint.step} was made with {was}. Bring "
-            "the data back, choose another run.name, or go on all the same by checkpoint.allow_changes='[data]'."
-        )
+    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state, data)
 
 
 @dataclass
 class TrainingRun:
-    """One run from engine to summary. checkpoint: what it goes on from. The fields below that change as it goes."""
+    """One run from engine to summary. checkpoint: what it goes on from. data: a glance at the rows it learns from.
+
+    The fields below that change as it goes.
+    """
 
     config: Config
     topology: Topology
@@ -145,6 +139,7 @@ class TrainingRun:
     reported: Reported
     checkpoint: Chosen | None
     state: RunState
+    data: str | None = None
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
@@ -199,6 +194,7 @@ class TrainingRun:
             self.engine.module,
             self.task,
             state=self.state,
+            data=self.data,
             tracker=self.tracker,
             engine=lambda: self.engine,
         )

@@ -142,20 +142,27 @@ def test_the_best_step_of_an_earlier_start_is_the_runs_model_and_result(folder: 
 
 def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     wider = resuming.tiny.write_model(folder / "wider", layers=3)
+    resuming.tiny.write_cola(folder / "others", train=150, dev=7, seed=1)
     died = ("train", "other", {}, 4)
     allowed = {"checkpoint.allow_changes": "[data, model]"}
 
-    _, rows, model, refused = run(
+    _, rows, others, model, refused = run(
         folder,
         1,
         died,
         ("train", "other", {"data.limit": 100, "checkpoint.allow_changes": "[data.limit]"}, None),
+        ("train", "other", {"data.path": folder / "others", "checkpoint.allow_changes": "[data.path]"}, None),
         ("train", "other", {**allowed, "model.name_or_path": wider}, None),
         ("train", "other", {"data.limit": 100}, None),
     )
 
     assert rows[0] == DataError.__name__
     assert "The training data has 100 examples, but the checkpoint of step 3 was made with 150" in rows[1]
+    assert others[0] == DataError.__name__
+    assert (
+        "The training data has as many examples (150) as when the checkpoint of step 3 was made, but others"
+        in others[1]
+    )
     assert model[0] == CheckpointError.__name__
     assert "it has no bert.encoder.layer.2" in model[1]
     assert refused[0] == ConfigError.__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resuming.material(tmp_path_factory.mktemp("resume"))
 
 
-def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **death: int | str) -> list[Any]:
+def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **death: Any) -> list[Any]:
     return run_ranks(dying, world, str(folder), name, dict(changes), death)
 
 
@@ -117,3 +118,28 @@ def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Pa
     expected, found = losses(folder, f"alone-{len(form)}"), losses(folder, name)
     assert found.keys() == expected.keys()
     assert max(abs(found[step] / loss - 1) for step, loss in expected.items()) < 1e-5
+
+
+def test_a_rolled_back_run_is_one_that_begins_at_the_checkpoint_with_the_data_that_come_next(folder: Path) -> None:
+    steps, window = 20, 12
+    changes = {
+        "train.max_steps": steps,
+        "optim.learning_rate": 1e-2,
+        "checkpoint.every": 4,
+        "checkpoint.keep": 10,
+        "train.spike": f"{{factor: 1.02, window: {window}, action: rollback}}",  # the noise of the batches is a spike here
+    }
+    start(folder, "rolled", 2, changes)
+    lines = (folder / "runs" / "rolled" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    back = next(event for event in map(json.loads, lines) if event["event"] == "rollback")
+    seen = losses(folder, "rolled")
+    state = {"step": back["step"], "recent_losses": [seen[step] for step in range(1, back["step"] + 1)][-window:]}
+    path = folder / "runs" / "rolled" / "checkpoints" / f"step-{back['to_step']:06d}"
+
+    start(folder, "from-there", 2, {**changes, "checkpoint.resume": path}, state=state)
+
+    assert back["to_step"] % 4 == 0
+    assert 10 < back["step"] < steps
+    assert weights_and_moments(folder, "from-there", steps) == weights_and_moments(folder, "rolled", steps)
+    after = range(back["step"] + 1, steps + 1)
+    assert [losses(folder, "from-there")[step] for step in after] == [seen[step] for step in after]

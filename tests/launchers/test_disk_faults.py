@@ -74,6 +74,58 @@ def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(disk
     assert not any("  loss " in line for line in job.out)
 
 
+FSYNC_FAILS = f"""
+import sys
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain import main
+from dtrain.checkpoint import process
+
+process._START = '''
+import os
+def fsync(handle):
+    place = os.readlink("/proc/self/fd/%d" % handle)
+    if "step-000020" in place and place.endswith(".safetensors"):
+        raise OSError(5, "Input/output error")
+    real(handle)
+real, os.fsync = os.fsync, fsync
+''' + process._START
+main.console_script()
+"""
+
+
+def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_path: Path) -> None:
+    script = tmp_path / jobs.SCRIPT
+    script.write_text(FSYNC_FAILS)
+    run = tmp_path / "runs" / "run"
+
+    settings = {**STEPS, "train__max_steps": 35, "checkpoint__keep": 10}
+    job = jobs.run([*jobs.torchrun()[:-1], str(script), *jobs.settings(tmp_path / "runs", "run", **settings)])
+
+    assert job.process.returncode == 0, job.text
+    (fault,) = jobs.events(run, "fault")
+    assert (fault["kind"], fault["step"]) == ("checkpoint", 20)
+    assert "model.safetensors: Input/output error" in fault["message"]
+    assert sum("Input/output error. Training goes on" in line for line in job.said) == 1
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000010",
+        "step-000030",
+        "step-000035",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(disk: Path) -> None:
+    settings = jobs.settings(disk / "runs", "run", **STEPS)  # writes the data there
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    job = jobs.run([*jobs.torchrun(), *settings])
+
+    assert job.process.returncode != 0
+    last = job.said[-1]
+    assert str(disk / "runs") in last
+    assert "Read-only file system" in last
+    assert sum("Read-only file system" in line for line in job.said) == 1
+
+
 def test_a_killed_writer_ends_the_run_with_its_name(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
