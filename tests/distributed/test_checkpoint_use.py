@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,46 @@ def test_a_damaged_checkpoint_is_not_begun_with(folder: Path) -> None:
     kind, message = found
     assert kind == CheckpointError.__name__
     assert "is a damaged checkpoint: model.safetensors has the right size but other contents" in message
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.abort, ()
+
+
+def flip_last(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+HARM: dict[str, tuple[Callable[[Path], Any], int]] = {
+    "flipped": (lambda path: flip_last(path / "model.safetensors"), 6),
+    "cut": (lambda path: os.truncate(path / "optimizer.safetensors", 99), 6),
+    "missing": (lambda path: (path / "state.json").unlink(), 6),
+    "pickled": (lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(Bomb())), 7),
+}
+"""What is done to the checkpoint of step 7, and the step that the next start goes on from."""
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_bits(folder: Path) -> None:
+    run(folder, 2, ("train", "unharmed", {}, None), *(("train", name, {}, 8) for name in [*HARM, "all"]))
+    for name, (harm, _) in HARM.items():
+        harm(checkpoint(folder, name, 7))
+    for path in checkpoint(folder, "all", 7).parent.iterdir():
+        flip_last(path / "model.safetensors")
+
+    *done, refused = run(folder, 2, *(("train", name, {}, None) for name in [*HARM, "all"]))
+
+    unharmed = resuming.weights_and_moments(folder, "unharmed", resuming.STEPS)
+    assert all(isinstance(found, dict) for found in done)
+    for name, (_, step) in HARM.items():
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        resumed = [event["step"] for event in map(json.loads, lines) if event["event"] == "resume"]
+        assert resumed == [step], name
+        assert resuming.weights_and_moments(folder, name, resuming.STEPS) == unharmed, name
+        assert checkpoint(folder, name, 7).with_name("damaged-step-000007").exists() == (step == 6)
+    assert refused[0] == CheckpointError.__name__
+    assert "every checkpoint is damaged (step 5, 6, 7)" in refused[1]
 
 
 def test_the_best_step_of_an_earlier_start_is_the_runs_model_and_result(folder: Path) -> None:
