@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -116,17 +117,19 @@ def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
     assert tensors(folder, "run") == tensors(folder, "steady")
 
 
-def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    folder = tmp_path / "runs"
-    start = jobs.torchrun(2, "--standalone", "--max-restarts", "5")
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=slow)])
+def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path, kills: int) -> None:
+    folder, rng = tmp_path / "runs", random.Random(kills)
+    start = jobs.torchrun(2, "--standalone", "--max-restarts", str(kills + 2), "--monitor-interval", "0.1")
     assert jobs.run([*start, *jobs.settings(folder, "steady", **SHORT)]).process.returncode == 0
 
     with jobs.started([*start, *jobs.settings(folder, "run", **SHORT)]) as job:
-        for kill, rank in enumerate((1, 0, 1), 1):
-            jobs.until(lambda kill=kill: newest(folder) >= 60 * kill and len(job.ranks()) == 2)  # type: ignore[misc]
-            os.kill(job.ranks()[rank], signal.SIGKILL)
+        for kill in range(1, kills + 1):
+            at = 20 * max(1, 12 * kill // kills)
+            jobs.until(lambda at=at: newest(folder) >= at and len(job.ranks()) == 2)  # type: ignore[misc]
+            os.kill(rng.choice(job.ranks()), signal.SIGKILL)
             jobs.until(lambda kill=kill: len(jobs.events(folder / "run", "resume")) >= kill)  # type: ignore[misc]
         assert job.end() == 0
 
-    assert len(jobs.events(folder / "run", "resume")) == 3
+    assert len(jobs.events(folder / "run", "resume")) == kills
     assert tensors(folder, "run") == tensors(folder, "steady")
