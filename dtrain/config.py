@@ -127,9 +127,10 @@ def _with_the_model_as_it_is(config: Config, command: str) -> Config:
 
 
 def _unknown_changes(config: Config, place: Callable[[Key], str]) -> list[str]:
-    """Names in checkpoint.allow_changes that are no settings of this run."""
+    """Names in checkpoint.allow_changes that are no settings; what lies deeper may be in the older config only."""
     values, key = config.model_dump(mode="json"), ("checkpoint", "allow_changes")
-    unknown = [name for name in config.checkpoint.allow_changes if value_at(values, tuple(name.split("."))) is ABSENT]
+    allowed = config.checkpoint.allow_changes
+    unknown = [name for name in allowed if value_at(values, tuple(name.split(".")[:2])) is ABSENT]
     return [f"{place(key)}: checkpoint.allow_changes: {not_a_setting(name, Config, values)}" for name in unknown]
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dtrain.console import log
 from dtrain.errors import DataError, DtrainError
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, a whole line at a time. A line that a kill cut short is removed when it is opened."""
+    """Appends to metrics.jsonl, a whole line at a time. A line that a kill cut short is removed when it is opened.
+
+    A full disk is no reason to end a run: lines wait in memory until there is room.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._waiting: list[bytes] = []
         with worded(path):
-            self._file = path.open("ab+")
+            self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
             whole = self._file.read().rfind(b"\n") + 1
             self._file.truncate(whole)
@@ -27,11 +34,29 @@ class MetricsLog:
         """Adds one event. Numbers that are not finite become "nan", "inf" or "-inf".
 
         Raises:
-            DtrainError: the line cannot be written.
+            DtrainError: the line cannot be written, and not for want of room.
         """
+        self._waiting.append(line_of(record).encode("utf-8"))
         with worded(self._path):
-            self._file.write(line_of(record).encode("utf-8"))
-            self._file.flush()
+            try:
+                self._write_all()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                if len(self._waiting) == 1:
+                    log.warning("%s: %s. Its lines wait until there is room", self._path, error.strerror)
+
+    def _write_all(self) -> None:
+        while self._waiting:
+            line = self._waiting[0]
+            begin = self._file.seek(0, os.SEEK_END)
+            try:
+                if self._file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            except OSError:
+                self._file.truncate(begin)
+                raise
+            del self._waiting[0]
 
     def close(self) -> None:
         """Ends the writing."""

@@ -12,6 +12,9 @@ from typing import NamedTuple, NoReturn
 
 from dtrain.errors import TopologyError
 
+TORCHRUN = "torchrun"
+"""Begins the name of a job that torchrun started, in `launches_of`."""
+
 RELEVANT = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|MASTER_ADDR"
     r"|MASTER_PORT|TORCHELASTIC_RUN_ID|OMPI_COMM_WORLD_\w+|PMI_RANK|PMI_SIZE|PMI_LOCAL_RANK|PMI_LOCAL_SIZE|MPI_LOCALRANKID"
@@ -94,6 +97,16 @@ def job_of(env: Mapping[str, str], launcher: str) -> tuple[dict[str, str], int, 
             step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0"))
             return {"Slurm step": f"{env['SLURM_JOB_ID']}.{step}"}, _number(env, "SLURM_RESTART_COUNT") or 0, True
     return {}, 0, True
+
+
+def launches_of(env: Mapping[str, str], launcher: str) -> dict[str, int]:
+    """What may have started this job before, by names that stay the same then, and how often it did."""
+    found = {}
+    if launcher == "torchrun":
+        found[f"{TORCHRUN} {env['TORCHELASTIC_RUN_ID']}"] = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
+    if "SLURM_JOB_ID" in env:
+        found[f"Slurm job {env['SLURM_JOB_ID']}"] = _number(env, "SLURM_RESTART_COUNT") or 0
+    return found
 
 
 def refuse(env: Mapping[str, str], problem: str) -> NoReturn:

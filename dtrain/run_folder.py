@@ -32,6 +32,8 @@ _NAMES = {
     "exit": "exit.json",
     "tensorboard": "tensorboard",
 }
+LAUNCHES = ".launches"
+"""What started the job that has the folder; a line each."""
 INSPECTION = "inspection"
 """Folder of what the inspect command writes."""
 
@@ -110,7 +112,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Path | None:
+def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launches: Iterable[str] = ()) -> Path | None:
     """Makes the folder this run's own: on rank 0, before any work, under its lock (run_lock.py).
 
     Results of an earlier life are removed from it.
@@ -119,6 +121,7 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
         folder: as run_start.decide found.
         config_text: the resolved config, for config.yaml.
         set_aside: move what is there to `<name>.old-<UTC time>` first.
+        launches: names by which a later start of the same job is known.
 
     Returns:
         Where the old folder went, or None.
@@ -138,6 +141,9 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False) -> Pa
             if results.exists():
                 shutil.rmtree(results)
         _write(folder.config, [config_text])
+        (folder.path / LAUNCHES).unlink(missing_ok=True)
+        if launches := list(launches):
+            _write(folder.path / LAUNCHES, [f"{name}\n" for name in launches])
     except OSError as error:
         raise unwritable(folder, error) from None
     return moved

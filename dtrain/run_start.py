@@ -81,12 +81,16 @@ def decide(
             f"{path} holds {'a' if found == 'finished' else 'an'} {found} run, and checkpoint.resume=never. "
             f"{other}, or set run.overwrite=true to move it to {path.name}.old-<time>"
         )
-    allowed = config.checkpoint.allow_changes
-    kept = [change for change in changes if change.key not in allowed and change.key.split(".")[0] not in allowed]
-    _refuse_changes(path, found, [change for change in kept if change.resume == "refuse"], other)
+    refused = [change for change in changes if change.resume == "refuse" and not _is_allowed(change.key, config)]
+    _refuse_changes(path, found, refused, other)
     if found == "finished" and not checkpoints.given and _is_complete(RunFolder(path), checkpoints, changes):
         return Decision("already_finished", False, (f"{path} is finished already; run.overwrite=true trains it anew",))
     return _go_on(path, found, changes, checkpoints)
+
+
+def _is_allowed(key: str, config: Config) -> bool:
+    """Whether checkpoint.allow_changes names the setting, or what it is a part of."""
+    return any(key == name or key.startswith(f"{name}.") for name in config.checkpoint.allow_changes)
 
 
 def _refuse_changes(path: Path, found: State, refused: Sequence[Difference], other: str) -> None:

@@ -373,6 +373,8 @@ class Config(Section):
             found.append(
                 "train.spike.action=rollback needs checkpoints to go back to: set checkpoint.every, or use skip"
             )
+        if self.run.overwrite and self.checkpoint.resume not in ("auto", "never"):
+            found.append("run.overwrite=true begins anew and checkpoint.resume=PATH goes on: give one of them")
         if self.train.check_replicas is not None and sharded and stage == 3:
             found.append(
                 "train.check_replicas compares whole weights, but with engine.zero_stage=3 each rank holds a part of its "

@@ -44,6 +44,7 @@ class Topology:
     master_addr, master_port: where the ranks meet; None for one process, and under MPI until the group has formed.
     is_complete: False while the node's numbers are estimates, since the launcher does not give them; `process_group`
         yields a complete one.
+    launches: what may have started this job before, by name, and how often it did.
     beat: where this process says how far it is; see watching/.
     """
 
@@ -57,6 +58,7 @@ class Topology:
     master_addr: str | None
     master_port: int | None
     is_complete: bool = True
+    launches: Mapping[str, int] = field(default_factory=dict, compare=False)
     beat: Beat = field(default_factory=Beat, compare=False, repr=False)
 
     @classmethod
@@ -69,7 +71,8 @@ class Topology:
         Raises:
             TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
         """
-        return cls(*launchers.read_place(env))
+        place = launchers.read_place(env)
+        return cls(*place, launches=launchers.launches_of(env, place.launcher))
 
     @property
     def is_main(self) -> bool:

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,7 +56,8 @@ class Tracker:
         if self._quiet is not None:
             log.handlers[:] = self._quiet
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
         if self._log is not None:
             self._log.close()
 
@@ -118,7 +120,11 @@ class Tracker:
 
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._board is not None and math.isfinite(value):
-            self._board.add_scalar(name, value, step)
+            try:
+                self._board.add_scalar(name, value, step)
+            except OSError as error:  # a full disk is no reason to end a run
+                log.warning("tensorboard/ cannot be written any more: %s", error.strerror or error)
+                self._board = None
 
 
 class _BarHandler(logging.Handler):

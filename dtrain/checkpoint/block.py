@@ -10,9 +10,12 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
+_OF_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+_OF_VERSION_2 = ("memory.max", "memory.current")
 SPARE = 1.25
 """How many times the size must be free for a block in memory: the job's own needs still grow."""
 
@@ -84,12 +87,21 @@ def _of_the_machine() -> Iterator[int]:
     yield from (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _of_the_group() -> Iterator[int]:
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            yield int(Path(limit).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # "max": no limit
+def _of_the_group(told: str = "/proc/self/cgroup", mounted: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What each control group around this process leaves it, of both versions; the tightest may be any of them."""
+    try:
+        lines = Path(told).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
+        root = mounted / "memory" if controllers else mounted
+        limit, used = _OF_VERSION_1 if controllers else _OF_VERSION_2
+        place = root / name.lstrip("/")
+        for group in (place, *place.parents):
+            if not group.is_relative_to(root):
+                break
+            with suppress(OSError, ValueError):  # not there in a container; "max": no limit
+                yield int((group / limit).read_text()) - int((group / used).read_text())

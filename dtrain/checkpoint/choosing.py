@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.layout import CONFIG, Damaged, Saved, found, verify
+from dtrain.checkpoint.layout import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
 from dtrain.collectives import all_gather_object, barrier, broadcast_object, on_main
 from dtrain.console import log
 from dtrain.errors import CheckpointError
@@ -49,34 +49,62 @@ def sees_rank_0s_folder(folder: Path, topology: Topology) -> list[bool]:
     return seen
 
 
-def newest(checkpoints: Path, topology: Topology) -> tuple[Chosen | None, frozenset[int]]:
+def newest(checkpoints: Path, topology: Topology, *, below: int | None = None) -> tuple[Chosen | None, frozenset[int]]:
     """Collective. The newest whole checkpoint on any node, and the steps of damaged ones, which are renamed.
 
     One rank of each node that has a folder of its own looks; it reads every byte of the candidates, newest first.
+
+    Args:
+        below: only those of earlier steps.
+
+    Raises:
+        CheckpointError: on every rank; one that may be whole cannot be read.
     """
     sees = sees_rank_0s_folder(checkpoints, topology) if topology.num_nodes > 1 else [True] * topology.world_size
     looks = topology.is_main or (topology.is_node_main and not sees[topology.rank])
-    candidates = found(checkpoints) if looks else {}
+    candidates = {step: path for step, path in found(checkpoints).items() if below is None or step < below}
     while True:
-        step = max(all_gather_object(next(iter(candidates), -1), topology))
+        step = max(all_gather_object(next(iter(candidates), -1) if looks else -1, topology))
         if step < 0:
             return None, _damaged(checkpoints, topology)
-        path = candidates.pop(step, None)
-        saved = _whole(path) if path is not None else None
-        readers = _readers(saved, topology)
+        path = candidates.pop(step, None) if looks else None
+        saved, trouble = _whole(path) if path is not None else (None, None)
+        readers = _readers(saved, topology, trouble)
         if readers is not None:
             return _told(readers, saved, topology), _damaged(checkpoints, topology)
 
 
-def _readers(saved: Saved | None, topology: Topology) -> list[int] | None:
-    """Collective. For each part the lowest rank that has it; None where not all parts are there."""
-    lowest: dict[int, int] = {}
-    number = 1
-    for rank, told in enumerate(all_gather_object(saved.parts if saved is not None else None, topology)):
-        if told is not None:
-            parts, number = told
-            lowest.update({part: rank for part in parts if part not in lowest})
-    return [lowest[part] for part in range(number)] if set(range(number)) <= lowest.keys() else None
+def _readers(saved: Saved | None, topology: Topology, trouble: str | None = None) -> list[int] | None:
+    """Collective. For each part the lowest rank that has it; None where not all parts are there.
+
+    Parts that different starts wrote make no whole: between them may lie other settings and other ranks.
+
+    Raises:
+        CheckpointError: on every rank; one has `trouble`.
+    """
+    told = all_gather_object((saved.parts if saved is not None else None, trouble), topology)
+    if troubles := [words for _, words in told if words is not None]:
+        failed = CheckpointError(troubles[0])
+        failed.is_said_elsewhere = not topology.is_main
+        raise failed
+    lowest: dict[tuple[str, int], dict[int, int]] = {}
+    for rank, (parts, _) in enumerate(told):
+        if parts is not None:
+            start, here, number = parts
+            ranks = lowest.setdefault((start, number), {})
+            ranks.update({part: rank for part in here if part not in ranks})
+    whole = [ranks for (_, number), ranks in lowest.items() if set(range(number)) <= ranks.keys()]
+    return [rank for _, rank in sorted(whole[0].items())] if whole else None
+
+
+def is_there(path: Path, topology: Topology) -> bool:
+    """Collective. Whether the nodes hold a checkpoint, by its manifests: no file of it is read."""
+    parts = None
+    if topology.is_node_main:
+        with suppress(Damaged):
+            manifest = read_manifest(path)
+            parts = Saved(path, 0, manifest, {})
+    return _readers(parts, topology) is not None
 
 
 def _damaged(checkpoints: Path, topology: Topology) -> frozenset[int]:
@@ -85,8 +113,11 @@ def _damaged(checkpoints: Path, topology: Topology) -> frozenset[int]:
     return frozenset(step for part in all_gather_object(steps, topology) for step in part)
 
 
-def at(path: Path, topology: Topology) -> Chosen:
-    """Collective. The checkpoint that a user named.
+def at(path: Path, topology: Topology, *, named_by: str) -> Chosen:
+    """Collective. The checkpoint in that folder.
+
+    Args:
+        named_by: the setting that named it, for the message.
 
     Raises:
         CheckpointError: on every rank; no node has it whole.
@@ -103,8 +134,7 @@ def at(path: Path, topology: Topology) -> Chosen:
     if readers is None:
         reason = next((why for why, is_there in answers if is_there), why)
         failed = CheckpointError(
-            f"checkpoint.resume={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run, or "
-            "auto for the newest whole one of this run."
+            f"{named_by}={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run that is."
         )
         failed.is_said_elsewhere = not topology.is_main
         raise failed
@@ -122,30 +152,35 @@ def _told(readers: list[int], saved: Saved | None, topology: Topology) -> Chosen
     return Chosen(told["step"], readers, told["state"], told["config"], saved)
 
 
-def _whole(path: Path) -> Saved | None:
-    """The checkpoint if it is whole; else it gets another name, so that nobody takes it for one again."""
+def _whole(path: Path) -> tuple[Saved | None, str | None]:
+    """The checkpoint if it is whole, or why that cannot be told; a damaged one gets another name and is none again."""
     try:
-        return verify(path)
+        return verify(path), None
+    except Unreadable as error:
+        return None, (
+            f"{path} cannot be read, so that nobody knows whether it is whole: {error}. Mend that, or move the folder away to "
+            "go on from the checkpoint before it."
+        )
     except Damaged as error:
-        aside = _set_aside(path)
+        aside = _set_aside(path, "damaged")
         log.warning("%s is damaged: %s. It is %s now; the one before it is used", path, error, aside.name)
-    return None
+    return None, None
 
 
-def _set_aside(path: Path) -> Path:
-    names = [f"damaged-{path.name}", *(f"damaged-{path.name}-{number}" for number in range(2, 100))]
+def _set_aside(path: Path, why: str) -> Path:
+    """Gives a checkpoint a name that is not taken for one, and was not given before."""
+    names = [f"{why}-{path.name}", *(f"{why}-{path.name}-{number}" for number in range(2, 1000))]
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    with suppress(OSError):  # a read-only folder: it stays, and is passed over again
+    with suppress(OSError):  # a read-only folder, or another node was quicker: it is passed over again
         path.rename(target)
         return target
     return path
 
 
 def set_newer_aside(checkpoints: Path, step: int, topology: Topology) -> None:
-    """Collective. Renames checkpoints beyond `step`: a start that goes back further makes them another run's."""
+    """Collective. Renames what lies beyond `step`, where this start begins: another line of the run, or a part of one."""
     if topology.is_node_main:
         for number, path in found(checkpoints).items():
             if number > step:
-                with suppress(OSError):  # another node of the same file system was quicker
-                    path.rename(path.with_name(f"left-{path.name}"))
-    barrier(topology)
+                _set_aside(path, "left")
+    barrier(topology)  # before anybody writes new ones

@@ -17,6 +17,7 @@ not name is not looked at.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -58,13 +59,21 @@ class Saved:
     state: Mapping[str, Any]
 
     @property
-    def parts(self) -> tuple[list[int], int]:
-        """Which parts of it lie here, and of how many: all of one, unless it is sharded over nodes' own disks."""
-        return list(self.manifest.get("parts", [0])), int(self.manifest.get("of", 1))
+    def parts(self) -> tuple[str, list[int], int]:
+        """Which start wrote it, which of its parts lie here, and of how many: all of one, unless nodes' own disks share it."""
+        return str(self.manifest.get("start")), list(self.manifest.get("parts", [0])), int(self.manifest.get("of", 1))
 
 
 class Damaged(Exception):
     """A checkpoint that is not as it was written; the message names the file and what is wrong."""
+
+
+class Unreadable(Damaged):
+    """A checkpoint that may be whole, but cannot be read here: no permission, no file handles, another version's."""
+
+
+_BAD_DISK = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""What a system says of contents that are lost; anything else may be better the next time."""
 
 
 def folder_name(step: int) -> str:
@@ -100,16 +109,23 @@ def verify(path: Path) -> Saved:
     """Reads every byte that the manifest names.
 
     Raises:
-        Damaged: a file is missing, cut or changed, or this is no checkpoint of this version.
+        Damaged: a file is missing, cut or changed.
+        Unreadable: it cannot be told.
     """
     manifest = read_manifest(path)
-    for name, told in manifest["files"].items():
-        _verify_file(path / name, told)
     try:
+        for name, told in manifest["files"].items():
+            _verify_file(path / name, told)
+        if STATE not in manifest["files"]:
+            raise Damaged(f"{MANIFEST} does not name {STATE}")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{STATE} cannot be read: {error}") from None
-    return Saved(path, int(manifest["step"]), manifest, state)
+        step = int(manifest["step"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"it says something else than a checkpoint does ({type(error).__name__}: {error})") from None
+    match = _FOLDER.fullmatch(path.name)
+    if match and int(match[1]) != step:
+        raise Damaged(f"{MANIFEST} says that this is step {step}")
+    return Saved(path, step, manifest, state)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -117,23 +133,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is missing, or not as it was written.
+        Unreadable: it cannot be told.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         own = manifest.pop("self")
         is_whole = own == _hash_of(manifest)
-        names = list(manifest["files"])
-    except FileNotFoundError:
-        raise Damaged(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        names, version = list(manifest["files"]), manifest["format"]
+    except OSError as error:
+        raise _trouble(MANIFEST, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{MANIFEST} is not as it was written") from None
     if not is_whole:
         raise Damaged(f"{MANIFEST} is not as it was written")
-    if manifest["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} says {manifest['format']!r}, which this version does not read ({FORMAT})")
-    if outside := [name for name in names if not _NAME.fullmatch(name)]:
+    if version != FORMAT:
+        raise Unreadable(f"{MANIFEST} says {version!r}, which this version of dtrain does not read ({FORMAT})")
+    if outside := [name for name in names if not is_name(name)]:
         raise Damaged(f"{MANIFEST} names {outside[0]!r}, which is no file of a checkpoint")
     return dict(manifest)
+
+
+def is_name(name: str) -> bool:
+    """Whether a file of a checkpoint may be called so: no folders, nothing hidden, nothing that a shell would see."""
+    return bool(_NAME.fullmatch(name))
+
+
+def _trouble(name: str, error: OSError) -> Damaged:
+    if isinstance(error, FileNotFoundError):
+        return Damaged(f"{name} is missing")
+    kind = Damaged if error.errno in _BAD_DISK else Unreadable
+    return kind(f"{name} cannot be read: {error.strerror}")
 
 
 def _verify_file(file: Path, told: Mapping[str, Any]) -> None:
@@ -143,10 +172,8 @@ def _verify_file(file: Path, told: Mapping[str, Any]) -> None:
             raise Damaged(f"{file.name} has {size} bytes, expected {told['bytes']}: it is cut or was written to")
         if sha256(file) != told["sha256"]:
             raise Damaged(f"{file.name} has the right size but other contents than were written: a bit has flipped")
-    except FileNotFoundError:
-        raise Damaged(f"{file.name} is missing") from None
     except OSError as error:
-        raise Damaged(f"{file.name} cannot be read: {error.strerror}") from None
+        raise _trouble(file.name, error) from None
 
 
 def sha256(file: Path) -> str:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -58,11 +58,8 @@ class Writer:
         self._tell(asdict(order))
         self.is_busy = True
 
-    def result(self, *, wait: bool, beat: Callable[[], None] = lambda: None) -> dict[str, Any] | None:
+    def result(self, *, wait: bool) -> dict[str, Any] | None:
         """What became of the order: {"bytes", "seconds"}, or {"error", "file"}; None while it is at work, or without one.
-
-        Args:
-            beat: called now and then while this waits.
 
         Raises:
             CheckpointError: the process has died.
@@ -76,7 +73,6 @@ class Writer:
             ready, _, _ = select.select([pipe], [], [], POLL_S if wait else 0.0)
             if not ready and not wait:
                 return None
-            beat()
             if ready:
                 part = os.read(pipe, 65536)
                 if not part:

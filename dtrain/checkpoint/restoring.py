@@ -24,7 +24,10 @@ def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> No
         CheckpointError: on every rank; the checkpoint is another model's.
     """
     targets: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    persistent = module.state_dict().keys()
     with Tensors(chosen, module, topology) as tensors:
+        # Tables that a model makes anew each time; another version of the library may have more of them.
+        targets = {name: target for name, target in targets.items() if name in persistent or tensors.has(name)}
         if wrong := next(_differences(tensors, targets), None):  # alike on every rank
             failed = CheckpointError(
                 f"The checkpoint of step {chosen.step} does not fit this model: {wrong}. Use the model section that it was "

@@ -98,5 +98,6 @@ def estimate(module: nn.Module, *, slots: int) -> int:
     for parameter in module.parameters():
         numbers = int(getattr(parameter, "ds_numel", parameter.numel()))
         width = stored_dtype(parameter.dtype).itemsize
-        size += numbers * width * (1 + slots * int(parameter.requires_grad)) + ALIGNMENT * (1 + slots)
-    return size
+        # One more for AdamW's count of steps.
+        size += numbers * width * (1 + slots * int(parameter.requires_grad)) + ALIGNMENT * (2 + slots)
+    return size + sum(b.numel() * stored_dtype(b.dtype).itemsize + ALIGNMENT for b in module.buffers())

@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.layout import CHUNK, FORMAT, MANIFEST, MODEL, folder_name, found, manifest_text
+from dtrain.checkpoint.layout import (
+    CHUNK,
+    FORMAT,
+    MANIFEST,
+    MODEL,
+    folder_name,
+    found,
+    is_name,
+    manifest_text,
+    shard_prefix,
+)
 
 DRAFT = ".tmp-"
 TRASH = ".old-"
@@ -90,14 +100,16 @@ def publish(order: Order, static: Mapping[str, bytes], block: memoryview) -> dic
         files = {name: _write(draft / name, _safetensors(part, block)) for name, part in _files_of(order)}
         files |= {name: _write(draft / name, [text.encode()]) for name, text in _index(order)}
         if order.part is not None:
-            _write(draft / f"{PART}{order.part}", [json.dumps(files).encode()])
+            _tell_part(draft, order.part, files)
         if order.part is None or order.of_here is not None:
             files |= _parts(draft, order)
             small = {**static, **{name: text.encode() for name, text in order.texts.items()}}
+            if unnameable := [name for name in small if not is_name(name)]:
+                raise OSError(errno.EINVAL, "a checkpoint cannot have a file of that name", unnameable[0])
             files |= {name: _write(draft / name, [content]) for name, content in small.items()}
             manifest = {"format": FORMAT, "step": order.step, **order.about, "files": files}
             _write(draft / MANIFEST, [manifest_text(manifest).encode()])
-            _flush(draft)
+            flush_folder(draft)
             _put(draft, checkpoints / folder_name(order.step))
     except BaseException as error:
         _give_up(draft, order, error)
@@ -108,12 +120,21 @@ def publish(order: Order, static: Mapping[str, bytes], block: memoryview) -> dic
 
 
 def _give_up(draft: Path, order: Order, error: BaseException) -> None:
-    """Removes the draft; a part that others wait for says that it will not come."""
+    """Removes the draft; a part that others wait for makes room, and says that it will not come."""
     if order.part is None or order.of_here is not None:
         shutil.rmtree(draft, ignore_errors=True)
         return
+    for file in draft.glob(f"{shard_prefix(order.part)}*"):
+        file.unlink(missing_ok=True)
     with suppress(OSError):
-        (draft / f"{PART}{order.part}").write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+        _tell_part(draft, order.part, {"error": str(error)})
+
+
+def _tell_part(draft: Path, part: int, told: Mapping[str, Any]) -> None:
+    """A file that is there when it is whole."""
+    coming = draft / f"{DRAFT}{PART}{part}"
+    _write(coming, [json.dumps(told).encode()])
+    coming.rename(draft / f"{PART}{part}")
 
 
 def _parts(draft: Path, order: Order) -> dict[str, Any]:
@@ -129,7 +150,7 @@ def _parts(draft: Path, order: Order) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise OSError(errno.ETIMEDOUT, f"the part of rank {part} did not come in {PATIENCE_S:.0f} s", str(told))
             time.sleep(0.02)
-        named = _when_whole(told)
+        named = json.loads(told.read_text(encoding="utf-8"))
         if "error" in named:
             raise OSError(errno.EIO, f"rank {part} could not write its part: {named['error']}", str(told))
         files |= named
@@ -138,31 +159,25 @@ def _parts(draft: Path, order: Order) -> dict[str, Any]:
     return files
 
 
-def _when_whole(told: Path) -> dict[str, Any]:
-    """A part's list of files, which its writer may be at."""
-    while True:
-        try:
-            files: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
-        except ValueError:
-            time.sleep(0.02)
-        else:
-            return files
-
-
 def _put(draft: Path, target: Path) -> None:
     """The moment at which the checkpoint is there."""
-    if target.exists():  # of a start that went back further, by hand
-        _discard(target)
+    old = _named_as_trash(target) if target.exists() else None  # of a start that went back further, by hand
     draft.rename(target)
-    _flush(target.parent)
+    flush_folder(target.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _named_as_trash(path: Path) -> Path:
+    trash = path.with_name(f"{TRASH}{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    return trash
 
 
 def _discard(path: Path) -> None:
     """Removes a checkpoint, its name first, so that none is half there."""
-    trash = path.with_name(f"{TRASH}{path.name}")
-    shutil.rmtree(trash, ignore_errors=True)
-    path.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    shutil.rmtree(_named_as_trash(path), ignore_errors=True)
 
 
 def remove_old(checkpoints: Path, *, keep: int, protected: Sequence[int]) -> None:
@@ -255,7 +270,8 @@ def _write(path: Path, parts: Iterator[bytes | memoryview] | Sequence[bytes]) ->
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _flush(path: Path) -> None:
+def flush_folder(path: Path) -> None:
+    """Puts the names in a folder on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

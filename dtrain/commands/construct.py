@@ -85,7 +85,9 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
 def _from_pieces(config: Config, make: Callable[[Model], nn.Module], topology: Topology) -> nn.Module:
     """Collective. The model of a sharded checkpoint: new weights of its shape, then those in the pieces."""
     module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), topology)
-    restore_weights(module, choosing.at(Path(str(config.model.name_or_path)), topology), topology)
+    restore_weights(
+        module, choosing.at(Path(str(config.model.name_or_path)), topology, named_by="model.name_or_path"), topology
+    )
     return module
 
 

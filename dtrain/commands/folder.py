@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.run_folder import RunFolder, claim, state, unwritable
+from dtrain.launchers import TORCHRUN
+from dtrain.processes import age_s
+from dtrain.run_folder import LAUNCHES, RunFolder, claim, state, unwritable
 from dtrain.run_lock import locked
 from dtrain.run_start import Action, Checkpoints, decide
 from dtrain.schema import Config
@@ -46,19 +50,20 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
 
-    def hold() -> None:
+    def hold() -> bool:
         if state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
-            return
+            return False
         try:
             lock.enter_context(locked(folder.path, command=command))
         except OSError as error:
             refusals.append(unwritable(folder, error))
+        return _is_started_again(folder, topology)
 
     def work() -> dict[str, object]:
-        old = chosen.config_text if chosen is not None and there.given else folder.old_config()
-        changes = differences(old or (chosen.config_text if chosen is not None else None), config)
+        # config.yaml may be of a start that came to no checkpoint.
+        changes = differences(chosen.config_text if chosen is not None else folder.old_config(), asked)
         try:
-            decision = decide(config, command=command, changes=changes, checkpoints=there)
+            decision = decide(asked, command=command, changes=changes, checkpoints=there)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is the run's own, and the latest
             raise
@@ -66,13 +71,13 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
-            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside)
+            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=topology.launches)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         return {"action": decision.action, "notes": notes}
 
     try:
-        on_main(hold, topology)
-        chosen, there = _checkpoints(config, topology) if command == "train" else (None, Checkpoints())
+        asked = _going_on(config) if on_main(hold, topology) else config
+        chosen, there = _checkpoints(asked, topology) if command == "train" else (None, Checkpoints())
         told = on_main(work, topology)
     except ConfigError as error:
         error.is_noted = False
@@ -81,9 +86,34 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         log.info("%s", note)
     topology.beat.own_folder()
     action: Action = told["action"]
-    if action == "go_on" and chosen is not None and there.given:
-        choosing.set_newer_aside(folder.checkpoints, chosen.step, topology)
-    return Taken(action, chosen if action == "go_on" else None)
+    chosen = chosen if action == "go_on" else None
+    if command == "train" and action != "already_finished":
+        choosing.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, topology)
+    return Taken(action, chosen)
+
+
+def _is_started_again(folder: RunFolder, topology: Topology) -> bool:
+    """Whether this is a later start, by the launcher itself, of the very job that took the folder before."""
+    try:
+        file = folder.path / LAUNCHES
+        before, age = file.read_text(encoding="utf-8").splitlines(), time.time() - file.stat().st_mtime
+    except OSError:
+        return False
+    again = [name for name, count in topology.launches.items() if count > 0 and name in before]
+    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job that has none: told by its age
+        launcher_s = age_s(os.getppid())
+        return launcher_s is not None and age < launcher_s
+    return bool(again)
+
+
+def _going_on(config: Config) -> Config:
+    """The settings for a later start of the same job: what was meant for the first one would undo that one's work."""
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"overwrite": False}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
+        }
+    )
 
 
 def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Checkpoints]:
@@ -92,7 +122,7 @@ def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Che
     if config.run.overwrite or resume == "never":
         return None, Checkpoints()
     if resume != "auto":
-        chosen = choosing.at(Path(resume), topology)
+        chosen = choosing.at(Path(resume), topology, named_by="checkpoint.resume")
         return chosen, Checkpoints(chosen.step, given=True)
     found, damaged = choosing.newest(RunFolder(config.run_dir).checkpoints, topology)
     return found, Checkpoints(found.step if found is not None else None, damaged)

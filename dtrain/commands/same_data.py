@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.errors import DataError
 from dtrain.schema import Config
-from dtrain.tasks.protocol import Split, Task
-
-SEEN = 256
-"""Rows that are looked at; their number does not grow with the data."""
+from dtrain.tasks.protocol import Task
 
 
-def glance(rows: Split) -> str:
-    """SHA-256 over up to SEEN rows, spread evenly: tells other data, other order and other tokens, not each single change."""
-    count = len(rows)
-    places = sorted({round(part * (count - 1) / (SEEN - 1)) for part in range(SEEN)}) if count else []
-    columns = rows[places] if places else {}
-    text = json.dumps(sorted((name, list(values)) for name, values in columns.items()), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+def fingerprints(task: Task) -> Mapping[str, str]:
+    """SHA-256 over the rows of each split as they were prepared; none for a task of the user's own."""
+    found: Mapping[str, str] = getattr(task.splits, "fingerprints", {})
+    return found
 
 
-def check(task: Task, seen: str | None, checkpoint: Chosen, config: Config) -> None:
+def check(task: Task, checkpoint: Chosen, config: Config) -> None:
     """Compares the data with those of the checkpoint.
-
-    Args:
-        seen: a glance at the training data; None where they cannot be compared so.
 
     Raises:
         DataError: they are others, and `checkpoint.allow_changes` does not name them.
@@ -35,14 +25,16 @@ def check(task: Task, seen: str | None, checkpoint: Chosen, config: Config) -> N
     if "data" in config.checkpoint.allow_changes:
         return
     was, now = checkpoint.state["rows"]["train"], len(task.splits["train"])
+    before, here = checkpoint.state["data"], fingerprints(task)
+    other = [split for split in here if split in before and here[split] != before[split]]
     if was != now:
         what = (
             f"The training data has {now} examples, but the checkpoint of step {checkpoint.step} was made with {was}."
         )
-    elif None not in (seen, checkpoint.state["data"]) and seen != checkpoint.state["data"]:
+    elif other:
         what = (
-            f"The training data has as many examples ({now}) as when the checkpoint of step {checkpoint.step} was made, but "
-            "others, in another order, or with other tokens."
+            f"The data have changed since the checkpoint of step {checkpoint.step}: split {', '.join(other)} has other "
+            "examples, another order, or was made with another tokenizer."
         )
     else:
         return

@@ -13,6 +13,7 @@ from torch import nn
 
 from dtrain.checkpoint.saver import Outcome, Saver, Settings
 from dtrain.collectives import all_gather_object
+from dtrain.commands import same_data
 from dtrain.commands.export import save_surroundings
 from dtrain.commands.results import versions
 from dtrain.config import to_yaml
@@ -45,7 +46,6 @@ class Checkpoints:
         task: Task,
         *,
         state: RunState,
-        data: str | None,
         tracker: Log,
         engine: Callable[[], Engine],
     ) -> None:
@@ -53,13 +53,11 @@ class Checkpoints:
 
         Args:
             state: of the run, complete once the monitors above this one have seen a step.
-            data: what a start that goes on compares its own data with.
             engine: the one of this moment.
         """
         self._config, self._topology = config, topology
         self._every = config.checkpoint.every
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
-        self._data = data
         self._saved: int | None = state.step or None
         self._failed: str | None = None
         self._saver: Saver | None = None
@@ -82,6 +80,7 @@ class Checkpoints:
             Settings(
                 sharded=settings.format == "sharded",
                 keep=settings.keep,
+                keeps_best=self._config.evaluation.best is not None,
                 replicas=settings.replicas,
                 max_file_bytes=int(settings.max_file_gb * 1e9),
                 asynchronous=settings.asynchronous,
@@ -89,12 +88,13 @@ class Checkpoints:
             static=static,
             config_text=to_yaml(self._config),
             about={"versions": versions()},
+            begun_at=self._saved,
         )
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which every rank knows alike."""
         if self._saver is not None and self._every is not None:
-            self._report(self._saver.result(wait=False))
+            self._report(self._saver.arrived())
             is_best = record.metrics is not None and self._state.best_step == record.step
             if record.step % self._every == 0 or record.is_last or is_best:
                 self.save()
@@ -109,14 +109,15 @@ class Checkpoints:
             "run": asdict(self._state),
             "task": self._task.name,
             "rows": {split: len(rows) for split, rows in self._task.splits.items()},
-            "data": self._data,
+            "data": dict(same_data.fingerprints(self._task)),
         }
         protected = [best] if best is not None else []
         with self._topology.beat.within(Phase.CHECKPOINT):
             if self._saver is None:
                 self._saver = self._make(engine.module)
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
-            self._report(self._saver.result(wait=False))  # of this one, where the run waits for the disk
+            if not self._config.checkpoint.asynchronous:
+                self._report(self._saver.settle())
         self._saved = self._state.step
 
     def finish(self) -> None:
@@ -134,10 +135,10 @@ class Checkpoints:
             raise error
 
     def settle(self) -> str | None:
-        """Collective. Waits until nothing is on its way; gives why the last one failed on rank 0, if it did."""
+        """Collective. Waits until nothing is on its way; gives why the last one failed, if it did."""
         with self._topology.beat.within(Phase.CHECKPOINT):
             if self._saver is not None:
-                self._report(self._saver.result(wait=True))
+                self._report(self._saver.settle())
             failed: str | None = all_gather_object(self._failed, self._topology)[0]
         return failed
 
@@ -151,20 +152,30 @@ class Checkpoints:
         if outcome is None:
             return
         self._failed = outcome.error
+        if not self._topology.is_main:
+            return
         if outcome.error is None:
             told = {"stall_s": outcome.stall_s, "seconds": outcome.seconds, "bytes": outcome.bytes}
             self._tracker.event("checkpoint", step=outcome.step, **told)
-            return
-        log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
-        self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error)
+        if outcome.error is not None:
+            log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
+        elif outcome.missing is not None:
+            log.warning("%s. A copy of that checkpoint is missing", outcome.missing)
+        trouble = outcome.error or outcome.missing
+        if trouble is not None:
+            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=trouble)
 
 
 class StopOnRequest:
     """Answers a signal, or the end of `train.max_minutes`, with the wish to stop with a checkpoint."""
 
-    def __init__(self, asked: Asked, max_minutes: float | None) -> None:
+    def __init__(self, asked: Asked, max_minutes: float | None, *, began: float) -> None:
+        """
+        Args:
+            began: time.monotonic() when this start began.
+        """
         self._asked = asked
-        self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._end = None if max_minutes is None else began + 60 * max_minutes
         self.why: str | None = None
 
     def after_step(self, record: StepRecord) -> Decision:

@@ -11,14 +11,13 @@ from typing import NoReturn
 from torch import nn
 
 from dtrain import optim
-from dtrain.checkpoint import choosing
 from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.layout import folder_name
 from dtrain.checkpoint.restoring import restore_slots, restore_weights
 from dtrain.collectives import all_gather_object, on_main
-from dtrain.commands import construct, folder, plan, results, same_data
+from dtrain.commands import construct, folder, going_back, plan, results, same_data
 from dtrain.commands.card import write_card
 from dtrain.commands.export import beside, export_model
+from dtrain.commands.going_back import Rollback
 from dtrain.commands.results import Result
 from dtrain.commands.saving import Checkpoints, StopOnRequest, deferring
 from dtrain.commands.thawing import thaw
@@ -39,7 +38,6 @@ from dtrain.monitors.protocol import Decision, Monitor, RunState
 from dtrain.monitors.replicas import Replicas
 from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
-from dtrain.run_folder import RunFolder
 from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
@@ -104,8 +102,7 @@ def _prepare(
     config: Config, topology: Topology, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
 ) -> TrainingRun:
     topology.beat.at(Phase.PREPARING)
-    is_own, task = task is not None, task or build_task(config, topology)
-    data = None if is_own else same_data.glance(task.splits["train"])  # rows of the user's own may be drawn at random
+    task = task or build_task(config, topology)
     metrics = reported(config.evaluation, task, folder=config.folder)
     names = metric_names(task, metrics)
     if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
@@ -116,20 +113,18 @@ def _prepare(
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])
-        same_data.check(task, data, checkpoint, config)
+        same_data.check(task, checkpoint, config)
+        going_back.forget_lost_best(state, checkpoint, config, topology)
         restore_weights(module, checkpoint, topology)
     # A thaw that is due at this very step is yet to come, as it was then.
     epoch = steps.epoch_of(max(state.step - 1, 0))
     prepared = construct.prepare_training(module, config, task, steps, epoch=epoch)
-    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state, data)
+    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state)
 
 
 @dataclass
 class TrainingRun:
-    """One run from engine to summary. checkpoint: what it goes on from. data: a glance at the rows it learns from.
-
-    The fields below that change as it goes.
-    """
+    """One run from engine to summary. checkpoint: what it goes on from. The fields below that change as it goes."""
 
     config: Config
     topology: Topology
@@ -139,12 +134,12 @@ class TrainingRun:
     reported: Reported
     checkpoint: Chosen | None
     state: RunState
-    data: str | None = None
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
     keeper: KeepBest | None = None
     spikes: Spikes | None = None
+    rollback: Rollback = field(init=False)
     began: float = field(default_factory=time.monotonic)
     engine: Engine = field(init=False)
     tracker: Tracker = field(init=False)
@@ -157,6 +152,7 @@ class TrainingRun:
             Preempted: on every rank; asked to stop, and stopped with a checkpoint.
         """
         config, total = self.config, self._total_steps()
+        self.rollback = Rollback(config, self.topology)
         self.tracker = Tracker(
             config.run_dir,
             is_main=self.topology.is_main,
@@ -194,14 +190,13 @@ class TrainingRun:
             self.engine.module,
             self.task,
             state=self.state,
-            data=self.data,
             tracker=self.tracker,
             engine=lambda: self.engine,
         )
 
     def _train(self, total: int, own_monitors: Sequence[Monitor]) -> Result:
         with deferring(self.config) as asked:
-            request = StopOnRequest(asked, self.config.train.max_minutes)
+            request = StopOnRequest(asked, self.config.train.max_minutes, began=self.began)
             monitors = [*self._monitors(own_monitors), request, self.checkpoints]
             self.engine, decision = train(self._loop(total), self.engine, self.task, monitors, self.state)
             if decision == Decision.PREEMPT and self.state.step < total:
@@ -210,20 +205,35 @@ class TrainingRun:
 
     def _stop(self, why: str | None) -> NoReturn:
         """Collective. Saves, and leaves the rest to another start."""
-        told = next(word for word in all_gather_object(why, self.topology) if word is not None)
+        told = next((word for word in all_gather_object(why, self.topology) if word is not None), "a monitor asked to")
         self.checkpoints.save()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=told)
-        raise Preempted(
-            f"Stopped after step {self.state.step}: {told}. The checkpoint is saved; the same command goes on from it."
-        )
+        how = "the same command goes on from it"
+        if self.config.run.overwrite or self.config.checkpoint.resume != "auto":
+            how = "the same command with run.overwrite=false checkpoint.resume=auto goes on from it"
+        raise Preempted(f"Stopped after step {self.state.step}: {told}. The checkpoint is saved; {how}.")
 
     def _total_steps(self) -> int:
-        """Where this run ends; where it is, if it had stopped early before."""
-        patience = self.config.train.early_stopping
+        """Where this run ends; where it is, if it had stopped early before.
+
+        Raises:
+            ConfigError: it is further than it should go.
+        """
+        patience, at, total = (
+            self.config.train.early_stopping,
+            self.state.step,
+            construct.total_steps(self.config, self.steps),
+        )
         if patience is not None and self.state.patience >= patience:
-            return self.state.step
-        return construct.total_steps(self.config, self.steps)
+            log.info("stopped early already, at step %d: no better result in %d evaluations", at, self.state.patience)
+            return at
+        if at > total:
+            raise ConfigError(
+                f"The run is at step {at} already, and is to end at step {total} (train.max_steps, train.epochs). Raise that, "
+                "go back to an earlier checkpoint by checkpoint.resume=PATH, or choose another run.name."
+            )
+        return total
 
     def _loop(self, total: int) -> Loop:
         config = self.config
@@ -297,9 +307,8 @@ class TrainingRun:
     def _roll_back(self, engine: Engine) -> Engine:
         """Collective. The engine as the newest checkpoint has it; the data goes on where it is."""
         self.checkpoints.settle()
-        chosen, _ = choosing.newest(RunFolder(self.config.run_dir).checkpoints, self.topology)
+        chosen = self.rollback.choose(self.state.step)
         if chosen is None:
-            log.warning("step %d: there is no checkpoint to go back to yet; training goes on", self.state.step)
             return engine
         self._load(engine, chosen)
         self.state.updates = int(chosen.state["run"]["updates"])
@@ -355,7 +364,10 @@ class TrainingRun:
 
     def _bring_back_best(self, step: int) -> None:
         """Collective. The best step was in an earlier start: its checkpoint gives the model and its results again."""
-        chosen = choosing.at(RunFolder(self.config.run_dir).checkpoints / folder_name(step), self.topology)
-        self._load(self.engine, chosen)
-        self._evaluate(step)
+        chosen = going_back.best_of_an_earlier_start(step, self.config, self.topology)
+        if chosen is None:
+            self.state.best_step = self.last_step
+        else:
+            self._load(self.engine, chosen)
+            self._evaluate(step)
         self._keep_best()

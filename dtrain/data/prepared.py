@@ -40,17 +40,24 @@ FORMAT = 1
 META = "meta.json"
 
 
+class Splits(dict[str, datasets.Dataset]):
+    """Memory-mapped splits by name, in the order in which they were saved. fingerprints: SHA-256 over the rows of each."""
+
+    def __init__(self, splits: Mapping[str, datasets.Dataset], fingerprints: Mapping[str, str]) -> None:
+        super().__init__(splits)
+        self.fingerprints = dict(fingerprints)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """An open cache folder.
 
     meta: what `build` gave, plus "splits": {split: {"rows": count, "fingerprint": SHA-256 over the rows}}.
-    splits: memory-mapped, in the order in which they were saved.
     """
 
     folder: Path
     meta: dict[str, Json]
-    splits: dict[str, datasets.Dataset]
+    splits: Splits
 
 
 def prepare(
@@ -90,13 +97,14 @@ def open_prepared(folder: Path) -> Prepared:
         if missing := [name for name, size in content["files"].items() if _size(folder / name) != size]:
             raise DataError(f"{folder}: {missing[0]} is not as it was written")
         splits = {split: datasets.load_from_disk(str(folder / split)) for split in content["meta"]["splits"]}
+        fingerprints = {split: str(told["fingerprint"]) for split, told in content["meta"]["splits"].items()}
         if wrong := [split for split, rows in splits.items() if len(rows) != content["meta"]["splits"][split]["rows"]]:
             raise DataError(
                 f"{folder}: the split {wrong[0]} has {len(splits[wrong[0]])} rows, not as many as were written"
             )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise DataError(f"{folder} cannot be read ({type(error).__name__}: {error})") from None
-    return Prepared(folder, content["meta"], splits)
+    return Prepared(folder, content["meta"], Splits(splits, fingerprints))
 
 
 def compare_nodes(splits: Mapping[str, Mapping[str, Json]], topology: Topology) -> None:

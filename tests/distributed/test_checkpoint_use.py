@@ -201,10 +201,7 @@ def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     assert rows[0] == DataError.__name__
     assert "The training data has 100 examples, but the checkpoint of step 3 was made with 150" in rows[1]
     assert others[0] == DataError.__name__
-    assert (
-        "The training data has as many examples (150) as when the checkpoint of step 3 was made, but others"
-        in others[1]
-    )
+    assert "The data have changed since the checkpoint of step 3: split train, validation has other" in others[1]
     assert model[0] == CheckpointError.__name__
     assert "it has no bert.encoder.layer.2" in model[1]
     assert refused[0] == ConfigError.__name__

@@ -155,7 +155,7 @@ def test_a_strangers_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
 def test_a_format_of_another_version_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, 3, about={"format": "dtrain-checkpoint-9"})
 
-    with pytest.raises(Damaged, match="says 'dtrain-checkpoint-9', which this version does not read"):
+    with pytest.raises(Damaged, match="says 'dtrain-checkpoint-9', which this version of dtrain does not"):
         verify(path)
 
 
