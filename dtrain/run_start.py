@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.jsonl import events
-from dtrain.run_folder import RunFolder, State, state
+from dtrain.launchers import TORCHRUN
+from dtrain.processes import age_s
+from dtrain.run_folder import LAUNCHES, RunFolder, State, state
 from dtrain.schema import Config
 from dtrain.wording import Difference
 
@@ -86,6 +90,31 @@ def decide(
     if found == "finished" and not checkpoints.given and _is_complete(RunFolder(path), checkpoints, changes):
         return Decision("already_finished", False, (f"{path} is finished already; run.overwrite=true trains it anew",))
     return _go_on(path, found, changes, checkpoints)
+
+
+def is_started_again(folder: RunFolder, launches: Mapping[str, int]) -> bool:
+    """Whether this is a later start, by the launcher itself, of the very job that took the folder before.
+
+    Args:
+        launches: what may have started it, by name, and how often; see launchers.launches_of.
+    """
+    try:
+        file = folder.path / LAUNCHES
+        before, age = file.read_text(encoding="utf-8").splitlines(), time.time() - file.stat().st_mtime
+    except OSError:
+        return False
+    again = [name for name, count in launches.items() if count > 0 and name in before]
+    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job that has none: told by its age
+        launcher_s = age_s(os.getppid())
+        return launcher_s is not None and age < launcher_s
+    return bool(again)
+
+
+def going_on(config: Config) -> Config:
+    """The settings for a later start of the same job: what was meant for the first one would undo that one's work."""
+    run = config.run.model_copy(update={"overwrite": False})
+    checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
+    return config.model_copy(update={"run": run, "checkpoint": checkpoint})
 
 
 def _is_allowed(key: str, config: Config) -> bool:

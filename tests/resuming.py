@@ -35,6 +35,16 @@ class DieIn:
         return Decision.CONTINUE
 
 
+class AskIn:
+    """Asks the run to stop with a checkpoint, as a user's own monitor may."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def after_step(self, record: StepRecord) -> Decision:
+        return Decision.PREEMPT if record.step == self._step else Decision.CONTINUE
+
+
 class DieAfter(saving.Checkpoints):
     """Dies when the checkpoint of a step has been written."""
 

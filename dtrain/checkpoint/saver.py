@@ -133,7 +133,8 @@ class Saver:
         settings = self._settings
         # Damaged ones and those of another line stay, so that they make no room.
         there = sum(file.stat().st_size for path in found(self._folder).values() for file in path.iterdir())
-        needed = (settings.keep + settings.keeps_best + 1) * size
+        kept = max(settings.keep, 2 if self._is_shared_work else 1)  # the last that is whole everywhere stays
+        needed = (kept + settings.keeps_best + 1) * size
         free = shutil.disk_usage(self._folder).free + there
         if needed > free:
             best = ", the best one" if settings.keeps_best else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,11 +13,9 @@ from dtrain.collectives import on_main
 from dtrain.config import differences, to_yaml
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.launchers import TORCHRUN
-from dtrain.processes import age_s
-from dtrain.run_folder import LAUNCHES, RunFolder, claim, state, unwritable
+from dtrain.run_folder import RunFolder, claim, state, unwritable
 from dtrain.run_lock import locked
-from dtrain.run_start import Action, Checkpoints, decide
+from dtrain.run_start import Action, Checkpoints, decide, going_on, is_started_again
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -57,7 +53,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
             lock.enter_context(locked(folder.path, command=command))
         except OSError as error:
             refusals.append(unwritable(folder, error))
-        return _is_started_again(folder, topology)
+        return is_started_again(folder, topology.launches)
 
     def work() -> dict[str, object]:
         # config.yaml may be of a start that came to no checkpoint.
@@ -76,7 +72,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         return {"action": decision.action, "notes": notes}
 
     try:
-        asked = _going_on(config) if on_main(hold, topology) else config
+        asked = going_on(config) if on_main(hold, topology) else config
         chosen, there = _checkpoints(asked, topology) if command == "train" else (None, Checkpoints())
         told = on_main(work, topology)
     except ConfigError as error:
@@ -90,30 +86,6 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
     if command == "train" and action != "already_finished":
         choosing.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, topology)
     return Taken(action, chosen)
-
-
-def _is_started_again(folder: RunFolder, topology: Topology) -> bool:
-    """Whether this is a later start, by the launcher itself, of the very job that took the folder before."""
-    try:
-        file = folder.path / LAUNCHES
-        before, age = file.read_text(encoding="utf-8").splitlines(), time.time() - file.stat().st_mtime
-    except OSError:
-        return False
-    again = [name for name, count in topology.launches.items() if count > 0 and name in before]
-    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job that has none: told by its age
-        launcher_s = age_s(os.getppid())
-        return launcher_s is not None and age < launcher_s
-    return bool(again)
-
-
-def _going_on(config: Config) -> Config:
-    """The settings for a later start of the same job: what was meant for the first one would undo that one's work."""
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"overwrite": False}),
-            "checkpoint": config.checkpoint.model_copy(update={"resume": "auto"}),
-        }
-    )
 
 
 def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Checkpoints]:

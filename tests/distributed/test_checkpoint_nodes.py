@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint.layout import verify
+from dtrain.checkpoint import process
+from dtrain.checkpoint.layout import found, verify
 from dtrain.commands.train import run_train
 from dtrain.config import load_config
 from dtrain.errors import DtrainError
@@ -27,8 +29,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resuming.material(tmp_path_factory.mktemp("nodes"))
 
 
-def one_rank_a_node(topology: Topology, folder: str, name: str, changes: dict[str, Any], die_in: int | None) -> str:
-    """Collective. Every rank is a node, with a working folder, and so a run folder, of its own."""
+FULL_FROM = """
+import os
+def write(handle, data):
+    place = os.readlink("/proc/self/fd/%d" % handle)
+    if "/.tmp-step-" in place and place.split("/.tmp-step-")[1][:6] >= "000005" and "shard-" in place:
+        raise OSError(28, "No space left on device")
+    return real(handle, data)
+real, os.write = os.write, write
+"""
+"""Put into a node's writing process: from step 5 on its disk is full."""
+
+
+def one_rank_a_node(
+    topology: Topology, folder: str, name: str, changes: dict[str, Any], die_in: int | None, full: int | None = None
+) -> str:
+    """Collective. Every rank is a node, with a working folder, and so a run folder, of its own.
+
+    Args:
+        full: the rank whose disk has no room from step 5 on.
+    """
+    if topology.rank == full:
+        process._START = FULL_FROM + process._START
     home = Path(folder) / f"node{topology.rank}"
     home.mkdir(exist_ok=True)
     os.chdir(home)
@@ -44,8 +66,10 @@ def one_rank_a_node(topology: Topology, folder: str, name: str, changes: dict[st
     return "done"
 
 
-def start(folder: Path, name: str, world: int, changes: dict[str, Any], *, die_in: int | None = None) -> list[str]:
-    ended: list[str] = run_ranks(one_rank_a_node, world, str(folder), name, changes, die_in)
+def start(
+    folder: Path, name: str, world: int, changes: dict[str, Any], *, die_in: int | None = None, full: int | None = None
+) -> list[str]:
+    ended: list[str] = run_ranks(one_rank_a_node, world, str(folder), name, changes, die_in, full)
     return ended
 
 
@@ -118,3 +142,45 @@ def test_a_part_that_is_missing_makes_the_checkpoint_before_it_the_newest(folder
 
     assert ended == ["done"] * 3
     assert (checkpoints(folder, 1, "hole") / "damaged-step-000006").is_dir()
+
+
+def test_what_one_node_cannot_write_is_told_and_every_node_keeps_the_last_whole_one(folder: Path) -> None:
+    one = {**SHARDED, "checkpoint.keep": 1}
+    assert start(folder, "full", 2, one, die_in=9, full=1) == ["died"] * 2
+
+    assert sorted(found(checkpoints(folder, 0, "full"))) == [4, 8]
+    assert sorted(path.name for path in checkpoints(folder, 1, "full").iterdir()) == ["step-000003", "step-000004"]
+    lines = (folder / "node0" / "runs" / "full" / "metrics.jsonl").read_text().splitlines()
+    faults = [event for event in map(json.loads, lines) if event["event"] == "fault"]
+    assert [fault["step"] for fault in faults] == [5, 6, 7, 8]
+    assert "rank 1: step-000005 cannot be written" in faults[0]["message"]
+
+    assert start(folder, "full", 2, one) == ["done"] * 2
+    assert start(folder, "never-full", 2, one) == ["done"] * 2
+    for node in (0, 1):
+        assert tensors(checkpoints(folder, node, "full")) == tensors(checkpoints(folder, node, "never-full"))
+        assert (checkpoints(folder, node, "full") / "left-step-000008").exists() == (node == 0)
+
+
+def test_parts_that_two_starts_wrote_are_not_put_together(folder: Path) -> None:
+    start(folder, "two-lives", 2, SHARDED, die_in=7)
+    aside = shutil.move(checkpoints(folder, 1, "two-lives") / "step-000006", folder / "first-life")
+    shutil.rmtree(checkpoints(folder, 0, "two-lives") / "step-000006")
+    resume = {"checkpoint.resume": Path("runs") / "two-lives" / "checkpoints" / "step-000005"}
+    start(folder, "two-lives", 2, {**SHARDED, **resume}, die_in=7)
+    shutil.rmtree(checkpoints(folder, 1, "two-lives") / "step-000006")
+    shutil.move(aside, checkpoints(folder, 1, "two-lives") / "step-000006")
+
+    ended = start(folder, "two-lives", 2, SHARDED)
+
+    assert all("has saved a checkpoint of step 6 (metrics.jsonl says so), but no node holds it" in end for end in ended)
+    assert start(folder, "two-lives", 2, {**SHARDED, **resume}) == ["done"] * 2
+    assert (checkpoints(folder, 1, "two-lives") / "left-step-000006").is_dir()
+
+
+def test_an_overwritten_run_leaves_no_copy_that_a_later_start_goes_on_from(folder: Path) -> None:
+    start(folder, "anew", 2, {}, die_in=7)
+
+    assert start(folder, "anew", 2, {"run.overwrite": True, "optim.learning_rate": 1e-4}, die_in=3) == ["died"] * 2
+
+    assert max(found(checkpoints(folder, 0, "anew"))) == max(found(checkpoints(folder, 1, "anew"))) == 2

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.checkpoint.layout import found, manifest_text
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export_command import run_export
 from dtrain.commands.train import run_train
@@ -20,7 +21,7 @@ from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.topology import Topology
 from tests import resuming
 from tests.multirank import run_ranks
-from tests.resuming import Died, DieIn, settings
+from tests.resuming import AskIn, Died, DieIn, settings
 
 BEST = {"evaluation.best": "{metric: loss}", "train.eval_every": 2, "checkpoint.every": 3, "checkpoint.keep": 1}
 HEADED = {"model.head": "{pooling: mean}"}
@@ -38,11 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(topology: Topology, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:
-    """Collective. (command, name, changes, step to die in) one after the other: metrics, or the error's kind and words."""
+    """Collective. (command, name, changes, step to die in) one after the other: metrics, or the error's kind and words.
+
+    A negative step: to ask for a stop in.
+    """
     found: list[Any] = []
     for command, name, changes, die_in in runs:
         config = load_config(None, settings(Path(folder), name, changes), command=command)
-        monitors = [] if die_in is None else [DieIn(die_in)]
+        monitors = [] if die_in is None else [DieIn(die_in) if die_in > 0 else AskIn(-die_in)]
         try:
             if command == "train":
                 found.append(run_train(config, topology, monitors=monitors).metrics)
@@ -61,6 +65,12 @@ def commands(topology: Topology, folder: str, runs: list[tuple[str, str, dict[st
 def run(folder: Path, world: int, *runs: tuple[str, str, Mapping[str, Any], int | None]) -> Any:
     """What rank 0 found."""
     return run_ranks(commands, world, str(folder), [(c, n, dict(s), d) for c, n, s, d in runs])[0]
+
+
+def resumed_at(folder: Path, name: str) -> list[int]:
+    """The steps that the starts of a run went on from."""
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event["step"] for event in map(json.loads, lines) if event["event"] == "resume"]
 
 
 def checkpoint(folder: Path, name: str, step: int) -> Path:
@@ -120,9 +130,9 @@ def test_a_damaged_checkpoint_is_not_begun_with(folder: Path) -> None:
         file.seek(-1, 2)
         file.write(b"\x77")
 
-    (found,) = run(folder, 2, ("evaluate", "", {"model.name_or_path": step, "run.name": "hurt-measured"}, None))
+    (told,) = run(folder, 2, ("evaluate", "", {"model.name_or_path": step, "run.name": "hurt-measured"}, None))
 
-    kind, message = found
+    kind, message = told
     assert kind == CheckpointError.__name__
     assert "is a damaged checkpoint: model.safetensors has the right size but other contents" in message
 
@@ -156,11 +166,9 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_b
     *done, refused = run(folder, 2, *(("train", name, {}, None) for name in [*HARM, "all"]))
 
     unharmed = resuming.weights_and_moments(folder, "unharmed", resuming.STEPS)
-    assert all(isinstance(found, dict) for found in done)
+    assert all(isinstance(metrics, dict) for metrics in done)
     for name, (_, step) in HARM.items():
-        lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        resumed = [event["step"] for event in map(json.loads, lines) if event["event"] == "resume"]
-        assert resumed == [step], name
+        assert resumed_at(folder, name) == [step], name
         assert resuming.weights_and_moments(folder, name, resuming.STEPS) == unharmed, name
         assert checkpoint(folder, name, 7).with_name("damaged-step-000007").exists() == (step == 6)
     assert refused[0] == CheckpointError.__name__
@@ -182,13 +190,35 @@ def test_the_best_step_of_an_earlier_start_is_the_runs_model_and_result(folder: 
     assert checkpoint(folder, "best", best).is_dir()
 
 
+def test_a_best_step_whose_weights_nobody_has_is_looked_for_anew(folder: Path) -> None:
+    first_is_best = {**BEST, "evaluation.best": "{metric: loss, mode: max}", "train.max_steps": 10}
+    unsaved = {**first_is_best, "checkpoint.every": "null"}
+    saved = {**first_is_best, "checkpoint.every": 2}
+
+    asked, died = run(folder, 2, ("train", "unsaved", unsaved, -5), ("train", "hurt-best", saved, 7))
+    best = json.loads((checkpoint(folder, "unsaved", 6) / "state.json").read_text())["run"]["best_step"]
+    assert best < 6, "the material does not show what it should"
+    flip_last(checkpoint(folder, "hurt-best", best) / "model.safetensors")
+    alone, hurt = run(folder, 2, ("train", "unsaved", unsaved, None), ("train", "hurt-best", saved, None))
+
+    assert asked[0] == "Preempted"
+    assert "Stopped after step 6: a monitor asked to. The checkpoint is saved" in asked[1]
+    assert died == "died"
+    assert resumed_at(folder, "unsaved") == [6]
+    summaries = [json.loads((folder / "runs" / n / "summary.json").read_text()) for n in ("unsaved", "hurt-best")]
+    assert summaries[0]["best_step"] in (8, 10)
+    assert summaries[0]["eval"] == alone
+    assert summaries[1]["best_step"] == 10
+    assert summaries[1]["eval"] == hurt
+
+
 def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     wider = resuming.tiny.write_model(folder / "wider", layers=3)
     resuming.tiny.write_cola(folder / "others", train=150, dev=7, seed=1)
     died = ("train", "other", {}, 4)
     allowed = {"checkpoint.allow_changes": "[data, model]"}
 
-    _, rows, others, model, refused = run(
+    _, rows, others, model, refused, shorter, mended = run(
         folder,
         1,
         died,
@@ -196,6 +226,8 @@ def test_other_data_and_another_model_are_refused(folder: Path) -> None:
         ("train", "other", {"data.path": folder / "others", "checkpoint.allow_changes": "[data.path]"}, None),
         ("train", "other", {**allowed, "model.name_or_path": wider}, None),
         ("train", "other", {"data.limit": 100}, None),
+        ("train", "other", {"train.max_steps": 2}, None),
+        ("train", "other", {}, None),
     )
 
     assert rows[0] == DataError.__name__
@@ -206,20 +238,41 @@ def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     assert "it has no bert.encoder.layer.2" in model[1]
     assert refused[0] == ConfigError.__name__
     assert "data.limit: null -> 100" in refused[1]
+    assert shorter[0] == ConfigError.__name__
+    assert "The run is at step 3 already, and is to end at step 2" in shorter[1]
+    assert isinstance(mended, dict), mended  # what was refused has changed nothing
 
 
-def test_a_named_checkpoint_is_gone_on_from_and_newer_ones_make_way(folder: Path) -> None:
+def test_a_named_checkpoint_is_gone_on_from_and_newer_ones_make_way_each_time(folder: Path) -> None:
     path = checkpoint(folder, "back", 4)
+    keep = {"checkpoint.keep": 9}
+    back = {**keep, "checkpoint.resume": path}
 
-    run(folder, 1, ("train", "back", {}, 7), ("train", "back", {"checkpoint.resume": path}, 6))
+    run(folder, 1, ("train", "back", keep, 7), ("train", "back", back, 6), ("train", "back", back, 5))
 
-    names = sorted(p.name for p in path.parent.iterdir())
-    assert names == ["left-step-000005", "left-step-000006", "step-000004", "step-000005"]
+    assert resumed_at(folder, "back") == [4, 4]
+    left = sorted(entry.name for entry in path.parent.glob("left-*"))
+    assert left == ["left-step-000005", "left-step-000005-2", "left-step-000006"]
+    assert max(found(path.parent)) == 4
+
+
+def test_one_that_cannot_be_read_is_not_taken_for_a_damaged_one(folder: Path) -> None:
+    run(folder, 1, ("train", "other-version", {}, 5))
+    path = checkpoint(folder, "other-version", 4)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["self"]
+    (path / "manifest.json").write_text(manifest_text({**manifest, "format": "dtrain-checkpoint-9"}))
+
+    (told,) = run(folder, 2, ("train", "other-version", {}, None))
+
+    assert told[0] == CheckpointError.__name__
+    assert "cannot be read, so that nobody knows whether it is whole" in told[1]
+    assert path.is_dir()
 
 
 def test_a_path_that_is_no_checkpoint_is_refused_on_every_rank(folder: Path) -> None:
-    (found,) = run(folder, 2, ("train", "nowhere", {"checkpoint.resume": folder / "model"}, None))
+    (told,) = run(folder, 2, ("train", "nowhere", {"checkpoint.resume": folder / "model"}, None))
 
-    assert found[0] == CheckpointError.__name__
-    assert "is no whole checkpoint: manifest.json is missing" in found[1]
+    assert told[0] == CheckpointError.__name__
+    assert "is no whole checkpoint: manifest.json is missing" in told[1]
     assert not (folder / "runs" / "nowhere" / "config.yaml").exists()

@@ -48,7 +48,7 @@ def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(dis
     with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
         jobs.until(lambda: bool(found(run / "checkpoints")))
-        filler = fill(disk, leave=100_000)
+        filler = fill(disk, leave=0)
         job.wait_for("Training goes on")
         at = max(found(run / "checkpoints"))
         verify(run / "checkpoints" / f"step-{at:06d}")

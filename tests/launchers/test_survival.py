@@ -123,7 +123,8 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
     start = jobs.torchrun(2, "--standalone", "--max-restarts", str(kills + 2), "--monitor-interval", "0.1")
     assert jobs.run([*start, *jobs.settings(folder, "steady", **SHORT)]).process.returncode == 0
 
-    with jobs.started([*start, *jobs.settings(folder, "run", **SHORT)]) as job:
+    # run.overwrite is for the first start: a later one that began anew would never come to the end.
+    with jobs.started([*start, *jobs.settings(folder, "run", **SHORT, run__overwrite=True)]) as job:
         for kill in range(1, kills + 1):
             at = 20 * max(1, 12 * kill // kills)
             jobs.until(lambda at=at: newest(folder) >= at and len(job.ranks()) == 2)  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint.layout import Damaged, found, manifest_text, verify
+from dtrain.checkpoint import layout
+from dtrain.checkpoint.block import _of_the_group
+from dtrain.checkpoint.layout import Damaged, Unreadable, found, manifest_text, verify
 from dtrain.checkpoint.writing import Order, Piece, clear_drafts, publish
 
 BLOCK = bytes(range(256)) * 4
@@ -106,8 +109,35 @@ def test_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
 
     damage(path)
 
-    with pytest.raises(Damaged, match=message):
+    with pytest.raises(Damaged, match=message) as found:
         verify(path)
+    assert not isinstance(found.value, Unreadable)
+
+
+def test_a_checkpoint_under_another_steps_name_is_found(tmp_path: Path) -> None:
+    moved = write(tmp_path, 3).rename(tmp_path / "step-000009")
+
+    with pytest.raises(Damaged, match="says that this is step 3"):
+        verify(moved)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EACCES, Unreadable), (errno.EMFILE, Unreadable), (errno.ESTALE, Unreadable), (errno.EIO, Damaged)],
+)
+def test_what_may_be_whole_is_told_from_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Damaged]
+) -> None:
+    path = write(tmp_path, 3)
+
+    def fails(_path: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(layout, "sha256", fails)
+    with pytest.raises(Damaged, match=os.strerror(number)) as found:
+        verify(path)
+
+    assert type(found.value) is kind
 
 
 def test_every_single_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
@@ -155,7 +185,7 @@ def test_a_strangers_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
 def test_a_format_of_another_version_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, 3, about={"format": "dtrain-checkpoint-9"})
 
-    with pytest.raises(Damaged, match="says 'dtrain-checkpoint-9', which this version of dtrain does not"):
+    with pytest.raises(Unreadable, match="says 'dtrain-checkpoint-9', which this version of dtrain does not"):
         verify(path)
 
 
@@ -203,6 +233,42 @@ def test_what_cannot_be_written_leaves_nothing_and_the_older_one_as_it_was(
     verify(tmp_path / "step-000001")
 
 
+def shard(part: int, **changes: Any) -> dict[str, Any]:
+    pieces = [Piece(f"shard-{part:05d}", f"value/a@{part}", "F32", [4, 8], 0, 128)]
+    return {"pieces": pieces, "part": part, "about": {"parts": [0, 1], "of": 2, "start": "n"}, **changes}
+
+
+def test_a_part_that_cannot_be_written_makes_room_says_so_and_ends_the_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, full = os.write, []
+
+    def once_full(handle: int, data: Any) -> int:
+        if not full and len(data) > 60:
+            full.append(handle)
+            raise OSError(28, "No space left on device")
+        return real(handle, data)
+
+    monkeypatch.setattr("os.write", once_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write(tmp_path, 2, **shard(1))
+    monkeypatch.undo()
+    (draft,) = tmp_path.iterdir()
+    assert [file.name for file in draft.iterdir()] == ["part-1"]
+
+    with pytest.raises(OSError, match=r"rank 1 could not write its part: .*No space left on device"):
+        write(tmp_path, 2, **shard(0, of_here=[0, 1]))
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_whose_name_no_reader_takes_is_refused_by_the_writer(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="cannot have a file of that name"):
+        publish(order(tmp_path, 2), {".hidden": b""}, memoryview(BLOCK))
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = verify(write(tmp_path / "one", 1))
     real = os.write
@@ -211,3 +277,32 @@ def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatc
     other = verify(write(tmp_path / "other", 1))
 
     assert other.manifest == one.manifest
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    ("told", "root", "limit", "used"),
+    [
+        ("0::/slurm/job_7/step_0\n", "", "memory.max", "memory.current"),
+        (
+            "9:cpu,cpuacct:/elsewhere\n4:memory:/slurm/job_7/step_0\n",
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_tightest_control_group_around_a_process_counts(
+    tmp_path: Path, told: str, root: str, limit: str, used: str
+) -> None:
+    groups = tmp_path / root
+    for name, most in (("slurm", "max"), ("slurm/job_7", "1000"), ("slurm/job_7/step_0", "5000")):
+        (groups / name).mkdir(parents=True, exist_ok=True)
+        (groups / name / limit).write_text(most)
+        (groups / name / used).write_text("400")
+    (tmp_path / "cgroup").write_text(told)
+
+    assert sorted(_of_the_group(str(tmp_path / "cgroup"), tmp_path)) == [600, 4600]

@@ -304,3 +304,12 @@ def test_a_job_has_the_name_that_its_own_launcher_gave_it(
     launcher: str, env: dict[str, str], job: tuple[dict[str, str], int, bool]
 ) -> None:
     assert launchers.job_of(env, launcher) == job
+
+
+def test_what_starts_a_job_again_keeps_its_name_and_counts() -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
+
+    assert launchers.launches_of({**torchrun, **slurm}, "torchrun") == {"torchrun a": 2, "Slurm job 7": 1}
+    assert launchers.launches_of({**torchrun, "SLURM_JOB_ID": "7"}, "slurm") == {"Slurm job 7": 0}
+    assert launchers.launches_of({}, "openmpi") == {}

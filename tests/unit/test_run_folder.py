@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from dtrain.run_folder import (
     write_json_atomic,
     write_lines_atomic,
 )
-from dtrain.run_start import Checkpoints, Decision, decide
+from dtrain.run_start import Checkpoints, Decision, decide, going_on, is_started_again
 from dtrain.schema import Config
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
@@ -574,3 +575,87 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_a_metrics_file_that_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) -> None:
     with pytest.raises(DtrainError, match=r"metrics\.jsonl cannot be written"):
         MetricsLog(tmp_path / "gone" / "metrics.jsonl")
+
+
+class Disk:
+    """A file on a disk with so much room left."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written: int = self._file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_on_a_full_disk_metrics_wait_in_whole_lines(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        disk = Disk(log._file, 40)
+        log._file = disk  # type: ignore[assignment]
+        for step in (1, 2, 3):
+            log.write({"event": "train", "step": step, "loss": 0.5})
+        before = (tmp_path / "metrics.jsonl").read_text()
+        disk.room = 1000
+        log.write({"event": "train", "step": 4, "loss": 0.5})
+
+    assert before == '{"event": "train", "step": 1, "loss": 0.5}\n'[: len(before)]
+    assert before in ("", '{"event": "train", "step": 1, "loss": 0.5}\n')
+    assert [event["step"] for event in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+# ---------------------------------------------------------------- starts by the launcher itself
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "is_again"),
+    [
+        ({"torchrun a": 0}, {"torchrun a": 1}, True),
+        ({"torchrun a": 1}, {"torchrun a": 2}, True),
+        ({"torchrun a": 0}, {"torchrun a": 0}, False),  # the user's second start of that name
+        ({"torchrun a": 0}, {"torchrun b": 1}, False),  # another job, killed before it took the folder
+        ({"torchrun a": 0, "Slurm job 7": 0}, {"torchrun b": 0, "Slurm job 7": 1}, True),
+        ({}, {"torchrun a": 1}, False),
+    ],
+)
+def test_a_later_start_of_the_job_that_has_the_folder_is_known(
+    tmp_path: Path, then: dict[str, int], now: dict[str, int], is_again: bool
+) -> None:
+    folder = RunFolder(tmp_path / "one")
+    claim(folder, "", launches=then)
+
+    assert is_started_again(folder, now) == is_again
+
+
+@pytest.mark.parametrize(("launcher_s", "is_again"), [(3600.0, True), (-1.0, False), (None, False)])
+def test_a_job_that_torchrun_has_no_name_for_is_known_by_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher_s: float | None, is_again: bool
+) -> None:
+    folder = RunFolder(tmp_path / "one")
+    claim(folder, "", launches=["torchrun none"])
+    monkeypatch.setattr("dtrain.run_start.age_s", lambda _pid: launcher_s)
+
+    assert is_started_again(folder, {"torchrun none": 1}) == is_again
+
+
+def test_what_was_meant_for_the_first_start_does_not_undo_its_work(tmp_path: Path) -> None:
+    config = going_on(config_for(tmp_path, "run.overwrite=true", "checkpoint.resume=never", "train.max_steps=7"))
+
+    assert (config.run.overwrite, config.checkpoint.resume, config.train.max_steps) == (False, "auto", 7)
+
+
+def test_a_change_inside_of_a_setting_is_allowed_by_its_name(tmp_path: Path) -> None:
+    begun(tmp_path, "data.columns={text: a, label: b}", steps=2)
+    changes = ["data.columns={text: a}"]
+
+    with pytest.raises(ConfigError, match=r"checkpoint.allow_changes='\[data.columns.label\]'"):
+        asked(config_for(tmp_path, *changes), checkpoints=Checkpoints(2))
+
+    for allowed in ("data.columns.label", "data.columns", "data"):
+        config = config_for(tmp_path, *changes, f"checkpoint.allow_changes=[{allowed}]")
+        assert asked(config, checkpoints=Checkpoints(2)).action == "go_on"

@@ -1,0 +1,33 @@
+"""Where a run goes back to after a spike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoint import choosing
+from dtrain.checkpoint.choosing import Chosen
+from dtrain.commands.going_back import Rollback
+from dtrain.config import load_config
+from dtrain.topology import SINGLE
+
+
+def test_a_spike_soon_after_a_rollback_takes_the_checkpoint_before_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [4, 8, 12, 16]
+
+    def newest(_folder: Path, _topology: Any, *, below: int | None) -> tuple[Chosen | None, frozenset[int]]:
+        steps = [step for step in there if below is None or step < below]
+        return (Chosen(steps[-1], [0], {}, "", None) if steps else None), frozenset()
+
+    monkeypatch.setattr(choosing, "newest", newest)
+    spike = "train.spike={factor: 3, window: 10, action: rollback}"
+    config = load_config(None, [f"run.output_dir={tmp_path}", spike, "checkpoint.every=4"])
+    rollback = Rollback(config, SINGLE)
+
+    chosen = [rollback.choose(step) for step in (17, 18, 28, 38, 39, 60)]
+
+    assert [None if each is None else each.step for each in chosen] == [16, 12, 8, 4, None, 16]
