@@ -29,13 +29,15 @@ from dtrain.topology import Topology
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a checkpoint. error: why it is not there; None where it is. stall_s: what the loop waited for it.
+    """What became of a checkpoint. error: why it is not there; None where it is.
 
+    stall_began_s, stall_s: the loop waited for it from then on, in monotonic time, and for so long.
     missing: why a further copy of it is not there.
     """
 
     step: int
     error: str | None
+    stall_began_s: float
     stall_s: float
     seconds: float
     bytes: int
@@ -95,7 +97,7 @@ class Saver:
         self.writes = settings.sharded or self.publishes
         self._is_shared_work = settings.sharded or len(publishers) > 1
         self._whole = begun_at
-        self._pending: tuple[int, float] | None = None
+        self._pending: tuple[int, float, float] | None = None
         self._told: dict[str, Any] | None = None
         self._writer: Writer | None = None
         self._block: Block | None = None
@@ -195,7 +197,7 @@ class Saver:
         )
         self._writer.order(order, self._block.fd)
         self._told = None if settings.asynchronous else self._writer.result(wait=True)
-        self._pending = (step, time.monotonic() - begin)
+        self._pending = (step, begin, time.monotonic() - begin)
         return before
 
     def _copy(self, engine: Engine, step: int) -> list[Piece]:
@@ -245,6 +247,7 @@ class Saver:
         return Outcome(
             outcomes[0].step,
             error=None if is_whole else failed[0],
+            stall_began_s=outcomes[0].stall_began_s,  # rank 0's, whose clock the log has
             stall_s=max(outcome.stall_s for outcome in outcomes),
             seconds=max(outcome.seconds for outcome in outcomes),
             bytes=sum(outcome.bytes for outcome in outcomes),
@@ -258,12 +261,12 @@ class Saver:
         told = self._told or self._writer.result(wait=wait)
         if told is None:
             return None
-        (step, stall_s), self._pending, self._told = self._pending, None, None
+        (step, begin, stall_s), self._pending, self._told = self._pending, None, None
         if "error" in told:
             name = Path(told["file"]).name if told["file"] != "None" else folder_name(step)
             error = f"{folder_name(step)} cannot be written to {self._folder}: {name}: {told['error']}"
-            return Outcome(step, error, stall_s, told["seconds"], 0)
-        return Outcome(step, None, stall_s, told["seconds"], told["bytes"])
+            return Outcome(step, error, begin, stall_s, told["seconds"], 0)
+        return Outcome(step, None, begin, stall_s, told["seconds"], told["bytes"])
 
     def close(self) -> None:
         """Ends the writing process; a checkpoint on its way is given up."""

@@ -24,7 +24,7 @@ PARTS = {
     "start_up": "imports, data, model, engine, restoring",
     "checkpoint": "the loop stood still for a checkpoint",
     "evaluation": "on the other splits",
-    "faults": "hangs, and steps whose update was dropped",
+    "faults": "hangs, going back to a checkpoint, and steps whose update was dropped or undone",
     "finishing": "export, last files, being stopped",
     "down": "between two starts; also what a killed one had not yet written",
 }
@@ -131,6 +131,8 @@ class _Generation:
         """Wall time at which the process began, in seconds since 1970."""
         self.seconds = self._startup_s + lines[-1]["monotonic_s"] - start["monotonic_s"]
         """Until the last line, whether that is its `end` or it was killed after it."""
+        self._lost = {step for line in lines for step in _lost_steps(line)}
+        self._stalls = [stall for line in lines if (stall := _stall(line)) is not None]
 
     def pace(self) -> float | None:
         """Seconds a step between two train lines, without what else happened there; None with less than two lines."""
@@ -169,6 +171,13 @@ class _Generation:
         start, found = self._lines[0], []
         stretch = _Stretch(_step_before(self._lines), is_first=True)
         since, latest = start["monotonic_s"], stretch.first
+
+        def close(now: float) -> _Stretch:
+            for begin, end in self._stalls:
+                stretch.add("checkpoint", min(end, now) - max(begin, since))
+            stretch.dropped = sum(stretch.first < step <= latest for step in self._lost)
+            return stretch.close(latest, now - since)
+
         for line in self._lines[1:]:
             kind, now = line.get("event"), line["monotonic_s"]
             stretch.note(line)
@@ -178,17 +187,17 @@ class _Generation:
             if isinstance(line.get("step"), int) and kind in ("train", "eval", "checkpoint", "preempt", "end"):
                 latest = max(latest, line["step"])
             if kind == "train":
-                found.append(stretch.close(latest, now - since))
+                found.append(close(now))
                 stretch, since = _Stretch(latest), now
         stretch.is_last = True
-        return [*found, stretch.close(latest, self._lines[-1]["monotonic_s"] - since)]
+        return [*found, close(self._lines[-1]["monotonic_s"])]
 
 
 @dataclass
 class _Stretch:
     """Time between two lines. first: the step before it. parts: what is known of it. rest: what is not, in seconds.
 
-    steps: taken in it; dropped: those of them without an update. hangs: a hang ended it.
+    steps: taken in it; dropped: those of them whose update is not in the weights. hangs: a hang ended it.
     """
 
     first: int
@@ -204,13 +213,15 @@ class _Stretch:
         """Takes what a line says of this time."""
         match line.get("event"):
             case "eval":
-                self._add("evaluation", line.get("seconds"))
-            case "checkpoint":
-                self._add("checkpoint", line.get("stall_s"))
+                self.add("evaluation", line.get("seconds"))
+            case "export":
+                self.add("finishing", line.get("seconds"))
+            case "rollback":
+                self.add("faults", line.get("seconds"))
+            case "checkpoint" if _stall(line) is None:
+                self.add("checkpoint", line.get("stall_s"))
             case "fault":
                 self.hangs = self.hangs or line.get("kind") == "hang"
-            case "train":
-                self.dropped += line.get("applied") is False
 
     def in_steps(self, pace: float | None) -> float:
         """How much of the rest went into steps, in seconds; at both ends of a generation it is more than that.
@@ -229,16 +240,35 @@ class _Stretch:
             self.parts = {part: taken * max(seconds, 0.0) / known for part, taken in self.parts.items()}
         self.rest = max(seconds - known, 0.0)
         self.steps = step - self.first
-        self.dropped = min(self.dropped, self.steps)
         return self
 
-    def _add(self, part: str, seconds: Any) -> None:
+    def add(self, part: str, seconds: Any) -> None:
+        """So much of it is known to be of that part."""
         self.parts[part] = self.parts.get(part, 0.0) + _seconds(seconds)
 
 
 def _seconds(value: Any) -> float:
     """A duration as a line has it; nothing, where it says none."""
     return max(float(value), 0.0) if isinstance(value, int | float) else 0.0
+
+
+def _stall(line: Event) -> tuple[float, float] | None:
+    """From when to when, in monotonic time, the loop stood still for a checkpoint; its line comes when that is written."""
+    begin = line.get("stall_began_s")
+    return (begin, begin + _seconds(line.get("stall_s"))) if isinstance(begin, int | float) else None
+
+
+def _lost_steps(line: Event) -> Iterable[int]:
+    """The steps that a line says to have been in vain: dropped, or undone by going back to an older checkpoint."""
+    step = line.get("step")
+    if not isinstance(step, int):
+        return ()
+    match line:
+        case {"event": "train", "applied": False} | {"event": "fault", "kind": "spike", "action": "skip"}:
+            return (step,)
+        case {"event": "rollback", "to_step": int(to_step)}:
+            return range(to_step + 1, step + 1)
+    return ()
 
 
 def _step_before(lines: Iterable[Event]) -> int:

@@ -154,16 +154,16 @@ class Checkpoints:
         self._failed = outcome.error
         if not self._topology.is_main:
             return
+        stall = {"stall_began_s": outcome.stall_began_s, "stall_s": outcome.stall_s}
         if outcome.error is None:
-            told = {"stall_s": outcome.stall_s, "seconds": outcome.seconds, "bytes": outcome.bytes}
+            told = {**stall, "seconds": outcome.seconds, "bytes": outcome.bytes}
             self._tracker.event("checkpoint", step=outcome.step, **told)
         if outcome.error is not None:
             log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
+            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error, **stall)
         elif outcome.missing is not None:
             log.warning("%s. A copy of that checkpoint is missing", outcome.missing)
-        trouble = outcome.error or outcome.missing
-        if trouble is not None:
-            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=trouble)
+            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing)
 
 
 class StopOnRequest:

@@ -290,9 +290,10 @@ class TrainingRun:
 
     def _keep_best(self) -> None:
         """Collective. The model of this step becomes the run's."""
-        self.best = self.last
+        self.best, begin = self.last, time.monotonic()
         with self.topology.beat.within(Phase.EXPORT):
             export_model(self.engine, beside(self.task), self.config.run_dir / "model")
+        self.tracker.event("export", step=self.last_step, seconds=time.monotonic() - begin)
 
     def _before_epoch(self, engine: Engine, epoch: int) -> Engine:
         """Collective. Thaws what is due."""
@@ -306,13 +307,15 @@ class TrainingRun:
 
     def _roll_back(self, engine: Engine) -> Engine:
         """Collective. The engine as the newest checkpoint has it; the data goes on where it is."""
+        begin = time.monotonic()
         self.checkpoints.settle()
         chosen = self.rollback.choose(self.state.step)
         if chosen is None:
             return engine
         self._load(engine, chosen)
         self.state.updates = int(chosen.state["run"]["updates"])
-        self.tracker.event("rollback", step=self.state.step, to_step=chosen.step)
+        seconds = time.monotonic() - begin
+        self.tracker.event("rollback", step=self.state.step, to_step=chosen.step, seconds=seconds)
         log.info("step %d: weights and moments are those of step %d again", self.state.step, chosen.step)
         return self.engine
 

@@ -132,6 +132,70 @@ def test_a_step_whose_update_was_dropped_is_lost() -> None:
     assert parts(lines) == {"training": 38.0, "faults": 2.0}
 
 
+def test_a_stall_is_of_the_time_when_it_was_though_its_line_comes_many_steps_later() -> None:
+    lines = [
+        at(0, "start"),
+        train(1, 1),
+        train(10, 10),  # the loop stands still from here to 16
+        train(26, 20),
+        train(36, 30),
+        at(36.5, "checkpoint", step=10, stall_began_s=10.0, stall_s=6.0, seconds=20.0, bytes=5),
+        train(37, 31),
+        at(38, "checkpoint", step=31, stall_began_s=37.0, stall_s=1.0, seconds=1.0, bytes=5),
+        train(47, 40),
+    ]
+
+    assert parts(lines) == {"training": 40.0, "checkpoint": 7.0}
+
+
+def test_the_stall_of_a_checkpoint_that_could_not_be_written_is_one_too() -> None:
+    lines = [
+        at(0, "start"),
+        train(1, 1),
+        train(10, 10),
+        train(22, 20),
+        at(23, "fault", kind="checkpoint", step=10, stall_began_s=10.0, stall_s=2.0),
+        train(32, 30),
+    ]
+
+    assert parts(lines) == {"training": 30.0, "checkpoint": 2.0}
+
+
+def test_the_export_of_a_new_best_model_and_going_back_to_a_checkpoint_are_no_training() -> None:
+    lines = [
+        at(0, "start"),
+        train(1, 1),
+        train(10, 10),
+        at(12, "eval", step=10, seconds=2.0),
+        at(15, "export", step=10, seconds=3.0),
+        train(25, 20),
+        at(29, "rollback", step=20, to_step=17, seconds=4.0),
+        train(39, 30),
+        at(40, "end", step=30),
+    ]
+
+    # The updates of steps 18 to 20 are undone.
+    assert parts(lines) == {"training": 27.0, "evaluation": 2.0, "finishing": 4.0, "faults": 4.0 + 3.0}
+
+
+def test_an_update_that_a_spike_has_cost_is_lost_whether_the_step_has_a_line_or_not() -> None:
+    def spike(now: float, step: int, action: str) -> dict[str, Any]:
+        return at(now, "fault", kind="spike", step=step, action=action)
+
+    lines = [
+        at(0, "start"),
+        train(1, 1),
+        train(10, 10, applied=False),
+        spike(10, 10, "skip"),  # after the line of its step
+        spike(14, 14, "skip"),
+        spike(15, 15, "warn"),
+        train(20, 20),
+        train(30, 30),
+    ]
+
+    assert parts(lines) == {"training": 28.0, "faults": 2.0}
+
+
 def test_a_start_that_never_came_to_a_step_is_start_up_and_one_line_alone_is_training() -> None:
     assert parts([at(5, "start", startup_s=5.0), at(9, "end", step=0)]) == {"start_up": 9.0}
     assert parts([at(5, "start", startup_s=5.0)]) == {"start_up": 5.0}
