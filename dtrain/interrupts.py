@@ -100,20 +100,18 @@ def _raise_once(number: int, _frame: FrameType | None) -> None:
     if _deferring is not None and number in _deferring.signals:
         _deferring.note(number)
         return
-    begin = time.monotonic()
-
-    def again(number: int, _frame: FrameType | None) -> None:
-        if time.monotonic() - begin > PATIENCE_S:
-            os._exit(128 + number)
-
     for each in SIGNALS:
-        signal.signal(each, again)
+        signal.signal(each, _heard_already)
     raise Interrupted(f"Stopped by {signal.Signals(number).name}. The last steps since the last export are lost.")
+
+
+def _heard_already(_number: int, _frame: FrameType | None) -> None:
+    """A signal after the first, which the main thread is ending for: the helper thread's business."""
 
 
 def _forget_in_child() -> None:
     """A forked helper (a data worker, a pool) is told to end by its parent alone, and what it hears is not for us."""
-    if signal.getsignal(signal.SIGTERM) is not _raise_once:
+    if signal.getsignal(signal.SIGTERM) not in (_raise_once, _heard_already):
         return
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -125,17 +123,34 @@ def _end_if_deaf(
     hears: socket.socket, done: threading.Event, grace_s: float, before_exit: Callable[[str], None]
 ) -> None:
     heard = _next_signal(hears)
-    begin = time.monotonic()
-    if heard and _deferring is not None and heard in _deferring.signals:
-        # The run ends by itself, however long its step and its checkpoint take, unless it is told once more.
-        while (again := _next_signal(hears)) and time.monotonic() - begin <= PATIENCE_S:
-            continue
-        if again:
-            _leave(f"Stopped at once by a second {signal.Signals(again).name}: nothing more was saved.", before_exit)
-    elif heard and not done.wait(grace_s):
-        _leave(f"Stopped by {signal.Signals(heard).name}, which was not heard within {grace_s:.0f} s.", before_exit)
+    if heard:
+        begin = time.monotonic()
+        # What is deferred ends the run in good order, however long its step and its checkpoint take.
+        is_deferred = _deferring is not None and heard in _deferring.signals
+        try:
+            again = _further_signal(hears, begin, None if is_deferred else begin + grace_s)
+        except TimeoutError:
+            _leave(f"Stopped by {signal.Signals(heard).name}, which was not heard within {grace_s:.0f} s.", before_exit)
+        else:
+            if again:
+                name = signal.Signals(again).name
+                _leave(f"Stopped at once by a second {name}: nothing more was saved.", before_exit)
     done.wait()  # a write into a socket that nobody holds would print an error
     hears.close()
+
+
+def _further_signal(hears: socket.socket, begin: float, until: float | None) -> int | None:
+    """The first signal that comes more than 3 s after `begin`; None when there will be none.
+
+    Raises:
+        TimeoutError: at the time `until`, and still nothing.
+    """
+    while True:
+        if until is not None:
+            hears.settimeout(max(until - time.monotonic(), 0.001))
+        again = _next_signal(hears)
+        if again is None or time.monotonic() - begin > PATIENCE_S:
+            return again
 
 
 def _next_signal(hears: socket.socket) -> int | None:

@@ -99,6 +99,33 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
     assert (printed, process.returncode) == (b"stopped\n", 0)
 
 
+IMPATIENT = """
+import dtrain.interrupts
+dtrain.interrupts.PATIENCE_S = 0.2
+with interruptible(grace_s=20, before_exit=last_words):
+    try:
+        print("ready", flush=True)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        print("stopping", flush=True)
+        {work}
+"""
+
+
+@pytest.mark.parametrize("work", ["time.sleep(20)", 'ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")'])
+def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_last_words(work: str) -> None:
+    with running(IMPATIENT.format(work=work)) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"stopping\n"
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed == b"last words: Stopped at once by a second SIGINT: nothing more was saved.\n"
+    assert process.returncode == 1
+
+
 DEFERS = """
 import dtrain.interrupts
 from dtrain.interrupts import deferred
