@@ -167,9 +167,32 @@ def process_group(
             yield topology
         return
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
 
     deadline = time.monotonic() + timeout_s
+    topology, own = _meet(topology, env, deadline, timeout_s, store, run or {})
+    _start_group(topology, own, deadline, collective_timeout_s)
+    try:
+        with _published(topology, env):
+            yield topology
+    except BaseException:
+        _destroy_group()
+        raise
+    # Rank 0 holds the store: nobody leaves while another still needs it.
+    dist.all_reduce(_nothing())
+    _destroy_group()
+
+
+def _meet(
+    topology: Topology,
+    env: MutableMapping[str, str],
+    deadline: float,
+    timeout_s: float,
+    store: Store | None,
+    run: Mapping[str, str],
+) -> tuple[Topology, Store]:
+    """Collective. The complete topology and a store for this meeting alone, once all ranks are there."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
     listener, node = None, None
     if store is None and topology.master_addr is None:
         meeting = mpi.meet(env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher)
@@ -188,21 +211,12 @@ def process_group(
         node=node,
         deadline=deadline,
         timeout_s=timeout_s,
-        identity=Identity(*launchers.job_of(env, topology.launcher), run=run or {}),
+        identity=Identity(*launchers.job_of(env, topology.launcher), run=run),
     )
     if not topology.is_complete:
         topology = replace(topology, **admission.seat._asdict(), is_complete=True)
     # Of its own in a store that an earlier start of this job has used: a restarted one must not read what that wrote.
-    _start_group(topology, PrefixStore(f"group/{admission.meeting}", store), deadline, collective_timeout_s)
-    try:
-        with _published(topology, env):
-            yield topology
-    except BaseException:
-        _destroy_group()
-        raise
-    # Rank 0 holds the store: nobody leaves while another still needs it.
-    dist.all_reduce(_nothing())
-    _destroy_group()
+    return topology, PrefixStore(f"group/{admission.meeting}", store)
 
 
 def _open_store(
