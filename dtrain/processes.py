@@ -30,10 +30,10 @@ class Process(NamedTuple):
 def this_process() -> Process:
     """The one that asks."""
     namespace = Path("/proc/self/ns/pid")
-    fields = _stat(os.getpid())
+    fields = fields_of(os.getpid())
     return Process(
         host=socket.gethostname(),
-        boot=_boot(),
+        boot=boot(),
         pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
         pid=os.getpid(),
         started=fields[19] if fields is not None else "",
@@ -47,7 +47,7 @@ def is_alive(process: Process) -> bool | None:
     """
     if process[:3] != this_process()[:3] or not process.boot:
         return None
-    fields = _stat(process.pid)
+    fields = fields_of(process.pid)
     if fields is not None:
         return fields[0] not in "ZX" and fields[19] == process.started
     try:
@@ -66,21 +66,25 @@ def began() -> float:
 
 def age_s(pid: int) -> float | None:
     """For how many seconds a process has been there; None where that cannot be seen."""
-    fields = _stat(pid)
+    fields = fields_of(pid)
     if fields is None or not hasattr(time, "CLOCK_BOOTTIME"):
         return None
     return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
-def _boot() -> str:
+def boot() -> str:
+    """Tells machines of one host name apart, and a machine from itself before a restart; empty without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def _stat(pid: int) -> list[str] | None:
-    """/proc's fields from the state on (0 state, 1 parent, 19 start); the name before them may hold anything."""
+def fields_of(pid: int) -> list[str] | None:
+    """/proc's of a process, from the state on (0 state, 1 parent, 19 start); None where it is gone.
+
+    The name before them may hold anything.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

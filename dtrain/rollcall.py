@@ -14,12 +14,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from dtrain.console import log
 from dtrain.errors import TopologyError
 from dtrain.identity import Entry, Identity, difference
+from dtrain.processes import boot
 
 PROGRESS_EVERY_S = 30.0
 LONGEST_PAUSE_S = 0.25
@@ -106,7 +106,7 @@ def call(
         TopologyError: ranks are missing, came twice, are another job's, or think of another world size.
     """
     host, pid = socket.gethostname(), os.getpid()
-    me = Entry(rank, world_size, local_rank, node or f"{host}/{_boot()}", host, pid, identity or Identity())
+    me = Entry(rank, world_size, local_rank, node or f"{host}/{boot()}", host, pid, identity or Identity())
     wait = _Wait(deadline, timeout_s)
     try:
         verdict = _preside(board, me, wait) if rank == 0 else _attend(board, me, wait)
@@ -382,11 +382,3 @@ def _text(board: Board, key: str) -> str | None:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _boot() -> str:
-    """Tells machines of one host name apart."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

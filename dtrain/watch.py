@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.console import log
+from dtrain.processes import fields_of
 from dtrain.topology import Topology
 
 POLL_S = 0.5
@@ -96,7 +97,7 @@ def ancestors(pid: int, launcher: str) -> list[Watched]:
 
 def is_alive(process: Watched) -> bool:
     """Whether the process still runs; one that has ended and waits to be collected does not."""
-    fields = _stat(process.pid)
+    fields = fields_of(process.pid)
     return fields is not None and fields[0] not in "ZX" and fields[19] == process.started
 
 
@@ -121,25 +122,17 @@ def _last_words(cause: str, on_death: Callable[[str], None], topology: Topology)
 
 
 def _parent(pid: int) -> int | None:
-    fields = _stat(pid)
+    fields = fields_of(pid)
     return int(fields[1]) if fields is not None and int(fields[1]) > 0 else None
 
 
 def _look(pid: int) -> Watched | None:
-    fields = _stat(pid)
+    fields = fields_of(pid)
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return None
     return None if fields is None else Watched(pid, fields[19], command)
-
-
-def _stat(pid: int) -> list[str] | None:
-    """/proc's fields from the state on (0 state, 1 parent, 19 start time); the name before them may hold anything."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
 
 
 def _on_parents_death(number: signal.Signals) -> None:

@@ -59,7 +59,7 @@ SIDEWAYS = {
     *[("schema", "task_settings"), ("schema", "model_settings")],
     ("schema", "command_settings"),
     *[("rollcall", "identity"), ("mpi", "launchers"), ("mpi", "network")],  # topology.py's parts
-    ("run_lock", "processes"),
+    *[("run_lock", "processes"), ("rollcall", "processes")],
 }
 """Within a level, only these: who imports, and what."""
 
