@@ -10,7 +10,7 @@ import statistics
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum, IntEnum
 from mmap import mmap
@@ -127,6 +127,8 @@ class Beat:
         self._phase, self._owns_folder = Phase.STARTING, False
         self._began: float | None = None
         self._durations: deque[float] = deque(maxlen=STEPS)
+        self.lock = ""
+        self.on_disowned: Callable[[str], None] = lambda _words: None
         self.tick()
 
     def at(self, phase: Phase, *, step: int | None = None) -> None:
@@ -168,10 +170,20 @@ class Beat:
             if self._phase != Phase.ENDING:
                 self.at(before)
 
-    def own_folder(self) -> None:
-        """The run folder is this run's from here on, so that its end may be written there."""
-        self._owns_folder = True
+    def own_folder(self, lock: str = "") -> None:
+        """The run folder is this run's from here on, so that its end may be written there.
+
+        Args:
+            lock: the id in its run.lock; empty where there is none.
+        """
+        self.lock, self._owns_folder = lock, True
         self.tick()
+
+    def disown_folder(self, words: str) -> None:
+        """From a helper thread: the folder is another job's now, which is why this one ends."""
+        self._owns_folder = False
+        self.tick()
+        self.on_disowned(words)
 
     def thread(self, collective: int) -> None:
         """From the helper thread: the interpreter lock can be had, and this is the last collective's number."""

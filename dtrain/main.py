@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
-from dtrain.commands.farewell import done, end_of, report, write_down
+from dtrain.commands.farewell import done, end_of, hand_over, report, report_alone, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
-from dtrain.interrupts import ignore_further, interruptible
+from dtrain.interrupts import interruptible
 from dtrain.processes import age_s, began
 from dtrain.schema import Config
 from dtrain.topology import SINGLE, Topology, finalize_mpi
@@ -182,7 +182,7 @@ def fit(
     console.set_up(rank=topology.rank, world_size=topology.world_size)
 
     def note(cause: str) -> None:
-        write_down(end_of(Interrupted(cause), topology), config)
+        write_down(end_of(Interrupted(cause), topology), config, topology.beat)
 
     with interruptible(grace_s=GRACE_S, before_exit=note):
         end_with_launcher(topology, note)
@@ -191,17 +191,16 @@ def fit(
         with session(config, topology, os.environ) as job:
             from dtrain.commands.train import run_train
 
+            topology = job.topology  # for note, too: its heartbeat knows whose the folder is
             try:
-                result = run_train(config, job.topology, model=model, task=task, monitors=monitors, began=begin)
+                result = run_train(config, topology, model=model, task=task, monitors=monitors, began=begin)
             except BaseException as error:
-                end = end_of(error, job.topology)
-                if getattr(error, "is_noted", True):
-                    write_down(end, config)
-                by_signal = isinstance(error, KeyboardInterrupt)
-                job.watch.failing((end.message.splitlines() or [end.cause])[0], end.code, by_signal=by_signal)
+                lost = hand_over(error, config, job)
+                if lost is not None:
+                    raise lost from error
                 raise
     if topology.is_main:
-        write_down(done(topology), config)
+        write_down(done(topology), config, topology.beat)
     return result
 
 
@@ -228,7 +227,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
 
     def note(cause: str) -> None:
         if is_noted:
-            write_down(end_of(Interrupted(cause), topology), config)
+            write_down(end_of(Interrupted(cause), topology), config, topology.beat)
 
     def note_and_say(cause: str) -> None:
         note(cause)
@@ -241,23 +240,18 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             from dtrain.commands.watched import session
 
             with session(config, topology, os.environ, command=command) as job:
+                topology = job.topology  # for note, too: its heartbeat knows whose the folder is
                 try:
-                    _command(command, config, job.topology, dry_run=dry_run)
+                    _command(command, config, topology, dry_run=dry_run)
                 except BaseException as error:
                     code = report(error, config, job, is_noted=is_noted, launcher_lives=launcher_lives)
                     raise _Ended(code) from error
         except _Ended as ended:
             return ended.code
-        except (DtrainError, KeyboardInterrupt) as error:  # no group has formed: each rank knows only its own side
-            ignore_further()
-            end = end_of(error, topology)
-            if is_noted:
-                write_down(end, config)
-            if topology.is_main if isinstance(error, KeyboardInterrupt) else not error.is_said_elsewhere:
-                log.error("%s", end.message)
-            return end.code
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nobody is above us
+            return report_alone(error, config, topology, is_noted=is_noted)
     if topology.is_main and is_noted:
-        write_down(done(topology), config)
+        write_down(done(topology), config, topology.beat)
     return 0
 
 

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,12 @@ LOCK = "run.lock"
 PERIOD_S = 5.0
 """Seconds between two beats of the heart."""
 
-MISSED = 3
-"""So many periods without a beat, and the owner is taken for dead."""
+MISSED = 12
+"""So many periods without a beat, and the owner is taken for dead. Its thread may wait long for the interpreter's lock, or
+for the file server; only a start that cannot see the owner's process waits for this."""
+
+LAST_WORDS_S = 2.0
+"""How long a job may take to say that it has lost its folder."""
 
 ROUNDS = 5
 """How often a start looks again when another one was faster with a stale lock; then that one has it."""
@@ -70,8 +74,14 @@ class Beat:
         return f"a job that its {LOCK} does not name" if self.owner is None else str(self.owner)
 
 
+def _tell_nobody(_words: str) -> None:
+    pass
+
+
 @contextmanager
-def locked(folder: Path, *, command: str, period_s: float = PERIOD_S) -> Iterator[Owner]:
+def locked(
+    folder: Path, *, command: str, period_s: float = PERIOD_S, on_loss: Callable[[str], None] = _tell_nobody
+) -> Iterator[Owner]:
     """Holds the folder for this process, which no other start may use then; makes the folder if need be.
 
     A folder that was made for the lock and holds nothing in the end is removed with it.
@@ -79,6 +89,7 @@ def locked(folder: Path, *, command: str, period_s: float = PERIOD_S) -> Iterato
     Args:
         folder: the run folder, or where it will be.
         command: what wants it, for the message that others get.
+        on_loss: is told, from a helper thread, why this process ends if another job takes the folder over.
 
     Raises:
         ConfigError: another job has it.
@@ -91,7 +102,8 @@ def locked(folder: Path, *, command: str, period_s: float = PERIOD_S) -> Iterato
     done = threading.Event()
     try:
         _acquire(folder, own, period_s)
-        threading.Thread(target=_beat, args=(folder, own, done, period_s), name="run-lock", daemon=True).start()
+        heart = (folder, own, done, period_s, on_loss)
+        threading.Thread(target=_beat, args=heart, name="run-lock", daemon=True).start()
         yield own
     finally:
         done.set()
@@ -116,6 +128,23 @@ def follow(moved: Path, folder: Path) -> None:
         who = found.who if found is not None else "another job"
         raise ConfigError(f"{folder} was taken in this moment by {who}. Choose another run.name") from None
     (moved / LOCK).unlink()
+
+
+def is_anothers(folder: Path, own: str) -> bool:
+    """Whether a job works in the folder that is not this one; where its process is out of sight, its lock is enough.
+
+    Args:
+        own: the id of this job's lock; empty before it has one.
+    """
+    try:
+        found = look(folder)
+    except OSError:  # the file server is away: it is ours if it has ever been
+        return not own
+    if found is None or (found.owner is not None and found.owner.id == own):
+        return False
+    if found.owner is None:
+        return True
+    return found.owner.process != this_process() and is_alive(found.owner.process) is not False
 
 
 def look(folder: Path) -> Beat | None:
@@ -234,7 +263,7 @@ def _release(folder: Path, own: Owner) -> None:
             (folder / LOCK).unlink()
 
 
-def _beat(folder: Path, own: Owner, done: threading.Event, period_s: float) -> None:
+def _beat(folder: Path, own: Owner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]) -> None:
     while not done.wait(period_s):
         try:
             found = look(folder)
@@ -242,13 +271,17 @@ def _beat(folder: Path, own: Owner, done: threading.Event, period_s: float) -> N
             if found is None or found.owner is None:
                 continue
             if found.owner != own and not done.is_set():
-                _leave(folder, found.owner)
+                _leave(folder, found.owner, on_loss)
             os.utime(folder / LOCK)
         except OSError:
             continue
 
 
-def _leave(folder: Path, owner: Owner) -> None:
+def _leave(folder: Path, owner: Owner, on_loss: Callable[[str], None]) -> None:
     """Ends this process: it was taken for dead, having stood still for long, and the folder is another job's now."""
-    log.error("%s was taken over by %s while this job stood still. It ends: only one of them may write.", folder, owner)
+    words = f"{folder} was taken over by {owner} while this job stood still. It ends: only one of them may write."
+    log.error("%s", words)
+    telling = threading.Thread(target=on_loss, args=(words,), daemon=True)
+    telling.start()
+    telling.join(LAST_WORDS_S)
     os._exit(TopologyError.exit_code)

@@ -7,7 +7,6 @@ The first cause is the job's: it goes into exit.json. What all ranks find alike 
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import threading
@@ -15,15 +14,16 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dtrain.console import log
 from dtrain.errors import DtrainError, TopologyError
-from dtrain.heartbeat import Phase
+from dtrain.heartbeat import Beat, Phase
 from dtrain.interrupts import ignore_further
+from dtrain.processes import fields_of, this_process
 from dtrain.rollcall import Board
 from dtrain.run_folder import write_exit
+from dtrain.run_lock import is_anothers
 from dtrain.schema import Config
 from dtrain.topology import Topology
 
@@ -82,13 +82,13 @@ class End:
 
 def own_peer() -> Peer:
     """This process."""
-    namespace = Path("/proc/self/ns/pid")
-    return Peer(socket.gethostname(), namespace.stat().st_ino if namespace.exists() else 0, os.getpid())
+    own = this_process()
+    return Peer(own.host, own.pid_namespace, own.pid)
 
 
-def write_down(end: End, config: Config) -> None:
-    """Writes exit.json where the run's folder is there; the first writer wins."""
-    if config.run_dir.is_dir():
+def write_down(end: End, config: Config, beat: Beat) -> None:
+    """Writes exit.json where the run's folder is there and no other job works in it; the first writer wins."""
+    if config.run_dir.is_dir() and not is_anothers(config.run_dir, beat.lock):
         write_exit(config.run_dir / "exit.json", **asdict(end))
 
 
@@ -114,32 +114,86 @@ def report(
         is_noted: whether the end goes into exit.json.
         launcher_lives: where it does not, watch.py ends this process and says so.
     """
-    from dtrain.collectives import is_lost_peer
-
     ignore_further()  # a launcher that sees one rank end tells the others to end, too
     topology = job.topology
     job.watch.stay_quiet()
     topology.beat.at(Phase.ENDING)
-    follows = topology.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
+    follows = _follows(error, job)
     if follows and not launcher_lives():
         threading.Event().wait(WAIT_S)
-    own = _end_of_follower(error, job) if follows else end_of(error, topology)
+    own, first = _settle(error, config, job, follows=follows, is_noted=is_noted)
+    if follows:
+        _say(f"{_words_of(first, own)} Rank {topology.rank} ends as well.", job, error, follows=True)
+        return first.code
+    _say(_told(error, own), job, error, follows=False, title=_title(error, topology))
+    return own.code
+
+
+def hand_over(error: BaseException, config: Config, job: Job) -> TopologyError | None:
+    """Writes down why a run that Python code has started ends; the code itself is to hear and say it.
+
+    Returns:
+        What to raise instead: who is gone, where the error says no more than that somebody is.
+    """
+    ignore_further()  # until fit gives the signals back
+    job.topology.beat.at(Phase.ENDING)
+    follows = _follows(error, job)
+    own, first = _settle(error, config, job, follows=follows, is_noted=True)
+    return None if not follows or isinstance(error, KeyboardInterrupt) else TopologyError(_words_of(first, own))
+
+
+def report_alone(error: BaseException, config: Config, topology: Topology, *, is_noted: bool) -> int:
+    """What `report` does where the ranks have not met, or have parted: each knows its own side only."""
+    ignore_further()
+    end = end_of(error, topology)
+    if is_noted:
+        write_down(end, config, topology.beat)
+    if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_said_elsewhere", False):
+        log.error("%s", _title(error, topology) + _told(error, end))
+    return end.code
+
+
+def of_lost_peer(error: BaseException, topology: Topology, job: Job | None) -> TopologyError:
+    """What to raise for an error that says no more than that another rank is gone; without a job the ranks have just met."""
+    ignore_further()
+    end = _end_of_follower(error, job) if job is not None else _end_of_lost(error, topology.rank, socket.gethostname())
+    return TopologyError(end.message)
+
+
+def _follows(error: BaseException, job: Job) -> bool:
+    """Whether this rank ends since another one has."""
+    from dtrain.collectives import is_lost_peer
+
+    return job.topology.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
+
+
+def _settle(error: BaseException, config: Config, job: Job, *, follows: bool, is_noted: bool) -> tuple[End, End]:
+    """Tells the others, unless this rank follows them, and writes down; gives this rank's end and the job's first."""
+    own = _end_of_follower(error, job) if follows else end_of(error, job.topology)
     if not follows and own.code != PREEMPTED:
         job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
     first = _in_time(lambda: _first_cause(own, job.board), own)
     if is_noted and getattr(error, "is_noted", True):
-        write_down(first, config)
-    if follows:
-        words = f"Rank {first.rank} on {first.host} ended: {_first_line(first)}" if first != own else own.message
-        words += f" Rank {topology.rank} ends as well."
-    elif isinstance(error, DtrainError | KeyboardInterrupt):
-        words = own.message
-    else:
-        words = "".join(traceback.format_exception(error)).rstrip()
-        if topology.world_size > 1:
-            words = f"Rank {own.rank} on {own.host} failed:\n{words}"
-    _say(words, job, error, follows=follows)
-    return first.code if follows else own.code
+        write_down(first, config, job.topology.beat)
+    return own, first
+
+
+def _words_of(first: End, own: End) -> str:
+    """Of a rank that follows."""
+    return f"Rank {first.rank} on {first.host} ended: {_first_line(first)}" if first != own else own.message
+
+
+def _told(error: BaseException, own: End) -> str:
+    """The message of an error that has one for the user, else the traceback."""
+    is_ours = isinstance(error, DtrainError | KeyboardInterrupt)
+    return own.message if is_ours else "".join(traceback.format_exception(error)).rstrip()
+
+
+def _title(error: BaseException, topology: Topology) -> str:
+    """Where a traceback comes from, on a line above it."""
+    if isinstance(error, DtrainError | KeyboardInterrupt) or topology.world_size == 1:
+        return ""
+    return f"Rank {topology.rank} on {socket.gethostname()} failed:\n"
 
 
 def _is_told_for_another(error: BaseException, job: Job) -> bool:
@@ -150,18 +204,22 @@ def _is_told_for_another(error: BaseException, job: Job) -> bool:
     return news is not None and not news.by_signal
 
 
-def _say(words: str, job: Job, error: BaseException, *, follows: bool) -> None:
-    """Prints on rank 0, and where that says something else."""
+def _say(words: str, job: Job, error: BaseException, *, follows: bool, title: str = "") -> None:
+    """Prints on rank 0, and where that says something else.
+
+    Args:
+        title: stands above the words, and differs where they may be the same.
+    """
     # Then a rank that waits in a collective ends with the first that leaves; to wait for each other would take longer.
     is_hurried = isinstance(error, KeyboardInterrupt) and not follows
     if job.topology.is_main:
-        log.error("%s", words)
+        log.error("%s%s", title, words)
         _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)
     elif not is_hurried:
         is_said = isinstance(error, DtrainError) and error.is_said_elsewhere
         heard = _in_time(lambda: _listen(job.board, wait_s=0.0 if is_said else WAIT_S), None)
         if not (is_said or heard == words or (follows and heard is not None)):
-            log.error("%s", words)
+            log.error("%s%s", title, words)
 
 
 def _tell(words: str, job: Job, *, wait_s: float) -> None:
@@ -200,17 +258,21 @@ def _end_of_follower(error: BaseException, job: Job) -> End:
     deadline = time.monotonic() + SEEN_S
     while not (gone := _gone(job)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    rank = gone[0] if gone else job.topology.rank
+    if not gone:
+        return _end_of_lost(error, job.topology.rank, job.peers[job.topology.rank].host)
     names = ", ".join(f"rank {rank} (process {job.peers[rank].pid} on {job.peers[rank].host})" for rank in gone[:8])
+    message = f"{names[:1].upper()}{names[1:]} died without a word: killed from outside, or for want of memory?"
+    return End(TopologyError.exit_code, TopologyError.__name__, gone[0], job.peers[gone[0]].host, message)
+
+
+def _end_of_lost(error: BaseException, rank: int, host: str) -> End:
+    """The end of that rank, which cannot see whom it has lost."""
     address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
-    if gone:
-        message = f"{names[:1].upper()}{names[1:]} died without a word: killed from outside, or for want of memory?"
-    else:
-        message = (
-            f"Rank {rank} on {job.peers[rank].host} lost its connection to another rank"
-            f"{f' at {address[1]}' if address else ''}: that rank has died, or its node or the network has."
-        )
-    return End(TopologyError.exit_code, TopologyError.__name__, rank, job.peers[rank].host, message)
+    message = (
+        f"Rank {rank} on {host} lost its connection to another rank{f' at {address[1]}' if address else ''}: that rank "
+        "has died, or its node or the network has."
+    )
+    return End(TopologyError.exit_code, TopologyError.__name__, rank, host, message)
 
 
 def _first_line(end: End) -> str:
@@ -225,10 +287,8 @@ def _is_gone(peer: Peer) -> bool:
     """Whether that process has ended; one on another machine cannot be seen and counts as there."""
     if peer.pid_namespace == 0 or peer[:2] != own_peer()[:2]:
         return False
-    try:
-        return Path(f"/proc/{peer.pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
+    fields = fields_of(peer.pid)
+    return fields is None or fields[0] in "ZX"
 
 
 def _in_time(work: Callable[[], T], otherwise: T) -> T:

@@ -46,14 +46,17 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
 
-    def hold() -> bool:
+    def hold() -> tuple[str, bool]:
+        """The lock's id, and whether this is the same job again."""
         if state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
-            return False
+            return "", False
+        lock_id = ""
         try:
-            lock.enter_context(locked(folder.path, command=command))
+            held = locked(folder.path, command=command, on_loss=topology.beat.disown_folder)
+            lock_id = lock.enter_context(held).id
         except OSError as error:
             refusals.append(unwritable(folder, error))
-        return is_started_again(folder, topology.launches)
+        return lock_id, is_started_again(folder, topology.launches)
 
     def work() -> dict[str, object]:
         # config.yaml may be of a start that came to no checkpoint.
@@ -69,10 +72,13 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
                 raise refusals[0]
             moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=topology.launches)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
+        elif not refusals:  # how an earlier start ended is not the end of this one
+            folder.exit.unlink(missing_ok=True)
         return {"action": decision.action, "notes": notes}
 
     try:
-        asked = going_on(config) if on_main(hold, topology) else config
+        lock_id, is_again = on_main(hold, topology)
+        asked = going_on(config) if is_again else config
         chosen, there = _checkpoints(asked, topology) if command == "train" else (None, Checkpoints())
         told = on_main(work, topology)
     except ConfigError as error:
@@ -80,7 +86,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         raise
     for note in told["notes"]:
         log.info("%s", note)
-    topology.beat.own_folder()
+    topology.beat.own_folder(lock_id)
     action: Action = told["action"]
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":

@@ -12,9 +12,9 @@ import datasets
 import torch
 import transformers
 
-from dtrain.collectives import all_gather_object, job_board, on_main
-from dtrain.commands.farewell import Job, Peer, own_peer
-from dtrain.errors import ConfigError
+from dtrain.collectives import all_gather_object, is_lost_peer, job_board, on_main
+from dtrain.commands.farewell import Job, Peer, of_lost_peer, own_peer
+from dtrain.errors import ConfigError, TopologyError
 from dtrain.heartbeat import Phase
 from dtrain.schema import Config
 from dtrain.topology import Topology, process_group, set_threads
@@ -30,20 +30,37 @@ def session(
     Args:
         env: os.environ; what libraries read of the topology is set in it.
         watch: this rank's monitor, which is told where the others' are.
+
+    Raises:
+        TopologyError: the ranks have not met; or one was gone before they were told of each other, or as they parted.
     """
     set_threads(topology, env)
     _quieten_libraries(env)
     watched, run = replace(topology, beat=watch.beat), {"command": command, "run folder": str(config.run_dir)}
-    with process_group(watched, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
-        set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
-        peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
-        _compare_configs(config, ready, peers)
-        if ready.world_size == 1:
-            watch.alone()
-        else:
-            watch.join(on_main(lambda: watch.serve(ready), ready))
-        yield Job(ready, job_board(ready), peers, watch)
-        ready.beat.at(Phase.FINISHING)
+    watch.beat.on_disowned = lambda words: _say_disowned(words, watch)
+    job: Job | None = None
+    try:
+        with process_group(watched, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
+            set_threads(ready, env)  # the roll-call may have learned how many ranks share this node
+            peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
+            job = Job(ready, job_board(ready), peers, watch)
+            _compare_configs(config, ready, peers)
+            if ready.world_size == 1:
+                watch.alone()
+            else:
+                watch.join(on_main(lambda: watch.serve(ready), ready))
+            yield job
+            ready.beat.at(Phase.FINISHING)
+    except RuntimeError as error:  # not of the command, whose errors come here reported
+        if topology.world_size == 1 or not is_lost_peer(error):
+            raise
+        raise of_lost_peer(error, watched, job) from error
+
+
+def _say_disowned(words: str, watch: Watch) -> None:
+    """This rank's folder is another job's. Its monitor has read so when it is gone, and does not take it for a death."""
+    watch.failing(words, TopologyError.exit_code, by_signal=False)
+    watch.close()
 
 
 def _compare_configs(config: Config, topology: Topology, peers: list[Peer]) -> None:

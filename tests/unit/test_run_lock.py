@@ -5,23 +5,25 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dtrain import run_lock
+from dtrain import heartbeat, run_lock
 from dtrain.commands.folder import taken
 from dtrain.config import load_config
 from dtrain.errors import ConfigError
-from dtrain.processes import Process, began, is_alive, this_process
+from dtrain.processes import Process, began, fields_of, is_alive, this_process
 from dtrain.run_folder import RunFolder, state
-from dtrain.run_lock import LOCK, Owner, locked, look
+from dtrain.run_lock import LOCK, Owner, is_anothers, locked, look
 from dtrain.schema import Config
 from dtrain.topology import SINGLE
 
@@ -136,13 +138,45 @@ def test_a_job_whose_folder_was_taken_over_while_it_stood_still_ends_and_leaves_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, other = threading.Event(), owner(host="node7")
-    monkeypatch.setattr(run_lock, "_leave", lambda _folder, who: ended.set() if who == other else None)
+    monkeypatch.setattr(run_lock, "_leave", lambda _folder, who, _tell: ended.set() if who == other else None)
 
     with locked(tmp_path, command="train", period_s=PERIOD_S):
         leave_lock(tmp_path, other)
         assert ended.wait(10)
 
     assert look(tmp_path).owner == other  # type: ignore[union-attr]
+
+
+def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+    ended, over = threading.Event(), threading.Event()
+    other, memory = owner(host="node7"), mmap.mmap(-1, heartbeat.SIZE)
+    beat = heartbeat.Beat(memory)
+
+    def end(code: int) -> None:
+        told.append(code)
+        ended.set()
+        over.wait(10)
+
+    monkeypatch.setattr(os, "_exit", end)
+    beat.on_disowned = told.append
+    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=beat.disown_folder) as own:
+        beat.own_folder(own.id)
+        before = heartbeat.read(memory).owns_folder
+        leave_lock(tmp_path, other)
+        assert ended.wait(10)
+    over.set()
+
+    assert (before, heartbeat.read(memory).owns_folder) == (True, False)
+    words, code = told
+    assert (
+        words
+        == f"{tmp_path} was taken over by {other} while this job stood still. It ends: only one of them may write."
+    )
+    assert code == 4
+    assert is_anothers(tmp_path, own.id)
 
 
 # ---------------------------------------------------------------- two jobs
@@ -256,7 +290,7 @@ def test_a_heart_that_beats_out_of_sight_keeps_the_folder(tmp_path: Path, where:
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_a_heart_that_stands_still_out_of_sight_is_watched_for_3_periods_and_taken_for_dead(
+def test_a_heart_that_stands_still_out_of_sight_is_watched_for_12_periods_and_taken_for_dead(
     tmp_path: Path, where: dict[str, Any], said: Callable[[], str]
 ) -> None:
     leave_lock(tmp_path, owner(**where))  # the number of a living process, which is not the one meant
@@ -266,9 +300,9 @@ def test_a_heart_that_stands_still_out_of_sight_is_watched_for_3_periods_and_tak
     with locked(tmp_path, command="train", period_s=PERIOD_S):
         waited_s = time.monotonic() - begin
 
-    assert waited_s >= 3 * PERIOD_S
-    assert "looking for 0.06 s whether it lives" in said()
-    assert "gave no sign of life for 0.06 s" in said()
+    assert waited_s >= 12 * PERIOD_S
+    assert "looking for 0.24 s whether it lives" in said()
+    assert "gave no sign of life for 0.24 s" in said()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"train"', '{"host": "a", "pid": "x"}', "\udcff"])
@@ -313,6 +347,26 @@ def test_the_age_of_this_process_is_known() -> None:
 
     assert 0 < now - began() < 24 * 3600
     assert began() == pytest.approx(began(), abs=0.05)
+
+
+def test_a_folder_is_anothers_where_another_job_lives_or_may_live(tmp_path: Path) -> None:
+    own, parent = owner(), os.getppid()
+    fields = fields_of(parent)
+    assert fields is not None
+    living = owner(pid=parent, started=fields[19])
+
+    def anothers(whose: Owner | str, lock: str) -> bool:
+        return is_anothers(leave_lock(tmp_path, whose), lock)
+
+    assert not is_anothers(tmp_path / "none", "")
+    assert not is_anothers(tmp_path, own.id)
+    assert anothers(living, "")
+    assert anothers(living, "another id")
+    assert not anothers(living, living.id)  # as rank 1 sees the lock of its rank 0
+    assert not anothers(own, "")  # this very process has just taken it
+    assert not anothers(owner(pid=NOBODY), "another id")
+    assert anothers(owner(host="node7"), "another id")
+    assert anothers("{", "another id")
 
 
 # ---------------------------------------------------------------- with the run folder
@@ -381,6 +435,35 @@ def test_a_start_that_comes_while_the_old_run_is_moved_has_the_new_folder(tmp_pa
 
     with pytest.raises(ConfigError, match="was taken in this moment by process 77"):
         run_lock.follow(moved, tmp_path / "one")
+
+
+def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
+    beat = heartbeat.Beat()
+    config = config_for(tmp_path)
+
+    with taken(config, replace(SINGLE, beat=beat), command="train"):
+        held = look(config.run_dir)
+
+    assert held is not None
+    assert held.owner is not None
+    assert beat.lock == held.owner.id
+
+
+def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    with taken(config, SINGLE, command="train"):
+        folder = RunFolder(config.run_dir)
+        folder.metrics.write_text('{"event": "start"}\n')
+        folder.model.mkdir()
+        (folder.model / "config.json").write_text("{}")
+        table = json.dumps({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        (folder.model / "model.safetensors").write_bytes(len(table).to_bytes(8, "little") + table)
+        folder.summary.write_text('{"eval": {}}')
+    folder.exit.write_text('{"code": 1, "cause": "Interrupted"}')
+
+    with taken(config, SINGLE, command="train") as start:
+        assert start.action == "already_finished"
+        assert not folder.exit.exists()
 
 
 def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
