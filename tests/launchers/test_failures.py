@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,80 @@ def test_a_rank_that_raises_shows_its_traceback_and_the_other_one_line(tmp_path:
     assert f"error: Rank 1 on {HOST} ended: RuntimeError: made to fail Rank 0 ends as well." in job.out
     assert f"[rank 1] error: Rank 1 on {HOST} failed:" in job.out
     assert "gloo" not in job.text
+
+
+FITS = f"""
+import sys
+sys.path.insert(0, {str(jobs.ROOT)!r})
+import dtrain
+if __name__ == "__main__":
+    dtrain.fit(dtrain.load_config(None, sys.argv[1:]))
+"""
+
+
+@contextmanager
+def by_hand(command: list[str]) -> Iterator[list[Job]]:
+    """Two ranks that no launcher ends."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+    with ExitStack() as stack:
+        yield [stack.enter_context(jobs.started(command, env={**env, "RANK": str(rank)})) for rank in (0, 1)]
+
+
+def test_python_code_that_started_a_run_gets_an_error_that_names_the_rank_that_died(tmp_path: Path) -> None:
+    script = tmp_path / jobs.SCRIPT
+    script.write_text(FITS)
+    with by_hand([jobs.sys.executable, str(script), *train(tmp_path / "runs")]) as (first, second):
+        first.wait_for("  loss ")
+        os.kill(second.process.pid, signal.SIGKILL)
+        code = first.end()
+
+    assert code != 0
+    dead = f"Rank 1 (process {second.process.pid} on {HOST}) died without a word"
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (4, "TopologyError", 1)
+    assert end["message"].startswith(dead)
+    assert any(f"dtrain.errors.TopologyError: {dead}" in line for line in first.err), first.text
+
+
+DIES = f"""
+import os, signal, sys
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain import main
+def die(*_arguments, **_more):
+    os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    if os.environ["DIES"] == "as ranks meet":
+        from dtrain.commands import farewell
+        farewell.own_peer = die
+    else:
+        real = main._command
+        main._command = lambda *arguments, **more: (real(*arguments, **more), die())
+main.console_script()
+"""
+
+
+@pytest.mark.parametrize("moment", ["as ranks meet", "as they part"])
+def test_a_rank_that_dies_as_the_ranks_meet_or_part_is_missed_in_one_line(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, run = tmp_path / jobs.SCRIPT, tmp_path / "runs" / "run"
+    script.write_text(DIES)
+    run.mkdir(parents=True)
+    monkeypatch.setenv("DIES", moment)
+
+    with by_hand([jobs.sys.executable, str(script), *jobs.settings(tmp_path / "runs", "run")]) as (first, second):
+        second.end()
+        code = first.end()
+
+    assert code == 4, first.text
+    end = jobs.exit_of(run)
+    assert (end["code"], end["cause"]) == (4, "TopologyError")
+    if moment == "as they part":
+        assert end["message"].startswith(f"Rank 1 (process {second.process.pid} on {HOST}) died without a word")
+    else:
+        assert "lost its connection to another rank" in end["message"]
+    assert first.said[-1] == f"error: {end['message']}", first.text
+    assert "Traceback" not in first.text
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Path) -> None:

@@ -57,6 +57,62 @@ def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_ki
     assert account.said[-1].startswith("goodput ")
 
 
+WAITS = f"""
+import os, sys, time
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain import loop, main
+real = loop.take_step
+def take_step(*arguments, **more):
+    if arguments[3].step == 1:
+        print("at the second step", flush=True)
+        while not os.path.exists(os.environ["GO"]):
+            time.sleep(0.05)
+    return real(*arguments, **more)
+loop.take_step = take_step
+main.console_script()
+"""
+
+
+def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(tmp_path: Path) -> None:
+    run, go, script = tmp_path / "runs" / "run", tmp_path / "go", tmp_path / jobs.SCRIPT
+    script.write_text(WAITS)
+    settings = jobs.settings(tmp_path / "runs", "run")
+    with jobs.started([jobs.python()[0], str(script), *settings], env={"GO": str(go)}) as first:
+        first.wait_for("at the second step")
+        with jobs.started([*jobs.python(), *settings]) as second:
+            # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
+            jobs.until(lambda: any("libtorch" in each for each in second.maps(second.process.pid)))
+            os.kill(second.process.pid, signal.SIGINT)
+            second.end()
+        was_there = (run / "exit.json").exists()
+        go.touch()
+        code = first.end()
+
+    assert [line.split(".")[0] for line in second.said] == ["error: Stopped by SIGINT"]
+    assert not was_there
+    assert code == 0, first.text
+    assert jobs.exit_of(run)["code"] == 0
+
+
+def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
+        job.wait_for("  loss ")
+        lock = run / "run.lock"
+        other = {**json.loads(lock.read_text()), "host": "node7", "id": "0123"}
+        draft = tmp_path / "lock"
+        draft.write_text(json.dumps(other))
+        draft.replace(lock)
+        gone = job.gone_within(30)
+        job.end()
+
+    assert gone
+    assert not (run / "exit.json").exists()
+    assert json.loads(lock.read_text()) == other
+    assert f"error: {run} was taken over by process {other['pid']} on node7" in job.text
+    assert "died without a word" not in job.text
+
+
 def test_a_job_that_torchrun_starts_again_takes_the_lock_of_its_killed_rank_0_at_once(tmp_path: Path) -> None:
     command = [*jobs.torchrun(2, "--standalone", "--max-restarts", "1"), *train(tmp_path / "runs")]
     with jobs.started(command) as job:
