@@ -280,12 +280,13 @@ def _first_line(end: End) -> str:
 
 
 def _gone(job: Job) -> list[int]:
-    return [rank for rank, peer in enumerate(job.peers) if _is_gone(peer)]
+    own = own_peer()
+    return [rank for rank, peer in enumerate(job.peers) if _is_gone(peer, own)]
 
 
-def _is_gone(peer: Peer) -> bool:
+def _is_gone(peer: Peer, own: Peer) -> bool:
     """Whether that process has ended; one on another machine cannot be seen and counts as there."""
-    if peer.pid_namespace == 0 or peer[:2] != own_peer()[:2]:
+    if peer.pid_namespace == 0 or peer[:2] != own[:2]:
         return False
     fields = fields_of(peer.pid)
     return fields is None or fields[0] in "ZX"
