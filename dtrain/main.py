@@ -188,17 +188,22 @@ def fit(
         end_with_launcher(topology, note)
         from dtrain.commands.watched import session
 
-        with session(config, topology, os.environ) as job:
-            from dtrain.commands.train import run_train
+        try:
+            with session(config, topology, os.environ) as job:
+                from dtrain.commands.train import run_train
 
-            topology = job.topology  # for note, too: its heartbeat knows whose the folder is
-            try:
-                result = run_train(config, topology, model=model, task=task, monitors=monitors, began=begin)
-            except BaseException as error:
-                lost = hand_over(error, config, job)
-                if lost is not None:
-                    raise lost from error
-                raise
+                topology = job.topology  # for note, too: its heartbeat knows whose the folder is
+                try:
+                    result = run_train(config, topology, model=model, task=task, monitors=monitors, began=begin)
+                except BaseException as error:
+                    lost = hand_over(error, config, job)
+                    if lost is not None:
+                        raise lost from error
+                    raise
+        except BaseException as error:  # of before or after the run, too; what is written already stays
+            if getattr(error, "is_noted", True):
+                write_down(end_of(error, topology), config, topology.beat)
+            raise
     if topology.is_main:
         write_down(done(topology), config, topology.beat)
     return result

@@ -174,18 +174,19 @@ def test_a_traceback_that_is_the_same_on_all_ranks_is_printed_once(
     assert line.endswith("ValueError: made on all ranks")
 
 
+@contextmanager
+def failing_session(*_args: Any, **_more: Any) -> Iterator[None]:
+    raise OSError(28, "No space left on device")
+    yield
+
+
 def test_an_error_before_the_ranks_meet_is_written_down_and_printed_and_gives_a_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_in(tmp_path)
     monkeypatch.setattr(farewell, "ignore_further", lambda: None)
 
-    @contextmanager
-    def session(*_args: Any, **_more: Any) -> Iterator[None]:
-        raise OSError(28, "No space left on device")
-        yield
-
-    monkeypatch.setattr(watched, "session", session)
+    monkeypatch.setattr(watched, "session", failing_session)
 
     code = main.main(["train", f"run.output_dir={tmp_path}", "run.name=one"])
 
@@ -195,3 +196,15 @@ def test_an_error_before_the_ranks_meet_is_written_down_and_printed_and_gives_a_
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "error: Traceback (most recent call last):"
     assert printed[-1] == "OSError: [Errno 28] No space left on device"
+
+
+def test_python_code_that_started_a_run_hears_an_error_before_the_ranks_meet_and_it_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_in(tmp_path)
+    monkeypatch.setattr(watched, "session", failing_session)
+
+    with pytest.raises(OSError, match="No space left on device"):
+        main.fit(config)
+
+    assert json.loads((config.run_dir / "exit.json").read_text())["cause"] == "OSError"
