@@ -86,7 +86,8 @@ def interruptible(*, grace_s: float, before_exit: Callable[[str], None]) -> Iter
         signal.set_wakeup_fd(old_fd)
         for number, handler in before.items():
             signal.signal(number, handler)
-        wakes.close()  # the helper reads the end of it and leaves
+        wakes.shutdown(socket.SHUT_RDWR)  # the helper reads the end of it and leaves, whoever has inherited this side
+        wakes.close()
 
 
 def ignore_further() -> None:
@@ -130,7 +131,9 @@ def _end_if_deaf(
         try:
             again = _further_signal(hears, begin, None if is_deferred else begin + grace_s)
         except TimeoutError:
-            _leave(f"Stopped by {signal.Signals(heard).name}, which was not heard within {grace_s:.0f} s.", before_exit)
+            if not done.is_set():
+                name = signal.Signals(heard).name
+                _leave(f"Stopped by {name}, which was not heard within {grace_s:.0f} s.", before_exit)
         else:
             if again:
                 name = signal.Signals(again).name

@@ -221,3 +221,31 @@ def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -
 
     assert printed.decode().splitlines() == [str(int(signal.SIGTERM)), "still here"]
     assert process.returncode == 0
+
+
+GOES_ON = """
+hears, says = os.pipe()
+try:
+    with interruptible(grace_s=0.3, before_exit=last_words):
+        child = os.fork()  # it has what the helper thread listens to, and outlives all this
+        if child == 0:
+            os.close(says)
+            os.read(hears, 1)
+            os._exit(0)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("went on", flush=True)
+os.close(says)
+os.waitpid(child, 0)
+"""
+
+
+def test_python_code_that_has_heard_the_signal_goes_on_as_long_as_it_likes() -> None:
+    with running(GOES_ON) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"went on\n", 0)
