@@ -63,7 +63,7 @@ class Hub:
         self._rules = rules
         self._speak = speak
         self._members: dict[int, Member] = {}
-        self._is_over = self._is_said = False
+        self._is_over = self._is_said = self._has_ended = False
         self._followed: asyncio.Task[None] | None = None
 
     def join(self, rank: int, member: Member) -> None:
@@ -82,9 +82,10 @@ class Hub:
                 member.evidence = evidence
             case {"bye": _}:
                 member.has_left = True
-                self._is_said |= self._followed is not None  # it has said why it follows
-                if rank == 0:
-                    self._is_over = True
+                if self._followed is not None:  # the others are still to be ended, also by a rank 0 that has gone
+                    self._is_said = True  # it has said why it follows
+                elif rank == 0 and not self._is_over:
+                    self._is_over = self._has_ended = True
                     self._tell_all({"over": True})
             case {"died": words, "owns_folder": owns_folder}:
                 member.has_left, member.owns_folder = True, owns_folder
@@ -138,7 +139,7 @@ class Hub:
             },
             ranks,
         )
-        self._tell_all({"end": TopologyError.exit_code})
+        self._end_all(TopologyError.exit_code)
 
     def _evidence_of(self, rank: int, seen: Seen) -> Evidence:
         member = self._members[rank]
@@ -152,7 +153,7 @@ class Hub:
         news = {"rank": rank, "host": member.host, "message": words, "code": code, "by_signal": by_signal}
         self._tell_all({"news": news})
         deadline = time.monotonic() + grace_s
-        while not self.is_settled and time.monotonic() < deadline:
+        while self._alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._is_over:
             return
@@ -164,12 +165,16 @@ class Hub:
             owns_folder = any(each.owns_folder for each in self._members.values())
             if owns_folder or len(self._awaited) > 1:
                 self._speak({**end, "owns_folder": owns_folder}, [])
+        self._end_all(code)
+
+    def _end_all(self, code: int) -> None:
         self._tell_all({"end": code})
+        self._has_ended = True
 
     @property
     def is_settled(self) -> bool:
-        """Whether nobody needs it any more."""
-        return self._is_over or not self._alive()
+        """Whether nobody needs it any more: the job is over, or all have left, or who has not was told to end."""
+        return self._has_ended or (self._followed is None and not self._alive())
 
     def _alive(self) -> list[Member]:
         return [each for each in self._members.values() if not (each.has_left or each.is_lost)]

@@ -41,8 +41,8 @@ KILL_AFTER_S = 0.7
 LINGER_S = 0.1
 """How long a monitor outlives its rank, so that what it says gets through. Launchers wait for its standard output."""
 
-HUB_LINGER_S = 3.0
-"""The same for the hub, through which the others hear of it."""
+HUB_LINGER_S = 10.0
+"""At most how long the hub outlives its rank, where that or another has failed: until the others have left or been ended."""
 
 ENDING_S = 20.0
 """How long a rank may take over its own last words."""
@@ -130,11 +130,18 @@ class Monitor:
         self._start(self._listen(from_rank))
         self._start(self._look())
         await self._done.wait()
-        if not self._released:
+        if self._released and self._is_settled:
+            return
+        if self._released:
+            send(self._to_rank, {"staying": True})  # the rank may go: the others are seen to
+        deadline = time.monotonic() + HUB_LINGER_S
+        while not self._is_settled and time.monotonic() < deadline:
             await asyncio.sleep(LINGER_S)
-            deadline = time.monotonic() + HUB_LINGER_S
-            while self._hub is not None and not self._hub.is_settled and time.monotonic() < deadline:
-                await asyncio.sleep(LINGER_S)
+        await asyncio.sleep(LINGER_S)
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._hub is None or self._hub.is_settled
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -201,6 +208,7 @@ class Monitor:
             await asyncio.sleep(self._period_s)
             if os.getppid() != self._ward.pid:
                 self._rank_died()
+            if self._done.is_set():  # it is not ours any more
                 return
             pulse, state = read(self._ward.memory), stacks.state_of(self._ward.pid)
             self._workers = stacks.workers_of(self._ward.pid)

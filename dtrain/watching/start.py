@@ -60,7 +60,7 @@ class Watch:
         self._file = file
         self._channel, self._pid = channel, pid
         self._news: News | None = None
-        self._has_news, self._is_serving, self._is_hushed = (threading.Event() for _ in range(3))
+        self._has_news, self._is_serving, self._is_hushed, self._is_left = (threading.Event() for _ in range(4))
         self._where: Any = None
         self._why = ""
         self._is_closed = threading.Event()
@@ -105,14 +105,14 @@ class Watch:
         return self._news
 
     def close(self) -> None:
-        """Lets the monitor go, and waits for its end."""
+        """Lets the monitor go, and waits for its end; one that stays to end other ranks goes by itself soon after."""
         if self._channel is None or self._pid is None:
             return
         self._say({"bye": True})
         deadline = time.monotonic() + CLOSING_S
-        while (ended := _ended(self._pid)) is False and time.monotonic() < deadline:
+        while not (ended := _ended(self._pid)) and not self._is_left.is_set() and time.monotonic() < deadline:
             time.sleep(0.005)
-        if not ended:
+        if not (ended or self._is_left.is_set()):
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
@@ -163,6 +163,8 @@ class Watch:
             case {"news": news}:
                 self._news = News(**news)
                 self._has_news.set()
+            case {"staying": _}:
+                self._is_left.set()
             case {"exit": code}:
                 os._exit(code)
 

@@ -46,12 +46,16 @@ def stall():
             ctypes.PyDLL(None).sleep(1000)
         case "segfault":
             ctypes.string_at(0)
+        case "fails":
+            if os.environ["RANK"] == "0":
+                raise RuntimeError("made to fail")
+            ctypes.PyDLL(None).sleep(1000)
         case "skips":
             import torch.distributed
             torch.distributed.barrier()
 
 def step_batches(plan, rows, *arguments, **more):
-    is_bad = os.environ.get("RANK", "0") == os.environ["BAD_RANK"]
+    is_bad = os.environ.get("RANK", "0") in os.environ["BAD_RANK"]
     return real(plan, Rows(rows) if is_bad else rows, *arguments, **more)
 
 real, loop.step_batches = batches.step_batches, step_batches
@@ -161,6 +165,28 @@ def test_a_rank_that_is_stopped_is_named_and_ended(
     assert "state T" in end["message"]
     assert any(end["message"].splitlines()[0] in line for line in job.said)
     assert job.process.returncode in ((1,) if start is jobs.torchrun else (4, 137)), job.text
+
+
+def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs")]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+    fault = {"FAULT": "fails", "BAD_RANK": "0 1", **place}
+
+    with (
+        jobs.started(command, env={"RANK": "0", **fault}) as failing,
+        jobs.started(command, env={"RANK": "1", **fault}) as stuck,
+    ):
+        failing.wait_for("made to fail")
+        gone = jobs.until(lambda: not failing.members() and not stuck.members(), 10)
+        failing.end()
+        stuck.end()
+
+    assert gone, (failing.members(), stuck.members())
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (1, "RuntimeError", 0)
+    assert failing.process.returncode == 1
+    assert failing.text.count("RuntimeError: made to fail") == 1
+    assert stuck.process.returncode != 0
 
 
 def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Path) -> None:

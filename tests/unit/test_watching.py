@@ -405,6 +405,38 @@ def test_when_rank_0_leaves_in_good_order_the_job_is_over_for_all(monkeypatch: p
     assert ranks.told[1] == [{"over": True}]
 
 
+def test_when_rank_0_fails_and_leaves_the_others_are_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> tuple[Ranks, bool]:
+        ranks = Ranks(2, monkeypatch)
+        ranks.hub.receive(0, {"failed": "ValueError: no", "code": 3, "by_signal": False})
+        ranks.hub.receive(0, {"bye": True})
+        is_settled = ranks.hub.is_settled
+        await asyncio.sleep(0.2)
+        assert ranks.hub.is_settled
+        return ranks, is_settled
+
+    ranks, was_settled = asyncio.run(life())
+
+    assert not was_settled, "its monitor stays for the sake of rank 1"
+    news = {"rank": 0, "host": "node0", "message": "ValueError: no", "code": 3, "by_signal": False}
+    assert ranks.told[1] == [{"news": news}, {"end": 3}]
+
+
+def test_when_rank_0_leaves_since_another_one_died_the_rest_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(3, monkeypatch)
+        ranks.hub.receive(1, {"died": "Rank 1 died.", "owns_folder": True})
+        await asyncio.sleep(0.01)
+        ranks.hub.receive(0, {"bye": True})
+        await asyncio.sleep(0.2)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    assert ranks.told[2][-1] == {"end": 4}
+    assert {"over": True} not in ranks.told[2]
+
+
 # ---------------------------------------------------------------- what is written down
 
 
