@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Hub:
     """All ranks, and what becomes of them."""
 
     def __init__(
-        self, ranks: Iterable[int], rules: Rules, speak: Callable[[Message, Iterable[Evidence]], None]
+        self, ranks: Iterable[int], rules: Rules, speak: Callable[[Message, Sequence[Evidence]], Awaitable[None]]
     ) -> None:
         """
         Args:
@@ -126,7 +126,7 @@ class Hub:
         ranks = [self._evidence_of(rank, each) for rank, each in sorted(seen.items())]
         text, guilty = report.message(ranks, self._rules, stacks=None)
         first = next((each for each in ranks if each.rank in guilty), ranks[0])
-        self._speak(
+        await self._say_and_end(
             {
                 "code": TopologyError.exit_code,
                 "cause": "Hang",
@@ -139,7 +139,6 @@ class Hub:
             },
             ranks,
         )
-        self._end_all(TopologyError.exit_code)
 
     def _evidence_of(self, rank: int, seen: Seen) -> Evidence:
         member = self._members[rank]
@@ -164,8 +163,15 @@ class Hub:
             end = {"code": code, "cause": "TopologyError", "rank": rank, "host": member.host, "message": words}
             owns_folder = any(each.owns_folder for each in self._members.values())
             if owns_folder or len(self._awaited) > 1:
-                self._speak({**end, "owns_folder": owns_folder}, [])
+                await self._say_and_end({**end, "owns_folder": owns_folder}, [])
+                return
         self._end_all(code)
+
+    async def _say_and_end(self, end: Message, ranks: Sequence[Evidence]) -> None:
+        try:
+            await self._speak(end, ranks)
+        finally:  # whatever cannot be said or written
+            self._end_all(end["code"])
 
     def _end_all(self, code: int) -> None:
         self._tell_all({"end": code})

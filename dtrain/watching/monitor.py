@@ -16,10 +16,9 @@ import resource
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -97,9 +96,7 @@ def run(ward: Ward) -> None:
     except Exception as error:  # noqa: BLE001 - nobody is above us
         log.warning("the monitor of rank %d ended: %s: %s", ward.rank, type(error).__name__, error)
     finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(code)
+        os._exit(code)  # what was said is written out already; to make sure could take for ever
 
 
 class Monitor:
@@ -331,9 +328,9 @@ class Monitor:
             }
         )
 
-    def _speak(self, end: Message, ranks: Iterable[Evidence]) -> None:
+    async def _speak(self, end: Message, ranks: Sequence[Evidence]) -> None:
         self._said = True
-        endings.speak(end, list(ranks), self._ward.run_dir)
+        await endings.speak(end, ranks, self._ward.run_dir)
 
 
 def _name_process(name: bytes) -> None:

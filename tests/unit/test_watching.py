@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import mmap
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,9 +323,12 @@ class Ranks:
         monkeypatch.setattr(hub, "EVIDENCE_S", 0.05)
         self.told: list[list[dict[str, Any]]] = [[] for _ in range(count)]
         self.spoken: list[dict[str, Any]] = []
-        self.hub = Hub(range(count), rules, lambda end, _ranks: self.spoken.append(end))
+        self.hub = Hub(range(count), rules, self.speak)
         for rank in range(count):
             self.hub.join(rank, Member(self.told[rank].append, f"node{rank}", 100 + rank))
+
+    async def speak(self, end: dict[str, Any], _ranks: Sequence[Evidence]) -> None:
+        self.spoken.append(end)
 
     def say(self, rank: int, phase: Phase = Phase.SUMMING, **more: Any) -> None:
         values = {**vars(seen(rank, phase, **more)), "owns_folder": True}
@@ -447,7 +452,7 @@ def test_a_hang_is_written_to_exit_json_and_as_a_whole_line_of_metrics(tmp_path:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "start"}\n')
 
-    endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path))
 
     told = json.loads((tmp_path / "exit.json").read_text())
     assert (told["code"], told["cause"], told["rank"]) == (4, "Hang", 0)
@@ -460,13 +465,13 @@ def test_a_line_that_is_half_written_is_not_made_worse(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "st')
 
-    endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path))
 
     assert metrics.read_text() == '{"event": "st'
 
 
 def test_a_folder_that_is_not_this_runs_is_left_alone(tmp_path: Path) -> None:
-    endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path))
 
     assert list(tmp_path.iterdir()) == []
 
@@ -475,7 +480,53 @@ def test_a_death_that_another_has_told_is_not_told_again(tmp_path: Path, monkeyp
     spoken = []
     monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
 
-    endings.speak({**END, "owns_folder": True}, [], tmp_path)
-    endings.speak({**END, "owns_folder": True}, [], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
 
     assert spoken == ["Rank 0 hangs."]
+
+
+@pytest.mark.parametrize("hangs", ["write_exit", "is_dir"])
+def test_a_folder_that_does_not_answer_keeps_nothing_from_being_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    spoken, answers = [], threading.Event()
+    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(endings, "FILES_S", 0.05)
+    where = endings if hangs == "write_exit" else Path
+    monkeypatch.setattr(where, hangs, lambda *_arguments, **_more: answers.wait(10))
+
+    begin = time.monotonic()
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    took = time.monotonic() - begin
+    answers.set()
+
+    assert took < 5
+    assert spoken == [f"Rank 0 hangs.\n  {tmp_path} did not answer for 0.05 s: nothing is written down there"]
+
+
+def test_a_death_that_cannot_be_written_down_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = []
+    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(endings, "write_exit", lambda *_arguments, **_more: False)  # a full disk
+
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+
+    assert spoken == ["Rank 0 hangs."]
+
+
+def test_ranks_are_ended_whatever_keeps_the_words_from_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+
+        async def fail(_end: dict[str, Any], _ranks: Sequence[Evidence]) -> None:
+            raise OSError("no")
+
+        ranks.hub._speak = fail
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        with pytest.raises(OSError, match="no"):
+            await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    assert [told[-1] for told in asyncio.run(life()).told] == [{"end": 4}] * 2
