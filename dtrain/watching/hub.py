@@ -13,15 +13,16 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dtrain.console import log
 from dtrain.errors import TopologyError
 from dtrain.heartbeat import Phase
 from dtrain.watching import report
-from dtrain.watching.report import Evidence
+from dtrain.watching.report import LISTED, Evidence
 from dtrain.watching.verdict import Rules, Seen, hanging
 
 Message = dict[str, Any]
 
-EVIDENCE_S = 4.0
+EVIDENCE_S = 5.0
 """How long the monitors may take to say what they see of a hang."""
 
 AFTER_DEATH_S = 2.5
@@ -30,6 +31,9 @@ AFTER_ERROR_S = 4.0
 
 QUIET_S = 30.0
 """A monitor that says nothing for so long is out of reach."""
+
+JOINING_S = 30.0
+"""A monitor that has not come by then does not come."""
 
 LONGEST_LINE = 2**20
 
@@ -48,6 +52,11 @@ class Member:
     has_left: bool = False
     is_lost: bool = False
 
+    @property
+    def has_testified(self) -> bool:
+        """Whether that was all: its data workers come last."""
+        return self.evidence is not None and "workers" in self.evidence
+
 
 class Hub:
     """All ranks, and what becomes of them."""
@@ -65,6 +74,7 @@ class Hub:
         self._members: dict[int, Member] = {}
         self._is_over = self._is_said = self._has_ended = False
         self._followed: asyncio.Task[None] | None = None
+        self._begin_s, self._has_warned = time.monotonic(), False
 
     def join(self, rank: int, member: Member) -> None:
         """A monitor has come."""
@@ -102,8 +112,30 @@ class Hub:
         """Looks at all ranks for as long as the job goes on."""
         while not self._is_over:
             await asyncio.sleep(period_s)
-            if self._members.keys() >= self._awaited and hanging(self._all_seen(), self._rules):
+            missing = self._missing()
+            if missing is not None and hanging([*self._all_seen(), *missing], self._rules):
                 await self._end_hang()
+
+    def _missing(self) -> list[Seen] | None:
+        """Ranks without a monitor, of which it is said once; None while monitors may still come.
+
+        Such a rank is at work, for all that is known, as one that starts: others wait for it with reason.
+        """
+        missing = sorted(self._awaited - self._members.keys())
+        if missing and time.monotonic() - self._begin_s < JOINING_S:
+            return None
+        if missing and not self._has_warned:
+            self._has_warned = True
+            names = f"{', '.join(map(str, missing[:LISTED]))}{' and more' if len(missing) > LISTED else ''}"
+            log.warning(
+                "Nobody here watches rank%s %s: no monitor has come from there within %.0f s. Ranks that wait for "
+                "%s are not taken for hanging.",
+                "" if len(missing) == 1 else "s",
+                names,
+                JOINING_S,
+                "it" if len(missing) == 1 else "them",
+            )
+        return [Seen(rank, Phase.STARTING) for rank in missing]
 
     def _all_seen(self) -> list[Seen]:
         now = time.monotonic()
@@ -121,7 +153,7 @@ class Hub:
         self._tell_all({"testify": True})
         deadline = time.monotonic() + EVIDENCE_S
         waiting = [self._members[rank] for rank, each in seen.items() if each.unheard_s == 0]
-        while any(member.evidence is None for member in waiting) and time.monotonic() < deadline:
+        while not all(member.has_testified for member in waiting) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         ranks = [self._evidence_of(rank, each) for rank, each in sorted(seen.items())]
         text, guilty = report.message(ranks, self._rules, stacks=None)
@@ -143,7 +175,7 @@ class Hub:
     def _evidence_of(self, rank: int, seen: Seen) -> Evidence:
         member = self._members[rank]
         if member.evidence is None:
-            return Evidence(seen, member.host, member.pid, heard=False)
+            return Evidence(seen, member.host, member.pid, state="?", heard=seen.unheard_s == 0)
         return report.from_json(member.evidence, seen)
 
     async def _others_end(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool) -> None:

@@ -178,10 +178,10 @@ def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: P
     ):
         failing.wait_for("made to fail")
         gone = jobs.until(lambda: not failing.members() and not stuck.members(), 10)
+        assert gone, (failing.members(), stuck.members())
         failing.end()
         stuck.end()
 
-    assert gone, (failing.members(), stuck.members())
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"], end["rank"]) == (1, "RuntimeError", 0)
     assert failing.process.returncode == 1
