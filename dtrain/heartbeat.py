@@ -35,7 +35,7 @@ class Rule(Enum):
 
     STEP = "train.hang_timeout, lowered to 10 median steps (at least 60 s) when steps have been taken"
     TIMED = "train.hang_timeout"
-    SLOW = "not judged, however long, and those who wait for it are not judged either"
+    SLOW = "not judged while it works, however long, nor are those who wait for it; when all wait, train.hang_timeout"
     WAIT = "not judged: another rank is at work"
 
 

@@ -499,6 +499,20 @@ def test_a_hang_is_told_once_and_ends_all_ranks_with_code_4(monkeypatch: pytest.
     assert all(told == [{"testify": True}, {"end": 4}] for told in ranks.told)
 
 
+def test_who_does_not_testify_in_time_is_not_taken_for_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    (end,) = asyncio.run(life()).spoken
+
+    assert end["message"].splitlines()[0] == "Rank 1 (process 101 on node1) hangs: reading the next batches."
+    assert "nothing has been heard" not in end["message"]
+
+
 def test_nothing_is_judged_before_all_monitors_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     async def life() -> Ranks:
         ranks = Ranks(1, monkeypatch)
