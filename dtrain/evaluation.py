@@ -109,6 +109,7 @@ def evaluate_split(
         if batch.counted:
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
+    beat.at(Phase.METRICS)  # for as long as it takes: the records on all ranks, the metrics on rank 0
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records = [
@@ -125,7 +126,6 @@ def evaluate_split(
         own = reported.own(records, taken=task.metric_names) if reported.own is not None else {}
         return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **own}
 
-    beat.at(Phase.METRICS)  # on rank 0, for as long as it takes
     return SplitResult(on_main(judge, forward.topology), records)
 
 

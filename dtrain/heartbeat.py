@@ -16,8 +16,8 @@ from enum import Enum, IntEnum
 from mmap import mmap
 from typing import NamedTuple
 
-_MAIN = struct.Struct("<QdqdQBBQ")
-"""Count, time, step, median step, steps timed, phase, whether the run folder is ours, and the count once more."""
+_MAIN = struct.Struct("<QqdQQBBQ")
+"""Count, step, median step, steps timed, evaluations, phase, whether the run folder is ours, and the count once more."""
 
 _THREAD = struct.Struct("<dq")
 """Of the helper thread: when it last had the interpreter lock, and the number of the last collective."""
@@ -35,7 +35,7 @@ class Rule(Enum):
 
     STEP = "train.hang_timeout, lowered to 10 median steps (at least 60 s) when steps have been taken"
     TIMED = "train.hang_timeout"
-    SLOW = "not judged, however long, and those who wait for it are not judged either"
+    SLOW = "not judged while it works, however long, nor are those who wait for it; when all wait, train.hang_timeout"
     WAIT = "not judged: another rank is at work"
 
 
@@ -58,6 +58,7 @@ class Phase(IntEnum):
     CHECKPOINT = 13
     FINISHING = 14
     ENDING = 15
+    ANSWERING = 16
 
 
 RULES = {
@@ -77,6 +78,7 @@ RULES = {
     Phase.CHECKPOINT: Rule.SLOW,
     Phase.FINISHING: Rule.TIMED,
     Phase.ENDING: Rule.SLOW,
+    Phase.ANSWERING: Rule.TIMED,
 }
 
 WORDS = {
@@ -96,6 +98,7 @@ WORDS = {
     Phase.CHECKPOINT: "saving a checkpoint",
     Phase.FINISHING: "leaving",
     Phase.ENDING: "ending",
+    Phase.ANSWERING: "writing an answer",
 }
 
 
@@ -103,15 +106,15 @@ class Pulse(NamedTuple):
     """What was last written.
 
     number: rises with every write. step: 0-based; -1 before the first. median_s: of the last steps; 0 before two began.
-    steps_timed: how many steps have been taken since the start. owns_folder: whether exit.json is ours to write.
+    steps_timed, evaluations: how many have been done since the start. owns_folder: whether exit.json is ours to write.
     lock_s: time.monotonic() at which a thread last had the interpreter lock. collective: number of the last, or -1.
     """
 
     number: int
-    time_s: float
     step: int
     median_s: float
     steps_timed: int
+    evaluations: int
     phase: Phase
     owns_folder: bool
     lock_s: float
@@ -123,7 +126,7 @@ class Beat:
 
     def __init__(self, memory: mmap | None = None) -> None:
         self._memory: mmap | bytearray = memory if memory is not None else bytearray(SIZE)
-        self._count, self._step, self._timed, self._median = 0, -1, 0, 0.0
+        self._count, self._step, self._timed, self._evaluations, self._median = 0, -1, 0, 0, 0.0
         self._phase, self._owns_folder = Phase.STARTING, False
         self._began: float | None = None
         self._durations: deque[float] = deque(maxlen=STEPS)
@@ -149,10 +152,10 @@ class Beat:
             self._memory,
             0,
             self._count,
-            time.monotonic(),
             self._step,
             self._median,
             self._timed,
+            self._evaluations,
             self._phase,
             self._owns_folder,
             self._count,
@@ -166,6 +169,7 @@ class Beat:
         try:
             yield
         finally:
+            self._evaluations += phase == Phase.EVALUATION
             # An error on its way out has been reported as the end before it comes here, or will be.
             if self._phase != Phase.ENDING:
                 self.at(before)
@@ -201,8 +205,8 @@ class Beat:
 def read(memory: mmap | bytearray) -> Pulse:
     """What a rank wrote last, from the memory that it shares."""
     for _ in range(TRIES):
-        count, time_s, step, median_s, timed, phase, owns_folder, again = _MAIN.unpack_from(memory, 0)
+        count, step, median_s, timed, evaluations, phase, owns_folder, again = _MAIN.unpack_from(memory, 0)
         if count == again:  # else the rank writes just now, or was stopped while it wrote
             break
     lock_s, collective = _THREAD.unpack_from(memory, _MAIN.size)
-    return Pulse(count, time_s, step, median_s, timed, Phase(phase), bool(owns_folder), lock_s, collective)
+    return Pulse(count, step, median_s, timed, evaluations, Phase(phase), bool(owns_folder), lock_s, collective)

@@ -93,7 +93,8 @@ def train(
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
         if engine is not warm:  # new: at the start, after a thaw, after a rollback
-            warm = warm_up(engine, task, coming)
+            with beat.within(Phase.BUILDING):  # it may compile
+                warm = warm_up(engine, task, coming)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
         beat.at(Phase.MONITORS)
         wish = ask(monitors, record)

@@ -24,6 +24,7 @@ from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
 from dtrain.errors import ConfigError, DataError
+from dtrain.heartbeat import Beat
 from dtrain.models.chat_format import ChatFormat, choose_format, newest
 from dtrain.models.checks import check_fit, longest_input
 from dtrain.models.load import load_model
@@ -87,8 +88,8 @@ Answer = Callable[[Sequence[Message], int], Reply]
 class Speaker:
     """A model that replies to the last message of a dialogue; an Answer."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat) -> None:
-        self._config, self._model, self._chat = config, model, chat
+    def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, beat: Beat) -> None:
+        self._config, self._model, self._chat, self._beat = config, model, chat, beat
         self._stops = chat.stops | ends_of(model)
         self._room = _room(model, config.generate.max_new_tokens)
 
@@ -96,7 +97,8 @@ class Speaker:
         ids, forgotten = newest(self._chat, messages, max_tokens=self._room)
         seed_all(self._config.run.seed, "chat", number)
         prompt = torch.tensor(ids, device=self._model.device)
-        drawn = continuation(self._model, prompt, self._config, stops=self._stops)[len(ids) :].tolist()
+        whole = continuation(self._model, prompt, self._config, stops=self._stops, beat=self._beat)
+        drawn = whole[len(ids) :].tolist()
         return Reply(self._chat.reply([token for token in drawn if token not in self._stops]), forgotten)
 
     def check(self, messages: Sequence[Message], place: str) -> None:
@@ -118,7 +120,7 @@ def speaker(config: Config, topology: Topology) -> Speaker:
         config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
-    return Speaker(config, model.to(device_of(topology)).eval(), chat)
+    return Speaker(config, model.to(device_of(topology)).eval(), chat, topology.beat)
 
 
 def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:

@@ -13,6 +13,7 @@ from dtrain.command_settings import Generate
 from dtrain.commands.construct import refuse_own_parts
 from dtrain.console import log
 from dtrain.errors import ConfigError
+from dtrain.heartbeat import Beat, Phase
 from dtrain.models.checks import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -53,7 +54,7 @@ class Writer:
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
         refuse_own_parts(config, command)
-        self._config = config
+        self._config, self._beat = config, topology.beat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(
             config.model, head="causal_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
@@ -68,7 +69,7 @@ class Writer:
         """The prompt's continuation, drawn with its number among several; the first one's is what `generate` gives."""
         ids = torch.tensor(self._tokens(prompt), device=self._model.device)
         seed_all(self._config.run.seed, "generate", *([number] if number else []))
-        whole = continuation(self._model, ids, self._config)
+        whole = continuation(self._model, ids, self._config, beat=self._beat)
         before, after = self._text(ids), self._text(whole)
         # Alone, the added tokens would lose the blank that they begin with.
         is_begun = after.startswith(before)
@@ -93,7 +94,12 @@ def ends_of(model: PreTrainedModel) -> frozenset[int]:
 
 @torch.no_grad()
 def continuation(
-    model: PreTrainedModel, ids: torch.Tensor, config: Config, *, stops: Collection[int] | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    config: Config,
+    *,
+    stops: Collection[int] | None = None,
+    beat: Beat | None = None,
 ) -> torch.Tensor:
     """The prompt and max_new_tokens more, or fewer where the text ends.
 
@@ -102,21 +108,24 @@ def continuation(
 
     Args:
         ids: (length,) int64.
-        stops: tokens that end the text; None: those that the model's own files name.
+        stops: tokens that end the text; None: those that the model's own files name. beat: told of each token.
     """
     ends = ends_of(model) if stops is None else stops
     settings = config.generate
     window = longest_input(model) or 2**31
     keeps = len(ids) + settings.max_new_tokens <= window
     cache: dict[str, Any] = {}
-    for _ in range(settings.max_new_tokens):
-        seen = ids[-1:] if cache else ids[-window:]
-        output = model(input_ids=seen[None], use_cache=keeps, **cache)
-        if keeps and getattr(output, "past_key_values", None) is not None:  # recurrent models keep something else
-            cache = {"past_key_values": output.past_key_values}
-        ids = torch.cat([ids, draw(output.logits[:, -1].float(), settings)])
-        if int(ids[-1]) in ends:
-            break
+    beat = beat if beat is not None else Beat()
+    with beat.within(Phase.ANSWERING):
+        for _ in range(settings.max_new_tokens):
+            seen = ids[-1:] if cache else ids[-window:]
+            output = model(input_ids=seen[None], use_cache=keeps, **cache)
+            if keeps and getattr(output, "past_key_values", None) is not None:  # recurrent models keep something else
+                cache = {"past_key_values": output.past_key_values}
+            ids = torch.cat([ids, draw(output.logits[:, -1].float(), settings)])
+            beat.tick()
+            if int(ids[-1]) in ends:
+                break
     return ids
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dtrain.console import log
+from dtrain.errors import DtrainError
 from dtrain.run_folder import write_exit, write_text_atomic
 from dtrain.watching.report import Evidence, place_of
 from dtrain.watching.stacks import fatal_error_in, frames_of, written
 
+T = TypeVar("T")
+
 STACKS = "hang-stacks.txt"
+
+FILES_S = 3.0
+"""How long the run folder may take. Its file system may be what the ranks hang in, and they are to be ended regardless."""
+
+PRINT_S = 1.0
+"""The same for standard output, which may be a file there."""
+
+POLL_S = 0.01
 
 
 def words_of_death(rank: int, pid: int, file: int | None, thread: int) -> str:
@@ -30,24 +44,53 @@ def words_of_death(rank: int, pid: int, file: int | None, thread: int) -> str:
     return f"{who} died: {fatal} at {place_of(frames)}."
 
 
-def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> None:
-    """Prints how the job ends and writes it down. Without evidence it is a death, which another may have told already."""
-    has_folder = end["owns_folder"] and run_dir.is_dir()
-    if has_folder and ranks:
-        with suppress(OSError, Exception):
+async def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> None:
+    """Writes down how the job ends and prints it, in a few seconds at most, whatever a disk does.
+
+    Without evidence it is a death, which another may have told already: then it is not told again.
+    """
+    message = end["message"]
+    if end["owns_folder"]:
+        found = await _within(FILES_S, partial(_write_down, end, ranks, run_dir))
+        silence = f"{message}\n  {run_dir} did not answer for {FILES_S:g} s: nothing is written down there"
+        message, is_news = found if found is not None else (silence, True)
+        if not is_news:
+            return
+    await _within(PRINT_S, partial(log.error, "%s", message))
+
+
+async def _within(limit_s: float, work: Callable[[], T]) -> T | None:
+    """What `work` gives, from a thread that is left alone where it takes longer or fails: None then."""
+    found: list[T] = []
+
+    def do() -> None:
+        with suppress(OSError, ValueError):
+            found.append(work())
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + limit_s
+    while thread.is_alive() and time.monotonic() < deadline:
+        await asyncio.sleep(POLL_S)
+    return found[0] if found else None
+
+
+def _write_down(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> tuple[str, bool]:
+    """Gives what is to be said, and whether it has not been said already."""
+    message, file = end["message"], run_dir / "exit.json"
+    if not run_dir.is_dir():
+        return message, True
+    if ranks:
+        try:
             write_text_atomic(run_dir / STACKS, "\n\n".join(_titled(each) for each in ranks))
-        end["message"] += f"\n  the stacks of all ranks: {run_dir / STACKS}"
+            message += f"\n  the stacks of all ranks: {run_dir / STACKS}"
+        except (DtrainError, OSError, ValueError) as error:
+            message += f"\n  the stacks of all ranks are not written down: {error}"
         _note_fault(run_dir / "metrics.jsonl", end)
-    is_first = has_folder and write_exit(
-        run_dir / "exit.json",
-        code=end["code"],
-        cause=end["cause"],
-        rank=end["rank"],
-        host=end["host"],
-        message=end["message"],
-    )
-    if ranks or is_first or not has_folder:
-        log.error("%s", end["message"])
+    what = {key: end[key] for key in ("code", "cause", "rank", "host")}
+    is_first = write_exit(file, **what, message=message)
+    # Where nobody could write it, on a full disk, nobody else may have said it.
+    return message, bool(ranks) or is_first or not file.exists()
 
 
 def _titled(each: Evidence) -> str:

@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dtrain.console import log
 from dtrain.errors import TopologyError
 from dtrain.heartbeat import Phase
 from dtrain.watching import report
-from dtrain.watching.report import Evidence
+from dtrain.watching.report import LISTED, Evidence
 from dtrain.watching.verdict import Rules, Seen, hanging
 
 Message = dict[str, Any]
 
-EVIDENCE_S = 4.0
+EVIDENCE_S = 5.0
 """How long the monitors may take to say what they see of a hang."""
 
 AFTER_DEATH_S = 2.5
@@ -30,6 +31,9 @@ AFTER_ERROR_S = 4.0
 
 QUIET_S = 30.0
 """A monitor that says nothing for so long is out of reach."""
+
+JOINING_S = 30.0
+"""A monitor that has not come by then does not come."""
 
 LONGEST_LINE = 2**20
 
@@ -48,12 +52,17 @@ class Member:
     has_left: bool = False
     is_lost: bool = False
 
+    @property
+    def has_testified(self) -> bool:
+        """Whether that was all: its data workers come last."""
+        return self.evidence is not None and "workers" in self.evidence
+
 
 class Hub:
     """All ranks, and what becomes of them."""
 
     def __init__(
-        self, ranks: Iterable[int], rules: Rules, speak: Callable[[Message, Iterable[Evidence]], None]
+        self, ranks: Iterable[int], rules: Rules, speak: Callable[[Message, Sequence[Evidence]], Awaitable[None]]
     ) -> None:
         """
         Args:
@@ -63,8 +72,9 @@ class Hub:
         self._rules = rules
         self._speak = speak
         self._members: dict[int, Member] = {}
-        self._is_over = self._is_said = False
+        self._is_over = self._is_said = self._has_ended = False
         self._followed: asyncio.Task[None] | None = None
+        self._begin_s, self._has_warned = time.monotonic(), False
 
     def join(self, rank: int, member: Member) -> None:
         """A monitor has come."""
@@ -82,9 +92,10 @@ class Hub:
                 member.evidence = evidence
             case {"bye": _}:
                 member.has_left = True
-                self._is_said |= self._followed is not None  # it has said why it follows
-                if rank == 0:
-                    self._is_over = True
+                if self._followed is not None:  # the others are still to be ended, also by a rank 0 that has gone
+                    self._is_said = True  # it has said why it follows
+                elif rank == 0 and not self._is_over:
+                    self._is_over = self._has_ended = True
                     self._tell_all({"over": True})
             case {"died": words, "owns_folder": owns_folder}:
                 member.has_left, member.owns_folder = True, owns_folder
@@ -101,8 +112,30 @@ class Hub:
         """Looks at all ranks for as long as the job goes on."""
         while not self._is_over:
             await asyncio.sleep(period_s)
-            if self._members.keys() >= self._awaited and hanging(self._all_seen(), self._rules):
+            missing = self._missing()
+            if missing is not None and hanging([*self._all_seen(), *missing], self._rules):
                 await self._end_hang()
+
+    def _missing(self) -> list[Seen] | None:
+        """Ranks without a monitor, of which it is said once; None while monitors may still come.
+
+        Such a rank is at work, for all that is known, as one that starts: others wait for it with reason.
+        """
+        missing = sorted(self._awaited - self._members.keys())
+        if missing and time.monotonic() - self._begin_s < JOINING_S:
+            return None
+        if missing and not self._has_warned:
+            self._has_warned = True
+            names = f"{', '.join(map(str, missing[:LISTED]))}{' and more' if len(missing) > LISTED else ''}"
+            log.warning(
+                "Nobody here watches rank%s %s: no monitor has come from there within %.0f s. Ranks that wait for "
+                "%s are not taken for hanging.",
+                "" if len(missing) == 1 else "s",
+                names,
+                JOINING_S,
+                "it" if len(missing) == 1 else "them",
+            )
+        return [Seen(rank, Phase.STARTING) for rank in missing]
 
     def _all_seen(self) -> list[Seen]:
         now = time.monotonic()
@@ -120,12 +153,12 @@ class Hub:
         self._tell_all({"testify": True})
         deadline = time.monotonic() + EVIDENCE_S
         waiting = [self._members[rank] for rank, each in seen.items() if each.unheard_s == 0]
-        while any(member.evidence is None for member in waiting) and time.monotonic() < deadline:
+        while not all(member.has_testified for member in waiting) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         ranks = [self._evidence_of(rank, each) for rank, each in sorted(seen.items())]
         text, guilty = report.message(ranks, self._rules, stacks=None)
         first = next((each for each in ranks if each.rank in guilty), ranks[0])
-        self._speak(
+        await self._say_and_end(
             {
                 "code": TopologyError.exit_code,
                 "cause": "Hang",
@@ -138,12 +171,11 @@ class Hub:
             },
             ranks,
         )
-        self._tell_all({"end": TopologyError.exit_code})
 
     def _evidence_of(self, rank: int, seen: Seen) -> Evidence:
         member = self._members[rank]
         if member.evidence is None:
-            return Evidence(seen, member.host, member.pid, heard=False)
+            return Evidence(seen, member.host, member.pid, state="?", heard=seen.unheard_s == 0)
         return report.from_json(member.evidence, seen)
 
     async def _others_end(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool) -> None:
@@ -152,7 +184,7 @@ class Hub:
         news = {"rank": rank, "host": member.host, "message": words, "code": code, "by_signal": by_signal}
         self._tell_all({"news": news})
         deadline = time.monotonic() + grace_s
-        while not self.is_settled and time.monotonic() < deadline:
+        while self._alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._is_over:
             return
@@ -163,13 +195,24 @@ class Hub:
             end = {"code": code, "cause": "TopologyError", "rank": rank, "host": member.host, "message": words}
             owns_folder = any(each.owns_folder for each in self._members.values())
             if owns_folder or len(self._awaited) > 1:
-                self._speak({**end, "owns_folder": owns_folder}, [])
+                await self._say_and_end({**end, "owns_folder": owns_folder}, [])
+                return
+        self._end_all(code)
+
+    async def _say_and_end(self, end: Message, ranks: Sequence[Evidence]) -> None:
+        try:
+            await self._speak(end, ranks)
+        finally:  # whatever cannot be said or written
+            self._end_all(end["code"])
+
+    def _end_all(self, code: int) -> None:
         self._tell_all({"end": code})
+        self._has_ended = True
 
     @property
     def is_settled(self) -> bool:
-        """Whether nobody needs it any more."""
-        return self._is_over or not self._alive()
+        """Whether nobody needs it any more: the job is over, or all have left, or who has not was told to end."""
+        return self._has_ended or (self._followed is None and not self._alive())
 
     def _alive(self) -> list[Member]:
         return [each for each in self._members.values() if not (each.has_left or each.is_lost)]

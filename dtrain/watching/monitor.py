@@ -16,12 +16,12 @@ import resource
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from dtrain.watching import endings, stacks
 from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, send, serve
 from dtrain.watching.report import Evidence
 from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.verdict import Rules, limit_of
+from dtrain.watching.verdict import is_asked
+from dtrain.watching.witness import ANSWER_S, Answer, Ward, give_evidence
 
 KILL_AFTER_S = 0.7
 """A rank that is told to end and has not done so by itself is killed."""
@@ -41,42 +42,21 @@ KILL_AFTER_S = 0.7
 LINGER_S = 0.1
 """How long a monitor outlives its rank, so that what it says gets through. Launchers wait for its standard output."""
 
-HUB_LINGER_S = 3.0
-"""The same for the hub, through which the others hear of it."""
+HUB_LINGER_S = 10.0
+"""At most how long the hub outlives its rank, where that or another has failed: until the others have left or been ended."""
 
 ENDING_S = 20.0
 """How long a rank may take over its own last words."""
 
-ANSWER_S = 1.0
-"""How long the helper thread may take; it needs the interpreter lock."""
-
 ALONE = 10.0
 """How many times the limit a rank gets whose monitor has lost the others."""
+
+ALONE_S = 5.0
+"""How long it goes on alone before that is said."""
 
 PR_SET_NAME = 15
 
 TO_THE_HUB_S = 10.0
-LONGEST_TEXT = 100_000
-
-
-@dataclass(frozen=True)
-class Ward:
-    """The rank that is watched, and what is shared with it.
-
-    thread, native_thread: threading.get_ident() and get_native_id() of the one that works. memory: its heartbeat.
-    stacks: file that faulthandler writes to; None where another handler has the signal. channel: this end of the
-    socket pair.
-    """
-
-    rank: int
-    pid: int
-    thread: int
-    native_thread: int
-    memory: Any
-    stacks: int | None
-    channel: socket.socket
-    rules: Rules
-    run_dir: Path
 
 
 def run(ward: Ward) -> None:
@@ -97,9 +77,7 @@ def run(ward: Ward) -> None:
     except Exception as error:  # noqa: BLE001 - nobody is above us
         log.warning("the monitor of rank %d ended: %s: %s", ward.rank, type(error).__name__, error)
     finally:
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(code)
+        os._exit(code)  # what was said is written out already; to make sure could take for ever
 
 
 class Monitor:
@@ -111,7 +89,7 @@ class Monitor:
         self._silence = Silence()
         self._tell_hub: Callable[[Message], None] = lambda _message: None
         self._to_rank: asyncio.StreamWriter
-        self._asked: deque[asyncio.Future[list[Message]]] = deque()
+        self._asked: deque[asyncio.Future[Answer]] = deque()
         self._done = asyncio.Event()
         self._over = self._released = self._said = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -130,11 +108,18 @@ class Monitor:
         self._start(self._listen(from_rank))
         self._start(self._look())
         await self._done.wait()
-        if not self._released:
+        if self._released and self._is_settled:
+            return
+        if self._released:
+            send(self._to_rank, {"staying": True})  # the rank may go: the others are seen to
+        deadline = time.monotonic() + HUB_LINGER_S
+        while not self._is_settled and time.monotonic() < deadline:
             await asyncio.sleep(LINGER_S)
-            deadline = time.monotonic() + HUB_LINGER_S
-            while self._hub is not None and not self._hub.is_settled and time.monotonic() < deadline:
-                await asyncio.sleep(LINGER_S)
+        await asyncio.sleep(LINGER_S)
+
+    @property
+    def _is_settled(self) -> bool:
+        return self._hub is None or self._hub.is_settled
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -158,10 +143,10 @@ class Monitor:
                     await self._serve(where)
                 case {"join": where}:
                     self._start(self._join(where))
-                case {"trace": collectives}:
+                case {"answer": found}:
                     asked = self._asked.popleft()  # answers come in the order of the questions
                     if not asked.done():
-                        asked.set_result(collectives)
+                        asked.set_result(Answer(*found))
                 case {"failed": _}:
                     self._said = True
                     self._tell_hub(message)
@@ -185,9 +170,9 @@ class Monitor:
                     os.kill(worker, signal.SIGKILL)
         self._done.set()
 
-    async def _trace(self, **more: bool) -> list[Message] | None:
-        """What the helper thread says about collectives; None where it does not get the interpreter lock."""
-        answer: asyncio.Future[list[Message]] = asyncio.get_running_loop().create_future()
+    async def _ask(self, **more: bool) -> Answer | None:
+        """What the helper thread knows; None where it does not get the interpreter lock."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._asked.append(answer)
         send(self._to_rank, {"ask": True, **more})
         try:
@@ -201,19 +186,18 @@ class Monitor:
             await asyncio.sleep(self._period_s)
             if os.getppid() != self._ward.pid:
                 self._rank_died()
+            if self._done.is_set():  # it is not ours any more
                 return
             pulse, state = read(self._ward.memory), stacks.state_of(self._ward.pid)
             self._workers = stacks.workers_of(self._ward.pid)
             self._silence.observe(pulse, state, now=time.monotonic(), period_s=self._period_s)
             seen = self._silence.seen(self._ward.rank, pulse)
+            if is_asked(seen, self._ward.rules) and (answer := await self._ask()) is not None:
+                self._silence.answered(answer.collectives, is_debugged=answer.is_debugged)
+                seen = self._silence.seen(self._ward.rank, pulse)
             if pulse.phase == Phase.ENDING and seen.silent_s > ENDING_S:
                 os.kill(self._ward.pid, signal.SIGKILL)
-            limit = limit_of(seen, self._ward.rules)
-            waits = None
-            if limit is not None and seen.silent_s > limit and not seen.stopped_s:
-                trace = await self._trace()
-                waits = None if not trace else any(each["pending"] for each in trace)
-            values = {**asdict(seen), "waits": waits, "owns_folder": pulse.owns_folder}
+            values = {**asdict(seen), "owns_folder": pulse.owns_folder}
             del values["rank"]
             self._tell_hub({"seen": values})
 
@@ -266,8 +250,9 @@ class Monitor:
         self._tell_hub = lambda message: hub.receive(rank, message)
 
     async def _join(self, where: list[Any]) -> None:
-        """Connects to the hub and obeys it; goes on alone when it has gone without a word."""
+        """Connects to the hub and obeys it; goes on alone when it has gone without a word, or is not to be had."""
         address, port, token = where
+        why = "its connection has ended"
         try:
             reader, writer = await asyncio.wait_for(
                 asyncio.open_connection(address, port, limit=LONGEST_LINE), TO_THE_HUB_S
@@ -276,18 +261,31 @@ class Monitor:
             self._tell_hub = lambda message: send(writer, message)
             while line := await reader.readline():
                 self._obey(json.loads(line))
-        except (OSError, ValueError, TimeoutError, asyncio.TimeoutError):
-            pass
+        except (OSError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
+            why = str(error) or f"it does not answer within {TO_THE_HUB_S:g} s"
+        if self._over or self._done.is_set():
+            return
+        # Whether the others still work is not known any more, so that a rank that waits is given much longer.
+        limit = self._ward.rules.hang_timeout_s
+        self._attach(self._new_hub([self._ward.rank], limit and limit * ALONE))
+        await asyncio.sleep(ALONE_S)  # with its host the job ends, and there is no need to say more
         if not (self._over or self._done.is_set()):
-            # Whether the others still work is not known any more, so that a rank that waits is given much longer.
-            limit = self._ward.rules.hang_timeout_s
-            self._attach(self._new_hub([self._ward.rank], limit and limit * ALONE))
+            log.warning(
+                "Rank %d is watched alone: rank 0's monitor at %s port %d is out of reach (%s). "
+                "A hang that it shares with others ends it after %g times train.hang_timeout.",
+                self._ward.rank,
+                address,
+                port,
+                why,
+                ALONE,
+            )
 
     def _obey(self, message: Message) -> None:
         """What the hub says."""
         match message:
             case {"testify": _}:
-                self._start(self._testify())
+                hush = partial(send, self._to_rank, {"hush": True})
+                self._start(give_evidence(self._ward, self._ask, hush, lambda message: self._tell_hub(message)))
             case {"hush": _} | {"news": _}:
                 send(self._to_rank, message)
             case {"end": code}:
@@ -295,37 +293,9 @@ class Monitor:
             case {"over": _}:
                 self._over = True
 
-    async def _testify(self) -> None:
-        """Says what can be seen of the rank. From here on there is no way back, and it prints no more."""
-        ward, state = self._ward, stacks.state_of(self._ward.pid)
-        start = os.fstat(ward.stacks).st_size if ward.stacks is not None else 0
-        trace = None if state == "T" else await self._trace(hush=True)  # writes the stacks, too
-        text = stacks.written(ward.stacks, start) if ward.stacks is not None else ""
-        if trace is None:
-            # To ask a stopped rank for its stack, or one in a C call, sets it going: not before the others are asked.
-            send(self._to_rank, {"hush": True})
-            await asyncio.sleep(ANSWER_S)
-        if ward.stacks is not None and not text:
-            text = await stacks.ask_for_stack(ward.pid, ward.native_thread, ward.stacks)
-        workers = await stacks.ask_workers(ward.pid, ward.stacks) if ward.stacks is not None else []
-        self._tell_hub(
-            {
-                "evidence": {
-                    "host": socket.gethostname(),
-                    "pid": ward.pid,
-                    "state": state,
-                    "stack": stacks.frames_of(text, ward.thread),
-                    "workers": [stacks.frames_of(each, ward.thread) for each in workers],
-                    "collectives": trace or [],
-                    "heard": True,
-                    "text": "\n".join([text, *workers])[:LONGEST_TEXT],
-                }
-            }
-        )
-
-    def _speak(self, end: Message, ranks: Iterable[Evidence]) -> None:
+    async def _speak(self, end: Message, ranks: Sequence[Evidence]) -> None:
         self._said = True
-        endings.speak(end, list(ranks), self._ward.run_dir)
+        await endings.speak(end, ranks, self._ward.run_dir)
 
 
 def _name_process(name: bytes) -> None:

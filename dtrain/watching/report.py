@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dtrain.heartbeat import WORDS, Phase
 from dtrain.watching.stacks import STATES, Frame
-from dtrain.watching.verdict import DEAF_S, Rules, Seen, limit_of
+from dtrain.watching.verdict import DEAF_S, Rules, Seen, is_late, limit_of
 
 Kind = Literal["alone", "differ", "together"]
 
@@ -46,7 +46,7 @@ class Evidence:
 
     state: letter of /proc. stack: of its main thread, innermost first; empty where it could not be asked. workers: the
     same of its data workers. collectives: the last of each group; empty where nobody could tell. heard: whether its
-    monitor answered. text: all that faulthandler wrote.
+    monitor is in reach. text: all that faulthandler wrote.
     """
 
     seen: Seen
@@ -84,6 +84,8 @@ class Evidence:
     def waits(self) -> bool:
         if self.collectives:
             return self.pending is not None
+        if not self.stack:  # its monitor was too slow to say more
+            return self.seen.waits is True
         return any(code in frame.file for frame in self.stack[:LISTED] for code in COLLECTIVE_CODE)
 
 
@@ -95,25 +97,25 @@ def from_json(value: Mapping[str, Any], seen: Seen) -> Evidence:
         value["pid"],
         value["state"],
         [Frame(*frame) for frame in value["stack"]],
-        [[Frame(*frame) for frame in stack] for stack in value["workers"]],
+        [[Frame(*frame) for frame in stack] for stack in value.get("workers", ())],
         [Collective(**each) for each in value["collectives"]],
-        value["heard"],
-        value["text"],
+        text=value["text"],
     )
 
 
-def blame(ranks: Sequence[Evidence]) -> tuple[Kind, list[Evidence]]:
+def blame(ranks: Sequence[Evidence], rules: Rules) -> tuple[Kind, list[Evidence]]:
     """Who keeps the others waiting.
 
     Returns:
         alone: these do not come. differ: all wait, but not in the same collective; one of each kind. together: all wait
         in the same one, and none is to blame.
     """
+    late = [each for each in ranks if is_late(each.seen, rules)]
     for guilty in (
-        [each for each in ranks if not each.heard],
+        [each for each in ranks if each.seen.unheard_s > (rules.hang_timeout_s or 0.0)],
         [each for each in ranks if each.is_stopped],
-        [each for each in ranks if each.is_deaf],
-        [each for each in ranks if not each.waits and each.seen.phase != Phase.WAITING_FOR_NODE],
+        _own_fault(late) or _own_fault(ranks),  # who has only begun to work is not to blame
+        [each for each in ranks if not each.heard],
     ):
         if guilty:
             return "alone", guilty
@@ -124,13 +126,19 @@ def blame(ranks: Sequence[Evidence]) -> tuple[Kind, list[Evidence]]:
     return ("differ", list(kinds.values())) if len(kinds) > 1 else ("together", list(kinds.values()))
 
 
+def _own_fault(ranks: Sequence[Evidence]) -> list[Evidence]:
+    """Those that hold the interpreter lock, or else those that are not where the others wait."""
+    here = [each for each in ranks if each.heard and each.seen.phase != Phase.WAITING_FOR_NODE]
+    return [each for each in here if each.is_deaf] or [each for each in here if not each.waits]
+
+
 def message(ranks: Sequence[Evidence], rules: Rules, *, stacks: str | None) -> tuple[str, list[int]]:
     """The one message about a hang, and the ranks that are to blame.
 
     Args:
         stacks: the file that has the stacks of all ranks; None where there is none.
     """
-    kind, guilty = blame(ranks)
+    kind, guilty = blame(ranks, rules)
     step = max(each.seen.step for each in ranks)
     silent = max(max(each.seen.silent_s, each.seen.stopped_s) for each in ranks)
     lines = [_headline(kind, guilty, len(ranks))]

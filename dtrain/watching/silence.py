@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dtrain.heartbeat import Pulse
 from dtrain.watching.verdict import Rules, Seen
@@ -14,20 +16,37 @@ def period_of(rules: Rules) -> float:
 
 
 class Silence:
-    """How long a rank has been silent, counted only while the monitor itself was awake."""
+    """How long a rank has been silent, counted only while the monitor itself was awake.
+
+    A rank that begins collectives goes on, also where nothing beats between them; one that a debugger holds is not
+    silent by itself.
+    """
 
     def __init__(self) -> None:
-        self._number, self._last = -1, time.monotonic()
-        self._silent_s = self._stopped_s = self._deaf_s = 0.0
-        self._lock_s = 0.0
+        self._beats, self._last = (-1, -1), time.monotonic()
+        self._silent_s = self._stopped_s = self._deaf_s = self._waited_s = 0.0
+        self._lock_s = self._passed_s = 0.0
+        self._waits: bool | None = None
+        self._pending: list[tuple[str, int, str]] = []
 
     def observe(self, pulse: Pulse, state: str, *, now: float, period_s: float) -> None:
         """One look. After a pause of the whole machine no more than three periods are counted."""
-        passed = min(now - self._last, 3 * period_s)
-        self._silent_s = 0.0 if pulse.number != self._number else self._silent_s + passed
+        passed, beats = min(now - self._last, 3 * period_s), (pulse.number, pulse.collective)
+        is_held = state == "t"  # by a debugger
+        self._silent_s = 0.0 if is_held or beats != self._beats else self._silent_s + passed
         self._stopped_s = self._stopped_s + passed if state == "T" else 0.0
-        self._deaf_s = 0.0 if pulse.lock_s != self._lock_s else self._deaf_s + passed
-        self._number, self._lock_s, self._last = pulse.number, pulse.lock_s, now
+        self._deaf_s = 0.0 if is_held or pulse.lock_s != self._lock_s else self._deaf_s + passed
+        self._beats, self._lock_s, self._last, self._passed_s = beats, pulse.lock_s, now, passed
+        self._waits = None
+
+    def answered(self, collectives: Sequence[Mapping[str, Any]], *, is_debugged: bool) -> None:
+        """What the rank's helper thread says since the last look; see witness.Answer."""
+        pending = [(each["group"], each["number"], each["name"]) for each in collectives if each["pending"]]
+        self._waits = bool(pending) if collectives else None
+        self._waited_s = self._waited_s + self._passed_s if pending and pending == self._pending else 0.0
+        self._pending = pending
+        if is_debugged:
+            self._silent_s = self._deaf_s = 0.0
 
     def seen(self, rank: int, pulse: Pulse) -> Seen:
         """As the hub wants it."""
@@ -38,6 +57,9 @@ class Silence:
             silent_s=self._silent_s,
             stopped_s=self._stopped_s,
             deaf_s=self._deaf_s,
+            waits=self._waits,
+            waited_s=self._waited_s,
             median_s=pulse.median_s,
             steps_timed=pulse.steps_timed,
+            evaluations=pulse.evaluations,
         )

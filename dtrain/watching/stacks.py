@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 SIGNAL = signal.SIGUSR2
@@ -20,6 +21,9 @@ WITHIN_S = 1.0
 POLL_S = 0.02
 WORKERS = 4
 """How many data workers are asked for their stacks."""
+
+DEBUGGERS = {"pdb", "bdb", "debugpy", "pydevd", "pydevd_bundle"}
+"""Modules and packages."""
 
 STATES = {
     "R": "running",
@@ -71,6 +75,15 @@ def fatal_error_in(text: str) -> str | None:
     return found[1] if found else None
 
 
+def is_debugged(frame: FrameType | None) -> bool:
+    """Whether a debugger is among those that called, up from a frame: it waits for a person."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0].lstrip("_") in DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def state_of(pid: int) -> str:
     """The letter of its state, as ps shows it; Z where it is gone."""
     try:
@@ -84,8 +97,8 @@ def written(file: int, start: int) -> str:
     return os.pread(file, max(os.fstat(file).st_size - start, 0), start).decode(errors="replace")
 
 
-async def ask_for_stack(pid: int, thread: int, file: int) -> str:
-    """Lets a thread of a process that has called faulthandler.register write its stack; nothing after a second.
+async def ask_for_stack(pid: int, thread: int, file: int, *, within_s: float = WITHIN_S) -> str:
+    """Lets a thread of a process that has called faulthandler.register write its stack; nothing after that time.
 
     Args:
         thread: threading.get_native_id() there.
@@ -100,7 +113,7 @@ async def ask_for_stack(pid: int, thread: int, file: int) -> str:
             os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
         return ""
-    for _ in range(int(WITHIN_S / POLL_S)):
+    for _ in range(int(within_s / POLL_S)):
         await asyncio.sleep(POLL_S)
         size = os.fstat(file).st_size
         if size > start and size == last:
@@ -110,8 +123,12 @@ async def ask_for_stack(pid: int, thread: int, file: int) -> str:
 
 
 async def ask_workers(pid: int, file: int) -> list[str]:
-    """The stacks of a rank's data workers, which inherited its faulthandler."""
-    return [await ask_for_stack(worker, worker, file) for worker in workers_of(pid)[:WORKERS]]
+    """The stacks of a rank's data workers, which inherited its faulthandler, within a second.
+
+    One after the other: they write into the same file.
+    """
+    workers = workers_of(pid)[:WORKERS]
+    return [await ask_for_stack(each, each, file, within_s=WITHIN_S / len(workers)) for each in workers]
 
 
 def workers_of(pid: int) -> list[int]:

@@ -29,6 +29,7 @@ from dtrain.heartbeat import Beat, Phase
 from dtrain.topology import Topology
 from dtrain.watching import monitor, stacks
 from dtrain.watching.verdict import Rules
+from dtrain.watching.witness import Ward
 
 TICK_S = 1.0
 SERVING_S = 10.0
@@ -60,11 +61,12 @@ class Watch:
         self._file = file
         self._channel, self._pid = channel, pid
         self._news: News | None = None
-        self._has_news, self._is_serving, self._is_hushed = (threading.Event() for _ in range(3))
+        self._has_news, self._is_serving, self._is_hushed, self._is_left = (threading.Event() for _ in range(4))
         self._where: Any = None
         self._why = ""
         self._is_closed = threading.Event()
         self._has_group = False
+        self._thread = threading.get_ident()
         if channel is not None:
             threading.Thread(target=self._hear, name="monitor-ear", daemon=True).start()
 
@@ -105,14 +107,14 @@ class Watch:
         return self._news
 
     def close(self) -> None:
-        """Lets the monitor go, and waits for its end."""
+        """Lets the monitor go, and waits for its end; one that stays to end other ranks goes by itself soon after."""
         if self._channel is None or self._pid is None:
             return
         self._say({"bye": True})
         deadline = time.monotonic() + CLOSING_S
-        while (ended := _ended(self._pid)) is False and time.monotonic() < deadline:
+        while not (ended := _ended(self._pid)) and not self._is_left.is_set() and time.monotonic() < deadline:
             time.sleep(0.005)
-        if not ended:
+        if not (ended or self._is_left.is_set()):
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._pid, signal.SIGKILL)
                 os.waitpid(self._pid, 0)
@@ -156,13 +158,16 @@ class Watch:
             case {"ask": _, **more}:
                 if self._file is not None and "hush" in more:
                     faulthandler.dump_traceback(self._file, all_threads=True)
-                self._say({"trace": _collectives() if self._has_group else []})
+                is_debugged = stacks.is_debugged(sys._current_frames().get(self._thread))
+                self._say({"answer": [_collectives() if self._has_group else [], is_debugged]})
             case {"serving": where}:
                 self._where, self._why = where, message.get("why", "")
                 self._is_serving.set()
             case {"news": news}:
                 self._news = News(**news)
                 self._has_news.set()
+            case {"staying": _}:
+                self._is_left.set()
             case {"exit": code}:
                 os._exit(code)
 
@@ -188,7 +193,7 @@ def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
         beat = Beat(memory)
         ours, theirs = socket.socketpair()
         thread, native_thread = threading.get_ident(), threading.get_native_id()
-        ward = monitor.Ward(rank, os.getpid(), thread, native_thread, memory, file, theirs, rules, run_dir)
+        ward = Ward(rank, os.getpid(), thread, native_thread, memory, file, theirs, rules, run_dir)
         watch = Watch(beat, ours, _fork(ward, ours), file)
         theirs.close()
         try:
@@ -197,7 +202,7 @@ def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
             watch.close()
 
 
-def _fork(ward: monitor.Ward, rank_side: socket.socket) -> int:
+def _fork(ward: Ward, rank_side: socket.socket) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # what is not written yet would be written twice
     if "torch" not in sys.modules:  # in a notebook it may be, and with it what is garbage one day

@@ -34,7 +34,7 @@ class Rows:
         return len(self.rows)
     def __getitem__(self, indices):
         self.reads += 1
-        if self.reads > 6:
+        if self.reads == 7:
             stall()
         return self.rows[indices]
 
@@ -46,15 +46,28 @@ def stall():
             ctypes.PyDLL(None).sleep(1000)
         case "segfault":
             ctypes.string_at(0)
+        case "is debugged":
+            exec(f"sleep({3 * LIMIT})", {{"__name__": "pdb", "sleep": time.sleep}})
+        case "fails":
+            if os.environ["RANK"] == "0":
+                raise RuntimeError("made to fail")
+            ctypes.PyDLL(None).sleep(1000)
         case "skips":
             import torch.distributed
             torch.distributed.barrier()
 
 def step_batches(plan, rows, *arguments, **more):
-    is_bad = os.environ.get("RANK", "0") == os.environ["BAD_RANK"]
+    is_bad = os.environ.get("RANK", "0") in os.environ["BAD_RANK"]
     return real(plan, Rows(rows) if is_bad else rows, *arguments, **more)
 
+def warm_up(*arguments):
+    if os.environ["FAULT"] == "deadlocks":
+        import torch
+        torch.distributed.barrier() if os.environ["RANK"] == "1" else torch.distributed.all_reduce(torch.zeros(7))
+    return ready(*arguments)
+
 real, loop.step_batches = batches.step_batches, step_batches
+ready, loop.warm_up = loop.warm_up, warm_up
 main.console_script()
 """
 
@@ -132,6 +145,29 @@ def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: P
     assert len(numbers) >= 2, first
 
 
+def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended_too(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
+
+    with jobs.started(command, env={"FAULT": "deadlocks", "BAD_RANK": ""}) as job:
+        gone, said = ends(job)
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"]) == (4, "Hang")
+    assert said.endswith(end["message"])
+    assert "gloo:all_reduce [[7]] at " in end["message"].splitlines()[0]
+    assert "gloo:barrier [] at " in end["message"].splitlines()[0]
+
+
+def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Path) -> None:
+    settings = jobs.settings(tmp_path / "runs", "run", train__hang_timeout=LIMIT, train__max_steps=8)
+
+    job = jobs.run([*faulty(tmp_path, jobs.torchrun()), *settings], env={"FAULT": "is debugged", "BAD_RANK": "1"})
+
+    assert job.process.returncode == 0, job.text
+    assert jobs.exit_of(tmp_path / "runs" / "run")["code"] == 0
+
+
 @pytest.mark.parametrize(
     ("start", "limit_s"),
     [
@@ -161,6 +197,28 @@ def test_a_rank_that_is_stopped_is_named_and_ended(
     assert "state T" in end["message"]
     assert any(end["message"].splitlines()[0] in line for line in job.said)
     assert job.process.returncode in ((1,) if start is jobs.torchrun else (4, 137)), job.text
+
+
+def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs")]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+    fault = {"FAULT": "fails", "BAD_RANK": "0 1", **place}
+
+    with (
+        jobs.started(command, env={"RANK": "0", **fault}) as failing,
+        jobs.started(command, env={"RANK": "1", **fault}) as stuck,
+    ):
+        failing.wait_for("made to fail")
+        gone = jobs.until(lambda: not failing.members() and not stuck.members(), 10)
+        assert gone, (failing.members(), stuck.members())
+        failing.end()
+        stuck.end()
+
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (1, "RuntimeError", 0)
+    assert failing.process.returncode == 1
+    assert failing.text.count("RuntimeError: made to fail") == 1
+    assert stuck.process.returncode != 0
 
 
 def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from dtrain.commands.generate import continuation
 from dtrain.console import log
 from dtrain.data.dialogues import Message
 from dtrain.errors import ConfigError, DataError
+from dtrain.heartbeat import Beat
 from dtrain.schema import Config
 from dtrain.topology import SINGLE
 from tests import tiny
@@ -126,8 +127,8 @@ def test_what_the_model_is_shown_is_the_encoding_of_training_and_fits_its_positi
 ) -> None:
     shown: list[list[int]] = []
 
-    def drawn(_model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int]) -> torch.Tensor:
-        assert stops == {SEP}
+    def drawn(_model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int], beat: Beat) -> torch.Tensor:
+        assert (stops, beat) == ({SEP}, SINGLE.beat)
         shown.append(ids.tolist())
         return torch.tensor([*ids.tolist(), NI, HAO, SEP])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dtrain import heartbeat
 from dtrain.commands.generate import continuation, ends_of, run_generate
 from dtrain.errors import ConfigError
+from dtrain.heartbeat import Beat, Phase, read
 from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.schema import Config
 from dtrain.seeding import seed_all
@@ -83,6 +86,25 @@ def test_a_text_that_outgrows_the_positions_sees_the_last_ones_and_keeps_nothing
 
     assert found == without_cache(model, prompt, settings)
     assert watched.given == [5, 6, 7, *[8] * 9]
+
+
+def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_writes() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+    phases = []
+
+    class Model(Counts):
+        def forward(self, **inputs: Any) -> Any:
+            phases.append((read(memory).phase, read(memory).number))
+            return super().forward(**inputs)
+
+    watched: Any = Model(gpt(positions=40))
+    continuation(watched, torch.tensor([3, 1]), config(max_new_tokens=3, temperature=0.0), beat=beat)
+
+    numbers = [number for _, number in phases]
+    assert [phase for phase, _ in phases] == [Phase.ANSWERING] * 3
+    assert numbers == sorted(set(numbers))
+    assert read(memory).phase == Phase.STARTING, "a talk may wait for a person now"
 
 
 @pytest.fixture

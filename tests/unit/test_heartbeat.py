@@ -25,7 +25,6 @@ def test_what_is_written_is_read_from_the_shared_memory() -> None:
     assert (begin.phase, begin.step, begin.owns_folder) == (Phase.STARTING, -1, False)
     assert (pulse.phase, pulse.step, pulse.owns_folder, pulse.collective) == (Phase.MICRO_BATCH, 41, True, 7)
     assert pulse.number > begin.number
-    assert pulse.time_s == pytest.approx(time.monotonic(), abs=5)
     assert pulse.lock_s == pytest.approx(time.monotonic(), abs=5)
 
 
@@ -75,6 +74,21 @@ def test_the_median_step_forgets_one_slow_step(monkeypatch: pytest.MonkeyPatch) 
     pulse = read(memory)
 
     assert (pulse.median_s, pulse.steps_timed) == (2.0, 4)
+
+
+def test_an_evaluation_counts_when_it_is_done() -> None:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    beat = Beat(memory)
+
+    with beat.within(Phase.EVALUATION):
+        beat.tick()
+        inner = read(memory).evaluations
+        with beat.within(Phase.METRICS):
+            pass
+    with beat.within(Phase.EXPORT):
+        pass
+
+    assert (inner, read(memory).evaluations) == (0, 1)
 
 
 def test_every_phase_has_a_rule_and_a_name() -> None:

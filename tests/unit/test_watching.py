@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import mmap
-from collections.abc import Iterable
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +19,13 @@ import pytest
 
 from dtrain import heartbeat
 from dtrain.heartbeat import Beat, Phase, read
-from dtrain.watching import endings, hub
+from dtrain.watching import endings, hub, monitor, report, stacks
 from dtrain.watching.hub import Hub, Member
 from dtrain.watching.report import Collective, Evidence, blame, message
 from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.stacks import Frame, fatal_error_in, frames_of
-from dtrain.watching.verdict import Rules, Seen, hanging, limit_of
+from dtrain.watching.stacks import Frame, ask_workers, fatal_error_in, frames_of, is_debugged
+from dtrain.watching.verdict import Rules, Seen, hanging, is_asked, limit_of
+from dtrain.watching.witness import Answer, Ward, give_evidence
 
 RULES = Rules(300.0)
 SHORT = Rules(10.0)
@@ -58,6 +64,9 @@ def test_compiling_takes_as_long_as_it_takes_and_no_limit_is_lowered_after_it() 
 
     assert limit_of(seen(phase=Phase.MICRO_BATCH), rules) is None
     assert limit_of(seen(phase=Phase.MICRO_BATCH, steps_timed=3, median_s=0.1), rules) == 300.0
+    assert limit_of(seen(phase=Phase.EVALUATION, steps_timed=3), rules) is None, "it compiles anew"
+    assert limit_of(seen(phase=Phase.EVALUATION, steps_timed=3, evaluations=1), rules) == 300.0
+    assert limit_of(seen(phase=Phase.EVALUATION), RULES) == 300.0
 
 
 @pytest.mark.parametrize(
@@ -132,6 +141,122 @@ def test_a_node_that_is_out_of_reach_is_no_reason_to_wait() -> None:
 
 def test_without_a_limit_nothing_hangs() -> None:
     assert not hanging([silent(0), seen(1, stopped_s=1e6)], Rules(None))
+
+
+def stuck(rank: int, phase: Phase = Phase.BUILDING, **more: Any) -> Seen:
+    return seen(rank, phase, **{"silent_s": 301.0, "waits": True, "waited_s": 150.0, **more})
+
+
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.BUILDING, Phase.CHECKPOINT, Phase.EXPORT])
+def test_when_all_wait_for_each_other_the_job_hangs_in_a_phase_without_a_limit_too(phase: Phase) -> None:
+    assert hanging([stuck(0, phase), stuck(1, phase)], RULES)
+    assert hanging([stuck(0, phase), silent(1, Phase.SUMMING, waits=True)], RULES)
+    assert hanging([stuck(0, phase), stuck(1, phase), silent(2, Phase.WAITING_FOR_NODE)], RULES)
+    assert hanging([stuck(0, phase), seen(1, phase, unheard_s=301.0)], RULES), "its node is gone"
+
+
+def test_long_work_is_no_hang_while_anybody_is_at_it() -> None:
+    assert not hanging([stuck(0), silent(1, Phase.BUILDING, waits=False)], RULES), "it compiles"
+    assert not hanging([stuck(0), silent(1, Phase.BUILDING)], RULES), "it may compile: nobody can tell"
+    assert not hanging([stuck(0), seen(1, Phase.MICRO_BATCH, silent_s=9.0)], RULES)
+    assert not hanging([stuck(0), seen(1, Phase.EXPORT, unheard_s=31.0)], RULES)
+    assert not hanging([stuck(0), stuck(1, silent_s=299.0)], RULES)
+    assert not hanging([stuck(0), stuck(1, waited_s=5.0)], RULES), "one collective after the other"
+    assert not hanging([silent(0, Phase.WAITING_FOR_NODE), silent(1, Phase.WAITING_FOR_NODE)], RULES)
+    assert not hanging([silent(0, Phase.WAITING_FOR_NODE), seen(1, Phase.PREPARING, unheard_s=301.0)], RULES)
+
+
+def test_a_rank_is_asked_what_it_waits_in_when_it_is_silent_for_long() -> None:
+    assert is_asked(silent(0), RULES)
+    assert not is_asked(seen(0, silent_s=299.0), RULES)
+    assert is_asked(seen(0, Phase.EXPORT, silent_s=151.0), RULES)
+    assert not is_asked(seen(0, Phase.EXPORT, silent_s=149.0), RULES)
+    assert not is_asked(silent(0, Phase.WAITING_FOR_NODE), RULES)
+    assert not is_asked(silent(0, stopped_s=1.0), RULES)
+    assert not is_asked(silent(0), Rules(None))
+
+
+class Looks:
+    """Looks at one rank, a second apart, that does nothing but what is said."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, heartbeat.SIZE)
+        self.beat, self.silence, self.now = Beat(self.memory), Silence(), 1e6
+        self.beat.thread(-1)
+        self.look()
+        self.look()
+
+    def look(self, state: str = "S") -> Seen:
+        self.now += 1
+        self.silence.observe(read(self.memory), state, now=self.now, period_s=1.0)
+        return self.seen
+
+    @property
+    def seen(self) -> Seen:
+        return self.silence.seen(0, read(self.memory))
+
+
+def trace(number: int, *, pending: bool = True) -> list[dict[str, Any]]:
+    return [{"group": "a", "number": 1, "name": "b", "sizes": "", "pending": False}] + [
+        {"group": "default_pg", "number": number, "name": "gloo:all_reduce", "sizes": "", "pending": pending}
+    ]
+
+
+def test_a_rank_that_begins_one_collective_after_the_other_is_not_silent() -> None:
+    looks = Looks()
+    looks.beat.thread(7)
+    looks.look()
+    assert looks.look().silent_s == 1.0
+
+    looks.beat.thread(8)
+
+    assert looks.look().silent_s == 0.0
+
+
+def test_how_long_a_rank_waits_is_counted_for_one_collective() -> None:
+    looks = Looks()
+    waited = []
+    for number in (5, 5, 5, 6, 6):
+        looks.look()
+        looks.silence.answered(trace(number), is_debugged=False)
+        waited.append((looks.seen.waits, looks.seen.waited_s))
+    looks.look()
+    not_asked = looks.seen.waits
+    looks.silence.answered(trace(6, pending=False), is_debugged=False)
+    waited.append((looks.seen.waits, looks.seen.waited_s))
+    looks.silence.answered([], is_debugged=False)
+
+    assert waited == [(True, 0.0), (True, 1.0), (True, 2.0), (True, 0.0), (True, 1.0), (False, 0.0)]
+    assert not_asked is None
+    assert looks.seen.waits is None, "a torch without a recorder"
+
+
+def test_a_rank_that_a_debugger_holds_is_neither_silent_nor_deaf() -> None:
+    looks = Looks()
+    before = looks.look()
+
+    held = looks.look("t")
+
+    assert (before.silent_s, before.deaf_s) == (2.0, 2.0)
+    assert (held.silent_s, held.stopped_s, held.deaf_s) == (0.0, 0.0, 0.0)
+
+
+def test_a_rank_that_waits_for_a_person_at_a_debugger_is_not_silent() -> None:
+    looks = Looks()
+    looks.look()
+    looks.silence.answered([], is_debugged=True)
+
+    assert looks.seen.silent_s == 0.0
+
+
+@pytest.mark.parametrize("module", ["pdb", "bdb", "debugpy._vendored", "_pydevd_bundle.pydevd"])
+def test_a_debugger_is_known_by_its_frames(module: str) -> None:
+    there: dict[str, Any] = {"__name__": module, "call": lambda: is_debugged(sys._getframe())}
+    here: dict[str, Any] = {"__name__": "pdb_of_mine", "call": lambda: is_debugged(sys._getframe())}
+    for names in (there, here):
+        exec("found = call()", names)
+
+    assert (there["found"], here["found"]) == (True, False)
 
 
 def test_a_pause_of_the_whole_machine_is_nobodys_silence() -> None:
@@ -234,7 +359,7 @@ def test_ranks_that_wait_in_different_collectives_are_told_apart_by_name_and_num
 
 
 def test_all_ranks_in_one_collective_blame_none_but_the_network() -> None:
-    kind, guilty = blame([WAITER, evidence(1, GLOO, collectives=[ALL_REDUCE])])
+    kind, guilty = blame([WAITER, evidence(1, GLOO, collectives=[ALL_REDUCE])], SHORT)
 
     assert (kind, [each.rank for each in guilty]) == ("together", [0])
 
@@ -242,19 +367,44 @@ def test_all_ranks_in_one_collective_blame_none_but_the_network() -> None:
 def test_a_rank_that_was_stopped_inside_a_collective_is_to_blame() -> None:
     stopped = evidence(1, GLOO, STEP, stopped_s=12.0)
 
-    assert blame([WAITER, stopped, evidence(2, SLEEP, STEP)]) == ("alone", [stopped])
+    assert blame([WAITER, stopped, evidence(2, SLEEP, STEP)], SHORT) == ("alone", [stopped])
 
 
 def test_without_a_recorder_the_stack_tells_who_waits() -> None:
-    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, SLEEP, STEP)])
+    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, SLEEP, STEP)], SHORT)
 
     assert (kind, [each.rank for each in guilty]) == ("alone", [1])
 
 
 def test_a_rank_whose_collective_is_not_known_is_not_said_to_wait_in_another_one() -> None:
-    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, GLOO, collectives=[ALL_REDUCE])])
+    kind, guilty = blame([evidence(0, GLOO, STEP), evidence(1, GLOO, collectives=[ALL_REDUCE])], SHORT)
 
     assert (kind, [each.rank for each in guilty]) == ("together", [1])
+
+
+def test_ranks_that_have_only_begun_to_work_are_not_blamed() -> None:
+    slow = evidence(2, SLEEP, STEP, phase=Phase.DATA)
+    evaluating = evidence(0, SLEEP, STEP, phase=Phase.EVALUATION)
+    evaluating = replace(evaluating, seen=replace(evaluating.seen, silent_s=0.4))
+    tokenising = replace(evaluating, seen=replace(evaluating.seen, rank=1, silent_s=5.0, deaf_s=5.0))
+
+    assert blame([evaluating, tokenising, slow], SHORT) == ("alone", [slow])
+
+
+def test_a_rank_whose_monitor_was_too_slow_is_not_said_to_be_out_of_reach() -> None:
+    slow = Evidence(seen(1, Phase.DATA, silent_s=12.0, waits=False), "node0", 101, state="?")
+
+    text, ranks = message([WAITER, slow], SHORT, stacks=None)
+
+    assert text.splitlines()[0] == "Rank 1 (process 101 on node0) hangs: reading the next batches."
+    assert ranks == [1]
+
+
+def test_a_rank_that_is_out_of_reach_for_a_moment_is_not_blamed_for_what_another_does() -> None:
+    away = evidence(0, heard=False, unheard_s=0.2)
+    slow = evidence(1, SLEEP, STEP, phase=Phase.DATA)
+
+    assert blame([away, slow], SHORT) == ("alone", [slow])
 
 
 def test_hundreds_of_ranks_make_a_few_lines() -> None:
@@ -321,9 +471,12 @@ class Ranks:
         monkeypatch.setattr(hub, "EVIDENCE_S", 0.05)
         self.told: list[list[dict[str, Any]]] = [[] for _ in range(count)]
         self.spoken: list[dict[str, Any]] = []
-        self.hub = Hub(range(count), rules, lambda end, _ranks: self.spoken.append(end))
+        self.hub = Hub(range(count), rules, self.speak)
         for rank in range(count):
             self.hub.join(rank, Member(self.told[rank].append, f"node{rank}", 100 + rank))
+
+    async def speak(self, end: dict[str, Any], _ranks: Sequence[Evidence]) -> None:
+        self.spoken.append(end)
 
     def say(self, rank: int, phase: Phase = Phase.SUMMING, **more: Any) -> None:
         values = {**vars(seen(rank, phase, **more)), "owns_folder": True}
@@ -346,6 +499,20 @@ def test_a_hang_is_told_once_and_ends_all_ranks_with_code_4(monkeypatch: pytest.
     assert all(told == [{"testify": True}, {"end": 4}] for told in ranks.told)
 
 
+def test_who_does_not_testify_in_time_is_not_taken_for_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    (end,) = asyncio.run(life()).spoken
+
+    assert end["message"].splitlines()[0] == "Rank 1 (process 101 on node1) hangs: reading the next batches."
+    assert "nothing has been heard" not in end["message"]
+
+
 def test_nothing_is_judged_before_all_monitors_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     async def life() -> Ranks:
         ranks = Ranks(1, monkeypatch)
@@ -356,6 +523,33 @@ def test_nothing_is_judged_before_all_monitors_have_come(monkeypatch: pytest.Mon
         return ranks
 
     assert asyncio.run(life()).spoken == []
+
+
+def test_when_a_monitor_does_not_come_that_is_said_once_and_the_others_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = []
+    monkeypatch.setattr(hub.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(hub, "JOINING_S", 0.05)
+
+    async def life() -> tuple[Ranks, int]:
+        ranks = Ranks(2, monkeypatch)
+        ranks.hub._awaited = frozenset({0, 1, 2})
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, silent_s=11.0, waits=True)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(ranks.hub.judge(0.01), 0.2)
+        spoken = len(ranks.spoken)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks, spoken
+
+    ranks, spoken = asyncio.run(life())
+
+    assert spoken == 0, "they may wait for rank 2 with reason"
+    assert [end["rank"] for end in ranks.spoken] == [1]
+    (line,) = said
+    assert line.startswith("Nobody here watches rank 2: no monitor has come from there within 0 s.")
 
 
 def test_the_others_hear_at_once_of_a_rank_that_died_and_are_ended_when_they_go_on(
@@ -405,6 +599,38 @@ def test_when_rank_0_leaves_in_good_order_the_job_is_over_for_all(monkeypatch: p
     assert ranks.told[1] == [{"over": True}]
 
 
+def test_when_rank_0_fails_and_leaves_the_others_are_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> tuple[Ranks, bool]:
+        ranks = Ranks(2, monkeypatch)
+        ranks.hub.receive(0, {"failed": "ValueError: no", "code": 3, "by_signal": False})
+        ranks.hub.receive(0, {"bye": True})
+        is_settled = ranks.hub.is_settled
+        await asyncio.sleep(0.2)
+        assert ranks.hub.is_settled
+        return ranks, is_settled
+
+    ranks, was_settled = asyncio.run(life())
+
+    assert not was_settled, "its monitor stays for the sake of rank 1"
+    news = {"rank": 0, "host": "node0", "message": "ValueError: no", "code": 3, "by_signal": False}
+    assert ranks.told[1] == [{"news": news}, {"end": 3}]
+
+
+def test_when_rank_0_leaves_since_another_one_died_the_rest_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(3, monkeypatch)
+        ranks.hub.receive(1, {"died": "Rank 1 died.", "owns_folder": True})
+        await asyncio.sleep(0.01)
+        ranks.hub.receive(0, {"bye": True})
+        await asyncio.sleep(0.2)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    assert ranks.told[2][-1] == {"end": 4}
+    assert {"over": True} not in ranks.told[2]
+
+
 # ---------------------------------------------------------------- what is written down
 
 
@@ -415,7 +641,7 @@ def test_a_hang_is_written_to_exit_json_and_as_a_whole_line_of_metrics(tmp_path:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "start"}\n')
 
-    endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path))
 
     told = json.loads((tmp_path / "exit.json").read_text())
     assert (told["code"], told["cause"], told["rank"]) == (4, "Hang", 0)
@@ -428,13 +654,13 @@ def test_a_line_that_is_half_written_is_not_made_worse(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "st')
 
-    endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path))
 
     assert metrics.read_text() == '{"event": "st'
 
 
 def test_a_folder_that_is_not_this_runs_is_left_alone(tmp_path: Path) -> None:
-    endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path))
 
     assert list(tmp_path.iterdir()) == []
 
@@ -443,7 +669,119 @@ def test_a_death_that_another_has_told_is_not_told_again(tmp_path: Path, monkeyp
     spoken = []
     monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
 
-    endings.speak({**END, "owns_folder": True}, [], tmp_path)
-    endings.speak({**END, "owns_folder": True}, [], tmp_path)
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
 
     assert spoken == ["Rank 0 hangs."]
+
+
+@pytest.mark.parametrize("hangs", ["write_exit", "is_dir"])
+def test_a_folder_that_does_not_answer_keeps_nothing_from_being_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
+) -> None:
+    spoken, answers = [], threading.Event()
+    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(endings, "FILES_S", 0.05)
+    where = endings if hangs == "write_exit" else Path
+    monkeypatch.setattr(where, hangs, lambda *_arguments, **_more: answers.wait(10))
+
+    begin = time.monotonic()
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    took = time.monotonic() - begin
+    answers.set()
+
+    assert took < 5
+    assert spoken == [f"Rank 0 hangs.\n  {tmp_path} did not answer for 0.05 s: nothing is written down there"]
+
+
+def test_a_death_that_cannot_be_written_down_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoken = []
+    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(endings, "write_exit", lambda *_arguments, **_more: False)  # a full disk
+
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+
+    assert spoken == ["Rank 0 hangs."]
+
+
+def test_ranks_are_ended_whatever_keeps_the_words_from_being_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(2, monkeypatch)
+
+        async def fail(_end: dict[str, Any], _ranks: Sequence[Evidence]) -> None:
+            raise OSError("no")
+
+        ranks.hub._speak = fail
+        ranks.say(0, silent_s=11.0, waits=True)
+        ranks.say(1, Phase.DATA, silent_s=11.0, waits=False)
+        with pytest.raises(OSError, match="no"):
+            await asyncio.wait_for(ranks.hub.judge(0.01), 5)
+        return ranks
+
+    assert [told[-1] for told in asyncio.run(life()).told] == [{"end": 4}] * 2
+
+
+# ---------------------------------------------------------------- the monitor
+
+
+def ward() -> Ward:
+    memory = mmap.mmap(-1, heartbeat.SIZE)
+    Beat(memory)
+    return Ward(1, os.getpid(), threading.get_ident(), 0, memory, os.memfd_create("stacks"), None, SHORT, Path("there"))
+
+
+def test_what_a_rank_does_is_told_before_its_data_workers_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    before: list[dict[str, Any]] = []
+    watched = ward()
+
+    async def ask(**more: bool) -> Answer:
+        assert more == {"hush": True}
+        os.write(watched.stacks or 0, b'Stack (most recent call first):\n  File "/there/x.py", line 3 in f\n')
+        return Answer(trace(5), False)
+
+    async def ask_workers(_pid: int, _file: int) -> list[str]:
+        before.extend(json.loads(json.dumps(told)))
+        return ['Stack (most recent call first):\n  File "/there/y.py", line 4 in g\n']
+
+    monkeypatch.setattr(stacks, "ask_workers", ask_workers)
+    asyncio.run(give_evidence(watched, ask, lambda: None, told.append))
+
+    (first,) = (each["evidence"] for each in before)
+    assert first["stack"] == [["/there/x.py", "3", "f"]]
+    assert "workers" not in first
+    assert told[-1]["evidence"]["workers"] == [[Frame("/there/y.py", "4", "g")]]
+    member = Member(told.append, "node0", 1, evidence=first)
+    assert not member.has_testified
+    assert report.from_json(first, seen(1)).stack == [Frame("/there/x.py", "3", "f")]
+
+
+def test_all_data_workers_together_have_as_long_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(stacks, "WITHIN_S", 0.4)
+    monkeypatch.setattr(stacks, "workers_of", lambda _pid: [11, 12, 13, 14, 15])
+    monkeypatch.setattr(stacks, "is_worker", lambda _pid: True)
+    monkeypatch.setattr(stacks, "_signal_thread", lambda pid, _thread: asked.append(pid))
+    file = os.memfd_create("stacks")
+
+    begin = time.monotonic()
+    found = asyncio.run(ask_workers(1, file))
+
+    assert time.monotonic() - begin < 1.2
+    assert (asked, found) == ([11, 12, 13, 14], [""] * 4)
+
+
+def test_a_monitor_that_finds_no_hub_says_that_its_rank_is_watched_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    monkeypatch.setattr(monitor.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(monitor, "ALONE_S", 0.0)
+
+    async def life() -> None:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # it does not listen
+            await monitor.Monitor(ward())._join(["127.0.0.1", nobody.getsockname()[1], "word"])
+
+    asyncio.run(life())
+
+    (line,) = said
+    assert line.startswith("Rank 1 is watched alone: rank 0's monitor at 127.0.0.1 port ")
