@@ -134,3 +134,32 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
 
     assert len(jobs.events(folder / "run", "resume")) == kills
     assert tensors(folder, "run") == tensors(folder, "steady")
+
+
+@slow
+def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
+    folder, port = tmp_path / "runs", jobs.free_port()
+    options = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one"]
+    options += ["--local-addr", "127.0.0.1", "--max-restarts", "3", "--rdzv-conf"]
+
+    def agent(*, is_host: bool) -> list[str]:
+        conf = f"last_call_timeout=5,is_host={int(is_host)}"
+        return [*jobs.torchrun(1, *options, conf), *jobs.settings(folder, "run", **SHORT)]
+
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else the second agent may not find the first one's store
+
+    def sizes() -> list[int]:
+        return [event["world_size"] for event in jobs.events(folder / "run", "start")]
+
+    with jobs.started(agent(is_host=True), env=env) as first:
+        with jobs.started(agent(is_host=False), env=env) as second:
+            assert jobs.until(lambda: newest(folder) >= 40 and sizes()[-1] == 2), first.text + second.text
+            for pid in [second.process.pid, *second.members()]:  # the node is gone, with all that ran there
+                os.kill(pid, signal.SIGKILL)
+            died_at = newest(folder)
+            assert first.end() == 0, first.text
+
+    assert sizes()[-1] == 1
+    assert jobs.events(folder / "run", "resume")[-1]["step"] >= died_at
+    assert jobs.events(folder / "run", "resume")[-1]["world_size"] == 1
+    assert newest(folder) == SHORT["train__max_steps"]
