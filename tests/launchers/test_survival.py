@@ -151,13 +151,12 @@ def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
     def sizes() -> list[int]:
         return [event["world_size"] for event in jobs.events(folder / "run", "start")]
 
-    with jobs.started(agent(is_host=True), env=env) as first:
-        with jobs.started(agent(is_host=False), env=env) as second:
-            assert jobs.until(lambda: newest(folder) >= 40 and sizes()[-1] == 2), first.text + second.text
-            for pid in [second.process.pid, *second.members()]:  # the node is gone, with all that ran there
-                os.kill(pid, signal.SIGKILL)
-            died_at = newest(folder)
-            assert first.end() == 0, first.text
+    with jobs.started(agent(is_host=True), env=env) as first, jobs.started(agent(is_host=False), env=env) as second:
+        assert jobs.until(lambda: newest(folder) >= 40 and sizes()[-1] == 2), first.text + second.text
+        for pid in [second.process.pid, *second.members()]:  # the node is gone, with all that ran there
+            os.kill(pid, signal.SIGKILL)
+        died_at = newest(folder)
+        assert first.end() == 0, first.text
 
     assert sizes()[-1] == 1
     assert jobs.events(folder / "run", "resume")[-1]["step"] >= died_at
