@@ -50,18 +50,21 @@ class Frame(NamedTuple):
         return f"{self.file}:{self.line} in {self.function}"
 
 
-def frames_of(text: str, thread: int) -> list[Frame]:
+def frames_of(text: str, thread: int, *, first: bool = False) -> list[Frame]:
     """The stack of one thread, innermost first, from what faulthandler wrote; of several dumps the last.
 
     A stack without a thread's name counts as that thread's.
 
     Args:
         thread: threading.get_ident() there.
+        first: of several dumps the first.
     """
     found: list[Frame] = []
     is_wanted = False
     for line in text.splitlines():
         if head := _THREAD.match(line):
+            if first and found:
+                break
             is_wanted = head["ident"] is None or int(head["ident"], 16) == thread
             found = [] if is_wanted else found
         elif is_wanted and (frame := _FRAME.match(line)):

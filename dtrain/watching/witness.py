@@ -68,13 +68,15 @@ async def give_evidence(
         # To ask a stopped rank for its stack, or one in a C call, sets it going: not before the others are asked.
         hush()
         await asyncio.sleep(ANSWER_S)
-    if file is not None and not text:
+    # A signal wakes what slept, so that the rank goes on and the helper thread answers late, with another place.
+    is_woken = file is not None and not text
+    if file is not None and is_woken:
         text = await stacks.ask_for_stack(ward.pid, ward.native_thread, file)
     evidence = {
         "host": socket.gethostname(),
         "pid": ward.pid,
         "state": state,
-        "stack": stacks.frames_of(text, ward.thread),
+        "stack": stacks.frames_of(text, ward.thread, first=is_woken),
         "collectives": answer.collectives if answer is not None else [],
         "text": text[:LONGEST_TEXT],
     }

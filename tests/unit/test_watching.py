@@ -452,6 +452,7 @@ def test_the_stack_of_one_thread_is_found_among_all() -> None:
     nameless = 'Stack (most recent call first):\n  File "/there/x.py", line 3 in f\n'
     assert frames_of(nameless, 1) == [Frame("/there/x.py", "3", "f")], "what a signal makes it write"
     assert frames_of(WRITTEN + WRITTEN.replace("line 6", "line 8"), 0x7FF15AA87B80)[0].line == "8"
+    assert frames_of(nameless + WRITTEN, 0x7FF15AA87B80, first=True) == [Frame("/there/x.py", "3", "f")]
 
 
 def test_what_the_interpreter_died_of_is_found() -> None:
