@@ -47,11 +47,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng, begin = random.Random(arguments.seed), time.monotonic()
-    steps = 40 * arguments.kills + 200
+    steps = 25 * arguments.kills + 200
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "runs"
         more = {"train__max_steps": steps, "train__log_every": 1, "checkpoint__every": 5}
-        assert jobs.run([*jobs.torchrun(), *jobs.settings(folder, "steady", **more)]).process.returncode == 0
+        undisturbed = jobs.settings(folder, "steady", **{**more, "checkpoint__every": steps})
+        with jobs.started([*jobs.torchrun(), *undisturbed]) as job:
+            assert job.end(seconds=1800) == 0, job.text
         start = jobs.torchrun(
             2, "--standalone", "--max-restarts", str(arguments.kills + 5), "--monitor-interval", "0.1"
         )
