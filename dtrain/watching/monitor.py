@@ -33,7 +33,7 @@ from dtrain.watching import endings, stacks
 from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, send, serve
 from dtrain.watching.report import Evidence
 from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.verdict import is_asked
+from dtrain.watching.verdict import is_asked, limit_of
 from dtrain.watching.witness import ANSWER_S, Answer, Ward, give_evidence
 
 KILL_AFTER_S = 0.7
@@ -193,7 +193,8 @@ class Monitor:
             self._silence.observe(pulse, state, now=time.monotonic(), period_s=self._period_s)
             seen = self._silence.seen(self._ward.rank, pulse)
             if is_asked(seen, self._ward.rules) and (answer := await self._ask()) is not None:
-                self._silence.answered(answer.collectives, is_debugged=answer.is_debugged)
+                limit_s = limit_of(seen, self._ward.rules) or 0.0
+                self._silence.answered(answer.collectives, is_debugged=answer.is_debugged, limit_s=limit_s)
                 seen = self._silence.seen(self._ward.rank, pulse)
             if pulse.phase == Phase.ENDING and seen.silent_s > ENDING_S:
                 os.kill(self._ward.pid, signal.SIGKILL)

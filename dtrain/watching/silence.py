@@ -15,6 +15,10 @@ def period_of(rules: Rules) -> float:
     return 2.0 if rules.hang_timeout_s is None else min(2.0, max(0.1, rules.hang_timeout_s / 10))
 
 
+FREE = 0.25
+"""For so much of its limit a rank must be seen outside of all collectives before that is held against it."""
+
+
 class Silence:
     """How long a rank has been silent, counted only while the monitor itself was awake.
 
@@ -24,9 +28,10 @@ class Silence:
 
     def __init__(self) -> None:
         self._beats, self._last = (-1, -1), time.monotonic()
-        self._silent_s = self._stopped_s = self._deaf_s = self._waited_s = 0.0
+        self._silent_s = self._stopped_s = self._deaf_s = self._waited_s = self._free_s = 0.0
         self._lock_s = self._passed_s = 0.0
         self._waits: bool | None = None
+        self._is_free, self._seen_free = False, (-1, -1)
         self._pending: list[tuple[str, int, str]] = []
 
     def observe(self, pulse: Pulse, state: str, *, now: float, period_s: float) -> None:
@@ -38,11 +43,21 @@ class Silence:
         self._deaf_s = 0.0 if is_held or pulse.lock_s != self._lock_s else self._deaf_s + passed
         self._beats, self._lock_s, self._last, self._passed_s = beats, pulse.lock_s, now, passed
         self._waits = None
+        if beats != self._seen_free:
+            self._is_free, self._seen_free = False, beats
 
-    def answered(self, collectives: Sequence[Mapping[str, Any]], *, is_debugged: bool) -> None:
-        """What the rank's helper thread says since the last look; see witness.Answer."""
+    def answered(self, collectives: Sequence[Mapping[str, Any]], *, is_debugged: bool, limit_s: float) -> None:
+        """What the rank's helper thread says since the last look; see witness.Answer.
+
+        Args:
+            limit_s: how long the rank may be silent.
+        """
         pending = [(each["group"], each["number"], each["name"]) for each in collectives if each["pending"]]
-        self._waits = bool(pending) if collectives else None
+        was_free, self._is_free = self._is_free, bool(collectives) and not pending
+        self._free_s = self._free_s + self._passed_s if was_free and self._is_free else 0.0
+        # One that was waiting until a moment ago has not been silent by itself.
+        is_sure = pending or self._free_s >= limit_s * FREE
+        self._waits = bool(pending) if collectives and is_sure else None
         self._waited_s = self._waited_s + self._passed_s if pending and pending == self._pending else 0.0
         self._pending = pending
         if is_debugged:

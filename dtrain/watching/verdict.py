@@ -72,7 +72,7 @@ def is_asked(seen: Seen, rules: Rules) -> bool:
     limit, most = limit_of(seen, rules), rules.hang_timeout_s
     if most is None or seen.stopped_s or RULES[seen.phase] is Rule.WAIT:
         return False
-    return seen.silent_s > (most / 2 if limit is None else limit)
+    return seen.silent_s > (most / 2 if limit is None else limit / 2)
 
 
 def hanging(ranks: Sequence[Seen], rules: Rules) -> bool:
@@ -88,7 +88,7 @@ def hanging(ranks: Sequence[Seen], rules: Rules) -> bool:
     if any(seen.stopped_s > limit for seen in ranks):
         return True
     late = [seen for seen in ranks if is_late(seen, rules)]
-    if any(seen.waits is False or seen.deaf_s > DEAF_S for seen in late):
+    if any(seen.waits is False or seen.deaf_s > max(DEAF_S, limit / 4) for seen in late):
         return True
     if late and not any(_may_come(seen, rules) for seen in ranks):
         return True

@@ -168,7 +168,8 @@ def test_long_work_is_no_hang_while_anybody_is_at_it() -> None:
 
 def test_a_rank_is_asked_what_it_waits_in_when_it_is_silent_for_long() -> None:
     assert is_asked(silent(0), RULES)
-    assert not is_asked(seen(0, silent_s=299.0), RULES)
+    assert is_asked(seen(0, silent_s=151.0), RULES)
+    assert not is_asked(seen(0, silent_s=149.0), RULES)
     assert is_asked(seen(0, Phase.EXPORT, silent_s=151.0), RULES)
     assert not is_asked(seen(0, Phase.EXPORT, silent_s=149.0), RULES)
     assert not is_asked(silent(0, Phase.WAITING_FOR_NODE), RULES)
@@ -218,17 +219,28 @@ def test_how_long_a_rank_waits_is_counted_for_one_collective() -> None:
     waited = []
     for number in (5, 5, 5, 6, 6):
         looks.look()
-        looks.silence.answered(trace(number), is_debugged=False)
+        looks.silence.answered(trace(number), is_debugged=False, limit_s=300.0)
         waited.append((looks.seen.waits, looks.seen.waited_s))
     looks.look()
     not_asked = looks.seen.waits
-    looks.silence.answered(trace(6, pending=False), is_debugged=False)
+    looks.silence.answered(trace(6, pending=False), is_debugged=False, limit_s=0.0)
     waited.append((looks.seen.waits, looks.seen.waited_s))
-    looks.silence.answered([], is_debugged=False)
+    looks.silence.answered([], is_debugged=False, limit_s=0.0)
 
     assert waited == [(True, 0.0), (True, 1.0), (True, 2.0), (True, 0.0), (True, 1.0), (False, 0.0)]
     assert not_asked is None
     assert looks.seen.waits is None, "a torch without a recorder"
+
+
+def test_a_rank_that_was_let_go_a_moment_ago_is_not_taken_for_silent_by_itself() -> None:
+    looks = Looks()
+    found = []
+    for is_pending in (True, True, False, False, False, False):
+        looks.look()
+        looks.silence.answered(trace(5, pending=is_pending), is_debugged=False, limit_s=8.0)
+        found.append(looks.seen.waits)
+
+    assert found == [True, True, None, None, False, False], "seen outside of collectives for a quarter of the limit"
 
 
 def test_a_rank_that_a_debugger_holds_is_neither_silent_nor_deaf() -> None:
@@ -244,7 +256,7 @@ def test_a_rank_that_a_debugger_holds_is_neither_silent_nor_deaf() -> None:
 def test_a_rank_that_waits_for_a_person_at_a_debugger_is_not_silent() -> None:
     looks = Looks()
     looks.look()
-    looks.silence.answered([], is_debugged=True)
+    looks.silence.answered([], is_debugged=True, limit_s=0.0)
 
     assert looks.seen.silent_s == 0.0
 
