@@ -85,7 +85,7 @@ def _source(config: Config) -> Path:
             )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"model.name_or_path={name} is a run folder: its model is {folder / 'model'}.")
-    if not any((folder / config_file).is_file() for config_file in ("config.json", "adapter_config.json")):
+    if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
         )
