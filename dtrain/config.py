@@ -1,6 +1,7 @@
 """Typed settings from a YAML file and `section.key=value` overrides, with every error at once, each with its place.
 
-What settings there are is said in schema.py, what an error says in wording.py. This is the only file that knows YAML.
+What settings there are is said in schema.py, what an error says in wording.py; YAML's own
+rules are in dialect.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dtrain.dialect import SCALARS, TAG, Loader, dump, show
 from dtrain.errors import ConfigError
 from dtrain.model_settings import BUILT_TOKENIZERS
 from dtrain.quickstart import QUICKSTART
@@ -84,7 +86,7 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
         problems += _unknown_changes(config, place)
     except ValidationError as error:
-        problems += complaints(error, Config, settings.values, place=place, show=_show)
+        problems += complaints(error, Config, settings.values, place=place, show=show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config if command in ("train", "download") else _with_the_model_as_it_is(config, command)
@@ -136,10 +138,7 @@ def _unknown_changes(config: Config, place: Callable[[Key], str]) -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """All settings as YAML in the order of the schema; `load_config` reads an equal config from it."""
-    text: str = yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120
-    )
-    return text
+    return dump(config.model_dump(mode="json"))
 
 
 def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
@@ -167,7 +166,7 @@ def _compare(old: Any, new: Any, key: Key) -> Iterator[Difference]:
         for name in dict.fromkeys([*new, *old]):
             yield from _compare(old.get(name, ABSENT), new.get(name, ABSENT), (*key, name))
     elif old != new:
-        yield Difference(name_of(key), _show(old), _show(new), _on_resume(key))
+        yield Difference(name_of(key), show(old), show(new), _on_resume(key))
 
 
 def _on_resume(key: Key) -> OnResume:
@@ -220,68 +219,6 @@ def _name_run(settings: _Settings, *, stem: str | None, command: str) -> None:
     run["name"] = name if command == "train" else f"{name}-{command}"
 
 
-# ---------------------------------------------------------------- YAML
-
-
-_TAG = "tag:yaml.org,2002:"
-
-
-class _Loader(yaml.SafeLoader):
-    """For parsing only. Plain scalars are YAML 1.2's: `1e-4` is a number; `no`, `1:30` and dates are text."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read back as text; short lists stay on one line."""
-
-
-for _kind, _pattern, _first in (
-    ("null", r"(~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
-    ("bool", r"(true|True|TRUE|false|False|FALSE)\Z", list("tTfF")),
-    ("int", r"[-+]?\d+(_\d+)*\Z", list("-+0123456789")),
-    (
-        "float",
-        r"([-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z",
-        list("-+.0123456789"),
-    ),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), _first)
-_Dumper.add_representer(
-    list,
-    lambda dumper, items: dumper.represent_sequence(
-        _TAG + "seq", items, flow_style=not any(isinstance(item, dict | list) for item in items)
-    ),
-)
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else None),
-)
-
-_SCALARS: dict[str, Callable[[str], Any]] = {
-    _TAG + "null": lambda text: None,
-    _TAG + "bool": lambda text: text.lower() == "true",
-    _TAG + "int": int,
-    _TAG + "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
-    _TAG + "str": str,
-}
-
-
-def _show(value: Any) -> str:
-    """A value as one line of YAML, cut where it is long."""
-    if value is ABSENT:
-        return "(not set)"
-    try:
-        text = yaml.dump(
-            value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
-        )
-    except yaml.YAMLError:
-        text = repr(value)
-    text = " ".join(text.removesuffix("...\n").split("\n")).strip()
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
 def _read_file(path: Path, settings: _Settings) -> dict[str, Any]:
     try:
         data = path.read_bytes()
@@ -300,7 +237,7 @@ def _read_file(path: Path, settings: _Settings) -> dict[str, Any]:
 def _parse(text: str, settings: _Settings, *, file: str) -> dict[str, Any]:
     """The mapping in a file's text. Syntax errors end it here: there is nothing to check further."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=Loader)
         values = {} if node is None else _read(node, (), Config, settings, file=file)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -311,7 +248,7 @@ def _parse(text: str, settings: _Settings, *, file: str) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{file}: an alias (*name) contains itself") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: expected sections (task:, model:, data:, ...), found {_show(values)}")
+        raise ConfigError(f"{file}: expected sections (task:, model:, data:, ...), found {show(values)}")
     return values
 
 
@@ -321,7 +258,7 @@ def _read(node: yaml.Node, key: Key, annotation: Any, settings: _Settings, *, fi
     Notes on the way where each key stands and which ones come twice. `file` is None on the command line.
     """
     place = _place(node, file)
-    if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+    if isinstance(node, yaml.MappingNode) and node.tag == f"{TAG}map":
         mapping: dict[str, Any] = {}
         for name, inner in node.value:
             below = (*key, name.value if isinstance(name, yaml.ScalarNode) else "?")
@@ -333,17 +270,17 @@ def _read(node: yaml.Node, key: Key, annotation: Any, settings: _Settings, *, fi
             settings.places[below] = _place(name, file)
             mapping[str(below[-1])] = _read(inner, below, inside(annotation, below[-1]), settings, file=file)
         return mapping
-    if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+    if isinstance(node, yaml.SequenceNode) and node.tag == f"{TAG}seq":
         items = enumerate(node.value)
         return [_read(item, (*key, i), inside(annotation, i), settings, file=file) for i, item in items]
-    is_null = node.tag == f"{_TAG}null"
+    is_null = node.tag == f"{TAG}null"
     if is_null and takes_mapping_only(annotation):
         return {}  # a section whose every line is commented out
     if isinstance(node, yaml.ScalarNode) and takes_text_only(annotation) and not is_null:
         return node.value
-    if node.tag in _SCALARS:
+    if node.tag in SCALARS:
         with suppress(ValueError):  # !!int abc
-            return _SCALARS[node.tag](node.value)
+            return SCALARS[node.tag](node.value)
     settings.problems.append(f"{place}: {name_of(key)} has the tag {node.tag}, which a config file has no use for.")
     return None
 
@@ -364,7 +301,7 @@ def _read_override(text: str, settings: _Settings) -> tuple[Key, Any] | None:
     annotation = at(Config, key)
     reading = _Settings()
     try:
-        node = yaml.compose(raw, Loader=_Loader)
+        node = yaml.compose(raw, Loader=Loader)
         value = None if node is None else _read(node, key, annotation, reading, file=None)
     except yaml.YAMLError as error:
         node, value = None, raw
@@ -389,7 +326,7 @@ def _apply(key: Key, value: Any, settings: _Settings) -> None:
         target = target[str(part)]
         if not isinstance(target, dict):
             settings.problems.append(
-                f"{_COMMAND_LINE}: {name_of(key)} cannot be set: {name_of(key[:depth])} is {_show(target)}. "
+                f"{_COMMAND_LINE}: {name_of(key)} cannot be set: {name_of(key[:depth])} is {show(target)}. "
                 f"Give {name_of(key[:depth])} as a whole."
             )
             return

@@ -36,6 +36,7 @@ LEVELS = {
             "mpi",
             "interrupts",
             "wording",
+            "dialect",
             "rollcall",
             "imports",
             "identity",
@@ -58,6 +59,7 @@ SIDEWAYS = {
     *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
     *[("schema", "task_settings"), ("schema", "model_settings")],
     ("schema", "command_settings"),
+    ("dialect", "wording"),
     *[("rollcall", "identity"), ("mpi", "launchers"), ("mpi", "network")],  # topology.py's parts
     *[("run_lock", "processes"), ("rollcall", "processes")],
 }
@@ -70,7 +72,7 @@ ONLY_IN = {
     "os.environ": ("main", "topology"),
     "torch.distributed": ("topology", "collectives", "watch", "watching.flight", "engine"),
     "deepspeed": ("engine.deepspeed",),
-    "yaml": ("config",),
+    "yaml": ("config", "dialect"),
 }
 """A thing, and the modules or packages that may use it."""
 
@@ -87,6 +89,7 @@ WITHOUT_TORCH = (
     "launchers",
     "network",
     "heartbeat",
+    "dialect",
     "config",
     "topology",
     "run_folder",
