@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,12 @@ def dump(values: Any) -> str:
     """Plain values as a YAML file, mappings in their order."""
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
+
+
+def quoted(text: str) -> str:
+    """A text as a value that is read as that text however it looks: null, 'quoted', nothing at all."""
+    value: str = yaml.dump(text, default_style='"', allow_unicode=True, width=sys.maxsize)
+    return value.removesuffix("\n")
 
 
 def show(value: Any) -> str:

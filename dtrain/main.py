@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from dtrain import console
 from dtrain.commands.farewell import done, end_of, hand_over, report, report_alone, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
+from dtrain.dialect import quoted
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
 from dtrain.interrupts import interruptible
 from dtrain.processes import age_s, began
@@ -117,8 +119,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if found.dry_run and found.command != "train":
         raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
     if found.command not in COMMANDS:
+        near = difflib.get_close_matches(found.command, COMMANDS, 1)
         raise ConfigError(
-            f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
+            f"{found.command} is not a command. Did you mean {near[0]}?"
+            if near
+            else f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
         )
     return found
 
@@ -130,7 +135,7 @@ def _spelt_out(found: argparse.Namespace) -> list[str]:
         ConfigError: one that belongs to another command.
     """
     short = {
-        "--text": ("predict", None if found.text is None else f"predict.text={found.text}"),
+        "--text": ("predict", None if found.text is None else f"predict.text={quoted(found.text)}"),
         "--merge": ("export", "export.merge=true" if found.merge else None),
     }
     for option, (command, setting) in short.items():
