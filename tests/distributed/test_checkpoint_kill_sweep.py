@@ -178,7 +178,7 @@ def sweep(
     raise AssertionError("the writer never ended")
 
 
-@pytest.mark.parametrize("power_cut", [False, True])
+@pytest.mark.parametrize("power_cut", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
     tmp_path: Path, power_cut: bool
 ) -> None:
@@ -188,12 +188,14 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
     assert moments >= 40
 
 
+@pytest.mark.slow
 def test_a_writer_that_renames_before_it_flushes_is_caught(tmp_path: Path) -> None:
     _, wrong = sweep(tmp_path, write_after_the_rename, newest_whole, power_cut=True)
 
     assert wrong
 
 
+@pytest.mark.slow
 def test_a_reader_that_looks_at_no_manifest_is_caught(tmp_path: Path) -> None:
     _, wrong = sweep(tmp_path, write_after_the_rename, newest_unchecked, power_cut=False)
 

@@ -96,7 +96,7 @@ STAGES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("form", [{}, SHARDED], ids=["portable", "sharded"])
+@pytest.mark.parametrize("form", [{}, pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["portable", "sharded"])
 def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Path, form: dict[str, Any]) -> None:
     taken: dict[int, list[int]] = {}
     name = f"elastic-{len(form)}"

@@ -93,6 +93,7 @@ main.console_script()
 """
 
 
+@pytest.mark.slow
 def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_path: Path) -> None:
     script = tmp_path / jobs.SCRIPT
     script.write_text(FSYNC_FAILS)
@@ -126,6 +127,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(disk: Path) ->
     assert sum("Read-only file system" in line for line in job.said) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_writer_ends_the_run_with_its_name(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:

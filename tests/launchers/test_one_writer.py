@@ -94,6 +94,7 @@ def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(
     assert jobs.exit_of(run)["code"] == 0
 
 
+@slow
 def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
@@ -113,6 +114,7 @@ def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_p
     assert "died without a word" not in job.text
 
 
+@slow
 def test_a_job_that_torchrun_starts_again_takes_the_lock_of_its_killed_rank_0_at_once(tmp_path: Path) -> None:
     command = [*jobs.torchrun(2, "--standalone", "--max-restarts", "1"), *train(tmp_path / "runs")]
     with jobs.started(command) as job:

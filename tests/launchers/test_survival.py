@@ -48,9 +48,9 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
         pytest.param(jobs.python, TERM, "launcher", 75, id="python-term"),
         pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=slow),
         pytest.param(jobs.torchrun, TERM, "launcher", 1, id="torchrun-term"),
-        pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1"),
-        pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term"),
-        pytest.param(jobs.mpirun, USR1, "launcher", 75, id="mpirun-usr1"),
+        pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1", marks=slow),
+        pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term", marks=slow),
+        pytest.param(jobs.mpirun, USR1, "launcher", 75, id="mpirun-usr1", marks=slow),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
@@ -82,6 +82,7 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
     assert jobs.events(folder / "run", "resume")[-1]["step"] == step
 
 
+@slow
 def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_otherwise(tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     with jobs.started([*jobs.python(), *jobs.settings(folder, "run", **LONG)]) as job:
@@ -97,6 +98,7 @@ def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_othe
     assert "train.max_minutes is over" in jobs.exit_of(folder / "run")["message"]
 
 
+@slow
 @pytest.mark.parametrize("start", [jobs.python, jobs.torchrun], ids=["python", "torchrun"])
 def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
     tmp_path: Path, start: Callable[[], list[str]]
@@ -117,7 +119,8 @@ def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
     assert tensors(folder, "run") == tensors(folder, "steady")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=slow)])
+@slow
+@pytest.mark.parametrize("kills", [2, 10])
 def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path, kills: int) -> None:
     folder, rng = tmp_path / "runs", random.Random(kills)
     start = jobs.torchrun(2, "--standalone", "--max-restarts", str(kills + 2), "--monitor-interval", "0.1")
@@ -136,6 +139,7 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
     assert tensors(folder, "run") == tensors(folder, "steady")
 
 
+@slow
 @slow
 def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
     folder, port = tmp_path / "runs", jobs.free_port()

@@ -94,7 +94,7 @@ def ends(job: Job) -> tuple[bool, str]:
 @pytest.mark.parametrize(
     ("fault", "workers", "place", "says"),
     [
-        pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps"),
+        pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps", marks=slow),
         pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
         pytest.param("holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock"),
     ],
@@ -145,6 +145,7 @@ def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: P
     assert len(numbers) >= 2, first
 
 
+@slow
 def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended_too(tmp_path: Path) -> None:
     command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
 
@@ -159,6 +160,7 @@ def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended_too
     assert "gloo:barrier [] at " in end["message"].splitlines()[0]
 
 
+@slow
 def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Path) -> None:
     settings = jobs.settings(tmp_path / "runs", "run", train__hang_timeout=LIMIT, train__max_steps=8)
 
@@ -199,6 +201,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(
     assert job.process.returncode in ((1,) if start is jobs.torchrun else (4, 137)), job.text
 
 
+@slow
 def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: Path) -> None:
     command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs")]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
@@ -277,6 +280,7 @@ main.console_script()
 """
 
 
+@slow
 def test_long_work_of_one_rank_is_not_taken_for_a_hang(tmp_path: Path) -> None:
     script = tmp_path / jobs.SCRIPT
     script.write_text(LONG)
