@@ -73,7 +73,9 @@ def test_a_start_that_forgets_something_is_caught(folder: Path, broken: str) -> 
 
 
 @pytest.mark.parametrize("changes", [FP16, THAW], ids=["fp16", "thaw"])
-@pytest.mark.parametrize("step", [4, PER_EPOCH, PER_EPOCH + 2])
+@pytest.mark.parametrize(
+    "step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (PER_EPOCH, PER_EPOCH + 2))]
+)
 def test_the_loss_scale_and_thawed_parts_are_gone_on_with(folder: Path, changes: dict[str, Any], step: int) -> None:
     name = f"{'thaw' if 'freeze.thaw' in changes else 'fp16'}-{step}"
 
@@ -96,7 +98,8 @@ STAGES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("form", [{}, pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["portable", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [{}, SHARDED], ids=["portable", "sharded"])
 def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Path, form: dict[str, Any]) -> None:
     taken: dict[int, list[int]] = {}
     name = f"elastic-{len(form)}"

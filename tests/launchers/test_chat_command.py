@@ -7,11 +7,14 @@ import random
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import jobs
 
 CHARACTERS = [chr(0x4E00 + number) for number in range(20)]
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_on_dialogues_answers_through_a_pipe_and_a_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     lines = ["\t".join(" ".join(rng.choices(CHARACTERS, k=4)) for _ in range(2)) for _ in range(40)]

@@ -61,6 +61,7 @@ def run(hub: str, home: Path, *commands: Sequence[str], offline: bool = False) -
     return [Ended(int(code), text) for text, code in zip(parts[::2], parts[1::2], strict=True)]
 
 
+@pytest.mark.slow
 def test_a_download_is_used_without_a_network_and_what_cannot_be_had_is_named(
     tmp_path: Path, model: Path, data: Path
 ) -> None:

@@ -65,7 +65,7 @@ def lines_after(job: Job, text: str) -> list[str]:
             marks=slow,
         ),
         # Its launcher sends a second signal after the first, and not to all ranks.
-        pytest.param(jobs.deepspeed, signal.SIGINT, "group", "Stopped by SIGINT", id="deepspeed-int-group"),
+        pytest.param(jobs.deepspeed, signal.SIGINT, "group", "Stopped by SIGINT", id="deepspeed-int-group", marks=slow),
         pytest.param(
             jobs.deepspeed, signal.SIGINT, "launcher", "The launcher (deepspeed)", id="deepspeed-int", marks=slow
         ),
@@ -116,7 +116,7 @@ def test_a_job_told_to_stop_before_it_trains_says_so_too(tmp_path: Path) -> None
     ("start", "target", "named"),
     [
         pytest.param(jobs.torchrun, "launcher", "torchrun", id="torchrun"),
-        pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner"),
+        pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner", marks=slow),
         pytest.param(jobs.deepspeed, "deepspeed.launcher.launch", "deepspeed", id="deepspeed-launch", marks=slow),
         pytest.param(jobs.mpirun, "launcher", "openmpi", id="mpirun", marks=slow),
     ],

@@ -21,6 +21,7 @@ def train(folder: Path, **more: object) -> list[str]:
     return jobs.settings(folder, "run", **{**endless, **more})
 
 
+@slow
 def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_killed(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.python(), *train(tmp_path / "runs")]) as first:

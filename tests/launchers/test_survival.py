@@ -45,7 +45,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 @pytest.mark.parametrize(
     ("start", "number", "target", "code"),
     [
-        pytest.param(jobs.python, TERM, "launcher", 75, id="python-term"),
+        pytest.param(jobs.python, TERM, "launcher", 75, id="python-term", marks=slow),
         pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=slow),
         pytest.param(jobs.torchrun, TERM, "launcher", 1, id="torchrun-term"),
         pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1", marks=slow),

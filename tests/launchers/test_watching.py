@@ -96,7 +96,9 @@ def ends(job: Job) -> tuple[bool, str]:
     [
         pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps", marks=slow),
         pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
-        pytest.param("holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock"),
+        pytest.param(
+            "holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock", marks=slow
+        ),
     ],
 )
 def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
@@ -240,7 +242,8 @@ def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Pa
     assert end["message"] in job.said[-1]
 
 
-@pytest.mark.parametrize("fault", ["sleeps", pytest.param("segfault", marks=slow)])
+@slow
+@pytest.mark.parametrize("fault", ["sleeps", "segfault"])
 def test_one_process_is_watched_as_well(tmp_path: Path, fault: str) -> None:
     command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
 
