@@ -1,7 +1,6 @@
 """Typed settings from a YAML file and `section.key=value` overrides, with every error at once, each with its place.
 
-What settings there are is said in schema.py, what an error says in wording.py; YAML's own
-rules are in dialect.py.
+What settings there are is said in schema.py, what an error says in wording.py, what YAML is here in dialect.py.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def test_one_process_trains_the_default(one_process: Path) -> None:
     ("start", "name"),
     [
         pytest.param(jobs.torchrun, "torchrun", id="torchrun"),
-        pytest.param(deepspeed_by_hostfile, "deepspeed", id="deepspeed-hostfile", marks=pytest.mark.slow),
-        pytest.param(jobs.deepspeed, "deepspeed", id="deepspeed"),
+        pytest.param(deepspeed_by_hostfile, "deepspeed", id="deepspeed-hostfile"),
+        pytest.param(jobs.deepspeed, "deepspeed", id="deepspeed", marks=pytest.mark.slow),
         pytest.param(jobs.mpirun, "openmpi", id="mpirun"),
     ],
 )

@@ -140,7 +140,6 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
 
 
 @slow
-@slow
 def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
     folder, port = tmp_path / "runs", jobs.free_port()
     options = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one"]
