@@ -6,11 +6,19 @@ hand. Nothing is opened or started here; topology.py forms the job from what thi
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
 from dtrain.errors import TopologyError
+
+JOB_ID = "DTRAIN_JOB_ID"
+"""Set by launch/*.sh to something that no other job has, so that no process of another is let in."""
+
+EXIT_FILE = "DTRAIN_EXIT_FILE"
+"""Set by launch/*.sh to a path of each host, where a rank writes why it ends, as into exit.json: a run that has no
+folder yet, or never gets one, has no exit.json."""
 
 TORCHRUN = "torchrun"
 """Begins the name of a job that torchrun started, in `launches_of`."""
@@ -86,17 +94,25 @@ def job_of(env: Mapping[str, str], launcher: str) -> tuple[dict[str, str], int, 
         The names it has, by what they are called (none under deepspeed, which gives none); how often the job was started
         again; and whether that number is the same on all nodes.
     """
+    given = {"job": _short(env[JOB_ID])} if env.get(JOB_ID) else {}
     match launcher:
         case "torchrun":
             # Each node's agent counts the failures of its own workers only.
             is_one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-            return {"rdzv id": env["TORCHELASTIC_RUN_ID"]}, _number(env, "TORCHELASTIC_RESTART_COUNT") or 0, is_one_node
+            names = {"rdzv id": env["TORCHELASTIC_RUN_ID"]}
+            return {**given, **names}, _number(env, "TORCHELASTIC_RESTART_COUNT") or 0, is_one_node
         case "openmpi" | "mpich" | "intelmpi" if env.get("PMIX_NAMESPACE"):
-            return {"MPI job": env["PMIX_NAMESPACE"]}, 0, True
+            return {**given, "MPI job": env["PMIX_NAMESPACE"]}, 0, True
         case "slurm" if env.get("SLURM_JOB_ID"):
             step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0"))
-            return {"Slurm step": f"{env['SLURM_JOB_ID']}.{step}"}, _number(env, "SLURM_RESTART_COUNT") or 0, True
-    return {}, 0, True
+            names = {"Slurm step": f"{env['SLURM_JOB_ID']}.{step}"}
+            return {**given, **names}, _number(env, "SLURM_RESTART_COUNT") or 0, True
+    return given, 0, True
+
+
+def _short(secret: str) -> str:
+    """Tells two secrets apart, and tells neither: a process that is turned away is shown it."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:12]
 
 
 def launches_of(env: Mapping[str, str], launcher: str) -> dict[str, int]:

@@ -94,7 +94,8 @@ make_venv() {
 install() { # install EXTRA
     announce_download
     rm -f "$venv/.dtrain-installed"
-    "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".${1:+[$1]}" || fail \
+    # --use-pep517: an old pip (Debian 12's) builds seqeval by setup.py, which fails where its build needs are not there.
+    "$venv/bin/python" -m pip install --disable-pip-version-check --use-pep517 -c constraints.txt -e ".${1:+[$1]}" || fail \
         "pip could not install dtrain: see above. Once that is mended, run this again; it begins anew."
     stamp "$1" >"$venv/.dtrain-installed.new"
     mv "$venv/.dtrain-installed.new" "$venv/.dtrain-installed"

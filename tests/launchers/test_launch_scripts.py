@@ -20,8 +20,9 @@ LIMIT_S = 30
 STUB = f"""#!/bin/sh
 case "$*" in
 "-m venv "*) echo venv >>"$NOTES"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-"-m pip "*) echo "pip for $8" >>"$NOTES"; sleep "${{PIP_S:-0}}"; exit "${{PIP_CODE:-0}}" ;;
+"-m pip "*) for what; do :; done; echo "pip for $what" >>"$NOTES"; sleep "${{PIP_S:-0}}"; exit "${{PIP_CODE:-0}}" ;;
 *import\\ torch*) exit 1 ;;
+"-m ruff "*|"-m mypy"*|"-m pytest"*) echo "$2" >>"$NOTES" ;;
 "-c import pip") exit 0 ;;
 *"import venv, ensurepip"*) exit "${{ENSUREPIP_CODE:-0}}" ;;
 *version_info*) exit "${{VERSION_CODE:-0}}" ;;
@@ -178,6 +179,37 @@ def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path)
 
     assert [process.wait(LIMIT_S) for process in both] == [0, 0]
     assert notes(checkout) == ["venv", "pip for ."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "user", "is_asked"), [(["--all"], 0, True), ([], 0, False), (["--all"], 1000, False)]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulated cluster is Linux's")
+def test_only_a_whole_test_run_by_root_installs_the_tools_of_a_simulated_cluster(
+    checkout: Path, arguments: list[str], user: int, is_asked: bool
+) -> None:
+    (checkout / "bin").mkdir()
+    for path, text in (
+        (checkout / "bin" / "id", f"#!/bin/sh\necho {user}\n"),
+        (
+            checkout / "launch" / "simulate-cluster",
+            "import os, sys\nprint(*sys.argv[1:], file=open('notes', 'a'))\nsys.exit(4)\n",
+        ),
+    ):
+        path.write_text(text)
+        path.chmod(0o755)
+
+    ended = subprocess.run(
+        [str(checkout / "launch" / "test"), *arguments],
+        env=environment(checkout, PATH=f"{checkout / 'bin'}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+    assert ended.returncode == 0, ended.stderr  # also where they cannot be had: those tests then say so
+    checks = ["ruff", "ruff", "mypy", "pytest"]
+    assert notes(checkout) == ["venv", "pip for .[dev]", *(["install"] if is_asked else []), *checks]
 
 
 MAIN = """
