@@ -1,0 +1,45 @@
+"""What a healthy host answers the doctor, for tests of its judgement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dtrain.fleet.checks import Answer
+from dtrain.fleet.findings import OK, Finding
+
+GIB = 1 << 30
+
+SHM = {"path": "/dev/shm", "total": 16 * GIB, "free": 16 * GIB, "writable": True}
+
+ROOM = {"path": "/data", "total": 500 * GIB, "free": 100 * GIB, "writable": True}
+
+LOOK: dict[str, Any] = {
+    "host": "node",
+    "python": "3.11.7",
+    "versions": {"torch": "2.13.0", "deepspeed": "0.19.8"},
+    "code": "0123456789abcdef",
+    "folder": True,
+    "port": 40000,
+    "cores": 8,
+    "addresses": {"node1": "10.0.0.1", "node2": "10.0.0.2", "node3": "10.0.0.3"},
+    "own_address": "10.0.0.1",
+    "open_files": [65536, 1 << 20],
+    "locked_memory": [8 << 20, 8 << 20],
+    "shm": SHM,
+    "runs": ROOM,
+    "hf_cache": {**ROOM, "path": "/cache"},
+    "memory": {"total": 64 * GIB, "available": 60 * GIB},
+    "cpu_limit": None,
+    "infiniband": [],
+    "gpus": None,
+}
+
+GPUS = {"names": ["H200", "H200"], "driver": "570.1", "cuda": "12.8", "usable": 2, "nccl": "2.27.3"}
+
+
+def answered(host: str, *, slots: int = 2, off: float = 0.0, **look: Any) -> Answer:
+    return Answer(host, slots, "", {**LOOK, "machine": host, **look}, off)
+
+
+def bad_of(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.state != OK]
