@@ -39,6 +39,7 @@ def _all_reduce(tensor: Tensor, topology: Topology, operation: Any) -> Tensor:
     if not _has_peers(topology):
         return tensor.clone()
     wire = _to_wire(tensor.clone(), tensor.device)
+    topology.traffic.add(wire.nbytes)
     dist.all_reduce(wire, op=operation)
     return wire.to(tensor.device)
 
@@ -48,6 +49,7 @@ def reduce_sum(tensor: Tensor, topology: Topology, *, dst: int = 0) -> Tensor | 
     if not _has_peers(topology):
         return tensor.clone()
     wire = _to_wire(tensor.clone(), tensor.device)
+    topology.traffic.add(wire.nbytes)
     dist.reduce(wire, dst=dst, op=dist.ReduceOp.SUM)
     return wire.to(tensor.device) if topology.rank == dst else None
 
@@ -70,15 +72,18 @@ def broadcast(tensor: Tensor | None, topology: Topology, *, src: int = 0, like: 
         wire = _to_wire(
             tensor.detach().clone() if is_source and tensor is not None else torch.empty_like(like), like.device
         )
+        topology.traffic.add(wire.nbytes)
         dist.broadcast(wire, src=src)
         return wire.to(like.device)
     header = _host_wire(
         header_of(tensor) if tensor is not None and is_source else torch.empty(HEADER_SIZE, dtype=torch.int64)
     )
+    topology.traffic.add(header.nbytes)
     dist.broadcast(header, src=src)
     size = num_bytes(header)
     payload = _host_wire(bytes_of(tensor) if tensor is not None and is_source else torch.empty(size, dtype=torch.uint8))
     if size:
+        topology.traffic.add(size)
         dist.broadcast(payload, src=src)
     return restore(payload, header)
 
@@ -95,12 +100,14 @@ def scatter(tensors: Sequence[Tensor] | None, topology: Topology, *, src: int = 
         assert len(tensors) == topology.world_size, f"{len(tensors)} tensors for {topology.world_size} ranks"
         headers = torch.stack([header_of(tensor) for tensor in tensors])
     headers = _host_wire(headers)
+    topology.traffic.add(headers.nbytes)
     dist.broadcast(headers, src=src)
     width = max(num_bytes(header) for header in headers)
     payload = _host_wire(torch.empty(width, dtype=torch.uint8))
     if topology.rank == src and tensors is not None:
         parts = [_host_wire(padded(bytes_of(tensor), width)) for tensor in tensors]
     if width:
+        topology.traffic.add(width)
         dist.scatter(payload, parts, src=src)
     return restore(payload, headers[topology.rank])
 
@@ -112,6 +119,7 @@ def gather(tensor: Tensor, topology: Topology, *, dst: int = 0) -> list[Tensor] 
     headers, payload = _announce(tensor, topology)
     parts = [torch.empty_like(payload) for _ in headers] if topology.rank == dst else None
     if payload.numel():
+        topology.traffic.add(payload.nbytes)
         dist.gather(payload, parts, dst=dst)
     return None if parts is None else [restore(part, header) for part, header in zip(parts, headers, strict=True)]
 
@@ -123,6 +131,7 @@ def all_gather(tensor: Tensor, topology: Topology) -> list[Tensor]:
     headers, payload = _announce(tensor, topology)
     parts = [torch.empty_like(payload) for _ in headers]
     if payload.numel():
+        topology.traffic.add(payload.nbytes)
         dist.all_gather(parts, payload)
     return [restore(part, header) for part, header in zip(parts, headers, strict=True)]
 
@@ -140,6 +149,7 @@ def broadcast_object(obj: JSON | None, topology: Topology, *, src: int = 0) -> J
 def barrier(topology: Topology) -> None:
     """Collective. Returns when every rank has called it."""
     if _has_peers(topology):
+        topology.traffic.add(4)
         # Not dist.barrier, which guesses a device.
         dist.all_reduce(_host_wire(torch.zeros(1)))
 
@@ -247,6 +257,7 @@ def _announce(tensor: Tensor, topology: Topology) -> tuple[list[Tensor], Tensor]
     """All ranks' headers, and this rank's bytes padded to the longest of them."""
     header = _host_wire(header_of(tensor))
     headers = [torch.empty_like(header) for _ in range(topology.world_size)]
+    topology.traffic.add(header.nbytes)
     dist.all_gather(headers, header)
     return headers, _host_wire(padded(bytes_of(tensor), max(map(num_bytes, headers))))
 

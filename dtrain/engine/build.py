@@ -49,6 +49,10 @@ def build_engine(
             from dtrain.engine.single import SingleEngine
 
             return SingleEngine(module, optimizer, config, topology)
+        case "ddp" if config.train.local_steps > 1 and topology.world_size > 1:
+            from dtrain.engine.local import LocalEngine
+
+            return LocalEngine(module, optimizer, config, topology)
         case "ddp":
             from dtrain.engine.ddp import DdpEngine
 

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.engine.exchange import exchange_of
+from dtrain.engine.protocol import ReadSlots, StepResult
 from dtrain.engine.single import SingleEngine
+from dtrain.engine.state import optimizers_own
 from dtrain.errors import ConfigError
 from dtrain.schema import Config
 from dtrain.topology import Topology
@@ -29,6 +32,7 @@ class DdpEngine(SingleEngine):
             # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
             # attribute 'meta'"); in one graph the exchange of gradients overlaps less with backward.
             torch._dynamo.config.optimize_ddp = False
+        self._exchange = exchange_of(config, topology, module)
         # Buffers stay as they are: running statistics are frozen or labelled inexact (README); a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(
@@ -37,7 +41,11 @@ class DdpEngine(SingleEngine):
             **_without_buffer_broadcast(),
             gradient_as_bucket_view=True,
             find_unused_parameters=config.engine.find_unused,
+            bucket_cap_mb=self._exchange.bucket_mb,
         )
+        self._replica.register_comm_hook(self._exchange, lambda exchange, bucket: exchange.average(bucket))
+        learning = sum(parameter.requires_grad for parameter in module.parameters())
+        self._marks_unused = 4 * learning if config.engine.find_unused else 0
         self.model = self._replica
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -49,6 +57,8 @@ class DdpEngine(SingleEngine):
             if last:
                 with self.autocast():
                     yield
+                if self._marks_unused:  # which rank used what: a collective that DDP makes by itself
+                    self.topology.traffic.add(self._marks_unused)
             else:
                 with self._replica.no_sync(), self.autocast():
                     yield
@@ -60,14 +70,30 @@ class DdpEngine(SingleEngine):
                 ) from error
             raise
 
-    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+    def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         # DDP orders its buckets anew after the first backward pass. From three ranks on the order in which a number's
         # parts are added depends on its place in a bucket, so that a run that went on would differ in the last digit.
-        if self.topology.world_size < 3:
+        # What an exchange remembers of a bucket must not meet another one.
+        if self.topology.world_size < 3 and not self._exchange.warms_up:
             return
         with self.micro_batch(last=True):
             self.backward(loss() * 0.0)
         self._optimizer.zero_grad(set_to_none=True)
+        self._exchange.begin(step)
+
+    def step(self, *, discard: bool = False) -> StepResult:
+        result = super().step(discard=discard)
+        if not result.applied:
+            self._exchange.forget()
+        return result
+
+    def _memory(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self._exchange.memory()
+
+    def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
+        slots = read(name, shape)
+        self._exchange.load_memory(name, slots)
+        return optimizers_own(slots)
 
     def release(self) -> nn.Module:
         module = super().release()

@@ -21,13 +21,14 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.engine.forward import autocast
-from dtrain.engine.protocol import ParameterState, ReadSlots, Shard, StepResult
+from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
     STEP,
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
+    optimizers_own,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
@@ -40,9 +41,11 @@ class DeepSpeedEngine:
     """One DeepSpeed engine over a plain module and a torch optimizer."""
 
     name = "deepspeed"
+    local: Apart | None = None
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
         self.topology = topology
+        topology.traffic.is_whole = topology.world_size == 1  # DeepSpeed's own collectives pass us by
         self.stage = config.engine.zero_stage or 0
         # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
         self.lock_step = self.stage >= 2
@@ -54,7 +57,7 @@ class DeepSpeedEngine:
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         deepspeed = _import_quietly()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config), dist_init_required=False
+            model=module, optimizer=optimizer, config=deepspeed_config(config, topology), dist_init_required=False
         )
         self.model: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
@@ -74,7 +77,7 @@ class DeepSpeedEngine:
     def backward(self, loss: torch.Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+    def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         """Nothing: its buckets are fixed when it is built."""
 
     def gradient_norms(self) -> dict[str, float]:
@@ -198,15 +201,18 @@ class DeepSpeedEngine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def load_named_slots(self, read: ReadSlots) -> None:
+        def own(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+            return optimizers_own(read(name, shape))
+
         trainable = [(name, p, _whole_shape(p)) for name, p in self.module.named_parameters() if p.requires_grad]
         if self.stage > 0:
-            keys = next((sorted(slots) for name, _, shape in trainable if (slots := read(name, shape))), [])
+            keys = next((sorted(slots) for name, _, shape in trainable if (slots := own(name, shape))), [])
             if not keys:
                 return
             self._create_slots(keys)
             self._link_slots()
         for name, parameter, shape in trainable:
-            slots = read(name, shape)
+            slots = own(name, shape)
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
@@ -305,7 +311,7 @@ class DeepSpeedEngine:
         return module
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
+def deepspeed_config(config: Config, topology: Topology) -> dict[str, Any]:
     """What DeepSpeed is told: the keys that dtrain owns over those that the user passes through."""
     passed = dict(config.engine.deepspeed)
     stage = config.engine.zero_stage or 0
@@ -322,6 +328,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
             # Otherwise gradients of most layers travel in the lower precision, which single and ddp do not do.
             "lower_precision_safe_modules": ["torch.nn.Identity"],
         }
+    if config.engine.gradient_wire == "bf16" and topology.world_size > 1:
+        owned["communication_data_type"] = "bf16"
     # Offload insists on DeepSpeed's own CPU Adam, which it compiles; torch's optimizer gives the same answer without.
     defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     return {**defaults, **passed, **owned}

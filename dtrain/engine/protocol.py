@@ -57,11 +57,31 @@ class Shard(NamedTuple):
 ReadSlots = Callable[[str, torch.Size], Mapping[str, torch.Tensor]]
 
 
+class Apart(Protocol):
+    """What the loop needs of an engine whose ranks step on their own share and average weights later (train.local_steps)."""
+
+    every: int
+    """Steps between averages."""
+
+    def own_norm(self) -> float:
+        """L2 norm of this rank's gradient, before clipping. Between the last backward and `step`."""
+        ...
+
+    def took(self, own_weight: float, weight: float) -> None:
+        """A step was applied: this rank's summed weight in it, and all ranks'."""
+        ...
+
+    def average(self) -> None:
+        """Collective. Weights and moments become their mean over ranks, by the weights of the steps since the last time."""
+        ...
+
+
 class Engine(Protocol):
     """A model that learns on every rank alike. Every method is a collective.
 
     Gradients are sums: `backward` takes a loss already scaled by world_size / summed weight of the whole step, and the
-    engine averages over ranks, so that the result is the gradient of (sum of losses / sum of weights).
+    engine averages over ranks, so that the result is the gradient of (sum of losses / sum of weights). With `local` the
+    loss is scaled by 1 / this rank's own weight.
     """
 
     name: str
@@ -70,6 +90,8 @@ class Engine(Protocol):
     """Call it for the forward pass in training."""
     module: nn.Module
     """The bare model: evaluation, generation, export."""
+    local: Apart | None
+    """Where ranks take steps of their own; None where gradients cross ranks in every step."""
     lock_step: bool
     """Forward or backward of one micro-batch is a collective (ZeRO 2 and 3): all ranks need equal numbers of them."""
 
@@ -90,13 +112,13 @@ class Engine(Protocol):
         """Adds the gradient of `loss`, already scaled by world_size / summed weight of the step."""
         ...
 
-    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+    def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         """Once before the first step of an engine: what its very first backward pass would do otherwise than later ones.
 
         Leaves weights, moments and gradients as they are.
 
         Args:
-            loss: of any micro-batch, which counts for nothing.
+            loss: of any micro-batch, which counts for nothing. step: of the data, 0-based, that comes next.
         """
         ...
 
@@ -134,8 +156,9 @@ class Engine(Protocol):
         ...
 
     def local_state(self) -> Iterator[Shard]:
-        """This rank's part of every parameter, buffer and slot, without sending any; all ranks' parts make the whole.
+        """This rank's part of every parameter, buffer and slot, without gathering any; all ranks' parts make the whole.
 
+        With engine.powersgd the ranks average what they remember first, so that it is a collective there, too.
         As with `named_state`, a tensor is there until the next one is asked for.
         """
         ...

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from dtrain.engine.forward import autocast
-from dtrain.engine.protocol import ParameterState, ReadSlots, Shard, StepResult
+from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
+    optimizers_own,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
@@ -30,9 +31,11 @@ class SingleEngine:
 
     name = "single"
     lock_step = False
+    local: Apart | None = None
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
         self.topology = topology
+        topology.traffic.is_whole = True  # whatever engine was there before
         self.module = module
         self.model = module
         self._optimizer = optimizer
@@ -57,7 +60,7 @@ class SingleEngine:
         with torch.autocast(self._device_type, enabled=False):
             torch.autograd.backward(self._scaler.scale(loss))
 
-    def warm_up(self, loss: Callable[[], torch.Tensor]) -> None:
+    def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         """Nothing."""
 
     def gradient_norms(self) -> dict[str, float]:
@@ -85,21 +88,31 @@ class SingleEngine:
             yield name, host_copy(parameter) if self.topology.is_main else None
 
     def named_state(self, *, here: bool) -> Iterator[ParameterState]:
+        memory = self._memory()
         for name, parameter in self.module.named_parameters():
-            slots = slot_tensors(self._optimizer.state.get(parameter, {})) if here else {}
-            yield ParameterState(name, parameter.detach() if here else None, slots)
+            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **memory.get(name, {})}
+            yield ParameterState(name, parameter.detach() if here else None, slots if here else {})
         for name, buffer in self.module.named_buffers():
             yield ParameterState(name, buffer if here else None, {})
 
+    def _memory(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Collective. Further slots, by parameter."""
+        return {}
+
     def load_named_slots(self, read: ReadSlots) -> None:
         for name, parameter in self.module.named_parameters():
-            slots = read(name, parameter.shape) if parameter.requires_grad else {}
+            slots = self._read_slots(name, parameter.shape, read) if parameter.requires_grad else {}
             if slots:
                 self._optimizer.state[parameter] = device_slots(slots, parameter)
 
+    def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
+        """Collective. The optimizer's."""
+        return optimizers_own(read(name, shape))
+
     def local_state(self) -> Iterator[Shard]:
+        memory = self._memory()
         for name, parameter in self.module.named_parameters():
-            slots = slot_tensors(self._optimizer.state.get(parameter, {}))
+            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **memory.get(name, {})}
             yield from replicated_shards(name, parameter, slots, self.topology)
         for name, buffer in self.module.named_buffers():
             yield from replicated_shards(name, buffer, {}, self.topology)

@@ -15,6 +15,15 @@ STEP = "step"
 """What every torch optimizer calls its count of steps; it stays on the host."""
 
 
+EXCHANGE = "exchange_"
+"""What the names of slots begin with that belong to the exchange between ranks, and to no optimizer."""
+
+
+def optimizers_own(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that an optimizer made."""
+    return {key: value for key, value in slots.items() if not key.startswith(EXCHANGE)}
+
+
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host: floating point in fp32 (float64 stays), other types as they are."""
     copied = tensor.detach().to("cpu", copy=True)

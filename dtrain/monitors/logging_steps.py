@@ -1,8 +1,9 @@
-"""A train line every k steps."""
+"""A train line every k steps, and what the steps sent between ranks."""
 
 from __future__ import annotations
 
 from dtrain.monitors.protocol import Decision, Log, StepRecord
+from dtrain.traffic import Traffic
 
 
 class LogSteps:
@@ -11,10 +12,14 @@ class LogSteps:
     def __init__(self, every: int, tracker: Log) -> None:
         self._every = every
         self._tracker = tracker
+        self._sent, self._steps = Traffic(), 0
 
     def after_step(self, record: StepRecord) -> Decision:
         due = record.step % self._every == 0 or record.step == 1 or record.is_last or not record.finite
         self._tracker.step(record.examples)
+        if record.traffic is not None:
+            self._sent.add(record.traffic.payload_bytes, collectives=record.traffic.collectives)
+            self._steps += 1
         if due:
             self._tracker.train(
                 step=record.step,
@@ -25,5 +30,23 @@ class LogSteps:
                 examples=record.examples,
                 targets=record.targets,
                 applied=record.applied,
+                **sent(record),
             )
         return Decision.CONTINUE
+
+    def per_step(self) -> dict[str, float]:
+        """What one step of this start sent on the average; nothing where that is not known."""
+        if not self._steps:
+            return {}
+        return {
+            "collectives_per_step": self._sent.collectives / self._steps,
+            "payload_bytes_per_step": self._sent.payload_bytes / self._steps,
+        }
+
+
+def sent(record: StepRecord) -> dict[str, int]:
+    """Collectives of the step, and bytes of the tensors given to them by one rank; nothing where that is not known."""
+    traffic = record.traffic
+    if traffic is None:
+        return {}
+    return {"collectives": traffic.collectives, "payload_bytes": traffic.payload_bytes}

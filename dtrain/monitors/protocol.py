@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
+from dtrain.traffic import Traffic
+
 
 class Decision(IntEnum):
     """The largest answer of all monitors on all ranks holds."""
@@ -69,6 +71,9 @@ class StepRecord:
     answers, is finite here. faults: where the loss was not. ends_epoch, is_last: of the epoch, of the run.
     metrics: of an evaluation after this step; filled in by the evaluation monitor, read by the monitors below it.
     gradient_norms: of each parameter, before clipping, at the steps that train.log_gradients names.
+    averaged: whether all ranks hold the same weights after it; false between two averages of train.local_steps.
+    traffic: what this rank sent in it, evaluation and checkpoints apart; None where the engine does not tell. Alike on
+    every rank.
     """
 
     step: int
@@ -85,6 +90,8 @@ class StepRecord:
     is_last: bool
     metrics: Mapping[str, float] | None = None
     gradient_norms: Mapping[str, float] | None = None
+    averaged: bool = True
+    traffic: Traffic | None = None
 
 
 class Log(Protocol):

@@ -1,0 +1,151 @@
+"""The settings of slow links: what goes together, and what a run with them is called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dtrain.commands import plan, saving
+from dtrain.commands.plan import exactness
+from dtrain.config import load_config
+from dtrain.data.order import StepPlan
+from dtrain.errors import ConfigError
+from dtrain.monitors.protocol import RunState
+from dtrain.topology import SINGLE
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["engine.gradient_wire=bf16", "engine.zero_stage=1", "engine.precision=bf16"],
+            ["engine.gradient_wire=bf16", "engine.precision=bf16", "engine.zero_stage=1", "would send fp32"],
+        ),
+        (
+            ["engine.gradient_wire=bf16", "engine.deepspeed.communication_data_type=bf16"],
+            ["engine.deepspeed.communication_data_type", "engine.gradient_wire"],
+        ),
+        (["engine.powersgd={rank: 2}", "engine.name=deepspeed"], ["engine.powersgd is ddp's"]),
+        (["train.local_steps=4", "engine.deepspeed.steps_per_print=5"], ["train.local_steps=4 is ddp's"]),
+        (["train.local_steps=4", "engine.gradient_wire=bf16"], ["engine.gradient_wire=bf16 and train.local_steps=4"]),
+        (["engine.powersgd={}", "engine.gradient_wire=bf16"], ["engine.gradient_wire=bf16 and engine.powersgd"]),
+        (["engine.powersgd={}", "train.local_steps=4"], ["engine.powersgd and train.local_steps=4", "give one"]),
+        (["engine.powersgd={}", "engine.precision=fp16"], ["engine.powersgd with engine.precision=fp16"]),
+        (["train.local_steps=4", "engine.precision=fp16"], ["train.local_steps=4 with engine.precision=fp16"]),
+        (["engine.powersgd={}", "engine.find_unused=true"], ["engine.powersgd with engine.find_unused"]),
+        (["train.local_steps=4", "train.eval_every=6"], ["train.eval_every=6", "multiple of 4"]),
+        (["train.local_steps=4", "checkpoint.every=10"], ["checkpoint.every=10", "multiple of 4"]),
+        (["train.local_steps=4", "train.check_replicas=1"], ["train.check_replicas=1", "multiple of 4"]),
+        (["train.local_steps=4", "train.log_gradients=4"], ["train.log_gradients", "train.local_steps=4"]),
+        (["engine.bucket_mb=5", "engine.powersgd={}"], ["engine.bucket_mb=5", "engine.powersgd does without"]),
+        (["engine.bucket_mb=5", "engine.zero_stage=1"], ["engine.bucket_mb=5", "DeepSpeed does without"]),
+        (["engine.bucket_mb=5", "engine.zero_stage=1", "engine.gradient_wire=bf16"], ["bucket_mb=5", "DeepSpeed does"]),
+        (["engine.bucket_mb=5", "train.local_steps=4"], ["bucket_mb=5", "train.local_steps=4 does without"]),
+        (["engine.bucket_mb=0"], ["engine.bucket_mb=0", "0"]),
+        (["train.local_steps=0"], ["train.local_steps=0", "at least 1"]),
+        (["engine.gradient_wire=fp16"], ["engine.gradient_wire", "bf16"]),
+        (["engine.powersgd={rank: 0}"], ["engine.powersgd.rank=0", "at least 1"]),
+        (["engine.powersgd={start_step: 1}"], ["engine.powersgd.start_step=1", "at least 2"]),
+        (["engine.powersgd={ranks: 1}"], ["engine.powersgd.ranks", "engine.powersgd.rank"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, overrides)
+
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_deepspeed_takes_bf16_on_the_wire_where_it_heeds_it() -> None:
+    load_config(None, ["engine.gradient_wire=bf16", "engine.zero_stage=3"])
+    load_config(None, ["engine.gradient_wire=bf16", "engine.zero_stage=0", "engine.precision=bf16"])
+
+
+def test_ddps_buckets_may_be_rounded() -> None:
+    load_config(None, ["engine.bucket_mb=5", "engine.gradient_wire=bf16"])
+
+
+def test_one_config_goes_from_one_process_to_a_cluster_and_back() -> None:
+    for setting in ("engine.gradient_wire=bf16", "engine.powersgd={rank: 2}", "train.local_steps=4"):
+        for engine in ("auto", "single", "ddp"):
+            load_config(None, [setting, f"engine.name={engine}"])
+
+
+def test_multiples_of_the_local_steps_and_ends_of_epochs_are_good_places() -> None:
+    load_config(None, ["train.local_steps=4", "train.eval_every=8", "checkpoint.every=4", "train.check_replicas=12"])
+    load_config(None, ["train.local_steps=4", "train.eval_every=2 epochs"])
+    load_config(None, ["train.local_steps=4", "train.eval_every=never"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ([], "same loss at every step"),
+        (["engine.gradient_wire=bf16"], "same method, other rounding (bf16 on the wire)"),
+        (["engine.powersgd={rank: 2, start_step: 50}"], "another algorithm: gradients of rank 2 from step 50 on"),
+        (["train.local_steps=4"], "another algorithm: weights averaged every 4 steps"),
+    ],
+)
+def test_a_run_says_how_exact_it_is(overrides: list[str], label: str) -> None:
+    config = load_config(None, overrides)
+
+    assert exactness(config, "ddp", 2).startswith(label)
+    assert exactness(config, "single", 1).startswith("same loss at every step")
+
+
+TWO = replace(SINGLE, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["engine.powersgd={start_step: 20}"], "no gradient will cross as factors, for engine.powersgd.start_step=20"),
+        (["engine.powersgd={start_step: 19}"], ""),
+        (["train.local_steps=4", "train.eval_every=never"], "waits for the next average of the weights, up to 4 steps"),
+    ],
+)
+def test_the_banner_says_what_a_setting_does_not_do_or_costs(overrides: list[str], told: str) -> None:
+    config = load_config(None, [*overrides, "train.max_steps=20"])
+    steps = StepPlan(1000, 32, 8, 0, True)
+
+    words = "\n".join(plan._warnings(config, TWO, steps))
+
+    assert told in words
+    assert bool(told) == bool(words)
+    assert plan._warnings(config, SINGLE, steps) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "exchange"), [([], None), (["engine.gradient_wire=bf16"], "2.0"), (["engine.powersgd={}"], "12.0")]
+)
+def test_the_banner_counts_the_memory_that_the_exchange_takes(overrides: list[str], exchange: str | None) -> None:
+    config = load_config(None, overrides)
+
+    words = plan._memory(config, TWO, "ddp", 2**20, 2**20)
+
+    assert ("exchange" in words) == (exchange is not None)
+    assert exchange is None or f"exchange {exchange} MiB" in words
+    assert "exchange" not in plan._memory(config, SINGLE, "single", 2**20, 2**20)
+
+
+@pytest.mark.parametrize(("world_size", "slots"), [(1, 2), (2, 3)])
+def test_only_ranks_that_exchange_need_room_for_what_they_remember(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, slots: int
+) -> None:
+    asked: list[int] = []
+
+    class Saver:
+        def __init__(self, *_arguments: Any, **_more: Any) -> None: ...
+
+        def prepare(self, _module: Any, *, slots: int) -> None:
+            asked.append(slots)
+
+    monkeypatch.setattr(saving, "Saver", Saver)
+    config, nothing = load_config(None, ["engine.powersgd={}", "checkpoint.every=5"]), Any
+    there = replace(SINGLE, world_size=world_size)
+
+    saving.Checkpoints(config, there, nothing, nothing, state=RunState(), tracker=nothing, engine=nothing)  # type: ignore[arg-type]
+
+    assert asked == [slots]
