@@ -1,0 +1,57 @@
+"""How the ranks of a node share its cores: threads always, binding where the user asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dtrain import cores
+from dtrain.collectives import all_gather_object
+from dtrain.console import log
+from dtrain.topology import Topology
+
+
+def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> None:
+    """Collective. Sets this rank's number of threads from what all ranks of its node may use; binds it if told to.
+
+    Args:
+        env: the environment; OMP_NUM_THREADS in it (torchrun sets 1 by itself) decides the threads alone.
+        bind: run.bind_cores.
+    """
+    own = cores.allowed()
+    told = all_gather_object([topology.node_rank, topology.local_rank, sorted(own)], topology)
+    masks = {local_rank: mask for node, local_rank, mask in told if node == topology.node_rank}
+    share = cores.share(topology.local_rank, masks, cores.cores_of(own), cores.time_limit())
+    if not env.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(share.threads)
+    if not bind:
+        return
+    if torch.cuda.is_available():
+        log.info("run.bind_cores is for ranks on CPU: a rank with a GPU belongs near it, which its launcher knows.")
+    elif share.cpus is None:
+        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cores.as_text(own), share.why)
+    else:
+        _bind(share, topology)
+
+
+def _bind(share: cores.Share, topology: Topology) -> None:
+    """Binds this rank, which goes on where it is if that is not allowed."""
+    assert share.cpus is not None
+    cpus, threads = cores.as_text(share.cpus), torch.get_num_threads()
+    try:
+        cores.bind(share.cpus)
+    except OSError as error:
+        log.warning("run.bind_cores: rank %d cannot be bound to CPUs %s: %s.", topology.rank, cpus, error.strerror)
+        return
+    log.info("run.bind_cores: rank 0 runs on CPUs %s: %s.", cpus, share.why)
+    if threads < share.threads and topology.is_node_main:
+        log.warning(
+            "run.bind_cores: rank %d is bound to %d cores and uses %d: OMP_NUM_THREADS=%d decides, which torchrun sets by "
+            "itself. Set OMP_NUM_THREADS=%d, or start the job by a script of launch/.",
+            topology.rank,
+            share.threads,
+            threads,
+            threads,
+            share.threads,
+        )
