@@ -8,9 +8,11 @@ wake-up does not: a helper thread then gives the main thread `grace_s` and ends 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -21,6 +23,8 @@ from dtrain.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what Slurm's --signal and people send ahead of the end; mpirun passes it on and lives."""
+
+PR_SET_PDEATHSIG = 1
 
 PATIENCE_S = 3.0
 """From then on a further signal ends the process at once. Sooner it may be the first one, passed on by a launcher."""
@@ -115,9 +119,21 @@ def _forget_in_child() -> None:
     if signal.getsignal(signal.SIGTERM) not in (_raise_once, _heard_already):
         return
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how a pool ends its processes
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_to_parent() -> None:
+    """In a helper process that its parent needs until it has stopped in good order: it hears none of our signals.
+
+    Launchers send them to all processes of a rank (Slurm's --signal and scancel, torchrun): a helper that died of one
+    would make an error of a stop with a checkpoint. Its parent's end ends it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def _end_if_deaf(

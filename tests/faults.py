@@ -176,7 +176,8 @@ def _steps(topology: Topology, setting: Setting) -> Iterator[Any]:
 
     def take(step: int, *, discard: bool = False) -> Any:
         run.loop.train_mode(run.engine.module)
-        run_micro_batches(run.engine, run.task, coming[step], weight=float(coming[step].examples), seed=7)
+        scale = topology.world_size / coming[step].examples
+        run_micro_batches(run.engine, run.task, coming[step], scale=scale, seed=7)
         return run.engine.step(discard=discard)
 
     yield run.engine, take

@@ -92,6 +92,13 @@ def write_down(end: End, config: Config, beat: Beat) -> None:
         write_exit(config.run_dir / "exit.json", **asdict(end))
 
 
+def tell_launcher(end: End, topology: Topology) -> None:
+    """Writes an end where launch/*.sh looks for it when the run has no exit.json; the first rank of a node wins."""
+    file = topology.exit_file
+    if file is not None and file.parent.is_dir():
+        write_exit(file, **asdict(end))
+
+
 def done(topology: Topology) -> End:
     """The good end."""
     return End(0, "done", topology.rank, socket.gethostname(), "done")
@@ -146,6 +153,7 @@ def report_alone(error: BaseException, config: Config, topology: Topology, *, is
     """What `report` does where the ranks have not met, or have parted: each knows its own side only."""
     ignore_further()
     end = end_of(error, topology)
+    tell_launcher(end, topology)
     if is_noted:
         write_down(end, config, topology.beat)
     if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_said_elsewhere", False):
@@ -173,6 +181,7 @@ def _settle(error: BaseException, config: Config, job: Job, *, follows: bool, is
     if not follows and own.code != PREEMPTED:
         job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
     first = _in_time(lambda: _first_cause(own, job.board), own)
+    tell_launcher(first, job.topology)
     if is_noted and getattr(error, "is_noted", True):
         write_down(first, config, job.topology.beat)
     return own, first

@@ -44,14 +44,17 @@ def words_of_death(rank: int, pid: int, file: int | None, thread: int) -> str:
     return f"{who} died: {fatal} at {place_of(frames)}."
 
 
-async def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> None:
+async def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path, *, of_all: bool = True) -> None:
     """Writes down how the job ends and prints it, in a few seconds at most, whatever a disk does.
 
     Without evidence it is a death, which another may have told already: then it is not told again.
+
+    Args:
+        of_all: whether all ranks are judged where this is called. Else another may live that writes the job's files.
     """
     message = end["message"]
     if end["owns_folder"]:
-        found = await _within(FILES_S, partial(_write_down, end, ranks, run_dir))
+        found = await _within(FILES_S, partial(_write_down, end, ranks, run_dir, of_all=of_all))
         silence = f"{message}\n  {run_dir} did not answer for {FILES_S:g} s: nothing is written down there"
         message, is_news = found if found is not None else (silence, True)
         if not is_news:
@@ -75,12 +78,12 @@ async def _within(limit_s: float, work: Callable[[], T]) -> T | None:
     return found[0] if found else None
 
 
-def _write_down(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path) -> tuple[str, bool]:
+def _write_down(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path, *, of_all: bool) -> tuple[str, bool]:
     """Gives what is to be said, and whether it has not been said already."""
     message, file = end["message"], run_dir / "exit.json"
     if not run_dir.is_dir():
         return message, True
-    if ranks:
+    if ranks and of_all:
         try:
             write_text_atomic(run_dir / STACKS, "\n\n".join(_titled(each) for each in ranks))
             message += f"\n  the stacks of all ranks: {run_dir / STACKS}"

@@ -30,12 +30,18 @@ AFTER_ERROR_S = 4.0
 """How long ranks may go on after another one has died, or has said why it ends; they are told to end then."""
 
 QUIET_S = 30.0
-"""A monitor that says nothing for so long is out of reach."""
+QUIET_AT_LEAST_S = 10.0
+"""A monitor that says nothing for so long is out of reach; sooner where ranks may not be silent for as long."""
 
 JOINING_S = 30.0
 """A monitor that has not come by then does not come."""
 
 LONGEST_LINE = 2**20
+
+
+def quiet_of(rules: Rules) -> float:
+    """How long a monitor, or the hub, may say nothing until it counts as out of reach, in seconds."""
+    return min(QUIET_S, max(QUIET_AT_LEAST_S, rules.hang_timeout_s or QUIET_S))
 
 
 @dataclass
@@ -75,6 +81,7 @@ class Hub:
         self._is_over = self._is_said = self._has_ended = False
         self._followed: asyncio.Task[None] | None = None
         self._begin_s, self._has_warned = time.monotonic(), False
+        self._quiet_s = quiet_of(rules)
 
     def join(self, rank: int, member: Member) -> None:
         """A monitor has come."""
@@ -108,10 +115,15 @@ class Hub:
         """The line to a monitor is closed. It alone may have been killed: that is no reason to end a healthy job."""
         self._members[rank].is_lost = True
 
+    def stand_down(self) -> None:
+        """Another hub judges from here on."""
+        self._is_over = self._has_ended = True
+
     async def judge(self, period_s: float) -> None:
         """Looks at all ranks for as long as the job goes on."""
         while not self._is_over:
             await asyncio.sleep(period_s)
+            self._tell_all({"here": True})
             missing = self._missing()
             if missing is not None and hanging([*self._all_seen(), *missing], self._rules):
                 await self._end_hang()
@@ -143,7 +155,7 @@ class Hub:
         for member in self._members.values():
             if member.seen is not None and not member.has_left:
                 unheard = now - member.heard_s
-                is_away = member.is_lost or unheard > QUIET_S
+                is_away = member.is_lost or unheard > self._quiet_s
                 found.append(replace(member.seen, unheard_s=unheard if is_away else 0.0))
         return found
 
@@ -155,6 +167,8 @@ class Hub:
         waiting = [self._members[rank] for rank, each in seen.items() if each.unheard_s == 0]
         while not all(member.has_testified for member in waiting) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        if self._has_ended:  # it stood down meanwhile: who waited may go on
+            return
         ranks = [self._evidence_of(rank, each) for rank, each in sorted(seen.items())]
         text, guilty = report.message(ranks, self._rules, stacks=None)
         first = next((each for each in ranks if each.rank in guilty), ranks[0])
@@ -166,7 +180,7 @@ class Hub:
                 "host": first.host,
                 "message": text,
                 "ranks": guilty,
-                "step": first.seen.step + 1,
+                "step": max(each.seen.step for each in ranks) + 1,
                 "owns_folder": any(member.owns_folder for member in self._members.values()),
             },
             ranks,

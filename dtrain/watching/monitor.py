@@ -23,17 +23,17 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dtrain import network
 from dtrain.console import log
 from dtrain.errors import TopologyError
-from dtrain.heartbeat import Phase, read
+from dtrain.heartbeat import RULES, Phase, Rule, read
 from dtrain.watching import endings, stacks
-from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, send, serve
+from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, quiet_of, send, serve
 from dtrain.watching.report import Evidence
 from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.verdict import is_asked, limit_of
+from dtrain.watching.verdict import Seen, is_asked, limit_of
 from dtrain.watching.witness import ANSWER_S, Answer, Ward, give_evidence
 
 KILL_AFTER_S = 0.7
@@ -49,7 +49,7 @@ ENDING_S = 20.0
 """How long a rank may take over its own last words."""
 
 ALONE = 10.0
-"""How many times the limit a rank gets whose monitor has lost the others."""
+"""How many times train.hang_timeout a rank gets whose monitor has lost the others, outside of the steps that it times."""
 
 ALONE_S = 5.0
 """How long it goes on alone before that is said."""
@@ -57,6 +57,22 @@ ALONE_S = 5.0
 PR_SET_NAME = 15
 
 TO_THE_HUB_S = 10.0
+
+PAUSE = 3
+"""After a pause of the whole job no more than so many periods of the hub's silence are counted."""
+
+
+class Place(NamedTuple):
+    """Where all monitors meet. token: a word that only this job knows. host, pid: of rank 0, beside which the hub is."""
+
+    address: str
+    port: int
+    token: str
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"{self.address} port {self.port}"
 
 
 def run(ward: Ward) -> None:
@@ -91,9 +107,10 @@ class Monitor:
         self._to_rank: asyncio.StreamWriter
         self._asked: deque[asyncio.Future[Answer]] = deque()
         self._done = asyncio.Event()
-        self._over = self._released = self._said = False
+        self._over = self._released = self._said = self._judges_all = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._hub: Hub | None = None
+        self._stand_in: Hub | None = None
         self._handle: int | None = None
         self._workers: list[int] = []
 
@@ -128,7 +145,7 @@ class Monitor:
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        error = task.exception()
+        error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, OSError):  # a connection that breaks is seen elsewhere
             log.warning("the monitor of rank %d: %s: %s", self._ward.rank, type(error).__name__, error)
 
@@ -142,7 +159,7 @@ class Monitor:
                 case {"serve": where}:
                     await self._serve(where)
                 case {"join": where}:
-                    self._start(self._join(where))
+                    self._start(self._join(Place(*where)))
                 case {"answer": found}:
                     asked = self._asked.popleft()  # answers come in the order of the questions
                     if not asked.done():
@@ -217,6 +234,7 @@ class Monitor:
 
     async def _serve(self, where: Message | None) -> None:
         """Opens the hub. `where` None: for this rank alone, without a socket."""
+        self._judges_all = True
         ranks = range(where["world_size"]) if where is not None else [self._ward.rank]
         hub = self._new_hub(ranks, self._ward.rules.hang_timeout_s)
         if where is None:
@@ -237,7 +255,8 @@ class Monitor:
         await asyncio.start_server(
             lambda reader, writer: serve(hub, reader, writer, token=token), sock=listener, limit=LONGEST_LINE
         )
-        send(self._to_rank, {"serving": [where["address"], listener.getsockname()[1], token]})
+        place = Place(where["address"], listener.getsockname()[1], token, socket.gethostname(), self._ward.pid)
+        send(self._to_rank, {"serving": place})
 
     def _new_hub(self, ranks: Iterable[int], hang_timeout_s: float | None) -> Hub:
         self._hub = Hub(ranks, replace(self._ward.rules, hang_timeout_s=hang_timeout_s), self._speak)
@@ -250,36 +269,92 @@ class Monitor:
         hub.join(rank, Member(self._obey, socket.gethostname(), self._ward.pid))
         self._tell_hub = lambda message: hub.receive(rank, message)
 
-    async def _join(self, where: list[Any]) -> None:
+    async def _join(self, where: Place) -> None:
         """Connects to the hub and obeys it; goes on alone when it has gone without a word, or is not to be had."""
-        address, port, token = where
         why = "its connection has ended"
         try:
             reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(address, port, limit=LONGEST_LINE), TO_THE_HUB_S
+                asyncio.open_connection(where.address, where.port, limit=LONGEST_LINE), TO_THE_HUB_S
             )
-            send(writer, {"token": token, "rank": self._ward.rank, "host": socket.gethostname(), "pid": self._ward.pid})
-            self._tell_hub = lambda message: send(writer, message)
-            while line := await reader.readline():
-                self._obey(json.loads(line))
+            hello = {"rank": self._ward.rank, "host": socket.gethostname(), "pid": self._ward.pid}
+            send(writer, {"token": where.token, **hello})
+            await self._follow(reader, writer, where)
         except (OSError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             why = str(error) or f"it does not answer within {TO_THE_HUB_S:g} s"
-        if self._over or self._done.is_set():
-            return
+        if self._over or self._done.is_set() or self._stand_in is not None:
+            return  # a connection that was dead, and has ended now, tells nothing new
         # Whether the others still work is not known any more, so that a rank that waits is given much longer.
         limit = self._ward.rules.hang_timeout_s
         self._attach(self._new_hub([self._ward.rank], limit and limit * ALONE))
         await asyncio.sleep(ALONE_S)  # with its host the job ends, and there is no need to say more
         if not (self._over or self._done.is_set()):
             log.warning(
-                "Rank %d is watched alone: rank 0's monitor at %s port %d is out of reach (%s). "
-                "A hang that it shares with others ends it after %g times train.hang_timeout.",
+                "Rank %d is watched alone: rank 0's monitor at %s is out of reach (%s). "
+                "A hang that it shares with others ends it after %g times train.hang_timeout at the latest.",
                 self._ward.rank,
-                address,
-                port,
+                where,
                 why,
                 ALONE,
             )
+
+    async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, where: Place) -> None:
+        """Obeys the hub until the connection ends. While it is silent, the rank is judged here.
+
+        It speaks every few seconds, so that its node or the network is gone when it does not; the others' monitors see
+        the same from their side. A rank that waits for them then waits no longer than it may.
+        """
+        to_hub = self._tell_hub = partial(send, writer)
+        quiet_s, silent_s, line = quiet_of(self._ward.rules), 0.0, asyncio.ensure_future(reader.readline())
+        while True:
+            begin = time.monotonic()
+            heard, _ = await asyncio.wait({line}, timeout=min(quiet_s, self._period_s))
+            if not heard:
+                silent_s += min(time.monotonic() - begin, PAUSE * self._period_s)
+                if silent_s >= quiet_s:
+                    self._judge_here(to_hub, where, silent_s)
+                continue
+            if not (text := line.result()):  # nor is an error a sign of life: it leaves here
+                return
+            if self._stand_in is not None:
+                self._stand_in.stand_down()
+                self._hub = self._stand_in = None
+                self._tell_hub = to_hub
+                send(self._to_rank, {"hush": False})
+                log.warning("Rank %d on %s hears rank 0's monitor again.", self._ward.rank, socket.gethostname())
+            silent_s = 0.0
+            self._obey(json.loads(text))
+            line = asyncio.ensure_future(reader.readline())
+
+    def _judge_here(self, to_hub: Callable[[Message], None], where: Place, silent_s: float) -> None:
+        """A hub for this rank alone, until the other one is heard again, which is told what it may still hear.
+
+        Rank 0 is a member of which nothing is heard, taken to be in a step where this rank is, else at long work; the
+        other hub takes this rank for lost after the same time.
+        """
+        if self._hub is not None or self._over or self._done.is_set():
+            return
+        stand_in = self._stand_in = self._new_hub([self._ward.rank], self._ward.rules.hang_timeout_s)
+        since = time.monotonic() - silent_s
+        pulse = read(self._ward.memory)
+        there = Silence().seen(0, pulse) if RULES[pulse.phase] is Rule.STEP else Seen(0, Phase.STARTING)
+        away = Member(lambda _: None, where.host, where.pid, there, heard_s=since, is_lost=True)
+        stand_in.join(0, away)
+        self._attach(stand_in)
+        to_stand_in = self._tell_hub
+
+        def tell_both(message: Message) -> None:
+            to_stand_in(message)
+            if "evidence" not in message:  # which only the one that has asked wants
+                to_hub(message)
+
+        self._tell_hub = tell_both
+        log.warning(
+            "Rank %d on %s has heard nothing of rank 0's monitor at %s for %.0f s: is the network up, and its node?",
+            self._ward.rank,
+            socket.gethostname(),
+            where,
+            silent_s,
+        )
 
     def _obey(self, message: Message) -> None:
         """What the hub says."""
@@ -296,7 +371,7 @@ class Monitor:
 
     async def _speak(self, end: Message, ranks: Sequence[Evidence]) -> None:
         self._said = True
-        await endings.speak(end, ranks, self._ward.run_dir)
+        await endings.speak(end, ranks, self._ward.run_dir, of_all=self._judges_all)
 
 
 def _name_process(name: bytes) -> None:

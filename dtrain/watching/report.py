@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dtrain.heartbeat import WORDS, Phase
 from dtrain.watching.stacks import STATES, Frame
-from dtrain.watching.verdict import DEAF_S, Rules, Seen, is_late, limit_of
+from dtrain.watching.verdict import DEAF_S, Rules, Seen, is_gone, is_late, limit_of
 
 Kind = Literal["alone", "differ", "together"]
 
@@ -112,7 +112,7 @@ def blame(ranks: Sequence[Evidence], rules: Rules) -> tuple[Kind, list[Evidence]
     """
     late = [each for each in ranks if is_late(each.seen, rules)]
     for guilty in (
-        [each for each in ranks if each.seen.unheard_s > (rules.hang_timeout_s or 0.0)],
+        [each for each in ranks if is_gone(each.seen, rules)],
         [each for each in ranks if each.is_stopped],
         _own_fault(late) or _own_fault(ranks),  # who has only begun to work is not to blame
         [each for each in ranks if not each.heard],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import logging
 import mmap
 import os
 import select
@@ -62,6 +63,7 @@ class Watch:
         self._channel, self._pid = channel, pid
         self._news: News | None = None
         self._has_news, self._is_serving, self._is_hushed, self._is_left = (threading.Event() for _ in range(4))
+        self._handlers: list[logging.Handler] = []
         self._where: Any = None
         self._why = ""
         self._is_closed = threading.Event()
@@ -152,8 +154,8 @@ class Watch:
         self._channel.close()
 
     def _heed(self, message: dict[str, Any]) -> None:
-        if message.get("hush"):
-            self._hush()
+        if "hush" in message:
+            self._hush() if message["hush"] else self._speak_again()
         match message:
             case {"ask": _, **more}:
                 if self._file is not None and "hush" in more:
@@ -174,8 +176,16 @@ class Watch:
     def _hush(self) -> None:
         """What the main thread would still print or write down is of no use."""
         self._is_hushed.set()
+        self._handlers += log.handlers
         log.handlers[:] = []
         log.disabled = True
+
+    def _speak_again(self) -> None:
+        """The end that was decided on is called off."""
+        if self._is_hushed.is_set():
+            log.disabled = False
+            log.handlers[:], self._handlers = self._handlers, []
+            self._is_hushed.clear()
 
 
 @contextmanager

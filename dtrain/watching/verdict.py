@@ -92,7 +92,7 @@ def hanging(ranks: Sequence[Seen], rules: Rules) -> bool:
         return True
     if late and not any(_may_come(seen, rules) for seen in ranks):
         return True
-    on_the_way = [seen for seen in ranks if RULES[seen.phase] is not Rule.WAIT and seen.unheard_s <= limit]
+    on_the_way = [seen for seen in ranks if _is_on_the_way(seen, rules)]
     return bool(on_the_way) and all(_is_stuck(seen, rules) for seen in on_the_way)
 
 
@@ -100,6 +100,24 @@ def is_late(seen: Seen, rules: Rules) -> bool:
     """Whether that rank is silent for longer than it may be where it is."""
     limit = limit_of(seen, rules)
     return limit is not None and seen.silent_s > limit and seen.unheard_s <= limit
+
+
+def is_gone(seen: Seen, rules: Rules) -> bool:
+    """Whether nothing has been heard of that rank for longer than it might be silent where it was last."""
+    limit = limit_of(seen, rules) or rules.hang_timeout_s
+    return limit is not None and seen.unheard_s > limit
+
+
+def _is_on_the_way(seen: Seen, rules: Rules) -> bool:
+    """Whether others may wait for that rank.
+
+    One that began to wait for another's work only now was at work itself until then; who waited in a collective for that
+    goes on, and may not have said so yet.
+    """
+    assert rules.hang_timeout_s is not None
+    if is_gone(seen, rules):
+        return False
+    return RULES[seen.phase] is not Rule.WAIT or seen.silent_s <= rules.hang_timeout_s / 3
 
 
 def _is_stuck(seen: Seen, rules: Rules) -> bool:
@@ -118,7 +136,7 @@ def _is_stuck(seen: Seen, rules: Rules) -> bool:
 def _may_come(seen: Seen, rules: Rules) -> bool:
     """Whether that rank is at work, for all that is known, so that others wait for it with reason."""
     assert rules.hang_timeout_s is not None
-    if seen.unheard_s > rules.hang_timeout_s or seen.stopped_s > rules.hang_timeout_s:
+    if is_gone(seen, rules) or seen.stopped_s > rules.hang_timeout_s:
         return False
     if RULES[seen.phase] is Rule.WAIT:
         return False

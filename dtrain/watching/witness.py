@@ -55,7 +55,7 @@ async def give_evidence(
 ) -> None:
     """Tells what can be seen of the rank, then once more with its data workers, which may be slow to answer, or many.
 
-    From here on there is no way back, and the rank prints no more.
+    The rank prints no more from here on, unless its end is called off.
 
     Args:
         ask, hush: of the helper thread: what it knows; that the main thread falls silent. tell: to the hub.

@@ -56,14 +56,6 @@ def lines_after(job: Job, text: str) -> list[str]:
         pytest.param(jobs.torchrun, signal.SIGINT, "group", "Stopped by SIGINT", id="torchrun-int-group"),
         pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "Stopped by SIGINT", id="torchrun-int", marks=slow),
         pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "Stopped by SIGTERM", id="torchrun-term", marks=slow),
-        pytest.param(
-            jobs.torchrun,
-            signal.SIGTERM,
-            "rank 1",
-            f"Rank 1 on {HOST} ended: Stopped by SIGTERM",
-            id="rank",
-            marks=slow,
-        ),
         # Its launcher sends a second signal after the first, and not to all ranks.
         pytest.param(jobs.deepspeed, signal.SIGINT, "group", "Stopped by SIGINT", id="deepspeed-int-group", marks=slow),
         pytest.param(
@@ -96,6 +88,24 @@ def test_a_job_told_to_stop_is_gone_in_10_s_and_says_so_once(
         assert said in end["message"] or end["message"] in job.said[-1]
         assert [line for line in lines_after(job, "  loss ") if said not in line] == []
         assert sum(said in line for line in job.said) == 1, job.text
+
+
+@slow
+def test_one_rank_told_to_stop_ends_all_and_exit_json_names_it(tmp_path: Path) -> None:
+    with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
+        job.wait_for("  loss ")
+        send(job, signal.SIGTERM, "rank 1")
+        assert job.gone_within(GONE_S), job.members()
+        code = job.end()
+
+    assert code != 0
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (1, "Interrupted", 1)
+    assert end["message"].startswith("Stopped by SIGTERM"), end
+    assert not jobs.own_traceback(job), job.text
+    (line,) = lines_after(job, "  loss ")
+    # torchrun sees rank 1 go as well and stops rank 0, which may be sooner than the broken connection.
+    assert line.removeprefix("error: ").removeprefix(f"Rank 1 on {HOST} ended: ").startswith("Stopped by SIGTERM"), line
 
 
 def test_a_job_told_to_stop_before_it_trains_says_so_too(tmp_path: Path) -> None:
@@ -335,7 +345,45 @@ def test_ranks_started_with_other_settings_are_refused_and_the_setting_is_named(
     assert job.process.returncode == 2, job.text
     host = os.uname().nodename
     assert f"  run.seed: 0 on rank 0 ({host}), 1 on rank 1 ({host})" in job.out
-    assert job.text.count("started with different settings") == 1
+    assert job.text.count(f"error: Rank 1 ({host}) was started with other settings than rank 0 ({host}):") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+OTHER_NODE = """
+import os, time
+from dtrain.commands import session
+
+versions, clock = session.versions, time.time
+if os.environ["RANK"] == "1":
+    {planted}
+from dtrain.main import console_script
+console_script()
+"""
+
+
+@pytest.mark.parametrize(
+    ("planted", "once", "told"),
+    [
+        (
+            "session.versions = lambda: {**versions(), 'torch': '2.12.0'}",
+            "Rank 1 (HOST) has other software",
+            "2.12.0 on rank 1",
+        ),
+        ("time.time = lambda: clock() - 3600", "ages of shared files", "The clock of rank 1 (HOST) is 3600 s behind"),
+    ],
+    ids=["torch", "clock"],
+)
+def test_a_node_with_other_software_or_another_time_is_refused_and_it_is_named(
+    planted: str, once: str, told: str, tmp_path: Path
+) -> None:
+    script = tmp_path / jobs.SCRIPT
+    script.write_text(OTHER_NODE.replace("{planted}", planted))
+    settings = jobs.settings(tmp_path / "runs", "run")
+
+    job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings], env={"PYTHONPATH": str(jobs.ROOT)})
+
+    assert told.replace("HOST", os.uname().nodename) in job.text
+    assert job.text.count(once.replace("HOST", os.uname().nodename)) == 1
     assert not (tmp_path / "runs").exists()
 
 

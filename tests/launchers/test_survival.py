@@ -82,6 +82,23 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
     assert jobs.events(folder / "run", "resume")[-1]["step"] == step
 
 
+@pytest.mark.parametrize("number", [TERM, USR1], ids=["term", "usr1"])
+def test_a_signal_to_all_processes_of_a_rank_takes_no_data_worker_from_it(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Slurm's --signal and torchrun reach the data workers as well: dead, they would make an error of the stop."""
+    settings = jobs.settings(tmp_path / "runs", "run", **LONG, data__workers=1, checkpoint__every=100000)
+    with jobs.started([*jobs.python(), *settings]) as job:
+        job.wait_for("  loss ")
+        os.killpg(job.process.pid, number)
+        code = job.end()
+        is_gone = job.gone_within(10)
+
+    assert code == 75, job.text
+    assert newest(tmp_path / "runs") > 0
+    assert is_gone
+
+
 @slow
 def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_otherwise(tmp_path: Path) -> None:
     folder = tmp_path / "runs"

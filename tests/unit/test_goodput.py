@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from dtrain.arguments import parse
 from dtrain.commands.goodput import Account, account_of, describe, run_goodput
 from dtrain.errors import ConfigError, DataError
-from dtrain.main import main, parse
+from dtrain.main import main
 
 BOOT = 1000.0
 """Wall time less monotonic time."""
@@ -283,7 +284,7 @@ def test_words_after_the_command_are_a_folder_and_settings() -> None:
     assert (found.command, found.run, found.overrides) == ("goodput", Path("runs/cola"), [])
     assert parse(["goodput", "run.name=x"]).overrides == ["run.name=x"]
     assert parse(["train", "run.name=x"]).run is None
-    with pytest.raises(ConfigError, match="--json is of the goodput command; train has no such output"):
+    with pytest.raises(ConfigError, match="--json is of the commands goodput and doctor; train has no such output"):
         parse(["train", "--json"])
 
 

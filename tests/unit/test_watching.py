@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 
 from dtrain import heartbeat
+from dtrain.console import log
 from dtrain.heartbeat import Beat, Phase, read
 from dtrain.watching import endings, hub, monitor, report, stacks
 from dtrain.watching.hub import Hub, Member
 from dtrain.watching.report import Collective, Evidence, blame, message
 from dtrain.watching.silence import Silence, period_of
 from dtrain.watching.stacks import Frame, ask_workers, fatal_error_in, frames_of, is_debugged
+from dtrain.watching.start import Watch
 from dtrain.watching.verdict import Rules, Seen, hanging, is_asked, limit_of
 from dtrain.watching.witness import Answer, Ward, give_evidence
 
@@ -139,6 +141,20 @@ def test_a_node_that_is_out_of_reach_is_no_reason_to_wait() -> None:
     assert not hanging([silent(0, waits=True), seen(1, Phase.EXPORT, unheard_s=31.0)], RULES)
 
 
+def test_a_node_that_is_lost_in_a_step_is_waited_for_as_long_as_a_step_may_take() -> None:
+    quick = {"steps_timed": 5, "median_s": 0.1}
+    waiting = seen(0, silent_s=62.0, waits=True, **quick)
+
+    assert hanging([waiting, seen(1, unheard_s=61.0, **quick)], RULES)
+    assert not hanging([waiting, seen(1, unheard_s=59.0, **quick)], RULES)
+    assert not hanging([waiting, seen(1, Phase.CHECKPOINT, unheard_s=61.0, **quick)], RULES), "it was at long work"
+    assert not hanging([waiting, seen(1, unheard_s=61.0)], RULES), "its first step has no other limit"
+
+    known = Evidence(replace(waiting, waits=None), "node0", 100, stack=[STEP])
+    lost = Evidence(seen(1, unheard_s=61.0, **quick), "node1", 101, heard=False)
+    assert blame([known, lost], RULES) == ("alone", [lost])
+
+
 def test_without_a_limit_nothing_hangs() -> None:
     assert not hanging([silent(0), seen(1, stopped_s=1e6)], Rules(None))
 
@@ -163,6 +179,7 @@ def test_long_work_is_no_hang_while_anybody_is_at_it() -> None:
     assert not hanging([stuck(0), stuck(1, silent_s=299.0)], RULES)
     assert not hanging([stuck(0), stuck(1, waited_s=5.0)], RULES), "one collective after the other"
     assert not hanging([silent(0, Phase.WAITING_FOR_NODE), silent(1, Phase.WAITING_FOR_NODE)], RULES)
+    assert not hanging([stuck(0), seen(1, Phase.WAITING_FOR_NODE, silent_s=0.2)], RULES), "it has just let rank 0 go"
     assert not hanging([silent(0, Phase.WAITING_FOR_NODE), seen(1, Phase.PREPARING, unheard_s=301.0)], RULES)
 
 
@@ -509,7 +526,8 @@ def test_a_hang_is_told_once_and_ends_all_ranks_with_code_4(monkeypatch: pytest.
 
     (end,) = ranks.spoken
     assert (end["code"], end["cause"]) == (4, "Hang")
-    assert all(told == [{"testify": True}, {"end": 4}] for told in ranks.told)
+    assert all(told[0] == {"here": True} for told in ranks.told)  # a monitor that hears nothing goes by itself
+    assert all(told[1:] == [{"testify": True}, {"end": 4}] for told in ranks.told)
 
 
 def test_who_does_not_testify_in_time_is_not_taken_for_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,6 +542,34 @@ def test_who_does_not_testify_in_time_is_not_taken_for_out_of_reach(monkeypatch:
 
     assert end["message"].splitlines()[0] == "Rank 1 (process 101 on node1) hangs: reading the next batches."
     assert "nothing has been heard" not in end["message"]
+
+
+def test_a_hub_that_stands_down_while_it_asks_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> Ranks:
+        ranks = Ranks(1, monkeypatch)
+        ranks.say(0, silent_s=11.0, waits=True)
+        judging = asyncio.create_task(ranks.hub.judge(0.01))
+        while {"testify": True} not in ranks.told[0]:
+            await asyncio.sleep(0.005)
+        ranks.hub.stand_down()
+        await asyncio.wait_for(judging, 5)
+        return ranks
+
+    ranks = asyncio.run(life())
+
+    assert ranks.spoken == []
+    assert ranks.told[0] == [{"here": True}, {"testify": True}]
+
+
+def test_a_rank_whose_end_is_called_off_speaks_again() -> None:
+    watch, before = Watch(Beat()), list(log.handlers)
+    found = []
+    for told in ({"hush": True}, {"ask": True, "hush": True}, {"hush": False}):
+        watch._heed(told)
+        found.append((log.disabled, len(log.handlers)))
+
+    assert found == [(True, 0), (True, 0), (False, len(before))]
+    assert log.handlers == before
 
 
 def test_nothing_is_judged_before_all_monitors_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,6 +709,16 @@ def test_a_hang_is_written_to_exit_json_and_as_a_whole_line_of_metrics(tmp_path:
     assert "File x" in (tmp_path / endings.STACKS).read_text()
 
 
+def test_who_judges_for_one_rank_alone_leaves_the_files_of_the_job_to_rank_0(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n')
+
+    asyncio.run(endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path, of_all=False))
+
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"event": "start"}\n'
+    assert not (tmp_path / endings.STACKS).exists()
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == 4, "why this rank has ended"
+
+
 def test_a_line_that_is_half_written_is_not_made_worse(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "st')
@@ -792,7 +848,9 @@ def test_a_monitor_that_finds_no_hub_says_that_its_rank_is_watched_alone(monkeyp
     async def life() -> None:
         with socket.socket() as nobody:
             nobody.bind(("127.0.0.1", 0))  # it does not listen
-            await monitor.Monitor(ward())._join(["127.0.0.1", nobody.getsockname()[1], "word"])
+            await monitor.Monitor(ward())._join(
+                monitor.Place("127.0.0.1", nobody.getsockname()[1], "word", "node0", 100)
+            )
 
     asyncio.run(life())
 
