@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from dtrain.collectives import agree, all_gather_object, all_reduce_sum
 from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
-from dtrain.engine.protocol import Engine
+from dtrain.engine.protocol import Engine, StepResult
 from dtrain.evaluation import to_device
 from dtrain.heartbeat import Phase
 from dtrain.memory import explain_in_step, explain_in_training
@@ -54,7 +54,11 @@ class Loop:
 
 @dataclass(frozen=True)
 class Sums:
-    """Over all micro-batches and ranks: this step's losses, who found a fault or has a wish, the next step's targets."""
+    """Over all micro-batches and ranks: this step's losses, who found a fault or has a wish, the next step's targets.
+
+    square: where ranks step apart, each one's weight times the square of its gradient's norm.
+    own_next_weight: this rank's alone.
+    """
 
     loss: float
     faults: int
@@ -62,6 +66,8 @@ class Sums:
     preempts: int
     next_weight: float
     next_targets: int
+    square: float
+    own_next_weight: float
 
 
 def train(
@@ -84,7 +90,7 @@ def train(
     beat = engine.topology.beat
     beat.at(Phase.DATA, step=state.step)
     coming = next(steps, None)
-    sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming)
+    sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming, square=0.0)
     wish = stopped = Decision.CONTINUE
     warm: Engine | None = None
     while coming is not None and stopped == Decision.CONTINUE:
@@ -97,10 +103,12 @@ def train(
                 warm = warm_up(engine, task, coming)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
         beat.at(Phase.MONITORS)
-        wish = ask(monitors, record)
-        if wish == Decision.ROLLBACK and loop.roll_back is not None:  # on every rank alike
-            engine, wish = loop.roll_back(engine), Decision.CONTINUE
-        stopped = agreed(sums)
+        answer = ask(monitors, record)
+        if answer == Decision.ROLLBACK and loop.roll_back is not None:  # on every rank alike
+            engine, answer = loop.roll_back(engine), Decision.CONTINUE
+        # Between two averages the ranks have no common weights to stop with: a wish is kept until there are.
+        wish = answer if record.averaged else max(wish, answer)
+        stopped = agreed(sums) if record.averaged else Decision.CONTINUE
         # A wish rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
         if record.metrics is not None:
             stopped = Decision(agree(max(stopped, wish), engine.topology))
@@ -111,7 +119,8 @@ def warm_up(engine: Engine, task: Task, batches: StepBatches) -> Engine:
     """Collective. Lets a new engine make ready on a micro-batch that counts for nothing; gives the engine."""
     tensors = batches.micro_batches[0].tensors
     with held_statistics(engine.module):
-        engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, next(engine.module.parameters()).device)))
+        device = next(engine.module.parameters()).device
+        engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
     return engine
 
 
@@ -144,36 +153,29 @@ def take_step(
     wish: Decision,
 ) -> tuple[StepRecord, Sums, StepBatches | None]:
     """Collective. One step; gives its record, the sums that the next one needs, and the next one's batches."""
-    beat = engine.topology.beat
+    beat, before = engine.topology.beat, engine.topology.traffic.copy()
     beat.at(Phase.MICRO_BATCH, step=batches.step)
     learning_rate = loop.learning_rate(state.updates)
-    losses = run_micro_batches(engine, task, batches, weight=sums.next_weight, seed=loop.seed)
+    targets, weight, own_weight = sums.next_targets, sums.next_weight, sums.own_next_weight
+    losses = run_micro_batches(engine, task, batches, scale=_scale(engine, weight, own_weight), seed=loop.seed)
     beat.at(Phase.DATA)
     coming = next(steps, None)
-    targets, weight = sums.next_targets, sums.next_weight
-    sums = add_up(engine, task, losses, wish=wish, coming=coming)
+    sums = add_up(engine, task, losses, wish=wish, coming=coming, square=_square(engine, own_weight))
     beat.at(Phase.UPDATE)
-    for group in engine.param_groups:
-        group["lr"] = learning_rate
-    measures = loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
-    gradient_norms = engine.gradient_norms() if measures else None
-    is_unwanted = _is_unwanted(loop, sums, weight)
-    # DeepSpeed does not tell the norm of what it drops.
-    dropped_norm = _norm_of(gradient_norms or engine.gradient_norms()) if is_unwanted else None
-    # Without a target there is no gradient: a step would only decay weights and moments.
+    gradient_norms = engine.gradient_norms() if _measures(loop, state) else None
     with explain_in_step():
-        result = engine.step(discard=sums.faults > 0 or weight == 0 or is_unwanted)
-    grad_norm = 0.0 if weight == 0 else result.grad_norm if dropped_norm is None else dropped_norm
+        result = _update(loop, engine, sums, (weight, own_weight), gradient_norms, learning_rate=learning_rate)
+    grad_norm = 0.0 if weight == 0 else result.grad_norm
     # fp16 answers an overflow with a smaller loss scale; below 1 it is no overflow any more.
     norm_is_fine = math.isfinite(grad_norm) or (loop.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
-    state.step += 1
-    state.updates += int(result.applied)
-    state.examples += batches.examples
-    state.targets += targets
+    _advance(state, batches, targets, applied=result.applied)
+    ends_epoch, is_last = (batches.step + 1) % loop.plan.steps_per_epoch == 0, state.step == loop.total_steps
+    averaged = _average_if_due(engine, state, is_due=ends_epoch or is_last)
+    faults = _gather_faults(engine, batches, losses) if sums.faults else ()
+    traffic = engine.topology.traffic.since(before)
     record = StepRecord(
         step=state.step,
-        epoch=loop.plan.epoch_of(batches.step)
-        + (batches.step % loop.plan.steps_per_epoch + 1) / loop.plan.steps_per_epoch,
+        epoch=_epochs_after(loop.plan, batches.step),
         loss=sums.loss / weight if weight else 0.0,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
@@ -181,12 +183,91 @@ def take_step(
         targets=targets,
         applied=result.applied,
         finite=sums.faults == 0 and norm_is_fine,
-        faults=_gather_faults(engine, batches, losses) if sums.faults else (),
-        ends_epoch=(batches.step + 1) % loop.plan.steps_per_epoch == 0,
-        is_last=state.step == loop.total_steps,
+        faults=faults,
+        ends_epoch=ends_epoch,
+        is_last=is_last,
         gradient_norms=gradient_norms,
+        averaged=averaged,
+        traffic=traffic if traffic.is_whole else None,
     )
     return record, sums, coming
+
+
+def _measures(loop: Loop, state: RunState) -> bool:
+    return loop.log_gradients is not None and (state.step + 1) % loop.log_gradients == 0
+
+
+def _advance(state: RunState, batches: StepBatches, targets: int, *, applied: bool) -> None:
+    state.step += 1
+    state.updates += int(applied)
+    state.examples += batches.examples
+    state.targets += targets
+
+
+def _epochs_after(plan: StepPlan, step: int) -> float:
+    """Passes over the data when that step is done."""
+    return plan.epoch_of(step) + (step % plan.steps_per_epoch + 1) / plan.steps_per_epoch
+
+
+def _average_if_due(engine: Engine, state: RunState, *, is_due: bool) -> bool:
+    """Collective. Whether all ranks hold the same weights after this step, for which those of local steps average."""
+    local = engine.local
+    if local is None:
+        return True
+    if is_due or state.step % local.every == 0:
+        local.average()
+        return True
+    return False
+
+
+def _square(engine: Engine, own_weight: float) -> float:
+    """This rank's weight times the square of its own gradient's norm, where ranks step apart."""
+    if engine.local is None or not own_weight:
+        return 0.0
+    norm = engine.local.own_norm()
+    return own_weight * (norm * norm)  # a power would raise an error where this is infinite, on one rank alone
+
+
+def _scale(engine: Engine, weight: float, own_weight: float) -> float:
+    """What turns a loss sum into what `engine.backward` takes; 0 without a target."""
+    if engine.local is not None:
+        return 1.0 / own_weight if own_weight else 0.0
+    # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).
+    return engine.topology.world_size / weight if weight else 0.0
+
+
+def _update(
+    loop: Loop,
+    engine: Engine,
+    sums: Sums,
+    weights: tuple[float, float],
+    gradient_norms: Mapping[str, float] | None,
+    *,
+    learning_rate: float,
+) -> StepResult:
+    """Collective. The optimizer's step, unless it is left out; the result is the same on every rank.
+
+    Args:
+        weights: summed weight of the step on all ranks, and on this one.
+        gradient_norms: where they are measured already.
+    """
+    for group in engine.param_groups:
+        group["lr"] = learning_rate
+    weight, own_weight = weights
+    is_unwanted = _is_unwanted(loop, sums, weight)
+    # Without a target there is no gradient: a step would only decay weights and moments.
+    discard = sums.faults > 0 or weight == 0 or is_unwanted
+    if engine.local is None:
+        # DeepSpeed does not tell the norm of what it drops.
+        dropped_norm = _norm_of(gradient_norms or engine.gradient_norms()) if is_unwanted else None
+        result = engine.step(discard=discard)
+        return result if dropped_norm is None else replace(result, grad_norm=dropped_norm)
+    norm = math.sqrt(sums.square / weight) if weight else 0.0
+    applied = not discard and math.isfinite(norm)
+    engine.step(discard=not applied or own_weight == 0)
+    if applied:
+        engine.local.took(own_weight, weight)
+    return StepResult(norm, applied)
 
 
 def _is_unwanted(loop: Loop, sums: Sums, weight: float) -> bool:
@@ -198,15 +279,13 @@ def _norm_of(gradient_norms: Mapping[str, float]) -> float:
     return math.sqrt(math.fsum(norm * norm for norm in gradient_norms.values()))
 
 
-def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weight: float, seed: int) -> list[float]:
+def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:
     """Collective. Forward and backward of this rank's part; gives the loss sum of each counted micro-batch, in nats.
 
     Args:
-        weight: summed weight of the whole step, over all ranks (law 4).
+        scale: of each loss sum, by which the gradients add up to that of (sum of losses) / (sum of weights) (law 4).
     """
     device = next(engine.module.parameters()).device
-    # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).
-    scale = engine.topology.world_size / weight if weight else 0.0
     losses = []
     for position, micro_batch in enumerate(batches.micro_batches):
         engine.topology.beat.tick()
@@ -221,22 +300,26 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, weigh
     return torch.stack(losses).double().tolist() if losses else []
 
 
-def add_up(engine: Engine, task: Task, losses: Sequence[float], *, wish: Decision, coming: StepBatches | None) -> Sums:
+def add_up(
+    engine: Engine, task: Task, losses: Sequence[float], *, wish: Decision, coming: StepBatches | None, square: float
+) -> Sums:
     """Collective. The one small all-reduce of a step; float64 holds its counts exactly."""
     engine.topology.beat.at(Phase.SUMMING)
     ahead = [task.targets(batch.tensors) for batch in _counted(coming)]
+    own_weight = math.fsum(targets.weight for targets in ahead)
     own = [
         math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
         sum(not math.isfinite(loss) for loss in losses),
         int(wish == Decision.STOP),
         int(wish == Decision.PREEMPT),
-        math.fsum(targets.weight for targets in ahead),
+        own_weight,
         sum(targets.count for targets in ahead),
+        square,
     ]
-    loss, faults, stops, preempts, weight, count = all_reduce_sum(
+    loss, faults, stops, preempts, weight, count, square = all_reduce_sum(
         torch.tensor(own, dtype=torch.float64), engine.topology
     ).tolist()
-    return Sums(loss, int(faults), int(stops), int(preempts), weight, int(count))
+    return Sums(loss, int(faults), int(stops), int(preempts), weight, int(count), square, own_weight)
 
 
 def _counted(batches: StepBatches | None) -> list[MicroBatch]:

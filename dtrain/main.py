@@ -1,4 +1,4 @@
-"""dtrain's command line: arguments, order of construction, exit codes.
+"""dtrain's command line: order of construction, exit codes.
 
     python dtrain/main.py --config configs/cola.yaml
     torchrun --nproc-per-node 2 dtrain/main.py --config configs/cola.yaml train.max_steps=100
@@ -17,17 +17,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
-from dtrain.commands.farewell import done, end_of, hand_over, report, report_alone, write_down
+from dtrain.arguments import parse
+from dtrain.commands.farewell import done, end_of, hand_over, report, report_alone, tell_launcher, write_down
 from dtrain.config import load_config, to_yaml
 from dtrain.console import log
-from dtrain.dialect import quoted
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
 from dtrain.interrupts import interruptible
 from dtrain.processes import age_s, began
@@ -45,32 +44,6 @@ if TYPE_CHECKING:
 ALIKE_S = 1.0
 """Head start for rank 0 with an error that every rank finds: a launcher that sees another end first ends rank 0 too."""
 
-COMMANDS = {
-    "train": "fine-tune a model (the default)",
-    "evaluate": "measure model.name_or_path on every split but train, exactly",
-    "predict": "what model.name_or_path answers: on test splits, on predict.file or to predict.text",
-    "generate": "continue a text with a causal language model",
-    "inspect": "write hidden states and attentions of a text or of examples",
-    "download": "fetch a model or data set of the hub, for nodes without a network",
-    "export": "write a run's model to a folder of its own, with a model card",
-    "chat": "talk with a chat model, or answer a file of dialogues",
-    "goodput": "where the wall time of a run went: goodput runs/cola",
-}
-
-EPILOG = """
-settings are section.key=value, for example
-
-    dtrain/main.py --config configs/cola.yaml train.max_steps=100 optim.learning_rate=1e-4
-    dtrain/main.py --print-config            every setting and its value
-    dtrain/main.py --dry-run ...             what would happen: ranks, steps, memory, frozen parts
-
-With no arguments a small character GPT learns from Python's own documentation (configs/quickstart.yaml). Start it under
-torchrun, deepspeed, mpirun or srun and the same command runs on many ranks.
-
-exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 pre-empted, 1 anything else
-"""
-
-
 WITHOUT_RUN_FOLDER = ("generate", "export", "download")
 """Commands that leave nothing below run.output_dir."""
 
@@ -79,69 +52,6 @@ HOPELESS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_cod
 
 GRACE_S = 8.0
 """How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}. See dtrain/main.py --help.")
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Arguments as given; `command` and `overrides` apart.
-
-    Raises:
-        ConfigError: an unknown command or option.
-    """
-    parser = _Parser(
-        prog="dtrain/main.py",
-        description="Fine-tunes Hugging Face models with the same answer on one process and on many ranks.",
-        epilog="commands:\n" + "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items()) + "\n" + EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="command | section.key=value", help="what to do, and settings over the file's"
-    )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
-    parser.add_argument("--json", action="store_true", help="goodput: one JSON object instead of a table")
-    parser.add_argument("--text", metavar="TEXT", help="predict: short for predict.text=TEXT")
-    parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
-    # DeepSpeed's launcher inserts it; the environment says the same.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    found = parser.parse_intermixed_args(list(argv))
-    words: list[str] = found.words
-    found.command = words.pop(0) if words and "=" not in words[0] else "train"
-    found.run = Path(words.pop(0)) if found.command == "goodput" and words and "=" not in words[0] else None
-    found.overrides = [*words, *_spelt_out(found)]
-    if found.json and found.command != "goodput":
-        raise ConfigError(f"--json is of the goodput command; {found.command} has no such output. Leave it out.")
-    if found.dry_run and found.command != "train":
-        raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
-    if found.command not in COMMANDS:
-        near = difflib.get_close_matches(found.command, COMMANDS, 1)
-        raise ConfigError(
-            f"{found.command} is not a command. Did you mean {near[0]}?"
-            if near
-            else f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
-        )
-    return found
-
-
-def _spelt_out(found: argparse.Namespace) -> list[str]:
-    """Short options as the settings that they stand for.
-
-    Raises:
-        ConfigError: one that belongs to another command.
-    """
-    short = {
-        "--text": ("predict", None if found.text is None else f"predict.text={quoted(found.text)}"),
-        "--merge": ("export", "export.merge=true" if found.merge else None),
-    }
-    for option, (command, setting) in short.items():
-        if setting is not None and found.command != command:
-            raise ConfigError(f"{option} belongs to the command {command}, not to {found.command}.")
-    return [setting for _, setting in short.values() if setting is not None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.command == "goodput":
             return _goodput(arguments, topology)
+        if arguments.command == "doctor":
+            return _doctor(arguments, topology)
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     except DtrainError as error:
         return _report_alike(error, topology)
@@ -176,6 +88,30 @@ def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
     if topology.is_main:
         run_goodput(run, as_json=arguments.json)
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, topology: Topology) -> int:
+    """Starts its own ranks where it needs some, and no torch here."""
+    from dtrain.commands.doctor import Asked, run_doctor
+
+    if topology.world_size > 1:
+        raise ConfigError(
+            f"doctor is one process that goes to all hosts itself, and this is {topology.describe()}. Start it without."
+        )
+    config = load_config(arguments.config, arguments.overrides)
+    asked = Asked(
+        arguments.hostfile,
+        arguments.include or "",
+        arguments.exclude or "",
+        output_dir=Path(config.run.output_dir),
+        replicas=config.checkpoint.replicas,
+        as_json=arguments.json,
+    )
+    try:
+        return run_doctor(asked, os.environ)
+    except KeyboardInterrupt:
+        log.error("Interrupted. Nothing of the doctor is left on the hosts.")
+        return Interrupted.exit_code
 
 
 def fit(
@@ -280,6 +216,7 @@ def _hopeless(config: Config, topology: Topology, env: Mapping[str, str]) -> dic
 
 def _report_alike(error: DtrainError, topology: Topology) -> int:
     """An error that every rank finds by itself, from the same arguments: said once per node, for files may differ."""
+    tell_launcher(end_of(error, topology), topology)
     if topology.is_node_main:
         log.error("%s", error)
     if not topology.is_main:

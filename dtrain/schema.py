@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.command_settings import Download, Export, Generate, Inspect, Predict, Talk
+from dtrain.engine_settings import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
+from dtrain.engine_settings import Engine as Engine
+from dtrain.engine_settings import wire_conflicts
 from dtrain.model_settings import Lora as Lora
 from dtrain.model_settings import Model as Model
 from dtrain.model_settings import NewHead as NewHead
@@ -29,6 +32,7 @@ class Run(Section):
     seed: int = setting(0, "the one seed: order, dropout, masking, new weights", ge=0, lt=2**32)
     overwrite: bool = setting(False, "move an existing run folder to <name>.old-<time> and start anew", resume="free")
     startup_timeout_s: float = setting(120.0, "seconds to wait for all ranks to arrive", resume="free", gt=0)
+    bind_cores: bool = setting(False, "on CPU: each rank of a node on cores of its own", resume="free")
 
     @field_validator("name")
     @classmethod
@@ -164,6 +168,9 @@ class Train(Section):
         None, "steps between comparisons of all ranks' weights, bit by bit; null: none", resume="free", ge=1
     )
     early_stopping: int | None = setting(None, "stop after so many evaluations without a better", resume="free", ge=1)
+    local_steps: int = setting(
+        1, "ddp: steps that each rank takes on its own share before the ranks average weights and moments", ge=1
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -171,63 +178,6 @@ class Train(Section):
         if isinstance(values, Mapping) and values.get("epochs") is None and values.get("max_steps") is None:
             return {**values, "epochs": 3}
         return values
-
-
-OWNED_DEEPSPEED_KEYS: dict[str, str] = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "optim.max_grad_norm",
-    "fp16": "engine.precision",
-    "bf16": "engine.precision",
-    "torch_autocast": "engine.precision",
-    "amp": "engine.precision",
-    "optimizer": "optim.name",
-    "scheduler": "schedule.name",
-    "zero_optimization.stage": "engine.zero_stage",
-}
-"""DeepSpeed keys that must agree with a setting of dtrain, and the setting that owns each."""
-
-
-class Engine(Section):
-    """The back end that runs forward, backward and step."""
-
-    name: Literal["auto", "single", "ddp", "deepspeed"] = setting(
-        "auto", "auto: deepspeed if zero_stage or deepspeed is set, else single (one process) or ddp", resume="free"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "of the forward pass; weights stay fp32", resume="warn"
-    )
-    zero_stage: int | None = setting(None, "shards 1 moments, 2 + gradients, 3 + parameters", resume="free", ge=0, le=3)
-    deepspeed: dict[str, Any] = setting({}, "further keys of DeepSpeed's config, passed through", resume="free")
-    find_unused: bool = setting(
-        False, "ddp: models that use other parts in other steps; no probe (slower)", resume="free"
-    )
-
-    @model_validator(mode="after")
-    def _deepspeed_keys_fit(self) -> Engine:
-        if self.name in ("single", "ddp") and (self.zero_stage is not None or self.deepspeed):
-            key = "zero_stage" if self.zero_stage is not None else "deepspeed"
-            raise ValueError(
-                f"engine.{key} belongs to DeepSpeed, but engine.name={self.name}: set engine.name=deepspeed, "
-                f"or drop engine.{key}"
-            )
-        zero = self.deepspeed.get("zero_optimization")
-        given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in (zero if isinstance(zero, Mapping) else ()))}
-        owned = [
-            f"engine.deepspeed.{key} is decided by {owner}: set that instead"
-            for key, owner in OWNED_DEEPSPEED_KEYS.items()
-            if key in given
-        ]
-        if owned:
-            raise ValueError("\n".join(owned))
-        return self
-
-    @property
-    def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed will run, whatever the world size."""
-        asked_for = self.zero_stage is not None or bool(self.deepspeed)
-        return self.name == "deepspeed" or (self.name == "auto" and asked_for)
 
 
 class Best(Section):
@@ -352,6 +302,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _refused_combinations(self) -> Config:
         """Settings that are right one by one and wrong together."""
+        found = [
+            *self._engine_conflicts(),
+            *self._course_conflicts(),
+            *self._task_conflicts(),
+            *wire_conflicts(
+                self.engine,
+                local_steps=self.train.local_steps,
+                loose_steps=self._loose_steps(),
+                logs_gradients=self.train.log_gradients is not None,
+            ),
+        ]
+        if found:
+            raise ValueError("\n".join(found))
+        return self
+
+    def _engine_conflicts(self) -> list[str]:
+        """What an engine cannot do with other settings."""
         stage, optim = self.engine.zero_stage, self.optim
         sharded = self.engine.is_deepspeed and stage is not None and stage >= 1
         found = []
@@ -365,8 +332,18 @@ class Config(Section):
                 f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
                 "DeepSpeed clips gradients still multiplied by the loss scale. Use bf16, or optim.max_grad_norm=null"
             )
-        if self.model.factory is not None and self.task.name == "seq2seq":
-            found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
+        if self.train.check_replicas is not None and sharded and stage == 3:
+            found.append(
+                "train.check_replicas compares whole weights, but with engine.zero_stage=3 each rank holds a part of its "
+                "own: set it to null, or use stage 0, 1 or 2"
+            )
+        if self.engine.find_unused and self.engine.is_deepspeed:
+            found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
+        return found
+
+    def _course_conflicts(self) -> list[str]:
+        """What evaluations, checkpoints and monitors need of each other."""
+        found = []
         if self.train.early_stopping is not None and self.evaluation.best is None:
             found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
         if self.train.spike is not None and self.train.spike.action == "rollback" and self.checkpoint.every is None:
@@ -375,15 +352,17 @@ class Config(Section):
             )
         if self.run.overwrite and self.checkpoint.resume not in ("auto", "never"):
             found.append("run.overwrite=true begins anew and checkpoint.resume=PATH goes on: give one of them")
-        if self.train.check_replicas is not None and sharded and stage == 3:
-            found.append(
-                "train.check_replicas compares whole weights, but with engine.zero_stage=3 each rank holds a part of its "
-                "own: set it to null, or use stage 0, 1 or 2"
-            )
         if self.evaluation.best is not None and self.train.eval_every == "never":
             found.append(
                 "evaluation.best needs evaluations, but train.eval_every=never: set it to epoch or a number of steps"
             )
+        return found
+
+    def _task_conflicts(self) -> list[str]:
+        """What a task needs, or cannot have."""
+        found = []
+        if self.model.factory is not None and self.task.name == "seq2seq":
+            found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
         if self.evaluation.generate and self.task.name != "seq2seq":
             found.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: leave it out")
         stride = self.task.stride if isinstance(self.task, CausalLm) else None
@@ -392,8 +371,11 @@ class Config(Section):
                 f"task.stride={stride} leaves tokens out that no window of data.max_length={self.max_length} scores: "
                 "set it to that or less (half is usual)"
             )
-        if self.engine.find_unused and self.engine.is_deepspeed:
-            found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
-        if found:
-            raise ValueError("\n".join(found))
-        return self
+        return found
+
+    def _loose_steps(self) -> dict[str, int]:
+        """Settings that name steps at which all ranks must hold the same weights."""
+        train = self.train
+        named = {"train.eval_every": train.eval_every, "train.check_replicas": train.check_replicas}
+        named |= {"checkpoint.every": self.checkpoint.every}
+        return {name: steps for name, steps in named.items() if isinstance(steps, int)}

@@ -6,23 +6,23 @@ came, and only then does torch's process group start. Moves no tensors: see coll
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from dtrain import launchers, mpi, network, rollcall
+from dtrain import cores, launchers, mpi, network, rollcall
 from dtrain.errors import TopologyError
 from dtrain.heartbeat import Beat
 from dtrain.identity import Identity
 from dtrain.mpi import finalize_mpi as finalize_mpi
+from dtrain.traffic import Traffic
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,9 @@ class Topology:
     is_complete: False while the node's numbers are estimates, since the launcher does not give them; `process_group`
         yields a complete one.
     launches: what may have started this job before, by name, and how often it did.
+    exit_file: where to write why this process ends, besides exit.json; None where nobody asks.
     beat: where this process says how far it is; see watching/.
+    traffic: what this process has sent to the others; counted by collectives.py and the engines.
     """
 
     rank: int
@@ -59,7 +61,9 @@ class Topology:
     master_port: int | None
     is_complete: bool = True
     launches: Mapping[str, int] = field(default_factory=dict, compare=False)
+    exit_file: Path | None = field(default=None, compare=False)
     beat: Beat = field(default_factory=Beat, compare=False, repr=False)
+    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:
@@ -72,7 +76,8 @@ class Topology:
             TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
         """
         place = launchers.read_place(env)
-        return cls(*place, launches=launchers.launches_of(env, place.launcher))
+        exit_file = Path(env[launchers.EXIT_FILE]) if env.get(launchers.EXIT_FILE) else None
+        return cls(*place, launches=launchers.launches_of(env, place.launcher), exit_file=exit_file)
 
     @property
     def is_main(self) -> bool:
@@ -125,14 +130,18 @@ def device_of(topology: Topology) -> torch.device:
 def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
     """Shares the cores out among the node's ranks, unless OMP_NUM_THREADS is set (torchrun sets it to 1 by itself).
 
+    Physical cores, for two hyper-threads share one unit for matrices; as many as a container's limit leaves. Where the
+    launcher has bound each rank to cores of its own, commands/sharing_cores.py finds so once the ranks have met.
+
     Returns:
         The number of threads that torch uses inside one operation.
     """
     import torch
 
     if not env.get("OMP_NUM_THREADS"):
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // topology.local_world_size))
+        mask = cores.allowed()
+        masks = dict.fromkeys(range(topology.local_world_size), mask)
+        torch.set_num_threads(cores.share(0, masks, cores.cores_of(mask), cores.time_limit()).threads)
     return torch.get_num_threads()
 
 

@@ -184,9 +184,12 @@ class Job:
 
 
 @contextmanager
-def started(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> Iterator[Job]:
-    """Starts a job in the checkout, in a process group of its own, and kills what is left of it at the end."""
-    mark = uuid.uuid4().hex
+def started(command: Sequence[str], *, env: Mapping[str, str] | None = None, mark: str | None = None) -> Iterator[Job]:
+    """Starts a job in the checkout, in a process group of its own, and kills what is left of it at the end.
+
+    mark: what its processes are told by, for a launcher to which the caller has to hand it.
+    """
+    mark = mark or uuid.uuid4().hex
     kept = {
         name: value
         for name, value in os.environ.items()

@@ -81,6 +81,10 @@ class Setting:
     warmup: int = 1
     find_unused: bool = False
     log_gradients: int | None = None
+    gradient_wire: str = "fp32"
+    powersgd: dict[str, Any] | None = None
+    local_steps: int = 1
+    bucket_mb: float | None = None
     broken: str | None = None
 
     def config(self) -> Config:
@@ -99,6 +103,7 @@ class Setting:
                     "global_batch_size": self.global_batch_size,
                     "micro_batch_size": self.micro_batch_size,
                     "shuffle": self.shuffle,
+                    "local_steps": self.local_steps,
                 },
                 "model": {"compile": self.compile},
                 "optim": {
@@ -119,6 +124,9 @@ class Setting:
                     "zero_stage": self.zero_stage,
                     "deepspeed": {"zero_optimization": zero} if zero else {},
                     "find_unused": self.find_unused,
+                    "gradient_wire": self.gradient_wire,
+                    "powersgd": self.powersgd,
+                    "bucket_mb": self.bucket_mb,
                 },
             }
         )

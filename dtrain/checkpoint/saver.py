@@ -201,7 +201,7 @@ class Saver:
         return before
 
     def _copy(self, engine: Engine, step: int) -> list[Piece]:
-        """Collective, unless it is sharded. The state into the block."""
+        """Collective; where it is sharded, only under engine.powersgd, which averages its memories. The state into the block."""
         try:
             if self._settings.sharded:
                 assert self._block is not None

@@ -41,7 +41,7 @@ def describe(
         f"per step   {_shares(config, topology, steps, engine)}",
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",
         f"memory     {_memory(config, topology, engine, count(parameters), trainable)} per rank, without activations",
-        f"exactness  {exactness(config, engine)}",
+        f"exactness  {exactness(config, engine, topology.world_size)}",
     ]
     if set(task.splits) <= {"train"}:
         lines.append(
@@ -51,12 +51,7 @@ def describe(
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
     if in_full:
         lines += [f"  frozen   {name}" for name in frozen]
-    if topology.world_size > (most := len(steps.micro_batches(0))):
-        lines.append(
-            f"warning: {topology.world_size - most} of {topology.world_size} ranks are idle in every step: a global batch of "
-            f"{config.train.global_batch_size} has {most} micro-batch(es) of {config.train.micro_batch_size}"
-        )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_warnings(config, topology, steps)])
 
 
 def _stage(config: Config, engine: str) -> str:
@@ -84,11 +79,51 @@ def _memory(config: Config, topology: Topology, engine: str, parameters: int, tr
     # ZeRO keeps a flat fp32 master of its shard beside the module's own copy.
     optimizer = 4 * (slots + (stage >= 1)) * trainable / (ranks if stage >= 1 else 1)
     parts = {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+    if ranks > 1 and (exchange := _exchange_bytes(config, engine)):
+        parts["exchange"] = exchange * trainable
     each = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
     return f"{gigabytes(sum(parts.values()))} ({each})"
 
 
-def exactness(config: Config, engine: str) -> str:
+def _exchange_bytes(config: Config, engine: str) -> int:
+    """For each trainable number, at most, while gradients cross."""
+    if config.engine.powersgd is not None:
+        return 3 * 4  # what was left out before and what is now, and a copy of the gradient
+    return 2 if config.engine.gradient_wire == "bf16" and engine == "ddp" else 0
+
+
+def _warnings(config: Config, topology: Topology, steps: StepPlan) -> list[str]:
+    """What is allowed, and may not be what is wanted."""
+    found, most, powersgd = [], len(steps.micro_batches(0)), config.engine.powersgd
+    if topology.world_size > most:
+        found.append(
+            f"warning: {topology.world_size - most} of {topology.world_size} ranks are idle in every step: a global batch of "
+            f"{config.train.global_batch_size} has {most} micro-batch(es) of {config.train.micro_batch_size}"
+        )
+    if topology.world_size > 1 and powersgd is not None and powersgd.start_step >= total_steps(config, steps):
+        found.append(
+            f"warning: no gradient will cross as factors, for engine.powersgd.start_step={powersgd.start_step} is not below "
+            f"the {total_steps(config, steps)} steps of this run"
+        )
+    if topology.world_size > 1 and config.train.local_steps > 1:
+        found.append(
+            f"note: a wish to stop (a signal, train.max_minutes) waits for the next average of the weights, up to "
+            f"{config.train.local_steps} steps"
+        )
+    return found
+
+
+def _other_algorithm(config: Config) -> str | None:
+    """What changes more than rounding on several ranks."""
+    if config.train.local_steps > 1:
+        return f"weights averaged every {config.train.local_steps} steps (train.local_steps)"
+    powersgd = config.engine.powersgd
+    if powersgd is not None:
+        return f"gradients of rank {powersgd.rank} from step {powersgd.start_step} on (engine.powersgd)"
+    return None
+
+
+def exactness(config: Config, engine: str, world_size: int) -> str:
     """The row of the README's table that this run is in."""
     passed = {**config.engine.deepspeed, **config.engine.deepspeed.get("zero_optimization", {})}
     inexact = sorted(key for key in passed if not key.startswith(HARMLESS))
@@ -96,6 +131,7 @@ def exactness(config: Config, engine: str) -> str:
         name
         for name, active in {
             config.engine.precision: config.engine.precision != "fp32",
+            "bf16 on the wire": config.engine.gradient_wire == "bf16" and world_size > 1,
             ", ".join(inexact): engine == "deepspeed" and bool(inexact),
             "compile": config.model.compile,
         }.items()
@@ -103,6 +139,9 @@ def exactness(config: Config, engine: str) -> str:
     ]
     if config.model.batch_norm == "train":
         return "inexact: model.batch_norm=train updates running statistics on each rank apart"
+    other = _other_algorithm(config) if world_size > 1 else None
+    if other is not None:
+        return f"another algorithm: {other}; the loss follows plain ddp's nearly, with no bound"
     if loose:
         return f"same method, other rounding ({', '.join(loose)}): loss within 2 % of fp32 over 50 steps"
     return (

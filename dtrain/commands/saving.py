@@ -63,7 +63,8 @@ class Checkpoints:
         self._saver: Saver | None = None
         if self._every is not None:
             self._saver = self._make(module)
-            self._saver.prepare(module, slots=SLOTS[config.optim.name])
+            remembers = config.engine.powersgd is not None and topology.world_size > 1
+            self._saver.prepare(module, slots=SLOTS[config.optim.name] + remembers)
 
     def _make(self, module: nn.Module) -> Saver:
         """Collective."""

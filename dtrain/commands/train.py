@@ -138,6 +138,7 @@ class TrainingRun:
     last_step: int = -1
     best: EvaluationResult | None = None
     keeper: KeepBest | None = None
+    steps_log: LogSteps | None = None
     spikes: Spikes | None = None
     rollback: Rollback = field(init=False)
     began: float = field(default_factory=time.monotonic)
@@ -176,7 +177,7 @@ class TrainingRun:
                 return self._train(total, own_monitors)
             finally:
                 self.checkpoints.close()
-                self.tracker.event("end", step=self.state.step)
+                self.tracker.event("end", step=self.state.step, **self._per_step())
 
     def _start_engine(self) -> None:
         """Collective. The engine, where a checkpoint left it; and what saves the next ones."""
@@ -213,6 +214,10 @@ class TrainingRun:
         if self.config.run.overwrite or self.config.checkpoint.resume != "auto":
             how = "the same command with run.overwrite=false checkpoint.resume=auto goes on from it"
         raise Preempted(f"Stopped after step {self.state.step}: {told}. The checkpoint is saved; {how}.")
+
+    def _per_step(self) -> dict[str, float]:
+        """What a step sent between ranks."""
+        return self.steps_log.per_step() if self.steps_log is not None else {}
 
     def _total_steps(self) -> int:
         """Where this run ends; where it is, if it had stopped early before.
@@ -254,8 +259,9 @@ class TrainingRun:
     def _monitors(self, own: Sequence[Monitor]) -> list[Monitor]:
         """What looks at every step, in this order."""
         train, best = self.config.train, self.config.evaluation.best
+        self.steps_log = LogSteps(train.log_every, self.tracker)
         found: list[Monitor] = [
-            LogSteps(train.log_every, self.tracker),
+            self.steps_log,
             LogGradients(self.tracker.gradients),
             NonFinite(train.non_finite, self.tracker),
         ]
@@ -351,6 +357,8 @@ class TrainingRun:
             "updates": self.state.updates,
             "examples": self.state.examples,
             "best_step": self.state.best_step,
+            **self._per_step(),
+            "exactness": plan.exactness(config, name, self.topology.world_size),
             "task": self.task.name,
             "rows": {split: len(rows) for split, rows in self.task.splits.items()},
         }

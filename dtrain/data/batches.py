@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import StepPlan, Turn, chunks, turns
 from dtrain.errors import KINDS, DtrainError
+from dtrain.interrupts import leave_to_parent
 from dtrain.seeding import Place
 from dtrain.topology import Topology
 
@@ -135,8 +136,17 @@ def _collated(rows: Rows, collate: Collate, places: Iterable[Place], *, workers:
         sampler=_InOrder(places),
         num_workers=workers,
         generator=torch.Generator(),
+        worker_init_fn=_leave_signals_to_rank,
     )
-    return map(_unless_failed, loader)
+    ahead: Any = iter(loader)
+    for worker in ahead._workers:
+        # Whoever ends it, torch when the loader goes or Python when this process does, is not heard with less.
+        worker._popen.terminate = worker._popen.kill
+    return map(_unless_failed, ahead)
+
+
+def _leave_signals_to_rank(_worker: int) -> None:
+    leave_to_parent()
 
 
 def _unless_failed(made: Tensors | Failed) -> Tensors:

@@ -14,6 +14,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from dtrain.errors import ConfigError, DataError
+from dtrain.offline import without_network
 
 REACH_TIMEOUT_S = 10.0
 """Time for the hub's first answer. The libraries themselves retry for 23 s, and that for each file."""
@@ -120,8 +121,6 @@ def _cause(error: BaseException) -> str:
 
 
 def _offline_way(name: str, config: str | None) -> str:
-    arguments = f'"{name}"' + (f', "{config}"' if config else "")
-    return (
-        f"Without a network: where there is one, load_dataset({arguments}).save_to_disk(FOLDER), copy FOLDER here "
-        f"and set data.path=FOLDER; or load it once there, copy that cache (HF_HOME) here and set HF_HUB_OFFLINE=1"
-    )
+    part = f" data.config={config}" if config else ""
+    is_set = datasets.config.HF_HUB_OFFLINE
+    return without_network("data.name", f"{name}{part}", is_set=is_set, folder_setting="data.path")

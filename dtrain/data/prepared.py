@@ -122,8 +122,15 @@ def compare_nodes(splits: Mapping[str, Mapping[str, Json]], topology: Topology) 
             f"{split} {of['rows']} rows {of['fingerprint'][:12]}" for split, of in entry["splits"].items()
         )
         log.info("data%s: %s", place, listed)
-    if all(entry["splits"] == every_rank[0]["splits"] for entry in every_rank):
+    first = every_rank[0]
+    other = next((entry for entry in every_rank if entry["splits"] != first["splits"]), None)
+    if other is None:
         return
+    names = [
+        name
+        for name in {**first["splits"], **other["splits"]}
+        if first["splits"].get(name) != other["splits"].get(name)
+    ]
     lines = [f"{'node':<5} {'host':<24} {'split':<24} {'rows':>10}  fingerprint"]
     for entry in nodes.values():
         for split, of in entry["splits"].items():
@@ -131,7 +138,8 @@ def compare_nodes(splits: Mapping[str, Mapping[str, Json]], topology: Topology) 
                 f"{entry['node']:<5} {entry['host']:<24} {split:<24} {of['rows']:>10}  {of['fingerprint'][:16]}"
             )
     raise DataError(
-        "the nodes do not have the same data, so they would not train one model:\n"
+        f"the data ({', '.join(names)}) on {other['host']} are not those on {first['host']}, so the nodes would not train "
+        "one model:\n"
         + "\n".join(lines)
         + "\nMake data.path (or the hub's revision in the cache), the tokenizer and the libraries the same on every "
         "node"

@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
+from dtrain.offline import without_network
 
 HUB_TIMEOUT_S = 10.0
 
@@ -113,8 +114,7 @@ def unreachable(name: str, *, file: str, setting: str, why: str) -> DataError:
     """The error for a hub that does not answer: the file it was asked for, and how to do without it."""
     return DataError(
         f"{setting}={name}: could not get {name}/{file} from {constants.ENDPOINT} ({why}), and it is not in the local "
-        f"cache {constants.HF_HUB_CACHE}. Without a network: run `hf download {name} --local-dir FOLDER` where there "
-        f"is one, copy the folder here and set {setting}=FOLDER; or bring its cache and set HF_HUB_OFFLINE=1."
+        f"cache {constants.HF_HUB_CACHE}. {without_network(setting, name, is_set=constants.HF_HUB_OFFLINE)}."
     )
 
 

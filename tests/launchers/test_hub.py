@@ -136,7 +136,7 @@ def test_a_data_file_that_the_hub_lost_is_named(tmp_path: Path, data: Path) -> N
         (answer,) = load_data(tmp_path, hub.address, TINY)
 
     assert "validation-00000-of-00001.parquet" in answer["error"]
-    assert "save_to_disk" in answer["error"]
+    assert "dtrain download data.name=tester/tiny-data" in answer["error"]
 
 
 def test_a_model_and_its_tokenizer_load_from_the_hub(tmp_path: Path, model: Path) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dtrain.arguments import parse
 from dtrain.config import load_config
 from dtrain.errors import ConfigError
-from dtrain.main import parse
 
 
 def test_short_options_are_the_settings_that_they_stand_for() -> None:
@@ -47,3 +47,14 @@ def test_a_mistyped_command_is_answered_with_the_nearest_one() -> None:
         parse(["predikt"])
     with pytest.raises(ConfigError, match="xyz is not a command: expected one of train, evaluate"):
         parse(["xyz"])
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"^--dryrun is not an option\. Did you mean --dry-run\? See dtrain/main.py"):
+        parse(["train.max_steps=3", "--dryrun", "train.seed=1"])
+    with pytest.raises(ConfigError, match=r"^--frobnicate is not an option\. See dtrain/main.py --help\.$"):
+        parse(["--frobnicate=3"])
+    with pytest.raises(ConfigError, match=r"Settings have no dashes: train\.max_steps=3\. See"):
+        parse(["--train.max_steps=3"])
+    with pytest.raises(ConfigError, match=r"Settings have no dashes: train\.max_steps=VALUE\. See"):
+        parse(["--train.max_steps", "3"])

@@ -35,8 +35,20 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_the_file_and_the_offline_w
         label_names_of(schema.Model(name_or_path="someone/some-model"))
 
     assert len(asked) == 1
-    for words in ("someone/some-model/config.json", "nobody is there", "--local-dir", "HF_HUB_OFFLINE=1"):
+    command = "dtrain download model.name_or_path=someone/some-model download.to=FOLDER"
+    for words in ("someone/some-model/config.json", "nobody is there", command):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("is_set", [False, True])
+def test_the_offline_way_names_the_hubs_variable_where_it_is_not_set(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, is_set: bool
+) -> None:
+    monkeypatch.setattr(source.constants, "HF_HUB_OFFLINE", is_set)
+    with pytest.raises(DataError) as error:
+        label_names_of(schema.Model(name_or_path="someone/some-model"))
+
+    assert ("HF_HUB_OFFLINE=1" in str(error.value)) is not is_set
 
 
 def test_a_tokenizer_on_a_hub_that_does_not_answer_is_named_by_its_setting(asked: list[str]) -> None:

@@ -44,6 +44,15 @@ def test_ranks_of_a_node_share_its_cores_unless_told(monkeypatch: pytest.MonkeyP
     assert set_threads(SINGLE, {"OMP_NUM_THREADS": "5"}) == 1, "torch has read that variable itself: nothing is changed"
 
 
+@pytest.mark.usefixtures("threads")
+def test_a_container_gets_no_more_threads_than_its_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("dtrain.cores.time_limit", lambda: 2.0)
+
+    assert set_threads(SINGLE, {}) == 2
+    assert set_threads(replace(SINGLE, local_world_size=2), {}) == 1
+
+
 def test_each_local_rank_has_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[torch.device] = []
     assert torch.cuda.is_available() or device_of(SINGLE) == torch.device("cpu")

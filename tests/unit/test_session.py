@@ -1,0 +1,30 @@
+"""What ranks compare when they have met."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from dtrain.commands import session
+from dtrain.commands.farewell import Peer, own_peer
+from dtrain.errors import TopologyError
+from dtrain.topology import SINGLE
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
+    monkeypatch: pytest.MonkeyPatch, lacks: int
+) -> None:
+    found = [{"torch": "2", "deepspeed": "0.19"} for _ in range(2)]
+    del found[lacks]["deepspeed"]
+    monkeypatch.setattr(session, "all_gather_object", lambda *_: found)
+    monkeypatch.setattr(session, "on_main", lambda work, _topology: work())
+    peers = [Peer(*own_peer()) for _ in range(2)]
+
+    with pytest.raises(TopologyError) as refused:
+        session._compare_software(replace(SINGLE, world_size=2), peers)
+
+    assert re.search(rf"deepspeed: .*not set on rank {lacks} ", str(refused.value))
+    assert "torch" not in str(refused.value)
