@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,25 @@ def fill(disk: Path, *, leave: int) -> Path:
     return filler
 
 
+def occupy(filler: Path) -> None:
+    """Takes what room there is now, also while others write and remove files there."""
+    with filler.open("ab", buffering=0) as out, suppress(OSError):
+        while out.write(bytes(4096)) == 4096:
+            pass
+
+
 def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(disk: Path) -> None:
     run = disk / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
         jobs.until(lambda: bool(found(run / "checkpoints")))
-        filler = fill(disk, leave=0)
-        job.wait_for("Training goes on")
+        filler = disk / "filler"
+
+        def has_failed() -> bool:
+            occupy(filler)  # again each time: an old checkpoint that is removed makes room for a new one
+            return "Training goes on" in job.text
+
+        assert jobs.until(has_failed), job.text
         at = max(found(run / "checkpoints"))
         verify(run / "checkpoints" / f"step-{at:06d}")
         filler.unlink()
