@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from dtrain import jsonl
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +165,10 @@ class Job:
         except OSError:
             return []
 
+    def has_ended(self) -> bool:
+        """Whether the launcher has: then what a test waits for may never come."""
+        return self.process.poll() is not None
+
     def gone_within(self, seconds: float) -> bool:
         """Whether no process of the job is left, at the latest after so long."""
         return until(lambda: not self.members(), seconds)
@@ -176,8 +181,8 @@ class Job:
         return code
 
     def _wait(self, done: Callable[[], bool], seconds: float, otherwise: str) -> None:
-        ended = until(lambda: done() or self.process.poll() is not None, seconds)
-        for reader in self.readers if self.process.poll() is not None else ():
+        ended = until(lambda: done() or self.has_ended(), seconds)
+        for reader in self.readers if self.has_ended() else ():
             reader.join(timeout=10)
         assert ended, f"nothing happened within {seconds:.0f} s; it printed:\n{self.text}"
         assert done(), f"{otherwise}; it printed:\n{self.text}"
@@ -244,9 +249,8 @@ def exit_of(folder: Path) -> dict[str, Any]:
 
 
 def events(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl of one kind."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    """The whole lines of metrics.jsonl of one kind; a last one that is being written does not count."""
+    return [event for event in jsonl.events(folder / "metrics.jsonl") if event["event"] == kind]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

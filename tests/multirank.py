@@ -107,7 +107,8 @@ def _rank(
     home = Path(folder)
     topology = Topology(rank, world_size, rank, world_size, 0, 1, "env", None, None) if world_size > 1 else SINGLE
     with (home / f"stack-{rank}").open("w") as stack:
-        faulthandler.dump_traceback_later(max(timeout_s - 1.0, 0.5), file=stack)
+        # The parent ends the ranks so long after it began to start them, and this rank may have started late.
+        faulthandler.dump_traceback_later(timeout_s * 0.6, file=stack)
         try:
             store = FileStore(str(home / "store"), world_size)
             with process_group(topology, os.environ, timeout_s=timeout_s, store=store) as ready:

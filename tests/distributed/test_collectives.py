@@ -208,7 +208,7 @@ def test_the_rank_that_failed_first_is_the_one_reported() -> None:
 
 def test_ranks_that_hang_are_ended_and_shown_with_their_stacks() -> None:
     with pytest.raises(RanksFailed, match=r"(?s)finished: \[0\].*_one_hangs"):
-        run_ranks(_one_hangs_but_one, 2, timeout_s=3.0)
+        run_ranks(_one_hangs_but_one, 2, timeout_s=6.0)
 
 
 def _one_hangs_but_one(topology: Topology) -> None:

@@ -80,7 +80,7 @@ with interruptible(grace_s=20, before_exit=last_words):
             time.sleep(0.01)
     except KeyboardInterrupt:
         print("stopping", flush=True)
-        time.sleep(0.5)
+        sys.stdin.read()
         print("stopped", flush=True)
         ignore_further()
         os.kill(os.getpid(), signal.SIGINT)
@@ -101,7 +101,7 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
 
 IMPATIENT = """
 import dtrain.interrupts
-dtrain.interrupts.PATIENCE_S = 0.2
+dtrain.interrupts.PATIENCE_S = 0.05
 with interruptible(grace_s=20, before_exit=last_words):
     try:
         print("ready", flush=True)
@@ -120,6 +120,7 @@ def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_las
         assert process.stdout is not None
         assert process.stdout.readline() == b"stopping\n"
         process.send_signal(signal.SIGTERM)  # system() ignores SIGINT
+        process.wait(LIMIT_S)  # communicate would end its cat
         printed, _ = process.communicate(timeout=LIMIT_S)
 
     assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
@@ -153,9 +154,9 @@ def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() 
     with running(DEFERS.format(then='ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")')) as process:
         assert process.stdout is not None
         process.send_signal(signal.SIGTERM)
-        while process.stdout.readline() != b"saved\n":
-            continue
+        assert b"saved\n" in iter(process.stdout.readline, b"")
         process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT_S)  # communicate would end its cat
         printed, _ = process.communicate(timeout=LIMIT_S)
 
     assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
@@ -226,7 +227,7 @@ def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -
 GOES_ON = """
 hears, says = os.pipe()
 try:
-    with interruptible(grace_s=0.3, before_exit=last_words):
+    with interruptible(grace_s=1, before_exit=last_words):
         child = os.fork()  # it has what the helper thread listens to, and outlives all this
         if child == 0:
             os.close(says)
@@ -236,7 +237,7 @@ try:
         while True:
             time.sleep(0.01)
 except KeyboardInterrupt:
-    time.sleep(1)
+    time.sleep(1.5)
     print("went on", flush=True)
 os.close(says)
 os.waitpid(child, 0)

@@ -111,7 +111,7 @@ def test_one_rank_told_to_stop_ends_all_and_exit_json_names_it(tmp_path: Path) -
 def test_a_job_told_to_stop_before_it_trains_says_so_too(tmp_path: Path) -> None:
     with jobs.started([*jobs.python(), *train(tmp_path / "runs")]) as job:
         # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
-        jobs.until(lambda: any("libtorch" in each for each in job.maps(job.process.pid)))
+        assert jobs.until(lambda: any("libtorch" in each for each in job.maps(job.process.pid))), job.text
         send(job, signal.SIGINT, "launcher")
         assert job.gone_within(GONE_S)
         code = job.end()

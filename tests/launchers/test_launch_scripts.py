@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,10 +81,8 @@ def test_a_first_call_makes_the_environment_and_a_second_does_nothing(checkout: 
     assert first.stdout.endswith(f"{checkout}\n")
     assert "GB" in first.stdout
     assert notes(checkout) == ["venv", "pip for ."]
-    started = time.monotonic()
     second = set_up(checkout, PYTHON="/none")
     assert (second.returncode, second.stdout, notes(checkout)) == (0, f"{checkout}\n", [])
-    assert time.monotonic() - started < 1.0  # 0.02 s is usual; pip alone takes 0.5 s
 
 
 def test_the_test_tools_are_added_once_and_serve_the_rest(checkout: Path) -> None:

@@ -23,9 +23,9 @@ LONG = "import time; time.sleep(600)"
 NEST = """
 import os, subprocess, sys
 # a launcher whose rank is in a session of its own, and deaf to SIGTERM
-rank = "import signal, time, os; signal.signal(15, lambda *_: None); print(os.getpid(), flush=True); "
+rank = "import signal, time, os; signal.signal(15, lambda *_: None); os.write(1, b'%d\\\\n' % os.getpid()); "
 subprocess.Popen([sys.executable, "-c", rank + "[time.sleep(1) for _ in range(600)]"], start_new_session=True)
-print(os.getpid(), flush=True)
+os.write(1, b"%d\\n" % os.getpid())  # print writes the number and the end of its line one by one
 import time; time.sleep(600)
 """
 
@@ -122,7 +122,7 @@ def test_a_signal_goes_to_the_launcher_only_where_that_passes_it_on(tmp_path: Pa
         "say = lambda who: signal.signal(signal.SIGUSR1, lambda *_: (os.write(1, who), os._exit(7)))\n"
         "child = os.fork()\n"
         "say(b'rank' if child == 0 else b'launcher')\n"
-        "print(0, flush=True)\n"
+        "os.write(1, b'0\\n')\n"  # print writes the number and the end of its line one by one
         "sys.exit(os.waitstatus_to_exitcode(os.wait()[1])) if child else time.sleep(600)\n"
     )
     for takes, who in (([signal.SIGUSR1], "launcher"), ([], "rank")):

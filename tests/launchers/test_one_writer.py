@@ -82,7 +82,7 @@ def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(
         first.wait_for("at the second step")
         with jobs.started([*jobs.python(), *settings]) as second:
             # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
-            jobs.until(lambda: any("libtorch" in each for each in second.maps(second.process.pid)))
+            assert jobs.until(lambda: any("libtorch" in each for each in second.maps(second.process.pid))), second.text
             os.kill(second.process.pid, signal.SIGINT)
             second.end()
         was_there = (run / "exit.json").exists()

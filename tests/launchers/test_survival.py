@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
     for number in (signal.SIGKILL, TERM):
         with jobs.started([*start(), *jobs.settings(folder, "run", **SHORT)]) as job:
             at = newest(folder) + 20
-            jobs.until(lambda at=at: newest(folder) >= at)  # type: ignore[misc]
+            assert jobs.until(lambda at=at: newest(folder) >= at or job.has_ended()), job.text  # type: ignore[misc]
             os.kill(job.ranks()[0], number)
             assert job.end() != 0
             assert job.gone_within(10)
@@ -143,16 +144,22 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
     start = jobs.torchrun(2, "--standalone", "--max-restarts", str(kills + 2), "--monitor-interval", "0.1")
     assert jobs.run([*start, *jobs.settings(folder, "steady", **SHORT)]).process.returncode == 0
 
+    def is_at(step: int, job: jobs.Job) -> bool:
+        return newest(folder) >= step and len(job.ranks()) == 2
+
+    def resumed() -> int:
+        return len(jobs.events(folder / "run", "resume"))
+
     # run.overwrite is for the first start: a later one that began anew would never come to the end.
     with jobs.started([*start, *jobs.settings(folder, "run", **SHORT, run__overwrite=True)]) as job:
         for kill in range(1, kills + 1):
-            at = 20 * max(1, 12 * kill // kills)
-            jobs.until(lambda at=at: newest(folder) >= at and len(job.ranks()) == 2)  # type: ignore[misc]
+            at = 20 * max(1, 10 * kill // kills)
+            assert jobs.until(lambda at=at: is_at(at, job) or job.has_ended()), job.text  # type: ignore[misc]
             os.kill(rng.choice(job.ranks()), signal.SIGKILL)
-            jobs.until(lambda kill=kill: len(jobs.events(folder / "run", "resume")) >= kill)  # type: ignore[misc]
+            assert jobs.until(lambda kill=kill: resumed() >= kill or job.has_ended()), job.text  # type: ignore[misc]
         assert job.end() == 0
 
-    assert len(jobs.events(folder / "run", "resume")) == kills
+    assert resumed() == kills
     assert tensors(folder, "run") == tensors(folder, "steady")
 
 
@@ -174,7 +181,8 @@ def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
     with jobs.started(agent(is_host=True), env=env) as first, jobs.started(agent(is_host=False), env=env) as second:
         assert jobs.until(lambda: newest(folder) >= 40 and sizes()[-1] == 2), first.text + second.text
         for pid in [second.process.pid, *second.members()]:  # the node is gone, with all that ran there
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # a monitor ends soon after its rank
+                os.kill(pid, signal.SIGKILL)
         died_at = newest(folder)
         assert first.end() == 0, first.text
 

@@ -231,7 +231,7 @@ def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Pa
 
     with jobs.started(command, env={"FAULT": "segfault", "BAD_RANK": "1"}) as job:
         job.wait_for("Segmentation fault")
-        gone = job.gone_within(5)
+        gone = job.gone_within(10)
         job.end()
 
     assert gone, job.members()

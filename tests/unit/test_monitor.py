@@ -86,7 +86,7 @@ def test_two_questions_that_cross_get_an_answer_each() -> None:
 def test_a_rank_is_judged_here_while_the_hub_is_silent_and_by_the_hub_again_when_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cut = Cut(monkeypatch)
+    cut = Cut(monkeypatch, quiet_s=0.5)
 
     async def life() -> tuple[bool, bool, Any, Any]:
         await cut.begin()

@@ -119,25 +119,28 @@ def test_a_row_that_cannot_be_collated_is_named_as_it_is_whoever_prepares_it(wor
 def test_a_worker_that_is_stuck_does_not_keep_its_process_from_ending() -> None:
     """It does not hear SIGTERM, which Python and torch end it by."""
     code = """if True:
-        import sys, time
+        import os, time
         from dtrain.data.batches import evaluation_batches
         from dtrain.topology import SINGLE
+
+        hears, says = os.pipe()
 
         class Rows:
             def __len__(self):
                 return 1
             def __getitem__(self, indices):
                 print("stuck", flush=True)
+                os.write(says, b"!")
                 time.sleep(1000)
 
         batches = evaluation_batches(Rows(), None, SINGLE, micro_batch_size=1, lock_step=False, workers=1)
         import threading
         threading.Thread(target=next, args=(batches,), daemon=True).start()
-        time.sleep(float(sys.argv[1]))
+        os.read(hears, 1)
     """
 
     found = subprocess.run(
-        [sys.executable, "-c", code, "3"], capture_output=True, text=True, timeout=45, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=45, cwd=Path(__file__).parents[2]
     )
 
     assert found.stdout == "stuck\n", found.stderr
