@@ -151,7 +151,7 @@ def _end_if_deaf(
                 name = signal.Signals(heard).name
                 _leave(f"Stopped by {name}, which was not heard within {grace_s:.0f} s.", before_exit)
         else:
-            if again:
+            if again and not done.is_set():
                 name = signal.Signals(again).name
                 _leave(f"Stopped at once by a second {name}: nothing more was saved.", before_exit)
     done.wait()  # a write into a socket that nobody holds would print an error
