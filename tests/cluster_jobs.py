@@ -65,14 +65,20 @@ class ClusterJob:
                 marked[int(folder.name)] = words
         return marked
 
+    def has_ended(self) -> bool:
+        """Whether all that was typed has. A process that is just turning into another program has no environment yet,
+        and so no mark: while a job starts there may be none of it in sight."""
+        return all(job.has_ended() for job in self.typed)
+
     def end(self, limit_s: float = jobs.LIMIT_S) -> tuple[int, float]:
         """The exit code of what the user looks at, and the seconds until nothing was left anywhere."""
         begin = time.monotonic()
         deadline = begin + limit_s
-        while (left := self.left()) and time.monotonic() < deadline:
+        while ((left := self.left()) or not self.has_ended()) and time.monotonic() < deadline:
             time.sleep(0.05)
         took = time.monotonic() - begin
-        assert not left, f"still there after {limit_s:.0f} s: {left}; it printed:\n{self.first.text}"
+        is_over = not left and self.has_ended()
+        assert is_over, f"still there after {limit_s:.0f} s: {left}; it printed:\n{self.first.text}"
         return self.first.end(10), took
 
     def last_line(self) -> str:

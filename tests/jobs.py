@@ -171,11 +171,12 @@ class Job:
 
     def gone_within(self, seconds: float) -> bool:
         """Whether no process of the job is left, at the latest after so long."""
-        return until(lambda: not self.members(), seconds)
+        return until(lambda: self.has_ended() and not self.members(), seconds)
 
     def end(self, seconds: float = LIMIT_S) -> int:
         """Waits for the launcher's end and gives its exit code; the output is complete then."""
-        code = self.process.wait(seconds)
+        assert until(self.has_ended, seconds), f"it runs {seconds:.0f} s later; it printed:\n{self.text}"
+        code: int = self.process.returncode
         for reader in self.readers:
             reader.join(timeout=10)
         return code
