@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from dtrain import interrupts
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -161,6 +165,32 @@ def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() 
 
     assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, is_over: bool
+) -> None:
+    left: list[str] = []
+    done = threading.Event()
+    if is_over:
+        done.set()
+
+    def leave(cause: str, _before_exit: object) -> None:
+        left.append(cause)
+        done.set()
+
+    monkeypatch.setattr(interrupts, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(interrupts, "_leave", leave)
+    hears, wakes = socket.socketpair()
+    with wakes, interrupts.deferred([signal.SIGTERM]):
+        wakes.send(bytes([signal.SIGTERM] * 2))
+        helper = threading.Thread(target=interrupts._end_if_deaf, args=(hears, done, 0.0, print))
+        helper.start()
+        helper.join(LIMIT_S)
+
+    assert not helper.is_alive()
+    assert left == ([] if is_over else ["Stopped at once by a second SIGTERM: nothing more was saved."])
 
 
 def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
