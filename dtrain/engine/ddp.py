@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtrain.engine.exchange import exchange_of
+from dtrain.engine.exchange import Bf16Exchange, Exchange
+from dtrain.engine.powersgd import PowerSgdExchange
 from dtrain.engine.protocol import ReadSlots, StepResult
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import optimizers_own
@@ -100,6 +101,15 @@ class DdpEngine(SingleEngine):
         self.model = module
         del self._replica
         return module
+
+
+def exchange_of(config: Config, topology: Topology, module: nn.Module) -> Exchange:
+    """The one that the settings ask for. One process exchanges nothing, whatever they say."""
+    if topology.world_size > 1 and config.engine.powersgd is not None:
+        return PowerSgdExchange(config, topology, module)
+    if topology.world_size > 1 and config.engine.gradient_wire == "bf16":
+        return Bf16Exchange(config, topology)
+    return Exchange(config, topology)
 
 
 def _without_buffer_broadcast() -> dict[str, Any]:

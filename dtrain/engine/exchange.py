@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from dtrain.schema import Config
 from dtrain.topology import Topology
@@ -67,14 +66,3 @@ class Bf16Exchange(Exchange):
         summed = self._summed(whole.div_(self._world_size).to(torch.bfloat16))
         averaged: torch.futures.Future[torch.Tensor] = summed.then(lambda done: whole.copy_(done.value()))
         return averaged
-
-
-def exchange_of(config: Config, topology: Topology, module: nn.Module) -> Exchange:
-    """The one that the settings ask for. One process exchanges nothing, whatever they say."""
-    if topology.world_size > 1 and config.engine.powersgd is not None:
-        from dtrain.engine.powersgd import PowerSgdExchange
-
-        return PowerSgdExchange(config, topology, module)
-    if topology.world_size > 1 and config.engine.gradient_wire == "bf16":
-        return Bf16Exchange(config, topology)
-    return Exchange(config, topology)
