@@ -18,59 +18,25 @@ import pytest
 
 DTRAIN = Path(__file__).parents[2] / "dtrain"
 
-LEVELS = {
-    **dict.fromkeys(
-        [
-            "errors",
-            "console",
-            "heartbeat",
-            "settings",
-            "task_settings",
-            "command_settings",
-            "model_settings",
-            "engine_settings",
-            "schema",
-            "traffic",
-            "quickstart",
-            "jsonl",
-            "launchers",
-            "network",
-            "mpi",
-            "interrupts",
-            "wording",
-            "dialect",
-            "rollcall",
-            "imports",
-            "identity",
-            "processes",
-            "run_lock",
-            "cores",
-            "offline",
-        ],
-        0,
-    ),
-    **dict.fromkeys(["config", "topology", "run_folder", "cluster", "wire", "nodework", "arguments"], 1),
-    **dict.fromkeys(["collectives", "seeding", "watch", "memory", "run_start", "fleet"], 2),
-    **dict.fromkeys(["models", "data", "optim", "watching", "engine.protocol", "tasks.protocol"], 3),
-    **dict.fromkeys(["engine", "tasks", "own_metrics"], 4),
-    **dict.fromkeys(["evaluation", "checkpoint", "tracking", "monitors"], 5),
-    "loop": 6,
-    **dict.fromkeys(["main", "commands", "dtrain"], 7),
-}
-"""By the longest prefix of a module's name below dtrain; `dtrain` is the package's own __init__.py."""
-
-SIDEWAYS = {
-    *[("main", "commands"), ("dtrain", "commands"), ("dtrain", "main")],  # the ways in lead to each other
-    *[("schema", "task_settings"), ("schema", "model_settings")],
-    *[("schema", "command_settings"), ("schema", "engine_settings")],
-    ("dialect", "wording"),
-    *[("rollcall", "identity"), ("mpi", "launchers"), ("mpi", "network")],  # topology.py's parts
-    *[("run_lock", "processes"), ("rollcall", "processes")],
-}
-"""Within a level, only these: who imports, and what."""
-
-BOTTOM = {"errors", "console", "settings"}
-"""What level 0 itself may import; these import nothing of dtrain."""
+ORDER = (
+    "errors",
+    "console",
+    "config",
+    "distributed",
+    "cluster",
+    "models",
+    "runs",
+    "data",
+    "tasks",
+    "engine",
+    "checkpoint",
+    "training",
+    "job",
+    "commands",
+    "main",
+    "dtrain",
+)
+"""The packages and files directly in dtrain/. Each imports only from those before it; `dtrain` is __init__.py."""
 
 ONLY_IN = {
     "os.environ": ("main", "topology", "commands.launch", "commands.wire_test", "fleet.leash", "fleet.details"),
@@ -215,20 +181,12 @@ def read_tree(root: Path) -> dict[str, Module]:
     return modules
 
 
-def level_of(name: str) -> int | None:
-    while name not in LEVELS:
-        if "." not in name:
-            return None
-        name = name.rpartition(".")[0]
-    return LEVELS[name]
-
-
 def is_in(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
 def home_of(name: str) -> str:
-    """The package or file that counts as one in the table: `data` for data.order, `optim` for optim."""
+    """The package that a module is in, or the module itself where it lies directly in dtrain/."""
     return name.partition(".")[0]
 
 
@@ -237,7 +195,7 @@ def target_of(used: str, modules: dict[str, Module]) -> str | None:
     if not is_in(used, "dtrain") or used == "dtrain.__version__":
         return None
     name = used.removeprefix("dtrain").removeprefix(".")
-    while name and name not in modules and name not in LEVELS:
+    while name and name not in modules and name not in ORDER:
         name = name.rpartition(".")[0]
     return name or "dtrain"
 
@@ -249,32 +207,45 @@ def breaches(root: Path) -> list[str]:
     for module in modules.values():
         found += [
             f"{module.path.relative_to(root)}:{text}"
-            for text in [*_of_levels(module, modules), *_of_places(module), *_of_size(module)]
+            for text in [*_of_order(module, modules), *_of_places(module), *_of_size(module)]
         ]
-    return [*found, *_of_torch(modules), *_of_names(root)]
+    return [*found, *_of_cycles(modules), *_of_torch(modules), *_of_names(root)]
 
 
-def _of_levels(module: Module, modules: dict[str, Module]) -> Iterator[str]:
-    level = level_of(module.name)
-    if level is None:
-        yield f"1: {module.name} has no level: give it one in tests/unit/test_layers.py"
+def _of_order(module: Module, modules: dict[str, Module]) -> Iterator[str]:
+    here = home_of(module.name)
+    if here not in ORDER:
         return
     seen = set()
     for used, line in module.uses.items():
         if used.startswith("relative import"):
             yield f"{line}: {used}: imports are absolute, from dtrain.x import y"
         target = target_of(used, modules)
-        if target is None or target in seen or (target in BOTTOM and module.name not in BOTTOM):
+        if target is None or target in seen:
             continue
         seen.add(target)
-        target_level = level_of(target)
-        here, there = home_of(module.name), home_of(target)
-        if target_level is None:
-            continue  # named above, in its own file
-        if target_level > level:
-            yield f"{line}: {module.name} -> {target}: upward, level {level} imports from level {target_level}"
-        elif target_level == level and here != there and (here, there) not in SIDEWAYS:
-            yield f"{line}: {module.name} -> {target}: sideways, both are of level {level}"
+        there = home_of(target)
+        if there in ORDER and ORDER.index(there) > ORDER.index(here):
+            yield f"{line}: {module.name} -> {target}: {here} comes before {there} and must not import from it"
+
+
+def _of_cycles(modules: dict[str, Module]) -> Iterator[str]:
+    """Cycles of files, imports inside functions and for types alone included."""
+    imports = {
+        name: {target for used in module.uses if (target := target_of(used, modules)) in modules and target != name}
+        for name, module in modules.items()
+    }
+    while imports:
+        free = {name for name, targets in imports.items() if not targets & imports.keys()}
+        if not free:
+            break
+        imports = {name: targets for name, targets in imports.items() if name not in free}
+    while imports:  # what is left imports a cycle or is in one
+        used = set().union(*imports.values())
+        if not (unused := imports.keys() - used):
+            yield f"{', '.join(sorted(imports))}: import each other in a cycle"
+            return
+        imports = {name: targets for name, targets in imports.items() if name not in unused}
 
 
 def _of_places(module: Module) -> Iterator[str]:
@@ -344,25 +315,31 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
     ("files", "said"),
     [
         (
-            {"data/order.py": "import torch\nfrom dtrain.loop import fit"},
-            "data/order.py:2: data.order -> loop: upward, level 3 imports from level 6",
+            {"data/order.py": "import torch\nfrom dtrain.training.loop import fit"},
+            "data/order.py:2: data.order -> training: data comes before training and must not import from it",
         ),
-        ({"data/order.py": "def f():\n    import dtrain.loop"}, "data/order.py:2: data.order -> loop: upward"),
-        ({"data/order.py": "from dtrain import loop"}, "data.order -> loop: upward"),
-        ({"data/order.py": "from dtrain import fit"}, "data.order -> dtrain: upward"),
+        ({"data/order.py": "def f():\n    import dtrain.training.loop"}, "data/order.py:2: data.order -> training"),
+        ({"data/order.py": "from dtrain.training import loop"}, "data.order -> training"),
+        ({"data/order.py": "from dtrain import fit"}, "data.order -> dtrain: data comes before dtrain"),
+        ({"models/load.py": "from dtrain.data.order import StepPlan"}, "models.load -> data: models comes before data"),
+        ({"console.py": "from dtrain.config.load import x"}, "console -> config: console comes before config"),
         (
-            {"data/order.py": "from dtrain.models.load import load_model"},
-            "data.order -> models: sideways, both are of level 3",
+            {
+                "engine/ddp.py": "from dtrain.engine.local import a",
+                "engine/local.py": "from dtrain.engine.ddp import b",
+            },
+            "engine.ddp, engine.local: import each other in a cycle",
         ),
         (
-            {"engine/protocol.py": "from dtrain.engine.ddp import Ddp", "engine/ddp.py": ""},
-            "engine.protocol -> engine.ddp: upward",
+            {
+                "engine/a.py": "def f():\n    import dtrain.engine.b",
+                "engine/b.py": "import dtrain.engine.c",
+                "engine/c.py": "import typing\nif typing.TYPE_CHECKING:\n    import dtrain.engine.a",
+                "engine/d.py": "import dtrain.engine.a",
+            },
+            "engine.a, engine.b, engine.c: import each other in a cycle",
         ),
-        ({"engine/ddp.py": "from dtrain.tasks.build import build_task"}, "engine.ddp -> tasks: sideways"),
-        ({"schema.py": "from dtrain.launchers import find"}, "schema -> launchers: sideways"),
-        ({"console.py": "from dtrain.errors import DtrainError"}, "console -> errors: sideways"),
-        ({"data/order.py": "from ..loop import fit"}, "relative import of dtrain.loop"),
-        ({"helpers.py": ""}, "helpers.py:1: helpers has no level"),
+        ({"data/order.py": "from ..models import load"}, "relative import of dtrain.models"),
         ({"seeding.py": "import os\nSEED = os.environ['SEED']"}, "seeding.py:2: seeding uses os.environ"),
         ({"seeding.py": "import os as o\no.getenv('SEED')"}, "seeding uses os.environ"),
         ({"seeding.py": "from os import environ"}, "seeding uses os.environ"),
