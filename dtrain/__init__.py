@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dtrain.config import load_config
-from dtrain.schema import Config
+from dtrain.config.load import load_config
+from dtrain.config.schema import Config
 
 if TYPE_CHECKING:
     from torch import nn

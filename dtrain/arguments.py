@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dtrain.dialect import quoted
+from dtrain.config.yaml_dialect import quoted
 from dtrain.errors import ConfigError
 
 COMMANDS = {

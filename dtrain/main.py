@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 from dtrain import console
 from dtrain.arguments import parse
 from dtrain.commands.farewell import done, end_of, hand_over, report, report_alone, tell_launcher, write_down
-from dtrain.config import load_config, to_yaml
+from dtrain.config.load import load_config, to_yaml
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
 from dtrain.interrupts import interruptible
 from dtrain.processes import age_s, began
-from dtrain.schema import Config
 from dtrain.topology import SINGLE, Topology, finalize_mpi
 from dtrain.watch import end_with_launcher
 

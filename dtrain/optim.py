@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain import schema
+from dtrain.config import schema
 
 
 def parameter_groups(

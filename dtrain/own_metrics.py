@@ -8,9 +8,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from dtrain import schema
+from dtrain.config import schema
+from dtrain.config.user_function import described, import_function
 from dtrain.errors import ConfigError
-from dtrain.imports import described, import_function
 from dtrain.tasks.protocol import Task
 
 RESERVED = ("loss", "event", "step", "seconds", "time_s", "monotonic_s")

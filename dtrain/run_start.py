@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dtrain.config.error_messages import Difference
+from dtrain.config.schema import Config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.jsonl import events
 from dtrain.launchers import TORCHRUN
 from dtrain.processes import age_s
 from dtrain.run_folder import LAUNCHES, RunFolder, State, state
-from dtrain.schema import Config
-from dtrain.wording import Difference
 
 Action = Literal["start", "go_on", "already_finished"]
 

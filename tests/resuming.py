@@ -10,7 +10,7 @@ from typing import Any
 from dtrain import loop
 from dtrain.commands import saving, train
 from dtrain.commands.train import run_train
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
 from dtrain.topology import Topology
 from tests import tiny

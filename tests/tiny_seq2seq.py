@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dtrain.schema import Config
-from dtrain.task_settings import Seq2Seq
+from dtrain.config.schema import Config
+from dtrain.config.task import Seq2Seq
 from dtrain.tasks.seq2seq import Seq2SeqTask
 from tests import tiny
 from tests.tiny import Table

@@ -13,12 +13,12 @@ from torch import nn
 
 from dtrain import optim
 from dtrain.commands import construct
+from dtrain.config.schema import Config
+from dtrain.config.task import Classification
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.loop import Loop, train
 from dtrain.monitors.protocol import Decision, Monitor, RunState, StepRecord
-from dtrain.schema import Config
-from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.topology import Topology
 from tests import tiny

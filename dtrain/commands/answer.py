@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from dtrain import task_settings
 from dtrain.collectives import barrier
 from dtrain.commands import construct, prompts
 from dtrain.commands.evaluate import wrap
 from dtrain.commands.results import Result
+from dtrain.config import task as task_settings
+from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
 from dtrain.data.images import IMAGES
 from dtrain.data.tags import TOKENS
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate, to_device
-from dtrain.schema import Config, Data
 from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers

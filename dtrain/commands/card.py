@@ -15,14 +15,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dtrain import schema
+from dtrain.config import schema
+from dtrain.config.schema import Config
+from dtrain.config.task import Seq2Seq
 from dtrain.data import glue
 from dtrain.data.locate import PYTHON_DOCS
 from dtrain.data.parts import hub_name
 from dtrain.models.adapters import CONFIG as ADAPTERS
 from dtrain.run_folder import write_text_atomic
-from dtrain.schema import Config
-from dtrain.task_settings import Seq2Seq
 
 CARD = "README.md"
 

@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from dtrain.commands import folder, results
 from dtrain.commands.construct import refuse_own_parts
 from dtrain.commands.generate import continuation, ends_of
+from dtrain.config.schema import Config
+from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
@@ -30,9 +32,7 @@ from dtrain.models.checks import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import write_json_atomic, write_lines_atomic
-from dtrain.schema import Config
 from dtrain.seeding import seed_all
-from dtrain.task_settings import CausalLm, Chat
 from dtrain.topology import Topology, device_of
 
 FORGET = "/reset"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import DtrainError, TopologyError
 from dtrain.heartbeat import Beat, Phase
@@ -24,7 +25,6 @@ from dtrain.processes import fields_of, this_process
 from dtrain.rollcall import Board
 from dtrain.run_folder import write_exit
 from dtrain.run_lock import is_anothers
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 if TYPE_CHECKING:

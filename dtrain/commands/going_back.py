@@ -5,12 +5,12 @@ from __future__ import annotations
 from dtrain.checkpoint import choosing
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.layout import folder_name
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import CheckpointError
 from dtrain.heartbeat import Phase
 from dtrain.monitors.protocol import RunState
 from dtrain.run_folder import RunFolder
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 

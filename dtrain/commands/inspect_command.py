@@ -14,6 +14,7 @@ from torch import nn
 
 from dtrain.collectives import on_main
 from dtrain.commands import folder
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.jsonl import worded
@@ -21,7 +22,6 @@ from dtrain.models.base import load_base
 from dtrain.models.checks import longest_input
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import INSPECTION, write_json_atomic
-from dtrain.schema import Config
 from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 from dtrain.topology import Topology, device_of

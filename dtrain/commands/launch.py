@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from dtrain import console
 from dtrain.arguments import Parser, options_of, parse
 from dtrain.cluster import Host, choose, read_hostfile
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
 from dtrain.fleet import kinds

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dtrain.commands.construct import Construction, count, describe_device, gigabytes, total_steps
+from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan, turns
 from dtrain.engine.build import engine_name
 from dtrain.models import freezing
-from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology
 

@@ -18,6 +18,7 @@ from dtrain.commands import construct, folder, prompts
 from dtrain.commands.answer import run_answer
 from dtrain.commands.evaluate import wrap, write_down
 from dtrain.commands.results import Result
+from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
 from dtrain.data.locate import form_of
@@ -25,7 +26,6 @@ from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.run_folder import RunFolder, write_text_atomic
-from dtrain.schema import Config, Data
 from dtrain.tasks.build import build_task
 from dtrain.topology import Topology
 

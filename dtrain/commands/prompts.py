@@ -20,13 +20,13 @@ from dtrain.commands.evaluate import write_down
 from dtrain.commands.fill import Filler
 from dtrain.commands.generate import Writer
 from dtrain.commands.results import Result
+from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
 from dtrain.data.rows import TEXT, Origin, to_table
 from dtrain.errors import DataError
 from dtrain.evaluation import EvaluationResult, SplitResult
-from dtrain.schema import Config, Data
 from dtrain.topology import Topology
 
 TASKS = ("causal_lm", "masked_lm", "chat")

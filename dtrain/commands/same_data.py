@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dtrain.checkpoint.choosing import Chosen
+from dtrain.config.schema import Config
 from dtrain.errors import DataError
-from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 
 

@@ -16,7 +16,8 @@ from dtrain.collectives import all_gather_object
 from dtrain.commands import same_data
 from dtrain.commands.export import save_surroundings
 from dtrain.commands.results import versions
-from dtrain.config import to_yaml
+from dtrain.config.load import to_yaml
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
@@ -24,7 +25,6 @@ from dtrain.heartbeat import Phase
 from dtrain.interrupts import SIGNALS, Asked, deferred
 from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.run_folder import RunFolder
-from dtrain.schema import Config
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology
 

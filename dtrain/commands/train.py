@@ -21,6 +21,7 @@ from dtrain.commands.going_back import Rollback
 from dtrain.commands.results import Result
 from dtrain.commands.saving import Checkpoints, StopOnRequest, deferring
 from dtrain.commands.thawing import thaw
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.engine.build import build_engine, engine_name
@@ -38,7 +39,6 @@ from dtrain.monitors.protocol import Decision, Monitor, RunState
 from dtrain.monitors.replicas import Replicas
 from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
-from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
 from dtrain.topology import Topology

@@ -6,7 +6,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dtrain.schema import Config
+from dtrain.config.schema import Config
 from dtrain.topology import Topology
 from dtrain.watching.start import watching
 from dtrain.watching.verdict import Rules

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from dtrain.config.schema import Data
 from dtrain.data import glue
 from dtrain.data.images import class_folder_state, is_class_folders
 from dtrain.data.readers import SUFFIXES
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 Named = TypeVar("Named")
 

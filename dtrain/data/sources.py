@@ -16,13 +16,13 @@ from typing import Any
 
 import datasets
 
+from dtrain.config.schema import Data
 from dtrain.data import hub
 from dtrain.data.locate import file_hashes, form_of
 from dtrain.data.parts import Part, hub_name, python_docs, read_parts
 from dtrain.data.readers import Row
 from dtrain.data.rows import BadRows, Shape, Table, Unit, to_table
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 Json = Any
 """What json.dumps takes."""

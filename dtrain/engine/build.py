@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from dtrain import optim
+from dtrain.config.schema import Config
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dtrain.config.schema import Config
 from dtrain.engine.exchange import Bf16Exchange, Exchange
 from dtrain.engine.powersgd import PowerSgdExchange
 from dtrain.engine.protocol import ReadSlots, StepResult
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import optimizers_own
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 

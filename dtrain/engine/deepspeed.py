@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from dtrain.config.schema import Config
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -33,7 +34,6 @@ from dtrain.engine.state import (
     scaler_scalars,
     slot_tensors,
 )
-from dtrain.schema import Config
 from dtrain.topology import Topology, device_of
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dtrain.schema import Config
+from dtrain.config.schema import Config
 from dtrain.topology import Topology
 
 Bucket = Any

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from dtrain.schema import Config
+from dtrain.config.schema import Config
 from dtrain.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

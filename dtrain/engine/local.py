@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from dtrain.collectives import all_reduce_sum
+from dtrain.config.schema import Config
 from dtrain.engine.protocol import Apart
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import STEP
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 BUCKET_BYTES = 32 * 2**20

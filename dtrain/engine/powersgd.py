@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 
 from dtrain.collectives import all_reduce_sum
+from dtrain.config.schema import Config
 from dtrain.engine.exchange import Bucket, Exchange
 from dtrain.engine.state import EXCHANGE
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.seeding import derive
 from dtrain.topology import Topology
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dtrain.config.schema import Config
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -22,7 +23,6 @@ from dtrain.engine.state import (
     scaler_scalars,
     slot_tensors,
 )
-from dtrain.schema import Config
 from dtrain.topology import Topology
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
 from dtrain.models.own import refuse_without_factory

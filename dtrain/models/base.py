@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
 from dtrain.models.architecture import locate, read_config

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models.paths import parameter_names, resolve
 

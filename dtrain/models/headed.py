@@ -20,11 +20,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 
-from dtrain import schema
+from dtrain.config import schema
+from dtrain.config.task import Head
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.checks import learned_positions
 from dtrain.models.pooling import pool
-from dtrain.task_settings import Head
 
 KEY = "dtrain_head"
 """In the backbone's config.json: the settings of the head beside it, the task it was made for, and its outputs."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from dtrain.task_settings import Head
+from dtrain.config.task import Head
 
 CLASSES: dict[Head, str] = {
     "sequence_classification": "AutoModelForSequenceClassification",

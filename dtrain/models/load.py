@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dtrain import schema
+from dtrain.config import schema
+from dtrain.config.task import Head
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters, own
@@ -27,7 +28,6 @@ from dtrain.models.headed import KEY, add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
 from dtrain.models.seq2seq import fit_decoder
 from dtrain.models.source import LOADING_ERRORS, explain, quiet
-from dtrain.task_settings import Head
 
 ALIGNMENT = 64
 """Bytes to which PyTorch aligns its own memory on a CPU."""

@@ -27,10 +27,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dtrain import schema
+from dtrain.config import schema
+from dtrain.config.task import Head
+from dtrain.config.user_function import import_function
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.imports import import_function
-from dtrain.task_settings import Head
 
 KEY = "dtrain_factory"
 """In config.json of a saved folder: which factory made the module."""

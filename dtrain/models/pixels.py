@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import cached_file
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.architecture import locate, read_config
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models.architecture import locate, read_config
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.source import LOADING_ERRORS, explain, is_here, quiet, reach

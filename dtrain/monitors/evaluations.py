@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from dtrain.config.schema import Best
 from dtrain.console import log
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
-from dtrain.schema import Best
 
 
 class Evaluate:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from dtrain.config.schema import Spike
 from dtrain.console import log
 from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
-from dtrain.schema import Spike
 
 SEEN = 10
 """So many losses make a median worth comparing with."""

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Chat, Head
 from dtrain.console import log
 from dtrain.data.dialogues import dialogue_shape
 from dtrain.data.sources import Source
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Chat, Head
 from dtrain.tasks.preparing import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, perplexity

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Classification, Head, ImageClassification
 from dtrain.data.rows import LABELLED
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Classification, Head, ImageClassification
 from dtrain.tasks.preparing import (
     Meta,
     Recipe,

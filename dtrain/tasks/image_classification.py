@@ -8,11 +8,11 @@ from typing import Any
 
 from datasets import Dataset
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, ImageClassification
 from dtrain.data.sources import Source
 from dtrain.models.pixels import PixelProcessor, load_processor
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, ImageClassification
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, map_rows

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dtrain.config.schema import Config
 from dtrain.data.images import images_shape
 from dtrain.data.locate import form_of, place_of
 from dtrain.errors import ConfigError
 from dtrain.models.pixels import PixelProcessor
-from dtrain.schema import Config
 from dtrain.tasks.preparing import Examples, Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import Batch
 from dtrain.topology import Topology

@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, ImageRegression
 from dtrain.data.sources import Source
 from dtrain.errors import ConfigError
 from dtrain.models.pixels import PixelProcessor, load_processor
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, ImageRegression
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, MaskedLm
 from dtrain.data.rows import TEXT
 from dtrain.data.sources import Source
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config
 from dtrain.seeding import Place, derive
-from dtrain.task_settings import Head, MaskedLm
 from dtrain.tasks.preparing import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, padded, perplexity

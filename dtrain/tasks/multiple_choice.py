@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, MultipleChoice
 from dtrain.data.choices import CHOICES
 from dtrain.data.sources import Source
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, MultipleChoice
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded

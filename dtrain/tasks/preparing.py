@@ -14,6 +14,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.collectives import node_first
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import Shape
@@ -21,7 +22,6 @@ from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
-from dtrain.schema import Config
 from dtrain.tasks.protocol import Split
 from dtrain.topology import Topology
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from dtrain.config.task import Head
 from dtrain.seeding import Place
-from dtrain.task_settings import Head
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus labels; every tensor's first dimension is the example, or a window of one."""

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.sources import Source
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, QuestionAnswering
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets

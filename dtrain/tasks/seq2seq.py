@@ -17,6 +17,8 @@ from datasets import Dataset
 from torch import nn
 
 from dtrain.collectives import node_first
+from dtrain.config.schema import Config, Evaluation
+from dtrain.config.task import Head, Seq2Seq
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.errors import ConfigError
@@ -28,9 +30,7 @@ from dtrain.models.seq2seq import (
     generation_of_language,
     set_languages,
 )
-from dtrain.schema import Config, Evaluation
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, Seq2Seq
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Head, TokenClassification
 from dtrain.console import log
 from dtrain.data.sources import Source
 from dtrain.data.tags import TAGGED, check_tags, tag_names
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import Head, TokenClassification
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded

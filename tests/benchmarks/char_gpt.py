@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dtrain.config import load_config
+from dtrain.config.load import load_config
+from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan
-from dtrain.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "char_gpt.yaml"

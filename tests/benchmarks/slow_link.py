@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dtrain import console
 from dtrain.collectives import all_gather_object
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.topology import Topology
 

@@ -14,7 +14,7 @@ import pytest
 from dtrain.checkpoint import process
 from dtrain.checkpoint.layout import found, verify
 from dtrain.commands.train import run_train
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import DtrainError
 from dtrain.topology import Topology
 from tests import resuming

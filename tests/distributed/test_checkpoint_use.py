@@ -16,7 +16,7 @@ from dtrain.checkpoint.layout import found, manifest_text
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export_command import run_export
 from dtrain.commands.train import run_train
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.topology import Topology
 from tests import resuming

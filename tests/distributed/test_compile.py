@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dtrain.config.schema import Freeze
 from dtrain.models.freezing import freeze
-from dtrain.schema import Freeze
 from dtrain.topology import SINGLE
 from tests import tiny, training
 from tests.multirank import run_ranks

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import dtrain
+from dtrain.config.task import Classification
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.jsonl import read_metrics
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.seeding import Place
-from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
 from dtrain.topology import Topology

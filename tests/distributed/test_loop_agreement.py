@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.config.schema import Best
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.schema import Best
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.topology import SINGLE, Topology
 from tests import faults, tiny, training

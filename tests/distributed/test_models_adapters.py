@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from dtrain import schema
 from dtrain.commands.card import bare_card
 from dtrain.commands.export import save
 from dtrain.commands.export_command import run_export
-from dtrain.config import load_config
+from dtrain.config import schema
+from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.base import load_base

@@ -9,9 +9,9 @@ from typing import Any
 
 from dtrain import console
 from dtrain.commands.train import run_train
-from dtrain.config import load_config
+from dtrain.config.load import load_config
+from dtrain.config.task import Classification
 from dtrain.errors import ConfigError
-from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.topology import Topology
 from tests import tiny

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dtrain.commands.predict import run_predict
+from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.schema import Config
 from dtrain.topology import Topology
 from tests import tiny
 from tests.multirank import run_ranks

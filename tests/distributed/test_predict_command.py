@@ -15,10 +15,10 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.predict import run_predict, what_to_predict
-from dtrain.config import load_config, to_yaml
+from dtrain.config.load import load_config, to_yaml
+from dtrain.config.schema import Config
 from dtrain.data.glue import TASKS
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config
 from dtrain.topology import SINGLE
 from tests import tiny
 

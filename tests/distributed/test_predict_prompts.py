@@ -10,9 +10,9 @@ import pytest
 from transformers import BertForTokenClassification
 
 from dtrain.commands.predict import run_predict
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import DataError
-from dtrain.schema import Config
 from dtrain.topology import Topology
 from tests import tiny
 from tests.multirank import run_ranks

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.config.schema import Spike
 from dtrain.errors import TopologyError
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.monitors.replicas import Replicas
 from dtrain.monitors.spikes import Spikes
-from dtrain.schema import Spike
 from dtrain.topology import SINGLE, Topology
 from tests import faults, training
 from tests.faults import Journal

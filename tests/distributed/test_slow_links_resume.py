@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dtrain.commands.train import run_train
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.engine import powersgd
 from dtrain.errors import Preempted
 from dtrain.topology import Topology

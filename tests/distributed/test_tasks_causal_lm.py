@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dtrain.commands.export import export_model
+from dtrain.config.task import CausalLm
 from dtrain.data.blocks import pieces_of, rows_of
 from dtrain.engine.forward import ForwardOnly
 from dtrain.evaluation import evaluate_split
-from dtrain.task_settings import CausalLm
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.topology import SINGLE, Topology
 from tests import tiny, training

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from dtrain.commands.export import export_model
+from dtrain.config.task import MaskedLm
 from dtrain.engine.forward import ForwardOnly
 from dtrain.evaluation import evaluate_split
-from dtrain.task_settings import MaskedLm
 from dtrain.tasks.masked_lm import MaskedLmTask
 from dtrain.topology import SINGLE, Topology
 from tests import tiny, training

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.task_settings import QuestionAnswering
+from dtrain.config.task import QuestionAnswering
 from dtrain.tasks.answers import squad_scores
 from dtrain.tasks.question_answering import QuestionAnsweringTask, encode_windows
 from dtrain.topology import SINGLE, Topology

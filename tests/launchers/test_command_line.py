@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.main import main
 from tests import jobs
 
@@ -74,7 +74,7 @@ def test_help_answers_in_half_a_second_of_work_without_a_heavy_import() -> None:
 
     assert min(seconds) < 0.5
     imported = {line.rpartition("|")[2].strip() for line in imports.splitlines()}
-    assert "dtrain.schema" in imported
+    assert "dtrain.config.schema" in imported
     assert imported & HEAVY == set()
     for word in (
         "--config",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from tests import jobs
 
 ROOT = jobs.ROOT

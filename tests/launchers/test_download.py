@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.commands.download import run_download
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
 from dtrain.topology import SINGLE
 from tests.hub_server import serve_hub

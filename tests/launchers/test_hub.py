@@ -24,7 +24,7 @@ import json, sys
 from dtrain.data.rows import LABELLED
 from dtrain.data.sources import label_names, load_sources, source_key
 from dtrain.errors import DataError
-from dtrain.schema import Data
+from dtrain.config.schema import Data
 for settings in json.loads(sys.argv[1]):
     data = Data(**settings)
     try:

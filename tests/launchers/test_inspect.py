@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
 from tests import jobs, tiny
 from tests.launchers.test_command_line import dtrain

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
 from tests import jobs
 from tests.launchers.test_command_line import dtrain

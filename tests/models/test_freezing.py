@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from dtrain.config.schema import Freeze, ThawStage
 from dtrain.errors import ConfigError
 from dtrain.models.freezing import check, freeze, frozen_parameters, summary, train_mode
 from dtrain.models.paths import resolve
-from dtrain.schema import Freeze, ThawStage
 from tests import tiny
 
 

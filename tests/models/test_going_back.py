@@ -10,7 +10,7 @@ import pytest
 from dtrain.checkpoint import choosing
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.commands.going_back import Rollback
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.topology import SINGLE
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.config.schema import Best
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
-from dtrain.schema import Best
 from dtrain.topology import SINGLE
 from tests import faults, tiny, training
 from tests.faults import Journal

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertModel
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.load import label_names_of, load_model
 from dtrain.models.tokenizer import build_char_tokenizer

@@ -17,10 +17,10 @@ from dtrain.commands import construct
 from dtrain.commands.answer import row_of, worded
 from dtrain.commands.export import beside, save
 from dtrain.commands.predict import run_predict
-from dtrain.config import load_config
+from dtrain.config.load import load_config
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError, DtrainError
-from dtrain.schema import Config
 from dtrain.tasks.build import build_task
 from dtrain.topology import SINGLE
 from tests import pictures, tiny

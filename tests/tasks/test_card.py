@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dtrain.commands.card import bare_card, command_line, trained_card, without_places, write_card
-from dtrain.config import load_config
-from dtrain.schema import Config
+from dtrain.config.load import load_config
+from dtrain.config.schema import Config
 
 SUMMARY: dict[str, Any] = {
     "eval": {"loss": 0.51234567, "accuracy": 0.75, "odd": float("nan")},

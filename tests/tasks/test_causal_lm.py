@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import CausalLm
 from dtrain.data.blocks import pieces_of
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.tokenizer import build_char_tokenizer
-from dtrain.schema import Config
-from dtrain.task_settings import CausalLm
 from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
 from dtrain.tasks.documents import own_document_only
 from dtrain.tasks.protocol import Targets

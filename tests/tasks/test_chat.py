@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from dtrain.commands.export import save
+from dtrain.config.schema import Config
+from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.chat_format import TurnsFormat
-from dtrain.schema import Config
-from dtrain.task_settings import Chat
 from dtrain.tasks.chat import ChatTask, prepare_chat
 from dtrain.tasks.protocol import IGNORED, Targets
 from dtrain.topology import SINGLE

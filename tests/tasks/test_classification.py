@@ -14,11 +14,11 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Classification
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
-from dtrain.schema import Config
-from dtrain.task_settings import Classification
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE

@@ -18,11 +18,11 @@ from transformers import PretrainedConfig
 from dtrain.commands import chat
 from dtrain.commands.chat import Reply, run_chat, speaker, talk
 from dtrain.commands.generate import continuation
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import Message
 from dtrain.errors import ConfigError, DataError
 from dtrain.heartbeat import Beat
-from dtrain.schema import Config
 from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer

@@ -11,10 +11,10 @@ import torch
 
 from dtrain import heartbeat
 from dtrain.commands.generate import continuation, ends_of, run_generate
+from dtrain.config.schema import Config
 from dtrain.errors import ConfigError
 from dtrain.heartbeat import Beat, Phase, read
 from dtrain.models.tokenizer import build_char_tokenizer
-from dtrain.schema import Config
 from dtrain.seeding import seed_all
 from dtrain.topology import SINGLE
 

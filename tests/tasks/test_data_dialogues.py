@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from dtrain.config.schema import Data
 from dtrain.data.dialogues import SHOWN_FIRST, dialogue_shape, read_prompts
 from dtrain.data.sources import load_sources
 from dtrain.errors import DataError
-from dtrain.schema import Data
 
 HELLO, GOOD, WHERE = "\u4f60 \u597d", "\u597d \uff01", "\u5728 \u54ea \uff1f"
 

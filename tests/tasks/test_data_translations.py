@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 import pytest
 
+from dtrain.config.schema import Data
 from dtrain.data.sources import load_sources
 from dtrain.data.translations import translations
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 
 def write(folder: Path, rows: list[Any], split: str = "train", suffix: str = "jsonl") -> Path:

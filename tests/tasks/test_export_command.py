@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from dtrain.commands.export_command import run_export
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.topology import SINGLE
 

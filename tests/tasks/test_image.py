@@ -11,13 +11,13 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import nn
 
 from dtrain.commands import construct
+from dtrain.config.schema import Config, Data
 from dtrain.data.images import images_shape
 from dtrain.data.locate import form_of
 from dtrain.data.sources import load_sources, source_key
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.checks import check_images
 from dtrain.models.load import load_model
-from dtrain.schema import Config, Data
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE

@@ -15,12 +15,12 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import MaskedLm
 from dtrain.data.batches import evaluation_batches
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
-from dtrain.schema import Config
 from dtrain.seeding import Place
-from dtrain.task_settings import MaskedLm
 from dtrain.tasks.masked_lm import MaskedLmTask, prepare_masked_lm
 from dtrain.tasks.protocol import IGNORED, Targets
 from dtrain.topology import SINGLE

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from dtrain import schema
 from dtrain.commands import construct
 from dtrain.commands.export import save
+from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.freezing import frozen_parameters
 from dtrain.models.headed import HeadedModel

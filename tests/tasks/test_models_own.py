@@ -15,9 +15,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dtrain import schema
 from dtrain.commands.export import save
-from dtrain.config import load_config
+from dtrain.config import schema
+from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.load import label_names_of, load_model
 from tests import tiny

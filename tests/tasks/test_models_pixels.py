@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.pixels import load_processor
 from tests import pictures

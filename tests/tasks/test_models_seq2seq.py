@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models.load import load_model
 from dtrain.models.seq2seq import (

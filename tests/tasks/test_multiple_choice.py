@@ -14,13 +14,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 from sklearn.metrics import accuracy_score
 from torch import nn
 
+from dtrain.config.schema import Config, Data
+from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
 from dtrain.data.locate import form_of
 from dtrain.data.parts import hub_name
 from dtrain.data.sources import Source, load_sources
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config, Data
-from dtrain.task_settings import MultipleChoice
 from dtrain.tasks.multiple_choice import MultipleChoiceTask, prepare_multiple_choice
 from dtrain.tasks.protocol import Targets
 from dtrain.topology import SINGLE

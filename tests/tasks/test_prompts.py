@@ -14,10 +14,10 @@ from dtrain.commands.chat import run_chat
 from dtrain.commands.fill import Filler
 from dtrain.commands.generate import run_generate
 from dtrain.commands.predict import run_predict
+from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
-from dtrain.schema import Config
 from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tasks import test_chat

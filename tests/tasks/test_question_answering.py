@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from dtrain.config.schema import Config, Data
+from dtrain.config.task import QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.sources import Source, load_sources
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config, Data
-from dtrain.task_settings import QuestionAnswering
 from dtrain.tasks.answers import best_spans, exact_match, f1, squad_scores
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.question_answering import (

@@ -15,8 +15,8 @@ import torch
 from scipy.stats import rankdata
 from torch import nn
 
+from dtrain.config.schema import Config
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.regression import RegressionTask, correlations, prepare_regression
 from dtrain.topology import SINGLE

@@ -14,11 +14,11 @@ import sacrebleu
 import torch
 from torch import nn
 
+from dtrain.config.schema import Config
+from dtrain.config.task import Seq2Seq
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate, evaluate_split, metric_names
-from dtrain.schema import Config
-from dtrain.task_settings import Seq2Seq
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.seq2seq import Seq2SeqTask, prepare_seq2seq
 from dtrain.topology import SINGLE

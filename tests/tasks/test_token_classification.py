@@ -16,11 +16,11 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 from torch import nn
 
+from dtrain.config.schema import Config, Data
+from dtrain.config.task import TokenClassification
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.tags import TAGGED
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Config, Data
-from dtrain.task_settings import TokenClassification
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words, prepare_token_classification
 from dtrain.topology import SINGLE

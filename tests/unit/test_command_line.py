@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dtrain.arguments import parse
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
 
 

@@ -11,13 +11,13 @@ from typing import Any, get_args
 import pytest
 from pydantic.fields import FieldInfo
 
-from dtrain.config import differences, load_config, to_yaml
+from dtrain.config.error_messages import models_in
+from dtrain.config.fields import OnResume
+from dtrain.config.load import differences, load_config, to_yaml
+from dtrain.config.quickstart import QUICKSTART
+from dtrain.config.schema import OWNED_DEEPSPEED_KEYS, Config
+from dtrain.config.task import TaskSettings
 from dtrain.errors import ConfigError
-from dtrain.quickstart import QUICKSTART
-from dtrain.schema import OWNED_DEEPSPEED_KEYS, Config
-from dtrain.settings import OnResume
-from dtrain.task_settings import TaskSettings
-from dtrain.wording import models_in
 
 ROOT = Path(__file__).parents[2]
 TASKS = ", ".join(get_args(task.model_fields["name"].annotation)[0] for task in get_args(get_args(TaskSettings)[0]))
@@ -634,7 +634,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_reading_a_config_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from dtrain.config import load_config; import dtrain.run_folder; load_config(None, []);"
+        "import sys; from dtrain.config.load import load_config; import dtrain.run_folder; load_config(None, []);"
         "print(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))"
     )
 

@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 import pytest
 
+from dtrain.config.schema import Data
 from dtrain.data.glue import TASKS, submission_lines
 from dtrain.data.rows import LABELLED
 from dtrain.data.scores import SCORED
 from dtrain.data.sources import label_names, load_sources
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 HEADERS = {
     "cola": None,

@@ -9,10 +9,10 @@ from typing import Any
 import datasets
 import pytest
 
+from dtrain.config.schema import Data
 from dtrain.data.rows import LABELLED, TEXT, Shape
 from dtrain.data.sources import Source, label_names, load_sources, source_key
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 
 def load(shape: Shape = LABELLED, **settings: Any) -> dict[str, Source]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from dtrain.config.schema import Config
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError
-from dtrain.schema import Config
 from dtrain.topology import SINGLE
 
 TWO = replace(SINGLE, world_size=2, local_world_size=2, launcher="torchrun")

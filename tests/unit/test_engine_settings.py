@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.commands import plan, saving
 from dtrain.commands.plan import exactness
-from dtrain.config import load_config
+from dtrain.config.load import load_config
 from dtrain.data.order import StepPlan
 from dtrain.errors import ConfigError
 from dtrain.monitors.protocol import RunState

@@ -11,11 +11,11 @@ import datasets
 import huggingface_hub
 import pytest
 
+from dtrain.config.schema import Data
 from dtrain.data import hub
 from dtrain.data.rows import LABELLED
 from dtrain.data.sources import load_sources, source_key
 from dtrain.errors import ConfigError, DataError
-from dtrain.schema import Data
 
 
 @pytest.fixture

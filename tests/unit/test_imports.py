@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.config.user_function import described, import_function
 from dtrain.errors import ConfigError
-from dtrain.imports import described, import_function
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,7 @@ ONLY_IN = {
     "os.environ": ("main", "topology", "commands.launch", "commands.wire_test", "fleet.leash", "fleet.details"),
     "torch.distributed": ("topology", "collectives", "watch", "watching.flight", "engine", "commands.wire_test"),
     "deepspeed": ("engine.deepspeed",),
-    "yaml": ("config", "dialect"),
+    "yaml": ("config.load", "config.yaml_dialect"),
 }
 """A thing, and the modules or packages that may use it."""
 
@@ -51,19 +51,19 @@ SAME_AS_ENVIRON = {"os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.un
 WITHOUT_TORCH = (
     "errors",
     "console",
-    "settings",
-    "task_settings",
-    "command_settings",
-    "model_settings",
-    "engine_settings",
-    "schema",
+    "config.fields",
+    "config.task",
+    "config.commands",
+    "config.model",
+    "config.engine",
+    "config.schema",
     "traffic",
     "launchers",
     "network",
     "cores",
     "heartbeat",
-    "dialect",
-    "config",
+    "config.yaml_dialect",
+    "config.load",
     "cluster",
     "arguments",
     "fleet",
@@ -349,7 +349,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         ({"loop.py": "def f():\n    import deepspeed"}, "loop.py:2: loop uses deepspeed"),
         ({"engine/deepspeed.py": "import deepspeed"}, "engine.deepspeed imports deepspeed when it is imported"),
         ({"run_folder.py": "import yaml"}, "run_folder uses yaml, which belongs to config"),
-        ({"config.py": "import torch"}, "config -> torch: imported for --help"),
+        ({"config/load.py": "import torch"}, "config.load -> torch: imported for --help"),
         (
             {"main.py": "import dtrain.commands.train", "commands/train.py": "import numpy"},
             "main -> commands.train -> numpy: imported",
@@ -380,11 +380,11 @@ def test_what_the_rules_allow_is_no_breach(tmp_path: Path) -> None:
         "engine/deepspeed.py": "import torch.distributed\nimport dtrain.topology\ndef f():\n    import deepspeed",
         "topology.py": "import typing\nif typing.TYPE_CHECKING:\n    import torch\nimport dtrain.errors",
         "launchers.py": "from dtrain.errors import TopologyError",
-        "config.py": "import yaml\nfrom dtrain.schema import Config",
+        "config/load.py": "import yaml\nfrom dtrain.config.schema import Config",
         "models/load.py": "from dtrain.models.checks import check_fit\ndistributed = 1\nx = distributed",
         "models/checks.py": "import os\nos.path",
         "errors.py": "",
-        "schema.py": "import pydantic",
+        "config/schema.py": "import pydantic",
     }
 
     assert breaches(write_tree(tmp_path, files)) == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError, DataError
 from dtrain.models import source
 from dtrain.models.load import label_names_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, BertConfig
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import (
     build_char_tokenizer,

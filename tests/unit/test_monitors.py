@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from dtrain.config.schema import Best
 from dtrain.errors import NonFiniteError
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest, is_better, is_due
 from dtrain.monitors.logging_steps import LogSteps
 from dtrain.monitors.non_finite import NonFinite, describe
 from dtrain.monitors.protocol import Decision, Fault, RunState, StepRecord
-from dtrain.schema import Best
 from tests.faults import Journal
 
 STEPS_PER_EPOCH, TOTAL = 4, 14

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import schema
+from dtrain.config import schema
 from dtrain.optim import build_optimizer, learning_rate, parameter_groups
 from tests import tiny
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.config import differences, load_config, to_yaml
+from dtrain.config.load import differences, load_config, to_yaml
+from dtrain.config.schema import Config
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.jsonl import MetricsLog, read_metrics
 from dtrain.run_folder import (
@@ -27,7 +28,6 @@ from dtrain.run_folder import (
     write_lines_atomic,
 )
 from dtrain.run_start import Checkpoints, Decision, decide, going_on, is_started_again
-from dtrain.schema import Config
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 WEIGHTS = len(_TABLE).to_bytes(8, "little") + _TABLE + bytes(4)

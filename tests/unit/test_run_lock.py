@@ -19,12 +19,12 @@ import pytest
 
 from dtrain import heartbeat, run_lock
 from dtrain.commands.folder import taken
-from dtrain.config import load_config
+from dtrain.config.load import load_config
+from dtrain.config.schema import Config
 from dtrain.errors import ConfigError
 from dtrain.processes import Process, began, fields_of, is_alive, this_process
 from dtrain.run_folder import RunFolder, state
 from dtrain.run_lock import LOCK, Owner, is_anothers, locked, look
-from dtrain.schema import Config
 from dtrain.topology import SINGLE
 
 PERIOD_S = 0.02

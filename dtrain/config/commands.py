@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dtrain.settings import AnyPath, Section, setting
+from dtrain.config.fields import AnyPath, Section, setting
 
 
 class Export(Section):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from dtrain.settings import AnyPath, NameOrPath, Section, setting
+from dtrain.config.fields import AnyPath, NameOrPath, Section, setting
 
 BUILT_TOKENIZERS = ("char", "train-bpe")
 """Values of model.tokenizer that make a tokenizer of the training text; it is saved with the model."""

@@ -17,13 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dtrain.dialect import SCALARS, TAG, Loader, dump, show
-from dtrain.errors import ConfigError
-from dtrain.model_settings import BUILT_TOKENIZERS
-from dtrain.quickstart import QUICKSTART
-from dtrain.schema import Config
-from dtrain.settings import OnResume
-from dtrain.wording import (
+from dtrain.config.error_messages import (
     ABSENT,
     Difference,
     Key,
@@ -37,6 +31,12 @@ from dtrain.wording import (
     takes_text_only,
     value_at,
 )
+from dtrain.config.fields import OnResume
+from dtrain.config.model import BUILT_TOKENIZERS
+from dtrain.config.quickstart import QUICKSTART
+from dtrain.config.schema import Config
+from dtrain.config.yaml_dialect import SCALARS, TAG, Loader, dump, show
+from dtrain.errors import ConfigError
 
 _COMMAND_LINE = "command line"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dtrain.wording import ABSENT
+from dtrain.config.error_messages import ABSENT
 
 TAG = "tag:yaml.org,2002:"
 

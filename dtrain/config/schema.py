@@ -13,15 +13,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
-from dtrain.command_settings import Download, Export, Generate, Inspect, Predict, Talk
-from dtrain.engine_settings import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
-from dtrain.engine_settings import Engine as Engine
-from dtrain.engine_settings import wire_conflicts
-from dtrain.model_settings import Lora as Lora
-from dtrain.model_settings import Model as Model
-from dtrain.model_settings import NewHead as NewHead
-from dtrain.settings import AnyPath, Beta, Section, setting
-from dtrain.task_settings import CausalLm, TaskSettings
+from dtrain.config.commands import Download, Export, Generate, Inspect, Predict, Talk
+from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
+from dtrain.config.engine import Engine as Engine
+from dtrain.config.engine import wire_conflicts
+from dtrain.config.fields import AnyPath, Beta, Section, setting
+from dtrain.config.model import Lora as Lora
+from dtrain.config.model import Model as Model
+from dtrain.config.model import NewHead as NewHead
+from dtrain.config.task import CausalLm, TaskSettings
 
 
 class Run(Section):

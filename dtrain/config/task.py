@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dtrain.settings import Section, setting
+from dtrain.config.fields import Section, setting
 
 Head = Literal[
     "sequence_classification",

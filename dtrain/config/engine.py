@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from dtrain.settings import Section, setting
+from dtrain.config.fields import Section, setting
 
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "train_batch_size": "train.global_batch_size",
