@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from dtrain.collectives import gather_for_metrics, on_main
 from dtrain.data.batches import MicroBatch, evaluation_batches
+from dtrain.distributed.collectives import gather_for_metrics, on_main
+from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.forward import Forward
 from dtrain.errors import ConfigError
-from dtrain.heartbeat import Phase
 from dtrain.memory import explain_in_evaluation
 from dtrain.own_metrics import Reported
 from dtrain.tasks.protocol import Batch, Scored, Task

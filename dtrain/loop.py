@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from dtrain.collectives import agree, all_gather_object, all_reduce_sum
 from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
+from dtrain.distributed.collectives import agree, all_gather_object, all_reduce_sum
+from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.protocol import Engine, StepResult
 from dtrain.evaluation import to_device
-from dtrain.heartbeat import Phase
 from dtrain.memory import explain_in_step, explain_in_training
 from dtrain.models.freezing import held_statistics
 from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord

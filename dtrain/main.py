@@ -28,10 +28,10 @@ from dtrain.commands.farewell import done, end_of, hand_over, report, report_alo
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.process_info import age_s, began
+from dtrain.distributed.signals import interruptible
+from dtrain.distributed.topology import SINGLE, Topology, finalize_mpi
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
-from dtrain.interrupts import interruptible
-from dtrain.processes import age_s, began
-from dtrain.topology import SINGLE, Topology, finalize_mpi
 from dtrain.watch import end_with_launcher
 
 if TYPE_CHECKING:

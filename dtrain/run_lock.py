@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.console import log
+from dtrain.distributed.process_info import Process, is_alive, this_process
 from dtrain.errors import ConfigError, TopologyError
-from dtrain.processes import Process, is_alive, this_process
 
 LOCK = "run.lock"
 """Its name in the run folder."""

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 from dtrain.config.error_messages import Difference
 from dtrain.config.schema import Config
+from dtrain.distributed.launcher_env import TORCHRUN
+from dtrain.distributed.process_info import age_s
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.jsonl import events
-from dtrain.launchers import TORCHRUN
-from dtrain.processes import age_s
 from dtrain.run_folder import LAUNCHES, RunFolder, State, state
 
 Action = Literal["start", "go_on", "already_finished"]

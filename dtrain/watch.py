@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtrain.console import log
-from dtrain.processes import fields_of
-from dtrain.topology import Topology
+from dtrain.distributed.process_info import fields_of
+from dtrain.distributed.topology import Topology
 
 POLL_S = 0.5
 REPORT_S = 3.0

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from dtrain.topology import SINGLE, Topology, process_group
+from dtrain.distributed.topology import SINGLE, Topology, process_group
 
 GRACE_S = 5.0
 """How long the others may go on when one rank has failed."""

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dtrain.commands.export import export_model
+from dtrain.distributed.topology import Topology
 from dtrain.evaluation import evaluate
-from dtrain.topology import Topology
 from tests import training
 from tests.training import Recorder, Setting
 

@@ -11,8 +11,8 @@ from dtrain import loop
 from dtrain.commands import saving, train
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import Topology
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
-from dtrain.topology import Topology
 from tests import tiny
 
 STEPS, PER_EPOCH = 12, 5

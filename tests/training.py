@@ -15,12 +15,12 @@ from dtrain import optim
 from dtrain.commands import construct
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
+from dtrain.distributed.topology import Topology
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.loop import Loop, train
 from dtrain.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.tasks.classification import ClassificationTask
-from dtrain.topology import Topology
 from tests import tiny
 
 BREAKS = ("repeated_example", "scaled_gradient", "seed_per_rank")

@@ -10,8 +10,8 @@ from typing import Any
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import Topology
 from dtrain.jsonl import read_metrics
-from dtrain.topology import Topology
 
 
 def commands(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.layout import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
-from dtrain.collectives import all_gather_object, barrier, broadcast_object, on_main
 from dtrain.console import log
+from dtrain.distributed.collectives import all_gather_object, barrier, broadcast_object, on_main
+from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError
-from dtrain.topology import Topology
 
 _DAMAGED = re.compile(r"damaged-step-(\d+)(-\d+)?")
 

@@ -15,8 +15,8 @@ from torch import nn
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.layout import BUFFER, OPTIMIZER, SHARD, VALUE, WHOLE, shard_prefix
 from dtrain.checkpoint.snapshot import DTYPES, Place, place_in
-from dtrain.collectives import all_gather_object, broadcast
-from dtrain.topology import Topology
+from dtrain.distributed.collectives import all_gather_object, broadcast
+from dtrain.distributed.topology import Topology
 
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 Entry = tuple[int, list[int], str]

@@ -12,9 +12,9 @@ from torch import nn
 
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.reading import Tensors
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
-from dtrain.topology import Topology
 
 
 def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> None:

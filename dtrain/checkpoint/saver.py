@@ -21,10 +21,10 @@ from dtrain.checkpoint.layout import CONFIG, STATE, folder_name, found
 from dtrain.checkpoint.process import Writer
 from dtrain.checkpoint.snapshot import copy_shards, copy_whole, estimate, place_in
 from dtrain.checkpoint.writing import Order, Piece, clear_drafts, flush_folder
-from dtrain.collectives import all_gather_object, broadcast_object
+from dtrain.distributed.collectives import all_gather_object, broadcast_object
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
-from dtrain.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from dtrain.collectives import barrier
 from dtrain.commands import construct, prompts
 from dtrain.commands.evaluate import wrap
 from dtrain.commands.results import Result
@@ -23,12 +22,13 @@ from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
 from dtrain.data.images import IMAGES
 from dtrain.data.tags import TOKENS
+from dtrain.distributed.collectives import barrier
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate, to_device
 from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers
-from dtrain.topology import Topology
 
 SPLIT, FILE = "test", "text.jsonl"
 

@@ -25,15 +25,15 @@ from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
+from dtrain.distributed.heartbeat import Beat
+from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.heartbeat import Beat
 from dtrain.models.chat_format import ChatFormat, choose_format, newest
 from dtrain.models.checks import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import write_json_atomic, write_lines_atomic
 from dtrain.seeding import seed_all
-from dtrain.topology import Topology, device_of
 
 FORGET = "/reset"
 

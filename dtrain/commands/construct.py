@@ -13,17 +13,17 @@ from torch import nn
 
 from dtrain.checkpoint import choosing, layout
 from dtrain.checkpoint.restoring import restore_weights
-from dtrain.collectives import node_first
 from dtrain.config.schema import Config, Model
 from dtrain.console import log
 from dtrain.data.order import StepPlan
+from dtrain.distributed.collectives import node_first
+from dtrain.distributed.topology import Topology, device_of
 from dtrain.engine.probe import without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.checks import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
-from dtrain.topology import Topology, device_of
 
 Made = TypeVar("Made")
 

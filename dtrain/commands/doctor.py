@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.cluster import Host, choose, read_hostfile
+from dtrain.distributed.launcher_env import JOB_ID
 from dtrain.errors import ConfigError, Interrupted, TopologyError
 from dtrain.fleet import checks, kinds, link_checks, network_checks
 from dtrain.fleet.checks import Answer
@@ -38,7 +39,6 @@ from dtrain.fleet.findings import RED, Finding, as_json, last_line, table
 from dtrain.fleet.look import ROOT
 from dtrain.fleet.run import Job, Part, run_job
 from dtrain.fleet.talk import FIRST_S, Said, Talks, talking_to
-from dtrain.launchers import JOB_ID
 
 ANSWER_S, LOOK_S, REACH_S = 15.0, 120.0, 5.0
 """How long an answer may take; one for which torch is imported; a connection to another host."""

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import datasets
 
-from dtrain.collectives import node_first
 from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data import hub
 from dtrain.data.locate import form_of
 from dtrain.data.parts import hub_name
+from dtrain.distributed.collectives import node_first
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.fetch import fetch_model
 from dtrain.run_folder import move_away, replace_folder
-from dtrain.topology import Topology
 
 OF_A_DOWNLOAD = Path(".cache") / "huggingface"
 """What huggingface_hub leaves in a folder that it has filled, to know what is there."""

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from torch import nn
 
-from dtrain.collectives import on_main
 from dtrain.commands import construct, folder, results
 from dtrain.commands.results import Result
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.collectives import on_main
+from dtrain.distributed.topology import Topology
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.forward import Forward, ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.own_metrics import reported
 from dtrain.tasks.build import build_task
-from dtrain.topology import Topology
 
 
 def run_evaluate(config: Config, topology: Topology) -> Result:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from dtrain.collectives import on_main
+from dtrain.distributed.collectives import on_main
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
 from dtrain.models import adapters, own

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.process_info import fields_of, this_process
+from dtrain.distributed.rendezvous import Board
+from dtrain.distributed.signals import ignore_further
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, TopologyError
-from dtrain.heartbeat import Beat, Phase
-from dtrain.interrupts import ignore_further
-from dtrain.processes import fields_of, this_process
-from dtrain.rollcall import Board
 from dtrain.run_folder import write_exit
 from dtrain.run_lock import is_anothers
-from dtrain.topology import Topology
 
 if TYPE_CHECKING:
     from dtrain.watching.start import Watch
@@ -170,7 +170,7 @@ def of_lost_peer(error: BaseException, topology: Topology, job: Job | None) -> T
 
 def _follows(error: BaseException, job: Job) -> bool:
     """Whether this rank ends since another one has."""
-    from dtrain.collectives import is_lost_peer
+    from dtrain.distributed.collectives import is_lost_peer
 
     return job.topology.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
 

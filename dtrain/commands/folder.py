@@ -9,15 +9,15 @@ from pathlib import Path
 
 from dtrain.checkpoint import choosing
 from dtrain.checkpoint.choosing import Chosen
-from dtrain.collectives import on_main
 from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.collectives import on_main
+from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.run_folder import RunFolder, claim, state, unwritable
 from dtrain.run_lock import locked
 from dtrain.run_start import Action, Checkpoints, decide, going_on, is_started_again
-from dtrain.topology import Topology
 
 
 @dataclass(frozen=True)

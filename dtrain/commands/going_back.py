@@ -7,11 +7,11 @@ from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.layout import folder_name
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError
-from dtrain.heartbeat import Phase
 from dtrain.monitors.protocol import RunState
 from dtrain.run_folder import RunFolder
-from dtrain.topology import Topology
 
 
 def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, topology: Topology) -> None:

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dtrain.collectives import on_main
 from dtrain.commands import folder
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.collectives import on_main
+from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
 from dtrain.jsonl import worded
 from dtrain.models.base import load_base
@@ -24,7 +25,6 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import INSPECTION, write_json_atomic
 from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
-from dtrain.topology import Topology, device_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dtrain.collectives import on_main
 from dtrain.commands import construct, folder, prompts
 from dtrain.commands.answer import run_answer
 from dtrain.commands.evaluate import wrap, write_down
@@ -22,12 +21,13 @@ from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
 from dtrain.data.locate import form_of
+from dtrain.distributed.collectives import on_main
+from dtrain.distributed.topology import Topology
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.run_folder import RunFolder, write_text_atomic
 from dtrain.tasks.build import build_task
-from dtrain.topology import Topology
 
 
 def run_predict(config: Config, topology: Topology) -> Result:

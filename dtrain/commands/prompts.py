@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.collectives import all_gather_object, on_main
 from dtrain.commands import folder
 from dtrain.commands.chat import begun_with, reply_record, speaker
 from dtrain.commands.construct import in_turn
@@ -25,9 +24,10 @@ from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
 from dtrain.data.rows import TEXT, Origin, to_table
+from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.evaluation import EvaluationResult, SplitResult
-from dtrain.topology import Topology
 
 TASKS = ("causal_lm", "masked_lm", "chat")
 

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dtrain.distributed.topology import Topology
 from dtrain.evaluation import EvaluationResult
 from dtrain.run_folder import write_json_atomic, write_lines_atomic
-from dtrain.topology import Topology
 
 
 @dataclass(frozen=True)

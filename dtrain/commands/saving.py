@@ -12,21 +12,21 @@ from pathlib import Path
 from torch import nn
 
 from dtrain.checkpoint.saver import Outcome, Saver, Settings
-from dtrain.collectives import all_gather_object
 from dtrain.commands import same_data
 from dtrain.commands.export import save_surroundings
 from dtrain.commands.results import versions
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.signals import SIGNALS, Asked, deferred
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
-from dtrain.heartbeat import Phase
-from dtrain.interrupts import SIGNALS, Asked, deferred
 from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.run_folder import RunFolder
 from dtrain.tasks.protocol import Task
-from dtrain.topology import Topology
 
 SLOTS = {"adamw": 2, "sgd": 1, "adafactor": 1}
 """Numbers that an optimizer keeps for each one that learns, at most."""

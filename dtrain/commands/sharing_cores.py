@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
-from dtrain import cores
-from dtrain.collectives import all_gather_object
 from dtrain.console import log
-from dtrain.topology import Topology
+from dtrain.distributed import cpu
+from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.topology import Topology
 
 
 def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> None:
@@ -19,10 +19,10 @@ def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> No
         env: the environment; OMP_NUM_THREADS in it (torchrun sets 1 by itself) decides the threads alone.
         bind: run.bind_cores.
     """
-    own = cores.allowed()
+    own = cpu.allowed()
     told = all_gather_object([topology.node_rank, topology.local_rank, sorted(own)], topology)
     masks = {local_rank: mask for node, local_rank, mask in told if node == topology.node_rank}
-    share = cores.share(topology.local_rank, masks, cores.cores_of(own), cores.time_limit())
+    share = cpu.share(topology.local_rank, masks, cpu.cores_of(own), cpu.time_limit())
     if not env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(share.threads)
     if not bind:
@@ -30,17 +30,17 @@ def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> No
     if torch.cuda.is_available():
         log.info("run.bind_cores is for ranks on CPU: a rank with a GPU belongs near it, which its launcher knows.")
     elif share.cpus is None:
-        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cores.as_text(own), share.why)
+        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.as_text(own), share.why)
     else:
         _bind(share, topology)
 
 
-def _bind(share: cores.Share, topology: Topology) -> None:
+def _bind(share: cpu.Share, topology: Topology) -> None:
     """Binds this rank, which goes on where it is if that is not allowed."""
     assert share.cpus is not None
-    cpus, threads = cores.as_text(share.cpus), torch.get_num_threads()
+    cpus, threads = cpu.as_text(share.cpus), torch.get_num_threads()
     try:
-        cores.bind(share.cpus)
+        cpu.bind(share.cpus)
     except OSError as error:
         log.warning("run.bind_cores: rank %d cannot be bound to CPUs %s: %s.", topology.rank, cpus, error.strerror)
         return

@@ -13,7 +13,6 @@ from torch import nn
 from dtrain import optim
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.restoring import restore_slots, restore_weights
-from dtrain.collectives import all_gather_object, on_main
 from dtrain.commands import construct, folder, going_back, plan, results, same_data
 from dtrain.commands.card import write_card
 from dtrain.commands.export import beside, export_model
@@ -24,11 +23,13 @@ from dtrain.commands.thawing import thaw
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.order import StepPlan
+from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.topology import Topology
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError, Preempted
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.heartbeat import Phase
 from dtrain.loop import Loop, train
 from dtrain.models import freezing
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
@@ -41,7 +42,6 @@ from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
-from dtrain.topology import Topology
 from dtrain.tracking import Tracker
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dtrain.config.schema import Config
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 from dtrain.watching.start import watching
 from dtrain.watching.verdict import Rules
 

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import StepPlan, Turn, chunks, turns
+from dtrain.distributed.signals import leave_to_parent
+from dtrain.distributed.topology import Topology
 from dtrain.errors import KINDS, DtrainError
-from dtrain.interrupts import leave_to_parent
 from dtrain.seeding import Place
-from dtrain.topology import Topology
 
 Tensors = dict[str, torch.Tensor]
 

@@ -23,10 +23,10 @@ import pyarrow as pa
 import tokenizers
 import transformers
 
-from dtrain.collectives import all_gather_object, node_first
 from dtrain.console import log
+from dtrain.distributed.collectives import all_gather_object, node_first
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
-from dtrain.topology import Topology
 
 Json = Any
 """What json.dumps takes."""

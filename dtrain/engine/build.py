@@ -8,9 +8,9 @@ from torch import nn
 
 from dtrain import optim
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError
-from dtrain.topology import Topology
 
 
 def engine_name(config: Config, topology: Topology) -> tuple[str, str]:

@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import Topology
 from dtrain.engine.exchange import Bf16Exchange, Exchange
 from dtrain.engine.powersgd import PowerSgdExchange
 from dtrain.engine.protocol import ReadSlots, StepResult
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import optimizers_own
 from dtrain.errors import ConfigError
-from dtrain.topology import Topology
 
 
 class DdpEngine(SingleEngine):

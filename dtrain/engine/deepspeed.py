@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import Topology, device_of
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -34,7 +35,6 @@ from dtrain.engine.state import (
     scaler_scalars,
     slot_tensors,
 )
-from dtrain.topology import Topology, device_of
 
 
 class DeepSpeedEngine:

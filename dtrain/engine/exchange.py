@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.config.schema import Config
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 
 Bucket = Any
 """DDP's: torch.distributed.GradBucket, which torch's stubs do not know."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

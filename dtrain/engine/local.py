@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dtrain.collectives import all_reduce_sum
 from dtrain.config.schema import Config
+from dtrain.distributed.collectives import all_reduce_sum
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Apart
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import STEP
-from dtrain.topology import Topology
 
 BUCKET_BYTES = 32 * 2**20
 """Of tensors that are averaged in one collective."""

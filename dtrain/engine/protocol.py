@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import Topology
 from dtrain.engine.forward import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -23,7 +24,6 @@ from dtrain.engine.state import (
     scaler_scalars,
     slot_tensors,
 )
-from dtrain.topology import Topology
 
 
 class SingleEngine:

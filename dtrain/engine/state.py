@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dtrain.collectives import broadcast, broadcast_object
+from dtrain.distributed.collectives import broadcast, broadcast_object
+from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Shard
-from dtrain.topology import Topology
 
 STEP = "step"
 """What every torch optimizer calls its count of steps; it stays on the host."""

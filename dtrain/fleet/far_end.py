@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PROBE, CORES = HERE / "probe.py", HERE.parent / "cores.py"
+PROBE, CORES = HERE / "probe.py", HERE.parent / "distributed" / "cpu.py"
 
 
 def as_one_text(files: Iterable[Path]) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.cluster import Host
+from dtrain.distributed.launcher_env import JOB_ID
 from dtrain.fleet.run import Job, Part
-from dtrain.launchers import JOB_ID
 
 TAKEN_ALONG = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dtrain.cores import allowed, cores_of, time_limit
+from dtrain.distributed.cpu import allowed, cores_of, time_limit
 
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "numpy", "safetensors", "tokenizers")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dtrain.distributed.traffic import Traffic
 from dtrain.monitors.protocol import Decision, Log, StepRecord
-from dtrain.traffic import Traffic
 
 
 class LogSteps:

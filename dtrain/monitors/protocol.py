@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
-from dtrain.traffic import Traffic
+from dtrain.distributed.traffic import Traffic
 
 
 class Decision(IntEnum):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dtrain.config import task
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import Topology
 from dtrain.tasks.protocol import Task
-from dtrain.topology import Topology
 
 
 def build_task(config: Config, topology: Topology) -> Task:

@@ -25,6 +25,7 @@ from dtrain.console import log
 from dtrain.data.blocks import pieces_of, rows_of
 from dtrain.data.rows import TEXT
 from dtrain.data.sources import Source
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.seeding import Place
@@ -32,7 +33,6 @@ from dtrain.tasks.documents import check_keeps_apart, own_document_only
 from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, perplexity
-from dtrain.topology import Topology
 
 
 class CausalLmTask:

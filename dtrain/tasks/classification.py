@@ -16,6 +16,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Classification, Head, ImageClassification
 from dtrain.data.rows import LABELLED
 from dtrain.data.sources import Source, check_labels, label_names
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.seeding import Place
 from dtrain.tasks.preparing import (
@@ -31,7 +32,6 @@ from dtrain.tasks.preparing import (
 )
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import label_tensor, logits_of, padded
-from dtrain.topology import Topology
 
 
 class ClassificationTask:

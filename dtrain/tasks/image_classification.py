@@ -11,6 +11,7 @@ from datasets import Dataset
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageClassification
 from dtrain.data.sources import Source
+from dtrain.distributed.topology import Topology
 from dtrain.models.pixels import PixelProcessor, load_processor
 from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
@@ -18,7 +19,6 @@ from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, map_rows
 from dtrain.tasks.protocol import Batch, Split
 from dtrain.tasks.tensors import label_tensor
-from dtrain.topology import Topology
 
 
 class ImageClassificationTask(ClassificationTask):

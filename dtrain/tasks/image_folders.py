@@ -12,11 +12,11 @@ import torch
 from dtrain.config.schema import Config
 from dtrain.data.images import images_shape
 from dtrain.data.locate import form_of, place_of
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.pixels import PixelProcessor
 from dtrain.tasks.preparing import Examples, Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import Batch
-from dtrain.topology import Topology
 
 
 def folder_of(config: Config) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageRegression
 from dtrain.data.sources import Source
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.pixels import PixelProcessor, load_processor
 from dtrain.seeding import Place
@@ -21,7 +22,6 @@ from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
-from dtrain.topology import Topology
 
 
 class ImageRegressionTask:

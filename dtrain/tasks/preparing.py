@@ -13,17 +13,17 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dtrain.collectives import node_first
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.prepared import Json, prepare, save_split
 from dtrain.data.rows import Shape
 from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.distributed.collectives import node_first
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.tasks.protocol import Split
-from dtrain.topology import Topology
 
 Meta = Mapping[str, Json]
 

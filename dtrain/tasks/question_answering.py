@@ -21,13 +21,13 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Head, QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.sources import Source
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.seeding import Place
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
-from dtrain.topology import Topology
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 

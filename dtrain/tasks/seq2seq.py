@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
-from dtrain.collectives import node_first
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Head, Seq2Seq
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
+from dtrain.distributed.collectives import node_first
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.seq2seq import (
     check_targets_end,
@@ -35,7 +36,6 @@ from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_e
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.tasks.text_metrics import TextMetrics
-from dtrain.topology import Topology
 
 
 class Seq2SeqTask:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dtrain.console import log
+from dtrain.distributed.heartbeat import Phase
 from dtrain.errors import TopologyError
-from dtrain.heartbeat import Phase
 from dtrain.watching import report
 from dtrain.watching.report import LISTED, Evidence
 from dtrain.watching.verdict import Rules, Seen, hanging

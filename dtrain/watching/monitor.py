@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain import network
 from dtrain.console import log
+from dtrain.distributed import network
+from dtrain.distributed.heartbeat import RULES, Phase, Rule, read
 from dtrain.errors import TopologyError
-from dtrain.heartbeat import RULES, Phase, Rule, read
 from dtrain.watching import endings, stacks
 from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, quiet_of, send, serve
 from dtrain.watching.report import Evidence

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.heartbeat import WORDS, Phase
+from dtrain.distributed.heartbeat import WORDS, Phase
 from dtrain.watching.stacks import STATES, Frame
 from dtrain.watching.verdict import DEAF_S, Rules, Seen, is_gone, is_late, limit_of
 
@@ -16,10 +16,10 @@ Kind = Literal["alone", "differ", "together"]
 LISTED = 8
 """How many ranks a line names."""
 
-COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/collectives.py")
+COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/distributed/collectives.py")
 """A stack that ends there is one that waits, whatever torch's recorder knows."""
 
-LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/collectives.py")
+LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/distributed/collectives.py")
 OWN_CODE = f"{Path(__file__).parents[1]}/"
 WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
 """Where a data worker is that has nothing to do."""
@@ -217,6 +217,6 @@ def place_of(stack: Sequence[Frame]) -> str:
 
 
 def _is_library(frame: Frame) -> bool:
-    if frame.file.startswith(OWN_CODE) and not frame.file.endswith("/dtrain/collectives.py"):
+    if frame.file.startswith(OWN_CODE) and not frame.file.endswith("/dtrain/distributed/collectives.py"):
         return False  # an installed dtrain lies among the libraries
     return any(code in frame.file for code in LIBRARY_CODE)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.heartbeat import Pulse
+from dtrain.distributed.heartbeat import Pulse
 from dtrain.watching.verdict import Rules, Seen
 
 

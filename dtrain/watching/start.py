@@ -24,10 +24,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dtrain import heartbeat
 from dtrain.console import log
-from dtrain.heartbeat import Beat, Phase
-from dtrain.topology import Topology
+from dtrain.distributed import heartbeat
+from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.topology import Topology
 from dtrain.watching import monitor, stacks
 from dtrain.watching.verdict import Rules
 from dtrain.watching.witness import Ward

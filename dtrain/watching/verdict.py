@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dtrain.heartbeat import RULES, Phase, Rule
+from dtrain.distributed.heartbeat import RULES, Phase, Rule
 
 MEDIANS = 10.0
 """A step may take so many median ones."""

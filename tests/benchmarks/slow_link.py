@@ -23,10 +23,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dtrain import console
-from dtrain.collectives import all_gather_object
 from dtrain.config.load import load_config
+from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.topology import Topology
 from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.topology import Topology
 
 BYTES_SENT, BYTES_RESENT = 200, 208
 """Where Linux has them in struct tcp_info (since 4.19)."""

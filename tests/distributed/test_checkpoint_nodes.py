@@ -15,8 +15,8 @@ from dtrain.checkpoint import process
 from dtrain.checkpoint.layout import found, verify
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError
-from dtrain.topology import Topology
 from tests import resuming
 from tests.multirank import run_ranks
 from tests.resuming import STEPS, Died, DieIn, settings

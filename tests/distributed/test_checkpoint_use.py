@@ -17,8 +17,8 @@ from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export_command import run_export
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
-from dtrain.topology import Topology
 from tests import resuming
 from tests.multirank import run_ranks
 from tests.resuming import AskIn, Died, DieIn, settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.collectives import (
+from dtrain.distributed.collectives import (
     agree,
     all_gather,
     all_gather_object,
@@ -24,8 +24,8 @@ from dtrain.collectives import (
     reduce_sum,
     scatter,
 )
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DataError, DtrainError
-from dtrain.topology import SINGLE, Topology
 from tests.multirank import RanksFailed, run_ranks
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dtrain.config.schema import Freeze
+from dtrain.distributed.topology import SINGLE
 from dtrain.models.freezing import freeze
-from dtrain.topology import SINGLE
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.training import Setting, worst

@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 
 from dtrain.data.prepared import Build, prepare, save_split
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
-from dtrain.topology import Topology
 from tests.multirank import run_ranks
 
 

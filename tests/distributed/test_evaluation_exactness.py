@@ -18,16 +18,16 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 
 import dtrain.evaluation
-from dtrain.collectives import all_reduce_sum
 from dtrain.config.task import Classification
 from dtrain.data.batches import MicroBatch, evaluation_batches
+from dtrain.distributed.collectives import all_reduce_sum
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward import Forward, ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.monitors.evaluations import Evaluate
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.tasks.classification import ClassificationTask
-from dtrain.topology import SINGLE, Topology
 from tests import tiny, training
 from tests.multirank import RanksFailed, run_ranks
 from tests.training import Setting

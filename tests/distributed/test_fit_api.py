@@ -17,13 +17,13 @@ import torch
 
 import dtrain
 from dtrain.config.task import Classification
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.jsonl import read_metrics
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
-from dtrain.topology import Topology
 from tests import faults, tiny
 from tests.faults import Journal
 from tests.multirank import run_ranks

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.topology import SINGLE, Topology
 from tests import training
 from tests.multirank import run_ranks
 from tests.training import Setting

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain import interrupts
+from dtrain.distributed import signals
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
@@ -23,7 +23,7 @@ LIMIT_S = 30
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from dtrain.interrupts import ignore_further, interruptible
+from dtrain.distributed.signals import ignore_further, interruptible
 def last_words(cause):
     print("last words:", cause, flush=True)
 """
@@ -104,8 +104,8 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
 
 
 IMPATIENT = """
-import dtrain.interrupts
-dtrain.interrupts.PATIENCE_S = 0.05
+import dtrain.distributed.signals
+dtrain.distributed.signals.PATIENCE_S = 0.05
 with interruptible(grace_s=20, before_exit=last_words):
     try:
         print("ready", flush=True)
@@ -132,9 +132,9 @@ def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_las
 
 
 DEFERS = """
-import dtrain.interrupts
-from dtrain.interrupts import deferred
-dtrain.interrupts.PATIENCE_S = 0.2
+import dtrain.distributed.signals
+from dtrain.distributed.signals import deferred
+dtrain.distributed.signals.PATIENCE_S = 0.2
 with interruptible(grace_s=0.1, before_exit=last_words), deferred([signal.SIGTERM]) as asked:
     print("ready", flush=True)
     while asked.name is None:
@@ -180,12 +180,12 @@ def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothin
         left.append(cause)
         done.set()
 
-    monkeypatch.setattr(interrupts, "PATIENCE_S", -1.0)
-    monkeypatch.setattr(interrupts, "_leave", leave)
+    monkeypatch.setattr(signals, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(signals, "_leave", leave)
     hears, wakes = socket.socketpair()
-    with wakes, interrupts.deferred([signal.SIGTERM]):
+    with wakes, signals.deferred([signal.SIGTERM]):
         wakes.send(bytes([signal.SIGTERM] * 2))
-        helper = threading.Thread(target=interrupts._end_if_deaf, args=(hears, done, 0.0, print))
+        helper = threading.Thread(target=signals._end_if_deaf, args=(hears, done, 0.0, print))
         helper.start()
         helper.join(LIMIT_S)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from dtrain.config.schema import Best
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.tasks.causal_lm import CausalLmTask
-from dtrain.topology import SINGLE, Topology
 from tests import faults, tiny, training
 from tests.faults import Journal
 from tests.multirank import run_ranks

@@ -21,11 +21,11 @@ from dtrain.commands.export import save
 from dtrain.commands.export_command import run_export
 from dtrain.config import schema
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.base import load_base
 from dtrain.models.load import label_names_of, load_model
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.multirank import run_ranks
 from tests.whole_runs import commands

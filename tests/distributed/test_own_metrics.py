@@ -11,9 +11,9 @@ from dtrain import console
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.config.task import Classification
+from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.tasks.classification import ClassificationTask
-from dtrain.topology import Topology
 from tests import tiny
 from tests.multirank import run_ranks
 

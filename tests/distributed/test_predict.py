@@ -11,7 +11,7 @@ import pytest
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 from tests import tiny
 from tests.multirank import run_ranks
 

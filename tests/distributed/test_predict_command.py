@@ -18,8 +18,8 @@ from dtrain.commands.predict import run_predict, what_to_predict
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.data.glue import TASKS
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
-from dtrain.topology import SINGLE
 from tests import tiny
 
 MNLI_HEADER = [

@@ -12,8 +12,8 @@ from transformers import BertForTokenClassification
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
-from dtrain.topology import Topology
 from tests import tiny
 from tests.multirank import run_ranks
 from tests.tasks import test_chat

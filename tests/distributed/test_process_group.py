@@ -15,9 +15,9 @@ import pytest
 
 PROGRAM = """
 import json, os, sys, time
-from dtrain.collectives import all_gather_object
+from dtrain.distributed.collectives import all_gather_object
 from dtrain.errors import DtrainError
-from dtrain.topology import Topology, process_group
+from dtrain.distributed.topology import Topology, process_group
 begin = time.monotonic()
 try:
     run = {"run folder": os.environ.get("TEST_RUN", "runs/one")}

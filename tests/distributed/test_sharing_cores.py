@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain import cores
 from dtrain.commands.sharing_cores import share_cores
 from dtrain.console import log
-from dtrain.topology import Topology
+from dtrain.distributed import cpu
+from dtrain.distributed.topology import Topology
 from tests.multirank import run_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
@@ -22,20 +22,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="affinity is Lin
 def ranks_share_cores(topology: Topology, bind: bool, narrow: bool) -> dict[str, Any]:
     """This rank's CPUs and threads, after a launcher that gave it one core of its own or none."""
     if narrow:
-        ordered = sorted(cores.allowed())
+        ordered = sorted(cpu.allowed())
         os.sched_setaffinity(0, {ordered[topology.rank % len(ordered)]})
-    before, said = sorted(cores.allowed()), []
+    before, said = sorted(cpu.allowed()), []
     log.info = lambda text, *values: said.append(text % values)  # type: ignore[method-assign,assignment]
     share_cores(topology, {}, bind=bind)
     threads = torch.get_num_threads()
     share_cores(topology, {"OMP_NUM_THREADS": "3"}, bind=False)
     kept = torch.get_num_threads()
-    return {"before": before, "after": sorted(cores.allowed()), "threads": threads, "kept": kept, "said": said}
+    return {"before": before, "after": sorted(cpu.allowed()), "threads": threads, "kept": kept, "said": said}
 
 
 def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
-    physical = len(cores.cores_of(cores.allowed()))
-    may_bind = physical >= 2 and (cores.time_limit() or physical) >= physical
+    physical = len(cpu.cores_of(cpu.allowed()))
+    may_bind = physical >= 2 and (cpu.time_limit() or physical) >= physical
 
     one, two = run_ranks(ranks_share_cores, 2, True, False)
     free = run_ranks(ranks_share_cores, 2, False, False)

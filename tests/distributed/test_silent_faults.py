@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dtrain.config.schema import Spike
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import TopologyError
 from dtrain.monitors.non_finite import NonFinite
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.monitors.replicas import Replicas
 from dtrain.monitors.spikes import Spikes
-from dtrain.topology import SINGLE, Topology
 from tests import faults, training
 from tests.faults import Journal
 from tests.multirank import run_ranks

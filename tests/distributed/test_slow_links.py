@@ -19,13 +19,13 @@ from torch import nn
 from dtrain import loop, optim
 from dtrain.commands import construct
 from dtrain.data.batches import step_batches
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine import local
 from dtrain.engine.build import build_engine
 from dtrain.engine.single import SingleEngine
 from dtrain.loop import run_micro_batches
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.monitors.replicas import hashes_of
-from dtrain.topology import SINGLE, Topology
 from dtrain.watching.flight import collective_number
 from tests import training
 from tests.multirank import run_ranks

@@ -11,9 +11,9 @@ import pytest
 
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import Topology
 from dtrain.engine import powersgd
 from dtrain.errors import Preempted
-from dtrain.topology import Topology
 from tests import resuming
 from tests.multirank import run_ranks
 from tests.resuming import STEPS, AskIn, life, losses, weights_and_moments

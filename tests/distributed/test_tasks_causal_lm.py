@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from dtrain.commands.export import export_model
 from dtrain.config.task import CausalLm
 from dtrain.data.blocks import pieces_of, rows_of
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.forward import ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.tasks.causal_lm import CausalLmTask
-from dtrain.topology import SINGLE, Topology
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

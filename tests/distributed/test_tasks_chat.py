@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from dtrain.commands.export import export_model
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.evaluation import evaluate_split
 from dtrain.models.chat_format import TurnsFormat, fit
 from dtrain.tasks.chat import ChatTask
-from dtrain.topology import SINGLE, Topology
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -11,8 +11,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score
 
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.tasks.multiple_choice import MultipleChoiceTask
-from dtrain.topology import SINGLE, Topology
 from tests import parity, tiny
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from dtrain.config.task import QuestionAnswering
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.tasks.answers import squad_scores
 from dtrain.tasks.question_answering import QuestionAnsweringTask, encode_windows
-from dtrain.topology import SINGLE, Topology
 from tests import parity, tiny
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dtrain.commands.export import export_model
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.evaluation import evaluate_split
 from dtrain.tasks.regression import RegressionTask
-from dtrain.topology import SINGLE, Topology
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -14,8 +14,8 @@ import pytest
 import torch
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words
-from dtrain.topology import SINGLE, Topology
 from tests import parity, tiny
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.topology import SINGLE
+from dtrain.distributed.topology import SINGLE
 from tests import training
 from tests.multirank import RanksFailed, run_ranks
 from tests.training import Setting, apart, worst

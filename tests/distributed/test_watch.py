@@ -22,7 +22,7 @@ STARTS_A_COMMAND = "import subprocess, sys; sys.exit(subprocess.Popen(sys.argv[1
 RANK = """
 import os, sys, threading
 from pathlib import Path
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 from dtrain.watch import end_with_launcher
 def on_death(cause):
     Path(sys.argv[2]).write_text(cause)

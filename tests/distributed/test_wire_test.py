@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dtrain.commands import wire_test
-from dtrain.topology import Topology
+from dtrain.distributed.topology import Topology
 from tests.multirank import run_ranks
 
 

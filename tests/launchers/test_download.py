@@ -18,8 +18,8 @@ import pytest
 
 from dtrain.commands.download import run_download
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError
-from dtrain.topology import SINGLE
 from tests.hub_server import serve_hub
 from tests.launchers.test_hub import ROOT, data, model
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from dtrain.distributed.process_info import fields_of
 from dtrain.fleet.run import LEASH
-from dtrain.processes import fields_of
 from tests.jobs import until
 
 LONG = "import time; time.sleep(600)"

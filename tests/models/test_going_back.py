@@ -11,7 +11,7 @@ from dtrain.checkpoint import choosing
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.commands.going_back import Rollback
 from dtrain.config.load import load_config
-from dtrain.topology import SINGLE
+from dtrain.distributed.topology import SINGLE
 
 
 def test_a_spike_soon_after_a_rollback_takes_the_checkpoint_before_that(

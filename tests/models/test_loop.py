@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Best
+from dtrain.distributed.topology import SINGLE
 from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.monitors.protocol import Decision, RunState, StepRecord
-from dtrain.topology import SINGLE
 from tests import faults, tiny, training
 from tests.faults import Journal
 from tests.training import Setting

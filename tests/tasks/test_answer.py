@@ -20,9 +20,9 @@ from dtrain.commands.predict import run_predict
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.tasks.build import build_task
-from dtrain.topology import SINGLE
 from tests import pictures, tiny
 
 BERT = {

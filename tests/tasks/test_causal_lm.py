@@ -15,6 +15,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.data.blocks import pieces_of
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
@@ -22,7 +23,6 @@ from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
 from dtrain.tasks.documents import own_document_only
 from dtrain.tasks.protocol import Targets
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

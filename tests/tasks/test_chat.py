@@ -18,13 +18,13 @@ from dtrain.commands.export import save
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.chat_format import TurnsFormat
 from dtrain.tasks.chat import ChatTask, prepare_chat
 from dtrain.tasks.protocol import IGNORED, Targets
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
 from dtrain.tasks.protocol import Targets
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

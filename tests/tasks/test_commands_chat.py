@@ -21,9 +21,9 @@ from dtrain.commands.generate import continuation
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import Message
+from dtrain.distributed.heartbeat import Beat
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
-from dtrain.heartbeat import Beat
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dtrain.commands.export_command import run_export
 from dtrain.config.load import load_config
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.topology import SINGLE
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3) / 7, "layer.count": torch.tensor([1, 2])}
 

@@ -20,10 +20,10 @@ from dtrain.data.choices import CHOICES
 from dtrain.data.locate import form_of
 from dtrain.data.parts import hub_name
 from dtrain.data.sources import Source, load_sources
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.multiple_choice import MultipleChoiceTask, prepare_multiple_choice
 from dtrain.tasks.protocol import Targets
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

@@ -12,12 +12,12 @@ import torch
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Classification
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.own_metrics import OwnMetrics, Reported, reported
 from dtrain.tasks.classification import ClassificationTask
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

@@ -16,9 +16,9 @@ from dtrain.commands.generate import run_generate
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tasks import test_chat
 from tests.tasks.test_commands_generate import gpt

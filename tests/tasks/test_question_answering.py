@@ -18,6 +18,7 @@ from dtrain.config.schema import Config, Data
 from dtrain.config.task import QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.sources import Source, load_sources
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.answers import best_spans, exact_match, f1, squad_scores
 from dtrain.tasks.protocol import Targets
@@ -27,7 +28,6 @@ from dtrain.tasks.question_answering import (
     positions,
     prepare_question_answering,
 )
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

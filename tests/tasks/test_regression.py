@@ -16,10 +16,10 @@ from scipy.stats import rankdata
 from torch import nn
 
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.regression import RegressionTask, correlations, prepare_regression
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

@@ -16,12 +16,12 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Seq2Seq
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate, evaluate_split, metric_names
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.seq2seq import Seq2SeqTask, prepare_seq2seq
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny_seq2seq import BEGIN, END, PAD, config, task, text_of, translated, write_tsv
 

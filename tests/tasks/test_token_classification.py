@@ -20,10 +20,10 @@ from dtrain.config.schema import Config, Data
 from dtrain.config.task import TokenClassification
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.tags import TAGGED
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words, prepare_token_classification
-from dtrain.topology import SINGLE
 from tests import tiny
 from tests.tiny import Table
 

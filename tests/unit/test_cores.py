@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain import cores
-from dtrain.cores import Core, Share, as_text, cores_of, cpu_list, share, split, time_limit
-from dtrain.topology import SINGLE
+from dtrain.distributed import cpu as cores
+from dtrain.distributed.cpu import Core, Share, as_text, cores_of, cpu_list, share, split, time_limit
+from dtrain.distributed.topology import SINGLE
 
 # Two sockets of 16 cores with two hyper-threads: Linux numbers all first threads, then all second ones.
 BIG = [Core(numa=index // 16, package=index // 16, cpus=(index, index + 32)) for index in range(32)]
@@ -268,7 +268,7 @@ def test_the_limit_of_a_container(tmp_path: Path, files: dict[str, str], limit: 
 def test_binding_moves_all_threads_and_the_processes_that_come_later() -> None:
     code = """if True:
         import os, subprocess, sys, threading
-        from dtrain import cores
+        from dtrain.distributed import cpu as cores
         one = min(cores.allowed())
         done = threading.Event()
         thread = threading.Thread(target=done.wait, args=(60,), daemon=True)

@@ -12,8 +12,8 @@ import datasets
 import pytest
 
 from dtrain.data.prepared import Build, Prepared, fingerprint, prepare, save_split
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import DataError
-from dtrain.topology import SINGLE
 
 
 class Plan:

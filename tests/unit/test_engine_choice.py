@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dtrain.config.schema import Config
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError
-from dtrain.topology import SINGLE
 
 TWO = replace(SINGLE, world_size=2, local_world_size=2, launcher="torchrun")
 

@@ -11,9 +11,9 @@ from dtrain.commands import plan, saving
 from dtrain.commands.plan import exactness
 from dtrain.config.load import load_config
 from dtrain.data.order import StepPlan
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError
 from dtrain.monitors.protocol import RunState
-from dtrain.topology import SINGLE
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from dtrain.commands import farewell, watched
 from dtrain.commands.farewell import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
+from dtrain.distributed.heartbeat import Beat
+from dtrain.distributed.process_info import this_process
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
-from dtrain.heartbeat import Beat
-from dtrain.processes import this_process
 from dtrain.run_lock import LOCK, Owner
-from dtrain.topology import SINGLE, Topology
 from dtrain.watching.start import News
 
 

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from dtrain import heartbeat
-from dtrain.heartbeat import RULES, WORDS, Beat, Phase, read
-from dtrain.topology import SINGLE, Topology
+from dtrain.distributed import heartbeat
+from dtrain.distributed.heartbeat import RULES, WORDS, Beat, Phase, read
+from dtrain.distributed.topology import SINGLE, Topology
 
 
 def test_what_is_written_is_read_from_the_shared_memory() -> None:

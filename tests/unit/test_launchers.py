@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from dtrain import launchers
+from dtrain.distributed import launcher_env
+from dtrain.distributed.launcher_env import first_host, tasks_per_node
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import TopologyError
-from dtrain.launchers import first_host, tasks_per_node
-from dtrain.topology import SINGLE, Topology
 
 TORCHRUN = {  # torchrun --nnodes 2 --nproc-per-node 4, second node, last process
     "RANK": "7",
@@ -303,13 +303,13 @@ def test_one_line_says_where_a_process_stands() -> None:
 def test_a_job_has_the_name_that_its_own_launcher_gave_it(
     launcher: str, env: dict[str, str], job: tuple[dict[str, str], int, bool]
 ) -> None:
-    assert launchers.job_of(env, launcher) == job
+    assert launcher_env.job_of(env, launcher) == job
 
 
 def test_what_starts_a_job_again_keeps_its_name_and_counts() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
 
-    assert launchers.launches_of({**torchrun, **slurm}, "torchrun") == {"torchrun a": 2, "Slurm job 7": 1}
-    assert launchers.launches_of({**torchrun, "SLURM_JOB_ID": "7"}, "slurm") == {"Slurm job 7": 0}
-    assert launchers.launches_of({}, "openmpi") == {}
+    assert launcher_env.launches_of({**torchrun, **slurm}, "torchrun") == {"torchrun a": 2, "Slurm job 7": 1}
+    assert launcher_env.launches_of({**torchrun, "SLURM_JOB_ID": "7"}, "slurm") == {"Slurm job 7": 0}
+    assert launcher_env.launches_of({}, "openmpi") == {}

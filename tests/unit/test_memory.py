@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import DtrainError
 from dtrain.evaluation import evaluate
 from dtrain.memory import size
-from dtrain.topology import SINGLE
 from tests import tiny, training
 from tests.training import Setting
 

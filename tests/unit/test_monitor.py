@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from dtrain import heartbeat
-from dtrain.heartbeat import Beat, Phase
+from dtrain.distributed import heartbeat
+from dtrain.distributed.heartbeat import Beat, Phase
 from dtrain.watching.monitor import Monitor, Place
 from dtrain.watching.verdict import Rules, hanging
 from dtrain.watching.witness import Answer, Ward

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from dtrain import network
-from dtrain.network import choose_interface, interface_of, is_literally_local
+from dtrain.distributed import network
+from dtrain.distributed.network import choose_interface, interface_of, is_literally_local
 
 LOOPBACK = next(name for name in network.interfaces() if name.startswith("lo"))
 

@@ -12,9 +12,9 @@ import torch
 
 from dtrain.data.batches import evaluation_batches, step_batches
 from dtrain.data.order import StepPlan, permutation, turns
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import DataError
 from dtrain.seeding import Place
-from dtrain.topology import SINGLE
 from tests.tiny import Table
 
 
@@ -121,7 +121,7 @@ def test_a_worker_that_is_stuck_does_not_keep_its_process_from_ending() -> None:
     code = """if True:
         import os, time
         from dtrain.data.batches import evaluation_batches
-        from dtrain.topology import SINGLE
+        from dtrain.distributed.topology import SINGLE
 
         hears, says = os.pipe()
 

@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from dtrain import network, rollcall
+from dtrain.distributed import network, rendezvous
+from dtrain.distributed.job_identity import Identity
+from dtrain.distributed.rendezvous import Seat
 from dtrain.errors import TopologyError
-from dtrain.identity import Identity
-from dtrain.rollcall import Seat
 
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """No store to spare here."""
-    monkeypatch.setattr(rollcall, "LONGEST_PAUSE_S", 0.02)
+    monkeypatch.setattr(rendezvous, "LONGEST_PAUSE_S", 0.02)
 
 
 def _call(board: Any, rank: int, world_size: int, *, timeout_s: float = 5.0, **more: Any) -> Seat | str:
     wanted = {"local_rank": None, "node": None, **more}
     try:
-        return rollcall.call(
+        return rendezvous.call(
             board,
             rank=rank,
             world_size=world_size,
@@ -212,7 +212,7 @@ def test_each_meeting_has_a_number_of_its_own() -> None:
     board = HashStore()
     common: dict[str, Any] = {"world_size": 1, "local_rank": None, "node": None, "timeout_s": 5.0}
 
-    meetings = [rollcall.call(board, rank=0, deadline=time.monotonic() + 5, **common).meeting for _ in range(3)]
+    meetings = [rendezvous.call(board, rank=0, deadline=time.monotonic() + 5, **common).meeting for _ in range(3)]
 
     assert meetings == [1, 2, 3]
 

@@ -9,8 +9,8 @@ import pytest
 
 from dtrain.commands import session
 from dtrain.commands.farewell import Peer, own_peer
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import TopologyError
-from dtrain.topology import SINGLE
 
 
 @pytest.mark.parametrize("lacks", [0, 1])

@@ -13,12 +13,12 @@ from torch import nn
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Spike
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, TopologyError
 from dtrain.monitors import replicas
 from dtrain.monitors.protocol import Decision, RunState
 from dtrain.monitors.replicas import Replicas, hashes_of
 from dtrain.monitors.spikes import Spikes
-from dtrain.topology import SINGLE
 from tests.faults import Journal
 from tests.unit.test_monitors import record
 

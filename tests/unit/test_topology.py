@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dtrain.distributed.topology import SINGLE, device_of, finalize_mpi, process_group, set_threads
 from dtrain.errors import TopologyError
-from dtrain.topology import SINGLE, device_of, finalize_mpi, process_group, set_threads
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_ranks_of_a_node_share_its_cores_unless_told(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("threads")
 def test_a_container_gets_no_more_threads_than_its_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr("dtrain.cores.time_limit", lambda: 2.0)
+    monkeypatch.setattr("dtrain.distributed.cpu.time_limit", lambda: 2.0)
 
     assert set_threads(SINGLE, {}) == 2
     assert set_threads(replace(SINGLE, local_world_size=2), {}) == 1
@@ -79,7 +79,7 @@ def test_ending_mpi_does_nothing_where_it_never_began() -> None:
 
 
 def test_reading_the_topology_imports_no_torch() -> None:
-    code = "import sys; from dtrain.topology import Topology; Topology.from_env({}); print('torch' in sys.modules)"
+    code = "import sys; from dtrain.distributed.topology import Topology; Topology.from_env({}); print('torch' in sys.modules)"
 
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
 

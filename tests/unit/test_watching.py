@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from dtrain import heartbeat
 from dtrain.console import log
-from dtrain.heartbeat import Beat, Phase, read
+from dtrain.distributed import heartbeat
+from dtrain.distributed.heartbeat import Beat, Phase, read
 from dtrain.watching import endings, hub, monitor, report, stacks
 from dtrain.watching.hub import Hub, Member
 from dtrain.watching.report import Collective, Evidence, blame, message

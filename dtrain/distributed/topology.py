@@ -17,12 +17,12 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
-from dtrain import cores, launchers, mpi, network, rollcall
+from dtrain.distributed import cpu, launcher_env, mpi_bootstrap, network, rendezvous
+from dtrain.distributed.heartbeat import Beat
+from dtrain.distributed.job_identity import Identity
+from dtrain.distributed.mpi_bootstrap import finalize_mpi as finalize_mpi
+from dtrain.distributed.traffic import Traffic
 from dtrain.errors import TopologyError
-from dtrain.heartbeat import Beat
-from dtrain.identity import Identity
-from dtrain.mpi import finalize_mpi as finalize_mpi
-from dtrain.traffic import Traffic
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,9 @@ class Topology:
         Raises:
             TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
         """
-        place = launchers.read_place(env)
-        exit_file = Path(env[launchers.EXIT_FILE]) if env.get(launchers.EXIT_FILE) else None
-        return cls(*place, launches=launchers.launches_of(env, place.launcher), exit_file=exit_file)
+        place = launcher_env.read_place(env)
+        exit_file = Path(env[launcher_env.EXIT_FILE]) if env.get(launcher_env.EXIT_FILE) else None
+        return cls(*place, launches=launcher_env.launches_of(env, place.launcher), exit_file=exit_file)
 
     @property
     def is_main(self) -> bool:
@@ -139,9 +139,9 @@ def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
     import torch
 
     if not env.get("OMP_NUM_THREADS"):
-        mask = cores.allowed()
+        mask = cpu.allowed()
         masks = dict.fromkeys(range(topology.local_world_size), mask)
-        torch.set_num_threads(cores.share(0, masks, cores.cores_of(mask), cores.time_limit()).threads)
+        torch.set_num_threads(cpu.share(0, masks, cpu.cores_of(mask), cpu.time_limit()).threads)
     return torch.get_num_threads()
 
 
@@ -204,7 +204,9 @@ def _meet(
 
     listener, node = None, None
     if store is None and topology.master_addr is None:
-        meeting = mpi.meet(env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher)
+        meeting = mpi_bootstrap.meet(
+            env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher
+        )
         topology = replace(topology, master_addr=meeting.address, master_port=meeting.port)
         listener, node = meeting.listener, meeting.node
     if store is None:
@@ -212,7 +214,7 @@ def _meet(
     if topology.is_complete:
         # The launcher knows its nodes; two of them may share a machine, as in tests.
         node = f"node {topology.node_rank}"
-    admission = rollcall.call(
+    admission = rendezvous.call(
         PrefixStore("rollcall", store),
         rank=topology.rank,
         world_size=topology.world_size,
@@ -220,7 +222,7 @@ def _meet(
         node=node,
         deadline=deadline,
         timeout_s=timeout_s,
-        identity=Identity(*launchers.job_of(env, topology.launcher), run=run),
+        identity=Identity(*launcher_env.job_of(env, topology.launcher), run=run),
     )
     if not topology.is_complete:
         topology = replace(topology, **admission.seat._asdict(), is_complete=True)

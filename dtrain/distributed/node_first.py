@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.console import log
+from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.rendezvous import Board
 from dtrain.errors import KINDS, DtrainError
-from dtrain.heartbeat import Beat, Phase
-from dtrain.rollcall import Board
 
 JSON = Any
 LINGER_S = 2.0

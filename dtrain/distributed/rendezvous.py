@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from dtrain.console import log
+from dtrain.distributed.job_identity import Entry, Identity, difference
+from dtrain.distributed.process_info import boot
 from dtrain.errors import TopologyError
-from dtrain.identity import Entry, Identity, difference
-from dtrain.processes import boot
 
 PROGRESS_EVERY_S = 30.0
 LONGEST_PAUSE_S = 0.25

@@ -16,11 +16,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
+from dtrain.distributed.node_first import Turn, take_turn
+from dtrain.distributed.rendezvous import Board
+from dtrain.distributed.serialization import (
+    HEADER_SIZE,
+    bytes_of,
+    decode,
+    encode,
+    header_of,
+    num_bytes,
+    padded,
+    restore,
+)
+from dtrain.distributed.topology import Topology
 from dtrain.errors import KINDS, DtrainError
-from dtrain.nodework import Turn, take_turn
-from dtrain.rollcall import Board
-from dtrain.topology import Topology
-from dtrain.wire import HEADER_SIZE, bytes_of, decode, encode, header_of, num_bytes, padded, restore
 
 JSON = Any
 

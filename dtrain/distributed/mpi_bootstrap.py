@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from dtrain import launchers, network
+from dtrain.distributed import launcher_env, network
 from dtrain.errors import TopologyError
 
 CURE = "or give the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
@@ -43,7 +43,7 @@ def meet(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -
     comm = MPI.COMM_WORLD
     if (comm.rank, comm.size) != (rank, world_size):
         library = MPI.Get_library_version().splitlines()[0]
-        launchers.refuse(
+        launcher_env.refuse(
             env,
             f"By its variables this is rank {rank} of {world_size}, by mpi4py rank {comm.rank} of {comm.size}: mpi4py "
             f"uses another MPI ({library}) than the launcher. Use the mpirun of that MPI, {CURE}",
