@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from dtrain.fleet.run import LEASH
+from dtrain.cluster.run_job import LEASH
 from tests import jobs
 from tests.simulated import SimulatedCluster
 

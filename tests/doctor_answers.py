@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.fleet.checks import Answer
-from dtrain.fleet.findings import OK, Finding
+from dtrain.cluster.doctor.findings import OK, Finding
+from dtrain.cluster.doctor.host_checks import Answer
 
 GIB = 1 << 30
 

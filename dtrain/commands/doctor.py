@@ -30,15 +30,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.cluster import Host, choose, read_hostfile
+from dtrain.cluster import launcher_commands
+from dtrain.cluster.doctor import host_checks, link_checks, network_checks
+from dtrain.cluster.doctor.conversation import FIRST_S, Said, Talks, talking_to
+from dtrain.cluster.doctor.findings import RED, Finding, as_json, last_line, table
+from dtrain.cluster.doctor.host_checks import Answer
+from dtrain.cluster.hostfile import Host, choose, read_hostfile
+from dtrain.cluster.preflight import ROOT
+from dtrain.cluster.run_job import Job, Part, run_job
 from dtrain.distributed.launcher_env import JOB_ID
 from dtrain.errors import ConfigError, Interrupted, TopologyError
-from dtrain.fleet import checks, kinds, link_checks, network_checks
-from dtrain.fleet.checks import Answer
-from dtrain.fleet.findings import RED, Finding, as_json, last_line, table
-from dtrain.fleet.look import ROOT
-from dtrain.fleet.run import Job, Part, run_job
-from dtrain.fleet.talk import FIRST_S, Said, Talks, talking_to
 
 ANSWER_S, LOOK_S, REACH_S = 15.0, 120.0, 5.0
 """How long an answer may take; one for which torch is imported; a connection to another host."""
@@ -112,7 +113,7 @@ def examine(hosts: Sequence[Host], asked: Asked, env: Mapping[str, str]) -> Repo
     with talking_to(names) as talks:
         answers = _look(talks, hosts, folder, folder / asked.output_dir)
         good = [answer for answer in answers if not answer.problem]
-        findings = checks.of_hosts(answers, root=str(ROOT), folder=str(folder))
+        findings = host_checks.of_hosts(answers, root=str(ROOT), folder=str(folder))
         place, about_names = network_checks.meeting_place(good)
         findings += about_names
         ways: dict[str, dict[str, Any]] = {}
@@ -202,15 +203,15 @@ def _shared(talks: Talks, good: Sequence[Answer], output_dir: Path, replicas: in
 
 def job_of(hosts: Sequence[Host], answers: Sequence[Answer], place: str, env: Mapping[str, str]) -> Job:
     """One rank on each host, or one for each slot where torch sees GPUs; on a machine that is alone one for each, or two."""
-    has_gpus = any(map(checks.usable, answers))
+    has_gpus = any(map(host_checks.usable, answers))
     counts = [host.slots if has_gpus else 1 for host in hosts]
     if len(hosts) == 1 and not has_gpus:
         counts = [2]
     elif hosts[0] is THIS_MACHINE:  # without a hostfile there are no slots
-        counts = [checks.usable(answers[0])]
+        counts = [host_checks.usable(answers[0])]
     firsts = [sum(counts[:at]) for at in range(len(hosts))]
     asked = json.dumps({"firsts": firsts, "hosts": [host.name for host in hosts]})
-    common = kinds.travelling(env, [])
+    common = launcher_commands.travelling(env, [])
     common |= {"PYTHONPATH": ":".join(filter(None, [str(ROOT), common.get("PYTHONPATH", "")])), "OMP_NUM_THREADS": "1"}
     # Never another job's ranks; and no root's bytecode in a user's checkout.
     common |= {JOB_ID: secrets.token_hex(16), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -28,14 +28,14 @@ from tempfile import TemporaryDirectory
 
 from dtrain import console
 from dtrain.arguments import Parser, options_of, parse
-from dtrain.cluster import Host, choose, read_hostfile
+from dtrain.cluster import launcher_commands
+from dtrain.cluster.hostfile import Host, choose, read_hostfile
+from dtrain.cluster.preflight import ROOT, Look, check, look_at, master_of
+from dtrain.cluster.run_job import Job, run_job
+from dtrain.cluster.ssh import is_here
 from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
-from dtrain.fleet import kinds
-from dtrain.fleet.look import ROOT, Look, check, look_at, master_of
-from dtrain.fleet.run import Job, run_job
-from dtrain.fleet.shell import is_here
 
 LAUNCHERS = ("torchrun", "deepspeed", "mpirun")
 
@@ -80,7 +80,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def plan_of(given: argparse.Namespace, env: Mapping[str, str]) -> kinds.Plan:
+def plan_of(given: argparse.Namespace, env: Mapping[str, str]) -> launcher_commands.Plan:
     """What is to be started, as far as it is known before a look at the hosts.
 
     Raises:
@@ -109,13 +109,13 @@ def plan_of(given: argparse.Namespace, env: Mapping[str, str]) -> kinds.Plan:
     if arguments.command != "goodput":
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
         note = Path.cwd() / config.run_dir / "exit.json"
-    return kinds.Plan(
+    return launcher_commands.Plan(
         hosts=hosts,
         script=MAIN,
         arguments=given.rest,
         folder=Path.cwd(),
         note=note,
-        env=kinds.travelling(env, given.export),
+        env=launcher_commands.travelling(env, given.export),
         address=hosts[0].name if len(hosts) > 1 else "127.0.0.1",
         port=given.master_port or USUAL_PORT,
         job_id=secrets.token_hex(16),
@@ -136,7 +136,7 @@ def _nodes(text: str | None, hosts: int) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def with_looks(plan: kinds.Plan, looks: Sequence[Look], *, port: int | None) -> kinds.Plan:
+def with_looks(plan: launcher_commands.Plan, looks: Sequence[Look], *, port: int | None) -> launcher_commands.Plan:
     """The plan with what a look at the hosts has found: where the ranks meet, and how many threads each may have.
 
     Raises:
@@ -160,23 +160,23 @@ def threads_on(look: Look, host: Host) -> int:
     return max((cores if limit is None else min(cores, int(limit))) // host.slots, 1)
 
 
-def job_of(launcher: str, plan: kinds.Plan, hostfile: Path) -> Job:
+def job_of(launcher: str, plan: launcher_commands.Plan, hostfile: Path) -> Job:
     """The commands. hostfile: where mpirun is to find the hosts that take part."""
     match launcher:
         case "torchrun":
-            return kinds.torchrun(plan)
+            return launcher_commands.torchrun(plan)
         case "deepspeed":
-            return kinds.deepspeed(plan)
+            return launcher_commands.deepspeed(plan)
         case _:
             here = next((host.name for host in plan.hosts if is_here(host.name)), "localhost")
-            return kinds.mpirun(plan, here, hostfile)
+            return launcher_commands.mpirun(plan, here, hostfile)
 
 
 def shown(job: Job, exported: Sequence[str]) -> str:
     """The commands as one would type them; values that are secret, or may be since they were exported, are left out."""
     lines = []
     for part in job.parts:
-        is_hidden = {name: name in exported or kinds.is_secret(name) for name in part.env}
+        is_hidden = {name: name in exported or launcher_commands.is_secret(name) for name in part.env}
         values = {name: "..." if is_hidden[name] else value for name, value in part.env.items()}
         env = [f"{name}={shlex.quote(value)}" for name, value in sorted(values.items())]
         words = " ".join(["cd", shlex.quote(str(job.folder)), "&&", *env, shlex.join(part.argv)])

@@ -13,6 +13,8 @@ import datasets
 import torch
 import transformers
 
+from dtrain.cluster.preflight import ROOT, WORST_OFFSET_S
+from dtrain.cluster.probe import code_of
 from dtrain.commands.farewell import Job, Peer, of_lost_peer, own_peer
 from dtrain.commands.results import versions
 from dtrain.commands.sharing_cores import share_cores
@@ -21,8 +23,6 @@ from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.topology import Topology, process_group, set_threads
 from dtrain.errors import ConfigError, TopologyError
-from dtrain.fleet.look import ROOT, WORST_OFFSET_S
-from dtrain.fleet.probe import code_of
 from dtrain.watching.start import Watch
 
 

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from dtrain import console
+from dtrain.cluster.doctor.link_checks import pairs_of
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.topology import Topology, device_of, process_group
 from dtrain.errors import DtrainError, TopologyError
-from dtrain.fleet.link_checks import pairs_of
 
 FORM_S, COLLECTIVE_S, PAIR_S = 60.0, 120.0, 30.0
 """How long the group may take to form, one exchange of all (which wait while a pair is measured), and one of a pair."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.fleet import run
-from dtrain.fleet.outcome import Outcome
-from dtrain.fleet.run import Job, Part, run_job
+from dtrain.cluster import run_job as run
+from dtrain.cluster.job_outcome import Outcome
+from dtrain.cluster.run_job import Job, Part, run_job
 from tests.jobs import ROOT, until
 
 HOSTS = ("localhost", "127.0.0.1", "127.0.0.2")

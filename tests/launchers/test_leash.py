@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from dtrain.cluster.run_job import LEASH
 from dtrain.distributed.process_info import fields_of
-from dtrain.fleet.run import LEASH
 from tests.jobs import until
 
 LONG = "import time; time.sleep(600)"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.cluster import Host, choose, main, read_hostfile
+from dtrain.cluster.hostfile import Host, choose, main, read_hostfile
 from dtrain.errors import ConfigError
 
 HOSTS = [Host("node1", 4), Host("node2", 2), Host("node3", 1)]

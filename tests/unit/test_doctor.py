@@ -11,15 +11,26 @@ from typing import Any
 import pytest
 
 from dtrain.arguments import parse
-from dtrain.cluster import Host
+from dtrain.cluster.doctor.conversation import Said
+from dtrain.cluster.doctor.findings import (
+    OK,
+    RED,
+    WARN,
+    Finding,
+    as_json,
+    folded,
+    last_line,
+    named,
+    side_by_side,
+    table,
+)
+from dtrain.cluster.doctor.host_checks import Answer, of_hosts
+from dtrain.cluster.doctor.network_checks import meeting_place
+from dtrain.cluster.hostfile import Host
+from dtrain.cluster.job_outcome import Outcome
 from dtrain.commands import doctor
 from dtrain.commands.doctor import THIS_MACHINE, Asked, job_of, offset_of, run_doctor
 from dtrain.errors import ConfigError, Interrupted
-from dtrain.fleet.checks import Answer, of_hosts
-from dtrain.fleet.findings import OK, RED, WARN, Finding, as_json, folded, last_line, named, side_by_side, table
-from dtrain.fleet.network_checks import meeting_place
-from dtrain.fleet.outcome import Outcome
-from dtrain.fleet.talk import Said
 from tests.doctor_answers import GIB, GPUS, ROOM, SHM, answered, bad_of
 
 WITHOUT_TOOL = {key: value for key, value in GPUS.items() if key != "driver"}

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.fleet import agent, details, talk
-from dtrain.fleet.far_end import as_one_text
-from dtrain.fleet.talk import TEXTS, Talks
+from dtrain.cluster.doctor import agent, conversation, host_facts
+from dtrain.cluster.doctor.conversation import TEXTS, Talks
+from dtrain.cluster.remote_source import as_one_text
 from tests.doctor_answers import GPUS, LOOK
 
 
@@ -95,11 +95,11 @@ def test_a_mark_is_gone_when_the_input_ends(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_hub_cache_is_where_the_libraries_put_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert details.hub_cache() == str(Path("~/.cache/huggingface/hub").expanduser())
+    assert host_facts.hub_cache() == str(Path("~/.cache/huggingface/hub").expanduser())
     monkeypatch.setenv("HF_HOME", "/hf")
-    assert details.hub_cache() == "/hf/hub"
+    assert host_facts.hub_cache() == "/hf/hub"
     monkeypatch.setenv("HF_HUB_CACHE", "/cache")
-    assert details.hub_cache() == "/cache"
+    assert host_facts.hub_cache() == "/cache"
 
 
 def test_control_groups_limit_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,9 +107,9 @@ def test_control_groups_limit_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     inner.mkdir()
     (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 19}\n")
-    monkeypatch.setattr(details, "control_groups", lambda controller: [tmp_path, inner])
+    monkeypatch.setattr(host_facts, "control_groups", lambda controller: [tmp_path, inner])
 
-    assert details.memory() == {"total": 1 << 20, "available": 1 << 19}
+    assert host_facts.memory() == {"total": 1 << 20, "available": 1 << 19}
 
 
 def _torch(names: list[str], cuda: str | None = "12.8") -> tuple[int, str]:
@@ -145,7 +145,7 @@ def test_devices_are_what_torch_sees_and_their_tool_tells_the_driver(
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     monkeypatch.setattr("subprocess.run", answer)
 
-    assert details.gpus() == found
+    assert host_facts.gpus() == found
 
 
 @pytest.mark.parametrize(
@@ -157,16 +157,16 @@ def test_devices_without_their_tool_are_what_torch_sees(
 ) -> None:
     files = [str(tmp_path / f"{at}") for at in range(3)]
     Path(files[file]).touch()
-    monkeypatch.setattr(details, "DEVICE_FILES", files)
+    monkeypatch.setattr(host_facts, "DEVICE_FILES", files)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, *_torch(names), ""))
 
-    found = details.gpus()
+    found = host_facts.gpus()
 
     assert found is not None
     assert (found["names"], found["usable"], found.get("driver_problem")) == (names, 1, problem)
     monkeypatch.setattr("subprocess.run", lambda command, **_: subprocess.CompletedProcess(command, *_torch([]), ""))
-    assert (details.gpus() is None) == (problem is None)
+    assert (host_facts.gpus() is None) == (problem is None)
 
 
 def test_a_tool_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_a_tool_that_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
     monkeypatch.setattr("subprocess.run", hang)
 
-    found = details.gpus()
+    found = host_facts.gpus()
 
     assert found is not None
     assert "timed out after 20" in found["driver_problem"]
@@ -196,7 +196,7 @@ def test_only_a_card_or_several_have_the_rate_of_a_line(driver: str | None, is_l
         (interface / "device").mkdir()
         (interface / "device" / "driver").symlink_to(drivers / driver)
 
-    assert details.is_line(interface) == is_line
+    assert host_facts.is_line(interface) == is_line
 
 
 @pytest.mark.usefixtures("far_end")
@@ -211,15 +211,15 @@ def test_a_folder_that_fails_is_told_and_the_rest_is_looked_at(monkeypatch: pyte
     monkeypatch.setattr(Path, "exists", exists)
     folder = str(tmp_path / "runs")
 
-    assert details.room(folder) == {"path": folder, "problem": "Stale file handle"}
+    assert host_facts.room(folder) == {"path": folder, "problem": "Stale file handle"}
     assert agent.mark({"folder": folder, "name": ".mark"}) == {"problem": f"{folder}: Stale file handle"}
     assert agent.see({"path": folder}) == {"problem": "Stale file handle"}
 
 
 def test_the_network_of_an_address() -> None:
-    assert details.network_of("10.77.3.9", "255.255.254.0") == "10.77.2.0/23"
-    assert details.network_of("10.77.3.9", None) is None
-    way = details.way_to("127.0.0.1")
+    assert host_facts.network_of("10.77.3.9", "255.255.254.0") == "10.77.2.0/23"
+    assert host_facts.network_of("10.77.3.9", None) is None
+    way = host_facts.way_to("127.0.0.1")
     assert (way["address"], way["interface"], way["network"]) == ("127.0.0.1", "lo", "127.0.0.0/8")
 
 
@@ -230,13 +230,13 @@ def test_the_network_of_an_address() -> None:
 def far_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """What is sent to the host in place of the agent."""
     file = tmp_path / "far.py"
-    monkeypatch.setattr(talk, "TEXTS", [file])
+    monkeypatch.setattr(conversation, "TEXTS", [file])
     return file
 
 
 def test_an_end_does_not_wait_for_an_answer(far_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     far_text.write_text("def answer():\n    import time\n    time.sleep(300)\n")
-    monkeypatch.setattr(talk, "END_S", 0.5)
+    monkeypatch.setattr(conversation, "END_S", 0.5)
     talks = Talks(["localhost"])
     asking = threading.Thread(target=talks.ask, args=({"do": "look"},), kwargs={"timeout_s": 100.0})
     asking.start()

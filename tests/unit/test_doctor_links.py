@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.fleet import link_checks
-from dtrain.fleet.checks import Answer
-from dtrain.fleet.findings import OK, RED, WARN, folded
-from dtrain.fleet.network_checks import meeting_place, of_folder, of_ports, of_ways
+from dtrain.cluster.doctor import link_checks
+from dtrain.cluster.doctor.findings import OK, RED, WARN, folded
+from dtrain.cluster.doctor.host_checks import Answer
+from dtrain.cluster.doctor.network_checks import meeting_place, of_folder, of_ports, of_ways
 from tests.doctor_answers import answered, bad_of
 
 

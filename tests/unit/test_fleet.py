@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from dtrain.cluster import Host
+from dtrain.cluster import launcher_commands
+from dtrain.cluster.hostfile import Host
+from dtrain.cluster.job_outcome import PartEnd, outcome
+from dtrain.cluster.preflight import Look, check, master_of
+from dtrain.cluster.ssh import command_on, is_here, python_with, why_not
 from dtrain.commands.launch import main, plan_of, read_arguments, shown, with_looks
 from dtrain.errors import ConfigError, TopologyError
-from dtrain.fleet import kinds
-from dtrain.fleet.look import Look, check, master_of
-from dtrain.fleet.outcome import PartEnd, outcome
-from dtrain.fleet.shell import command_on, is_here, python_with, why_not
 
 NOW = 1_000_000.0
 
@@ -40,7 +40,7 @@ def _look(host: str, **found: Any) -> Look:
     return Look(host, {**basics, **found}, sent=NOW - 0.2, received=NOW + 0.2)
 
 
-def _plan(*hosts: Host, **changes: Any) -> kinds.Plan:
+def _plan(*hosts: Host, **changes: Any) -> launcher_commands.Plan:
     given: dict[str, Any] = {
         "hosts": hosts or (Host("node1", 2), Host("node2", 1)),
         "script": Path("/opt/dtrain/dtrain/main.py"),
@@ -53,7 +53,7 @@ def _plan(*hosts: Host, **changes: Any) -> kinds.Plan:
         "job_id": "id1",
         "name": "dtrain-1",
     }
-    return kinds.Plan(**{**given, **changes})
+    return launcher_commands.Plan(**{**given, **changes})
 
 
 def _note(cause: str, code: int = 1, host: str = "node2", message: str = "it broke") -> Mapping[str, Any]:
@@ -73,11 +73,15 @@ def test_only_listed_variables_travel_and_secrets_only_by_name() -> None:
         "PATH": "/bin",
         "MINE": "1",
     }
-    assert kinds.travelling({**listed, **others}, []) == listed
-    assert kinds.travelling({**listed, **others}, ["HF_TOKEN", "MINE"]) == {**listed, "HF_TOKEN": "t", "MINE": "1"}
+    assert launcher_commands.travelling({**listed, **others}, []) == listed
+    assert launcher_commands.travelling({**listed, **others}, ["HF_TOKEN", "MINE"]) == {
+        **listed,
+        "HF_TOKEN": "t",
+        "MINE": "1",
+    }
 
 
-@pytest.mark.parametrize("kind", [kinds.torchrun, kinds.deepspeed])
+@pytest.mark.parametrize("kind", [launcher_commands.torchrun, launcher_commands.deepspeed])
 def test_secrets_are_not_shown_and_stand_in_no_command(kind: Any) -> None:
     job = kind(_plan())
     assert "hf_secret" not in shown(job, ["HF_TOKEN"])
@@ -87,7 +91,7 @@ def test_secrets_are_not_shown_and_stand_in_no_command(kind: Any) -> None:
 
 
 def test_mpirun_is_told_names_of_variables_not_their_values() -> None:
-    job = kinds.mpirun(_plan(), "localhost", Path("/tmp/hosts"))
+    job = launcher_commands.mpirun(_plan(), "localhost", Path("/tmp/hosts"))
     words = job.parts[0].argv
     assert [words[at + 1] for at, word in enumerate(words) if word == "-x"] == [
         "DTRAIN_JOB_ID",
@@ -103,7 +107,7 @@ def test_mpirun_is_told_names_of_variables_not_their_values() -> None:
 
 
 def test_torchrun_is_told_its_place_on_each_host() -> None:
-    one, two = kinds.torchrun(_plan()).parts
+    one, two = launcher_commands.torchrun(_plan()).parts
     assert [one.host, two.host] == ["node1", "node2"]
     for place, (part, slots) in enumerate([(one, "2"), (two, "1")]):
         words = list(part.argv)
@@ -117,7 +121,7 @@ def test_torchrun_is_told_its_place_on_each_host() -> None:
 
 
 def test_an_elastic_job_meets_by_c10d_and_goes_on_with_less() -> None:
-    job = kinds.torchrun(_plan(nodes=(1, 2), max_restarts=3))
+    job = launcher_commands.torchrun(_plan(nodes=(1, 2), max_restarts=3))
     words = list(job.parts[1].argv)
     assert job.least == 1
     assert words[words.index("--nnodes") + 1] == "1:2"
@@ -128,15 +132,15 @@ def test_an_elastic_job_meets_by_c10d_and_goes_on_with_less() -> None:
 
 def test_slots_that_are_left_out_are_left_out_by_every_launcher() -> None:
     plan = _plan(Host("node1", 2, (0, 2)), Host("node2", 1))
-    assert kinds.torchrun(plan).parts[0].env["CUDA_VISIBLE_DEVICES"] == "0,2"
-    world = next(word for word in kinds.deepspeed(plan).parts[1].argv if word.startswith("--world_info"))
+    assert launcher_commands.torchrun(plan).parts[0].env["CUDA_VISIBLE_DEVICES"] == "0,2"
+    world = next(word for word in launcher_commands.deepspeed(plan).parts[1].argv if word.startswith("--world_info"))
     import base64
 
     assert json.loads(base64.urlsafe_b64decode(world.partition("=")[2])) == {"node1": [0, 2], "node2": [0]}
 
 
 def test_nothing_reaches_a_far_shell_unquoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dtrain.fleet.shell.is_here", lambda host: False)
+    monkeypatch.setattr("dtrain.cluster.ssh.is_here", lambda host: False)
     words = command_on("node1", ["/a b/python", "$(touch x)", "a;b", "'"])
     assert words[:2] == ["ssh", "-T"]
     assert words[-2] == "node1"
@@ -415,7 +419,7 @@ def test_a_plan_names_where_the_end_is_written(tmp_path: Path) -> None:
 
 
 def test_mpirun_is_told_to_stop_in_a_way_that_leaves_time() -> None:
-    job = kinds.mpirun(_plan(), "localhost", Path("/tmp/hosts"))
+    job = launcher_commands.mpirun(_plan(), "localhost", Path("/tmp/hosts"))
     assert job.signals is not None
     assert job.signals[signal.SIGTERM] == signal.SIGUSR1
     assert job.launcher_takes == {signal.SIGUSR1}

@@ -160,7 +160,3 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
     sys.stdout.write("".join(f"{host.name} {host.slots}\n" for host in hosts))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dtrain.fleet.details import details, way_to
-from dtrain.fleet.probe import basics
+from dtrain.cluster.doctor.host_facts import details, way_to
+from dtrain.cluster.probe import basics
 
 PAYLOAD = bytes(64 * 1024)
 """Sent over every connection: small packets pass where large ones are lost for want of MTU."""

@@ -21,10 +21,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
-from dtrain.fleet.outcome import Outcome, PartEnd, outcome
-from dtrain.fleet.shell import python_with, start_on, why_not
+from dtrain.cluster.job_outcome import Outcome, PartEnd, outcome
+from dtrain.cluster.ssh import python_with, start_on, why_not
 
-LEASH = Path(__file__).with_name("leash.py")
+LEASH = Path(__file__).with_name("remote_supervisor.py")
 
 SETTLE_S = 5.0
 """How long the other parts may take by themselves once one has failed: dtrain's own watch ends them within it."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.cluster import Host
+from dtrain.cluster.hostfile import Host
+from dtrain.cluster.run_job import Job, Part
 from dtrain.distributed.launcher_env import JOB_ID
-from dtrain.fleet.run import Job, Part
 
 TAKEN_ALONG = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from dtrain.fleet.far_end import CORES, HERE, PROBE, as_one_text
-from dtrain.fleet.shell import CONNECT_S, is_here, start_on, why_not
+from dtrain.cluster.remote_source import CORES, HERE, PROBE, as_one_text
+from dtrain.cluster.ssh import CONNECT_S, is_here, start_on, why_not
 
-TEXTS = (CORES, PROBE, HERE / "details.py", HERE / "agent.py")
+TEXTS = (CORES, PROBE, HERE / "doctor" / "host_facts.py", HERE / "doctor" / "agent.py")
 
 BOOT = (
     # Nothing of the folder that it starts in may stand for a library.

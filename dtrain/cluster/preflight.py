@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain.cluster.remote_source import CORES, PROBE, as_one_text
+from dtrain.cluster.ssh import CONNECT_S, python_with, start_on, why_not
 from dtrain.errors import TopologyError
-from dtrain.fleet.far_end import CORES, PROBE, as_one_text
-from dtrain.fleet.shell import CONNECT_S, python_with, start_on, why_not
 
 ROOT = Path(__file__).resolve().parents[2]
 """Where dtrain lies here, and has to lie on every host."""

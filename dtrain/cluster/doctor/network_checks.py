@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.fleet.checks import Answer
-from dtrain.fleet.findings import OK, RED, WARN, Finding, named
+from dtrain.cluster.doctor.findings import OK, RED, WARN, Finding, named
+from dtrain.cluster.doctor.host_checks import Answer
 
 NAMES_FIX = "mend /etc/hosts on {hosts}, or write addresses into the hostfile"
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.fleet.findings import OK, RED, WARN, Finding
+from dtrain.cluster.doctor.findings import OK, RED, WARN, Finding
 
 HALF = 0.5
 """A pair below this share of what its hosts or the usual pair reach is red."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dtrain.fleet.findings import OK, RED, WARN, Finding, side_by_side
-from dtrain.fleet.look import LARGEST_OFFSET_S, WORST_OFFSET_S
+from dtrain.cluster.doctor.findings import OK, RED, WARN, Finding, side_by_side
+from dtrain.cluster.preflight import LARGEST_OFFSET_S, WORST_OFFSET_S
 
 LEAST_SHM, GOOD_SHM = 128 << 20, 1 << 30
 """Bytes of /dev/shm. A container has 64 MiB unless it is asked for more, and writing past the end kills with SIGBUS."""

@@ -1,0 +1,1 @@
+"""Many hosts over ssh. Imports no torch."""
