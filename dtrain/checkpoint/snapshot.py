@@ -11,7 +11,7 @@ from dtrain.checkpoint.block import Block
 from dtrain.checkpoint.layout import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
 from dtrain.checkpoint.writing import Piece
 from dtrain.engine.protocol import ParameterState, Shard
-from dtrain.models.headed import HeadedModel
+from dtrain.models.custom_head import HeadedModel
 
 ALIGNMENT = 64
 

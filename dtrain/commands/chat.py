@@ -29,7 +29,7 @@ from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, newest
-from dtrain.models.checks import check_fit, longest_input
+from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import write_json_atomic, write_lines_atomic

@@ -21,7 +21,7 @@ from dtrain.distributed.topology import Topology, device_of
 from dtrain.engine.probe import without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
-from dtrain.models.checks import check_fit, check_images
+from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
 

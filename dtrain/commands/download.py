@@ -17,7 +17,7 @@ from dtrain.data.parts import hub_name
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.fetch import fetch_model
+from dtrain.models.hub_download import fetch_model
 from dtrain.run_folder import move_away, replace_folder
 
 OF_A_DOWNLOAD = Path(".cache") / "huggingface"

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from dtrain.distributed.collectives import on_main
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
-from dtrain.models import adapters, own
-from dtrain.models.headed import HeadedModel
+from dtrain.models import adapters, user_module
+from dtrain.models.custom_head import HeadedModel
 from dtrain.run_folder import replace_folder, write_json_atomic
 from dtrain.tasks.protocol import Task
 
@@ -76,7 +76,7 @@ def save(
         state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
         buffers = {name: value for name, value in module.state_dict().items() if name not in state}
         state.update({name: value.detach().cpu() for name, value in buffers.items()})
-    told = getattr(module, own.RECORD, {})
+    told = getattr(module, user_module.RECORD, {})
     if hasattr(module, adapters.RECORD):
         adapters.save(module, state, folder)
     elif isinstance(module, PreTrainedModel | HeadedModel):

@@ -11,7 +11,7 @@ from dtrain.commands.construct import refuse_own_parts
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.checks import check_fit, longest_input
+from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.tasks.tensors import full_precision

@@ -16,7 +16,7 @@ from dtrain.console import log
 from dtrain.distributed.heartbeat import Beat, Phase
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
-from dtrain.models.checks import longest_input
+from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.seeding import seed_all

@@ -20,7 +20,7 @@ from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
 from dtrain.jsonl import worded
 from dtrain.models.base import load_base
-from dtrain.models.checks import longest_input
+from dtrain.models.compatibility import longest_input
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.run_folder import INSPECTION, write_json_atomic
 from dtrain.seeding import Place

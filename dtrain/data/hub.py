@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.offline import without_network
+from dtrain.models.hub_offline import without_network
 
 REACH_TIMEOUT_S = 10.0
 """Time for the hub's first answer. The libraries themselves retry for 23 s, and that for each file."""

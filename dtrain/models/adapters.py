@@ -22,7 +22,7 @@ from torch import nn
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet, reach
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -13,8 +13,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
-from dtrain.models.own import refuse_without_factory
-from dtrain.models.source import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.user_module import refuse_without_factory
 
 SHARDED = "shard-00000.safetensors"
 """Is there in place of weights, in a checkpoint whose pieces dtrain itself puts together."""

@@ -13,7 +13,7 @@ from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
 from dtrain.models.architecture import locate, read_config
-from dtrain.models.source import LOADING_ERRORS, explain, quiet
+from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 
 
 def load_base(model: schema.Model) -> nn.Module:

@@ -22,12 +22,12 @@ from dtrain.config import schema
 from dtrain.config.task import Head
 from dtrain.console import log
 from dtrain.errors import ConfigError
-from dtrain.models import adapters, own
+from dtrain.models import adapters, user_module
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
-from dtrain.models.headed import KEY, add_head, settings_of
+from dtrain.models.custom_head import KEY, add_head, settings_of
 from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
+from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 from dtrain.models.seq2seq import fit_decoder
-from dtrain.models.source import LOADING_ERRORS, explain, quiet
 
 ALIGNMENT = 64
 """Bytes to which PyTorch aligns its own memory on a CPU."""
@@ -63,8 +63,8 @@ def load_model(
         CheckpointError: damaged files.
     """
     if model.factory is not None:
-        with _drawn_from(seed), own.all_drawn_from(seed):
-            module = own.make(model, head=head, head_config=head_config, tokenizer=tokenizer)
+        with _drawn_from(seed), user_module.all_drawn_from(seed):
+            module = user_module.make(model, head=head, head_config=head_config, tokenizer=tokenizer)
         if model.gradient_checkpointing:
             _checkpoint_activations(module)
         return module
@@ -100,7 +100,7 @@ def label_names_of(model: schema.Model) -> tuple[str, ...] | None:
     has had several), the task has to number its labels in this order.
     """
     if model.factory is not None:
-        return own.label_names(model)
+        return user_module.label_names(model)
     if model.from_scratch or model.name_or_path is None:
         return None
     return real_label_names(read_config(model, locate(model)))

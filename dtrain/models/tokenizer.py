@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.source import LOADING_ERRORS, explain, is_here, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, explain, is_here, quiet, reach
 
 UNKNOWN = "<unk>"
 PAD = "<pad>"

@@ -12,7 +12,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageClassification
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
-from dtrain.models.pixels import PixelProcessor, load_processor
+from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images

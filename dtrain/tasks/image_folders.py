@@ -14,7 +14,7 @@ from dtrain.data.images import images_shape
 from dtrain.data.locate import form_of, place_of
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.models.pixels import PixelProcessor
+from dtrain.models.image_processor import PixelProcessor
 from dtrain.tasks.preparing import Examples, Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import Batch
 

@@ -16,7 +16,7 @@ from dtrain.config.task import Head, ImageRegression
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.models.pixels import PixelProcessor, load_processor
+from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.seeding import Place
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows

@@ -17,7 +17,7 @@ from dtrain.data.locate import form_of
 from dtrain.data.sources import load_sources, source_key
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.checks import check_images
+from dtrain.models.compatibility import check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets

@@ -14,8 +14,8 @@ from dtrain.commands import construct
 from dtrain.commands.export import save
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.custom_head import HeadedModel
 from dtrain.models.freezing import frozen_parameters
-from dtrain.models.headed import HeadedModel
 from dtrain.models.load import label_names_of, load_model
 from dtrain.models.paths import resolve
 from dtrain.models.pooling import pool

@@ -18,7 +18,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
-from dtrain.models.pixels import load_processor
+from dtrain.models.image_processor import load_processor
 from tests import pictures
 
 SQUARE = {"do_resize": True, "size": {"height": 12, "width": 10}, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3}

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from dtrain.errors import ConfigError
-from dtrain.models.checks import check_fit, longest_input
+from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.tokenizer import build_char_tokenizer
 from tests import tiny
 

@@ -9,9 +9,9 @@ import pytest
 
 from dtrain.config import schema
 from dtrain.errors import ConfigError, DataError
-from dtrain.models import source
+from dtrain.models import hub_errors
+from dtrain.models.hub_errors import quiet, reach
 from dtrain.models.load import label_names_of
-from dtrain.models.source import quiet, reach
 from dtrain.models.tokenizer import load_tokenizer
 
 
@@ -25,8 +25,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         requests.append(url)
         raise ConnectionError("nobody is there")
 
-    monkeypatch.setattr(source, "get_hf_file_metadata", refuse)
-    monkeypatch.setattr(source, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(hub_errors, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(hub_errors, "try_to_load_from_cache", lambda name, file: None)
     return requests
 
 
@@ -44,7 +44,7 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_the_file_and_the_offline_w
 def test_the_offline_way_names_the_hubs_variable_where_it_is_not_set(
     asked: list[str], monkeypatch: pytest.MonkeyPatch, is_set: bool
 ) -> None:
-    monkeypatch.setattr(source.constants, "HF_HUB_OFFLINE", is_set)
+    monkeypatch.setattr(hub_errors.constants, "HF_HUB_OFFLINE", is_set)
     with pytest.raises(DataError) as error:
         label_names_of(schema.Model(name_or_path="someone/some-model"))
 
@@ -59,7 +59,7 @@ def test_a_tokenizer_on_a_hub_that_does_not_answer_is_named_by_its_setting(asked
 
 
 def test_a_downloaded_model_needs_no_hub(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
+    monkeypatch.setattr(hub_errors, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
 
     assert reach("someone/some-model", file="config.json", setting="model.name_or_path") is True
 

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from dtrain.config import schema
 from dtrain.config.task import Head
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.checks import learned_positions
+from dtrain.models.compatibility import learned_positions
 from dtrain.models.pooling import pool
 
 KEY = "dtrain_head"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.source import reach
+from dtrain.models.hub_errors import reach
 
 
 def fetch_model(name: str, *, to: Path | None, ignore: Sequence[str], setting: str) -> Path:

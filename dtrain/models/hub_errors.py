@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
-from dtrain.offline import without_network
+from dtrain.models.hub_offline import without_network
 
 HUB_TIMEOUT_S = 10.0
 
