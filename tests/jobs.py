@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from dtrain import jsonl
+from dtrain.runs import jsonl
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[1]

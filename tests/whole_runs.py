@@ -11,7 +11,7 @@ from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import Topology
-from dtrain.jsonl import read_metrics
+from dtrain.runs.jsonl import read_metrics
 
 
 def commands(

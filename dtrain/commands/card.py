@@ -22,7 +22,7 @@ from dtrain.data import glue
 from dtrain.data.locate import PYTHON_DOCS
 from dtrain.data.parts import hub_name
 from dtrain.models.adapters import CONFIG as ADAPTERS
-from dtrain.run_folder import write_text_atomic
+from dtrain.runs.folder import write_text_atomic
 
 CARD = "README.md"
 

@@ -32,7 +32,7 @@ from dtrain.models.chat_format import ChatFormat, choose_format, newest
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.run_folder import write_json_atomic, write_lines_atomic
+from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 from dtrain.seeding import seed_all
 
 FORGET = "/reset"

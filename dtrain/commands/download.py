@@ -18,7 +18,7 @@ from dtrain.distributed.collectives import node_first
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.hub_download import fetch_model
-from dtrain.run_folder import move_away, replace_folder
+from dtrain.runs.folder import move_away, replace_folder
 
 OF_A_DOWNLOAD = Path(".cache") / "huggingface"
 """What huggingface_hub leaves in a folder that it has filled, to know what is there."""

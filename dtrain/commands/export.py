@@ -18,7 +18,7 @@ from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, DtrainError
 from dtrain.models import adapters, user_module
 from dtrain.models.custom_head import HeadedModel
-from dtrain.run_folder import replace_folder, write_json_atomic
+from dtrain.runs.folder import replace_folder, write_json_atomic
 from dtrain.tasks.protocol import Task
 
 

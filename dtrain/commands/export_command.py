@@ -23,7 +23,7 @@ from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters
-from dtrain.run_folder import move_away, replace_folder, write_json_atomic, write_text_atomic
+from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

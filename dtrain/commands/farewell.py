@@ -24,8 +24,8 @@ from dtrain.distributed.rendezvous import Board
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, TopologyError
-from dtrain.run_folder import write_exit
-from dtrain.run_lock import is_anothers
+from dtrain.runs.folder import write_exit
+from dtrain.runs.lock import is_anothers
 
 if TYPE_CHECKING:
     from dtrain.watching.start import Watch

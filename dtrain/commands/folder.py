@@ -15,9 +15,9 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.run_folder import RunFolder, claim, state, unwritable
-from dtrain.run_lock import locked
-from dtrain.run_start import Action, Checkpoints, decide, going_on, is_started_again
+from dtrain.runs.folder import RunFolder, claim, state, unwritable
+from dtrain.runs.lock import locked
+from dtrain.runs.resume_policy import Action, Checkpoints, decide, going_on, is_started_again
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError
 from dtrain.monitors.protocol import RunState
-from dtrain.run_folder import RunFolder
+from dtrain.runs.folder import RunFolder
 
 
 def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, topology: Topology) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
-from dtrain.jsonl import events
+from dtrain.runs.jsonl import events
 
 PARTS = {
     "training": "steps that count",

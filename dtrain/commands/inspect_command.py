@@ -18,11 +18,11 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
-from dtrain.jsonl import worded
 from dtrain.models.base import load_base
 from dtrain.models.compatibility import longest_input
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.run_folder import INSPECTION, write_json_atomic
+from dtrain.runs.folder import INSPECTION, write_json_atomic
+from dtrain.runs.jsonl import worded
 from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 

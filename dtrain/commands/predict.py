@@ -26,7 +26,7 @@ from dtrain.distributed.topology import Topology
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import EvaluationResult, evaluate
-from dtrain.run_folder import RunFolder, write_text_atomic
+from dtrain.runs.folder import RunFolder, write_text_atomic
 from dtrain.tasks.build import build_task
 
 

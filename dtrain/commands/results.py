@@ -11,7 +11,7 @@ from typing import Any
 
 from dtrain.distributed.topology import Topology
 from dtrain.evaluation import EvaluationResult
-from dtrain.run_folder import write_json_atomic, write_lines_atomic
+from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 
 
 @dataclass(frozen=True)

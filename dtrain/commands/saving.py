@@ -25,7 +25,7 @@ from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
-from dtrain.run_folder import RunFolder
+from dtrain.runs.folder import RunFolder
 from dtrain.tasks.protocol import Task
 
 SLOTS = {"adamw": 2, "sgd": 1, "adafactor": 1}

@@ -40,9 +40,9 @@ from dtrain.monitors.protocol import Decision, Monitor, RunState
 from dtrain.monitors.replicas import Replicas
 from dtrain.monitors.spikes import Spikes
 from dtrain.own_metrics import Reported, reported
+from dtrain.runs.tracking import Tracker
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
-from dtrain.tracking import Tracker
 
 
 def run_train(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from dtrain.console import log
 from dtrain.errors import DtrainError
-from dtrain.run_folder import write_exit, write_text_atomic
+from dtrain.runs.folder import write_exit, write_text_atomic
 from dtrain.watching.report import Evidence, place_of
 from dtrain.watching.stacks import fatal_error_in, frames_of, written
 

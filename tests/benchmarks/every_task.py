@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dtrain.data.glue import TASKS, GlueTask  # noqa: E402
-from dtrain.jsonl import read_metrics  # noqa: E402
+from dtrain.runs.jsonl import read_metrics  # noqa: E402
 from tests import pictures, tiny, tiny_seq2seq  # noqa: E402
 
 TRAIN, DEV = 45, 21

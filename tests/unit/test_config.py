@@ -634,7 +634,7 @@ def test_a_config_cannot_be_changed() -> None:
 
 def test_reading_a_config_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from dtrain.config.load import load_config; import dtrain.run_folder; load_config(None, []);"
+        "import sys; from dtrain.config.load import load_config; import dtrain.runs.folder; load_config(None, []);"
         "print(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))"
     )
 

@@ -22,7 +22,7 @@ from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.process_info import this_process
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
-from dtrain.run_lock import LOCK, Owner
+from dtrain.runs.lock import LOCK, Owner
 from dtrain.watching.start import News
 
 

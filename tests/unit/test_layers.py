@@ -82,8 +82,8 @@ WITHOUT_TORCH = (
     "cluster",
     "commands.doctor",
     "distributed.topology",
-    "run_folder",
-    "run_start",
+    "runs.folder",
+    "runs.resume_policy",
     "main",
     "dtrain",
 )
@@ -361,7 +361,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         ({"loop.py": "import torch.distributed as d"}, "loop uses torch.distributed"),
         ({"loop.py": "def f():\n    import deepspeed"}, "loop.py:2: loop uses deepspeed"),
         ({"engine/deepspeed.py": "import deepspeed"}, "engine.deepspeed imports deepspeed when it is imported"),
-        ({"run_folder.py": "import yaml"}, "run_folder uses yaml, which belongs to config"),
+        ({"runs/folder.py": "import yaml"}, "runs.folder uses yaml, which belongs to config"),
         ({"config/load.py": "import torch"}, "config.load -> torch: imported for --help"),
         (
             {"main.py": "import dtrain.commands.train", "commands/train.py": "import numpy"},

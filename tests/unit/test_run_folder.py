@@ -16,8 +16,7 @@ import pytest
 from dtrain.config.load import differences, load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
-from dtrain.jsonl import MetricsLog, read_metrics
-from dtrain.run_folder import (
+from dtrain.runs.folder import (
     RunFolder,
     State,
     claim,
@@ -27,7 +26,8 @@ from dtrain.run_folder import (
     write_json_atomic,
     write_lines_atomic,
 )
-from dtrain.run_start import Checkpoints, Decision, decide, going_on, is_started_again
+from dtrain.runs.jsonl import MetricsLog, read_metrics
+from dtrain.runs.resume_policy import Checkpoints, Decision, decide, going_on, is_started_again
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 WEIGHTS = len(_TABLE).to_bytes(8, "little") + _TABLE + bytes(4)
@@ -638,7 +638,7 @@ def test_a_job_that_torchrun_has_no_name_for_is_known_by_its_age(
 ) -> None:
     folder = RunFolder(tmp_path / "one")
     claim(folder, "", launches=["torchrun none"])
-    monkeypatch.setattr("dtrain.run_start.age_s", lambda _pid: launcher_s)
+    monkeypatch.setattr("dtrain.runs.resume_policy.age_s", lambda _pid: launcher_s)
 
     assert is_started_again(folder, {"torchrun none": 1}) == is_again
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from dtrain import run_lock
 from dtrain.commands.folder import taken
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
@@ -25,8 +24,9 @@ from dtrain.distributed import heartbeat
 from dtrain.distributed.process_info import Process, began, fields_of, is_alive, this_process
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError
-from dtrain.run_folder import RunFolder, state
-from dtrain.run_lock import LOCK, Owner, is_anothers, locked, look
+from dtrain.runs import lock as run_lock
+from dtrain.runs.folder import RunFolder, state
+from dtrain.runs.lock import LOCK, Owner, is_anothers, locked, look
 
 PERIOD_S = 0.02
 NOBODY = 2**22 + 1

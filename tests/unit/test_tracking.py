@@ -12,8 +12,8 @@ import pytest
 
 from dtrain import console
 from dtrain.console import log
-from dtrain.jsonl import read_metrics
-from dtrain.tracking import Tracker
+from dtrain.runs.jsonl import read_metrics
+from dtrain.runs.tracking import Tracker
 
 VALUES: dict[str, Any] = {
     "step": 3,
@@ -56,7 +56,7 @@ def test_a_train_line_has_the_contracts_keys_and_a_speed(tmp_path: Path) -> None
 
 def test_the_speed_counts_the_steps_since_the_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("dtrain.tracking.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dtrain.runs.tracking.time.monotonic", lambda: now[0])
     with tracker(tmp_path) as open_tracker:
         for _ in range(4):
             open_tracker.step(8)
@@ -118,7 +118,7 @@ def test_where_the_output_is_no_terminal_there_is_a_line_for_each_interval(
     tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("dtrain.tracking.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dtrain.runs.tracking.time.monotonic", lambda: now[0])
     with tracker(tmp_path, first_step=1) as open_tracker:
         now[0] = 20.0  # two steps in 20 s; six are left
         open_tracker.train(**VALUES)

@@ -15,8 +15,8 @@ from dtrain.config.schema import Config
 from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.process_info import age_s
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.jsonl import events
-from dtrain.run_folder import LAUNCHES, RunFolder, State, state
+from dtrain.runs.folder import LAUNCHES, RunFolder, State, state
+from dtrain.runs.jsonl import events
 
 Action = Literal["start", "go_on", "already_finished"]
 

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dtrain.console import log
-from dtrain.jsonl import MetricsLog
+from dtrain.runs.jsonl import MetricsLog
 
 
 class Tracker:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.errors import ConfigError
-from dtrain.jsonl import finite, line_of, worded
-from dtrain.run_lock import LOCK, follow
+from dtrain.runs.jsonl import finite, line_of, worded
+from dtrain.runs.lock import LOCK, follow
 
 State = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
 
