@@ -16,6 +16,7 @@ from torch import nn
 
 from dtrain.data.batches import MicroBatch, StepBatches, step_batches
 from dtrain.data.order import StepPlan
+from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object, all_reduce_sum
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.protocol import Engine, StepResult
@@ -23,7 +24,6 @@ from dtrain.evaluation import to_device
 from dtrain.memory import explain_in_step, explain_in_training
 from dtrain.models.freezing import held_statistics
 from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
-from dtrain.seeding import seed_all
 from dtrain.tasks.protocol import Task
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dtrain.seeding import Place
+from dtrain.data.seeding import Place
 
 HERE = Place(0, ())
 """For tasks that draw nothing at random."""

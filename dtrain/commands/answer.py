@@ -21,12 +21,12 @@ from dtrain.config import task as task_settings
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
 from dtrain.data.images import IMAGES
-from dtrain.data.tags import TOKENS
+from dtrain.data.seeding import Place
+from dtrain.data.token_tags import TOKENS
 from dtrain.distributed.collectives import barrier
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate, to_device
-from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers
 

@@ -19,8 +19,8 @@ from dtrain.config import schema
 from dtrain.config.schema import Config
 from dtrain.config.task import Seq2Seq
 from dtrain.data import glue
-from dtrain.data.locate import PYTHON_DOCS
-from dtrain.data.parts import hub_name
+from dtrain.data.resolve_source import PYTHON_DOCS
+from dtrain.data.split_readers import hub_name
 from dtrain.models.adapters import CONFIG as ADAPTERS
 from dtrain.runs.folder import write_text_atomic
 

@@ -25,6 +25,7 @@ from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
+from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError, DataError
@@ -33,7 +34,6 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
-from dtrain.seeding import seed_all
 
 FORGET = "/reset"
 

@@ -12,8 +12,8 @@ from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data import hub
-from dtrain.data.locate import form_of
-from dtrain.data.parts import hub_name
+from dtrain.data.resolve_source import form_of
+from dtrain.data.split_readers import hub_name
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError

@@ -13,13 +13,13 @@ from dtrain.commands.construct import refuse_own_parts
 from dtrain.config.commands import Generate
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Beat, Phase
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.seeding import seed_all
 
 
 def run_generate(config: Config, topology: Topology) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from dtrain.commands import folder
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.data.seeding import Place
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError
@@ -23,7 +24,6 @@ from dtrain.models.compatibility import longest_input
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import INSPECTION, write_json_atomic
 from dtrain.runs.jsonl import worded
-from dtrain.seeding import Place
 from dtrain.tasks.build import build_task
 
 

@@ -20,7 +20,7 @@ from dtrain.commands.results import Result
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
-from dtrain.data.locate import form_of
+from dtrain.data.resolve_source import form_of
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology
 from dtrain.engine.build import engine_name

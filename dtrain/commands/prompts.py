@@ -23,7 +23,7 @@ from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
-from dtrain.data.rows import TEXT, Origin, to_table
+from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError

@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import StepPlan, Turn, chunks, turns
+from dtrain.data.seeding import Place
 from dtrain.distributed.signals import leave_to_parent
 from dtrain.distributed.topology import Topology
 from dtrain.errors import KINDS, DtrainError
-from dtrain.seeding import Place
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Values
-from dtrain.data.rows import Layout, Origin, Shape, given_columns, label_text, text_of, value_of
+from dtrain.data.tables import Layout, Origin, Shape, given_columns, label_text, text_of, value_of
 from dtrain.errors import DataError
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, text_lines, unit_of
-from dtrain.data.rows import Layout, Origin, Shape, checked_text, given_columns, missing_column
+from dtrain.data.tables import Layout, Origin, Shape, checked_text, given_columns, missing_column
 from dtrain.errors import DataError
 
 Message = Mapping[str, str]

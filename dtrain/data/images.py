@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Row, Values
-from dtrain.data.rows import LABELS, Layout, Origin, Shape, given_columns, label_text, missing_column, value_of
+from dtrain.data.tables import LABELS, Layout, Origin, Shape, given_columns, label_text, missing_column, value_of
 from dtrain.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")

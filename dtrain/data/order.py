@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from dtrain.seeding import derive
+from dtrain.data.seeding import derive
 
 WORD = 2**64
 SCATTER = 0x9E3779B97F4A7C15

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Row, Values
-from dtrain.data.rows import Layout, Origin, Shape, checked_text, given_columns, text_of, value_of
+from dtrain.data.tables import Layout, Origin, Shape, checked_text, given_columns, text_of, value_of
 from dtrain.errors import DataError
 
 OURS = ("context", "question", "answers", "id")

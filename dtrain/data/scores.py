@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Values
-from dtrain.data.rows import Layout, Origin, Shape, labelled_layout
+from dtrain.data.tables import Layout, Origin, Shape, labelled_layout
 from dtrain.errors import DataError
 
 SCORE_COLUMNS = ("label", "labels", "score", "similarity_score", "similarity", "rating", "value", "target", "stars")

@@ -18,10 +18,10 @@ import datasets
 
 from dtrain.config.schema import Data
 from dtrain.data import hub
-from dtrain.data.locate import file_hashes, form_of
-from dtrain.data.parts import Part, hub_name, python_docs, read_parts
 from dtrain.data.readers import Row
-from dtrain.data.rows import BadRows, Shape, Table, Unit, to_table
+from dtrain.data.resolve_source import file_hashes, form_of
+from dtrain.data.split_readers import Part, hub_name, python_docs, read_parts
+from dtrain.data.tables import BadRows, Shape, Table, Unit, to_table
 from dtrain.errors import ConfigError, DataError
 
 Json = Any

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Values
-from dtrain.data.rows import Layout, Origin, Shape, checked_text, given_columns, missing_column, text_of, value_of
+from dtrain.data.tables import Layout, Origin, Shape, checked_text, given_columns, missing_column, text_of, value_of
 from dtrain.errors import ConfigError, DataError
 
 SIDES = "translation"

@@ -18,12 +18,12 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 
 from dtrain.config.schema import Config
+from dtrain.data.seeding import derive
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.topology import Topology
 from dtrain.engine.exchange import Bucket, Exchange
 from dtrain.engine.state import EXCHANGE
 from dtrain.errors import ConfigError
-from dtrain.seeding import derive
 
 ERROR, FACTOR = f"{EXCHANGE}error", f"{EXCHANGE}factor"
 """Names of what is remembered of a parameter: what was left out so far, and the right factor, from which the next begins."""

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
+from dtrain.data.seeding import Place, seed_all
 from dtrain.models.freezing import held_statistics
-from dtrain.seeding import Place, seed_all
 from dtrain.tasks.protocol import Task
 
 

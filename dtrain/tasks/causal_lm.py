@@ -22,13 +22,13 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm, Head
 from dtrain.console import log
-from dtrain.data.blocks import pieces_of, rows_of
-from dtrain.data.rows import TEXT
+from dtrain.data.packing import pieces_of, rows_of
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
+from dtrain.data.tables import TEXT
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import has_characters_only
-from dtrain.seeding import Place
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
 from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets

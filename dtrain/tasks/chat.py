@@ -14,11 +14,11 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Chat, Head
 from dtrain.console import log
 from dtrain.data.dialogues import dialogue_shape
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, perplexity

@@ -14,11 +14,11 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification, Head, ImageClassification
-from dtrain.data.rows import LABELLED
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source, check_labels, label_names
+from dtrain.data.tables import LABELLED
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import (
     Meta,
     Recipe,

@@ -10,10 +10,10 @@ from datasets import Dataset
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageClassification
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.models.image_processor import PixelProcessor, load_processor
-from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, map_rows

@@ -11,7 +11,7 @@ import torch
 
 from dtrain.config.schema import Config
 from dtrain.data.images import images_shape
-from dtrain.data.locate import form_of, place_of
+from dtrain.data.resolve_source import form_of, place_of
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor

@@ -13,11 +13,11 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageRegression
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor, load_processor
-from dtrain.seeding import Place
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets

@@ -22,11 +22,11 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, MaskedLm
-from dtrain.data.rows import TEXT
+from dtrain.data.seeding import Place, derive
 from dtrain.data.sources import Source
+from dtrain.data.tables import TEXT
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
-from dtrain.seeding import Place, derive
 from dtrain.tasks.preparing import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, padded, perplexity

@@ -14,9 +14,9 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, MultipleChoice
 from dtrain.data.choices import CHOICES
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.prepared import Json, prepare, save_split
-from dtrain.data.rows import Shape
+from dtrain.data.cache import Json, prepare, save_split
 from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.data.tables import Shape
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError

@@ -20,10 +20,10 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, QuestionAnswering
 from dtrain.data.questions import QUESTIONS
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
-from dtrain.seeding import Place
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets

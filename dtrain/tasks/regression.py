@@ -15,10 +15,10 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Head
 from dtrain.data.glue import TASKS
 from dtrain.data.scores import SCORED
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded

@@ -18,6 +18,7 @@ from torch import nn
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Head, Seq2Seq
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.distributed.collectives import node_first
@@ -31,7 +32,6 @@ from dtrain.models.seq2seq import (
     generation_of_language,
     set_languages,
 )
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded

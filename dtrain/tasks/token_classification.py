@@ -20,11 +20,11 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, TokenClassification
 from dtrain.console import log
+from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.data.tags import TAGGED, check_tags, tag_names
+from dtrain.data.token_tags import TAGGED, check_tags, tag_names
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.seeding import Place
 from dtrain.tasks.preparing import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from dtrain.data.prepared import Build, prepare, save_split
+from dtrain.data.cache import Build, prepare, save_split
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from tests.multirank import run_ranks

@@ -17,11 +17,11 @@ import torch
 
 import dtrain
 from dtrain.config.task import Classification
+from dtrain.data.seeding import Place
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.runs.jsonl import read_metrics
-from dtrain.seeding import Place
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
 from tests import faults, tiny

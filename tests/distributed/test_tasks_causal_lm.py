@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dtrain.commands.export import export_model
 from dtrain.config.task import CausalLm
-from dtrain.data.blocks import pieces_of, rows_of
+from dtrain.data.packing import pieces_of, rows_of
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.forward import ForwardOnly
 from dtrain.evaluation import evaluate_split

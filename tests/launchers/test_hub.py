@@ -21,7 +21,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on"
 
 LOAD_DATA = """
 import json, sys
-from dtrain.data.rows import LABELLED
+from dtrain.data.tables import LABELLED
 from dtrain.data.sources import label_names, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.config.schema import Data

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
-from dtrain.data.blocks import pieces_of
+from dtrain.data.packing import pieces_of
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward import ForwardOnly
 from dtrain.errors import ConfigError, DataError

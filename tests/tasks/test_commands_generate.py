@@ -11,12 +11,12 @@ import torch
 
 from dtrain.commands.generate import continuation, ends_of, run_generate
 from dtrain.config.schema import Config
+from dtrain.data.seeding import seed_all
 from dtrain.distributed import heartbeat
 from dtrain.distributed.heartbeat import Beat, Phase, read
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
-from dtrain.seeding import seed_all
 
 CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\U00020000\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.data.blocks import Piece, pieces_of, rows_of
+from dtrain.data.packing import Piece, pieces_of, rows_of
 
 
 @pytest.mark.parametrize("max_length", [2, 4, 7])

@@ -13,7 +13,7 @@ from torch import nn
 from dtrain.commands import construct
 from dtrain.config.schema import Config, Data
 from dtrain.data.images import images_shape
-from dtrain.data.locate import form_of
+from dtrain.data.resolve_source import form_of
 from dtrain.data.sources import load_sources, source_key
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError

@@ -18,10 +18,10 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import MaskedLm
 from dtrain.data.batches import evaluation_batches
+from dtrain.data.seeding import Place
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
-from dtrain.seeding import Place
 from dtrain.tasks.masked_lm import MaskedLmTask, prepare_masked_lm
 from dtrain.tasks.protocol import IGNORED, Targets
 from tests import tiny

@@ -17,9 +17,9 @@ from torch import nn
 from dtrain.config.schema import Config, Data
 from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
-from dtrain.data.locate import form_of
-from dtrain.data.parts import hub_name
+from dtrain.data.resolve_source import form_of
 from dtrain.data.sources import Source, load_sources
+from dtrain.data.split_readers import hub_name
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.multiple_choice import MultipleChoiceTask, prepare_multiple_choice

@@ -12,8 +12,8 @@ import pytest
 
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.rows import TEXT
 from dtrain.data.sources import Source, load_sources
+from dtrain.data.tables import TEXT
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.preparing import map_rows
 from tests.tasks import test_chat, test_question_answering

@@ -19,7 +19,7 @@ from torch import nn
 from dtrain.config.schema import Config, Data
 from dtrain.config.task import TokenClassification
 from dtrain.data.sources import Source, load_sources
-from dtrain.data.tags import TAGGED
+from dtrain.data.token_tags import TAGGED
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets

@@ -11,9 +11,9 @@ import pytest
 
 from dtrain.config.schema import Data
 from dtrain.data.glue import TASKS, submission_lines
-from dtrain.data.rows import LABELLED
 from dtrain.data.scores import SCORED
 from dtrain.data.sources import label_names, load_sources
+from dtrain.data.tables import LABELLED
 from dtrain.errors import ConfigError, DataError
 
 HEADERS = {

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from dtrain.data.prepared import Build, Prepared, fingerprint, prepare, save_split
+from dtrain.data.cache import Build, Prepared, fingerprint, prepare, save_split
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import DataError
 

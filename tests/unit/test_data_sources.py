@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from dtrain.config.schema import Data
-from dtrain.data.rows import LABELLED, TEXT, Shape
 from dtrain.data.sources import Source, label_names, load_sources, source_key
+from dtrain.data.tables import LABELLED, TEXT, Shape
 from dtrain.errors import ConfigError, DataError
 
 

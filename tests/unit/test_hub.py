@@ -13,8 +13,8 @@ import pytest
 
 from dtrain.config.schema import Data
 from dtrain.data import hub
-from dtrain.data.rows import LABELLED
 from dtrain.data.sources import load_sources, source_key
+from dtrain.data.tables import LABELLED
 from dtrain.errors import ConfigError, DataError
 
 

@@ -12,9 +12,9 @@ import torch
 
 from dtrain.data.batches import evaluation_batches, step_batches
 from dtrain.data.order import StepPlan, permutation, turns
+from dtrain.data.seeding import Place
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import DataError
-from dtrain.seeding import Place
 from tests.tiny import Table
 
 
@@ -39,7 +39,7 @@ def test_epochs_differ_seeds_differ_and_file_order_is_the_identity() -> None:
 
 def test_the_order_is_pinned_so_that_an_old_run_can_go_on_with_a_new_version() -> None:
     # By hand from the definition: indices sorted by SplitMix64(derive(seed, "order", epoch) + index).
-    from dtrain.seeding import derive
+    from dtrain.data.seeding import derive
 
     def hashed(index: int) -> int:
         mask = 2**64 - 1

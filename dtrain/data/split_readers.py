@@ -16,9 +16,9 @@ import pyarrow as pa
 from dtrain.config.schema import Data
 from dtrain.data import glue, hub
 from dtrain.data.images import class_folder_rows
-from dtrain.data.locate import PYTHON_DOCS, SWAG, class_folders, form_of, pick_splits, place_of, split_files
 from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, stored_schema, unit_of, whole_text
-from dtrain.data.rows import Origin, Shape
+from dtrain.data.resolve_source import PYTHON_DOCS, SWAG, class_folders, form_of, pick_splits, place_of, split_files
+from dtrain.data.tables import Origin, Shape
 from dtrain.errors import ConfigError, DataError
 
 

@@ -15,8 +15,17 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, text_lines
-from dtrain.data.rows import Layout, Origin, Shape, checked_text, given_columns, label_text, missing_column, value_of
 from dtrain.data.sources import Source, fixed_label_names, label_order
+from dtrain.data.tables import (
+    Layout,
+    Origin,
+    Shape,
+    checked_text,
+    given_columns,
+    label_text,
+    missing_column,
+    value_of,
+)
 from dtrain.errors import DataError
 
 TOKENS = ("tokens", "words")
