@@ -30,7 +30,7 @@ from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
-from dtrain.tasks.preparing import Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, perplexity
 

@@ -19,7 +19,7 @@ from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
-from dtrain.tasks.preparing import Examples, Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, perplexity
 

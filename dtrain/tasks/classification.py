@@ -19,7 +19,7 @@ from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELLED
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.tasks.preparing import (
+from dtrain.tasks.prepare import (
     Meta,
     Recipe,
     all_texts,

@@ -16,7 +16,7 @@ from dtrain.distributed.topology import Topology
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, columns_of, known_labels, map_rows
+from dtrain.tasks.prepare import Meta, columns_of, known_labels, map_rows
 from dtrain.tasks.protocol import Batch, Split
 from dtrain.tasks.tensors import label_tensor
 

@@ -15,7 +15,7 @@ from dtrain.data.resolve_source import form_of, place_of
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor
-from dtrain.tasks.preparing import Examples, Meta, Recipe, prepare_examples
+from dtrain.tasks.prepare import Examples, Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import Batch
 
 

@@ -19,7 +19,7 @@ from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
-from dtrain.tasks.preparing import Meta, columns_of, known_labels, label_outputs, map_rows
+from dtrain.tasks.prepare import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 

@@ -27,7 +27,7 @@ from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
-from dtrain.tasks.preparing import Meta, Recipe, all_texts, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, padded, perplexity
 

@@ -17,7 +17,7 @@ from dtrain.data.choices import CHOICES
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
-from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded
 

@@ -25,7 +25,7 @@ from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
-from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
 

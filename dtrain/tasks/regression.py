@@ -19,7 +19,7 @@ from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.tasks.preparing import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
 

@@ -32,7 +32,7 @@ from dtrain.models.seq2seq import (
     generation_of_language,
     set_languages,
 )
-from dtrain.tasks.preparing import Meta, Recipe, columns_of, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.tasks.text_metrics import TextMetrics

@@ -25,7 +25,7 @@ from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, check_tags, tag_names
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError
-from dtrain.tasks.preparing import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
 

@@ -264,7 +264,7 @@ import os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain import main, own_metrics
 from dtrain.commands import export, train
-from dtrain.tasks import classification, preparing
+from dtrain.tasks import classification, prepare as preparing
 
 def slowly(module, name, seconds, ranks):
     real = getattr(module, name)

@@ -15,7 +15,7 @@ from dtrain.console import log
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.tables import TEXT
 from dtrain.errors import ConfigError, DataError
-from dtrain.tasks.preparing import map_rows
+from dtrain.tasks.prepare import map_rows
 from tests.tasks import test_chat, test_question_answering
 
 ROWS = ["one", "bad", "three", "bad", "five"]
