@@ -16,7 +16,7 @@ import torch
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.collectives import gather_for_metrics, on_main
 from dtrain.distributed.heartbeat import Phase
-from dtrain.engine.forward import Forward
+from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
 from dtrain.memory import explain_in_evaluation
 from dtrain.own_metrics import Reported

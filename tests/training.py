@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain import optim
 from dtrain.commands import construct
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.topology import Topology
+from dtrain.engine import optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.loop import Loop, train

@@ -18,7 +18,7 @@ from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.topology import Topology, device_of
-from dtrain.engine.probe import without_gradient
+from dtrain.engine.unused_parameters import without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.compatibility import check_fit, check_images

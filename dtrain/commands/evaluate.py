@@ -14,7 +14,7 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology
 from dtrain.engine.build import build_engine, engine_name
-from dtrain.engine.forward import Forward, ForwardOnly
+from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.own_metrics import reported

@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from torch import nn
 
-from dtrain import optim
 from dtrain.checkpoint.choosing import Chosen
 from dtrain.checkpoint.restoring import restore_slots, restore_weights
 from dtrain.commands import construct, folder, going_back, plan, results, same_data
@@ -26,6 +25,7 @@ from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.topology import Topology
+from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError, Preempted

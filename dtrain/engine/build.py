@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from dtrain import optim
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology
+from dtrain.engine import optim
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError
 
@@ -50,7 +50,7 @@ def build_engine(
 
             return SingleEngine(module, optimizer, config, topology)
         case "ddp" if config.train.local_steps > 1 and topology.world_size > 1:
-            from dtrain.engine.local import LocalEngine
+            from dtrain.engine.local_sgd import LocalEngine
 
             return LocalEngine(module, optimizer, config, topology)
         case "ddp":

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology
-from dtrain.engine.exchange import Bf16Exchange, Exchange
+from dtrain.engine.comm_hooks import Bf16Exchange, Exchange
 from dtrain.engine.powersgd import PowerSgdExchange
 from dtrain.engine.protocol import ReadSlots, StepResult
 from dtrain.engine.single import SingleEngine

@@ -22,7 +22,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology, device_of
-from dtrain.engine.forward import autocast
+from dtrain.engine.forward_only import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
     STEP,

@@ -21,7 +21,7 @@ from dtrain.config.schema import Config
 from dtrain.data.seeding import derive
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.topology import Topology
-from dtrain.engine.exchange import Bucket, Exchange
+from dtrain.engine.comm_hooks import Bucket, Exchange
 from dtrain.engine.state import EXCHANGE
 from dtrain.errors import ConfigError
 

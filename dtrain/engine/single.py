@@ -12,7 +12,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology
-from dtrain.engine.forward import autocast
+from dtrain.engine.forward_only import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
     device_slots,

@@ -23,7 +23,7 @@ from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.build import build_engine
-from dtrain.engine.forward import Forward, ForwardOnly
+from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.monitors.evaluations import Evaluate
 from dtrain.monitors.protocol import Decision, StepRecord

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import loop, optim
+from dtrain import loop
 from dtrain.commands import construct
 from dtrain.data.batches import step_batches
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.engine import local
+from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.single import SingleEngine
 from dtrain.loop import run_micro_batches
@@ -155,11 +155,11 @@ def test_deepspeed_rounds_what_it_sends_at_every_stage() -> None:
 def local_every_step(topology: Topology, setting: Setting, broken: str | None) -> dict[str, Any]:
     """Collective. Local steps that are averaged after each one."""
     if broken == "mean_of_means":
-        local._LocalSteps.took = lambda self, own, total: _add(self, 1.0, float(topology.world_size))  # type: ignore[method-assign]
+        local_sgd._LocalSteps.took = lambda self, own, total: _add(self, 1.0, float(topology.world_size))  # type: ignore[method-assign]
     run = training.build(topology, replace(setting, engine="auto"))
     module, config = run.engine.release(), setting.config()
     optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
-    run.engine = local.LocalEngine(module, optimizer, config, topology)
+    run.engine = local_sgd.LocalEngine(module, optimizer, config, topology)
     recorder = training.Recorder()
     engine = run.go(recorder)
     return {"steps": recorder.steps, "weights": training.weights_of(engine)}
@@ -416,7 +416,7 @@ def test_what_is_remembered_does_not_depend_on_how_often_it_is_asked_for() -> No
 def from_rank_0(topology: Topology) -> list[list[float]]:
     """Collective. Tensors of several types, of which each rank has others."""
     tensors = [torch.full((3,), 7 + topology.rank, dtype=dtype) for dtype in (torch.uint8, torch.int64, torch.float32)]
-    local.weighted_mean(tensors, float(topology.is_main), topology)
+    local_sgd.weighted_mean(tensors, float(topology.is_main), topology)
     return [tensor.tolist() for tensor in tensors]
 
 
@@ -430,7 +430,7 @@ def test_plain_sgd_makes_no_step_of_its_own_before_an_average(monkeypatch: pytes
     for optimizer in (plain, momentum):
         monkeypatch.setattr(optimizer, "step", partial(steps.append, optimizer))
 
-    local._make_missing_slots(plain)
+    local_sgd._make_missing_slots(plain)
 
     assert steps == []
 

@@ -14,7 +14,7 @@ from dtrain.commands.export import export_model
 from dtrain.config.task import CausalLm
 from dtrain.data.packing import pieces_of, rows_of
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.tasks.causal_lm import CausalLmTask
 from tests import tiny, training

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from dtrain.commands.export import export_model
 from dtrain.config.task import MaskedLm
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.evaluation import evaluate_split
 from dtrain.tasks.masked_lm import MaskedLmTask
 from tests import tiny, training

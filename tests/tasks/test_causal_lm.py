@@ -16,7 +16,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.data.packing import pieces_of
 from dtrain.distributed.topology import SINGLE
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.tokenizer import build_char_tokenizer

@@ -19,7 +19,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.distributed.topology import SINGLE
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.models.chat_format import TurnsFormat

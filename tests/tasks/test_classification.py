@@ -17,7 +17,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.topology import SINGLE
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.evaluation import evaluate
 from dtrain.tasks.classification import ClassificationTask, prepare_classification

@@ -13,7 +13,7 @@ import torch
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Classification
 from dtrain.distributed.topology import SINGLE
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.own_metrics import OwnMetrics, Reported, reported

@@ -338,7 +338,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         ({"console.py": "from dtrain.config.load import x"}, "console -> config: console comes before config"),
         (
             {
-                "engine/ddp.py": "from dtrain.engine.local import a",
+                "engine/ddp.py": "from dtrain.engine.local_sgd import a",
                 "engine/local.py": "from dtrain.engine.ddp import b",
             },
             "engine.ddp, engine.local: import each other in a cycle",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dtrain.distributed.topology import SINGLE
-from dtrain.engine.forward import ForwardOnly
+from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import DtrainError
 from dtrain.evaluation import evaluate
 from dtrain.memory import size

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dtrain.config import schema
-from dtrain.optim import build_optimizer, learning_rate, parameter_groups
+from dtrain.engine.optim import build_optimizer, learning_rate, parameter_groups
 from tests import tiny
 
 

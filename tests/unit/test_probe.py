@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
-from dtrain.engine.probe import without_gradient
+from dtrain.engine.unused_parameters import without_gradient
 from dtrain.models.freezing import held_statistics, train_mode
 from tests import training
 from tests.training import Setting
