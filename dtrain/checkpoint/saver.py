@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from dtrain.checkpoint.block import Block
-from dtrain.checkpoint.choosing import sees_rank_0s_folder
-from dtrain.checkpoint.layout import CONFIG, STATE, folder_name, found
-from dtrain.checkpoint.process import Writer
+from dtrain.checkpoint.format import CONFIG, STATE, folder_name, found
+from dtrain.checkpoint.publish import Order, Piece, clear_drafts, flush_folder
+from dtrain.checkpoint.select import sees_rank_0s_folder
 from dtrain.checkpoint.snapshot import copy_shards, copy_whole, estimate, place_in
-from dtrain.checkpoint.writing import Order, Piece, clear_drafts, flush_folder
+from dtrain.checkpoint.staging_buffer import Block
+from dtrain.checkpoint.writer_process import Writer
 from dtrain.distributed.collectives import all_gather_object, broadcast_object
 from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from dtrain.checkpoint.block import Block
-from dtrain.checkpoint.layout import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
-from dtrain.checkpoint.writing import Piece
+from dtrain.checkpoint.format import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
+from dtrain.checkpoint.publish import Piece
+from dtrain.checkpoint.staging_buffer import Block
 from dtrain.engine.protocol import ParameterState, Shard
 from dtrain.models.custom_head import HeadedModel
 

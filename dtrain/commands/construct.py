@@ -11,8 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dtrain.checkpoint import choosing, layout
-from dtrain.checkpoint.restoring import restore_weights
+from dtrain.checkpoint import format, select
+from dtrain.checkpoint.restore import restore_weights
 from dtrain.config.schema import Config, Model
 from dtrain.console import log
 from dtrain.data.order import StepPlan
@@ -86,7 +86,7 @@ def _from_pieces(config: Config, make: Callable[[Model], nn.Module], topology: T
     """Collective. The model of a sharded checkpoint: new weights of its shape, then those in the pieces."""
     module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), topology)
     restore_weights(
-        module, choosing.at(Path(str(config.model.name_or_path)), topology, named_by="model.name_or_path"), topology
+        module, select.at(Path(str(config.model.name_or_path)), topology, named_by="model.name_or_path"), topology
     )
     return module
 
@@ -119,11 +119,11 @@ def check_whole(name: str | None) -> bool:
         CheckpointError: it is not, or its run had adapters, of which a checkpoint is no folder for from_pretrained.
     """
     folder = Path(name) if name is not None else None
-    if folder is None or not (folder / layout.MANIFEST).is_file():
+    if folder is None or not (folder / format.MANIFEST).is_file():
         return False
     try:
-        saved = layout.verify(folder)
-    except layout.Damaged as error:
+        saved = format.verify(folder)
+    except format.Damaged as error:
         raise CheckpointError(
             f"model.name_or_path={folder} is a damaged checkpoint: {error}. Use another one of the run, or its model/."
         ) from None

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dtrain.checkpoint import layout
+from dtrain.checkpoint import format
 from dtrain.commands.card import CARD, bare_card, trained_card
 from dtrain.commands.construct import check_whole
 from dtrain.config.load import load_config
@@ -76,9 +76,9 @@ def _source(config: Config) -> Path:
         )
     if folder.name == "checkpoints":
         raise ConfigError(f"model.name_or_path={name} holds checkpoints: name one of them, or the run's model/.")
-    if (folder / layout.MANIFEST).is_file():
+    if (folder / format.MANIFEST).is_file():
         check_whole(name)
-        if not list(folder.glob(f"{layout.MODEL}*.safetensors")):
+        if not list(folder.glob(f"{format.MODEL}*.safetensors")):
             raise ConfigError(
                 f"model.name_or_path={name} is a sharded checkpoint, whose weights lie in pieces. A run can begin with it or "
                 "go on from it; what is exported is the run's model/."
@@ -144,10 +144,10 @@ def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:
 
 def _files(source: Path) -> Iterator[Path]:
     """What belongs to the model; of a checkpoint, neither the optimizer nor the state of the run."""
-    if (source / layout.MANIFEST).is_file():
-        names = sorted(layout.read_manifest(source)["files"])
-        not_model = (layout.STATE, layout.CONFIG, f"{layout.OPTIMIZER}.safetensors")
-        yield from (source / n for n in names if n not in not_model and not n.startswith(f"{layout.OPTIMIZER}-"))
+    if (source / format.MANIFEST).is_file():
+        names = sorted(format.read_manifest(source)["files"])
+        not_model = (format.STATE, format.CONFIG, f"{format.OPTIMIZER}.safetensors")
+        yield from (source / n for n in names if n not in not_model and not n.startswith(f"{format.OPTIMIZER}-"))
         return
     for file in sorted(source.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
@@ -194,7 +194,7 @@ def _bytes(file: Path) -> int:
 
 def _write_card(source: Path, draft: Path, config: Config) -> None:
     """The run's card, written anew from what the run left; else the one that is there; else what config.json tells."""
-    is_checkpoint = (source / layout.MANIFEST).is_file()  # whose metrics are not those of the run's end
+    is_checkpoint = (source / format.MANIFEST).is_file()  # whose metrics are not those of the run's end
     text = None if is_checkpoint else _card_of_run(source.resolve().parent, draft)
     if text is None and (source / CARD).is_file():
         text = (source / CARD).read_text(encoding="utf-8")

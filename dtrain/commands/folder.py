@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dtrain.checkpoint import choosing
-from dtrain.checkpoint.choosing import Chosen
+from dtrain.checkpoint import select
+from dtrain.checkpoint.select import Chosen
 from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -90,7 +90,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
     action: Action = told["action"]
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":
-        choosing.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, topology)
+        select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, topology)
     return Taken(action, chosen)
 
 
@@ -100,7 +100,7 @@ def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Che
     if config.run.overwrite or resume == "never":
         return None, Checkpoints()
     if resume != "auto":
-        chosen = choosing.at(Path(resume), topology, named_by="checkpoint.resume")
+        chosen = select.at(Path(resume), topology, named_by="checkpoint.resume")
         return chosen, Checkpoints(chosen.step, given=True)
-    found, damaged = choosing.newest(RunFolder(config.run_dir).checkpoints, topology)
+    found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, topology)
     return found, Checkpoints(found.step if found is not None else None, damaged)

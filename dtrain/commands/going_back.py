@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dtrain.checkpoint import choosing
-from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.layout import folder_name
+from dtrain.checkpoint import select
+from dtrain.checkpoint.format import folder_name
+from dtrain.checkpoint.select import Chosen
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
@@ -19,7 +19,7 @@ def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, topolo
     best = state.best_step
     if config.evaluation.best is None or best is None or best == checkpoint.step:
         return
-    if not choosing.is_there(RunFolder(config.run_dir).checkpoints / folder_name(best), topology):
+    if not select.is_there(RunFolder(config.run_dir).checkpoints / folder_name(best), topology):
         log.warning(
             "the best step so far, %d, has no checkpoint (checkpoint.every keeps it): the best is looked for anew from "
             "step %d on",
@@ -33,7 +33,7 @@ def best_of_an_earlier_start(step: int, config: Config, topology: Topology) -> C
     """Collective. The checkpoint of the best step; None, and a warning, where it is damaged."""
     path = RunFolder(config.run_dir).checkpoints / folder_name(step)
     try:
-        return choosing.at(path, topology, named_by="the best step's checkpoint")
+        return select.at(path, topology, named_by="the best step's checkpoint")
     except CheckpointError as error:  # on every rank alike
         log.warning("%s The model of the last step takes the place of the best one", error)
         return None
@@ -56,7 +56,7 @@ class Rollback:
             below = self._last[1]
         with self._topology.beat.within(Phase.LOADING):  # every byte of it is read
             folder = RunFolder(self._config.run_dir).checkpoints
-            chosen, _ = choosing.newest(folder, self._topology, below=below)
+            chosen, _ = select.newest(folder, self._topology, below=below)
         if chosen is None:
             older = "" if below is None else f" before that of step {below}"
             log.warning("step %d: there is no checkpoint%s to go back to; training goes on", step, older)

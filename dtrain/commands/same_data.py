@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dtrain.checkpoint.choosing import Chosen
+from dtrain.checkpoint.select import Chosen
 from dtrain.config.schema import Config
 from dtrain.errors import DataError
 from dtrain.tasks.protocol import Task

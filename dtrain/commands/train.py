@@ -10,8 +10,8 @@ from typing import NoReturn
 
 from torch import nn
 
-from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.restoring import restore_slots, restore_weights
+from dtrain.checkpoint.restore import restore_slots, restore_weights
+from dtrain.checkpoint.select import Chosen
 from dtrain.commands import construct, folder, going_back, plan, results, same_data
 from dtrain.commands.card import write_card
 from dtrain.commands.export import beside, export_model

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dtrain.checkpoint.layout import found  # noqa: E402
+from dtrain.checkpoint.format import found  # noqa: E402
 from tests import jobs  # noqa: E402
 
 

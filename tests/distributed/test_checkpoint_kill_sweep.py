@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import writing
-from dtrain.checkpoint.layout import FORMAT, Damaged, Saved, found, manifest_text, verify
-from dtrain.checkpoint.writing import Order, Piece, clear_drafts, publish
+from dtrain.checkpoint import publish as writing
+from dtrain.checkpoint.format import FORMAT, Damaged, Saved, found, manifest_text, verify
+from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import process
-from dtrain.checkpoint.layout import found, verify
+from dtrain.checkpoint import writer_process
+from dtrain.checkpoint.format import found, verify
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import Topology
@@ -50,7 +50,7 @@ def one_rank_a_node(
         full: the rank whose disk has no room from step 5 on.
     """
     if topology.rank == full:
-        process._START = FULL_FROM + process._START
+        writer_process._START = FULL_FROM + writer_process._START
     home = Path(folder) / f"node{topology.rank}"
     home.mkdir(exist_ok=True)
     os.chdir(home)

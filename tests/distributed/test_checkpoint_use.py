@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.checkpoint.layout import found, manifest_text
+from dtrain.checkpoint.format import found, manifest_text
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export_command import run_export
 from dtrain.commands.train import run_train

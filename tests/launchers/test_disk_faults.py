@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.checkpoint.layout import found, verify
+from dtrain.checkpoint.format import found, verify
 from tests import jobs
 
 STEPS = {"train__max_steps": 100000, "train__log_every": 1, "checkpoint__every": 10, "checkpoint__keep": 1}
@@ -91,7 +91,7 @@ FSYNC_FAILS = f"""
 import sys
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain import main
-from dtrain.checkpoint import process
+from dtrain.checkpoint import writer_process as process
 
 process._START = '''
 import os

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.checkpoint.layout import found, verify
+from dtrain.checkpoint.format import found, verify
 from tests import jobs
 from tests.jobs import Job
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import choosing
-from dtrain.checkpoint.choosing import Chosen
+from dtrain.checkpoint import select
+from dtrain.checkpoint.select import Chosen
 from dtrain.commands.going_back import Rollback
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import SINGLE
@@ -23,7 +23,7 @@ def test_a_spike_soon_after_a_rollback_takes_the_checkpoint_before_that(
         steps = [step for step in there if below is None or step < below]
         return (Chosen(steps[-1], [0], {}, "", None) if steps else None), frozenset()
 
-    monkeypatch.setattr(choosing, "newest", newest)
+    monkeypatch.setattr(select, "newest", newest)
     spike = "train.spike={factor: 3, window: 10, action: rollback}"
     config = load_config(None, [f"run.output_dir={tmp_path}", spike, "checkpoint.every=4"])
     rollback = Rollback(config, SINGLE)

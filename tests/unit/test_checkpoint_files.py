@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import layout
-from dtrain.checkpoint.block import _of_the_group
-from dtrain.checkpoint.layout import Damaged, Unreadable, found, manifest_text, verify
-from dtrain.checkpoint.writing import Order, Piece, clear_drafts, publish
+from dtrain.checkpoint import format
+from dtrain.checkpoint.format import Damaged, Unreadable, found, manifest_text, verify
+from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
+from dtrain.checkpoint.staging_buffer import _of_the_group
 
 BLOCK = bytes(range(256)) * 4
 PIECES = [
@@ -133,7 +133,7 @@ def test_what_may_be_whole_is_told_from_what_is_lost(
     def fails(_path: Path) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(layout, "sha256", fails)
+    monkeypatch.setattr(format, "sha256", fails)
     with pytest.raises(Damaged, match=os.strerror(number)) as found:
         verify(path)
 

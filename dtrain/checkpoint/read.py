@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.layout import BUFFER, OPTIMIZER, SHARD, VALUE, WHOLE, shard_prefix
+from dtrain.checkpoint.format import BUFFER, OPTIMIZER, SHARD, VALUE, WHOLE, shard_prefix
+from dtrain.checkpoint.select import Chosen
 from dtrain.checkpoint.snapshot import DTYPES, Place, place_in
 from dtrain.distributed.collectives import all_gather_object, broadcast
 from dtrain.distributed.topology import Topology

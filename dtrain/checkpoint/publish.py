@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.layout import (
+from dtrain.checkpoint.format import (
     CHUNK,
     FORMAT,
     MANIFEST,

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dtrain.checkpoint.choosing import Chosen
-from dtrain.checkpoint.reading import Tensors
+from dtrain.checkpoint.read import Tensors
+from dtrain.checkpoint.select import Chosen
 from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError

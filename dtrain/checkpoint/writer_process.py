@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.writing import Order, publish
+from dtrain.checkpoint.publish import Order, publish
 from dtrain.errors import CheckpointError
 
 PR_SET_PDEATHSIG = 1
@@ -30,7 +30,7 @@ CLOSE_S = 10.0
 NOT_FOR_US = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Meant for the rank, which decides what becomes of a checkpoint on its way."""
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from dtrain.checkpoint.process import serve; serve(sys.argv[2:])"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from dtrain.checkpoint.writer_process import serve; serve(sys.argv[2:])"
 
 
 class Writer:

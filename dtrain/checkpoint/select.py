@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.layout import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
+from dtrain.checkpoint.format import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, barrier, broadcast_object, on_main
 from dtrain.distributed.topology import Topology
