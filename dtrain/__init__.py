@@ -19,9 +19,9 @@ from dtrain.config.schema import Config
 if TYPE_CHECKING:
     from torch import nn
 
-    from dtrain.commands.results import Result
-    from dtrain.monitors.protocol import Monitor
     from dtrain.tasks.protocol import Task
+    from dtrain.training.monitors.protocol import Monitor
+    from dtrain.training.summary import Result
 
 __all__ = ["Config", "__version__", "fit", "load_config"]
 

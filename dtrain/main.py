@@ -37,9 +37,9 @@ from dtrain.watch import end_with_launcher
 if TYPE_CHECKING:
     from torch import nn
 
-    from dtrain.commands.results import Result
-    from dtrain.monitors.protocol import Monitor
     from dtrain.tasks.protocol import Task
+    from dtrain.training.monitors.protocol import Monitor
+    from dtrain.training.summary import Result
 
 ALIKE_S = 1.0
 """Head start for rank 0 with an error that every rank finds: a launcher that sees another end first ends rank 0 too."""

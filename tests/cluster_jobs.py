@@ -242,8 +242,8 @@ def other_torch(cluster: SimulatedCluster, folder: Path) -> None:
 
 def other_code(cluster: SimulatedCluster, folder: Path) -> None:
     other = folder / "loop.py"
-    other.write_text((jobs.ROOT / "dtrain" / "loop.py").read_text() + "# mended here only\n")
-    replace_on(cluster, "node2", jobs.ROOT / "dtrain" / "loop.py", other)
+    other.write_text((jobs.ROOT / "dtrain" / "training" / "loop.py").read_text() + "# mended here only\n")
+    replace_on(cluster, "node2", jobs.ROOT / "dtrain" / "training" / "loop.py", other)
 
 
 def clock_off(cluster: SimulatedCluster, folder: Path) -> None:

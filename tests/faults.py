@@ -19,10 +19,10 @@ from dtrain.data.batches import step_batches
 from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import NonFiniteError
-from dtrain.loop import run_micro_batches
-from dtrain.monitors.non_finite import NonFinite
-from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.tasks.classification import ClassificationTask
+from dtrain.training.loop import run_micro_batches
+from dtrain.training.monitors.non_finite import NonFinite
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests import tiny, training
 from tests.tiny import Table
 from tests.training import Setting

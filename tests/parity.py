@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.commands.export import export_model
 from dtrain.distributed.topology import Topology
-from dtrain.evaluation import evaluate
+from dtrain.training.evaluation import evaluate
+from dtrain.training.export import export_model
 from tests import training
 from tests.training import Recorder, Setting
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain import loop
-from dtrain.commands import saving, train
+from dtrain.commands import train
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import Topology
-from dtrain.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.training import checkpoints, loop
+from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests import tiny
 
 STEPS, PER_EPOCH = 12, 5
@@ -45,7 +45,7 @@ class AskIn:
         return Decision.PREEMPT if record.step == self._step else Decision.CONTINUE
 
 
-class DieAfter(saving.Checkpoints):
+class DieAfter(checkpoints.Checkpoints):
     """Dies when the checkpoint of a step has been written."""
 
     step = 0

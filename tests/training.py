@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.commands import construct
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.topology import Topology
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
-from dtrain.loop import Loop, train
-from dtrain.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.tasks.classification import ClassificationTask
+from dtrain.training import build as construct
+from dtrain.training.loop import Loop, train
+from dtrain.training.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from tests import tiny
 
 BREAKS = ("repeated_example", "scaled_gradient", "seed_per_rank")
@@ -218,7 +218,7 @@ class _Thaw:
     state: RunState
 
     def __call__(self, engine: Engine, epoch: int) -> Engine:
-        from dtrain.commands.thawing import thaw
+        from dtrain.training.thaw import thaw
 
         return thaw(engine, epoch, self.config, self.prepared, self.state)
 

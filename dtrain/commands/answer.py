@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from dtrain.commands import construct, prompts
+from dtrain.commands import prompts
 from dtrain.commands.evaluate import wrap
-from dtrain.commands.results import Result
 from dtrain.config import task as task_settings
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
@@ -26,9 +25,11 @@ from dtrain.data.token_tags import TOKENS
 from dtrain.distributed.collectives import barrier
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import evaluate, to_device
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers
+from dtrain.training import build
+from dtrain.training.evaluation import evaluate, to_device
+from dtrain.training.summary import Result
 
 SPLIT, FILE = "test", "text.jsonl"
 
@@ -148,7 +149,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, topology: Topolo
     if config.task.name == "seq2seq":
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     task = build_task(config, topology)
-    forward = wrap(construct.load(config, task, topology), config, topology)
+    forward = wrap(build.load(config, task, topology), config, topology)
     if not isinstance(task, Answers):
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return worded({"prediction": record["prediction"]}, row, config)

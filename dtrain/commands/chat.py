@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dtrain.commands import folder, results
-from dtrain.commands.construct import refuse_own_parts
 from dtrain.commands.generate import continuation, ends_of
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm, Chat
@@ -34,6 +32,9 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
+from dtrain.training import run_claim
+from dtrain.training import summary as results
+from dtrain.training.build import refuse_own_parts
 
 FORGET = "/reset"
 
@@ -62,7 +63,7 @@ def run_chat(config: Config, topology: Topology) -> None:
     prompts = list(read_prompts(file)) if file is not None else []
     if file is not None and not prompts:
         raise DataError(f"{file} has no dialogue to answer: a line of text is one")
-    holds = folder.taken(config, topology, command="chat") if config.talk.makes_run_folder else nullcontext()
+    holds = run_claim.taken(config, topology, command="chat") if config.talk.makes_run_folder else nullcontext()
     with holds:
         answer = speaker(config, topology)
         if file is None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from dtrain.commands import construct, folder, results
-from dtrain.commands.results import Result
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
@@ -16,16 +14,19 @@ from dtrain.distributed.topology import Topology
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
-from dtrain.evaluation import EvaluationResult, evaluate
-from dtrain.own_metrics import reported
 from dtrain.tasks.build import build_task
+from dtrain.training import build, run_claim
+from dtrain.training import summary as results
+from dtrain.training.evaluation import EvaluationResult, evaluate
+from dtrain.training.metric_selection import reported
+from dtrain.training.summary import Result
 
 
 def run_evaluate(config: Config, topology: Topology) -> Result:
     """Collective. Writes summary.json and predictions/ into a run folder of its own."""
     begin = time.monotonic()
     name, why = engine_name(config, topology)
-    with folder.taken(config, topology, command="evaluate"):
+    with run_claim.taken(config, topology, command="evaluate"):
         task = build_task(config, topology)
         if set(task.splits) <= {"train"}:
             raise ConfigError(
@@ -33,7 +34,7 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
             )
         metrics = reported(config.evaluation, task, folder=config.folder)
         log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-        forward = wrap(construct.load(config, task, topology), config, topology)
+        forward = wrap(build.load(config, task, topology), config, topology)
         result = evaluate(
             forward,
             task,

@@ -14,8 +14,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dtrain.checkpoint import format
-from dtrain.commands.card import CARD, bare_card, trained_card
-from dtrain.commands.construct import check_whole
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -24,6 +22,8 @@ from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters
 from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
+from dtrain.training.build import check_whole
+from dtrain.training.model_card import CARD, bare_card, trained_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

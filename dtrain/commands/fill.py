@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dtrain.commands.construct import refuse_own_parts
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import ConfigError, DataError
@@ -15,6 +14,7 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.tasks.tensors import full_precision
+from dtrain.training.build import refuse_own_parts
 
 GUESSES = 5
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dtrain.commands.construct import refuse_own_parts
 from dtrain.config.commands import Generate
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -20,6 +19,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.training.build import refuse_own_parts
 
 
 def run_generate(config: Config, topology: Topology) -> str:

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dtrain.commands import folder
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.seeding import Place
@@ -25,6 +24,7 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import INSPECTION, write_json_atomic
 from dtrain.runs.jsonl import worded
 from dtrain.tasks.build import build_task
+from dtrain.training import run_claim
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def run_inspect(config: Config, topology: Topology) -> Path:
     settings, model = config.inspect, config.model
     if settings.text is None and settings.split is None:
         raise ConfigError('inspect needs examples: inspect.text="..." or inspect.split and inspect.examples=[0, 5].')
-    with folder.taken(config, topology, command="inspect"):
+    with run_claim.taken(config, topology, command="inspect"):
         if model.attn_implementation not in (None, "eager"):
             log.info("attentions are computed with model.attn_implementation=eager, not %s", model.attn_implementation)
         if settings.text is not None:

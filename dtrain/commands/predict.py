@@ -13,10 +13,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from dtrain.commands import construct, folder, prompts
+from dtrain.commands import prompts
 from dtrain.commands.answer import run_answer
 from dtrain.commands.evaluate import wrap, write_down
-from dtrain.commands.results import Result
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
@@ -25,9 +24,11 @@ from dtrain.distributed.collectives import on_main
 from dtrain.distributed.topology import Topology
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import EvaluationResult, evaluate
 from dtrain.runs.folder import RunFolder, write_text_atomic
 from dtrain.tasks.build import build_task
+from dtrain.training import build, run_claim
+from dtrain.training.evaluation import EvaluationResult, evaluate
+from dtrain.training.summary import Result
 
 
 def run_predict(config: Config, topology: Topology) -> Result:
@@ -52,7 +53,7 @@ def run_predict(config: Config, topology: Topology) -> Result:
     config = config.model_copy(update={"data": what_to_predict(config, topology)})
     if config.task.name == "seq2seq":  # its answer is the text that it writes
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
-    with folder.taken(config, topology, command="predict"):
+    with run_claim.taken(config, topology, command="predict"):
         task = build_task(config, topology)
         if set(task.splits) <= {"train"}:
             raise ConfigError(
@@ -60,7 +61,7 @@ def run_predict(config: Config, topology: Topology) -> Result:
                 "data.splits={test: test.csv}, or set predict.file."
             )
         log.info("predict with %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-        forward = wrap(construct.load(config, task, topology), config, topology)
+        forward = wrap(build.load(config, task, topology), config, topology)
         result = evaluate(
             forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
         )

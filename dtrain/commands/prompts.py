@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.commands import folder
 from dtrain.commands.chat import begun_with, reply_record, speaker
-from dtrain.commands.construct import in_turn
 from dtrain.commands.evaluate import write_down
 from dtrain.commands.fill import Filler
 from dtrain.commands.generate import Writer
-from dtrain.commands.results import Result
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
@@ -27,7 +24,10 @@ from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DataError
-from dtrain.evaluation import EvaluationResult, SplitResult
+from dtrain.training import run_claim
+from dtrain.training.build import in_turn
+from dtrain.training.evaluation import EvaluationResult, SplitResult
+from dtrain.training.summary import Result
 
 TASKS = ("causal_lm", "masked_lm", "chat")
 
@@ -56,7 +56,7 @@ def run_prompts(config: Config, file: Path, topology: Topology) -> Result:
     """
     begin = time.monotonic()
     prompts = _read(config, file, topology)
-    with folder.taken(config, topology, command="predict"):
+    with run_claim.taken(config, topology, command="predict"):
         respondent = in_turn(lambda: _respondent(config, topology), topology)
         _check(respondent, prompts, file, topology)
         log.info("predict with %s on %s, the whole model on each rank", config.model.name_or_path, topology.describe())

@@ -12,13 +12,6 @@ from torch import nn
 
 from dtrain.checkpoint.restore import restore_slots, restore_weights
 from dtrain.checkpoint.select import Chosen
-from dtrain.commands import construct, folder, going_back, plan, results, same_data
-from dtrain.commands.card import write_card
-from dtrain.commands.export import beside, export_model
-from dtrain.commands.going_back import Rollback
-from dtrain.commands.results import Result
-from dtrain.commands.saving import Checkpoints, StopOnRequest, deferring
-from dtrain.commands.thawing import thaw
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.order import StepPlan
@@ -29,20 +22,29 @@ from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError, Preempted
-from dtrain.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.loop import Loop, train
 from dtrain.models import freezing
-from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
-from dtrain.monitors.gradients import LogGradients
-from dtrain.monitors.logging_steps import LogSteps
-from dtrain.monitors.non_finite import NonFinite
-from dtrain.monitors.protocol import Decision, Monitor, RunState
-from dtrain.monitors.replicas import Replicas
-from dtrain.monitors.spikes import Spikes
-from dtrain.own_metrics import Reported, reported
 from dtrain.runs.tracking import Tracker
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
+from dtrain.training import build, data_guard, plan, run_claim
+from dtrain.training import rollback as going_back
+from dtrain.training import summary as results
+from dtrain.training.checkpoints import Checkpoints, StopOnRequest, deferring
+from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
+from dtrain.training.export import beside, export_model
+from dtrain.training.loop import Loop, train
+from dtrain.training.metric_selection import Reported, reported
+from dtrain.training.model_card import write_card
+from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
+from dtrain.training.monitors.gradients import LogGradients
+from dtrain.training.monitors.logging_steps import LogSteps
+from dtrain.training.monitors.non_finite import NonFinite
+from dtrain.training.monitors.protocol import Decision, Monitor, RunState
+from dtrain.training.monitors.replicas import Replicas
+from dtrain.training.monitors.spikes import Spikes
+from dtrain.training.rollback import Rollback
+from dtrain.training.summary import Result
+from dtrain.training.thaw import thaw
 
 
 def run_train(
@@ -64,7 +66,7 @@ def run_train(
     """
     began = time.monotonic() if began is None else began
     engine_name(config, topology)  # refuses a wrong combination before any work
-    with folder.taken(config, topology, command="train") as taken:
+    with run_claim.taken(config, topology, command="train") as taken:
         if taken.action == "already_finished":
             return _old_result(config, topology)
         run = _prepare(config, topology, model, task, taken.checkpoint)
@@ -107,18 +109,18 @@ def _prepare(
     names = metric_names(task, metrics)
     if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
         _check_best(config, names)
-    steps = construct.step_plan(config, task)
+    steps = build.step_plan(config, task)
     topology.beat.at(Phase.LOADING)
-    module = construct.place(model, config, topology) if model is not None else construct.load(config, task, topology)
+    module = build.place(model, config, topology) if model is not None else build.load(config, task, topology)
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])
-        same_data.check(task, checkpoint, config)
+        data_guard.check(task, checkpoint, config)
         going_back.forget_lost_best(state, checkpoint, config, topology)
         restore_weights(module, checkpoint, topology)
     # A thaw that is due at this very step is yet to come, as it was then.
     epoch = steps.epoch_of(max(state.step - 1, 0))
-    prepared = construct.prepare_training(module, config, task, steps, epoch=epoch)
+    prepared = build.prepare_training(module, config, task, steps, epoch=epoch)
     return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state)
 
 
@@ -129,7 +131,7 @@ class TrainingRun:
     config: Config
     topology: Topology
     task: Task
-    prepared: construct.Construction
+    prepared: build.Construction
     steps: StepPlan
     reported: Reported
     checkpoint: Chosen | None
@@ -228,7 +230,7 @@ class TrainingRun:
         patience, at, total = (
             self.config.train.early_stopping,
             self.state.step,
-            construct.total_steps(self.config, self.steps),
+            build.total_steps(self.config, self.steps),
         )
         if patience is not None and self.state.patience >= patience:
             log.info("stopped early already, at step %d: no better result in %d evaluations", at, self.state.patience)

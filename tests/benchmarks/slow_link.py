@@ -26,7 +26,7 @@ from dtrain import console
 from dtrain.config.load import load_config
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.topology import Topology
-from dtrain.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, StepRecord
 
 BYTES_SENT, BYTES_RESENT = 200, 208
 """Where Linux has them in struct tcp_info (since 4.19)."""

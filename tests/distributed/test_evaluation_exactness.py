@@ -17,17 +17,17 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 
-import dtrain.evaluation
+import dtrain.training.evaluation
 from dtrain.config.task import Classification
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward_only import Forward, ForwardOnly
-from dtrain.evaluation import evaluate_split
-from dtrain.monitors.evaluations import Evaluate
-from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.tasks.classification import ClassificationTask
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.monitors.evaluations import Evaluate
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests import tiny, training
 from tests.multirank import RanksFailed, run_ranks
 from tests.training import Setting
@@ -219,7 +219,7 @@ def broken_inside(topology: Topology, breaks: str) -> Any:
                 yield batch
             yield batch
 
-    dtrain.evaluation.evaluation_batches = wrong  # this process ends with the test
+    dtrain.training.evaluation.evaluation_batches = wrong  # this process ends with the test
     return result_of(ForwardOnly(model(), SETTING.config(), topology), 23)
 
 

@@ -20,10 +20,10 @@ from dtrain.config.task import Classification
 from dtrain.data.seeding import Place
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ConfigError, NonFiniteError
-from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.runs.jsonl import read_metrics
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests import faults, tiny
 from tests.faults import Journal
 from tests.multirank import run_ranks

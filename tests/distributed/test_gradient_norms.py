@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests import training
 from tests.multirank import run_ranks
 from tests.training import Setting

@@ -15,9 +15,9 @@ import torch
 
 from dtrain.config.schema import Best
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
-from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.tasks.causal_lm import CausalLmTask
+from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests import faults, tiny, training
 from tests.faults import Journal
 from tests.multirank import run_ranks

@@ -16,8 +16,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from dtrain.commands.card import bare_card
-from dtrain.commands.export import save
 from dtrain.commands.export_command import run_export
 from dtrain.config import schema
 from dtrain.config.load import load_config
@@ -26,6 +24,8 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.base import load_base
 from dtrain.models.load import label_names_of, load_model
+from dtrain.training.export import save
+from dtrain.training.model_card import bare_card
 from tests import tiny
 from tests.multirank import run_ranks
 from tests.whole_runs import commands

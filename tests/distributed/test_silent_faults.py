@@ -11,10 +11,10 @@ import torch
 from dtrain.config.schema import Spike
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import TopologyError
-from dtrain.monitors.non_finite import NonFinite
-from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.monitors.replicas import Replicas
-from dtrain.monitors.spikes import Spikes
+from dtrain.training.monitors.non_finite import NonFinite
+from dtrain.training.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.replicas import Replicas
+from dtrain.training.monitors.spikes import Spikes
 from tests import faults, training
 from tests.faults import Journal
 from tests.multirank import run_ranks

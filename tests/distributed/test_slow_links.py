@@ -16,16 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain import loop
-from dtrain.commands import construct
 from dtrain.data.batches import step_batches
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.single import SingleEngine
-from dtrain.loop import run_micro_batches
-from dtrain.monitors.protocol import Decision, StepRecord
-from dtrain.monitors.replicas import hashes_of
+from dtrain.training import build, loop
+from dtrain.training.loop import run_micro_batches
+from dtrain.training.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.replicas import hashes_of
 from dtrain.watching.flight import collective_number
 from tests import training
 from tests.multirank import run_ranks
@@ -198,12 +197,12 @@ LOCAL = replace(PLAIN, optimizer="adamw", learning_rate=1e-2, local_steps=2, ste
 def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
     """The same in one process: a model and an optimizer for each rank, averaged when they are due."""
     config, learns = setting.config(), training.task(setting)
-    plan = construct.step_plan(config, learns)
+    plan = build.step_plan(config, learns)
     rate = optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps)
     engines, batches = [], []
     for rank in range(world_size):
         module = training.tiny.bert(dropout=setting.dropout, layers=2)
-        construct.prepare_training(module, config, learns, plan).train_mode(module)
+        build.prepare_training(module, config, learns, plan).train_mode(module)
         optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
         engines.append(SingleEngine(module, optimizer, config, SINGLE))
         place = replace(SINGLE, rank=rank, world_size=world_size)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dtrain.commands.export import export_model
 from dtrain.config.task import CausalLm
 from dtrain.data.packing import pieces_of, rows_of
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.forward_only import ForwardOnly
-from dtrain.evaluation import evaluate_split
 from dtrain.tasks.causal_lm import CausalLmTask
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.export import export_model
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

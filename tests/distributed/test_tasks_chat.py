@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.export import export_model
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.evaluation import evaluate_split
 from dtrain.models.chat_format import TurnsFormat, fit
 from dtrain.tasks.chat import ChatTask
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.export import export_model
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from dtrain.commands.export import export_model
 from dtrain.config.task import MaskedLm
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.forward_only import ForwardOnly
-from dtrain.evaluation import evaluate_split
 from dtrain.tasks.masked_lm import MaskedLmTask
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.export import export_model
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.training import Recorder, Setting

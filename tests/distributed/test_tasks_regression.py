@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dtrain.commands.export import export_model
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.evaluation import evaluate_split
 from dtrain.tasks.regression import RegressionTask
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.export import export_model
 from tests import tiny, training
 from tests.multirank import run_ranks
 from tests.tiny import Table

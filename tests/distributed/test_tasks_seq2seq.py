@@ -15,11 +15,11 @@ import pytest
 import sacrebleu
 import torch
 
-from dtrain.commands.export import export_model
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward_only import Forward, ForwardOnly
-from dtrain.evaluation import evaluate_split
+from dtrain.training.evaluation import evaluate_split
+from dtrain.training.export import export_model
 from tests import tiny_seq2seq, training
 from tests.multirank import run_ranks
 from tests.training import Recorder, Setting

@@ -149,7 +149,7 @@ def test_hosts_with_other_software_or_time_are_named(tmp_path: Path) -> None:
     clock.mkdir()
     (clock / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 3600\n")
     shutil.copytree(ROOT / "dtrain", code_there)
-    (code_there / "loop.py").write_text("# another commit\n")
+    (code_there / "training" / "loop.py").write_text("# another commit\n")
     with simulated_cluster(5) as cluster:
         replace_python(cluster, "node2", tmp_path, None)
         replace_python(cluster, "node3", tmp_path, f"PYTHONPATH={shim}")

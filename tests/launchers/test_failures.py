@@ -183,7 +183,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other_which_ends_at_once(
 RAISES = f"""
 import os, sys
 sys.path.insert(0, {str(jobs.ROOT)!r})
-from dtrain import loop, main
+from dtrain.training import loop; from dtrain import main
 real = loop.take_step
 def take_step(*arguments, **more):
     if os.environ["RANK"] == "1" and arguments[3].step == 4:

@@ -61,7 +61,7 @@ def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_ki
 WAITS = f"""
 import os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
-from dtrain import loop, main
+from dtrain.training import loop; from dtrain import main
 real = loop.take_step
 def take_step(*arguments, **more):
     if arguments[3].step == 1:

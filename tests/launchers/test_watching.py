@@ -24,7 +24,7 @@ LIMIT = 4
 FAULT = f"""
 import ctypes, os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
-from dtrain import loop, main
+from dtrain.training import loop; from dtrain import main
 from dtrain.data import batches
 
 class Rows:
@@ -262,8 +262,8 @@ def test_one_process_is_watched_as_well(tmp_path: Path, fault: str) -> None:
 LONG = f"""
 import os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
-from dtrain import main, own_metrics
-from dtrain.commands import export, train
+from dtrain import main; from dtrain.training import metric_selection as own_metrics
+from dtrain.training import export; from dtrain.commands import train
 from dtrain.tasks import classification, prepare as preparing
 
 def slowly(module, name, seconds, ranks):

@@ -9,9 +9,9 @@ import pytest
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.select import Chosen
-from dtrain.commands.going_back import Rollback
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import SINGLE
+from dtrain.training.rollback import Rollback
 
 
 def test_a_spike_soon_after_a_rollback_takes_the_checkpoint_before_that(

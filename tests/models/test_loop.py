@@ -16,8 +16,8 @@ from torch import nn
 
 from dtrain.config.schema import Best
 from dtrain.distributed.topology import SINGLE
-from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
-from dtrain.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
+from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests import faults, tiny, training
 from tests.faults import Journal
 from tests.training import Setting

@@ -13,9 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands import construct
 from dtrain.commands.answer import row_of, worded
-from dtrain.commands.export import beside, save
 from dtrain.commands.predict import run_predict
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
@@ -23,6 +21,8 @@ from dtrain.console import log
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.tasks.build import build_task
+from dtrain.training import build
+from dtrain.training.export import beside, save
 from tests import pictures, tiny
 
 BERT = {
@@ -84,7 +84,7 @@ def write_model(folder: Path, task: str, **data: Any) -> None:
     model = {"from_scratch": True, "config": sizes, "tokenizer": str(folder / "vocab.txt")}
     settings = config(folder, task, model=model, data=data)
     made = build_task(settings, SINGLE)
-    module = construct.load(settings, made, SINGLE)
+    module = build.load(settings, made, SINGLE)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(3.0)

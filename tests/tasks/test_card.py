@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from dtrain.commands.card import bare_card, command_line, trained_card, without_places, write_card
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
+from dtrain.training.model_card import bare_card, command_line, trained_card, without_places, write_card
 
 SUMMARY: dict[str, Any] = {
     "eval": {"loss": 0.51234567, "accuracy": 0.75, "odd": float("nan")},

@@ -18,11 +18,11 @@ from dtrain.data.packing import pieces_of
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import evaluate
 from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
 from dtrain.tasks.documents import own_document_only
 from dtrain.tasks.protocol import Targets
+from dtrain.training.evaluation import evaluate
 from tests import tiny
 from tests.tiny import Table
 

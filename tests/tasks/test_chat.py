@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.commands.export import save
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import evaluate
 from dtrain.models.chat_format import TurnsFormat
 from dtrain.tasks.chat import ChatTask, prepare_chat
 from dtrain.tasks.protocol import IGNORED, Targets
+from dtrain.training.evaluation import evaluate
+from dtrain.training.export import save
 from tests import tiny
 from tests.tiny import Table
 

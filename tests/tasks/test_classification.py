@@ -19,9 +19,9 @@ from dtrain.config.task import Classification
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import evaluate
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
 from dtrain.tasks.protocol import Targets
+from dtrain.training.evaluation import evaluate
 from tests import tiny
 from tests.tiny import Table
 

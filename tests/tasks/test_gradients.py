@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.monitors.gradients import LogGradients, by_group
-from dtrain.monitors.protocol import Decision, StepRecord
 from dtrain.runs.jsonl import read_metrics
 from dtrain.runs.tracking import Tracker
+from dtrain.training.monitors.gradients import LogGradients, by_group
+from dtrain.training.monitors.protocol import Decision, StepRecord
 
 NORMS = {
     "bert.embeddings.word_embeddings.weight": 3.0,

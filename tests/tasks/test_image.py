@@ -10,7 +10,6 @@ import torch
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import nn
 
-from dtrain.commands import construct
 from dtrain.config.schema import Config, Data
 from dtrain.data.images import images_shape
 from dtrain.data.resolve_source import form_of
@@ -21,6 +20,7 @@ from dtrain.models.compatibility import check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
+from dtrain.training import build
 from tests import pictures, tiny
 from tests.tasks.test_classification import Says
 
@@ -194,7 +194,7 @@ def test_images_of_a_size_that_the_model_does_not_take_are_refused_before_the_fi
     settings = config(folders, folders.parent / "cache", task={"name": "image_classification", "image_size": 24})
 
     with pytest.raises(ConfigError, match=r"made 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
-        construct.load(settings, build_task(settings, SINGLE), SINGLE)
+        build.load(settings, build_task(settings, SINGLE), SINGLE)
 
 
 def test_looking_at_a_blank_image_moves_no_running_statistics() -> None:

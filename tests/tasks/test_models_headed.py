@@ -10,8 +10,6 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from dtrain.commands import construct
-from dtrain.commands.export import save
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.custom_head import HeadedModel
@@ -19,6 +17,8 @@ from dtrain.models.freezing import frozen_parameters
 from dtrain.models.load import label_names_of, load_model
 from dtrain.models.paths import resolve
 from dtrain.models.pooling import pool
+from dtrain.training import build
+from dtrain.training.export import save
 from tests import tiny, training
 from tests.tiny import SPECIAL, WORDS
 
@@ -191,8 +191,8 @@ def test_a_pooler_that_no_gradient_reaches_is_found_and_frozen(base: Path) -> No
     task = training.task(setting)
     made = load_model(on(base, pooling="mean"), head=task.head, head_config=task.head_config, tokenizer=None, seed=0)
 
-    plan = construct.step_plan(setting.config(), task)
-    prepared = construct.prepare_training(made, setting.config(), task, plan)
+    plan = build.step_plan(setting.config(), task)
+    prepared = build.prepare_training(made, setting.config(), task, plan)
 
     pooler = ["backbone.pooler.dense.weight", "backbone.pooler.dense.bias"]
     assert frozen_parameters(prepared.module) == pooler

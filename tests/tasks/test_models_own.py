@@ -15,11 +15,11 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dtrain.commands.export import save
 from dtrain.config import schema
 from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.load import label_names_of, load_model
+from dtrain.training.export import save
 from tests import tiny
 
 LABELS = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}

@@ -15,9 +15,9 @@ from dtrain.config.task import Classification
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError
-from dtrain.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.own_metrics import OwnMetrics, Reported, reported
 from dtrain.tasks.classification import ClassificationTask
+from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
+from dtrain.training.metric_selection import OwnMetrics, Reported, reported
 from tests import tiny
 from tests.tiny import Table
 

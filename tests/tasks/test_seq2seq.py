@@ -19,9 +19,9 @@ from dtrain.config.task import Seq2Seq
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
-from dtrain.evaluation import evaluate, evaluate_split, metric_names
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.seq2seq import Seq2SeqTask, prepare_seq2seq
+from dtrain.training.evaluation import evaluate, evaluate_split, metric_names
 from tests import tiny
 from tests.tiny_seq2seq import BEGIN, END, PAD, config, task, text_of, translated, write_tsv
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from dtrain.commands import plan, saving
-from dtrain.commands.plan import exactness
 from dtrain.config.load import load_config
 from dtrain.data.order import StepPlan
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError
-from dtrain.monitors.protocol import RunState
+from dtrain.training import checkpoints, plan
+from dtrain.training.monitors.protocol import RunState
+from dtrain.training.plan import exactness
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def test_only_ranks_that_exchange_need_room_for_what_they_remember(
         def prepare(self, _module: Any, *, slots: int) -> None:
             asked.append(slots)
 
-    monkeypatch.setattr(saving, "Saver", Saver)
+    monkeypatch.setattr(checkpoints, "Saver", Saver)
     config, nothing = load_config(None, ["engine.powersgd={}", "checkpoint.every=5"]), Any
     there = replace(SINGLE, world_size=world_size)
 
-    saving.Checkpoints(config, there, nothing, nothing, state=RunState(), tracker=nothing, engine=nothing)  # type: ignore[arg-type]
+    checkpoints.Checkpoints(config, there, nothing, nothing, state=RunState(), tracker=nothing, engine=nothing)  # type: ignore[arg-type]
 
     assert asked == [slots]

@@ -338,7 +338,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         ({"console.py": "from dtrain.config.load import x"}, "console -> config: console comes before config"),
         (
             {
-                "engine/ddp.py": "from dtrain.engine.local_sgd import a",
+                "engine/ddp.py": "from dtrain.engine.local import a",
                 "engine/local.py": "from dtrain.engine.ddp import b",
             },
             "engine.ddp, engine.local: import each other in a cycle",
@@ -359,10 +359,13 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         ),
         ({"data/seeding.py": "import os as o\no.getenv('SEED')"}, "data.seeding uses os.environ"),
         ({"data/seeding.py": "from os import environ"}, "data.seeding uses os.environ"),
-        ({"loop.py": "import torch\ndef f(): torch.distributed.barrier()"}, "loop.py:2: loop uses torch.distributed"),
-        ({"loop.py": "from torch import distributed as d"}, "loop uses torch.distributed"),
-        ({"loop.py": "import torch.distributed as d"}, "loop uses torch.distributed"),
-        ({"loop.py": "def f():\n    import deepspeed"}, "loop.py:2: loop uses deepspeed"),
+        (
+            {"training/loop.py": "import torch\ndef f(): torch.distributed.barrier()"},
+            "training/loop.py:2: training.loop uses torch.distributed",
+        ),
+        ({"training/loop.py": "from torch import distributed as d"}, "training.loop uses torch.distributed"),
+        ({"training/loop.py": "import torch.distributed as d"}, "training.loop uses torch.distributed"),
+        ({"training/loop.py": "def f():\n    import deepspeed"}, "training/loop.py:2: training.loop uses deepspeed"),
         ({"engine/deepspeed.py": "import deepspeed"}, "engine.deepspeed imports deepspeed when it is imported"),
         ({"runs/folder.py": "import yaml"}, "runs.folder uses yaml, which belongs to config"),
         ({"config/load.py": "import torch"}, "config.load -> torch: imported for --help"),
@@ -371,13 +374,13 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
             "main -> commands.train -> numpy: imported",
         ),
         (
-            {"__init__.py": "from dtrain.loop import fit", "loop.py": "import torch"},
-            "dtrain -> loop -> torch: imported",
+            {"__init__.py": "from dtrain.training.loop import fit", "loop.py": "import torch"},
+            "dtrain -> training.loop -> torch: imported",
         ),
         ({"logging.py": ""}, "logging.py: hides the library logging"),
         ({"yaml/__init__.py": ""}, "yaml: hides the library yaml"),
         ({"distutils.py": ""}, "distutils.py: hides the library distutils"),
-        ({"loop.py": "x = 1\n" * 401}, "loop has 402 lines, more than 400"),
+        ({"training/loop.py": "x = 1\n" * 401}, "training.loop has 402 lines, more than 400"),
     ],
 )
 def test_each_breach_is_named(tmp_path: Path, files: dict[str, str], said: str) -> None:
@@ -390,8 +393,8 @@ def test_what_the_rules_allow_is_no_breach(tmp_path: Path) -> None:
     files = {
         "__init__.py": '__version__ = "0"\ndef fit():\n    from dtrain.commands.train import fit',
         "main.py": "import os\nfrom dtrain.commands import train\nos.environ",
-        "commands/train.py": "def fit():\n    from dtrain.loop import fit\n    import torch",
-        "loop.py": "import torch\nfrom dtrain import __version__\nfrom dtrain.engine.protocol import Engine",
+        "commands/train.py": "def fit():\n    from dtrain.training.loop import fit\n    import torch",
+        "training/loop.py": "import torch\nfrom dtrain import __version__\nfrom dtrain.engine.protocol import Engine",
         "engine/protocol.py": "import torch\nfrom dtrain.distributed.topology import Topology",
         "engine/deepspeed.py": "import torch.distributed\nimport dtrain.distributed.topology\ndef f():\n    import deepspeed",
         "distributed/topology.py": "import typing\nif typing.TYPE_CHECKING:\n    import torch\nimport dtrain.errors",

@@ -10,8 +10,8 @@ import torch
 from dtrain.distributed.topology import SINGLE
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import DtrainError
-from dtrain.evaluation import evaluate
-from dtrain.memory import size
+from dtrain.training.evaluation import evaluate
+from dtrain.training.out_of_memory import size
 from tests import tiny, training
 from tests.training import Setting
 

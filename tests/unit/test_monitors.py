@@ -9,10 +9,10 @@ import pytest
 
 from dtrain.config.schema import Best
 from dtrain.errors import NonFiniteError
-from dtrain.monitors.evaluations import EarlyStopping, Evaluate, KeepBest, is_better, is_due
-from dtrain.monitors.logging_steps import LogSteps
-from dtrain.monitors.non_finite import NonFinite, describe
-from dtrain.monitors.protocol import Decision, Fault, RunState, StepRecord
+from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest, is_better, is_due
+from dtrain.training.monitors.logging_steps import LogSteps
+from dtrain.training.monitors.non_finite import NonFinite, describe
+from dtrain.training.monitors.protocol import Decision, Fault, RunState, StepRecord
 from tests.faults import Journal
 
 STEPS_PER_EPOCH, TOTAL = 4, 14

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from dtrain.commands.folder import taken
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.distributed import heartbeat
@@ -27,6 +26,7 @@ from dtrain.errors import ConfigError
 from dtrain.runs import lock as run_lock
 from dtrain.runs.folder import RunFolder, state
 from dtrain.runs.lock import LOCK, Owner, is_anothers, locked, look
+from dtrain.training.run_claim import taken
 
 PERIOD_S = 0.02
 NOBODY = 2**22 + 1

@@ -15,10 +15,10 @@ from dtrain.config.load import load_config
 from dtrain.config.schema import Spike
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, TopologyError
-from dtrain.monitors import replicas
-from dtrain.monitors.protocol import Decision, RunState
-from dtrain.monitors.replicas import Replicas, hashes_of
-from dtrain.monitors.spikes import Spikes
+from dtrain.training.monitors import replicas
+from dtrain.training.monitors.protocol import Decision, RunState
+from dtrain.training.monitors.replicas import Replicas, hashes_of
+from dtrain.training.monitors.spikes import Spikes
 from tests.faults import Journal
 from tests.unit.test_monitors import record
 

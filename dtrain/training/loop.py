@@ -20,11 +20,11 @@ from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object, all_reduce_sum
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.protocol import Engine, StepResult
-from dtrain.evaluation import to_device
-from dtrain.memory import explain_in_step, explain_in_training
 from dtrain.models.freezing import held_statistics
-from dtrain.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
 from dtrain.tasks.protocol import Task
+from dtrain.training.evaluation import to_device
+from dtrain.training.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
+from dtrain.training.out_of_memory import explain_in_step, explain_in_training
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dtrain.console import log
 from dtrain.errors import NonFiniteError
-from dtrain.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 
 class NonFinite:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dtrain.commands.construct import Construction
 from dtrain.config.schema import Config
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.engine.state import broadcast_slots, host_slots
 from dtrain.models import freezing
-from dtrain.monitors.protocol import RunState
+from dtrain.training.build import Construction
+from dtrain.training.monitors.protocol import RunState
 
 
 def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, state: RunState) -> Engine:

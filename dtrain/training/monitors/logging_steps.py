@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.distributed.traffic import Traffic
-from dtrain.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 
 class LogSteps:

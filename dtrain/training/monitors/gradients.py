@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from dtrain.models.freezing import group_of
-from dtrain.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, StepRecord
 
 
 class LogGradients:

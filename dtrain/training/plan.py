@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dtrain.commands.construct import Construction, count, describe_device, gigabytes, total_steps
 from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan, turns
 from dtrain.distributed.topology import Topology
 from dtrain.engine.build import engine_name
 from dtrain.models import freezing
 from dtrain.tasks.protocol import Task
+from dtrain.training.build import Construction, count, describe_device, gigabytes, total_steps
 
 SLOTS = {"adamw": 2, "sgd": 0, "adafactor": 0}
 """Numbers that an optimizer keeps per trainable number; Adafactor keeps rows and columns only, SGD one with momentum."""

@@ -10,8 +10,8 @@ from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.topology import Topology
 from dtrain.errors import CheckpointError
-from dtrain.monitors.protocol import RunState
 from dtrain.runs.folder import RunFolder
+from dtrain.training.monitors.protocol import RunState
 
 
 def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, topology: Topology) -> None:

@@ -18,9 +18,9 @@ from dtrain.distributed.collectives import gather_for_metrics, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
-from dtrain.memory import explain_in_evaluation
-from dtrain.own_metrics import Reported
 from dtrain.tasks.protocol import Batch, Scored, Task
+from dtrain.training.metric_selection import Reported
+from dtrain.training.out_of_memory import explain_in_evaluation
 
 MAIN_SPLIT = "validation"
 

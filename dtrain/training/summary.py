@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.distributed.topology import Topology
-from dtrain.evaluation import EvaluationResult
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
+from dtrain.training.evaluation import EvaluationResult
 
 
 @dataclass(frozen=True)

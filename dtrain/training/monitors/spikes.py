@@ -7,7 +7,7 @@ from statistics import median
 
 from dtrain.config.schema import Spike
 from dtrain.console import log
-from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
 
 SEEN = 10
 """So many losses make a median worth comparing with."""

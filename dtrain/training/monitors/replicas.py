@@ -12,7 +12,7 @@ from torch import nn
 from dtrain.distributed.collectives import all_gather, all_gather_object, all_reduce_max
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
-from dtrain.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size of an element: what shows its bits."""

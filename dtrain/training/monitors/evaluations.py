@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from dtrain.config.schema import Best
 from dtrain.console import log
-from dtrain.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 
 
 class Evaluate:

@@ -12,9 +12,6 @@ from pathlib import Path
 from torch import nn
 
 from dtrain.checkpoint.saver import Outcome, Saver, Settings
-from dtrain.commands import same_data
-from dtrain.commands.export import save_surroundings
-from dtrain.commands.results import versions
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -24,9 +21,12 @@ from dtrain.distributed.signals import SIGNALS, Asked, deferred
 from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
-from dtrain.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.runs.folder import RunFolder
 from dtrain.tasks.protocol import Task
+from dtrain.training import data_guard
+from dtrain.training.export import save_surroundings
+from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.training.summary import versions
 
 SLOTS = {"adamw": 2, "sgd": 1, "adafactor": 1}
 """Numbers that an optimizer keeps for each one that learns, at most."""
@@ -110,7 +110,7 @@ class Checkpoints:
             "run": asdict(self._state),
             "task": self._task.name,
             "rows": {split: len(rows) for split, rows in self._task.splits.items()},
-            "data": dict(same_data.fingerprints(self._task)),
+            "data": dict(data_guard.fingerprints(self._task)),
         }
         protected = [best] if best is not None else []
         with self._topology.beat.within(Phase.CHECKPOINT):

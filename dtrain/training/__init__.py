@@ -1,0 +1,1 @@
+"""A run's life, from building the model to the summary."""
