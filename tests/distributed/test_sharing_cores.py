@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.sharing_cores import share_cores
 from dtrain.console import log
 from dtrain.distributed import cpu
 from dtrain.distributed.topology import Topology
+from dtrain.job.cpu_sharing import share_cores
 from tests.multirank import run_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")

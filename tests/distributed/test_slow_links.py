@@ -21,11 +21,11 @@ from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.single import SingleEngine
+from dtrain.job.watchdog.flight_recorder import collective_number
 from dtrain.training import build, loop
 from dtrain.training.loop import run_micro_batches
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from dtrain.training.monitors.replicas import hashes_of
-from dtrain.watching.flight import collective_number
 from tests import training
 from tests.multirank import run_ranks
 from tests.training import Setting, worst

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.watch import ancestors, is_alive
+from dtrain.job.launcher_watch import ancestors, is_alive
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 
@@ -23,7 +23,7 @@ RANK = """
 import os, sys, threading
 from pathlib import Path
 from dtrain.distributed.topology import Topology
-from dtrain.watch import end_with_launcher
+from dtrain.job.launcher_watch import end_with_launcher
 def on_death(cause):
     Path(sys.argv[2]).write_text(cause)
     if sys.argv[3:] == ["hang"]:

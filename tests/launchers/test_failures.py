@@ -252,7 +252,7 @@ def die(*_arguments, **_more):
     os.kill(os.getpid(), signal.SIGKILL)
 if os.environ["RANK"] == "1":
     if os.environ["DIES"] == "as ranks meet":
-        from dtrain.commands import farewell
+        from dtrain.job import failure as farewell
         farewell.own_peer = die
     else:
         real = main._command
@@ -351,7 +351,7 @@ def test_ranks_started_with_other_settings_are_refused_and_the_setting_is_named(
 
 OTHER_NODE = """
 import os, time
-from dtrain.commands import session
+from dtrain.job import session
 
 versions, clock = session.versions, time.time
 if os.environ["RANK"] == "1":

@@ -143,7 +143,7 @@ def test_one_rank_is_never_bound() -> None:
 
 @pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), OSError(22, "Invalid argument")])
 def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
-    from dtrain.commands import sharing_cores
+    from dtrain.job import cpu_sharing
 
     said: list[str] = []
 
@@ -151,9 +151,9 @@ def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.Mo
         raise error
 
     monkeypatch.setattr(cores, "bind", refuse)
-    monkeypatch.setattr(sharing_cores.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(cpu_sharing.log, "warning", lambda text, *values: said.append(text % values))
 
-    sharing_cores._bind(Share(8, frozenset(range(8)), ""), replace(SINGLE, world_size=2, rank=1))
+    cpu_sharing._bind(Share(8, frozenset(range(8)), ""), replace(SINGLE, world_size=2, rank=1))
 
     assert said == [f"run.bind_cores: rank 1 cannot be bound to CPUs 0-7: {error.strerror}."]
 
@@ -161,15 +161,15 @@ def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.Mo
 def test_cores_that_a_rank_has_no_threads_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from dtrain.commands import sharing_cores
+    from dtrain.job import cpu_sharing
 
     said: list[str] = []
     monkeypatch.setattr(cores, "bind", lambda _cpus: None)
-    monkeypatch.setattr(sharing_cores.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(cpu_sharing.log, "warning", lambda text, *values: said.append(text % values))
     own = torch.get_num_threads()
 
     for wanted, local_rank in ((own, 0), (own + 7, 1), (own + 7, 0)):
-        sharing_cores._bind(Share(wanted, frozenset({0}), ""), replace(SINGLE, local_rank=local_rank))
+        cpu_sharing._bind(Share(wanted, frozenset({0}), ""), replace(SINGLE, local_rank=local_rank))
 
     (line,) = said
     assert f"is bound to {own + 7} cores and uses {own}: OMP_NUM_THREADS={own} decides" in line

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 
 from dtrain import main
-from dtrain.commands import farewell, watched
-from dtrain.commands.farewell import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.process_info import this_process
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
+from dtrain.job import failure, watched
+from dtrain.job.failure import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
+from dtrain.job.watchdog.client import News
 from dtrain.runs.lock import LOCK, Owner
-from dtrain.watching.start import News
 
 
 @dataclass
@@ -85,7 +85,7 @@ def config_in(tmp_path: Path) -> Config:
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """The log's lines so far. Signals stay as they are."""
     monkeypatch.setattr(logging.getLogger("dtrain"), "propagate", True)
-    monkeypatch.setattr(farewell, "ignore_further", lambda: None)
+    monkeypatch.setattr(failure, "ignore_further", lambda: None)
     caplog.set_level(logging.INFO, logger="dtrain")
     return lambda: caplog.messages
 
@@ -184,7 +184,7 @@ def test_an_error_before_the_ranks_meet_is_written_down_and_printed_and_gives_a_
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_in(tmp_path)
-    monkeypatch.setattr(farewell, "ignore_further", lambda: None)
+    monkeypatch.setattr(failure, "ignore_further", lambda: None)
 
     monkeypatch.setattr(watched, "session", failing_session)
 

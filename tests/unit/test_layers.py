@@ -50,8 +50,8 @@ ONLY_IN = {
     "torch.distributed": (
         "distributed.topology",
         "distributed.collectives",
-        "watch",
-        "watching.flight",
+        "job.launcher_watch",
+        "job.watchdog.flight_recorder",
         "engine",
         "commands.wire_test",
     ),

@@ -16,9 +16,9 @@ import pytest
 
 from dtrain.distributed import heartbeat
 from dtrain.distributed.heartbeat import Beat, Phase
-from dtrain.watching.monitor import Monitor, Place
-from dtrain.watching.verdict import Rules, hanging
-from dtrain.watching.witness import Answer, Ward
+from dtrain.job.watchdog.evidence import Answer, Ward
+from dtrain.job.watchdog.process import Monitor, Place
+from dtrain.job.watchdog.rules import Rules, hanging
 
 RULES = Rules(10.0)
 NODE1 = Place("node1", 1, "word", "node1", 100)
@@ -31,9 +31,9 @@ class Cut:
         self.said: list[str] = []
         self.rules, self.memory = rules, mmap.mmap(-1, heartbeat.SIZE)
         self.beat = Beat(self.memory)
-        monkeypatch.setattr("dtrain.watching.monitor.quiet_of", lambda rules: quiet_s)
+        monkeypatch.setattr("dtrain.job.watchdog.process.quiet_of", lambda rules: quiet_s)
         monkeypatch.setattr(
-            "dtrain.watching.monitor.log.warning", lambda text, *values: self.said.append(text % values)
+            "dtrain.job.watchdog.process.log.warning", lambda text, *values: self.said.append(text % values)
         )
 
     async def begin(self) -> None:
@@ -206,7 +206,7 @@ def test_a_job_that_was_stopped_as_a_whole_has_not_been_out_of_reach(monkeypatch
     async def life() -> bool:
         await cut.begin()
         cut.monitor._period_s = 0.01
-        monkeypatch.setattr("dtrain.watching.monitor.time", looks)
+        monkeypatch.setattr("dtrain.job.watchdog.process.time", looks)
         while clock["now"] < 1e5:
             await asyncio.sleep(0.01)
         is_calm = cut.monitor._stand_in is None

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from dtrain.commands import session
-from dtrain.commands.farewell import Peer, own_peer
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import TopologyError
+from dtrain.job import session
+from dtrain.job.failure import Peer, own_peer
 
 
 @pytest.mark.parametrize("lacks", [0, 1])

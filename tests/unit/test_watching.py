@@ -20,14 +20,14 @@ import pytest
 from dtrain.console import log
 from dtrain.distributed import heartbeat
 from dtrain.distributed.heartbeat import Beat, Phase, read
-from dtrain.watching import endings, hub, monitor, report, stacks
-from dtrain.watching.hub import Hub, Member
-from dtrain.watching.report import Collective, Evidence, blame, message
-from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.stacks import Frame, ask_workers, fatal_error_in, frames_of, is_debugged
-from dtrain.watching.start import Watch
-from dtrain.watching.verdict import Rules, Seen, hanging, is_asked, limit_of
-from dtrain.watching.witness import Answer, Ward, give_evidence
+from dtrain.job.watchdog import coordinator, exit_report, process, report, stacks
+from dtrain.job.watchdog.client import Watch
+from dtrain.job.watchdog.coordinator import Hub, Member
+from dtrain.job.watchdog.evidence import Answer, Ward, give_evidence
+from dtrain.job.watchdog.report import Collective, Evidence, blame, message
+from dtrain.job.watchdog.rules import Rules, Seen, hanging, is_asked, limit_of
+from dtrain.job.watchdog.stacks import Frame, ask_workers, fatal_error_in, frames_of, is_debugged
+from dtrain.job.watchdog.timers import Silence, period_of
 
 RULES = Rules(300.0)
 SHORT = Rules(10.0)
@@ -496,9 +496,9 @@ class Ranks:
     """A hub with members whose monitors are this test."""
 
     def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch, rules: Rules = SHORT) -> None:
-        monkeypatch.setattr(hub, "AFTER_DEATH_S", 0.05)
-        monkeypatch.setattr(hub, "AFTER_ERROR_S", 0.05)
-        monkeypatch.setattr(hub, "EVIDENCE_S", 0.05)
+        monkeypatch.setattr(coordinator, "AFTER_DEATH_S", 0.05)
+        monkeypatch.setattr(coordinator, "AFTER_ERROR_S", 0.05)
+        monkeypatch.setattr(coordinator, "EVIDENCE_S", 0.05)
         self.told: list[list[dict[str, Any]]] = [[] for _ in range(count)]
         self.spoken: list[dict[str, Any]] = []
         self.hub = Hub(range(count), rules, self.speak)
@@ -588,8 +588,8 @@ def test_when_a_monitor_does_not_come_that_is_said_once_and_the_others_are_judge
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = []
-    monkeypatch.setattr(hub.log, "warning", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(hub, "JOINING_S", 0.05)
+    monkeypatch.setattr(coordinator.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(coordinator, "JOINING_S", 0.05)
 
     async def life() -> tuple[Ranks, int]:
         ranks = Ranks(2, monkeypatch)
@@ -700,22 +700,22 @@ def test_a_hang_is_written_to_exit_json_and_as_a_whole_line_of_metrics(tmp_path:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "start"}\n')
 
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [replace(WAITER, text="File x")], tmp_path))
 
     told = json.loads((tmp_path / "exit.json").read_text())
     assert (told["code"], told["cause"], told["rank"]) == (4, "Hang", 0)
     fault = json.loads(metrics.read_text().splitlines()[1])
     assert (fault["event"], fault["kind"], fault["step"], fault["ranks"]) == ("fault", "hang", 15, [0])
-    assert "File x" in (tmp_path / endings.STACKS).read_text()
+    assert "File x" in (tmp_path / exit_report.STACKS).read_text()
 
 
 def test_who_judges_for_one_rank_alone_leaves_the_files_of_the_job_to_rank_0(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n')
 
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path, of_all=False))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [WAITER], tmp_path, of_all=False))
 
     assert (tmp_path / "metrics.jsonl").read_text() == '{"event": "start"}\n'
-    assert not (tmp_path / endings.STACKS).exists()
+    assert not (tmp_path / exit_report.STACKS).exists()
     assert json.loads((tmp_path / "exit.json").read_text())["code"] == 4, "why this rank has ended"
 
 
@@ -723,23 +723,23 @@ def test_a_line_that_is_half_written_is_not_made_worse(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"event": "st')
 
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [WAITER], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [WAITER], tmp_path))
 
     assert metrics.read_text() == '{"event": "st'
 
 
 def test_a_folder_that_is_not_this_runs_is_left_alone(tmp_path: Path) -> None:
-    asyncio.run(endings.speak({**END, "owns_folder": False}, [WAITER], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": False}, [WAITER], tmp_path))
 
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_death_that_another_has_told_is_not_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoken = []
-    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(exit_report.log, "error", lambda text, *values: spoken.append(text % values))
 
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [], tmp_path))
 
     assert spoken == ["Rank 0 hangs."]
 
@@ -749,13 +749,13 @@ def test_a_folder_that_does_not_answer_keeps_nothing_from_being_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: str
 ) -> None:
     spoken, answers = [], threading.Event()
-    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
-    monkeypatch.setattr(endings, "FILES_S", 0.05)
-    where = endings if hangs == "write_exit" else Path
+    monkeypatch.setattr(exit_report.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(exit_report, "FILES_S", 0.05)
+    where = exit_report if hangs == "write_exit" else Path
     monkeypatch.setattr(where, hangs, lambda *_arguments, **_more: answers.wait(10))
 
     begin = time.monotonic()
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [], tmp_path))
     took = time.monotonic() - begin
     answers.set()
 
@@ -765,10 +765,10 @@ def test_a_folder_that_does_not_answer_keeps_nothing_from_being_said(
 
 def test_a_death_that_cannot_be_written_down_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoken = []
-    monkeypatch.setattr(endings.log, "error", lambda text, *values: spoken.append(text % values))
-    monkeypatch.setattr(endings, "write_exit", lambda *_arguments, **_more: False)  # a full disk
+    monkeypatch.setattr(exit_report.log, "error", lambda text, *values: spoken.append(text % values))
+    monkeypatch.setattr(exit_report, "write_exit", lambda *_arguments, **_more: False)  # a full disk
 
-    asyncio.run(endings.speak({**END, "owns_folder": True}, [], tmp_path))
+    asyncio.run(exit_report.speak({**END, "owns_folder": True}, [], tmp_path))
 
     assert spoken == ["Rank 0 hangs."]
 
@@ -842,14 +842,14 @@ def test_all_data_workers_together_have_as_long_as_one(monkeypatch: pytest.Monke
 
 def test_a_monitor_that_finds_no_hub_says_that_its_rank_is_watched_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
-    monkeypatch.setattr(monitor.log, "warning", lambda text, *values: said.append(text % values))
-    monkeypatch.setattr(monitor, "ALONE_S", 0.0)
+    monkeypatch.setattr(process.log, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(process, "ALONE_S", 0.0)
 
     async def life() -> None:
         with socket.socket() as nobody:
             nobody.bind(("127.0.0.1", 0))  # it does not listen
-            await monitor.Monitor(ward())._join(
-                monitor.Place("127.0.0.1", nobody.getsockname()[1], "word", "node0", 100)
+            await process.Monitor(ward())._join(
+                process.Place("127.0.0.1", nobody.getsockname()[1], "word", "node0", 100)
             )
 
     asyncio.run(life())

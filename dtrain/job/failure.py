@@ -28,7 +28,7 @@ from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_anothers
 
 if TYPE_CHECKING:
-    from dtrain.watching.start import Watch
+    from dtrain.job.watchdog.client import Watch
 
 T = TypeVar("T")
 

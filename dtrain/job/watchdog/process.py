@@ -29,12 +29,12 @@ from dtrain.console import log
 from dtrain.distributed import network
 from dtrain.distributed.heartbeat import RULES, Phase, Rule, read
 from dtrain.errors import TopologyError
-from dtrain.watching import endings, stacks
-from dtrain.watching.hub import LONGEST_LINE, Hub, Member, Message, quiet_of, send, serve
-from dtrain.watching.report import Evidence
-from dtrain.watching.silence import Silence, period_of
-from dtrain.watching.verdict import Seen, is_asked, limit_of
-from dtrain.watching.witness import ANSWER_S, Answer, Ward, give_evidence
+from dtrain.job.watchdog import exit_report, stacks
+from dtrain.job.watchdog.coordinator import LONGEST_LINE, Hub, Member, Message, quiet_of, send, serve
+from dtrain.job.watchdog.evidence import ANSWER_S, Answer, Ward, give_evidence
+from dtrain.job.watchdog.report import Evidence
+from dtrain.job.watchdog.rules import Seen, is_asked, limit_of
+from dtrain.job.watchdog.timers import Silence, period_of
 
 KILL_AFTER_S = 0.7
 """A rank that is told to end and has not done so by itself is killed."""
@@ -178,7 +178,7 @@ class Monitor:
             asyncio.get_running_loop().remove_reader(self._handle)
         if not (self._released or self._over or self._said):
             owns_folder = read(self._ward.memory).owns_folder
-            words = endings.words_of_death(self._ward.rank, self._ward.pid, self._ward.stacks, self._ward.thread)
+            words = exit_report.words_of_death(self._ward.rank, self._ward.pid, self._ward.stacks, self._ward.thread)
             self._tell_hub({"died": words, "owns_folder": owns_folder})
         # One that waits for work finds out by itself that its rank is gone, one that is stuck does not.
         for worker in self._workers:
@@ -371,7 +371,7 @@ class Monitor:
 
     async def _speak(self, end: Message, ranks: Sequence[Evidence]) -> None:
         self._said = True
-        await endings.speak(end, ranks, self._ward.run_dir, of_all=self._judges_all)
+        await exit_report.speak(end, ranks, self._ward.run_dir, of_all=self._judges_all)
 
 
 def _name_process(name: bytes) -> None:

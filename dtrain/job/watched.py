@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from dtrain.config.schema import Config
 from dtrain.distributed.topology import Topology
-from dtrain.watching.start import watching
-from dtrain.watching.verdict import Rules
+from dtrain.job.watchdog.client import watching
+from dtrain.job.watchdog.rules import Rules
 
 if TYPE_CHECKING:
-    from dtrain.commands.farewell import Job
+    from dtrain.job.failure import Job
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def session(
     """
     rules = Rules(config.train.hang_timeout or None, compiles=bool(config.model.compile))
     with watching(topology.rank, rules, config.run_dir) as watch:
-        from dtrain.commands import session
+        from dtrain.job import session
 
         with session.session(config, topology, env, watch, command=command) as job:
             yield job

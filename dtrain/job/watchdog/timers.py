@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain.distributed.heartbeat import Pulse
-from dtrain.watching.verdict import Rules, Seen
+from dtrain.job.watchdog.rules import Rules, Seen
 
 
 def period_of(rules: Rules) -> float:

@@ -15,15 +15,15 @@ import transformers
 
 from dtrain.cluster.preflight import ROOT, WORST_OFFSET_S
 from dtrain.cluster.probe import code_of
-from dtrain.commands.farewell import Job, Peer, of_lost_peer, own_peer
-from dtrain.commands.sharing_cores import share_cores
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_board, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.topology import Topology, process_group, set_threads
 from dtrain.errors import ConfigError, TopologyError
+from dtrain.job.cpu_sharing import share_cores
+from dtrain.job.failure import Job, Peer, of_lost_peer, own_peer
+from dtrain.job.watchdog.client import Watch
 from dtrain.training.summary import versions
-from dtrain.watching.start import Watch
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from dtrain.console import log
 from dtrain.errors import DtrainError
+from dtrain.job.watchdog.report import Evidence, place_of
+from dtrain.job.watchdog.stacks import fatal_error_in, frames_of, written
 from dtrain.runs.folder import write_exit, write_text_atomic
-from dtrain.watching.report import Evidence, place_of
-from dtrain.watching.stacks import fatal_error_in, frames_of, written
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dtrain.watching import stacks
-from dtrain.watching.verdict import Rules
+from dtrain.job.watchdog import stacks
+from dtrain.job.watchdog.rules import Rules
 
 ANSWER_S = 1.0
 """How long the helper thread may take; it needs the interpreter lock."""

@@ -16,9 +16,9 @@ from typing import Any
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
 from dtrain.errors import TopologyError
-from dtrain.watching import report
-from dtrain.watching.report import LISTED, Evidence
-from dtrain.watching.verdict import Rules, Seen, hanging
+from dtrain.job.watchdog import report
+from dtrain.job.watchdog.report import LISTED, Evidence
+from dtrain.job.watchdog.rules import Rules, Seen, hanging
 
 Message = dict[str, Any]
 

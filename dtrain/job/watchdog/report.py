@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.distributed.heartbeat import WORDS, Phase
-from dtrain.watching.stacks import STATES, Frame
-from dtrain.watching.verdict import DEAF_S, Rules, Seen, is_gone, is_late, limit_of
+from dtrain.job.watchdog.rules import DEAF_S, Rules, Seen, is_gone, is_late, limit_of
+from dtrain.job.watchdog.stacks import STATES, Frame
 
 Kind = Literal["alone", "differ", "together"]
 
@@ -20,7 +20,7 @@ COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/distribut
 """A stack that ends there is one that waits, whatever torch's recorder knows."""
 
 LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/distributed/collectives.py")
-OWN_CODE = f"{Path(__file__).parents[1]}/"
+OWN_CODE = f"{Path(__file__).parents[2]}/"
 WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
 """Where a data worker is that has nothing to do."""
 

@@ -28,9 +28,9 @@ from dtrain.console import log
 from dtrain.distributed import heartbeat
 from dtrain.distributed.heartbeat import Beat, Phase
 from dtrain.distributed.topology import Topology
-from dtrain.watching import monitor, stacks
-from dtrain.watching.verdict import Rules
-from dtrain.watching.witness import Ward
+from dtrain.job.watchdog import process, stacks
+from dtrain.job.watchdog.evidence import Ward
+from dtrain.job.watchdog.rules import Rules
 
 TICK_S = 1.0
 SERVING_S = 10.0
@@ -222,7 +222,7 @@ def _fork(ward: Ward, rank_side: socket.socket) -> int:
         pid = os.fork()
     if pid == 0:
         rank_side.close()
-        monitor.run(ward)
+        process.run(ward)
     return pid
 
 
@@ -258,18 +258,18 @@ def _ended(pid: int) -> bool:
 
 
 def _number() -> int:
-    from dtrain.watching import flight
+    from dtrain.job.watchdog import flight_recorder
 
     try:
-        return flight.collective_number()
+        return flight_recorder.collective_number()
     except RuntimeError:  # a group that is being taken down
         return -1
 
 
 def _collectives() -> Sequence[dict[str, Any]]:
-    from dtrain.watching import flight
+    from dtrain.job.watchdog import flight_recorder
 
     try:
-        return flight.last_collectives()
+        return flight_recorder.last_collectives()
     except (RuntimeError, ValueError, KeyError):  # another torch, another recorder
         return []
