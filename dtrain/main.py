@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
-from dtrain.arguments import parse
+from dtrain.commands.arguments import parse
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -243,7 +243,7 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
 
             run_generate(config, topology)
         case "inspect":
-            from dtrain.commands.inspect_command import run_inspect
+            from dtrain.commands.inspect_model import run_inspect
 
             run_inspect(config, topology)
         case "download":
@@ -251,7 +251,7 @@ def _command(command: str, config: Config, topology: Topology, *, dry_run: bool)
 
             run_download(config, topology)
         case "export":
-            from dtrain.commands.export_command import run_export
+            from dtrain.commands.export import run_export
 
             run_export(config, topology)
         case "chat":

@@ -222,7 +222,7 @@ def job_of(hosts: Sequence[Host], answers: Sequence[Answer], place: str, env: Ma
         own |= {"GROUP_RANK": str(at), "GROUP_WORLD_SIZE": str(len(hosts))}
         own |= {"LOCAL_RANK": "0"} if count == 1 else {}
         own |= {} if host.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}
-        argv = [sys.executable, "-m", "dtrain.commands.wire_test", asked]
+        argv = [sys.executable, "-m", "dtrain.commands.link_test", asked]
         parts.append(Part(host.name, argv, {**common, **own}))
     taken = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
     return Job("the doctor's rank", parts, ROOT, launcher_takes=taken)

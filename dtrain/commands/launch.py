@@ -27,12 +27,12 @@ from dataclasses import replace
 from tempfile import TemporaryDirectory
 
 from dtrain import console
-from dtrain.arguments import Parser, options_of, parse
 from dtrain.cluster import launcher_commands
 from dtrain.cluster.hostfile import Host, choose, read_hostfile
 from dtrain.cluster.preflight import ROOT, Look, check, look_at, master_of
 from dtrain.cluster.run_job import Job, run_job
 from dtrain.cluster.ssh import is_here
+from dtrain.commands.arguments import Parser, options_of, parse
 from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError

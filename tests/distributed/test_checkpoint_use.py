@@ -14,7 +14,7 @@ import torch
 
 from dtrain.checkpoint.format import found, manifest_text
 from dtrain.commands.evaluate import run_evaluate
-from dtrain.commands.export_command import run_export
+from dtrain.commands.export import run_export
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import Topology

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from dtrain.commands.export_command import run_export
+from dtrain.commands.export import run_export
 from dtrain.config import schema
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import SINGLE

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from dtrain.commands import wire_test
+from dtrain.commands import link_test
 from dtrain.distributed.topology import Topology
 from tests.multirank import run_ranks
 
 
 def rank_measures(topology: Topology, hosts: list[str], firsts: list[int]) -> dict[str, Any]:
-    wire_test.SIZES = (1 << 12, 1 << 16)
-    return wire_test.measure(topology, {"hosts": hosts, "firsts": firsts})
+    link_test.SIZES = (1 << 12, 1 << 16)
+    return link_test.measure(topology, {"hosts": hosts, "firsts": firsts})
 
 
 def test_each_pair_of_hosts_is_measured_once_and_all_ranks_together() -> None:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from dtrain.commands.export_command import run_export
+from dtrain.commands.export import run_export
 from dtrain.config.load import load_config
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import CheckpointError, ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dtrain.arguments import parse
+from dtrain.commands.arguments import parse
 from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
 

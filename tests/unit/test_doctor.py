@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from dtrain.arguments import parse
 from dtrain.cluster.doctor.conversation import Said
 from dtrain.cluster.doctor.findings import (
     OK,
@@ -29,6 +28,7 @@ from dtrain.cluster.doctor.network_checks import meeting_place
 from dtrain.cluster.hostfile import Host
 from dtrain.cluster.job_outcome import Outcome
 from dtrain.commands import doctor
+from dtrain.commands.arguments import parse
 from dtrain.commands.doctor import THIS_MACHINE, Asked, job_of, offset_of, run_doctor
 from dtrain.errors import ConfigError, Interrupted
 from tests.doctor_answers import GIB, GPUS, ROOM, SHM, answered, bad_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.arguments import parse
+from dtrain.commands.arguments import parse
 from dtrain.commands.goodput import Account, account_of, describe, run_goodput
 from dtrain.errors import ConfigError, DataError
 from dtrain.main import main

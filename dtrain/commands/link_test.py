@@ -1,6 +1,6 @@
 """The doctor's ranks: a process group over all hosts as a job has it, timed for each pair of hosts and for all.
 
-Started on every host as `python -m dtrain.commands.wire_test '{"firsts": [0, 1], "hosts": ["node1", "node2"]}'` with
+Started on every host as `python -m dtrain.commands.link_test '{"firsts": [0, 1], "hosts": ["node1", "node2"]}'` with
 the place of its first rank in the environment. They print JSON objects, one a line: which pair is next, what went wrong,
 and rank 0 what was measured.
 """
@@ -136,7 +136,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str]) -> int:
     first, count = int(env["RANK"]), int(env["LOCAL_WORLD_SIZE"])
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "dtrain.commands.wire_test", *argv],
+            [sys.executable, "-m", "dtrain.commands.link_test", *argv],
             env={**env, "RANK": str(first + place), "LOCAL_RANK": str(place)},
         )
         for place in range(count)
