@@ -27,9 +27,10 @@ from dtrain.commands.arguments import parse
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import age_s, began
 from dtrain.distributed.signals import interruptible
-from dtrain.distributed.topology import SINGLE, Topology, finalize_mpi
+from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
 from dtrain.job.failure import done, end_of, hand_over, report, report_alone, tell_launcher, write_down
 from dtrain.job.launcher_watch import end_with_launcher
@@ -127,7 +128,7 @@ def fit(
 
     with interruptible(grace_s=GRACE_S, before_exit=note):
         end_with_launcher(topology, note)
-        from dtrain.job.watched import session
+        from dtrain.job.session import session
 
         try:
             with session(config, topology, os.environ) as job:
@@ -183,7 +184,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
     with interruptible(grace_s=GRACE_S, before_exit=note_and_say):
         try:
             launcher_lives = end_with_launcher(topology, note)
-            from dtrain.job.watched import session
+            from dtrain.job.session import session
 
             with session(config, topology, os.environ, command=command) as job:
                 topology = job.topology  # for note, too: its heartbeat knows whose the folder is

@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from dtrain.distributed.topology import SINGLE, Topology, process_group
+from dtrain.distributed.process_group import process_group
+from dtrain.distributed.topology import SINGLE, Topology
 
 GRACE_S = 5.0
 """How long the others may go on when one rank has failed."""

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from dtrain import console
 from dtrain.cluster.doctor.link_checks import pairs_of
 from dtrain.distributed.collectives import all_gather_object
-from dtrain.distributed.topology import Topology, device_of, process_group
+from dtrain.distributed.process_group import process_group
+from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import DtrainError, TopologyError
 
 FORM_S, COLLECTIVE_S, PAIR_S = 60.0, 120.0, 30.0

@@ -12,6 +12,22 @@ from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.topology import Topology
 
 
+def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
+    """Shares the cores out among the node's ranks, unless OMP_NUM_THREADS is set (torchrun sets it to 1 by itself).
+
+    Physical cores, for two hyper-threads share one unit for matrices; as many as a container's limit leaves. Where the
+    launcher has bound each rank to cores of its own, `share_cores` finds so once the ranks have met.
+
+    Returns:
+        The number of threads that torch uses inside one operation.
+    """
+    if not env.get("OMP_NUM_THREADS"):
+        mask = cpu.allowed()
+        masks = dict.fromkeys(range(topology.local_world_size), mask)
+        torch.set_num_threads(cpu.share(0, masks, cpu.cores_of(mask), cpu.time_limit()).threads)
+    return torch.get_num_threads()
+
+
 def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> None:
     """Collective. Sets this rank's number of threads from what all ranks of its node may use; binds it if told to.
 

@@ -17,7 +17,8 @@ PROGRAM = """
 import json, os, sys, time
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.errors import DtrainError
-from dtrain.distributed.topology import Topology, process_group
+from dtrain.distributed.process_group import process_group
+from dtrain.distributed.topology import Topology
 begin = time.monotonic()
 try:
     run = {"run folder": os.environ.get("TEST_RUN", "runs/one")}

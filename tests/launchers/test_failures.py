@@ -351,9 +351,9 @@ def test_ranks_started_with_other_settings_are_refused_and_the_setting_is_named(
 
 OTHER_NODE = """
 import os, time
-from dtrain.job import session
+from dtrain.job import rank_checks
 
-versions, clock = session.versions, time.time
+versions, clock = rank_checks.versions, time.time
 if os.environ["RANK"] == "1":
     {planted}
 from dtrain.main import console_script
@@ -365,7 +365,7 @@ console_script()
     ("planted", "once", "told"),
     [
         (
-            "session.versions = lambda: {**versions(), 'torch': '2.12.0'}",
+            "rank_checks.versions = lambda: {**versions(), 'torch': '2.12.0'}",
             "Rank 1 (HOST) has other software",
             "2.12.0 on rank 1",
         ),

@@ -17,7 +17,8 @@ SAYS_WHERE = f"""
 import json, os, sys
 sys.path.insert(0, {str(jobs.ROOT)!r})
 import torch
-from dtrain.distributed.topology import Topology, device_of, process_group
+from dtrain.distributed.process_group import process_group
+from dtrain.distributed.topology import Topology, device_of
 
 place = Topology.from_env(os.environ)
 # As many devices as the node has slots; the arithmetic is dtrain's own.

@@ -20,7 +20,7 @@ from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.process_info import this_process
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
-from dtrain.job import failure, watched
+from dtrain.job import failure, session
 from dtrain.job.failure import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
 from dtrain.job.watchdog.client import News
 from dtrain.runs.lock import LOCK, Owner
@@ -186,7 +186,7 @@ def test_an_error_before_the_ranks_meet_is_written_down_and_printed_and_gives_a_
     config = config_in(tmp_path)
     monkeypatch.setattr(failure, "ignore_further", lambda: None)
 
-    monkeypatch.setattr(watched, "session", failing_session)
+    monkeypatch.setattr(session, "session", failing_session)
 
     code = main.main(["train", f"run.output_dir={tmp_path}", "run.name=one"])
 
@@ -202,7 +202,7 @@ def test_python_code_that_started_a_run_hears_an_error_before_the_ranks_meet_and
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_in(tmp_path)
-    monkeypatch.setattr(watched, "session", failing_session)
+    monkeypatch.setattr(session, "session", failing_session)
 
     with pytest.raises(OSError, match="No space left on device"):
         main.fit(config)

@@ -48,7 +48,7 @@ ONLY_IN = {
         "cluster.doctor.host_facts",
     ),
     "torch.distributed": (
-        "distributed.topology",
+        "distributed.process_group",
         "distributed.collectives",
         "job.launcher_watch",
         "job.watchdog.flight_recorder",
@@ -374,7 +374,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
             "main -> commands.train -> numpy: imported",
         ),
         (
-            {"__init__.py": "from dtrain.training.loop import fit", "loop.py": "import torch"},
+            {"__init__.py": "from dtrain.training.loop import fit", "training/loop.py": "import torch"},
             "dtrain -> training.loop -> torch: imported",
         ),
         ({"logging.py": ""}, "logging.py: hides the library logging"),

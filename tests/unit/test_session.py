@@ -9,7 +9,7 @@ import pytest
 
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import TopologyError
-from dtrain.job import session
+from dtrain.job import rank_checks
 from dtrain.job.failure import Peer, own_peer
 
 
@@ -19,12 +19,12 @@ def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
 ) -> None:
     found = [{"torch": "2", "deepspeed": "0.19"} for _ in range(2)]
     del found[lacks]["deepspeed"]
-    monkeypatch.setattr(session, "all_gather_object", lambda *_: found)
-    monkeypatch.setattr(session, "on_main", lambda work, _topology: work())
+    monkeypatch.setattr(rank_checks, "all_gather_object", lambda *_: found)
+    monkeypatch.setattr(rank_checks, "on_main", lambda work, _topology: work())
     peers = [Peer(*own_peer()) for _ in range(2)]
 
     with pytest.raises(TopologyError) as refused:
-        session._compare_software(replace(SINGLE, world_size=2), peers)
+        rank_checks.compare_software(replace(SINGLE, world_size=2), peers)
 
     assert re.search(rf"deepspeed: .*not set on rank {lacks} ", str(refused.value))
     assert "torch" not in str(refused.value)

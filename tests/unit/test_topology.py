@@ -10,8 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dtrain.distributed.topology import SINGLE, device_of, finalize_mpi, process_group, set_threads
+from dtrain.distributed.mpi_bootstrap import finalize_mpi
+from dtrain.distributed.process_group import process_group
+from dtrain.distributed.topology import SINGLE, device_of
 from dtrain.errors import TopologyError
+from dtrain.job.cpu_sharing import set_threads
 
 
 @pytest.fixture

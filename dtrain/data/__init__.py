@@ -1,0 +1,1 @@
+"""From files and hubs to rows, from rows to micro-batches in a fixed order."""
