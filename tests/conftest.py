@@ -16,8 +16,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 REAL_DATA = TESTS.parent.parent / "shared" / "data"
-STAGES = ("unit", "models", "tasks", "distributed", "launchers")
-"""Folders in the order in which they run: what is quick comes first."""
+STAGES = ("unit", "ranks", "launchers", "cluster")
+"""What a test costs, in the order in which they run. A marker says so; a test without one is a unit test."""
 
 gc.set_threshold(20_000)  # Python's 700 costs a run of the unit tests a sixth of its time, most of it during imports
 
@@ -45,19 +45,25 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts by stage, limits unit tests, and skips what needs a GPU or data that is not here."""
+    """Sorts by stage, limits unit tests, and skips what needs a GPU, data or a simulated cluster that is not to be had."""
     items.sort(key=_stage)
     for item in items:
-        if _stage(item) <= STAGES.index("tasks") and item.get_closest_marker("timeout") is None:
+        if _stage(item) == 0 and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(UNIT_LIMIT_S))
-        if reason := _missing_resource(item):
+        if reason := _missing_resource(item) or _missing_cluster(item):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _stage(item: pytest.Item) -> int:
-    path = item.path.resolve()
-    folder = path.relative_to(TESTS).parts[0] if path.is_relative_to(TESTS) else ""
-    return STAGES.index(folder) if folder in STAGES else len(STAGES)
+    return max((STAGES.index(mark.name) for mark in item.iter_markers() if mark.name in STAGES), default=0)
+
+
+def _missing_cluster(item: pytest.Item) -> str | None:
+    if not item.get_closest_marker("cluster"):
+        return None
+    from tests.support.simulated import why_not  # only where a test asks for one: it looks at the machine
+
+    return why_not()
 
 
 def _missing_resource(item: pytest.Item) -> str | None:

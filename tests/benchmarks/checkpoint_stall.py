@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from dtrain.data.batches import step_batches  # noqa: E402
 from dtrain.data.order import StepPlan, permutation  # noqa: E402
 from dtrain.distributed.topology import SINGLE  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests.support import tiny  # noqa: E402
 
 MODEL = {
     "model_type": "distilbert",

@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests import jobs  # noqa: E402
-from tests.cluster_jobs import (  # noqa: E402
+from tests.support import jobs  # noqa: E402
+from tests.support.cluster_jobs import (  # noqa: E402
     BEFORE_IT_STARTS,
     HANG_TIMEOUT_S,
     LITERAL,
@@ -31,7 +31,7 @@ from tests.cluster_jobs import (  # noqa: E402
     WHILE_IT_RUNS,
     started,
 )
-from tests.simulated import simulated_cluster  # noqa: E402
+from tests.support.simulated import simulated_cluster  # noqa: E402
 
 LAUNCHERS = (*SCRIPTS, *LITERAL)
 LIMIT_S = 90.0

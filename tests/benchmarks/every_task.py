@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from dtrain.data.glue import TASKS, GlueTask  # noqa: E402
 from dtrain.runs.jsonl import read_metrics  # noqa: E402
-from tests import pictures, tiny, tiny_seq2seq  # noqa: E402
+from tests.support import pictures, tiny, tiny_seq2seq  # noqa: E402
 
 TRAIN, DEV = 45, 21
 """Rows: two ranks do not divide either of them into equal micro-batches."""

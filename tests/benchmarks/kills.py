@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dtrain.checkpoint.format import found  # noqa: E402
-from tests import jobs  # noqa: E402
+from tests.support import jobs  # noqa: E402
 
 
 def tensors(folder: Path, name: str, steps: int) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests import jobs  # noqa: E402
+from tests.support import jobs  # noqa: E402
 
 LAUNCHERS: dict[str, Callable[[], list[str]]] = {
     "torchrun": jobs.torchrun,

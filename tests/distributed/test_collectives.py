@@ -26,7 +26,9 @@ from dtrain.distributed.collectives import (
 )
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import DataError, DtrainError
-from tests.multirank import RanksFailed, run_ranks
+from tests.support.multirank import RanksFailed, run_ranks
+
+pytestmark = pytest.mark.ranks
 
 
 def _moves_tensors(topology: Topology) -> None:

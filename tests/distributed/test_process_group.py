@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ranks
+
 PROGRAM = """
 import json, os, sys, time
 from dtrain.distributed.collectives import all_gather_object

@@ -17,7 +17,7 @@ from dtrain.config.schema import Freeze, ThawStage
 from dtrain.errors import ConfigError
 from dtrain.models.freezing import check, freeze, frozen_parameters, summary, train_mode
 from dtrain.models.paths import resolve
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
 from dtrain.tasks.documents import own_document_only
 from dtrain.tasks.protocol import Targets
 from dtrain.training.evaluation import evaluate
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 TOKENIZER = build_char_tokenizer(["abcdef"])
 

@@ -25,8 +25,8 @@ from dtrain.tasks.chat import ChatTask, prepare_chat
 from dtrain.tasks.protocol import IGNORED, Targets
 from dtrain.training.evaluation import evaluate
 from dtrain.training.export import save
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u4f60", "\u597d", "\u5417", "\uff1f", "a", "b"]
 CLS, SEP, NI, HAO, MA, ASKS, A, B = range(2, 10)

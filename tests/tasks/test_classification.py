@@ -22,8 +22,8 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
 from dtrain.tasks.protocol import Targets
 from dtrain.training.evaluation import evaluate
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 LOGITS = [[2.0, 0.0], [0.5, 1.5], [-1.0, 1.0]]
 

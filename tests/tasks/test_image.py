@@ -21,7 +21,7 @@ from dtrain.models.load import load_model
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
 from dtrain.training import build
-from tests import pictures, tiny
+from tests.support import pictures, tiny
 from tests.tasks.test_classification import Says
 
 LANDMARKS = {"name": "image_regression", "targets": ["x", "y"]}

@@ -24,7 +24,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
 from dtrain.tasks.masked_lm import MaskedLmTask, prepare_masked_lm
 from dtrain.tasks.protocol import IGNORED, Targets
-from tests import tiny
+from tests.support import tiny
 
 CLS, SEP, MASK = 2, 3, 4
 ROWS = tiny.sentences(40, seed=3)

@@ -24,8 +24,8 @@ from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.multiple_choice import MultipleChoiceTask, prepare_multiple_choice
 from dtrain.tasks.protocol import Targets
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 LOGITS = [[2.0, 0.0, 1.0], [0.5, 1.5, -1.0]]
 HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1,ending2,ending3,label\n"

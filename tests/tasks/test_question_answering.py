@@ -28,8 +28,8 @@ from dtrain.tasks.question_answering import (
     positions,
     prepare_question_answering,
 )
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 CONTEXT = "the cat sees a dog near the old bird"  # 9 tokens; "a dog" is characters 13 to 18
 

@@ -20,8 +20,8 @@ from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.regression import RegressionTask, correlations, prepare_regression
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 
 class Says(nn.Module):

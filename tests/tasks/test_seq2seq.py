@@ -22,8 +22,8 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.seq2seq import Seq2SeqTask, prepare_seq2seq
 from dtrain.training.evaluation import evaluate, evaluate_split, metric_names
-from tests import tiny
-from tests.tiny_seq2seq import BEGIN, END, PAD, config, task, text_of, translated, write_tsv
+from tests.support import tiny
+from tests.support.tiny_seq2seq import BEGIN, END, PAD, config, task, text_of, translated, write_tsv
 
 VOCABULARY = 25
 

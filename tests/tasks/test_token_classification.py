@@ -24,8 +24,8 @@ from dtrain.distributed.topology import SINGLE
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words, prepare_token_classification
-from tests import tiny
-from tests.tiny import Table
+from tests.support import tiny
+from tests.support.tiny import Table
 
 LABELS = ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
 CONLL = "-DOCSTART- -X- O\n\nthe DT O\ncat NN B-PER\nruns VB I-PER\n\n\na DT O\ndog\tNN\tB-PER\r\n"

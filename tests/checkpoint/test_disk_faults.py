@@ -1,0 +1,157 @@
+"""Checkpoints on a disk that fills up, and without the process that writes them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dtrain.checkpoint.format import found, verify
+from tests.support import jobs
+
+pytestmark = pytest.mark.launchers
+
+STEPS = {"train__max_steps": 100000, "train__log_every": 1, "checkpoint__every": 10, "checkpoint__keep": 1}
+DISK = 4 * 2**20
+"""Bytes. A checkpoint of the tiny model has 280,000."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if made.returncode != 0:
+        pytest.skip(f"needs the right to mount a small disk: {made.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """A file that leaves so many bytes."""
+    filler = disk / "filler"
+    stat = os.statvfs(disk)
+    with filler.open("wb") as out:
+        out.write(bytes(stat.f_bavail * stat.f_frsize - leave))
+    return filler
+
+
+def occupy(filler: Path) -> None:
+    """Takes what room there is now, also while others write and remove files there."""
+    with filler.open("ab", buffering=0) as out, suppress(OSError):
+        while out.write(bytes(4096)) == 4096:
+            pass
+
+
+def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(disk: Path) -> None:
+    run = disk / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
+        job.wait_for("  loss ")
+        assert jobs.until(lambda: bool(found(run / "checkpoints")) or job.has_ended()), job.text
+        filler = disk / "filler"
+
+        def has_failed() -> bool:
+            occupy(filler)  # again each time: an old checkpoint that is removed makes room for a new one
+            return "Training goes on" in job.text
+
+        assert jobs.until(has_failed), job.text
+        at = max(found(run / "checkpoints"))
+        verify(run / "checkpoints" / f"step-{at:06d}")
+        filler.unlink()
+        jobs.until(lambda: max(found(run / "checkpoints"), default=0) > at)
+        os.kill(job.process.pid, signal.SIGTERM)
+        job.end()
+
+    fault = jobs.events(run, "fault")[0]
+    assert fault["kind"] == "checkpoint"
+    assert "No space left on device" in fault["message"]
+    assert jobs.exit_of(run)["code"] == 75
+    assert any(line.startswith("warning: step-") and "No space left on device" in line for line in job.said)
+
+
+def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(disk: Path) -> None:
+    fill(disk, leave=500_000)
+
+    job = jobs.run([*jobs.python(), *jobs.settings(disk / "runs", "run", **STEPS)])
+
+    assert job.process.returncode == 6
+    assert "checkpoint.keep=1 checkpoints and the next one take" in job.said[-1]
+    assert not any("  loss " in line for line in job.out)
+
+
+FSYNC_FAILS = f"""
+import sys
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain import main
+from dtrain.checkpoint import writer_process as process
+
+process._START = '''
+import os
+def fsync(handle):
+    place = os.readlink("/proc/self/fd/%d" % handle)
+    if "step-000020" in place and place.endswith(".safetensors"):
+        raise OSError(5, "Input/output error")
+    real(handle)
+real, os.fsync = os.fsync, fsync
+''' + process._START
+main.console_script()
+"""
+
+
+@pytest.mark.slow
+def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_path: Path) -> None:
+    script = tmp_path / jobs.SCRIPT
+    script.write_text(FSYNC_FAILS)
+    run = tmp_path / "runs" / "run"
+
+    settings = {**STEPS, "train__max_steps": 35, "checkpoint__keep": 10}
+    job = jobs.run([*jobs.torchrun()[:-1], str(script), *jobs.settings(tmp_path / "runs", "run", **settings)])
+
+    assert job.process.returncode == 0, job.text
+    (fault,) = jobs.events(run, "fault")
+    assert (fault["kind"], fault["step"]) == ("checkpoint", 20)
+    assert "model.safetensors: Input/output error" in fault["message"]
+    assert sum("Input/output error. Training goes on" in line for line in job.said) == 1
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-000010",
+        "step-000030",
+        "step-000035",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(disk: Path) -> None:
+    settings = jobs.settings(disk / "runs", "run", **STEPS)  # writes the data there
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+    job = jobs.run([*jobs.torchrun(), *settings])
+
+    assert job.process.returncode != 0
+    last = job.said[-1]
+    assert str(disk / "runs") in last
+    assert "Read-only file system" in last
+    assert sum("Read-only file system" in line for line in job.said) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_writer_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
+        job.wait_for("  loss ")
+        assert jobs.until(lambda: bool(found(run / "checkpoints")) or job.has_ended()), job.text
+        (writer,) = [pid for pid, words in job.members().items() if any("checkpoint.process" in word for word in words)]
+        os.kill(writer, signal.SIGKILL)
+        job.end()
+
+    ended = jobs.exit_of(run)
+    assert (ended["code"], ended["cause"], ended["rank"]) == (6, "CheckpointError", 0)
+    assert ended["message"].startswith(f"The process that writes checkpoints ended by SIGKILL (process {writer})")

@@ -1,0 +1,202 @@
+"""A writer killed at every write, flush and rename: afterwards there is the old checkpoint or the new one, never a mix.
+
+A kill leaves what the system holds in memory; a power cut does not. Both are played: at the fatal moment what was
+written but not flushed is kept, or cut to half. Broken writers and readers have to be caught by the same sweep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.checkpoint import publish as writing
+from dtrain.checkpoint.format import FORMAT, Damaged, Saved, found, manifest_text, verify
+from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
+
+pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+
+KILLED = 9
+OLD, NEW = 2, 4
+SIZE = 400
+
+
+def block_of(step: int) -> bytes:
+    return bytes([step]) * SIZE * 6
+
+
+def order(checkpoints: Path, step: int) -> Order:
+    return Order(
+        checkpoints=str(checkpoints),
+        step=step,
+        nonce="n",
+        pieces=[
+            Piece(stem, f"{stem}-{n}", "U8", [SIZE], SIZE * n, SIZE)
+            for n in range(3)
+            for stem in ("model", "optimizer")
+        ],
+        texts={"state.json": json.dumps({"run": {"step": step}}), "config.yaml": f"step: {step}\n"},
+        about={"world_size": 1},
+        max_file_bytes=SIZE,
+        keep=1,
+        protected=[],
+    )
+
+
+def write(checkpoints: Path, step: int) -> None:
+    publish(order(checkpoints, step), {"config.json": b"{}"}, memoryview(block_of(step)))
+
+
+def write_after_the_rename(checkpoints: Path, step: int) -> None:
+    """Broken: the folder has its name before its contents are there, and nothing is flushed."""
+    wanted, target = order(checkpoints, step), checkpoints / f"step-{step:06d}"
+    target.mkdir()
+
+    def put(name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        content = b"".join(bytes(part) for part in parts)
+        handle = os.open(target / name, os.O_WRONLY | os.O_CREAT)
+        for start in range(0, len(content), 100):
+            left = content[start : start + 100]
+            while left:
+                left = left[os.write(handle, left) :]
+        os.close(handle)
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    files = {name: put(name, [text.encode()]) for name, text in wanted.texts.items()}
+    for name, part in writing._files_of(wanted):
+        files[name] = put(name, writing._safetensors(part, memoryview(block_of(step))))
+    put("manifest.json", [manifest_text({"format": FORMAT, "step": step, "files": files}).encode()])
+    writing.remove_old(checkpoints, keep=1, protected=[])
+
+
+class Fatal:
+    """Counts what reaches the file system and ends the process, without another instruction, at the n-th."""
+
+    def __init__(self, at: int, *, power_cut: bool) -> None:
+        self._left, self._power_cut = at, power_cut
+        self._unflushed: dict[int, str] = {}
+        self.count = 0
+
+    def install(self) -> None:
+        for module, name in (
+            (os, "write"),
+            (os, "fsync"),
+            (os, "rename"),
+            (os, "mkdir"),
+            (os, "unlink"),
+            (os, "rmdir"),
+        ):
+            setattr(module, name, self._counted(getattr(module, name), name))
+
+    def _counted(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.count == self._left:
+                self._die()
+            if name == "write":
+                self._unflushed[arguments[0]] = str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
+                arguments = (arguments[0], arguments[1][: max(1, len(arguments[1]) // 2)])  # in portions
+            done = real(*arguments, **options)
+            if name == "fsync":
+                self._unflushed.pop(arguments[0], None)
+            return done
+
+        return call
+
+    def _die(self) -> None:
+        for path in self._unflushed.values() if self._power_cut else ():
+            file = Path(path)
+            if file.exists():
+                os.truncate(file, file.stat().st_size // 2)
+        os._exit(KILLED)
+
+
+def killed(work: Callable[[], None], at: int, *, power_cut: bool) -> bool:
+    """Whether the work, in a process of its own, was killed at that moment; False where it ended before."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            Fatal(at, power_cut=power_cut).install()
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, KILLED), f"the writer failed with {code} at {at}"
+    return code == KILLED
+
+
+def newest_whole(checkpoints: Path) -> Saved | None:
+    for path in found(checkpoints).values():
+        try:
+            return verify(path)
+        except Damaged:
+            continue
+    return None
+
+
+def newest_unchecked(checkpoints: Path) -> Saved | None:
+    """Broken: takes the newest folder at its word."""
+    for step, path in found(checkpoints).items():
+        return Saved(path, step, {"files": [file.name for file in path.iterdir()]}, {"run": {"step": step}})
+    return None
+
+
+def is_of(saved: Saved, step: int) -> bool:
+    """Whether every byte is that step's."""
+    tensors = [name for name in saved.manifest["files"] if name.endswith(".safetensors")]
+    contents = [(saved.path / name).read_bytes()[-SIZE:] for name in tensors]
+    return len(tensors) == 6 and all(content == bytes([step]) * SIZE for content in contents)
+
+
+def sweep(
+    folder: Path, write: Callable[[Path, int], None], read: Callable[[Path], Saved | None], *, power_cut: bool
+) -> tuple[int, list[str]]:
+    """Kills at every moment there is; gives how many there were, and what was wrong afterwards."""
+    wrong = []
+    for at in range(1, 1000):
+        checkpoints = folder / f"{at}"
+        checkpoints.mkdir(parents=True)
+        publish(order(checkpoints, OLD), {"config.json": b"{}"}, memoryview(block_of(OLD)))
+        was_killed = killed(partial(write, checkpoints, NEW), at, power_cut=power_cut)
+        clear_drafts(checkpoints)
+        saved = read(checkpoints)
+        if saved is None or saved.step not in (OLD, NEW) or not is_of(saved, saved.step):
+            wrong.append(f"killed at {at}: {saved}")
+        shutil.rmtree(checkpoints)
+        if not was_killed:
+            return at - 1, wrong
+    raise AssertionError("the writer never ended")
+
+
+@pytest.mark.parametrize("power_cut", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
+    tmp_path: Path, power_cut: bool
+) -> None:
+    moments, wrong = sweep(tmp_path, write, newest_whole, power_cut=power_cut)
+
+    assert wrong == []
+    assert moments >= 40
+
+
+@pytest.mark.slow
+def test_a_writer_that_renames_before_it_flushes_is_caught(tmp_path: Path) -> None:
+    _, wrong = sweep(tmp_path, write_after_the_rename, newest_whole, power_cut=True)
+
+    assert wrong
+
+
+@pytest.mark.slow
+def test_a_reader_that_looks_at_no_manifest_is_caught(tmp_path: Path) -> None:
+    _, wrong = sweep(tmp_path, write_after_the_rename, newest_unchecked, power_cut=False)
+
+    assert wrong

@@ -1,0 +1,86 @@
+"""The same answer on a cluster, however it is started there, as on one process: on a simulated one, over real ssh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import jobs
+from tests.support.cluster_jobs import LITERAL, SCRIPTS, started
+from tests.support.simulated import SimulatedCluster, needs_cluster, simulated_cluster
+
+pytestmark = [pytest.mark.launchers, needs_cluster, pytest.mark.slow]
+
+SHAPES = {"3 nodes x 1 rank": [1, 1, 1], "2 nodes x 2 ranks": [2, 2], "1 rank and 2": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("clusters") / "runs"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def cluster(request: pytest.FixtureRequest, folder: Path) -> Iterator[SimulatedCluster]:
+    slots = SHAPES[request.param]
+    with simulated_cluster(len(slots), slots=slots) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[float]:
+    """The loss of every step on one process."""
+    job = jobs.run([*jobs.python(), *jobs.settings(folder, "alone")])
+    assert job.process.returncode == 0, job.text
+    return losses(folder / "alone")
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in jobs.events(run)]
+
+
+@pytest.mark.parametrize("way", [*SCRIPTS, *LITERAL])
+def test_every_way_to_start_it_gives_the_losses_of_one_process(
+    way: str, cluster: SimulatedCluster, folder: Path, alone: list[float]
+) -> None:
+    name = f"{Path(way).name}-{len(cluster.names)}"
+    with started(way, cluster, jobs.settings(folder, name, run__overwrite="true")) as job:
+        code, _ = job.end()
+    assert code == 0, job.first.text
+    assert losses(folder / name) == pytest.approx(alone, rel=1e-5)
+    assert jobs.summary_of(folder / name)["world_size"] == sum(cluster.status(node)["slots"] for node in cluster.names)
+
+
+def test_no_secret_leaves_the_node_unless_it_is_exported(
+    cluster: SimulatedCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_never_shown")
+    monkeypatch.setenv("MINE", "exported_never_shown")
+    settings = jobs.settings(folder, "secret", **_endless())
+    with started("launch/torchrun.sh", cluster, settings, "--export", "MINE") as job:
+        job.wait_for(" 5/1000000")
+        far = jobs._environment(job.ranks()[-1])  # on node1, where the script runs, ranks have its environment
+        job.first.process.terminate()
+        job.end()
+    assert "HF_TOKEN" not in far
+    assert far["MINE"] == "exported_never_shown"
+    assert "never_shown" not in job.first.text
+    assert not any("never_shown" in file.read_text() for file in (folder / "secret").glob("*.*"))
+
+
+def _endless() -> dict[str, str]:
+    return {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
+
+
+def test_ranks_meet_on_the_cluster_interface_only(cluster: SimulatedCluster, folder: Path) -> None:
+    with started("launch/deepspeed.sh", cluster, jobs.settings(folder, "bound", **_endless())) as job:
+        job.wait_for(" 5/1000000")
+        said = cluster.exec("node1", ["ss", "-Hltnp"]).stdout
+        job.first.process.terminate()
+        job.end()
+    own = [line.split()[3] for line in said.splitlines() if "python" in line]
+    assert own
+    assert all(address.startswith(cluster.address("node1")) for address in own), said

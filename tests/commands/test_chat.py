@@ -1,0 +1,194 @@
+"""Talking: history, its end, what is forgotten, files of prompts, and what a reply stops at."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import PretrainedConfig
+
+from dtrain.commands import chat
+from dtrain.commands.chat import Reply, run_chat, speaker, talk
+from dtrain.commands.generate import continuation
+from dtrain.config.schema import Config
+from dtrain.console import log
+from dtrain.data.dialogues import Message
+from dtrain.distributed.heartbeat import Beat
+from dtrain.distributed.topology import SINGLE
+from dtrain.errors import ConfigError, DataError
+from tests.support import tiny
+from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
+
+
+class Echo:
+    """Answers with what was said last, and keeps what it was shown."""
+
+    def __init__(self, forgets_from: int = 99) -> None:
+        self.shown: list[list[str]] = []
+        self.numbers: list[int] = []
+        self.forgets_from = forgets_from
+
+    def __call__(self, messages: Sequence[Message], number: int) -> Reply:
+        self.shown.append([message["content"] for message in messages])
+        self.numbers.append(number)
+        return Reply(f"<{messages[-1]['content']}>", max(0, len(messages) - self.forgets_from))
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="dtrain")
+    return caplog
+
+
+def test_each_line_is_answered_with_all_that_was_said_before(said: pytest.LogCaptureFixture) -> None:
+    echo = Echo()
+
+    talk(echo, iter(["a\n", " b \n", "c"]), system=None)
+
+    assert echo.shown == [["a"], ["a", "<a>", "b"], ["a", "<a>", "b", "<b>", "c"]]
+    assert said.messages == ["<a>", "<b>", "<c>"]
+    assert echo.numbers == [0, 1, 2]
+
+
+def test_reset_forgets_all_but_the_system_message_and_an_empty_line_ends() -> None:
+    echo = Echo()
+
+    talk(echo, iter(["a\n", "/reset\n", "b\n", "\n", "never\n"]), system="s")
+
+    assert echo.shown == [["s", "a"], ["s", "b"]]
+    assert echo.numbers == [0, 1]  # the same words draw another reply the second time
+
+
+def test_turns_that_the_model_cannot_see_any_more_are_told_of(said: pytest.LogCaptureFixture) -> None:
+    talk(Echo(forgets_from=3), iter(["a", "b", "c"]), system=None)
+
+    assert said.messages == ["<a>", "<b>", "(the first 2 turns are more than the model can look back on)", "<c>"]
+
+
+# With a model
+
+
+class Always(torch.nn.Module):
+    """A language model that goes through a list of tokens, by position."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.tokens = list(tokens)
+        self.config: Any = PretrainedConfig(max_position_embeddings=64, eos_token_id=7)
+        self.begin: int | None = None
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        length = input_ids.shape[1]
+        self.begin = length if self.begin is None else self.begin
+        logits = torch.full((1, length, 10), -10.0)
+        logits[0, -1, self.tokens[length - self.begin]] = 10.0
+        return type("Output", (), {"logits": logits})()
+
+
+def config(folder: Path, **sections: Any) -> Config:
+    return Config.model_validate(
+        {
+            "task": {"name": "chat"},
+            "run": {"name": "talk", "output_dir": str(folder / "runs")},
+            "model": {"name_or_path": str(folder / "model")},
+            "generate": {"max_new_tokens": 4},
+            **sections,
+        }
+    )
+
+
+def test_a_continuation_ends_with_a_stop_token_or_the_models_own(tmp_path: Path) -> None:
+    ids, settings = torch.tensor([1, 2]), config(tmp_path, generate={"max_new_tokens": 4, "temperature": 0})
+
+    assert continuation(Always([5, 3, 7, 6]), ids, settings, stops={3}).tolist() == [1, 2, 5, 3]
+    assert continuation(Always([5, 3, 7, 6]), ids, settings).tolist() == [1, 2, 5, 3, 7]
+    assert continuation(Always([5, 3, 7, 6]), ids, settings, stops=()).tolist() == [1, 2, 5, 3, 7, 6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("chat")
+    gpt(positions=12).save_pretrained(path / "model")
+    tokenizer().save_pretrained(path / "model")
+    return path
+
+
+def test_what_the_model_is_shown_is_the_encoding_of_training_and_fits_its_positions(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[int]] = []
+
+    def drawn(_model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int], beat: Beat) -> torch.Tensor:
+        assert (stops, beat) == ({SEP}, SINGLE.beat)
+        shown.append(ids.tolist())
+        return torch.tensor([*ids.tolist(), NI, HAO, SEP])
+
+    monkeypatch.setattr(chat, "continuation", drawn)
+    answer = speaker(config(folder), SINGLE)
+    history = [{"role": role, "content": "\u4f60 \u597d"} for role in ("user", "assistant", "user")]
+
+    assert answer(history[:1], 0) == Reply("\u4f60\u597d", 0)
+    assert answer(history, 1) == Reply("\u4f60\u597d", 2)
+    # 12 positions less 4 for the reply are 8, and the whole would be 10
+    assert shown == [[CLS, NI, HAO, SEP], [CLS, NI, HAO, SEP]]
+
+
+def replies(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_file_of_prompts_is_answered_into_a_run_folder_or_a_file_the_same_each_time(folder: Path) -> None:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\u4f60 \u597d\n\na\tb\t\u4f60\n", encoding="utf-8")
+
+    run_chat(config(folder, talk={"input": str(prompts)}), SINGLE)
+    run_chat(config(folder, talk={"input": str(prompts), "output": str(folder / "out.jsonl")}), SINGLE)
+
+    found = replies(folder / "runs" / "talk" / "predictions" / "replies.jsonl")
+    assert [(row["example_index"], row["line"]) for row in found] == [(0, 1), (1, 3)]
+    assert [message["role"] for message in found[1]["messages"]] == ["user", "assistant", "user"]
+    assert all(isinstance(row["prediction"], str) for row in found)
+    assert replies(folder / "out.jsonl") == found
+    summary = json.loads((folder / "runs" / "talk" / "summary.json").read_text())
+    assert (summary["command"], summary["examples"]) == ("chat", 2)
+
+
+def test_the_terminal_may_be_a_pipe_and_bytes_that_are_no_text_do_not_stop_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO("\u4f60\n".encode() + b"\xff\xfe\n"), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", pipe)
+
+    run_chat(config(folder), SINGLE)
+
+    assert len(said.messages) == 2
+    assert not (folder / "runs" / "talk-none").exists()
+
+
+def test_what_chat_cannot_do_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("\n\n")
+
+    with pytest.raises(ConfigError, match=r"chat needs a chat model \(task.name=chat\), not task.name=classification"):
+        run_chat(config(folder, task={"name": "classification"}), SINGLE)
+    with pytest.raises(DataError, match=r"none\.txt has no dialogue to answer"):
+        run_chat(config(folder, talk={"input": str(tmp_path / "none.txt")}), SINGLE)
+    with pytest.raises(DataError, match=r"missing\.txt cannot be read"):
+        run_chat(config(folder, talk={"input": str(tmp_path / "missing.txt")}), SINGLE)
+    with pytest.raises(ConfigError, match="chat runs as one process, not 2: start it with python"):
+        run_chat(config(folder), replace(SINGLE, world_size=2))
+    tiny.tokenizer().save_pretrained(tmp_path / "words")
+    with pytest.raises(ConfigError, match="The tokenizer has tokens up to number 24"):
+        run_chat(
+            config(folder, model={"name_or_path": str(folder / "model"), "tokenizer": str(tmp_path / "words")}), SINGLE
+        )
+    with pytest.raises(ValidationError, match=r"talk\.output is for the replies to talk.input"):
+        config(folder, talk={"output": "a.jsonl"})

@@ -1,0 +1,169 @@
+"""The export command: what it copies, converts and refuses. Loading the result is tests/commands/test_export_launched.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from dtrain.commands.export import run_export
+from dtrain.config.load import load_config
+from dtrain.distributed.topology import SINGLE
+from dtrain.errors import CheckpointError, ConfigError
+
+WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3) / 7, "layer.count": torch.tensor([1, 2])}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "model"
+    (folder / "parts").mkdir(parents=True)
+    save_file(WEIGHTS, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "bert", "architectures": ["BertModel"], "dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "parts/more.json", ".hidden", "pytorch_model.bin", "training_args.pt"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def export(model: Path, to: Path | None, *more: str) -> None:
+    target = [] if to is None else [f"export.to={to}"]
+    run_export(load_config(None, [f"model.name_or_path={model}", *target, *more], command="export"), SINGLE)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_model_is_copied_whole_with_a_card_and_no_other_weights(tmp_path: Path, model: Path) -> None:
+    before = content(model)
+
+    export(model, tmp_path / "out" / "mine")
+
+    found = content(tmp_path / "out" / "mine")
+    assert set(found) == {"config.json", "model.safetensors", "tokenizer.json", "parts/more.json", "README.md"}
+    assert {name: found[name] for name in found if name != "README.md"} == {
+        name: before[name] for name in found if name != "README.md"
+    }
+    assert content(model) == before
+    assert ModelCard.load(tmp_path / "out" / "mine" / "README.md").data.to_dict()["library_name"] == "transformers"
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"], "no draft is left"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_weights_take_another_dtype_and_the_config_says_so(
+    tmp_path: Path, model: Path, name: str, dtype: torch.dtype
+) -> None:
+    export(model, tmp_path / "out", f"export.dtype={name}")
+
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["layer.weight"], WEIGHTS["layer.weight"].to(dtype))
+    assert torch.equal(found["layer.count"], WEIGHTS["layer.count"])
+    assert found["layer.count"].dtype == torch.int64
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert f"stored in {name}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_parts_of_a_large_model_stay_parts_and_their_index_knows_the_new_size(tmp_path: Path, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    for number, name in enumerate(WEIGHTS, 1):
+        save_file({name: WEIGHTS[name]}, model / f"model-0000{number}-of-00002.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 40}, "weight_map": dict.fromkeys(WEIGHTS, "...")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    export(model, tmp_path / "out", "export.dtype=bf16")
+
+    told = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert told == {**index, "metadata": {"total_size": 6 * 2 + 2 * 8}}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+
+
+def test_weights_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path: Path, model: Path) -> None:
+    save_file({"layer.weight": torch.tensor([1.0, 70000.0])}, model / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ConfigError, match=r"cannot hold layer.weight, whose largest value is 7e\+04: use bf16"):
+        export(model, tmp_path / "out", "export.dtype=fp16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_folder_that_is_there_stays_as_it_is_unless_told_otherwise(tmp_path: Path, model: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "notes.txt").write_text("mine")
+
+    with pytest.raises(ConfigError, match=r"export.to=.*there is there already.*run.overwrite=true"):
+        export(model, there)
+    assert content(there) == {"notes.txt": b"mine"}
+
+    export(model, there, "run.overwrite=true")
+    (old,) = tmp_path.glob("there.old-*")
+    assert content(old) == {"notes.txt": b"mine"}
+    assert "notes.txt" not in content(there)
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "empty").mkdir()
+
+    export(model, tmp_path / "empty")
+
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+def test_a_card_that_the_model_has_is_kept_where_no_run_is_known(tmp_path: Path, model: Path) -> None:
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+
+    export(model, tmp_path / "out")
+
+    assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
+
+
+def test_sources_that_cannot_be_exported_say_what_to_do(tmp_path: Path, model: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step-000100"
+    bare = tmp_path / "bare"
+    for folder in (step, bare):
+        folder.mkdir(parents=True)
+    wrong = [
+        (Path("org/name"), r"is not a folder here.*download model.name_or_path=org/name"),
+        (step.parent, r"holds checkpoints: name one of them, or the run's model/"),
+        (tmp_path / "run", "is a run folder: its model is .*run/model"),
+        (bare, "has no config.json"),
+    ]
+    for source, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            export(source, tmp_path / "out")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"has no \*.safetensors"):
+        export(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_cannot_be_written_say_why(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target, said in (
+        (None, "export.to is not set"),
+        (tmp_path / "file", "export.to=.*file is a file"),
+        (model, "overlaps model.name_or_path"),
+        (model.parent, "overlaps model.name_or_path"),
+        (model / "inside", "overlaps model.name_or_path"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            export(model, target, "run.overwrite=true")
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*file/below"):
+        export(model, tmp_path / "file" / "below")
+    assert (model / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["null", "bf16"])
+def test_damaged_weights_are_named(tmp_path: Path, model: Path, dtype: str) -> None:
+    whole = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(whole[:-4])
+
+    with pytest.raises(CheckpointError, match="a weights file is damaged"):
+        export(model, tmp_path / "out", f"export.dtype={dtype}")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,282 @@
+"""Ctrl-C and SIGTERM inside one process: heard once, heard at import time, not heard at all, meant for a child."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dtrain.distributed import signals
+
+pytestmark = [pytest.mark.ranks, pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")]
+
+LIMIT_S = 30
+
+HEAD = """
+import ctypes, os, signal, sys, time
+from dtrain.distributed.signals import ignore_further, interruptible
+def last_words(cause):
+    print("last words:", cause, flush=True)
+"""
+
+
+@contextmanager
+def running(body: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python program, from the line `ready` on that it prints."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here would be ignored there
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HEAD + body],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,  # nothing that follows a line is read along with it
+            env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
+
+
+SWALLOWS = """
+try:
+    with interruptible(grace_s=20, before_exit=last_words):
+        try:
+            print("ready", flush=True)
+            while True:
+                time.sleep(0.01)
+        except Exception:
+            print("swallowed", flush=True)
+except KeyboardInterrupt as stop:
+    print(stop, flush=True)
+"""
+
+
+def test_a_signal_passes_through_code_that_swallows_errors() -> None:
+    with running(SWALLOWS) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed.startswith(b"Stopped by SIGTERM.")
+    assert process.returncode == 0
+
+
+TWICE = """
+with interruptible(grace_s=20, before_exit=last_words):
+    try:
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+        sys.stdin.read()
+        print("stopped", flush=True)
+        ignore_further()
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short() -> None:
+    with running(TWICE) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"stopping\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"stopped\n", 0)
+
+
+IMPATIENT = """
+import dtrain.distributed.signals
+dtrain.distributed.signals.PATIENCE_S = 0.05
+with interruptible(grace_s=20, before_exit=last_words):
+    try:
+        print("ready", flush=True)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        time.sleep(0.5)
+        print("stopping", flush=True)
+        {work}
+"""
+
+
+@pytest.mark.parametrize("work", ["time.sleep(20)", 'ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")'])
+def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_last_words(work: str) -> None:
+    with running(IMPATIENT.format(work=work)) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"stopping\n"
+        process.send_signal(signal.SIGTERM)  # system() ignores SIGINT
+        process.wait(LIMIT_S)  # communicate would end its cat
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
+    assert process.returncode == 1
+
+
+DEFERS = """
+import dtrain.distributed.signals
+from dtrain.distributed.signals import deferred
+dtrain.distributed.signals.PATIENCE_S = 0.2
+with interruptible(grace_s=0.1, before_exit=last_words), deferred([signal.SIGTERM]) as asked:
+    print("ready", flush=True)
+    while asked.name is None:
+        time.sleep(0.01)
+    print("asked by", asked.name, flush=True)
+    time.sleep(1)  # longer than a signal that is not deferred may go unheard
+    print("saved", flush=True)
+    {then}
+"""
+
+
+def test_a_deferred_signal_is_noted_and_the_program_goes_on_as_long_as_it_needs() -> None:
+    with running(DEFERS.format(then="")) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"asked by SIGTERM\nsaved\n", 0)
+
+
+def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() -> None:
+    with running(DEFERS.format(then='ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")')) as process:
+        assert process.stdout is not None
+        process.send_signal(signal.SIGTERM)
+        assert b"saved\n" in iter(process.stdout.readline, b"")
+        process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT_S)  # communicate would end its cat
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
+    assert process.returncode == 1
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, is_over: bool
+) -> None:
+    left: list[str] = []
+    done = threading.Event()
+    if is_over:
+        done.set()
+
+    def leave(cause: str, _before_exit: object) -> None:
+        left.append(cause)
+        done.set()
+
+    monkeypatch.setattr(signals, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(signals, "_leave", leave)
+    hears, wakes = socket.socketpair()
+    with wakes, signals.deferred([signal.SIGTERM]):
+        wakes.send(bytes([signal.SIGTERM] * 2))
+        helper = threading.Thread(target=signals._end_if_deaf, args=(hears, done, 0.0, print))
+        helper.start()
+        helper.join(LIMIT_S)
+
+    assert not helper.is_alive()
+    assert left == ([] if is_over else ["Stopped at once by a second SIGTERM: nothing more was saved."])
+
+
+def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
+    with running(DEFERS.format(then="")) as process:
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert b"Stopped by SIGINT" in printed
+    assert process.returncode != 0
+
+
+DEAF = """
+with interruptible(grace_s=0.3, before_exit={before_exit}):
+    # system() waits in C whatever signals come, as a collective does; cat ends with our standard input.
+    ctypes.CDLL(None).system(b"echo ready; exec cat >/dev/null 2>&1")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before_exit", "printed"),
+    [
+        ("last_words", "last words: Stopped by SIGTERM, which was not heard within 0 s.\n"),
+        ("lambda cause: time.sleep(60)", ""),
+    ],
+)
+def test_a_process_deaf_to_a_signal_is_ended_even_if_its_last_words_hang(before_exit: str, printed: str) -> None:
+    with running(DEAF.format(before_exit=before_exit)) as process:
+        begin = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT_S)
+        said, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (said.decode(), process.returncode) == (printed, 1)
+    assert time.monotonic() - begin < 5
+
+
+FORKS = """
+with interruptible(grace_s=0.3, before_exit=last_words):
+    hears, says = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(says, b"!")
+        time.sleep(5)
+        os._exit(0)
+    os.read(hears, 1)
+    print("ready", flush=True)
+    os.kill(child, signal.SIGINT)  # a terminal's Ctrl-C reaches all: the parent is the one to say so
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitpid(child, 0)[1], flush=True)
+    time.sleep(1)
+    print("still here", flush=True)
+"""
+
+
+def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -> None:
+    with running(FORKS) as process:
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert printed.decode().splitlines() == [str(int(signal.SIGTERM)), "still here"]
+    assert process.returncode == 0
+
+
+GOES_ON = """
+hears, says = os.pipe()
+try:
+    with interruptible(grace_s=1, before_exit=last_words):
+        child = os.fork()  # it has what the helper thread listens to, and outlives all this
+        if child == 0:
+            os.close(says)
+            os.read(hears, 1)
+            os._exit(0)
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.01)
+except KeyboardInterrupt:
+    time.sleep(1.5)
+    print("went on", flush=True)
+os.close(says)
+os.waitpid(child, 0)
+"""
+
+
+def test_python_code_that_has_heard_the_signal_goes_on_as_long_as_it_likes() -> None:
+    with running(GOES_ON) as process:
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"went on\n", 0)

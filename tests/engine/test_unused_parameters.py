@@ -1,0 +1,58 @@
+"""The probe before training, and running statistics that only counted micro-batches may move."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.data.order import StepPlan
+from dtrain.engine.unused_parameters import without_gradient
+from dtrain.models.freezing import held_statistics, train_mode
+from tests.support import training
+from tests.support.training import Setting
+
+
+class Normed(nn.Module):
+    """A classifier with running statistics and a part that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.unused = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.head(self.norm(self.embed(input_ids).mean(dim=1))))
+
+
+def moving(module: nn.Module) -> None:
+    train_mode(module, batch_norm="train")
+
+
+def test_the_probe_names_what_gets_no_gradient_and_moves_nothing() -> None:
+    model = Normed()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = StepPlan(21, 8, 3, seed=0, shuffle=True)
+
+    found = without_gradient(model, training.task(Setting()), plan, train_mode=moving)
+
+    assert found == ["unused.weight", "unused.bias"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_held_statistics_stay_and_move_again_afterwards() -> None:
+    model = Normed()
+    moving(model)
+    before = model.norm.running_mean.clone()
+
+    with held_statistics(model):
+        model(torch.arange(6).reshape(2, 3))
+    assert torch.equal(model.norm.running_mean, before)
+
+    model(torch.arange(6).reshape(2, 3))
+    assert not torch.equal(model.norm.running_mean, before)

@@ -1,0 +1,299 @@
+"""Ranks that hang or die in the middle of a real job: named with their place, and nothing is left.
+
+A mark `slow` here means: the same as a test above it, under another launcher or with data workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.job.test_failures_launched import train
+from tests.support import jobs
+from tests.support.jobs import Job
+
+pytestmark = pytest.mark.launchers
+
+slow = pytest.mark.slow
+LIMIT = 4
+"""Seconds of train.hang_timeout in these tests."""
+
+FAULT = f"""
+import ctypes, os, sys, time
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain.training import loop; from dtrain import main
+from dtrain.data import batches
+
+class Rows:
+    def __init__(self, rows):
+        self.rows, self.reads = rows, 0
+    def __len__(self):
+        return len(self.rows)
+    def __getitem__(self, indices):
+        self.reads += 1
+        if self.reads == 7:
+            stall()
+        return self.rows[indices]
+
+def stall():
+    match os.environ["FAULT"]:
+        case "sleeps":
+            time.sleep(1000)
+        case "holds the lock":
+            ctypes.PyDLL(None).sleep(1000)
+        case "segfault":
+            ctypes.string_at(0)
+        case "is debugged":
+            exec(f"sleep({3 * LIMIT})", {{"__name__": "pdb", "sleep": time.sleep}})
+        case "fails":
+            if os.environ["RANK"] == "0":
+                raise RuntimeError("made to fail")
+            ctypes.PyDLL(None).sleep(1000)
+        case "skips":
+            import torch.distributed
+            torch.distributed.barrier()
+
+def step_batches(plan, rows, *arguments, **more):
+    is_bad = os.environ.get("RANK", "0") in os.environ["BAD_RANK"]
+    return real(plan, Rows(rows) if is_bad else rows, *arguments, **more)
+
+def warm_up(*arguments):
+    if os.environ["FAULT"] == "deadlocks":
+        import torch
+        torch.distributed.barrier() if os.environ["RANK"] == "1" else torch.distributed.all_reduce(torch.zeros(7))
+    return ready(*arguments)
+
+real, loop.step_batches = batches.step_batches, step_batches
+ready, loop.warm_up = loop.warm_up, warm_up
+main.console_script()
+"""
+
+
+def faulty(folder: Path, start: list[str]) -> list[str]:
+    """The launcher's command with a script that has a fault, in place of dtrain's own."""
+    script = folder / jobs.SCRIPT
+    script.write_text(FAULT)
+    return [*start[:-1], str(script)]
+
+
+def line_of(text: str) -> int:
+    return next(number for number, line in enumerate(FAULT.splitlines(), 1) if text in line)
+
+
+def ends(job: Job) -> tuple[bool, str]:
+    """Whether nothing of the job is left soon after it said why it ends, and the last that dtrain said."""
+    job.wait_for(" hang")
+    gone = job.gone_within(10)
+    job.end()
+    return gone, "\n".join(job.said)
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "place", "says"),
+    [
+        pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps", marks=slow),
+        pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
+        pytest.param(
+            "holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock", marks=slow
+        ),
+    ],
+)
+def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
+    tmp_path: Path, fault: str, workers: int, place: str, says: str
+) -> None:
+    settings = train(tmp_path / "runs", train__hang_timeout=LIMIT, data__workers=workers)
+    command = [*faulty(tmp_path, jobs.torchrun()), *settings]
+
+    with jobs.started(command, env={"FAULT": fault, "BAD_RANK": "1"}) as job:
+        gone, said = ends(job)
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (4, "Hang", 1)
+    assert said.endswith(end["message"])
+    first = end["message"].splitlines()[0]
+    assert first.startswith("Rank 1 (process ")
+    assert says in first
+    assert f"/{jobs.SCRIPT}:{line_of(place)} in stall" in first
+    assert f"rank 0 on {os.uname().nodename}: waits in collective " in end["message"]
+    assert "gloo:all_reduce" in end["message"]
+    (fault_line,) = jobs.events(tmp_path / "runs" / "run", "fault")
+    assert (fault_line["kind"], fault_line["ranks"]) == ("hang", [1])
+    stacks = (tmp_path / "runs" / "run" / "hang-stacks.txt").read_text()
+    assert "in stall" in stacks
+    assert "in take_step" in stacks
+    assert "Traceback" not in "\n".join(job.said)
+
+
+def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
+
+    with jobs.started(command, env={"FAULT": "skips", "BAD_RANK": "1"}) as job:
+        gone, said = ends(job)
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"]) == (4, "Hang")
+    assert said.endswith(end["message"])
+    first = end["message"].splitlines()[0]
+    assert "wait in different collectives: rank 0 (process " in first
+    numbers = {word for word in first.replace(",", "").split() if word.isdecimal() and len(word) < 4}
+    assert "gloo:all_reduce" in first
+    assert "gloo:barrier [] at " in first
+    assert f"/{jobs.SCRIPT}:{line_of('barrier()')} in stall" in first
+    assert len(numbers) >= 2, first
+
+
+@slow
+def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended_too(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
+
+    with jobs.started(command, env={"FAULT": "deadlocks", "BAD_RANK": ""}) as job:
+        gone, said = ends(job)
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"]) == (4, "Hang")
+    assert said.endswith(end["message"])
+    assert "gloo:all_reduce [[7]] at " in end["message"].splitlines()[0]
+    assert "gloo:barrier [] at " in end["message"].splitlines()[0]
+
+
+@slow
+def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Path) -> None:
+    settings = jobs.settings(tmp_path / "runs", "run", train__hang_timeout=LIMIT, train__max_steps=8)
+
+    job = jobs.run([*faulty(tmp_path, jobs.torchrun()), *settings], env={"FAULT": "is debugged", "BAD_RANK": "1"})
+
+    assert job.process.returncode == 0, job.text
+    assert jobs.exit_of(tmp_path / "runs" / "run")["code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "limit_s"),
+    [
+        pytest.param(jobs.torchrun, 10, id="torchrun"),
+        pytest.param(jobs.deepspeed, LIMIT, id="deepspeed", marks=slow),
+        pytest.param(jobs.mpirun, LIMIT, id="mpirun", marks=slow),
+    ],
+)
+def test_a_rank_that_is_stopped_is_named_and_ended(
+    tmp_path: Path, start: Callable[[], list[str]], limit_s: int
+) -> None:
+    with jobs.started([*start(), *train(tmp_path / "runs", train__hang_timeout=limit_s)]) as job:
+        job.wait_for("  loss ")
+        stopped = job.ranks()[1]
+        begin = time.monotonic()
+        os.kill(stopped, signal.SIGSTOP)
+        job.wait_for(" hangs: ")
+        seconds = time.monotonic() - begin
+        gone = job.gone_within(10)
+        job.end()
+
+    assert seconds < limit_s + 10
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (4, "Hang", 1)
+    assert end["message"].startswith(f"Rank 1 (process {stopped} on {os.uname().nodename}) hangs: it is stopped")
+    assert "state T" in end["message"]
+    assert any(end["message"].splitlines()[0] in line for line in job.said)
+    assert job.process.returncode in ((1,) if start is jobs.torchrun else (4, 137)), job.text
+
+
+@slow
+def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs")]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
+    fault = {"FAULT": "fails", "BAD_RANK": "0 1", **place}
+
+    with (
+        jobs.started(command, env={"RANK": "0", **fault}) as failing,
+        jobs.started(command, env={"RANK": "1", **fault}) as stuck,
+    ):
+        failing.wait_for("made to fail")
+        gone = jobs.until(lambda: not failing.members() and not stuck.members(), 10)
+        assert gone, (failing.members(), stuck.members())
+        failing.end()
+        stuck.end()
+
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["cause"], end["rank"]) == (1, "RuntimeError", 0)
+    assert failing.process.returncode == 1
+    assert failing.text.count("RuntimeError: made to fail") == 1
+    assert stuck.process.returncode != 0
+
+
+def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Path) -> None:
+    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs")]
+
+    with jobs.started(command, env={"FAULT": "segfault", "BAD_RANK": "1"}) as job:
+        job.wait_for("Segmentation fault")
+        gone = job.gone_within(10)
+        job.end()
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert (end["code"], end["rank"]) == (4, 1)
+    assert "died: Segmentation fault at " in end["message"]
+    assert f"/{jobs.SCRIPT}:{line_of('string_at(0)')} in stall" in end["message"]
+    assert end["message"] in job.said[-1]
+
+
+@slow
+@pytest.mark.parametrize("fault", ["sleeps", "segfault"])
+def test_one_process_is_watched_as_well(tmp_path: Path, fault: str) -> None:
+    command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
+
+    with jobs.started(command, env={"FAULT": fault, "BAD_RANK": "0"}) as job:
+        job.wait_for("Rank 0 (process ")
+        gone = job.gone_within(5)
+        job.end()
+
+    assert gone, job.members()
+    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert end["code"] == 4
+    assert " in stall" in end["message"].splitlines()[0]
+    assert "\n".join(job.said).endswith(end["message"])
+
+
+LONG = f"""
+import os, sys, time
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain import main; from dtrain.training import metric_selection as own_metrics
+from dtrain.training import export; from dtrain.commands import train
+from dtrain.tasks import classification, prepare as preparing
+
+def slowly(module, name, seconds, ranks):
+    real = getattr(module, name)
+    def slow(*arguments, **more):
+        if os.environ["RANK"] in ranks:
+            time.sleep(seconds)
+        return real(*arguments, **more)
+    setattr(module, name, slow)
+
+slowly(train, "build_task", 2.5, "1")
+slowly(train, "export_model", 2.5, "0")
+slowly(train, "write_card", 2.5, "0")
+slowly(classification.ClassificationTask, "metrics", 2.5, "0")
+slowly(classification.ClassificationTask, "score", 0.6, "1")  # four batches: longer than the limit, but it goes on
+main.console_script()
+"""
+
+
+@slow
+def test_long_work_of_one_rank_is_not_taken_for_a_hang(tmp_path: Path) -> None:
+    script = tmp_path / jobs.SCRIPT
+    script.write_text(LONG)
+    settings = jobs.settings(
+        tmp_path / "runs", "run", train__hang_timeout=1.5, train__eval_every=3, evaluation__micro_batch_size=1
+    )
+
+    job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings])
+
+    assert job.process.returncode == 0, job.text
+    assert jobs.exit_of(tmp_path / "runs" / "run")["code"] == 0

@@ -1,0 +1,326 @@
+"""launch/: the set-up of .venv, seen through a Python that only notes what it is asked; and how the commands end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.launchers
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 30
+
+# Stands for python3 and for .venv/bin/python. Notes "venv" and "pip ..." in $NOTES; everything else really runs.
+STUB = f"""#!/bin/sh
+case "$*" in
+"-m venv "*) echo venv >>"$NOTES"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+"-m pip "*) for what; do :; done; echo "pip for $what" >>"$NOTES"; sleep "${{PIP_S:-0}}"; exit "${{PIP_CODE:-0}}" ;;
+*import\\ torch*) exit 1 ;;
+"-m ruff "*|"-m mypy"*|"-m pytest"*) echo "$2" >>"$NOTES" ;;
+"-c import pip") exit 0 ;;
+*"import venv, ensurepip"*) exit "${{ENSUREPIP_CODE:-0}}" ;;
+*version_info*) exit "${{VERSION_CODE:-0}}" ;;
+--version) echo "Python ${{VERSION:-3.11.7}}" ;;
+*) exec "{sys.executable}" "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """launch/ in a folder with a blank in its name, a stub for Python, and torchrun and main.py that do as told."""
+    root = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "pyproject.toml").write_text("one\n")
+    (root / "constraints.txt").write_text("one\n")
+    stub = root / "stub-python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    return root
+
+
+def environment(checkout: Path, **more: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHON": str(checkout / "stub-python"),
+        "NOTES": str(checkout / "notes"),
+        "EXTRA_NOTE": "",
+        **more,
+    }
+
+
+def set_up(checkout: Path, extra: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    script = f'set -euo pipefail; source "$1/launch/setup.sh"; set_up {extra}; pwd'
+    return subprocess.run(
+        ["bash", "-c", script, "bash", str(checkout)],
+        env=environment(checkout, **more),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+def notes(checkout: Path) -> list[str]:
+    """What the stub noted since the last call."""
+    path = checkout / "notes"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+def test_a_first_call_makes_the_environment_and_a_second_does_nothing(checkout: Path) -> None:
+    first = set_up(checkout)
+
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith(f"{checkout}\n")
+    assert "GB" in first.stdout
+    assert notes(checkout) == ["venv", "pip for ."]
+    second = set_up(checkout, PYTHON="/none")
+    assert (second.returncode, second.stdout, notes(checkout)) == (0, f"{checkout}\n", [])
+
+
+def test_the_test_tools_are_added_once_and_serve_the_rest(checkout: Path) -> None:
+    set_up(checkout)
+    notes(checkout)
+
+    set_up(checkout, "dev")
+    assert notes(checkout) == ["pip for .[dev]"]
+    set_up(checkout, "dev")
+    set_up(checkout)
+    assert notes(checkout) == []
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_other_requirements_are_installed(checkout: Path, name: str) -> None:
+    set_up(checkout)
+    notes(checkout)
+    (checkout / name).write_text("two\n")
+
+    set_up(checkout)
+
+    assert notes(checkout) == ["pip for ."]
+
+
+def test_an_interrupted_set_up_is_begun_anew(checkout: Path) -> None:
+    failed = set_up(checkout, PIP_CODE="1")
+    (checkout / ".venv" / "half-made").touch()
+    notes(checkout)
+
+    again = set_up(checkout)
+
+    assert failed.returncode == 1
+    assert "pip could not install dtrain" in failed.stderr
+    assert "An earlier set-up" in again.stdout
+    assert notes(checkout) == ["venv", "pip for ."]
+    assert not (checkout / ".venv" / "half-made").exists()
+
+
+def test_an_environment_without_a_working_python_is_made_anew(checkout: Path) -> None:
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+
+    assert "no Python that starts" in set_up(checkout).stdout
+    assert notes(checkout) == ["venv", "pip for ."]
+
+
+def test_an_environment_that_the_user_made_is_kept(checkout: Path) -> None:
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    (checkout / ".venv" / "precious").touch()
+    shutil.copy(checkout / "stub-python", checkout / ".venv" / "bin" / "python")
+
+    set_up(checkout, PIP_CODE="1")
+    set_up(checkout)
+
+    assert notes(checkout) == ["pip for .", "pip for ."]
+    assert (checkout / ".venv" / "precious").exists()
+
+
+def test_a_checkout_that_was_copied_with_its_environment_makes_one_of_its_own(checkout: Path, tmp_path: Path) -> None:
+    set_up(checkout)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy)
+    notes(copy)
+
+    assert "was made for" in set_up(copy).stdout
+    assert notes(copy) == ["venv", "pip for ."]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        ({"VERSION_CODE": "1", "VERSION": "3.9.1"}, "is not a Python of 3.10 to 3.13: Python 3.9.1"),
+        ({"PYTHON": "/none/python"}, "PYTHON=/none/python is not a Python of 3.10 to 3.13"),
+        ({"ENSUREPIP_CODE": "1"}, "apt install python3-venv"),
+    ],
+)
+def test_a_python_that_will_not_do_is_named_with_the_cure(checkout: Path, trouble: dict[str, str], said: str) -> None:
+    ended = set_up(checkout, **trouble)
+
+    assert ended.returncode == 1
+    assert said in ended.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="flock is Linux's")
+def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path) -> None:
+    script = 'set -euo pipefail; source "$1/launch/setup.sh"; set_up'
+    command = ["bash", "-c", script, "bash", str(checkout)]
+    both = [
+        subprocess.Popen(command, env=environment(checkout, PIP_S="1"), stdout=subprocess.DEVNULL) for _ in range(2)
+    ]
+
+    assert [process.wait(LIMIT_S) for process in both] == [0, 0]
+    assert notes(checkout) == ["venv", "pip for ."]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "user", "is_asked"), [(["--all"], 0, True), ([], 0, False), (["--all"], 1000, False)]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulated cluster is Linux's")
+def test_only_a_whole_test_run_by_root_installs_the_tools_of_a_simulated_cluster(
+    checkout: Path, arguments: list[str], user: int, is_asked: bool
+) -> None:
+    (checkout / "bin").mkdir()
+    for path, text in (
+        (checkout / "bin" / "id", f"#!/bin/sh\necho {user}\n"),
+        (
+            checkout / "launch" / "simulate-cluster",
+            "import os, sys\nprint(*sys.argv[1:], file=open('notes', 'a'))\nsys.exit(4)\n",
+        ),
+    ):
+        path.write_text(text)
+        path.chmod(0o755)
+
+    ended = subprocess.run(
+        [str(checkout / "launch" / "test"), *arguments],
+        env=environment(checkout, PATH=f"{checkout / 'bin'}:{os.environ['PATH']}"),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+    assert ended.returncode == 0, ended.stderr  # also where they cannot be had: those tests then say so
+    checks = ["ruff", "ruff", "mypy", "pytest"]
+    assert notes(checkout) == ["venv", "pip for .[dev]", *(["install"] if is_asked else []), *checks]
+
+
+MAIN = """
+import sys
+if "wrong=1" in sys.argv:
+    print("wrong is not a setting")
+    sys.exit(2)
+print("main", *sys.argv[1:])
+"""
+
+
+def job(checkout: Path, body: str) -> None:
+    """Puts a Python program in the place of torchrun; `run` is the run folder it may write to."""
+    set_up(checkout)
+    notes(checkout)
+    start = f"#!{sys.executable}\nimport json, os, pathlib, signal, sys, time\nrun = pathlib.Path('runs/quickstart')"
+    torchrun = checkout / ".venv" / "bin" / "torchrun"
+    torchrun.write_text(f"{start}\n{body}\n")
+    torchrun.chmod(0o755)
+    (checkout / "dtrain").mkdir()
+    (checkout / "dtrain" / "main.py").write_text(MAIN)
+
+
+def quickstart(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(checkout / "launch" / "quickstart"), *arguments]
+    return subprocess.run(command, env=environment(checkout), cwd="/", capture_output=True, text=True, timeout=LIMIT_S)
+
+
+def test_quickstart_trains_on_two_ranks_and_shows_a_sample(checkout: Path) -> None:
+    job(checkout, "print('torchrun', *sys.argv[1:], os.environ['CUDA_VISIBLE_DEVICES'] == '')")
+
+    ended = quickstart(checkout, "run.name=mine", "train.max_steps=2")
+
+    assert ended.returncode == 0, ended.stderr
+    trained, _, _, sample = ended.stdout.splitlines()
+    overrides = "run.overwrite=true run.name=mine train.max_steps=2"
+    assert trained == f"torchrun --standalone --nproc-per-node 2 dtrain/main.py {overrides} True"
+    assert sample.startswith("main generate model.name_or_path=runs/mine/model")
+
+
+def test_quickstart_shows_no_sample_where_no_model_comes_of_it(checkout: Path) -> None:
+    job(checkout, "print('the plan')")
+
+    assert quickstart(checkout, "--dry-run").stdout == "the plan\n"
+
+
+def test_quickstart_refuses_a_wrong_setting_before_it_starts_ranks(checkout: Path) -> None:
+    job(checkout, "print('torchrun')")
+
+    ended = quickstart(checkout, "wrong=1")
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "wrong is not a setting\n")
+
+
+END = "run.mkdir(parents=True); (run / 'exit.json').write_text(json.dumps({'code': 75, 'message': 'saved, run again'}))"
+
+
+def test_quickstart_ends_with_the_jobs_own_code_and_message(checkout: Path) -> None:
+    job(checkout, f"{END}; print('a block of torchrun', file=sys.stderr); sys.exit(1)")
+
+    ended = quickstart(checkout)
+
+    assert ended.returncode == 75
+    assert ended.stderr.splitlines()[-1] == "saved, run again"
+    assert "main generate" not in ended.stdout
+
+
+def test_quickstart_does_not_report_the_end_of_an_earlier_run(checkout: Path) -> None:
+    job(checkout, f"{END}; os.utime(run / 'exit.json', (1, 1)); sys.exit(3)")
+
+    ended = quickstart(checkout)
+
+    assert ended.returncode == 3
+    assert "saved" not in ended.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_job_and_quickstart_waits_for_its_end(checkout: Path, sent: signal.Signals) -> None:
+    job(
+        checkout,
+        f"""
+def end(number, frame):
+    run.mkdir(parents=True)
+    (run / 'exit.json').write_text(json.dumps({{'code': 1, 'message': signal.Signals(number).name}}))
+    sys.exit(1)
+signal.signal({sent.value}, end)
+print('ready', flush=True)
+time.sleep({LIMIT_S})
+""",
+    )
+    command = [str(checkout / "launch" / "quickstart")]
+    with subprocess.Popen(
+        command, env=environment(checkout), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=LIMIT_S)
+
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == sent.name
+    assert json.loads((checkout / "runs/quickstart/exit.json").read_text())["message"] == sent.name
+
+
+def test_ctrl_c_ends_a_job_that_has_not_set_its_own_handler_yet(checkout: Path) -> None:
+    job(checkout, f"print('ready', flush=True)\ntime.sleep({LIMIT_S})")
+    command = [str(checkout / "launch" / "quickstart")]
+    with subprocess.Popen(
+        command, env=environment(checkout), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(LIMIT_S / 3) == 128 + signal.SIGINT

@@ -1,0 +1,292 @@
+"""Models by folder and from scratch: what is loaded, what is drawn, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertModel
+
+from dtrain.config import schema
+from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.load import label_names_of, load_model
+from dtrain.models.tokenizer import build_char_tokenizer
+from tests.support import tiny
+
+CHARACTERS = "abcdef"
+GPT = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}
+
+
+def classifier(
+    model: schema.Model, *, labels: tuple[str, ...] = ("no", "yes"), seed: int = 0, tokenizer: Any = None
+) -> Any:
+    head = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {n: i for i, n in enumerate(labels)},
+    }
+    tokenizer = tokenizer or tiny.tokenizer()
+    return load_model(model, head="sequence_classification", head_config=head, tokenizer=tokenizer, seed=seed)
+
+
+def language_model(model: schema.Model, *, tokenizer: Any = None) -> Any:
+    tokenizer = tokenizer or build_char_tokenizer([CHARACTERS])
+    return load_model(model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=0)
+
+
+def new(**config: Any) -> schema.Model:
+    return schema.Model(from_scratch=True, tokenizer="char", config={**GPT, **config})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder without a head, as most pretrained models are."""
+    tiny.bert().bert.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+# What is loaded
+
+
+def test_a_folder_gives_its_weights_and_the_datas_label_names(folder: Path) -> None:
+    loaded = classifier(schema.Model(name_or_path=str(folder)))
+
+    assert all(torch.equal(value, tiny.bert().state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert loaded.config.id2label == {0: "no", 1: "yes"}
+    assert loaded.config.problem_type == "single_label_classification"
+
+
+def test_a_new_head_is_the_same_whatever_the_random_state_and_leaves_that_alone(base: Path) -> None:
+    model = schema.Model(name_or_path=str(base))
+    torch.manual_seed(1)
+    first = classifier(model)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second, other = classifier(model), classifier(model, seed=1)
+
+    assert torch.equal(first.classifier.weight, second.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    assert first.classifier.weight.std() > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_of_another_type_are_loaded_in_fp32(tmp_path: Path) -> None:
+    tiny.bert().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+    loaded = classifier(schema.Model(name_or_path=str(tmp_path)))
+
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert loaded.config.dtype == torch.float32
+
+
+def test_new_and_unused_weights_are_named_in_a_line_each(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        classifier(schema.Model(name_or_path=str(base), config={"num_hidden_layers": 1}))
+
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "classifier.bias, classifier.weight" in lines[0]
+    assert "encoder.layer.1" in lines[1]
+    assert "and 12 more" in lines[1]
+
+
+def test_overrides_reach_the_model_and_attention_and_checkpointing_are_passed_on(folder: Path) -> None:
+    model = schema.Model(
+        name_or_path=str(folder),
+        config={"hidden_dropout_prob": 0.0},
+        attn_implementation="eager",
+        gradient_checkpointing=True,
+    )
+    loaded = classifier(model)
+
+    assert loaded.bert.embeddings.dropout.p == 0.0
+    assert loaded.config._attn_implementation == "eager"
+    assert any(getattr(module, "gradient_checkpointing", False) for module in loaded.modules())
+    assert loaded.config.use_cache is False
+
+
+# From scratch
+
+
+def test_a_new_model_takes_vocabulary_and_special_tokens_from_its_tokenizer() -> None:
+    loaded = language_model(new())
+
+    assert loaded.config.vocab_size == loaded.get_input_embeddings().num_embeddings == 1 + len(CHARACTERS)
+    assert (loaded.config.bos_token_id, loaded.config.eos_token_id, loaded.config.pad_token_id) == (None, None, None)
+    assert loaded.config.n_layer == 1
+
+
+def test_a_new_model_keeps_what_the_config_says() -> None:
+    loaded = language_model(new(vocab_size=50, eos_token_id=3))
+
+    assert (loaded.config.vocab_size, loaded.config.eos_token_id) == (50, 3)
+
+
+def test_two_new_models_are_equal_and_another_seed_makes_another() -> None:
+    tokenizer = build_char_tokenizer([CHARACTERS], pad=True)
+    first, second, other = (classifier(new(), seed=seed, tokenizer=tokenizer) for seed in (0, 0, 1))
+
+    assert torch.equal(first.transformer.wte.weight, second.transformer.wte.weight)
+    assert not torch.equal(first.transformer.wte.weight, other.transformer.wte.weight)
+    assert first.config.pad_token_id == 1
+
+
+def test_a_new_model_may_take_its_shape_from_a_folder_that_has_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+    loaded = classifier(schema.Model(name_or_path=str(folder), from_scratch=True, config={"num_hidden_layers": 1}))
+
+    assert isinstance(loaded.bert, BertModel)
+    assert len(loaded.bert.encoder.layer) == 1
+    assert loaded.config.hidden_size == 32
+
+
+# Labels
+
+
+def test_a_trained_classifier_gives_its_label_names_in_the_order_of_its_outputs(folder: Path, tmp_path: Path) -> None:
+    assert label_names_of(schema.Model(name_or_path=str(folder))) is None
+    classifier(schema.Model(name_or_path=str(folder)), labels=("zebra", "ant")).save_pretrained(tmp_path / "trained")
+
+    assert label_names_of(schema.Model(name_or_path=str(tmp_path / "trained"))) == ("zebra", "ant")
+    assert label_names_of(new()) is None
+
+
+def test_a_head_for_another_number_of_labels_is_refused_with_the_way_round(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"another number of labels \(classifier.bias is \(2,\), wanted \(3,\).*AutoModel"
+    ):
+        classifier(schema.Model(name_or_path=str(folder)), labels=("a", "b", "c"))
+
+
+def test_other_label_names_on_a_trained_head_are_mentioned(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier(schema.Model(name_or_path=str(folder))).save_pretrained(tmp_path / "trained")
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        classifier(schema.Model(name_or_path=str(tmp_path / "trained")), labels=("yes", "no"))
+
+    assert "('no', 'yes'); they become ('yes', 'no')" in caplog.text
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_layr": 2}, "model.config.n_layr is not a setting of a gpt2 model. Did you mean n_layer"),
+        ({"n_layer": "two"}, "n_layer.*expected int"),
+        ({"n_head": 3}, "does not make a gpt2 model"),
+        ({"n_head": 0}, "does not make a gpt2 model"),
+        ({"model_type": "gtp2"}, "model_type=gtp2 .* Did you mean gpt2"),
+        ({"num_labels": 3}, "model.config.num_labels is decided by the labels in the data"),
+        ({"dtype": "bfloat16"}, "decided by engine.precision"),
+        ({"model_type": "t5", "n_layer": None}, "n_layer is not a setting of a t5 model"),
+    ],
+)
+def test_an_override_that_makes_no_model_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        language_model(new(**config))
+
+
+def test_a_model_without_that_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="A t5 model has no causal lm head"):
+        language_model(schema.Model(from_scratch=True, tokenizer="char", config={"model_type": "t5"}))
+
+
+def test_a_model_with_a_loss_of_its_own_is_refused_until_that_is_off() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixture = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2, **sizes}
+
+    with pytest.raises(ConfigError, match=r"mixture of experts.*model.config=\{router_aux_loss_coef: 0\}"):
+        language_model(schema.Model(from_scratch=True, tokenizer="char", config=mixture))
+    language_model(schema.Model(from_scratch=True, tokenizer="char", config={**mixture, "router_aux_loss_coef": 0.0}))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(ConfigError, match=r"has no weights \(model.safetensors.*from_scratch"):
+        classifier(schema.Model(name_or_path=str(folder)))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no config.json"):
+        classifier(schema.Model(name_or_path=str(tmp_path)))
+
+
+def test_damaged_weights_are_a_checkpoint_error(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"\x08\x00\x00")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        classifier(schema.Model(name_or_path=str(folder)))
+
+
+def test_a_damaged_config_is_a_checkpoint_error(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        classifier(schema.Model(name_or_path=str(folder)))
+
+
+def test_weights_of_another_architecture_are_refused(folder: Path, tmp_path: Path) -> None:
+    language_model(new()).save_pretrained(tmp_path / "gpt")
+    (tmp_path / "gpt" / "model.safetensors").replace(folder / "model.safetensors")
+
+    with pytest.raises(ConfigError, match="none of its weights belongs to a bert model"):
+        classifier(schema.Model(name_or_path=str(folder)))
+
+
+def test_an_override_that_the_weights_do_not_fit_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"its weights do not fit model.config.*and \d+ more"):
+        classifier(schema.Model(name_or_path=str(folder), config={"hidden_size": 64}))
+
+
+def test_code_that_comes_with_a_model_is_not_run_unless_allowed(folder: Path) -> None:
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": "code.Config"}})
+    )
+    (folder / "code.py").write_text("raise SystemExit('the code ran')\n")
+
+    with pytest.raises(ConfigError, match=r"model.trust_remote_code=true"):
+        classifier(schema.Model(name_or_path=str(folder)))
+
+
+def test_an_attention_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.attn_implementation=nope cannot be used"):
+        classifier(schema.Model(name_or_path=str(folder), attn_implementation="nope"))
+
+
+def test_no_model_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.name_or_path is not set"):
+        classifier(schema.Model())
+
+
+def test_loaded_weights_lie_where_pytorch_puts_new_ones(tmp_path: Path) -> None:
+    folder = tiny.write_model(tmp_path / "odd")
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    # A header four bytes longer: every tensor of the mapped file begins at an odd multiple of 4.
+    file.write_bytes((length + 4).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 4 + content[8 + length :])
+
+    loaded = load_model(
+        schema.Model(name_or_path=str(folder)),
+        head="sequence_classification",
+        head_config={"num_labels": 2},
+        tokenizer=tiny.tokenizer(),
+        seed=0,
+    )
+
+    assert [name for name, value in loaded.named_parameters() if value.data_ptr() % 64] == []

@@ -1,0 +1,156 @@
+"""One job at a time writes into a run folder, and a job that is started again gets through."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support import jobs
+
+pytestmark = pytest.mark.launchers
+
+slow = pytest.mark.slow
+
+
+def train(folder: Path, **more: object) -> list[str]:
+    """A run without an end, named `run`."""
+    endless = {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
+    return jobs.settings(folder, "run", **{**endless, **more})
+
+
+@slow
+def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_killed(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with jobs.started([*jobs.python(), *train(tmp_path / "runs")]) as first:
+        first.wait_for("  loss ")
+        pid = first.ranks()[0]
+        begun = (run / "config.yaml").read_bytes()
+
+        second = jobs.run([*jobs.python(), *train(tmp_path / "runs", run__overwrite="true")])
+
+        assert second.process.returncode == 2, second.text
+        assert len(second.said) == 1, second.text
+        assert second.said[0].startswith(
+            f"error: {run} is in use by process {pid} on {socket.gethostname()} (train, since 20"
+        )
+        assert second.said[0].endswith("Wait until that job ends, or stop it; or choose another run.name")
+        assert first.process.poll() is None
+        assert (run / "config.yaml").read_bytes() == begun
+        assert not (run / "exit.json").exists()
+        os.kill(pid, signal.SIGKILL)
+        first.end()
+    assert json.loads((run / "run.lock").read_text())["pid"] == pid
+
+    third = jobs.run([*jobs.python(), *jobs.settings(tmp_path / "runs", "run", run__overwrite="true")])
+
+    assert third.process.returncode == 0, third.text
+    assert f"{run}: took the lock of process {pid} on {socket.gethostname()} (train, since 20" in third.text
+    assert jobs.exit_of(run)["code"] == 0
+    assert not (run / "run.lock").exists()
+    start = jobs.events(run, "start")[0]
+    assert 0.1 < start["startup_s"] < jobs.LIMIT_S
+    account = jobs.run([*jobs.python(), "goodput", str(run)])
+    assert account.process.returncode == 0
+    assert account.said[0] == "3 steps, 0 of them taken again, in 1 start"
+    assert account.said[-1].startswith("goodput ")
+
+
+WAITS = f"""
+import os, sys, time
+sys.path.insert(0, {str(jobs.ROOT)!r})
+from dtrain.training import loop; from dtrain import main
+real = loop.take_step
+def take_step(*arguments, **more):
+    if arguments[3].step == 1:
+        print("at the second step", flush=True)
+        while not os.path.exists(os.environ["GO"]):
+            time.sleep(0.05)
+    return real(*arguments, **more)
+loop.take_step = take_step
+main.console_script()
+"""
+
+
+def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(tmp_path: Path) -> None:
+    run, go, script = tmp_path / "runs" / "run", tmp_path / "go", tmp_path / jobs.SCRIPT
+    script.write_text(WAITS)
+    settings = jobs.settings(tmp_path / "runs", "run")
+    with jobs.started([jobs.python()[0], str(script), *settings], env={"GO": str(go)}) as first:
+        first.wait_for("at the second step")
+        with jobs.started([*jobs.python(), *settings]) as second:
+            # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
+            assert jobs.until(lambda: any("libtorch" in each for each in second.maps(second.process.pid))), second.text
+            os.kill(second.process.pid, signal.SIGINT)
+            second.end()
+        was_there = (run / "exit.json").exists()
+        go.touch()
+        code = first.end()
+
+    assert [line.split(".")[0] for line in second.said] == ["error: Stopped by SIGINT"]
+    assert not was_there
+    assert code == 0, first.text
+    assert jobs.exit_of(run)["code"] == 0
+
+
+@slow
+def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
+        job.wait_for("  loss ")
+        lock = run / "run.lock"
+        other = {**json.loads(lock.read_text()), "host": "node7", "id": "0123"}
+        draft = tmp_path / "lock"
+        draft.write_text(json.dumps(other))
+        draft.replace(lock)
+        gone = job.gone_within(30)
+        job.end()
+
+    assert gone
+    assert not (run / "exit.json").exists()
+    assert json.loads(lock.read_text()) == other
+    assert f"error: {run} was taken over by process {other['pid']} on node7" in job.text
+    assert "died without a word" not in job.text
+
+
+@slow
+def test_a_job_that_torchrun_starts_again_takes_the_lock_of_its_killed_rank_0_at_once(tmp_path: Path) -> None:
+    command = [*jobs.torchrun(2, "--standalone", "--max-restarts", "1"), *train(tmp_path / "runs")]
+    with jobs.started(command) as job:
+        job.wait_for("  loss ")
+        pid = job.ranks()[0]
+        os.kill(pid, signal.SIGKILL)
+
+        job.wait_for(f"took the lock of process {pid} on {socket.gethostname()}")
+        seen = len(job.out)
+        jobs.until(lambda: any("  loss " in line for line in job.out[seen:]) or job.process.poll() is not None)
+
+        assert any("  loss " in line for line in job.out[seen:]), job.text
+        assert "out of sight" not in job.text
+        assert "turned away" not in job.text
+
+
+@slow
+def test_agents_of_torchrun_that_have_counted_other_numbers_of_restarts_meet(tmp_path: Path) -> None:
+    run, port = tmp_path / "runs" / "run", jobs.free_port()
+    options = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one"]
+    options += ["--rdzv-conf", "last_call_timeout=1", "--local-addr", "127.0.0.1", "--max-restarts", "3"]
+    command = [*jobs.torchrun(1, *options), *train(tmp_path / "runs")]
+    # torch 2.13: an agent that has shared its store does not tell a later one where that is, which gives up after 60 s.
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def sizes() -> list[int]:
+        return [event["world_size"] for event in jobs.events(run, "start")]
+
+    with jobs.started(command, env=env) as first:
+        first.wait_for("  loss ")
+        os.kill(first.ranks()[0], signal.SIGKILL)  # its agent counts one restart, and the other's none
+        assert jobs.until(lambda: sizes() == [1, 1]), first.text
+        with jobs.started(command, env=env) as second:
+            assert jobs.until(lambda: sizes()[2:] == [2]), first.text + second.text
+            seen = len(first.out) + len(second.out)
+            assert jobs.until(lambda: len(first.out) + len(second.out) > seen + 2), first.text + second.text
