@@ -29,6 +29,7 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import age_s, began
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import interruptible
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
@@ -121,10 +122,11 @@ def fit(
     """Collective. Trains as the command line does, from Python: see dtrain.fit."""
     begin = time.monotonic()
     topology = Topology.from_env(os.environ)
+    context = RankContext(topology)
     console.set_up(rank=topology.rank, world_size=topology.world_size)
 
     def note(cause: str) -> None:
-        write_down(end_of(Interrupted(cause), topology), config, topology.beat)
+        write_down(end_of(Interrupted(cause), topology), config, context.heartbeat)
 
     with interruptible(grace_s=GRACE_S, before_exit=note):
         end_with_launcher(topology, note)
@@ -134,9 +136,9 @@ def fit(
             with session(config, topology, os.environ) as job:
                 from dtrain.commands.train import run_train
 
-                topology = job.topology  # for note, too: its heartbeat knows whose the folder is
+                context = job.context  # for note, too: its heartbeat knows whose the folder is
                 try:
-                    result = run_train(config, topology, model=model, task=task, monitors=monitors, began=begin)
+                    result = run_train(config, context, model=model, task=task, monitors=monitors, began=begin)
                 except BaseException as error:
                     lost = hand_over(error, config, job)
                     if lost is not None:
@@ -144,10 +146,10 @@ def fit(
                     raise
         except BaseException as error:  # of before or after the run, too; what is written already stays
             if getattr(error, "is_noted", True):
-                write_down(end_of(error, topology), config, topology.beat)
+                write_down(end_of(error, topology), config, context.heartbeat)
             raise
     if topology.is_main:
-        write_down(done(topology), config, topology.beat)
+        write_down(done(topology), config, context.heartbeat)
     return result
 
 
@@ -162,6 +164,7 @@ class _Ended(Exception):
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
     """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
 
+    context = RankContext(topology)
     # One text is answered on the spot, as those commands do; a talk may be, too.
     on_the_spot = (command == "predict" and config.predict.text is not None) or (
         command == "chat" and not config.talk.makes_run_folder
@@ -174,7 +177,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
 
     def note(cause: str) -> None:
         if is_noted:
-            write_down(end_of(Interrupted(cause), topology), config, topology.beat)
+            write_down(end_of(Interrupted(cause), topology), config, context.heartbeat)
 
     def note_and_say(cause: str) -> None:
         note(cause)
@@ -187,18 +190,18 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             from dtrain.job.session import session
 
             with session(config, topology, os.environ, command=command) as job:
-                topology = job.topology  # for note, too: its heartbeat knows whose the folder is
+                context = job.context  # for note, too: its heartbeat knows whose the folder is
                 try:
-                    _command(command, config, topology, dry_run=dry_run)
+                    _command(command, config, context, dry_run=dry_run)
                 except BaseException as error:
                     code = report(error, config, job, is_noted=is_noted, launcher_lives=launcher_lives)
                     raise _Ended(code) from error
         except _Ended as ended:
             return ended.code
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nobody is above us
-            return report_alone(error, config, topology, is_noted=is_noted)
+            return report_alone(error, config, context, is_noted=is_noted)
     if topology.is_main and is_noted:
-        write_down(done(topology), config, topology.beat)
+        write_down(done(topology), config, context.heartbeat)
     return 0
 
 
@@ -225,40 +228,40 @@ def _report_alike(error: DtrainError, topology: Topology) -> int:
     return error.exit_code
 
 
-def _command(command: str, config: Config, topology: Topology, *, dry_run: bool) -> None:
+def _command(command: str, config: Config, context: RankContext, *, dry_run: bool) -> None:
     match command:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, topology) if dry_run else run_train(config, topology, began=began())
+            run_dry(config, context) if dry_run else run_train(config, context, began=began())
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 
-            run_evaluate(config, topology)
+            run_evaluate(config, context)
         case "predict":
             from dtrain.commands.predict import run_predict
 
-            run_predict(config, topology)
+            run_predict(config, context)
         case "generate":
             from dtrain.commands.generate import run_generate
 
-            run_generate(config, topology)
+            run_generate(config, context)
         case "inspect":
             from dtrain.commands.inspect_model import run_inspect
 
-            run_inspect(config, topology)
+            run_inspect(config, context)
         case "download":
             from dtrain.commands.download import run_download
 
-            run_download(config, topology)
+            run_download(config, context)
         case "export":
             from dtrain.commands.export import run_export
 
-            run_export(config, topology)
+            run_export(config, context)
         case "chat":
             from dtrain.commands.chat import run_chat
 
-            run_chat(config, topology)
+            run_chat(config, context)
 
 
 def console_script() -> None:

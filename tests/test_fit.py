@@ -1,6 +1,6 @@
 """dtrain.fit: one's own model, task and monitors, and what a run leaves in its folder.
 
-A run sets the variables that libraries read of the topology, so each test's runs are in a process of their own.
+A run sets the variables that libraries read of the context, so each test's runs are in a process of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import dtrain
 from dtrain.config.task import Classification
 from dtrain.data.seeding import Place
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.runs.jsonl import read_metrics
 from dtrain.tasks.classification import ClassificationTask
@@ -63,7 +63,7 @@ def forget_place() -> None:
 # Ten lines
 
 
-def ten_lines(_topology: Topology, folder: str) -> dict[str, Any]:
+def ten_lines(_context: RankContext, folder: str) -> dict[str, Any]:
     forget_place()
     names = ["no", "yes"]
     rows, held_out = tiny.sentences(24), tiny.sentences(10, seed=1)
@@ -169,7 +169,7 @@ class Lengths:
         return [{"prediction": found, "reference": None} for found in predictions]
 
 
-def own_kind(_topology: Topology, folder: str) -> dict[str, Any]:
+def own_kind(_context: RankContext, folder: str) -> dict[str, Any]:
     from transformers import BertConfig, BertForSequenceClassification
 
     forget_place()
@@ -220,7 +220,7 @@ class StopAt:
         return Decision.STOP if record.step == self._step else Decision.CONTINUE
 
 
-def several(_topology: Topology, folder: str) -> dict[str, Any]:
+def several(_context: RankContext, folder: str) -> dict[str, Any]:
     """Runs in one process, one after the other."""
     forget_place()
     found: dict[str, Any] = {}
@@ -315,7 +315,7 @@ def test_a_best_metric_that_will_not_come_is_refused_before_the_first_step(runs:
     assert not (folder / "metric" / "metrics.jsonl").exists()
 
 
-def stopped_after_five(_topology: Topology, folder: str) -> dict[str, Any]:
+def stopped_after_five(_context: RankContext, folder: str) -> dict[str, Any]:
     """Evaluated at step 3; the wish of step 4 holds after step 5."""
     forget_place()
     settings = config(folder, train={"epochs": 4}, evaluation={"best": {"metric": "loss"}})

@@ -16,7 +16,7 @@ from dtrain.checkpoint.format import BUFFER, OPTIMIZER, SHARD, VALUE, WHOLE, sha
 from dtrain.checkpoint.select import Chosen
 from dtrain.checkpoint.snapshot import DTYPES, Place, place_in
 from dtrain.distributed.collectives import all_gather_object, broadcast
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
 Entry = tuple[int, list[int], str]
@@ -26,16 +26,16 @@ Entry = tuple[int, list[int], str]
 class Tensors:
     """Collective throughout. The tensors of a checkpoint; use it as a context: it maps the files that this rank reads."""
 
-    def __init__(self, chosen: Chosen, module: nn.Module, topology: Topology) -> None:
+    def __init__(self, chosen: Chosen, module: nn.Module, context: RankContext) -> None:
         """
         Args:
             module: that is to take the weights; its names say what is looked for.
         """
-        self._topology = topology
-        self._files = _Files(chosen, place_in(module), topology.rank)
+        self._context = context
+        self._files = _Files(chosen, place_in(module), context.rank)
         self._where: dict[str, list[tuple[int, Entry]]] = defaultdict(list)
         self._slots: dict[str, list[str]] = defaultdict(list)
-        for rank, table in enumerate(all_gather_object(self._files.table(module), topology)):
+        for rank, table in enumerate(all_gather_object(self._files.table(module), context)):
             for key, entries in table.items():
                 self._where[key] += [(rank, (start, shape, dtype)) for start, shape, dtype in entries]
         for key in sorted(self._where):
@@ -79,8 +79,8 @@ class Tensors:
 
     def _piece(self, key: str, rank: int, entry: Entry) -> torch.Tensor:
         start, shape, dtype = entry
-        own = self._files.read(key, start) if rank == self._topology.rank else None
-        return broadcast(own, self._topology, src=rank, like=torch.empty(shape, dtype=TYPES[dtype]))
+        own = self._files.read(key, start) if rank == self._context.rank else None
+        return broadcast(own, self._context, src=rank, like=torch.empty(shape, dtype=TYPES[dtype]))
 
 
 def _count(shape: list[int]) -> int:

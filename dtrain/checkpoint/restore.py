@@ -12,12 +12,12 @@ from torch import nn
 
 from dtrain.checkpoint.read import Tensors
 from dtrain.checkpoint.select import Chosen
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 
 
-def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> None:
+def restore_weights(module: nn.Module, chosen: Chosen, context: RankContext) -> None:
     """Collective. Parameters and buffers of a bare, unsharded module.
 
     Raises:
@@ -25,7 +25,7 @@ def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> No
     """
     targets: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     persistent = module.state_dict().keys()
-    with Tensors(chosen, module, topology) as tensors:
+    with Tensors(chosen, module, context) as tensors:
         # Tables that a model makes anew each time; another version of the library may have more of them.
         targets = {name: target for name, target in targets.items() if name in persistent or tensors.has(name)}
         if wrong := next(_differences(tensors, targets), None):  # alike on every rank
@@ -33,16 +33,16 @@ def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> No
                 f"The checkpoint of step {chosen.step} does not fit this model: {wrong}. Use the model section that it was "
                 "trained with, or another run.name."
             )
-            failed.is_said_elsewhere = not topology.is_main
+            failed.is_said_elsewhere = not context.is_main
             raise failed
         for name, target in targets.items():
             with torch.no_grad():
                 target.copy_(tensors.value(name, target.shape))
 
 
-def restore_slots(engine: Engine, chosen: Chosen, topology: Topology) -> None:
+def restore_slots(engine: Engine, chosen: Chosen, context: RankContext) -> None:
     """Collective. What the optimizer knows of each parameter, and the loss scale."""
-    with Tensors(chosen, engine.module, topology) as tensors:
+    with Tensors(chosen, engine.module, context) as tensors:
         engine.load_named_slots(tensors.slots)
     engine.load_scalars(chosen.state["engine"])
 

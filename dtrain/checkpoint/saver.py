@@ -22,7 +22,7 @@ from dtrain.checkpoint.snapshot import copy_shards, copy_whole, estimate, place_
 from dtrain.checkpoint.staging_buffer import Block
 from dtrain.checkpoint.writer_process import Writer
 from dtrain.distributed.collectives import all_gather_object, broadcast_object
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 
@@ -66,7 +66,7 @@ class Saver:
     def __init__(
         self,
         folder: Path,
-        topology: Topology,
+        context: RankContext,
         settings: Settings,
         *,
         static: Callable[[], Mapping[str, bytes]],
@@ -85,15 +85,15 @@ class Saver:
         Raises:
             CheckpointError: on every rank; the folder of one cannot be written.
         """
-        self._folder, self._topology, self._settings = folder, topology, settings
+        self._folder, self._context, self._settings = folder, context, settings
         self._config_text = config_text
-        self._nonce: str = broadcast_object(uuid.uuid4().hex[:8], topology)
+        self._nonce: str = broadcast_object(uuid.uuid4().hex[:8], context)
         config_hash = hashlib.sha256(config_text.encode()).hexdigest()
         self._about = {**about, "start": self._nonce, "config_sha256": config_hash}
-        self._group = _group(folder.parent, topology)
-        firsts = sorted({group[0] for group in all_gather_object(self._group, topology)})
+        self._group = _group(folder.parent, context)
+        firsts = sorted({group[0] for group in all_gather_object(self._group, context)})
         publishers = firsts if settings.sharded else firsts[: settings.replicas]
-        self.publishes = topology.rank in publishers
+        self.publishes = context.rank in publishers
         self.writes = settings.sharded or self.publishes
         self._is_shared_work = settings.sharded or len(publishers) > 1
         self._whole = begun_at
@@ -119,7 +119,7 @@ class Saver:
             CheckpointError: on every rank; a disk has no room for the checkpoints that are kept, and one more.
         """
         sharded = self._settings.sharded
-        size = estimate(module, slots=slots) // (self._topology.world_size if sharded else 1)
+        size = estimate(module, slots=slots) // (self._context.world_size if sharded else 1)
 
         def make_room() -> None:
             if self._block is None or self._writer is None:
@@ -155,11 +155,11 @@ class Saver:
             words = str(error)
         except OSError as error:
             words = f"{self._folder} cannot be written on {socket.gethostname()}: {error.filename}: {error.strerror}."
-        told = [words for words in all_gather_object(words, self._topology) if words is not None]
+        told = [words for words in all_gather_object(words, self._context) if words is not None]
         if told:
             self.close()
             failed = CheckpointError(told[0])
-            failed.is_said_elsewhere = not self._topology.is_main
+            failed.is_said_elsewhere = not self._context.is_main
             raise failed
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], *, protected: Sequence[int]) -> Outcome | None:
@@ -179,15 +179,15 @@ class Saver:
         if self._block is None or self._writer is None:
             return None
         settings = self._settings
-        rank, sharded = self._topology.rank, settings.sharded
-        parts = {"parts": self._group, "of": self._topology.world_size} if sharded else {}
+        rank, sharded = self._context.rank, settings.sharded
+        parts = {"parts": self._group, "of": self._context.world_size} if sharded else {}
         order = Order(
             checkpoints=str(self._folder),
             step=step,
             nonce=self._nonce,
             pieces=pieces,
             texts={STATE: json.dumps({**state, "engine": scalars}, indent=1) + "\n", CONFIG: self._config_text},
-            about={**self._about, **parts, "engine": engine.name, "world_size": self._topology.world_size},
+            about={**self._about, **parts, "engine": engine.name, "world_size": self._context.world_size},
             max_file_bytes=settings.max_file_bytes,
             keep=settings.keep,
             # What this node has newest may lack its parts elsewhere.
@@ -205,7 +205,7 @@ class Saver:
         try:
             if self._settings.sharded:
                 assert self._block is not None
-                return copy_shards(self._block, engine.local_state(), self._topology.rank)
+                return copy_shards(self._block, engine.local_state(), self._context.rank)
             entries = engine.named_state(here=self.writes)
             if self._block is not None:
                 return copy_whole(self._block, entries, place_in(engine.module))
@@ -234,7 +234,7 @@ class Saver:
             return own
         told = [
             (rank, Outcome(**outcome))
-            for rank, outcome in enumerate(all_gather_object(None if own is None else asdict(own), self._topology))
+            for rank, outcome in enumerate(all_gather_object(None if own is None else asdict(own), self._context))
             if outcome is not None
         ]
         if not told:
@@ -276,11 +276,11 @@ class Saver:
             self._block.close()
 
 
-def _group(folder: Path, topology: Topology) -> list[int]:
+def _group(folder: Path, context: RankContext) -> list[int]:
     """Collective. The ranks that write to the same folder as this one."""
-    if topology.num_nodes == 1:
-        return list(range(topology.world_size))
-    sees = sees_rank_0s_folder(folder, topology)
-    nodes: list[int] = all_gather_object(topology.node_rank, topology)
+    if context.topology.num_nodes == 1:
+        return list(range(context.world_size))
+    sees = sees_rank_0s_folder(folder, context)
+    nodes: list[int] = all_gather_object(context.topology.node_rank, context)
     labels = [-1 if seen else node for seen, node in zip(sees, nodes, strict=True)]
-    return [rank for rank, label in enumerate(labels) if label == labels[topology.rank]]
+    return [rank for rank, label in enumerate(labels) if label == labels[context.rank]]

@@ -12,7 +12,7 @@ from typing import Any
 from dtrain.checkpoint.format import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, barrier, broadcast_object, on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError
 
 _DAMAGED = re.compile(r"damaged-step-(\d+)(-\d+)?")
@@ -33,23 +33,25 @@ class Chosen:
     saved: Saved | None
 
 
-def sees_rank_0s_folder(folder: Path, topology: Topology) -> list[bool]:
+def sees_rank_0s_folder(folder: Path, context: RankContext) -> list[bool]:
     """Collective. For every rank, whether `folder` is the same one there as on rank 0 (a shared file system)."""
-    mark = folder / f".seen-{broadcast_object(uuid.uuid4().hex, topology)}"
+    mark = folder / f".seen-{broadcast_object(uuid.uuid4().hex, context)}"
 
     def make() -> None:
         with suppress(OSError):  # read-only: found out, and said, by those that write
             mark.touch()
 
-    on_main(make, topology)
-    here = topology.is_main or mark.exists()
-    seen: list[bool] = all_gather_object(here, topology)
-    if topology.is_main:
+    on_main(make, context)
+    here = context.is_main or mark.exists()
+    seen: list[bool] = all_gather_object(here, context)
+    if context.is_main:
         mark.unlink(missing_ok=True)
     return seen
 
 
-def newest(checkpoints: Path, topology: Topology, *, below: int | None = None) -> tuple[Chosen | None, frozenset[int]]:
+def newest(
+    checkpoints: Path, context: RankContext, *, below: int | None = None
+) -> tuple[Chosen | None, frozenset[int]]:
     """Collective. The newest whole checkpoint on any node, and the steps of damaged ones, which are renamed.
 
     One rank of each node that has a folder of its own looks; it reads every byte of the candidates, newest first.
@@ -60,21 +62,21 @@ def newest(checkpoints: Path, topology: Topology, *, below: int | None = None) -
     Raises:
         CheckpointError: on every rank; one that may be whole cannot be read.
     """
-    sees = sees_rank_0s_folder(checkpoints, topology) if topology.num_nodes > 1 else [True] * topology.world_size
-    looks = topology.is_main or (topology.is_node_main and not sees[topology.rank])
+    sees = sees_rank_0s_folder(checkpoints, context) if context.topology.num_nodes > 1 else [True] * context.world_size
+    looks = context.is_main or (context.is_node_main and not sees[context.rank])
     candidates = {step: path for step, path in found(checkpoints).items() if below is None or step < below}
     while True:
-        step = max(all_gather_object(next(iter(candidates), -1) if looks else -1, topology))
+        step = max(all_gather_object(next(iter(candidates), -1) if looks else -1, context))
         if step < 0:
-            return None, _damaged(checkpoints, topology)
+            return None, _damaged(checkpoints, context)
         path = candidates.pop(step, None) if looks else None
         saved, trouble = _whole(path) if path is not None else (None, None)
-        readers = _readers(saved, topology, trouble)
+        readers = _readers(saved, context, trouble)
         if readers is not None:
-            return _told(readers, saved, topology), _damaged(checkpoints, topology)
+            return _told(readers, saved, context), _damaged(checkpoints, context)
 
 
-def _readers(saved: Saved | None, topology: Topology, trouble: str | None = None) -> list[int] | None:
+def _readers(saved: Saved | None, context: RankContext, trouble: str | None = None) -> list[int] | None:
     """Collective. For each part the lowest rank that has it; None where not all parts are there.
 
     Parts that different starts wrote make no whole: between them may lie other settings and other ranks.
@@ -82,10 +84,10 @@ def _readers(saved: Saved | None, topology: Topology, trouble: str | None = None
     Raises:
         CheckpointError: on every rank; one has `trouble`.
     """
-    told = all_gather_object((saved.parts if saved is not None else None, trouble), topology)
+    told = all_gather_object((saved.parts if saved is not None else None, trouble), context)
     if troubles := [words for _, words in told if words is not None]:
         failed = CheckpointError(troubles[0])
-        failed.is_said_elsewhere = not topology.is_main
+        failed.is_said_elsewhere = not context.is_main
         raise failed
     lowest: dict[tuple[str, int], dict[int, int]] = {}
     for rank, (parts, _) in enumerate(told):
@@ -97,23 +99,23 @@ def _readers(saved: Saved | None, topology: Topology, trouble: str | None = None
     return [rank for _, rank in sorted(whole[0].items())] if whole else None
 
 
-def is_there(path: Path, topology: Topology) -> bool:
+def is_there(path: Path, context: RankContext) -> bool:
     """Collective. Whether the nodes hold a checkpoint, by its manifests: no file of it is read."""
     parts = None
-    if topology.is_node_main:
+    if context.is_node_main:
         with suppress(Damaged):
             manifest = read_manifest(path)
             parts = Saved(path, 0, manifest, {})
-    return _readers(parts, topology) is not None
+    return _readers(parts, context) is not None
 
 
-def _damaged(checkpoints: Path, topology: Topology) -> frozenset[int]:
-    names = [path.name for path in checkpoints.glob("damaged-*")] if topology.is_node_main else []
+def _damaged(checkpoints: Path, context: RankContext) -> frozenset[int]:
+    names = [path.name for path in checkpoints.glob("damaged-*")] if context.is_node_main else []
     steps = [int(match[1]) for match in map(_DAMAGED.fullmatch, names) if match]
-    return frozenset(step for part in all_gather_object(steps, topology) for step in part)
+    return frozenset(step for part in all_gather_object(steps, context) for step in part)
 
 
-def at(path: Path, topology: Topology, *, named_by: str) -> Chosen:
+def at(path: Path, context: RankContext, *, named_by: str) -> Chosen:
     """Collective. The checkpoint in that folder.
 
     Args:
@@ -124,31 +126,31 @@ def at(path: Path, topology: Topology, *, named_by: str) -> Chosen:
     """
     why = "there is no such folder"
     saved = None
-    if topology.is_node_main and path.is_dir():
+    if context.is_node_main and path.is_dir():
         try:
             saved = verify(path)
         except Damaged as error:
             why = str(error)
-    readers = _readers(saved, topology)
-    answers = all_gather_object([why, path.is_dir()], topology)
+    readers = _readers(saved, context)
+    answers = all_gather_object([why, path.is_dir()], context)
     if readers is None:
         reason = next((why for why, is_there in answers if is_there), why)
         failed = CheckpointError(
             f"{named_by}={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run that is."
         )
-        failed.is_said_elsewhere = not topology.is_main
+        failed.is_said_elsewhere = not context.is_main
         raise failed
-    return _told(readers, saved, topology)
+    return _told(readers, saved, context)
 
 
-def _told(readers: list[int], saved: Saved | None, topology: Topology) -> Chosen:
+def _told(readers: list[int], saved: Saved | None, context: RankContext) -> Chosen:
     mine = None
-    if topology.rank == readers[0]:
+    if context.rank == readers[0]:
         assert saved is not None
         config = saved.path / CONFIG
         text = config.read_text(encoding="utf-8") if CONFIG in saved.manifest["files"] else ""
         mine = {"step": saved.step, "state": dict(saved.state), "config": text}
-    told = broadcast_object(mine, topology, src=readers[0])
+    told = broadcast_object(mine, context, src=readers[0])
     return Chosen(told["step"], readers, told["state"], told["config"], saved)
 
 
@@ -177,10 +179,10 @@ def _set_aside(path: Path, why: str) -> Path:
     return path
 
 
-def set_newer_aside(checkpoints: Path, step: int, topology: Topology) -> None:
+def set_newer_aside(checkpoints: Path, step: int, context: RankContext) -> None:
     """Collective. Renames what lies beyond `step`, where this start begins: another line of the run, or a part of one."""
-    if topology.is_node_main:
+    if context.is_node_main:
         for number, path in found(checkpoints).items():
             if number > step:
                 _set_aside(path, "left")
-    barrier(topology)  # before anybody writes new ones
+    barrier(context)  # before anybody writes new ones

@@ -23,7 +23,7 @@ from dtrain.data.images import IMAGES
 from dtrain.data.seeding import Place
 from dtrain.data.token_tags import TOKENS
 from dtrain.distributed.collectives import barrier
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Answers
@@ -44,7 +44,7 @@ EXAMPLE = '{"text": "A cat sleeps."}'
 WITH_PAIRS = ("classification", "regression", "question_answering")
 
 
-def run_answer(config: Config, topology: Topology) -> Result:
+def run_answer(config: Config, context: RankContext) -> Result:
     """Collective. Prints the answer, and writes nothing.
 
     Raises:
@@ -58,12 +58,12 @@ def run_answer(config: Config, topology: Topology) -> Result:
         config = config.model_copy(update={"data": _data(config, file)})
         try:
             with warnings_only():
-                text = _answer(config, row, file, topology)
+                text = _answer(config, row, file, context)
         except DataError as error:  # the user knows of no file
             told = str(error).replace(f"{file}, line 1", "predict.text").replace(str(file), "predict.text")
             error.args = (told,)
             raise
-        barrier(topology)  # the rows lie in the folder of one rank of each node
+        barrier(context)  # the rows lie in the folder of one rank of each node
     log.info("%s", text)
     return Result({}, config.run_dir)
 
@@ -142,14 +142,14 @@ def _data(config: Config, file: Path) -> Data:
     )
 
 
-def _answer(config: Config, row: Mapping[str, Any], file: Path, topology: Topology) -> str:
+def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankContext) -> str:
     """Collective. With what the task tells of an example besides, or else the prediction that an evaluation writes down."""
     if config.task.name in prompts.TASKS:
-        return prompts.answer_first(config, file, topology)
+        return prompts.answer_first(config, file, context)
     if config.task.name == "seq2seq":
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
-    task = build_task(config, topology)
-    forward = wrap(build.load(config, task, topology), config, topology)
+    task = build_task(config, context)
+    forward = wrap(build.load(config, task, context), config, context)
     if not isinstance(task, Answers):
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return worded({"prediction": record["prediction"]}, row, config)

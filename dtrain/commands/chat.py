@@ -24,8 +24,9 @@ from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
 from dtrain.data.seeding import seed_all
-from dtrain.distributed.heartbeat import Beat
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.heartbeat import Heartbeat
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, newest
 from dtrain.models.compatibility import check_fit, longest_input
@@ -47,15 +48,15 @@ class Reply:
     forgotten: int
 
 
-def run_chat(config: Config, topology: Topology) -> None:
+def run_chat(config: Config, context: RankContext) -> None:
     """Talks with whoever sits at the terminal (or behind a pipe), or writes replies to `talk.input`.
 
     Raises:
         ConfigError: several ranks, another task, or a tokenizer that the format cannot use.
         DataError: a file that cannot be read as dialogues.
     """
-    if topology.world_size > 1:
-        raise ConfigError(f"chat runs as one process, not {topology.world_size}: start it with python, no launcher.")
+    if context.world_size > 1:
+        raise ConfigError(f"chat runs as one process, not {context.world_size}: start it with python, no launcher.")
     if not isinstance(config.task, Chat | CausalLm):
         raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
     begin = time.monotonic()
@@ -63,9 +64,9 @@ def run_chat(config: Config, topology: Topology) -> None:
     prompts = list(read_prompts(file)) if file is not None else []
     if file is not None and not prompts:
         raise DataError(f"{file} has no dialogue to answer: a line of text is one")
-    holds = run_claim.taken(config, topology, command="chat") if config.talk.makes_run_folder else nullcontext()
+    holds = run_claim.taken(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()
     with holds:
-        answer = speaker(config, topology)
+        answer = speaker(config, context)
         if file is None:
             talk(answer, _lines_of(sys.stdin), system=system)
             return
@@ -77,7 +78,7 @@ def run_chat(config: Config, topology: Topology) -> None:
         )
         write_lines_atomic(target, replies)
         if config.talk.makes_run_folder:
-            summary = results.summary("chat", None, topology, engine="single", seconds=time.monotonic() - begin)
+            summary = results.summary("chat", None, context, engine="single", seconds=time.monotonic() - begin)
             write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
         log.info("%d replies: %s", len(prompts), target)
 
@@ -89,8 +90,8 @@ Answer = Callable[[Sequence[Message], int], Reply]
 class Speaker:
     """A model that replies to the last message of a dialogue; an Answer."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, beat: Beat) -> None:
-        self._config, self._model, self._chat, self._beat = config, model, chat, beat
+    def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, heartbeat: Heartbeat) -> None:
+        self._config, self._model, self._chat, self._heartbeat = config, model, chat, heartbeat
         self._stops = chat.stops | ends_of(model)
         self._room = _room(model, config.generate.max_new_tokens)
 
@@ -98,7 +99,7 @@ class Speaker:
         ids, forgotten = newest(self._chat, messages, max_tokens=self._room)
         seed_all(self._config.run.seed, "chat", number)
         prompt = torch.tensor(ids, device=self._model.device)
-        whole = continuation(self._model, prompt, self._config, stops=self._stops, beat=self._beat)
+        whole = continuation(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
         drawn = whole[len(ids) :].tolist()
         return Reply(self._chat.reply([token for token in drawn if token not in self._stops]), forgotten)
 
@@ -112,7 +113,7 @@ class Speaker:
             raise DataError(f"{place}: {error}") from None
 
 
-def speaker(config: Config, topology: Topology) -> Speaker:
+def speaker(config: Config, context: RankContext) -> Speaker:
     """Loads the model that answers."""
     refuse_own_parts(config, "chat")
     tokenizer = load_tokenizer(config.model, training_texts=list)
@@ -121,7 +122,7 @@ def speaker(config: Config, topology: Topology) -> Speaker:
         config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
-    return Speaker(config, model.to(device_of(topology)).eval(), chat, topology.beat)
+    return Speaker(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)
 
 
 def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:

@@ -15,7 +15,7 @@ from dtrain.data import hub
 from dtrain.data.resolve_source import form_of
 from dtrain.data.split_readers import hub_name
 from dtrain.distributed.collectives import node_first
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.hub_download import fetch_model
 from dtrain.runs.folder import move_away, replace_folder
@@ -24,7 +24,7 @@ OF_A_DOWNLOAD = Path(".cache") / "huggingface"
 """What huggingface_hub leaves in a folder that it has filled, to know what is there."""
 
 
-def run_download(config: Config, topology: Topology) -> None:
+def run_download(config: Config, context: RankContext) -> None:
     """Collective. One rank of each node fetches into the cache; rank 0 alone into `download.to`.
 
     Raises:
@@ -40,13 +40,13 @@ def run_download(config: Config, topology: Topology) -> None:
         raise ConfigError(f"download.ignore={list(config.download.ignore)} is for models: a data set is fetched whole.")
 
     def work() -> str:
-        if to is not None and not topology.is_main:
+        if to is not None and not context.is_main:
             return ""
         offline = [_fetch(setting, name, config) for setting, name in wanted.items()]
         cache = "" if to is not None else "HF_HUB_OFFLINE=1 "
         return f"To use it without a network: {cache}python dtrain/main.py {shlex.join(offline)}"
 
-    log.info("%s", node_first(work, topology))
+    log.info("%s", node_first(work, context))
 
 
 def _wanted(config: Config) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
@@ -22,19 +22,19 @@ from dtrain.training.metric_selection import reported
 from dtrain.training.summary import Result
 
 
-def run_evaluate(config: Config, topology: Topology) -> Result:
+def run_evaluate(config: Config, context: RankContext) -> Result:
     """Collective. Writes summary.json and predictions/ into a run folder of its own."""
     begin = time.monotonic()
-    name, why = engine_name(config, topology)
-    with run_claim.taken(config, topology, command="evaluate"):
-        task = build_task(config, topology)
+    name, why = engine_name(config, context)
+    with run_claim.taken(config, context, command="evaluate"):
+        task = build_task(config, context)
         if set(task.splits) <= {"train"}:
             raise ConfigError(
                 "There is nothing to evaluate: the data has only a train split. Set data.splits or data.validation_fraction."
             )
         metrics = reported(config.evaluation, task, folder=config.folder)
-        log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-        forward = wrap(build.load(config, task, topology), config, topology)
+        log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why)
+        forward = wrap(build.load(config, task, context), config, context)
         result = evaluate(
             forward,
             task,
@@ -42,27 +42,27 @@ def run_evaluate(config: Config, topology: Topology) -> Result:
             workers=config.data.workers,
             reported=metrics,
         )
-        write_down("evaluate", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
+        write_down("evaluate", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
         return Result(dict(result.metrics), config.run_dir)
 
 
-def wrap(module: nn.Module, config: Config, topology: Topology) -> Forward:
+def wrap(module: nn.Module, config: Config, context: RankContext) -> Forward:
     """What runs forward: the plain model, or DeepSpeed where it is sharded and one rank cannot hold it."""
     if config.engine.is_deepspeed and config.engine.zero_stage == 3:
-        return build_engine(module, config, topology)
-    return ForwardOnly(module, config, topology)
+        return build_engine(module, config, context)
+    return ForwardOnly(module, config, context)
 
 
 def write_down(
-    command: str, result: EvaluationResult, run_dir: Path, topology: Topology, *, engine: str, seconds: float
+    command: str, result: EvaluationResult, run_dir: Path, context: RankContext, *, engine: str, seconds: float
 ) -> None:
     """Collective. summary.json and predictions/, and the metrics on the terminal."""
     summary = {
-        **results.summary(command, result, topology, engine=engine, seconds=seconds),
+        **results.summary(command, result, context, engine=engine, seconds=seconds),
         "step": 0,
         "examples": sum(len(split.records) for split in result.splits.values()),
     }
-    on_main(lambda: results.write(run_dir, summary, result), topology)
+    on_main(lambda: results.write(run_dir, summary, result), context)
     for metric, value in result.metrics.items():
         log.info("%-24s %.10g", metric, value)
     log.info("summary and predictions: %s", run_dir)

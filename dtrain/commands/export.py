@@ -18,7 +18,7 @@ from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters
 from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
@@ -31,7 +31,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 """Suffixes of files that are not copied as they are: weights, of which only safetensors are read."""
 
 
-def run_export(config: Config, topology: Topology) -> None:
+def run_export(config: Config, context: RankContext) -> None:
     """Collective. Rank 0 writes `export.to`; the others wait.
 
     Raises:
@@ -62,7 +62,7 @@ def run_export(config: Config, topology: Topology) -> None:
             shutil.rmtree(draft, ignore_errors=True)
         return f"{source} exported to {target}" + (f"; what was there is {moved} now" if moved else "")
 
-    log.info("%s", on_main(write, topology))
+    log.info("%s", on_main(write, context))
 
 
 def _source(config: Config) -> Path:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
@@ -35,7 +36,7 @@ class Filler:
         ConfigError: the settings name no such model, or a tokenizer without a mask token.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, context: RankContext) -> None:
         refuse_own_parts(config, "predict", "masked language model")
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         if self._tokenizer.mask_token is None:
@@ -49,7 +50,7 @@ class Filler:
         )
         check_fit(model, self._tokenizer, max_length=1, needs_padding=False)
         self._longest = longest_input(model)
-        self._model = model.to(device_of(topology)).eval()
+        self._model = model.to(device_of(context.topology)).eval()
 
     def check(self, text: str, place: str) -> None:
         """Raises:

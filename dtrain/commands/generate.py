@@ -13,8 +13,9 @@ from dtrain.config.commands import Generate
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.seeding import seed_all
-from dtrain.distributed.heartbeat import Beat, Phase
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.heartbeat import Heartbeat, Phase
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
@@ -22,10 +23,10 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.training.build import refuse_own_parts
 
 
-def run_generate(config: Config, topology: Topology) -> str:
+def run_generate(config: Config, context: RankContext) -> str:
     """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
     prompt = config.generate.prompt if config.generate.prompt is not None else "\n"
-    writer = Writer(config, topology, command="generate")
+    writer = Writer(config, context, command="generate")
     if not writer.has_tokens(prompt):
         raise ConfigError("generate.prompt is empty for this tokenizer: give at least one token.")
     text = writer.write(prompt, number=0).whole
@@ -48,18 +49,18 @@ class Writer:
         ConfigError: the settings name no language model.
     """
 
-    def __init__(self, config: Config, topology: Topology, *, command: str) -> None:
+    def __init__(self, config: Config, context: RankContext, *, command: str) -> None:
         if config.task.name != "causal_lm":
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
         refuse_own_parts(config, command)
-        self._config, self._beat = config, topology.beat
+        self._config, self._heartbeat = config, context.heartbeat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(
             config.model, head="causal_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
         )
-        self._model = model.to(device_of(topology)).eval()
+        self._model = model.to(device_of(context.topology)).eval()
 
     def has_tokens(self, prompt: str) -> bool:
         """Whether the tokenizer makes a token of it at least, which a model has to go on from."""
@@ -69,7 +70,7 @@ class Writer:
         """The prompt's continuation, drawn with its number among several; the first one's is what `generate` gives."""
         ids = torch.tensor(self._tokens(prompt), device=self._model.device)
         seed_all(self._config.run.seed, "generate", *([number] if number else []))
-        whole = continuation(self._model, ids, self._config, beat=self._beat)
+        whole = continuation(self._model, ids, self._config, heartbeat=self._heartbeat)
         before, after = self._text(ids), self._text(whole)
         # Alone, the added tokens would lose the blank that they begin with.
         is_begun = after.startswith(before)
@@ -99,7 +100,7 @@ def continuation(
     config: Config,
     *,
     stops: Collection[int] | None = None,
-    beat: Beat | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> torch.Tensor:
     """The prompt and max_new_tokens more, or fewer where the text ends.
 
@@ -108,22 +109,22 @@ def continuation(
 
     Args:
         ids: (length,) int64.
-        stops: tokens that end the text; None: those that the model's own files name. beat: told of each token.
+        stops: tokens that end the text; None: those that the model's own files name. heartbeat: told of each token.
     """
     ends = ends_of(model) if stops is None else stops
     settings = config.generate
     window = longest_input(model) or 2**31
     keeps = len(ids) + settings.max_new_tokens <= window
     cache: dict[str, Any] = {}
-    beat = beat if beat is not None else Beat()
-    with beat.within(Phase.ANSWERING):
+    heartbeat = heartbeat if heartbeat is not None else Heartbeat()
+    with heartbeat.within(Phase.ANSWERING):
         for _ in range(settings.max_new_tokens):
             seen = ids[-1:] if cache else ids[-window:]
             output = model(input_ids=seen[None], use_cache=keeps, **cache)
             if keeps and getattr(output, "past_key_values", None) is not None:  # recurrent models keep something else
                 cache = {"past_key_values": output.past_key_values}
             ids = torch.cat([ids, draw(output.logits[:, -1].float(), settings)])
-            beat.tick()
+            heartbeat.tick()
             if int(ids[-1]) in ends:
                 break
     return ids

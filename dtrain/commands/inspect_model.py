@@ -16,7 +16,8 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.seeding import Place
 from dtrain.distributed.collectives import on_main
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError
 from dtrain.models.base import load_base
 from dtrain.models.compatibility import longest_input
@@ -36,7 +37,7 @@ class Example:
     told: Mapping[str, Any]
 
 
-def run_inspect(config: Config, topology: Topology) -> Path:
+def run_inspect(config: Config, context: RankContext) -> Path:
     """Collective. Rank 0 computes and writes `inspection/` in the run folder; gives that folder.
 
     Raises:
@@ -45,20 +46,20 @@ def run_inspect(config: Config, topology: Topology) -> Path:
     settings, model = config.inspect, config.model
     if settings.text is None and settings.split is None:
         raise ConfigError('inspect needs examples: inspect.text="..." or inspect.split and inspect.examples=[0, 5].')
-    with run_claim.taken(config, topology, command="inspect"):
+    with run_claim.taken(config, context, command="inspect"):
         if model.attn_implementation not in (None, "eager"):
             log.info("attentions are computed with model.attn_implementation=eager, not %s", model.attn_implementation)
         if settings.text is not None:
             tokenizer = load_tokenizer(model, training_texts=list)
             examples = [_of_text(settings.text, tokenizer)]
         else:
-            task = build_task(config, topology)
+            task = build_task(config, context)
             tokenizer = task.tokenizer
             examples = list(_of_split(config, task))
         target = config.run_dir / INSPECTION
 
         def work() -> None:
-            body = load_base(model).to(device_of(topology))
+            body = load_base(model).to(device_of(context.topology))
             for example in examples:
                 _check(example, body)
             with worded(target):
@@ -66,7 +67,7 @@ def run_inspect(config: Config, topology: Topology) -> Path:
                 told = [_write(example, body, tokenizer, target) for example in examples]
             write_json_atomic(target / "tokens.json", {"model": model.name_or_path, "examples": told})
 
-        on_main(work, topology)
+        on_main(work, context)
         log.info("hidden states and attentions of %d example(s): %s", len(examples), target)
         return target
 

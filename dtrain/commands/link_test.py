@@ -26,6 +26,7 @@ from dtrain import console
 from dtrain.cluster.doctor.link_checks import pairs_of
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.process_group import process_group
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import DtrainError, TopologyError
 
@@ -50,36 +51,36 @@ GROUPS_OF_PAIR = 2
 REPEATS, LATENCY_REPEATS = 3, 20
 
 
-def measure(topology: Topology, asked: Mapping[str, Any]) -> dict[str, Any]:
+def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Collective. Latency in seconds of an all-reduce of 4 bytes; rates in bytes per second that a rank sends.
 
     Args:
         asked: `firsts`, the first rank of each host; `hosts`, their names.
     """
-    device = device_of(topology)
+    device = device_of(context.topology)
     hosts, firsts = asked["hosts"], asked["firsts"]
     backend = "nccl" if device.type == "cuda" else "gloo"
-    told = {"hosts": hosts, "ranks": topology.world_size, "backend": backend}
-    if topology.world_size == 1:  # no group is formed for one
+    told = {"hosts": hosts, "ranks": context.world_size, "backend": backend}
+    if context.world_size == 1:  # no group is formed for one
         return {**told, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}}
     mine = []
     for one, other in pairs_of(len(hosts)):
         ranks, names = [firsts[one], firsts[other]], [hosts[one], hosts[other]]
         groups = [_group(ranks) for _ in range(GROUPS_OF_PAIR if device.type == "cpu" else 1)]
-        if topology.is_main:
+        if context.is_main:
             say({"next": names})
-        if topology.rank in ranks:
+        if context.rank in ranks:
             try:
                 found = _timed(2, groups, device)
             except RuntimeError as error:
                 raise TopologyError(f"between {' and '.join(names)}: {error}") from error
-            if topology.rank == ranks[0]:
+            if context.rank == ranks[0]:
                 mine.append({"hosts": names, **found})
         dist.all_reduce(torch.zeros(1, device=device))  # the next pair has the network for itself
-    if topology.is_main:
+    if context.is_main:
         say({"next": hosts})
-    every = _timed(topology.world_size, [None], device)
-    pairs = [pair for some in all_gather_object(mine, topology) for pair in some]
+    every = _timed(context.world_size, [None], device)
+    pairs = [pair for some in all_gather_object(mine, context) for pair in some]
     return {**told, "pairs": pairs, "all": every}
 
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
     console.set_up(rank=topology.rank, world_size=topology.world_size)
     try:
         with process_group(topology, env, timeout_s=FORM_S, collective_timeout_s=COLLECTIVE_S) as complete:
-            found = measure(complete, asked)
+            found = measure(RankContext(complete), asked)
     except (DtrainError, RuntimeError) as error:
         say({"problem": str(error).strip()})
         return 4

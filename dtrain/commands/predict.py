@@ -21,7 +21,7 @@ from dtrain.console import log
 from dtrain.data import glue
 from dtrain.data.resolve_source import form_of
 from dtrain.distributed.collectives import on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
 from dtrain.runs.folder import RunFolder, write_text_atomic
@@ -31,56 +31,58 @@ from dtrain.training.evaluation import EvaluationResult, evaluate
 from dtrain.training.summary import Result
 
 
-def run_predict(config: Config, topology: Topology) -> Result:
+def run_predict(config: Config, context: RankContext) -> Result:
     """Collective. Writes predictions/, summary.json and, for a GLUE task, submission/ into a run folder of its own.
 
     With `predict.text` it prints the answer instead, and writes nothing.
     """
     if config.predict.text is not None:
-        return run_answer(config, topology)
+        return run_answer(config, context)
     file = config.predict.file
     if file is not None:
-        _check_file(file.expanduser(), topology)
+        _check_file(file.expanduser(), context)
     if config.task.name in prompts.TASKS:
         if file is None:
             raise ConfigError(
                 f"task.name={config.task.name}: the rows of a split have no answers. Give a prompt as predict.text, or a "
                 "file of them as predict.file; evaluate tells how good the model is."
             )
-        return prompts.run_prompts(config, file.expanduser(), topology)
+        return prompts.run_prompts(config, file.expanduser(), context)
     begin = time.monotonic()
-    name, why = engine_name(config, topology)
-    config = config.model_copy(update={"data": what_to_predict(config, topology)})
+    name, why = engine_name(config, context)
+    config = config.model_copy(update={"data": what_to_predict(config, context)})
     if config.task.name == "seq2seq":  # its answer is the text that it writes
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
-    with run_claim.taken(config, topology, command="predict"):
-        task = build_task(config, topology)
+    with run_claim.taken(config, context, command="predict"):
+        task = build_task(config, context)
         if set(task.splits) <= {"train"}:
             raise ConfigError(
                 "There is nothing to predict: the data has only a train split. Name one in data.splits, e.g. "
                 "data.splits={test: test.csv}, or set predict.file."
             )
-        log.info("predict with %s on %s, engine %s (%s)", config.model.name_or_path, topology.describe(), name, why)
-        forward = wrap(build.load(config, task, topology), config, topology)
+        log.info(
+            "predict with %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why
+        )
+        forward = wrap(build.load(config, task, context), config, context)
         result = evaluate(
             forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
         )
-        write_down("predict", result, config.run_dir, topology, engine=name, seconds=time.monotonic() - begin)
-        on_main(lambda: _write_submission(config, result), topology)
+        write_down("predict", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
+        on_main(lambda: _write_submission(config, result), context)
         return Result(dict(result.metrics), config.run_dir)
 
 
-def _check_file(file: Path, topology: Topology) -> None:
+def _check_file(file: Path, context: RankContext) -> None:
     """Collective. Says so at once where rank 0 has no such file."""
 
     def check() -> None:
         if not file.is_file():
             raise DataError(f"predict.file={file}: there is no such file (seen from {Path.cwd()})")
 
-    on_main(check, topology)
+    on_main(check, context)
 
 
-def what_to_predict(config: Config, topology: Topology) -> Data:
+def what_to_predict(config: Config, context: RankContext) -> Data:
     """Collective. The data section with `predict.file`, or a GLUE task's test splits where none is named."""
     data, file = config.data, config.predict.file
     if file is not None:
@@ -98,7 +100,7 @@ def what_to_predict(config: Config, topology: Topology) -> Data:
         return data
     files = glue.find_task(data.name).test_files
     # The folder may be seen by rank 0 alone.
-    is_files = on_main(lambda: form_of(data) == "glue", topology)
+    is_files = on_main(lambda: form_of(data) == "glue", context)
     splits = dict(files) if is_files else {split: split for split in files}
     return data.model_copy(update={"splits": splits, "validation_fraction": None})
 

@@ -22,7 +22,7 @@ from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
 from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.training import run_claim
 from dtrain.training.build import in_turn
@@ -47,7 +47,7 @@ class Respondent:
     worded: Callable[[Record], str]
 
 
-def run_prompts(config: Config, file: Path, topology: Topology) -> Result:
+def run_prompts(config: Config, file: Path, context: RankContext) -> Result:
     """Collective. Answers each prompt of the file, and writes predictions/test.jsonl in their order and summary.json.
 
     Raises:
@@ -55,34 +55,38 @@ def run_prompts(config: Config, file: Path, topology: Topology) -> Result:
         ConfigError: a model that cannot answer prompts.
     """
     begin = time.monotonic()
-    prompts = _read(config, file, topology)
-    with run_claim.taken(config, topology, command="predict"):
-        respondent = in_turn(lambda: _respondent(config, topology), topology)
-        _check(respondent, prompts, file, topology)
-        log.info("predict with %s on %s, the whole model on each rank", config.model.name_or_path, topology.describe())
+    prompts = _read(config, file, context)
+    with run_claim.taken(config, context, command="predict"):
+        respondent = in_turn(lambda: _respondent(config, context), context)
+        _check(respondent, prompts, file, context)
+        log.info(
+            "predict with %s on %s, the whole model on each rank",
+            config.model.name_or_path,
+            context.topology.describe(),
+        )
         own = [
             respondent.answer(number, line, prompt)
             for number, (line, prompt) in enumerate(prompts)
-            if number % topology.world_size == topology.rank
+            if number % context.world_size == context.rank
         ]
-        gathered = [record for records in all_gather_object(own, topology) for record in records]
+        gathered = [record for records in all_gather_object(own, context) for record in records]
         records = sorted(gathered, key=lambda record: int(record["example_index"]))
         assert [record["example_index"] for record in records] == list(range(len(prompts)))
         result = EvaluationResult({}, {"test": SplitResult({}, records)})
-        write_down("predict", result, config.run_dir, topology, engine="single", seconds=time.monotonic() - begin)
+        write_down("predict", result, config.run_dir, context, engine="single", seconds=time.monotonic() - begin)
         return Result({}, config.run_dir)
 
 
-def answer_first(config: Config, file: Path, topology: Topology) -> str:
+def answer_first(config: Config, file: Path, context: RankContext) -> str:
     """Collective. The answer to the only prompt of a file, as a person reads it."""
-    prompts = _read(config, file, topology)
-    respondent = in_turn(lambda: _respondent(config, topology), topology)
-    _check(respondent, prompts, file, topology)
+    prompts = _read(config, file, context)
+    respondent = in_turn(lambda: _respondent(config, context), context)
+    _check(respondent, prompts, file, context)
     ((line, prompt),) = prompts
     return respondent.worded(respondent.answer(0, line, prompt))
 
 
-def _read(config: Config, file: Path, topology: Topology) -> list[tuple[int, Any]]:
+def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, Any]]:
     """Collective. Line and content of each prompt; rank 0 alone need see the file."""
 
     def read() -> list[tuple[int, Any]]:
@@ -96,7 +100,7 @@ def _read(config: Config, file: Path, topology: Topology) -> list[tuple[int, Any
             raise DataError(f"{file} has no prompt: a line of text is one")
         return found
 
-    return [(line, prompt) for line, prompt in on_main(read, topology)]
+    return [(line, prompt) for line, prompt in on_main(read, context)]
 
 
 def _texts_of_table(file: Path, data: Data) -> Iterator[tuple[int, str]]:
@@ -105,24 +109,24 @@ def _texts_of_table(file: Path, data: Data) -> Iterator[tuple[int, str]]:
     return zip(table["line"], table["text"], strict=True)
 
 
-def _check(respondent: Respondent, prompts: list[tuple[int, Any]], file: Path, topology: Topology) -> None:
+def _check(respondent: Respondent, prompts: list[tuple[int, Any]], file: Path, context: RankContext) -> None:
     """Collective. All prompts before the first answer, which may take long."""
 
     def check() -> None:
         for line, prompt in prompts:
             respondent.check(prompt, f"{file}, {unit_of(file)} {line}")
 
-    on_main(check, topology)
+    on_main(check, context)
 
 
-def _respondent(config: Config, topology: Topology) -> Respondent:
+def _respondent(config: Config, context: RankContext) -> Respondent:
     match config.task.name:
         case "causal_lm":
-            return _continues(Writer(config, topology, command="predict"))
+            return _continues(Writer(config, context, command="predict"))
         case "masked_lm":
-            return _fills(Filler(config, topology))
+            return _fills(Filler(config, context))
         case _:
-            return _replies(config, topology)
+            return _replies(config, context)
 
 
 def _continues(writer: Writer) -> Respondent:
@@ -157,9 +161,9 @@ def _fills(filler: Filler) -> Respondent:
     return Respondent(filler.check, answer, worded)
 
 
-def _replies(config: Config, topology: Topology) -> Respondent:
+def _replies(config: Config, context: RankContext) -> Respondent:
     system = config.talk.system
-    answer = speaker(config, topology)
+    answer = speaker(config, context)
     return Respondent(
         lambda messages, place: answer.check(begun_with(system, messages), place),
         lambda number, line, messages: reply_record(answer, number, line, messages, system=system),

@@ -17,7 +17,7 @@ from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.heartbeat import Phase
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name
 from dtrain.engine.protocol import Engine
@@ -49,7 +49,7 @@ from dtrain.training.thaw import thaw
 
 def run_train(
     config: Config,
-    topology: Topology,
+    context: RankContext,
     *,
     model: nn.Module | None = None,
     task: Task | None = None,
@@ -65,21 +65,21 @@ def run_train(
         began: time.monotonic() at this start's beginning, imports included; default: now.
     """
     began = time.monotonic() if began is None else began
-    engine_name(config, topology)  # refuses a wrong combination before any work
-    with run_claim.taken(config, topology, command="train") as taken:
+    engine_name(config, context)  # refuses a wrong combination before any work
+    with run_claim.taken(config, context, command="train") as taken:
         if taken.action == "already_finished":
-            return _old_result(config, topology)
-        run = _prepare(config, topology, model, task, taken.checkpoint)
+            return _old_result(config, context)
+        run = _prepare(config, context, model, task, taken.checkpoint)
         run.began = began
-        log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=False))
+        log.info("%s", plan.describe(config, context, run.task, run.prepared, run.steps, in_full=False))
         return run.go(monitors)
 
 
-def run_dry(config: Config, topology: Topology) -> None:
+def run_dry(config: Config, context: RankContext) -> None:
     """Collective. Says what `run_train` would do; makes no folder and takes no step."""
-    engine_name(config, topology)
-    run = _prepare(config, topology, None, None, None)
-    log.info("%s", plan.describe(config, topology, run.task, run.prepared, run.steps, in_full=True))
+    engine_name(config, context)
+    run = _prepare(config, context, None, None, None)
+    log.info("%s", plan.describe(config, context, run.task, run.prepared, run.steps, in_full=True))
 
 
 def _check_best(config: Config, names: Sequence[str]) -> None:
@@ -94,34 +94,34 @@ def _check_best(config: Config, names: Sequence[str]) -> None:
         raise ConfigError(f"evaluation.best.metric={best.metric} is not a metric of this run. {known}.")
 
 
-def _old_result(config: Config, topology: Topology) -> Result:
+def _old_result(config: Config, context: RankContext) -> Result:
     """Collective. What the finished run in the folder ended with."""
-    metrics = on_main(lambda: results.read(config.run_dir)["eval"], topology)
+    metrics = on_main(lambda: results.read(config.run_dir)["eval"], context)
     return Result(dict(metrics), config.run_dir)
 
 
 def _prepare(
-    config: Config, topology: Topology, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
+    config: Config, context: RankContext, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
 ) -> TrainingRun:
-    topology.beat.at(Phase.PREPARING)
-    task = task or build_task(config, topology)
+    context.heartbeat.at(Phase.PREPARING)
+    task = task or build_task(config, context)
     metrics = reported(config.evaluation, task, folder=config.folder)
     names = metric_names(task, metrics)
     if metrics.own is None or not names:  # the names of the user's own are known after the first evaluation only
         _check_best(config, names)
     steps = build.step_plan(config, task)
-    topology.beat.at(Phase.LOADING)
-    module = build.place(model, config, topology) if model is not None else build.load(config, task, topology)
+    context.heartbeat.at(Phase.LOADING)
+    module = build.place(model, config, context) if model is not None else build.load(config, task, context)
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])
         data_guard.check(task, checkpoint, config)
-        going_back.forget_lost_best(state, checkpoint, config, topology)
-        restore_weights(module, checkpoint, topology)
+        going_back.forget_lost_best(state, checkpoint, config, context)
+        restore_weights(module, checkpoint, context)
     # A thaw that is due at this very step is yet to come, as it was then.
     epoch = steps.epoch_of(max(state.step - 1, 0))
     prepared = build.prepare_training(module, config, task, steps, epoch=epoch)
-    return TrainingRun(config, topology, task, prepared, steps, metrics, checkpoint, state)
+    return TrainingRun(config, context, task, prepared, steps, metrics, checkpoint, state)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class TrainingRun:
     """One run from engine to summary. checkpoint: what it goes on from. The fields below that change as it goes."""
 
     config: Config
-    topology: Topology
+    context: RankContext
     task: Task
     prepared: build.Construction
     steps: StepPlan
@@ -155,10 +155,10 @@ class TrainingRun:
             Preempted: on every rank; asked to stop, and stopped with a checkpoint.
         """
         config, total = self.config, self._total_steps()
-        self.rollback = Rollback(config, self.topology)
+        self.rollback = Rollback(config, self.context)
         self.tracker = Tracker(
             config.run_dir,
-            is_main=self.topology.is_main,
+            is_main=self.context.is_main,
             total_steps=total,
             first_step=self.state.step,
             tensorboard=config.tracking.tensorboard,
@@ -167,11 +167,11 @@ class TrainingRun:
             self.tracker.event(
                 "start",
                 command="train",
-                world_size=self.topology.world_size,
+                world_size=self.context.world_size,
                 total_steps=total,
                 startup_s=time.monotonic() - self.began,
             )
-            self.topology.beat.at(Phase.BUILDING)
+            self.context.heartbeat.at(Phase.BUILDING)
             self._start_engine()
             if config.train.spike is not None:
                 self.spikes = Spikes(config.train.spike, self.state, self.tracker)
@@ -183,13 +183,13 @@ class TrainingRun:
 
     def _start_engine(self) -> None:
         """Collective. The engine, where a checkpoint left it; and what saves the next ones."""
-        self.engine = build_engine(self.prepared.module, self.config, self.topology, thawed=self.state.thawed)
+        self.engine = build_engine(self.prepared.module, self.config, self.context, thawed=self.state.thawed)
         if self.checkpoint is not None:
-            restore_slots(self.engine, self.checkpoint, self.topology)
-            self.tracker.event("resume", step=self.state.step, world_size=self.topology.world_size)
+            restore_slots(self.engine, self.checkpoint, self.context)
+            self.tracker.event("resume", step=self.state.step, world_size=self.context.world_size)
         self.checkpoints = Checkpoints(
             self.config,
-            self.topology,
+            self.context,
             self.engine.module,
             self.task,
             state=self.state,
@@ -208,7 +208,7 @@ class TrainingRun:
 
     def _stop(self, why: str | None) -> NoReturn:
         """Collective. Saves, and leaves the rest to another start."""
-        told = next((word for word in all_gather_object(why, self.topology) if word is not None), "a monitor asked to")
+        told = next((word for word in all_gather_object(why, self.context) if word is not None), "a monitor asked to")
         self.checkpoints.save()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=told)
@@ -270,7 +270,7 @@ class TrainingRun:
         if self.spikes is not None:
             found.append(self.spikes)
         if train.check_replicas is not None:
-            found.append(Replicas(train.check_replicas, lambda: self.engine.module, self.topology, self.tracker))
+            found.append(Replicas(train.check_replicas, lambda: self.engine.module, self.context, self.tracker))
         found.append(Evaluate(train.eval_every, self._evaluate))
         if best is not None:
             self.keeper = KeepBest(best, self.state, self._keep_best)
@@ -299,14 +299,14 @@ class TrainingRun:
     def _keep_best(self) -> None:
         """Collective. The model of this step becomes the run's."""
         self.best, begin = self.last, time.monotonic()
-        with self.topology.beat.within(Phase.EXPORT):
+        with self.context.heartbeat.within(Phase.EXPORT):
             export_model(self.engine, beside(self.task), self.config.run_dir / "model")
         self.tracker.event("export", step=self.last_step, seconds=time.monotonic() - begin)
 
     def _before_epoch(self, engine: Engine, epoch: int) -> Engine:
         """Collective. Thaws what is due."""
         thaws = len(self.state.thawed)
-        self.topology.beat.at(Phase.BUILDING)
+        self.context.heartbeat.at(Phase.BUILDING)
         self.engine = thaw(engine, epoch, self.config, self.prepared, self.state)
         for names in self.state.thawed[thaws:]:
             log.info("epoch %d: thawed %s", epoch, freezing.summary(names))
@@ -329,16 +329,16 @@ class TrainingRun:
 
     def _load(self, engine: Engine, chosen: Chosen) -> None:
         """Collective. A checkpoint into an engine that runs already: it is built anew around the module."""
-        with self.topology.beat.within(Phase.LOADING):
+        with self.context.heartbeat.within(Phase.LOADING):
             module = engine.release()
-            restore_weights(module, chosen, self.topology)
-            self.engine = build_engine(module, self.config, self.topology, thawed=self.state.thawed)
-            restore_slots(self.engine, chosen, self.topology)
+            restore_weights(module, chosen, self.context)
+            self.engine = build_engine(module, self.config, self.context, thawed=self.state.thawed)
+            restore_slots(self.engine, chosen, self.context)
 
     def _finish(self) -> Result:
         """Collective. The model, its predictions and the summary; `best` where one was asked for."""
         config = self.config
-        self.topology.beat.at(Phase.EXPORT)
+        self.context.heartbeat.at(Phase.EXPORT)
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
             if self.keeper is not None and self.state.best_step != self.state.step:
@@ -352,15 +352,15 @@ class TrainingRun:
         final = self.best if config.evaluation.best is not None and self.best is not None else self.last
         if config.evaluation.best is None or self.best is None:
             export_model(self.engine, beside(self.task), config.run_dir / "model")
-        name, _ = engine_name(config, self.topology)
+        name, _ = engine_name(config, self.context)
         summary = {
-            **results.summary("train", final, self.topology, engine=name, seconds=self.tracker.seconds),
+            **results.summary("train", final, self.context, engine=name, seconds=self.tracker.seconds),
             "step": self.state.step,
             "updates": self.state.updates,
             "examples": self.state.examples,
             "best_step": self.state.best_step,
             **self._per_step(),
-            "exactness": plan.exactness(config, name, self.topology.world_size),
+            "exactness": plan.exactness(config, name, self.context.world_size),
             "task": self.task.name,
             "rows": {split: len(rows) for split, rows in self.task.splits.items()},
         }
@@ -370,14 +370,14 @@ class TrainingRun:
             write_card(config.run_dir / "model", config, summary, task=self.task.name)
             results.write(config.run_dir, summary, final)
 
-        on_main(write, self.topology)
+        on_main(write, self.context)
         log.info("done: %s", json.dumps(summary["eval"]) if summary["eval"] else f"{self.state.step} steps")
         log.info("model and summary: %s", config.run_dir)
         return Result(dict(summary["eval"]), config.run_dir)
 
     def _bring_back_best(self, step: int) -> None:
         """Collective. The best step was in an earlier start: its checkpoint gives the model and its results again."""
-        chosen = going_back.best_of_an_earlier_start(step, self.config, self.topology)
+        chosen = going_back.best_of_an_earlier_start(step, self.config, self.context)
         if chosen is None:
             self.state.best_step = self.last_step
         else:

@@ -25,7 +25,7 @@ import transformers
 
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, node_first
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 
 Json = Any
@@ -61,7 +61,7 @@ class Prepared:
 
 
 def prepare(
-    plan: Callable[[], tuple[Mapping[str, Json], Build]], *, cache_dir: Path | None, topology: Topology
+    plan: Callable[[], tuple[Mapping[str, Json], Build]], *, cache_dir: Path | None, context: RankContext
 ) -> Prepared:
     """Collective. The prepared data, built by one rank of each node if it is not in the cache yet.
 
@@ -75,9 +75,9 @@ def prepare(
     """
     datasets.disable_progress_bars()
     cache = cache_dir.expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "dtrain"
-    folder = Path(node_first(lambda: str(_ensure(plan, cache)), topology))
+    folder = Path(node_first(lambda: str(_ensure(plan, cache)), context))
     prepared = open_prepared(folder)
-    compare_nodes(prepared.meta["splits"], topology)
+    compare_nodes(prepared.meta["splits"], context)
     return prepared
 
 
@@ -107,14 +107,14 @@ def open_prepared(folder: Path) -> Prepared:
     return Prepared(folder, content["meta"], Splits(splits, fingerprints))
 
 
-def compare_nodes(splits: Mapping[str, Mapping[str, Json]], topology: Topology) -> None:
+def compare_nodes(splits: Mapping[str, Mapping[str, Json]], context: RankContext) -> None:
     """Collective. Reports every node's rows and fingerprints; raises on all ranks if they are not the same everywhere.
 
     Raises:
         DataError: with a table of node, host, split, rows and fingerprint.
     """
-    mine = {"node": topology.node_rank, "host": socket.gethostname(), "splits": splits}
-    every_rank = all_gather_object(mine, topology)
+    mine = {"node": context.topology.node_rank, "host": socket.gethostname(), "splits": splits}
+    every_rank = all_gather_object(mine, context)
     nodes = {entry["node"]: entry for entry in sorted(every_rank, key=lambda entry: entry["node"])}
     for entry in nodes.values():
         place = f" on node {entry['node']} ({entry['host']})" if len(nodes) > 1 else ""

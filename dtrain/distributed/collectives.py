@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from dtrain.distributed.node_first import Turn, take_turn
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import Board
 from dtrain.distributed.serialization import (
     HEADER_SIZE,
@@ -28,42 +29,41 @@ from dtrain.distributed.serialization import (
     padded,
     restore,
 )
-from dtrain.distributed.topology import Topology
 from dtrain.errors import KINDS, DtrainError
 
 JSON = Any
 
 
-def all_reduce_sum(tensor: Tensor, topology: Topology) -> Tensor:
+def all_reduce_sum(tensor: Tensor, context: RankContext) -> Tensor:
     """Collective. The sum over ranks, elementwise, as a new tensor on the same device."""
-    return _all_reduce(tensor, topology, dist.ReduceOp.SUM)
+    return _all_reduce(tensor, context, dist.ReduceOp.SUM)
 
 
-def all_reduce_max(tensor: Tensor, topology: Topology) -> Tensor:
+def all_reduce_max(tensor: Tensor, context: RankContext) -> Tensor:
     """Collective. The maximum over ranks, elementwise, as a new tensor on the same device."""
-    return _all_reduce(tensor, topology, dist.ReduceOp.MAX)
+    return _all_reduce(tensor, context, dist.ReduceOp.MAX)
 
 
-def _all_reduce(tensor: Tensor, topology: Topology, operation: Any) -> Tensor:
-    if not _has_peers(topology):
+def _all_reduce(tensor: Tensor, context: RankContext, operation: Any) -> Tensor:
+    if not _has_peers(context):
         return tensor.clone()
     wire = _to_wire(tensor.clone(), tensor.device)
-    topology.traffic.add(wire.nbytes)
+    context.traffic.add(wire.nbytes)
     dist.all_reduce(wire, op=operation)
     return wire.to(tensor.device)
 
 
-def reduce_sum(tensor: Tensor, topology: Topology, *, dst: int = 0) -> Tensor | None:
+def reduce_sum(tensor: Tensor, context: RankContext, *, dst: int = 0) -> Tensor | None:
     """Collective. The sum over ranks as a new tensor on rank `dst`, None on the others."""
-    if not _has_peers(topology):
+    if not _has_peers(context):
         return tensor.clone()
     wire = _to_wire(tensor.clone(), tensor.device)
-    topology.traffic.add(wire.nbytes)
+    context.traffic.add(wire.nbytes)
     dist.reduce(wire, dst=dst, op=dist.ReduceOp.SUM)
-    return wire.to(tensor.device) if topology.rank == dst else None
+    return wire.to(tensor.device) if context.rank == dst else None
 
 
-def broadcast(tensor: Tensor | None, topology: Topology, *, src: int = 0, like: Tensor | None = None) -> Tensor:
+def broadcast(tensor: Tensor | None, context: RankContext, *, src: int = 0, like: Tensor | None = None) -> Tensor:
     """Collective. Rank `src`'s tensor on every rank, as a new tensor.
 
     Args:
@@ -71,105 +71,105 @@ def broadcast(tensor: Tensor | None, topology: Topology, *, src: int = 0, like: 
         like: shape, dtype and device of the result, where all ranks know them: one message less, and it stays on the
             device. Without it the result lies on the host.
     """
-    if not _has_peers(topology):
+    if not _has_peers(context):
         assert tensor is not None
         return tensor.clone() if like is not None else tensor.detach().cpu().clone()
-    is_source = topology.rank == src
+    is_source = context.rank == src
     assert tensor is not None or not is_source, "the source has nothing to broadcast"
     if like is not None:
         assert tensor is None or not is_source or (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
         wire = _to_wire(
             tensor.detach().clone() if is_source and tensor is not None else torch.empty_like(like), like.device
         )
-        topology.traffic.add(wire.nbytes)
+        context.traffic.add(wire.nbytes)
         dist.broadcast(wire, src=src)
         return wire.to(like.device)
     header = _host_wire(
         header_of(tensor) if tensor is not None and is_source else torch.empty(HEADER_SIZE, dtype=torch.int64)
     )
-    topology.traffic.add(header.nbytes)
+    context.traffic.add(header.nbytes)
     dist.broadcast(header, src=src)
     size = num_bytes(header)
     payload = _host_wire(bytes_of(tensor) if tensor is not None and is_source else torch.empty(size, dtype=torch.uint8))
     if size:
-        topology.traffic.add(size)
+        context.traffic.add(size)
         dist.broadcast(payload, src=src)
     return restore(payload, header)
 
 
-def scatter(tensors: Sequence[Tensor] | None, topology: Topology, *, src: int = 0) -> Tensor:
+def scatter(tensors: Sequence[Tensor] | None, context: RankContext, *, src: int = 0) -> Tensor:
     """Collective. Rank r gets `tensors[r]` of rank `src`, on the host. Shapes and dtypes may differ."""
-    if not _has_peers(topology):
+    if not _has_peers(context):
         assert tensors is not None
         return tensors[0].detach().cpu().clone()
-    headers = torch.empty(topology.world_size, HEADER_SIZE, dtype=torch.int64)
+    headers = torch.empty(context.world_size, HEADER_SIZE, dtype=torch.int64)
     parts: list[Tensor] | None = None
-    if topology.rank == src:
+    if context.rank == src:
         assert tensors is not None, "the source has nothing to scatter"
-        assert len(tensors) == topology.world_size, f"{len(tensors)} tensors for {topology.world_size} ranks"
+        assert len(tensors) == context.world_size, f"{len(tensors)} tensors for {context.world_size} ranks"
         headers = torch.stack([header_of(tensor) for tensor in tensors])
     headers = _host_wire(headers)
-    topology.traffic.add(headers.nbytes)
+    context.traffic.add(headers.nbytes)
     dist.broadcast(headers, src=src)
     width = max(num_bytes(header) for header in headers)
     payload = _host_wire(torch.empty(width, dtype=torch.uint8))
-    if topology.rank == src and tensors is not None:
+    if context.rank == src and tensors is not None:
         parts = [_host_wire(padded(bytes_of(tensor), width)) for tensor in tensors]
     if width:
-        topology.traffic.add(width)
+        context.traffic.add(width)
         dist.scatter(payload, parts, src=src)
-    return restore(payload, headers[topology.rank])
+    return restore(payload, headers[context.rank])
 
 
-def gather(tensor: Tensor, topology: Topology, *, dst: int = 0) -> list[Tensor] | None:
+def gather(tensor: Tensor, context: RankContext, *, dst: int = 0) -> list[Tensor] | None:
     """Collective. All ranks' tensors in rank order, on the host of rank `dst`; None elsewhere. Shapes may differ."""
-    if not _has_peers(topology):
+    if not _has_peers(context):
         return [tensor.detach().cpu().clone()]
-    headers, payload = _announce(tensor, topology)
-    parts = [torch.empty_like(payload) for _ in headers] if topology.rank == dst else None
+    headers, payload = _announce(tensor, context)
+    parts = [torch.empty_like(payload) for _ in headers] if context.rank == dst else None
     if payload.numel():
-        topology.traffic.add(payload.nbytes)
+        context.traffic.add(payload.nbytes)
         dist.gather(payload, parts, dst=dst)
     return None if parts is None else [restore(part, header) for part, header in zip(parts, headers, strict=True)]
 
 
-def all_gather(tensor: Tensor, topology: Topology) -> list[Tensor]:
+def all_gather(tensor: Tensor, context: RankContext) -> list[Tensor]:
     """Collective. All ranks' tensors in rank order, on the host. Shapes and dtypes may differ."""
-    if not _has_peers(topology):
+    if not _has_peers(context):
         return [tensor.detach().cpu().clone()]
-    headers, payload = _announce(tensor, topology)
+    headers, payload = _announce(tensor, context)
     parts = [torch.empty_like(payload) for _ in headers]
     if payload.numel():
-        topology.traffic.add(payload.nbytes)
+        context.traffic.add(payload.nbytes)
         dist.all_gather(parts, payload)
     return [restore(part, header) for part, header in zip(parts, headers, strict=True)]
 
 
-def all_gather_object(obj: JSON, topology: Topology) -> list[JSON]:
+def all_gather_object(obj: JSON, context: RankContext) -> list[JSON]:
     """Collective. All ranks' objects in rank order, through JSON (tuples come back as lists)."""
-    return [decode(part) for part in all_gather(encode(obj), topology)]
+    return [decode(part) for part in all_gather(encode(obj), context)]
 
 
-def broadcast_object(obj: JSON | None, topology: Topology, *, src: int = 0) -> JSON:
+def broadcast_object(obj: JSON | None, context: RankContext, *, src: int = 0) -> JSON:
     """Collective. Rank `src`'s object on every rank, through JSON. The others' argument is not read."""
-    return decode(broadcast(encode(obj) if topology.rank == src else None, topology, src=src))
+    return decode(broadcast(encode(obj) if context.rank == src else None, context, src=src))
 
 
-def barrier(topology: Topology) -> None:
+def barrier(context: RankContext) -> None:
     """Collective. Returns when every rank has called it."""
-    if _has_peers(topology):
-        topology.traffic.add(4)
+    if _has_peers(context):
+        context.traffic.add(4)
         # Not dist.barrier, which guesses a device.
         dist.all_reduce(_host_wire(torch.zeros(1)))
 
 
-def agree(flag: int, topology: Topology) -> int:
+def agree(flag: int, context: RankContext) -> int:
     """Collective. The largest of the ranks' integers (True counts 1), so that all take the same decision."""
-    return int(all_reduce_max(torch.tensor(int(flag), dtype=torch.int64), topology))
+    return int(all_reduce_max(torch.tensor(int(flag), dtype=torch.int64), context))
 
 
 def gather_for_metrics(
-    values: Mapping[str, Tensor], example_index: Tensor, topology: Topology, *, num_examples: int
+    values: Mapping[str, Tensor], example_index: Tensor, context: RankContext, *, num_examples: int
 ) -> dict[str, Tensor]:
     """Collective. Every rank's per-example values, each example exactly once, in data order, on the host of every rank.
 
@@ -187,13 +187,13 @@ def gather_for_metrics(
     """
     rows = example_index.numel()
     mine = {name: [list(value.shape), str(value.dtype)] for name, value in values.items()}
-    told = all_gather_object({"rows": rows, "values": mine}, topology)
+    told = all_gather_object({"rows": rows, "values": mine}, context)
     kinds = _common_kinds(told)
-    index = torch.cat(all_gather(example_index.to(torch.int64).reshape(-1), topology))
+    index = torch.cat(all_gather(example_index.to(torch.int64).reshape(-1), context))
     _check_permutation(index, num_examples)
     gathered = {}
     for name in kinds if kinds is not None else values:
-        parts = all_gather(values[name] if rows else torch.empty(0), topology)
+        parts = all_gather(values[name] if rows else torch.empty(0), context)
         if kinds is None:  # nobody has an example
             gathered[name] = values[name].detach().cpu().clone()
             continue
@@ -242,13 +242,13 @@ def _check_permutation(index: Tensor, num_examples: int) -> None:
         )
 
 
-def _has_peers(topology: Topology) -> bool:
+def _has_peers(context: RankContext) -> bool:
     """Whether anything has to be sent. More ranks without their group is a mistake of the caller."""
-    if topology.world_size == 1:
+    if context.world_size == 1:
         return False
     if not dist.is_initialized():
-        raise RuntimeError(f"{topology.world_size} ranks, but no group: call this inside topology.process_group(...).")
-    assert dist.get_world_size() == topology.world_size, "the process group is of another size than the topology"
+        raise RuntimeError(f"{context.world_size} ranks, but no group: call this inside process_group(...).")
+    assert dist.get_world_size() == context.world_size, "the process group is of another size than the topology"
     return True
 
 
@@ -262,16 +262,16 @@ def _host_wire(tensor: Tensor) -> Tensor:
     return _to_wire(tensor, torch.device("cpu"))
 
 
-def _announce(tensor: Tensor, topology: Topology) -> tuple[list[Tensor], Tensor]:
+def _announce(tensor: Tensor, context: RankContext) -> tuple[list[Tensor], Tensor]:
     """All ranks' headers, and this rank's bytes padded to the longest of them."""
     header = _host_wire(header_of(tensor))
-    headers = [torch.empty_like(header) for _ in range(topology.world_size)]
-    topology.traffic.add(header.nbytes)
+    headers = [torch.empty_like(header) for _ in range(context.world_size)]
+    context.traffic.add(header.nbytes)
     dist.all_gather(headers, header)
     return headers, _host_wire(padded(bytes_of(tensor), max(map(num_bytes, headers))))
 
 
-def node_first(work: Callable[[], JSON], topology: Topology, *, progress_every_s: float = 30.0) -> JSON:
+def node_first(work: Callable[[], JSON], context: RankContext, *, progress_every_s: float = 30.0) -> JSON:
     """Collective. Local rank 0 of each node does `work`; every rank of the node gets its result, through JSON.
 
     The others wait in the store, not in a collective, however long it takes; Ctrl-C and the launcher still end them.
@@ -283,47 +283,47 @@ def node_first(work: Callable[[], JSON], topology: Topology, *, progress_every_s
     Raises:
         DtrainError: what `work` raised on any node, on all ranks, of the same type and with the same message.
     """
-    if not _has_peers(topology):
+    if not _has_peers(context):
         return json.loads(json.dumps(work()))
     store = _get_default_store()
     # Every rank counts its own calls, and all make the same ones: so the number names the call everywhere.
-    number = store.add(f"node_first/calls/{topology.rank}", 1)
+    number = store.add(f"node_first/calls/{context.rank}", 1)
     turn = Turn(
         store,
         f"node_first/{number}",
-        topology.rank,
-        topology.world_size,
-        topology.node_rank,
-        topology.num_nodes,
-        topology.beat,
+        context.rank,
+        context.world_size,
+        context.topology.node_rank,
+        context.topology.num_nodes,
+        context.heartbeat,
     )
-    return take_turn(turn, work if topology.is_node_main else None, progress_every_s=progress_every_s)
+    return take_turn(turn, work if context.is_node_main else None, progress_every_s=progress_every_s)
 
 
-def on_main(work: Callable[[], JSON], topology: Topology) -> JSON:
+def on_main(work: Callable[[], JSON], context: RankContext) -> JSON:
     """Collective. Rank 0 does `work`; every rank gets its result, through JSON. The others wait in a collective.
 
     Raises:
         DtrainError: what `work` raised, on all ranks, of the same type and with the same message.
     """
     told = None
-    if topology.is_main:
+    if context.is_main:
         try:
             told = {"value": work()}
         except DtrainError as error:
             kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in KINDS)
             told = {"error": kind, "message": str(error)}
-    told = broadcast_object(told, topology)
+    told = broadcast_object(told, context)
     if "error" in told:
         failed = KINDS[told["error"]](told["message"])
-        failed.is_said_elsewhere = not topology.is_main
+        failed.is_said_elsewhere = not context.is_main
         raise failed
     return told["value"]
 
 
-def job_board(topology: Topology) -> Board | None:
+def job_board(context: RankContext) -> Board | None:
     """The store that all ranks share, which outlives the process group; None for one process."""
-    return _get_default_store() if _has_peers(topology) else None
+    return _get_default_store() if _has_peers(context) else None
 
 
 def is_lost_peer(error: BaseException) -> bool:

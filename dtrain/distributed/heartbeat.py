@@ -121,7 +121,7 @@ class Pulse(NamedTuple):
     collective: int
 
 
-class Beat:
+class Heartbeat:
     """The pen of one rank. Without shared memory it writes where nobody reads."""
 
     def __init__(self, memory: mmap | None = None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.console import log
-from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.rendezvous import Board
 from dtrain.errors import KINDS, DtrainError
 
@@ -32,7 +32,7 @@ class Turn:
     world_size: int
     node_rank: int
     num_nodes: int
-    beat: Beat = field(default_factory=Beat)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def keys(self) -> list[str]:
@@ -57,7 +57,7 @@ def take_turn(turn: Turn, work: Callable[[], JSON] | None, *, progress_every_s: 
     with _progress(turn, progress_every_s):
         if work is not None:
             _work_and_tell(turn, work)
-        with turn.beat.within(Phase.WAITING_FOR_NODE):
+        with turn.heartbeat.within(Phase.WAITING_FOR_NODE):
             pause = 0.005
             while not turn.board.check(turn.keys) and not turn.board.check([turn.broken]):
                 time.sleep(pause)

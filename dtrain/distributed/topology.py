@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.distributed import launcher_env
-from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.mpi_bootstrap import finalize_mpi as finalize_mpi
-from dtrain.distributed.traffic import Traffic
 from dtrain.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -31,8 +29,6 @@ class Topology:
         yields a complete one.
     launches: what may have started this job before, by name, and how often it did.
     exit_file: where to write why this process ends, besides exit.json; None where nobody asks.
-    beat: where this process says how far it is; see watching/.
-    traffic: what this process has sent to the others; counted by collectives.py and the engines.
     """
 
     rank: int
@@ -47,8 +43,6 @@ class Topology:
     is_complete: bool = True
     launches: Mapping[str, int] = field(default_factory=dict, compare=False)
     exit_file: Path | None = field(default=None, compare=False)
-    beat: Beat = field(default_factory=Beat, compare=False, repr=False)
-    traffic: Traffic = field(default_factory=Traffic, compare=False, repr=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:

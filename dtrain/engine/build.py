@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
 from dtrain.engine.protocol import Engine
 from dtrain.errors import ConfigError
 
 
-def engine_name(config: Config, topology: Topology) -> tuple[str, str]:
+def engine_name(config: Config, context: RankContext) -> tuple[str, str]:
     """The engine that `engine.name` means here, and why in a few words.
 
     Raises:
@@ -22,18 +22,18 @@ def engine_name(config: Config, topology: Topology) -> tuple[str, str]:
     chosen = config.engine.name
     if config.engine.is_deepspeed:
         return "deepspeed", "as asked" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set"
-    if chosen == "single" and topology.world_size > 1:
+    if chosen == "single" and context.world_size > 1:
         raise ConfigError(
-            f"engine.name=single runs one process, but {topology.launcher} started {topology.world_size}: each would train alone. "
+            f"engine.name=single runs one process, but {context.topology.launcher} started {context.world_size}: each would train alone. "
             "Use engine.name=ddp or auto, or start one process."
         )
     if chosen != "auto":
         return chosen, "as asked"
-    return ("single", "one process") if topology.world_size == 1 else ("ddp", f"{topology.world_size} processes")
+    return ("single", "one process") if context.world_size == 1 else ("ddp", f"{context.world_size} processes")
 
 
 def build_engine(
-    module: nn.Module, config: Config, topology: Topology, *, thawed: Sequence[Sequence[str]] = ()
+    module: nn.Module, config: Config, context: RankContext, *, thawed: Sequence[Sequence[str]] = ()
 ) -> Engine:
     """Collective. Wraps what learns in `module` and makes its optimizer.
 
@@ -43,22 +43,22 @@ def build_engine(
     """
     groups = optim.parameter_groups(module, weight_decay=config.optim.weight_decay, stages=thawed)
     optimizer = optim.build_optimizer(groups, config.optim)
-    name, _ = engine_name(config, topology)
+    name, _ = engine_name(config, context)
     match name:
         case "single":
             from dtrain.engine.single import SingleEngine
 
-            return SingleEngine(module, optimizer, config, topology)
-        case "ddp" if config.train.local_steps > 1 and topology.world_size > 1:
+            return SingleEngine(module, optimizer, config, context)
+        case "ddp" if config.train.local_steps > 1 and context.world_size > 1:
             from dtrain.engine.local_sgd import LocalEngine
 
-            return LocalEngine(module, optimizer, config, topology)
+            return LocalEngine(module, optimizer, config, context)
         case "ddp":
             from dtrain.engine.ddp import DdpEngine
 
-            return DdpEngine(module, optimizer, config, topology)
+            return DdpEngine(module, optimizer, config, context)
         case "deepspeed":
             from dtrain.engine.deepspeed import DeepSpeedEngine
 
-            return DeepSpeedEngine(module, optimizer, config, topology)
+            return DeepSpeedEngine(module, optimizer, config, context)
     raise AssertionError(name)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 
 Bucket = Any
 """DDP's: torch.distributed.GradBucket, which torch's stubs do not know."""
@@ -27,9 +27,9 @@ class Exchange:
     warms_up = False
     """Whether a backward pass has to come before the first step, for it decides which gradients share a bucket."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, context: RankContext) -> None:
         self.bucket_mb = config.engine.bucket_mb
-        self._world_size, self._traffic = topology.world_size, topology.traffic
+        self._world_size, self._traffic = context.world_size, context.traffic
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
         """Collective. Begins to average a bucket; DDP waits for the result."""

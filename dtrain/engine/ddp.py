@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.comm_hooks import Bf16Exchange, Exchange
 from dtrain.engine.powersgd import PowerSgdExchange
 from dtrain.engine.protocol import ReadSlots, StepResult
@@ -26,14 +26,16 @@ class DdpEngine(SingleEngine):
 
     name = "ddp"
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
-        super().__init__(module, optimizer, config, topology)
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
+    ) -> None:
+        super().__init__(module, optimizer, config, context)
         device = next(module.parameters()).device
         if config.model.compile:
             # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
             # attribute 'meta'"); in one graph the exchange of gradients overlaps less with backward.
             torch._dynamo.config.optimize_ddp = False
-        self._exchange = exchange_of(config, topology, module)
+        self._exchange = exchange_of(config, context, module)
         # Buffers stay as they are: running statistics are frozen or labelled inexact (README); a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(
@@ -59,7 +61,7 @@ class DdpEngine(SingleEngine):
                 with self.autocast():
                     yield
                 if self._marks_unused:  # which rank used what: a collective that DDP makes by itself
-                    self.topology.traffic.add(self._marks_unused)
+                    self.context.traffic.add(self._marks_unused)
             else:
                 with self._replica.no_sync(), self.autocast():
                     yield
@@ -75,7 +77,7 @@ class DdpEngine(SingleEngine):
         # DDP orders its buckets anew after the first backward pass. From three ranks on the order in which a number's
         # parts are added depends on its place in a bucket, so that a run that went on would differ in the last digit.
         # What an exchange remembers of a bucket must not meet another one.
-        if self.topology.world_size < 3 and not self._exchange.warms_up:
+        if self.context.world_size < 3 and not self._exchange.warms_up:
             return
         with self.micro_batch(last=True):
             self.backward(loss() * 0.0)
@@ -103,13 +105,13 @@ class DdpEngine(SingleEngine):
         return module
 
 
-def exchange_of(config: Config, topology: Topology, module: nn.Module) -> Exchange:
+def exchange_of(config: Config, context: RankContext, module: nn.Module) -> Exchange:
     """The one that the settings ask for. One process exchanges nothing, whatever they say."""
-    if topology.world_size > 1 and config.engine.powersgd is not None:
-        return PowerSgdExchange(config, topology, module)
-    if topology.world_size > 1 and config.engine.gradient_wire == "bf16":
-        return Bf16Exchange(config, topology)
-    return Exchange(config, topology)
+    if context.world_size > 1 and config.engine.powersgd is not None:
+        return PowerSgdExchange(config, context, module)
+    if context.world_size > 1 and config.engine.gradient_wire == "bf16":
+        return Bf16Exchange(config, context)
+    return Exchange(config, context)
 
 
 def _without_buffer_broadcast() -> dict[str, Any]:

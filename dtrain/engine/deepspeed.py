@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -43,21 +44,23 @@ class DeepSpeedEngine:
     name = "deepspeed"
     local: Apart | None = None
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
-        self.topology = topology
-        topology.traffic.is_whole = topology.world_size == 1  # DeepSpeed's own collectives pass us by
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
+    ) -> None:
+        self.context = context
+        context.traffic.is_whole = context.world_size == 1  # DeepSpeed's own collectives pass us by
         self.stage = config.engine.zero_stage or 0
         # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
         self.lock_step = self.stage >= 2
         self._max_grad_norm = config.optim.max_grad_norm
-        self._device_type = device_of(topology).type
+        self._device_type = device_of(context.topology).type
         self._precision = config.engine.precision
         if not dist.is_initialized():
             # One process: DeepSpeed wants a group even then. It keeps handles to it, so the group stays until the process ends.
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         deepspeed = _import_quietly()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, topology), dist_init_required=False
+            model=module, optimizer=optimizer, config=deepspeed_config(config, context), dist_init_required=False
         )
         self.model: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
@@ -137,7 +140,7 @@ class DeepSpeedEngine:
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for name, parameter in self.module.named_parameters():
             with self._whole([parameter]):
-                value = host_copy(parameter) if self.topology.is_main else None
+                value = host_copy(parameter) if self.context.is_main else None
             yield name, value
 
     def named_state(self, *, here: bool) -> Iterator[ParameterState]:
@@ -224,14 +227,14 @@ class DeepSpeedEngine:
             match self.stage:
                 case 0:
                     slots = slot_tensors(self._engine.optimizer.state.get(parameter, {}))
-                    yield from replicated_shards(name, parameter, slots, self.topology)
+                    yield from replicated_shards(name, parameter, slots, self.context)
                 case 3:
                     yield from self._own_chunk(name, parameter)
                 case _:
-                    yield from replicated_shards(name, parameter, {}, self.topology)
+                    yield from replicated_shards(name, parameter, {}, self.context)
                     yield from self._own_fragment(name, parameter)
         for name, buffer in self.module.named_buffers():
-            yield from replicated_shards(name, buffer, {}, self.topology)
+            yield from replicated_shards(name, buffer, {}, self.context)
 
     def _own_fragment(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
         """inner: ZeRO 1/2 keep the slots of one stretch of each flat group, which a parameter lies in whole, partly or not."""
@@ -240,7 +243,7 @@ class DeepSpeedEngine:
         state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
         mapping = getattr(parameter, "_hp_mapping", None)
         for key in sorted(state):
-            if key == STEP and self.topology.is_main:
+            if key == STEP and self.context.is_main:
                 yield Shard(name, key, None, torch.as_tensor(state[key]))
             elif key != STEP and mapping is not None:
                 start = int(mapping.lp_fragment_address.start)
@@ -251,14 +254,14 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         shard, total = parameter.ds_tensor, int(parameter.ds_numel)  # type: ignore[attr-defined]
-        start = min(self.topology.rank * shard.numel(), total)
+        start = min(self.context.rank * shard.numel(), total)
         count = min(shard.numel(), total - start)
         state = self._inner_optimizer().state.get(self._flat_of(parameter), {}) if parameter.requires_grad else {}
         value = safe_get_local_fp32_param(parameter) if parameter.requires_grad else shard
         if count:
             yield Shard(name, None, start, value.reshape(-1)[:count])
         for key in sorted(state):
-            if key == STEP and self.topology.is_main:
+            if key == STEP and self.context.is_main:
                 yield Shard(name, key, None, torch.as_tensor(state[key]))
             elif key != STEP and count:
                 yield Shard(name, key, start, safe_get_local_optimizer_state(parameter, key).reshape(-1)[:count])
@@ -280,8 +283,8 @@ class DeepSpeedEngine:
                 # safe_set_full_* fails on the last rank when the size does not divide by the ranks.
                 shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 size = shard.numel()
-                padded = F.pad(value.flatten(), (0, size * self.topology.world_size - value.numel()))
-                mine = padded[self.topology.rank * size : (self.topology.rank + 1) * size]
+                padded = F.pad(value.flatten(), (0, size * self.context.world_size - value.numel()))
+                mine = padded[self.context.rank * size : (self.context.rank + 1) * size]
                 safe_set_local_optimizer_state(parameter, mine.to(shard.device), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
@@ -293,7 +296,7 @@ class DeepSpeedEngine:
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         scaler = self._loss_scaler()
         if scaler is not None:
-            load_scaler(scaler, scalars, self.topology)
+            load_scaler(scaler, scalars, self.context)
 
     def _loss_scaler(self) -> Any:
         """inner: torch's GradScaler of an fp16 run; None in other precisions."""
@@ -311,7 +314,7 @@ class DeepSpeedEngine:
         return module
 
 
-def deepspeed_config(config: Config, topology: Topology) -> dict[str, Any]:
+def deepspeed_config(config: Config, context: RankContext) -> dict[str, Any]:
     """What DeepSpeed is told: the keys that dtrain owns over those that the user passes through."""
     passed = dict(config.engine.deepspeed)
     stage = config.engine.zero_stage or 0
@@ -328,7 +331,7 @@ def deepspeed_config(config: Config, topology: Topology) -> dict[str, Any]:
             # Otherwise gradients of most layers travel in the lower precision, which single and ddp do not do.
             "lower_precision_safe_modules": ["torch.nn.Identity"],
         }
-    if config.engine.gradient_wire == "bf16" and topology.world_size > 1:
+    if config.engine.gradient_wire == "bf16" and context.world_size > 1:
         owned["communication_data_type"] = "bf16"
     # Offload insists on DeepSpeed's own CPU Adam, which it compiles; torch's optimizer gives the same answer without.
     defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,7 +18,7 @@ class Forward(Protocol):
     """The part of an engine that evaluation uses; every Engine is one."""
 
     @property
-    def topology(self) -> Topology: ...
+    def context(self) -> RankContext: ...
     @property
     def module(self) -> nn.Module: ...
     @property
@@ -31,9 +31,9 @@ class ForwardOnly:
 
     lock_step = False
 
-    def __init__(self, module: nn.Module, config: Config, topology: Topology) -> None:
+    def __init__(self, module: nn.Module, config: Config, context: RankContext) -> None:
         self.module = module
-        self.topology = topology
+        self.context = context
         self._precision = config.engine.precision
 
     def autocast(self) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_reduce_sum
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Apart
 from dtrain.engine.single import SingleEngine
 from dtrain.engine.state import STEP
@@ -29,17 +29,19 @@ class LocalEngine(SingleEngine):
     name = "ddp"
     local: Apart | None
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
-        super().__init__(module, optimizer, config, topology)
-        self.local = _LocalSteps(optimizer, config.train.local_steps, topology)
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
+    ) -> None:
+        super().__init__(module, optimizer, config, context)
+        self.local = _LocalSteps(optimizer, config.train.local_steps, context)
         # All ranks begin with the weights of rank 0, as under DDP.
-        weighted_mean([p.data for p in module.parameters()], float(topology.is_main), topology)
+        weighted_mean([p.data for p in module.parameters()], float(context.is_main), context)
 
 
 class _LocalSteps:
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int, topology: Topology) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int, context: RankContext) -> None:
         self.every = every
-        self._optimizer, self._topology = optimizer, topology
+        self._optimizer, self._context = optimizer, context
         self._own = self._all = 0.0
 
     def own_norm(self) -> float:
@@ -64,7 +66,7 @@ class _LocalSteps:
                 if torch.is_tensor(slot):
                     (counts if name == STEP else weights).append(slot)
         mean = torch.stack(counts).to(weights[0]) if counts else weights[0].new_empty(0)
-        weighted_mean([*weights, mean], share, self._topology)
+        weighted_mean([*weights, mean], share, self._context)
         for count, value in zip(counts, mean.round().unbind(), strict=True):
             count.copy_(value)
 
@@ -72,7 +74,7 @@ class _LocalSteps:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 
-def weighted_mean(tensors: list[torch.Tensor], share: float, topology: Topology) -> None:
+def weighted_mean(tensors: list[torch.Tensor], share: float, context: RankContext) -> None:
     """Collective. Replaces each tensor by its mean over ranks, in place; all ranks get the same bits.
 
     Args:
@@ -82,7 +84,7 @@ def weighted_mean(tensors: list[torch.Tensor], share: float, topology: Topology)
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         if share != 1:  # else as they are, for frozen parameters may be whole numbers
             flat = flat * share if share else torch.zeros_like(flat)
-        parts = torch.split(all_reduce_sum(flat, topology), [tensor.numel() for tensor in bucket])
+        parts = torch.split(all_reduce_sum(flat, context), [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 from dtrain.config.schema import Config
 from dtrain.data.seeding import derive
 from dtrain.distributed.collectives import all_reduce_sum
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.comm_hooks import Bucket, Exchange
 from dtrain.engine.state import EXCHANGE
 from dtrain.errors import ConfigError
@@ -51,15 +51,15 @@ class PowerSgdExchange(Exchange):
 
     warms_up = True
 
-    def __init__(self, config: Config, topology: Topology, module: nn.Module) -> None:
-        super().__init__(config, topology)
+    def __init__(self, config: Config, context: RankContext, module: nn.Module) -> None:
+        super().__init__(config, context)
         settings = config.engine.powersgd
         assert settings is not None
         # One bucket: the hook waits for collectives inside the answer to another one, in threads of gloo of which there are
         # two, so that several buckets would wait for each other, and would begin them in another order on another rank
         # (pytorch issue 48478).
         self.bucket_mb = EVERYTHING_MB
-        self._topology, self._settings, self._seed = topology, settings, config.run.seed
+        self._context, self._settings, self._seed = context, settings, config.run.seed
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         _refuse_numbers(module)
         logging.getLogger(hooks.__name__).setLevel(logging.WARNING)
@@ -136,7 +136,7 @@ class PowerSgdExchange(Exchange):
         if error is None:
             return {}
         if not self._is_shared:  # else a second time would add up to other digits
-            error = self._state.error_dict[BUCKET] = all_reduce_sum(error / self._world_size, self._topology)
+            error = self._state.error_dict[BUCKET] = all_reduce_sum(error / self._world_size, self._context)
             self._is_shared = True
         parts = torch.split(error, [shape.numel() for _, shape in self._members])
         found = {name: {ERROR: part.view(shape)} for (name, shape), part in zip(self._members, parts, strict=True)}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Engine(Protocol):
     """
 
     name: str
-    topology: Topology
+    context: RankContext
     model: nn.Module
     """Call it for the forward pass in training."""
     module: nn.Module

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
 from dtrain.engine.state import (
@@ -33,9 +33,11 @@ class SingleEngine:
     lock_step = False
     local: Apart | None = None
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, topology: Topology) -> None:
-        self.topology = topology
-        topology.traffic.is_whole = True  # whatever engine was there before
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
+    ) -> None:
+        self.context = context
+        context.traffic.is_whole = True  # whatever engine was there before
         self.module = module
         self.model = module
         self._optimizer = optimizer
@@ -85,7 +87,7 @@ class SingleEngine:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for name, parameter in self.module.named_parameters():
-            yield name, host_copy(parameter) if self.topology.is_main else None
+            yield name, host_copy(parameter) if self.context.is_main else None
 
     def named_state(self, *, here: bool) -> Iterator[ParameterState]:
         memory = self._memory()
@@ -113,16 +115,16 @@ class SingleEngine:
         memory = self._memory()
         for name, parameter in self.module.named_parameters():
             slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **memory.get(name, {})}
-            yield from replicated_shards(name, parameter, slots, self.topology)
+            yield from replicated_shards(name, parameter, slots, self.context)
         for name, buffer in self.module.named_buffers():
-            yield from replicated_shards(name, buffer, {}, self.topology)
+            yield from replicated_shards(name, buffer, {}, self.context)
 
     def scalars(self) -> dict[str, float]:
         return scaler_scalars(self._scaler) if self._scaler.is_enabled() else {}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         if self._scaler.is_enabled():
-            load_scaler(self._scaler, scalars, self.topology)
+            load_scaler(self._scaler, scalars, self.context)
 
     def release(self) -> nn.Module:
         self._optimizer.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dtrain.distributed.collectives import broadcast, broadcast_object
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Shard
 
 STEP = "step"
@@ -56,29 +56,29 @@ def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale
     return {name: value / scale for name, value in zip(norms, values, strict=True)}
 
 
-def broadcast_slots(own: Mapping[str, torch.Tensor], topology: Topology) -> dict[str, torch.Tensor]:
+def broadcast_slots(own: Mapping[str, torch.Tensor], context: RankContext) -> dict[str, torch.Tensor]:
     """Collective. Rank 0's slots of one parameter, on every rank's host."""
-    keys = broadcast_object(sorted(own) if topology.is_main else None, topology)
-    return {key: broadcast(own.get(key), topology) for key in keys}
+    keys = broadcast_object(sorted(own) if context.is_main else None, context)
+    return {key: broadcast(own.get(key), context) for key in keys}
 
 
-def even_part(tensor: torch.Tensor, topology: Topology) -> tuple[int, torch.Tensor]:
+def even_part(tensor: torch.Tensor, context: RankContext) -> tuple[int, torch.Tensor]:
     """This rank's share of a tensor that every rank has: where it begins, and its elements."""
-    size = -(-tensor.numel() // topology.world_size)
-    start = min(topology.rank * size, tensor.numel())
+    size = -(-tensor.numel() // context.world_size)
+    start = min(context.rank * size, tensor.numel())
     return start, tensor.detach().reshape(-1)[start : start + size]
 
 
 def replicated_shards(
-    name: str, value: torch.Tensor, slots: Mapping[str, torch.Tensor], topology: Topology
+    name: str, value: torch.Tensor, slots: Mapping[str, torch.Tensor], context: RankContext
 ) -> Iterator[Shard]:
     """What a rank keeps of a parameter that every rank has: an even part of all that is as large, counts on rank 0."""
     for slot, tensor in (None, value), *sorted(slots.items()):
         if tensor.numel() == value.numel():
-            start, part = even_part(tensor, topology)
+            start, part = even_part(tensor, context)
             if part.numel():
                 yield Shard(name, slot, start, part)
-        elif topology.is_main:
+        elif context.is_main:
             yield Shard(name, slot, None, tensor)
 
 
@@ -87,9 +87,9 @@ def scaler_scalars(scaler: torch.amp.GradScaler) -> dict[str, float]:
     return {"loss_scale": float(scaler.get_scale()), "loss_scale_steps": float(scaler.state_dict()["_growth_tracker"])}
 
 
-def load_scaler(scaler: torch.amp.GradScaler, scalars: Mapping[str, float], topology: Topology) -> None:
+def load_scaler(scaler: torch.amp.GradScaler, scalars: Mapping[str, float], context: RankContext) -> None:
     """Collective. Takes rank 0's `scaler_scalars`; nothing where the state has none (it comes from another precision)."""
-    told = broadcast_object(dict(scalars), topology)
+    told = broadcast_object(dict(scalars), context)
     if "loss_scale" in told:
         steps = int(told.get("loss_scale_steps", 0))
         scaler.load_state_dict({**scaler.state_dict(), "scale": told["loss_scale"], "_growth_tracker": steps})

@@ -9,6 +9,7 @@ import torch
 from dtrain.console import log
 from dtrain.distributed import cpu
 from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
 
 
@@ -28,7 +29,7 @@ def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
     return torch.get_num_threads()
 
 
-def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> None:
+def share_cores(context: RankContext, env: Mapping[str, str], *, bind: bool) -> None:
     """Collective. Sets this rank's number of threads from what all ranks of its node may use; binds it if told to.
 
     Args:
@@ -36,9 +37,9 @@ def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> No
         bind: run.bind_cores.
     """
     own = cpu.allowed()
-    told = all_gather_object([topology.node_rank, topology.local_rank, sorted(own)], topology)
-    masks = {local_rank: mask for node, local_rank, mask in told if node == topology.node_rank}
-    share = cpu.share(topology.local_rank, masks, cpu.cores_of(own), cpu.time_limit())
+    told = all_gather_object([context.topology.node_rank, context.topology.local_rank, sorted(own)], context)
+    masks = {local_rank: mask for node, local_rank, mask in told if node == context.topology.node_rank}
+    share = cpu.share(context.topology.local_rank, masks, cpu.cores_of(own), cpu.time_limit())
     if not env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(share.threads)
     if not bind:
@@ -48,24 +49,24 @@ def share_cores(topology: Topology, env: Mapping[str, str], *, bind: bool) -> No
     elif share.cpus is None:
         log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.as_text(own), share.why)
     else:
-        _bind(share, topology)
+        _bind(share, context)
 
 
-def _bind(share: cpu.Share, topology: Topology) -> None:
+def _bind(share: cpu.Share, context: RankContext) -> None:
     """Binds this rank, which goes on where it is if that is not allowed."""
     assert share.cpus is not None
     cpus, threads = cpu.as_text(share.cpus), torch.get_num_threads()
     try:
         cpu.bind(share.cpus)
     except OSError as error:
-        log.warning("run.bind_cores: rank %d cannot be bound to CPUs %s: %s.", topology.rank, cpus, error.strerror)
+        log.warning("run.bind_cores: rank %d cannot be bound to CPUs %s: %s.", context.rank, cpus, error.strerror)
         return
     log.info("run.bind_cores: rank 0 runs on CPUs %s: %s.", cpus, share.why)
-    if threads < share.threads and topology.is_node_main:
+    if threads < share.threads and context.is_node_main:
         log.warning(
             "run.bind_cores: rank %d is bound to %d cores and uses %d: OMP_NUM_THREADS=%d decides, which torchrun sets by "
             "itself. Set OMP_NUM_THREADS=%d, or start the job by a script of launch/.",
-            topology.rank,
+            context.rank,
             share.threads,
             threads,
             threads,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.process_info import fields_of, this_process
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import Board
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
@@ -63,7 +64,7 @@ class Peer(NamedTuple):
 class Job:
     """All ranks together, once they have met. board: None for one process. watch: this rank's, by its monitor."""
 
-    topology: Topology
+    context: RankContext
     board: Board | None
     peers: Sequence[Peer]
     watch: Watch
@@ -86,9 +87,9 @@ def own_peer() -> Peer:
     return Peer(own.host, own.pid_namespace, own.pid)
 
 
-def write_down(end: End, config: Config, beat: Beat) -> None:
+def write_down(end: End, config: Config, heartbeat: Heartbeat) -> None:
     """Writes exit.json where the run's folder is there and no other job works in it; the first writer wins."""
-    if config.run_dir.is_dir() and not is_anothers(config.run_dir, beat.lock):
+    if config.run_dir.is_dir() and not is_anothers(config.run_dir, heartbeat.lock):
         write_exit(config.run_dir / "exit.json", **asdict(end))
 
 
@@ -122,9 +123,9 @@ def report(
         launcher_lives: where it does not, watch.py ends this process and says so.
     """
     ignore_further()  # a launcher that sees one rank end tells the others to end, too
-    topology = job.topology
+    topology = job.context.topology
     job.watch.stay_quiet()
-    topology.beat.at(Phase.ENDING)
+    job.context.heartbeat.at(Phase.ENDING)
     follows = _follows(error, job)
     if follows and not launcher_lives():
         threading.Event().wait(WAIT_S)
@@ -143,19 +144,20 @@ def hand_over(error: BaseException, config: Config, job: Job) -> TopologyError |
         What to raise instead: who is gone, where the error says no more than that somebody is.
     """
     ignore_further()  # until fit gives the signals back
-    job.topology.beat.at(Phase.ENDING)
+    job.context.heartbeat.at(Phase.ENDING)
     follows = _follows(error, job)
     own, first = _settle(error, config, job, follows=follows, is_noted=True)
     return None if not follows or isinstance(error, KeyboardInterrupt) else TopologyError(_words_of(first, own))
 
 
-def report_alone(error: BaseException, config: Config, topology: Topology, *, is_noted: bool) -> int:
+def report_alone(error: BaseException, config: Config, context: RankContext, *, is_noted: bool) -> int:
     """What `report` does where the ranks have not met, or have parted: each knows its own side only."""
     ignore_further()
+    topology = context.topology
     end = end_of(error, topology)
     tell_launcher(end, topology)
     if is_noted:
-        write_down(end, config, topology.beat)
+        write_down(end, config, context.heartbeat)
     if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_said_elsewhere", False):
         log.error("%s", _title(error, topology) + _told(error, end))
     return end.code
@@ -172,18 +174,18 @@ def _follows(error: BaseException, job: Job) -> bool:
     """Whether this rank ends since another one has."""
     from dtrain.distributed.collectives import is_lost_peer
 
-    return job.topology.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
+    return job.context.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
 
 
 def _settle(error: BaseException, config: Config, job: Job, *, follows: bool, is_noted: bool) -> tuple[End, End]:
     """Tells the others, unless this rank follows them, and writes down; gives this rank's end and the job's first."""
-    own = _end_of_follower(error, job) if follows else end_of(error, job.topology)
+    own = _end_of_follower(error, job) if follows else end_of(error, job.context.topology)
     if not follows and own.code != PREEMPTED:
         job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
     first = _in_time(lambda: _first_cause(own, job.board), own)
-    tell_launcher(first, job.topology)
+    tell_launcher(first, job.context.topology)
     if is_noted and getattr(error, "is_noted", True):
-        write_down(first, config, job.topology.beat)
+        write_down(first, config, job.context.heartbeat)
     return own, first
 
 
@@ -221,7 +223,7 @@ def _say(words: str, job: Job, error: BaseException, *, follows: bool, title: st
     """
     # Then a rank that waits in a collective ends with the first that leaves; to wait for each other would take longer.
     is_hurried = isinstance(error, KeyboardInterrupt) and not follows
-    if job.topology.is_main:
+    if job.context.is_main:
         log.error("%s%s", title, words)
         _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)
     elif not is_hurried:
@@ -268,7 +270,7 @@ def _end_of_follower(error: BaseException, job: Job) -> End:
     while not (gone := _gone(job)) and time.monotonic() < deadline:
         time.sleep(0.02)
     if not gone:
-        return _end_of_lost(error, job.topology.rank, job.peers[job.topology.rank].host)
+        return _end_of_lost(error, job.context.rank, job.peers[job.context.rank].host)
     names = ", ".join(f"rank {rank} (process {job.peers[rank].pid} on {job.peers[rank].host})" for rank in gone[:8])
     message = f"{names[:1].upper()}{names[1:]} died without a word: killed from outside, or for want of memory?"
     return End(TopologyError.exit_code, TopologyError.__name__, gone[0], job.peers[gone[0]].host, message)

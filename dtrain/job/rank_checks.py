@@ -10,31 +10,31 @@ from dtrain.cluster.preflight import ROOT, WORST_OFFSET_S
 from dtrain.cluster.probe import code_of
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_gather_object, on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, TopologyError
 from dtrain.job.failure import Peer
 from dtrain.training.summary import versions
 
 
-def compare_software(topology: Topology, peers: list[Peer]) -> None:
+def compare_software(context: RankContext, peers: list[Peer]) -> None:
     """Collective. Another torch, or other code, on one node gives other numbers or a crash that explains nothing."""
-    if topology.world_size == 1:
+    if context.world_size == 1:
         return
     mine = {**versions(), "dtrain's code": str(code_of(ROOT))[:12]}
-    found = all_gather_object(mine, topology)
+    found = all_gather_object(mine, context)
 
     def refuse_differences() -> None:
         if differences := _differences("has other software", found, peers):
             raise TopologyError(f"{differences}\nInstall the same on all, with constraints.txt.")
 
-    on_main(refuse_differences, topology)
+    on_main(refuse_differences, context)
 
 
-def compare_clocks(topology: Topology, peers: list[Peer]) -> None:
+def compare_clocks(context: RankContext, peers: list[Peer]) -> None:
     """Collective, right after another, so that all ranks are here at one time."""
-    if topology.world_size == 1:
+    if context.world_size == 1:
         return
-    found = all_gather_object(time.time(), topology)
+    found = all_gather_object(time.time(), context)
 
     def refuse_differences() -> None:
         rank = max(range(len(found)), key=lambda rank: abs(found[rank] - found[0]))
@@ -46,18 +46,18 @@ def compare_clocks(topology: Topology, peers: list[Peer]) -> None:
                 "(chrony, ntpd)."
             )
 
-    on_main(refuse_differences, topology)
+    on_main(refuse_differences, context)
 
 
-def compare_configs(config: Config, topology: Topology, peers: list[Peer]) -> None:
+def compare_configs(config: Config, context: RankContext, peers: list[Peer]) -> None:
     """Collective. Two nodes started with different settings would train two halves of two runs."""
-    found = [_leaves(settings) for settings in all_gather_object(config.model_dump(mode="json"), topology)]
+    found = [_leaves(settings) for settings in all_gather_object(config.model_dump(mode="json"), context)]
 
     def refuse_differences() -> None:
         if differences := _differences("was started with other settings", found, peers):
             raise ConfigError(f"{differences}\nStart all of them with the same command.")
 
-    on_main(refuse_differences, topology)
+    on_main(refuse_differences, context)
 
 
 def _differences(what: str, found: list[dict[str, Any]], peers: list[Peer]) -> str | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import replace
 
 from dtrain.config.schema import Config
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
 from dtrain.job.failure import Job, Peer, of_lost_peer, own_peer
@@ -56,11 +56,12 @@ def _in_group(
 
     set_threads(topology, env)
     _quieten_libraries(env)
-    watched, run = replace(topology, beat=watch.beat), {"command": command, "run folder": str(config.run_dir)}
-    watch.beat.on_disowned = lambda words: _say_disowned(words, watch)
+    run = {"command": command, "run folder": str(config.run_dir)}
+    watch.heartbeat.on_disowned = lambda words: _say_disowned(words, watch)
     job: Job | None = None
     try:
-        with process_group(watched, env, timeout_s=config.run.startup_timeout_s, run=run) as ready:
+        with process_group(topology, env, timeout_s=config.run.startup_timeout_s, run=run) as complete:
+            ready = RankContext(complete, watch.heartbeat)
             share_cores(ready, env, bind=config.run.bind_cores)  # the roll-call has learned who shares this node
             peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
             job = Job(ready, job_board(ready), peers, watch)
@@ -70,13 +71,13 @@ def _in_group(
             if ready.world_size == 1:
                 watch.alone()
             else:
-                watch.join(on_main(lambda: watch.serve(ready), ready))
+                watch.join(on_main(lambda: watch.serve(complete), ready))
             yield job
-            ready.beat.at(Phase.FINISHING)
+            ready.heartbeat.at(Phase.FINISHING)
     except RuntimeError as error:  # not of the command, whose errors come here reported
         if topology.world_size == 1 or not is_lost_peer(error):
             raise
-        raise of_lost_peer(error, watched, job) from error
+        raise of_lost_peer(error, topology, job) from error
 
 
 def _say_disowned(words: str, watch: Watch) -> None:

@@ -28,7 +28,7 @@ PERIOD_S = 5.0
 """Seconds between two beats of the heart."""
 
 MISSED = 12
-"""So many periods without a beat, and the owner is taken for dead. Its thread may wait long for the interpreter's lock, or
+"""So many periods without a heartbeat, and the owner is taken for dead. Its thread may wait long for the interpreter's lock, or
 for the file server; only a start that cannot see the owner's process waits for this."""
 
 LAST_WORDS_S = 2.0
@@ -61,7 +61,7 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """The file at one moment. owner: None where the content makes no sense. time_ns: when it was last touched."""
 
     text: str
@@ -103,7 +103,7 @@ def locked(
     try:
         _acquire(folder, own, period_s)
         heart = (folder, own, done, period_s, on_loss)
-        threading.Thread(target=_beat, args=heart, name="run-lock", daemon=True).start()
+        threading.Thread(target=_heartbeat, args=heart, name="run-lock", daemon=True).start()
         yield own
     finally:
         done.set()
@@ -147,7 +147,7 @@ def is_anothers(folder: Path, own: str) -> bool:
     return found.owner.process != this_process() and is_alive(found.owner.process) is not False
 
 
-def look(folder: Path) -> Beat | None:
+def look(folder: Path) -> Heartbeat | None:
     """The lock that lies there now; None where there is none."""
     try:
         # Opened, not only looked up: that makes a network file system ask its server.
@@ -155,7 +155,7 @@ def look(folder: Path) -> Beat | None:
             text, status = file.read(), os.fstat(file.fileno())
     except FileNotFoundError:
         return None
-    return Beat(text, _owner_of(text), status.st_mtime_ns)
+    return Heartbeat(text, _owner_of(text), status.st_mtime_ns)
 
 
 def _owner_of(text: str) -> Owner | None:
@@ -202,7 +202,7 @@ def _acquire(folder: Path, own: Owner, period_s: float) -> None:
             draft.unlink()
 
 
-def _why_stale(folder: Path, found: Beat, period_s: float) -> str:
+def _why_stale(folder: Path, found: Heartbeat, period_s: float) -> str:
     """Why nobody holds this lock any more; `IN_USE` where somebody does, `CHANGED` where another one is there by now."""
     lives = is_alive(found.owner.process) if found.owner is not None else None
     if lives is not None:
@@ -235,7 +235,7 @@ def _put(source: Path, target: Path) -> None:
             file.write(source.read_text(encoding="utf-8"))
 
 
-def _replace(lock: Path, stale: Beat, draft: Path) -> bool:
+def _replace(lock: Path, stale: Heartbeat, draft: Path) -> bool:
     """Puts `draft` in the place of that stale lock; False where another start was faster.
 
     Of those who want to, one at a time holds the kernel's lock of the stale file, and looks whether it still lies there.
@@ -263,7 +263,9 @@ def _release(folder: Path, own: Owner) -> None:
             (folder / LOCK).unlink()
 
 
-def _beat(folder: Path, own: Owner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]) -> None:
+def _heartbeat(
+    folder: Path, own: Owner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]
+) -> None:
     while not done.wait(period_s):
         try:
             found = look(folder)

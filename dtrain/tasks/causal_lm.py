@@ -26,7 +26,7 @@ from dtrain.data.packing import pieces_of, rows_of
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
@@ -153,7 +153,7 @@ class CausalLmTask:
         return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
 
 
-def prepare_causal_lm(config: Config, settings: CausalLm, topology: Topology) -> CausalLmTask:
+def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) -> CausalLmTask:
     """Collective. Tokenises each split into blocks or windows, once per node."""
     is_packed = settings.packing == "documents"
 
@@ -188,7 +188,7 @@ def prepare_causal_lm(config: Config, settings: CausalLm, topology: Topology) ->
         options=settings.model_dump(mode="json"),
         needs_padding=False,
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     return CausalLmTask(
         examples.splits,
         examples.tokenizer,

@@ -16,7 +16,7 @@ from dtrain.console import log
 from dtrain.data.dialogues import dialogue_shape
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
 from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
@@ -82,7 +82,7 @@ class ChatTask:
         return [{"prediction": None, "reference": None, "correct": int(right)} for right, _ in predictions]
 
 
-def prepare_chat(config: Config, settings: Chat, topology: Topology) -> ChatTask:
+def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTask:
     """Collective. Encodes each dialogue, once per node; says how many did not fit data.max_length."""
     replies_only = settings.loss_on == "replies"
 
@@ -114,7 +114,7 @@ def prepare_chat(config: Config, settings: Chat, topology: Topology) -> ChatTask
         options={"format": settings.format, "loss_on": settings.loss_on},
         needs_padding=False,
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     _tell_cuts(examples, config.max_length)
     chat = choose_format(examples.tokenizer, examples.meta["format"])
     return ChatTask(examples.splits, examples.tokenizer, chat, max_length=config.max_length)

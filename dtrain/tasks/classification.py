@@ -17,7 +17,7 @@ from dtrain.config.task import Classification, Head, ImageClassification
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELLED
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.tasks.prepare import (
     Meta,
@@ -150,11 +150,11 @@ class ClassificationTask:
         return torch.tensor([settings.class_weights[label] for label in self.labels])
 
 
-def prepare_classification(config: Config, settings: Classification, topology: Topology) -> ClassificationTask:
+def prepare_classification(config: Config, settings: Classification, context: RankContext) -> ClassificationTask:
     """Collective. Tokenises each split once per node and fixes the order of the labels."""
     if config.data.name == "stsb":
         raise ConfigError("data.name=stsb has scores from 0 to 5 for labels, no classes: set task.name=regression.")
-    order = known_labels(config, topology)
+    order = known_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         return {"labels": ordered_labels(sources, order, config.model.name_or_path)}
@@ -179,7 +179,7 @@ def prepare_classification(config: Config, settings: Classification, topology: T
         describe=describe,
         options={"labels": None if order is None else list(order)},
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     labels = [str(name) for name in examples.meta["labels"]]
     return ClassificationTask(examples.splits, examples.tokenizer, labels, settings, max_length=config.max_length)
 

@@ -12,7 +12,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageClassification
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
@@ -56,12 +56,12 @@ class ImageClassificationTask(ClassificationTask):
 
 
 def prepare_image_classification(
-    config: Config, settings: ImageClassification, topology: Topology
+    config: Config, settings: ImageClassification, context: RankContext
 ) -> ImageClassificationTask:
     """Collective. Finds and checks the images of each split once per node and fixes the order of the labels."""
     folder = folder_of(config)
     processor = load_processor(config.model, image_size=settings.image_size)
-    order = known_labels(config, topology)
+    order = known_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         return {"labels": ordered_labels(sources, order, config.model.name_or_path)}
@@ -77,6 +77,6 @@ def prepare_image_classification(
         return map_rows(source, number, config)
 
     options = {"labels": None if order is None else list(order)}
-    examples = prepare_images(config, topology, targets=(), encode=encode, describe=describe, options=options)
+    examples = prepare_images(config, context, targets=(), encode=encode, describe=describe, options=options)
     labels = [str(name) for name in examples.meta["labels"]]
     return ImageClassificationTask(examples.splits, processor, labels, settings, folder=folder)

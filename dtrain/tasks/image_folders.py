@@ -12,7 +12,7 @@ import torch
 from dtrain.config.schema import Config
 from dtrain.data.images import images_shape
 from dtrain.data.resolve_source import form_of, place_of
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor
 from dtrain.tasks.prepare import Examples, Meta, Recipe, prepare_examples
@@ -35,7 +35,7 @@ def folder_of(config: Config) -> Path:
 
 
 def prepare_images(
-    config: Config, topology: Topology, *, targets: Sequence[str], encode: Any, describe: Any, options: Meta
+    config: Config, context: RankContext, *, targets: Sequence[str], encode: Any, describe: Any, options: Meta
 ) -> Examples:
     """Collective. Paths, digests and what `encode` makes of labels or values; each file is looked at once per node."""
     recipe = Recipe(
@@ -48,7 +48,7 @@ def prepare_images(
         needs_padding=False,
         has_text=False,
     )
-    return prepare_examples(recipe, config, topology)
+    return prepare_examples(recipe, config, context)
 
 
 def pixels(rows: Mapping[str, Sequence[Any]], folder: Path, processor: PixelProcessor) -> Batch:

@@ -15,7 +15,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageRegression
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
@@ -92,10 +92,10 @@ class ImageRegressionTask:
         return columns_of(self.splits[split], name)[name]
 
 
-def prepare_image_regression(config: Config, settings: ImageRegression, topology: Topology) -> ImageRegressionTask:
+def prepare_image_regression(config: Config, settings: ImageRegression, context: RankContext) -> ImageRegressionTask:
     """Collective. Finds and checks the images of each split, and their numbers, once per node."""
     processor = load_processor(config.model, image_size=settings.image_size)
-    known = known_labels(config, topology)
+    known = known_labels(config, context)
     if known is not None and set(known) == set(settings.targets) and known != settings.targets:
         raise ConfigError(
             f"task.targets={list(settings.targets)}, but the outputs of model.name_or_path={config.model.name_or_path} "
@@ -111,7 +111,7 @@ def prepare_image_regression(config: Config, settings: ImageRegression, topology
 
     examples = prepare_images(
         config,
-        topology,
+        context,
         targets=settings.targets,
         encode=encode,
         describe=lambda _sources, _tokenizer: {},

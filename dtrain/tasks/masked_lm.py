@@ -25,7 +25,7 @@ from dtrain.config.task import Head, MaskedLm
 from dtrain.data.seeding import Place, derive
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
@@ -125,7 +125,7 @@ class MaskedLmTask:
         return shown, wanted
 
 
-def prepare_masked_lm(config: Config, settings: MaskedLm, topology: Topology) -> MaskedLmTask:
+def prepare_masked_lm(config: Config, settings: MaskedLm, context: RankContext) -> MaskedLmTask:
     """Collective. Tokenises each split once per node."""
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
@@ -154,7 +154,7 @@ def prepare_masked_lm(config: Config, settings: MaskedLm, topology: Topology) ->
         describe=describe,
         options={"whole_word": settings.whole_word},
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     return MaskedLmTask(
         examples.splits, examples.tokenizer, settings, max_length=config.max_length, seed=config.run.seed
     )

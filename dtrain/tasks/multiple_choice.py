@@ -16,7 +16,7 @@ from dtrain.config.task import Head, MultipleChoice
 from dtrain.data.choices import CHOICES
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded
@@ -89,7 +89,7 @@ class MultipleChoiceTask:
         return columns_of(self.splits[split], "label")["label"]
 
 
-def prepare_multiple_choice(config: Config, settings: MultipleChoice, topology: Topology) -> MultipleChoiceTask:
+def prepare_multiple_choice(config: Config, settings: MultipleChoice, context: RankContext) -> MultipleChoiceTask:
     """Collective. Tokenises each split once per node: for each ending the pair (sent1, sent2 + ending)."""
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
@@ -111,7 +111,7 @@ def prepare_multiple_choice(config: Config, settings: MultipleChoice, topology: 
         return map_rows(source, tokenise, config)
 
     recipe = Recipe("multiple_choice", CHOICES, texts=_texts, encode=encode)
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     return MultipleChoiceTask(examples.splits, examples.tokenizer, max_length=config.max_length)
 
 

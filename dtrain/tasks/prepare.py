@@ -19,7 +19,7 @@ from dtrain.data.cache import Json, prepare, save_split
 from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.data.tables import Shape
 from dtrain.distributed.collectives import node_first
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.load import label_names_of
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
@@ -65,7 +65,7 @@ class Examples:
     meta: Meta
 
 
-def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Examples:
+def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Examples:
     """Collective. The examples of all splits, from the cache or made now, equal on all nodes.
 
     Raises:
@@ -112,16 +112,16 @@ def prepare_examples(recipe: Recipe, config: Config, topology: Topology) -> Exam
 
         return key, build
 
-    prepared = prepare(plan, cache_dir=config.data.cache_dir, topology=topology)
+    prepared = prepare(plan, cache_dir=config.data.cache_dir, context=context)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
 
-def known_labels(config: Config, topology: Topology) -> tuple[str, ...] | None:
+def known_labels(config: Config, context: RankContext) -> tuple[str, ...] | None:
     """Collective. The label names that a trained model brings; one rank of each node asks a hub."""
-    names: list[str] | None = node_first(lambda: label_names_of(config.model), topology)
+    names: list[str] | None = node_first(lambda: label_names_of(config.model), context)
     return None if names is None else tuple(names)
 
 

@@ -22,7 +22,7 @@ from dtrain.config.task import Head, QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
@@ -122,7 +122,7 @@ _PLACES = ("offset_starts", "offset_ends", "start_positions", "end_positions")
 
 
 def prepare_question_answering(
-    config: Config, settings: QuestionAnswering, topology: Topology
+    config: Config, settings: QuestionAnswering, context: RankContext
 ) -> QuestionAnsweringTask:
     """Collective. Tokenises each split into windows, once per node."""
 
@@ -139,7 +139,7 @@ def prepare_question_answering(
     recipe = Recipe(
         "question_answering", QUESTIONS, texts=_texts, encode=encode, options={"doc_stride": settings.doc_stride}
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     return QuestionAnsweringTask(examples.splits, examples.tokenizer, settings, max_length=config.max_length)
 
 

@@ -17,7 +17,7 @@ from dtrain.data.glue import TASKS
 from dtrain.data.scores import SCORED
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
@@ -83,7 +83,7 @@ def correlations(truth: Sequence[float], found: Sequence[float]) -> dict[str, fl
         return {"pearson": float(pearsonr(truth, found)[0]), "spearman": float(spearmanr(truth, found)[0])}
 
 
-def prepare_regression(config: Config, topology: Topology) -> RegressionTask:
+def prepare_regression(config: Config, context: RankContext) -> RegressionTask:
     """Collective. Tokenises each split once per node."""
     glue = TASKS.get(config.data.name or "")
     if glue is not None and glue.labels:
@@ -100,7 +100,7 @@ def prepare_regression(config: Config, topology: Topology) -> RegressionTask:
         return map_rows(source, tokenise, config)
 
     recipe = Recipe("regression", SCORED, texts=all_texts, encode=encode)
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     return RegressionTask(examples.splits, examples.tokenizer, max_length=config.max_length)
 
 

@@ -22,7 +22,7 @@ from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.distributed.collectives import node_first
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.seq2seq import (
     check_targets_end,
@@ -149,9 +149,9 @@ class Seq2SeqTask:
         return columns_of(self.splits[split], "reference")["reference"]
 
 
-def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Seq2SeqTask:
+def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> Seq2SeqTask:
     """Collective. Tokenises sources and targets, once per node."""
-    _check_positions(config, settings, topology)
+    _check_positions(config, settings, context)
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         set_languages(tokenizer, settings.source_lang, settings.target_lang)
@@ -175,7 +175,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Se
         encode=encode,
         options=settings.model_dump(mode="json", exclude={"name", "metric", "label_smoothing"}),
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     language = set_languages(examples.tokenizer, settings.source_lang, settings.target_lang)
     return Seq2SeqTask(
         examples.splits,
@@ -187,9 +187,9 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, topology: Topology) -> Se
     )
 
 
-def _check_positions(config: Config, settings: Seq2Seq, topology: Topology) -> None:
+def _check_positions(config: Config, settings: Seq2Seq, context: RankContext) -> None:
     """Collective. The decoder's side of what models.checks asks of the encoder."""
-    bound = node_first(lambda: decoder_positions(config.model), topology)
+    bound = node_first(lambda: decoder_positions(config.model), context)
     longest = {"task.max_target_length": settings.max_target_length}
     if config.evaluation.generate:
         longest["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens or 0

@@ -23,7 +23,7 @@ from dtrain.console import log
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, check_tags, tag_names
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
@@ -120,10 +120,10 @@ class TokenClassificationTask:
 
 
 def prepare_token_classification(
-    config: Config, settings: TokenClassification, topology: Topology
+    config: Config, settings: TokenClassification, context: RankContext
 ) -> TokenClassificationTask:
     """Collective. Tokenises each split once per node and fixes the order of the tags."""
-    order = known_labels(config, topology)
+    order = known_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         if "train" not in sources and order is not None:
@@ -159,7 +159,7 @@ def prepare_token_classification(
         describe=describe,
         options={"labels": None if order is None else list(order)},
     )
-    examples = prepare_examples(recipe, config, topology)
+    examples = prepare_examples(recipe, config, context)
     _report_lost_words(examples.splits, config.max_length)
     labels = [str(name) for name in examples.meta["labels"]]
     task = TokenClassificationTask(examples.splits, examples.tokenizer, labels, max_length=config.max_length)

@@ -17,7 +17,8 @@ from dtrain.config.schema import Config, Model
 from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 from dtrain.engine.unused_parameters import without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
@@ -56,7 +57,7 @@ def total_steps(config: Config, plan: StepPlan) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def load(config: Config, task: Task, topology: Topology) -> nn.Module:
+def load(config: Config, task: Task, context: RankContext) -> nn.Module:
     """Collective. The model on this rank's device, fp32; one rank per node loads first, so that a hub is asked once.
 
     Raises:
@@ -76,29 +77,29 @@ def load(config: Config, task: Task, topology: Topology) -> nn.Module:
         return fitted
 
     # Every byte of a checkpoint is read once, by the rank that goes first.
-    is_sharded: bool = node_first(lambda: check_whole(config.model.name_or_path), topology)
+    is_sharded: bool = node_first(lambda: check_whole(config.model.name_or_path), context)
     if is_sharded:
-        return place(_from_pieces(config, own_with, topology), config, topology)
-    return place(in_turn(lambda: own_with(config.model), topology), config, topology)
+        return place(_from_pieces(config, own_with, context), config, context)
+    return place(in_turn(lambda: own_with(config.model), context), config, context)
 
 
-def _from_pieces(config: Config, make: Callable[[Model], nn.Module], topology: Topology) -> nn.Module:
+def _from_pieces(config: Config, make: Callable[[Model], nn.Module], context: RankContext) -> nn.Module:
     """Collective. The model of a sharded checkpoint: new weights of its shape, then those in the pieces."""
-    module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), topology)
+    module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), context)
     restore_weights(
-        module, select.at(Path(str(config.model.name_or_path)), topology, named_by="model.name_or_path"), topology
+        module, select.at(Path(str(config.model.name_or_path)), context, named_by="model.name_or_path"), context
     )
     return module
 
 
-def in_turn(make: Callable[[], Made], topology: Topology) -> Made:
+def in_turn(make: Callable[[], Made], context: RankContext) -> Made:
     """Collective. What `make` gives on each rank; one rank per node goes first, so that a hub is asked once.
 
     Raises:
         DtrainError: what `make` raised there, on all ranks alike.
     """
     made: list[Made] = []
-    node_first(lambda: made.append(make()), topology)
+    node_first(lambda: made.append(make()), context)
     return made[0] if made else make()
 
 
@@ -135,10 +136,10 @@ def check_whole(name: str | None) -> bool:
     return "of" in saved.manifest
 
 
-def place(module: nn.Module, config: Config, topology: Topology) -> nn.Module:
+def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
     """The module where it will run. ZeRO 3 takes it from the host and shards it itself."""
     is_sharded = config.engine.is_deepspeed and config.engine.zero_stage == 3
-    return module if is_sharded else module.to(device_of(topology))
+    return module if is_sharded else module.to(device_of(context.topology))
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> Construction:

@@ -17,8 +17,8 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import SIGNALS, Asked, deferred
-from dtrain.distributed.topology import Topology
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 from dtrain.runs.folder import RunFolder
@@ -41,7 +41,7 @@ class Checkpoints:
     def __init__(
         self,
         config: Config,
-        topology: Topology,
+        context: RankContext,
         module: nn.Module,
         task: Task,
         *,
@@ -55,7 +55,7 @@ class Checkpoints:
             state: of the run, complete once the monitors above this one have seen a step.
             engine: the one of this moment.
         """
-        self._config, self._topology = config, topology
+        self._config, self._context = config, context
         self._every = config.checkpoint.every
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
         self._saved: int | None = state.step or None
@@ -63,7 +63,7 @@ class Checkpoints:
         self._saver: Saver | None = None
         if self._every is not None:
             self._saver = self._make(module)
-            remembers = config.engine.powersgd is not None and topology.world_size > 1
+            remembers = config.engine.powersgd is not None and context.world_size > 1
             self._saver.prepare(module, slots=SLOTS[config.optim.name] + remembers)
 
     def _make(self, module: nn.Module) -> Saver:
@@ -77,7 +77,7 @@ class Checkpoints:
 
         return Saver(
             RunFolder(self._config.run_dir).checkpoints,
-            self._topology,
+            self._context,
             Settings(
                 sharded=settings.format == "sharded",
                 keep=settings.keep,
@@ -113,7 +113,7 @@ class Checkpoints:
             "data": dict(data_guard.fingerprints(self._task)),
         }
         protected = [best] if best is not None else []
-        with self._topology.beat.within(Phase.CHECKPOINT):
+        with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is None:
                 self._saver = self._make(engine.module)
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
@@ -132,15 +132,15 @@ class Checkpoints:
             error = CheckpointError(
                 f"{failed}. It was the last one of this start: the run goes on from the one before."
             )
-            error.is_said_elsewhere = not self._topology.is_main
+            error.is_said_elsewhere = not self._context.is_main
             raise error
 
     def settle(self) -> str | None:
         """Collective. Waits until nothing is on its way; gives why the last one failed, if it did."""
-        with self._topology.beat.within(Phase.CHECKPOINT):
+        with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is not None:
                 self._report(self._saver.settle())
-            failed: str | None = all_gather_object(self._failed, self._topology)[0]
+            failed: str | None = all_gather_object(self._failed, self._context)[0]
         return failed
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class Checkpoints:
         if outcome is None:
             return
         self._failed = outcome.error
-        if not self._topology.is_main:
+        if not self._context.is_main:
             return
         stall = {"stall_began_s": outcome.stall_began_s, "stall_s": outcome.stall_s}
         if outcome.error is None:

@@ -61,7 +61,7 @@ def evaluate(
     Raises:
         ConfigError: a function of the user's cannot be used, or gives a name that another split's metric has.
     """
-    with forward.topology.beat.within(Phase.EVALUATION):
+    with forward.context.heartbeat.within(Phase.EVALUATION):
         results = {
             split: evaluate_split(
                 forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported
@@ -88,8 +88,8 @@ def evaluate_split(
     forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
 ) -> SplitResult:
     """Collective. One split, counted exactly."""
-    beat = forward.topology.beat
-    beat.at(Phase.EVALUATION)
+    heartbeat = forward.context.heartbeat
+    heartbeat.at(Phase.EVALUATION)
     rows = task.splits[split]
     device = next(forward.module.parameters()).device
     forward.module.eval()
@@ -97,7 +97,7 @@ def evaluate_split(
     batches = evaluation_batches(
         rows,
         task.collate,
-        forward.topology,
+        forward.context.topology,
         micro_batch_size=micro_batch_size,
         lock_step=forward.lock_step,
         workers=workers,
@@ -105,11 +105,11 @@ def evaluate_split(
     for batch in batches:
         with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
             scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
-        beat.tick()
+        heartbeat.tick()
         if batch.counted:
             done.append((batch, scored))
-    gathered = gather_for_metrics(*_values(done), forward.topology, num_examples=len(rows))
-    beat.at(Phase.METRICS)  # for as long as it takes: the records on all ranks, the metrics on rank 0
+    gathered = gather_for_metrics(*_values(done), forward.context, num_examples=len(rows))
+    heartbeat.at(Phase.METRICS)  # for as long as it takes: the records on all ranks, the metrics on rank 0
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records = [
@@ -126,7 +126,7 @@ def evaluate_split(
         own = reported.own(records, taken=task.metric_names) if reported.own is not None else {}
         return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **own}
 
-    return SplitResult(on_main(judge, forward.topology), records)
+    return SplitResult(on_main(judge, forward.context), records)
 
 
 def to_device(tensors: Batch, device: torch.device) -> Batch:

@@ -35,7 +35,7 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"The model cannot be written to {target}: {error}. Is the disk full?") from error
 
-    on_main(write, engine.topology)
+    on_main(write, engine.context)
 
 
 def save_surroundings(module: nn.Module, task: Task, folder: Path) -> None:

@@ -81,14 +81,14 @@ def train(
         loop.plan,
         task.splits["train"],
         task.collate,
-        engine.topology,
+        engine.context.topology,
         lock_step=engine.lock_step,
         start=state.step,
         stop=loop.total_steps,
         workers=loop.workers,
     )
-    beat = engine.topology.beat
-    beat.at(Phase.DATA, step=state.step)
+    heartbeat = engine.context.heartbeat
+    heartbeat.at(Phase.DATA, step=state.step)
     coming = next(steps, None)
     sums = add_up(engine, task, [], wish=Decision.CONTINUE, coming=coming, square=0.0)
     wish = stopped = Decision.CONTINUE
@@ -99,10 +99,10 @@ def train(
         if not engine.module.training:  # at the start, and after an evaluation
             loop.train_mode(engine.module)
         if engine is not warm:  # new: at the start, after a thaw, after a rollback
-            with beat.within(Phase.BUILDING):  # it may compile
+            with heartbeat.within(Phase.BUILDING):  # it may compile
                 warm = warm_up(engine, task, coming)
         record, sums, coming = take_step(loop, engine, task, coming, steps, sums, state, wish=wish)
-        beat.at(Phase.MONITORS)
+        heartbeat.at(Phase.MONITORS)
         answer = ask(monitors, record)
         if answer == Decision.ROLLBACK and loop.roll_back is not None:  # on every rank alike
             engine, answer = loop.roll_back(engine), Decision.CONTINUE
@@ -111,7 +111,7 @@ def train(
         stopped = agreed(sums) if record.averaged else Decision.CONTINUE
         # A wish rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
         if record.metrics is not None:
-            stopped = Decision(agree(max(stopped, wish), engine.topology))
+            stopped = Decision(agree(max(stopped, wish), engine.context))
     return engine, stopped
 
 
@@ -153,15 +153,15 @@ def take_step(
     wish: Decision,
 ) -> tuple[StepRecord, Sums, StepBatches | None]:
     """Collective. One step; gives its record, the sums that the next one needs, and the next one's batches."""
-    beat, before = engine.topology.beat, engine.topology.traffic.copy()
-    beat.at(Phase.MICRO_BATCH, step=batches.step)
+    heartbeat, before = engine.context.heartbeat, engine.context.traffic.copy()
+    heartbeat.at(Phase.MICRO_BATCH, step=batches.step)
     learning_rate = loop.learning_rate(state.updates)
     targets, weight, own_weight = sums.next_targets, sums.next_weight, sums.own_next_weight
     losses = run_micro_batches(engine, task, batches, scale=_scale(engine, weight, own_weight), seed=loop.seed)
-    beat.at(Phase.DATA)
+    heartbeat.at(Phase.DATA)
     coming = next(steps, None)
     sums = add_up(engine, task, losses, wish=wish, coming=coming, square=_square(engine, own_weight))
-    beat.at(Phase.UPDATE)
+    heartbeat.at(Phase.UPDATE)
     gradient_norms = engine.gradient_norms() if _measures(loop, state) else None
     with explain_in_step():
         result = _update(loop, engine, sums, (weight, own_weight), gradient_norms, learning_rate=learning_rate)
@@ -172,7 +172,7 @@ def take_step(
     ends_epoch, is_last = (batches.step + 1) % loop.plan.steps_per_epoch == 0, state.step == loop.total_steps
     averaged = _average_if_due(engine, state, is_due=ends_epoch or is_last)
     faults = _gather_faults(engine, batches, losses) if sums.faults else ()
-    traffic = engine.topology.traffic.since(before)
+    traffic = engine.context.traffic.since(before)
     record = StepRecord(
         step=state.step,
         epoch=_epochs_after(loop.plan, batches.step),
@@ -233,7 +233,7 @@ def _scale(engine: Engine, weight: float, own_weight: float) -> float:
     if engine.local is not None:
         return 1.0 / own_weight if own_weight else 0.0
     # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).
-    return engine.topology.world_size / weight if weight else 0.0
+    return engine.context.world_size / weight if weight else 0.0
 
 
 def _update(
@@ -288,7 +288,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
     device = next(engine.module.parameters()).device
     losses = []
     for position, micro_batch in enumerate(batches.micro_batches):
-        engine.topology.beat.tick()
+        engine.context.heartbeat.tick()
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
@@ -304,7 +304,7 @@ def add_up(
     engine: Engine, task: Task, losses: Sequence[float], *, wish: Decision, coming: StepBatches | None, square: float
 ) -> Sums:
     """Collective. The one small all-reduce of a step; float64 holds its counts exactly."""
-    engine.topology.beat.at(Phase.SUMMING)
+    engine.context.heartbeat.at(Phase.SUMMING)
     ahead = [task.targets(batch.tensors) for batch in _counted(coming)]
     own_weight = math.fsum(targets.weight for targets in ahead)
     own = [
@@ -317,7 +317,7 @@ def add_up(
         square,
     ]
     loss, faults, stops, preempts, weight, count, square = all_reduce_sum(
-        torch.tensor(own, dtype=torch.float64), engine.topology
+        torch.tensor(own, dtype=torch.float64), engine.context
     ).tolist()
     return Sums(loss, int(faults), int(stops), int(preempts), weight, int(count), square, own_weight)
 
@@ -330,7 +330,7 @@ def _gather_faults(engine: Engine, batches: StepBatches, losses: Sequence[float]
     """Collective. Which micro-batches, on which ranks, gave a loss that is not finite."""
     own = [
         {
-            "rank": engine.topology.rank,
+            "rank": engine.context.rank,
             "micro_batch": batch.index,
             "loss": str(loss),
             "examples": list(batch.example_index),
@@ -338,4 +338,4 @@ def _gather_faults(engine: Engine, batches: StepBatches, losses: Sequence[float]
         for batch, loss in zip(_counted(batches), losses, strict=True)
         if not math.isfinite(loss)
     ]
-    return [Fault.from_json(found) for part in all_gather_object(own, engine.topology) for found in part]
+    return [Fault.from_json(found) for part in all_gather_object(own, engine.context) for found in part]

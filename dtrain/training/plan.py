@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan, turns
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
 from dtrain.models import freezing
 from dtrain.tasks.protocol import Task
@@ -23,10 +23,10 @@ HARMLESS = (
 
 
 def describe(
-    config: Config, topology: Topology, task: Task, prepared: Construction, steps: StepPlan, *, in_full: bool
+    config: Config, context: RankContext, task: Task, prepared: Construction, steps: StepPlan, *, in_full: bool
 ) -> str:
-    """Topology, steps, micro-batches, parameters, memory and exactness, a line each."""
-    engine, why = engine_name(config, topology)
+    """RankContext, steps, micro-batches, parameters, memory and exactness, a line each."""
+    engine, why = engine_name(config, context)
     parameters = list(prepared.module.parameters())
     trainable = count([p for p in parameters if p.requires_grad])
     frozen = freezing.frozen_parameters(prepared.module)
@@ -34,14 +34,14 @@ def describe(
     rows = ", ".join(f"{split} {len(split_rows)}" for split, split_rows in task.splits.items())
     lines = [
         f"run        {config.run_dir} (seed {config.run.seed})",
-        f"topology   {topology.describe()}, {describe_device()}",
+        f"context   {context.topology.describe()}, {describe_device()}",
         f"engine     {engine} ({why}), {config.engine.precision}" + _stage(config, engine),
         f"data       {rows} examples",
         f"steps      {total}: {steps.steps_per_epoch} per epoch, global batch {config.train.global_batch_size}",
-        f"per step   {_shares(config, topology, steps, engine)}",
+        f"per step   {_shares(config, context, steps, engine)}",
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",
-        f"memory     {_memory(config, topology, engine, count(parameters), trainable)} per rank, without activations",
-        f"exactness  {exactness(config, engine, topology.world_size)}",
+        f"memory     {_memory(config, context, engine, count(parameters), trainable)} per rank, without activations",
+        f"exactness  {exactness(config, engine, context.world_size)}",
     ]
     if set(task.splits) <= {"train"}:
         lines.append(
@@ -51,28 +51,28 @@ def describe(
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
     if in_full:
         lines += [f"  frozen   {name}" for name in frozen]
-    return "\n".join([*lines, *_warnings(config, topology, steps)])
+    return "\n".join([*lines, *_warnings(config, context, steps)])
 
 
 def _stage(config: Config, engine: str) -> str:
     return f", ZeRO {config.engine.zero_stage or 0}" if engine == "deepspeed" else ""
 
 
-def _shares(config: Config, topology: Topology, steps: StepPlan, engine: str) -> str:
+def _shares(config: Config, context: RankContext, steps: StepPlan, engine: str) -> str:
     number = len(steps.micro_batches(0))
     lock_step = engine == "deepspeed" and (config.engine.zero_stage or 0) >= 2
     own = [
-        sum(turn.counted for turn in turns(number, rank=rank, world_size=topology.world_size, lock_step=lock_step))
-        for rank in range(topology.world_size)
+        sum(turn.counted for turn in turns(number, rank=rank, world_size=context.world_size, lock_step=lock_step))
+        for rank in range(context.world_size)
     ]
     spread = str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"
     return f"{number} micro-batches of {config.train.micro_batch_size}, {spread} per rank, {own.count(0)} rank(s) idle"
 
 
-def _memory(config: Config, topology: Topology, engine: str, parameters: int, trainable: int) -> str:
+def _memory(config: Config, context: RankContext, engine: str, parameters: int, trainable: int) -> str:
     """Bytes of weights, gradients and optimizer slots of one rank, all in fp32."""
     stage = config.engine.zero_stage or 0 if engine == "deepspeed" else 0
-    ranks = topology.world_size
+    ranks = context.world_size
     slots = 1 if config.optim.name == "sgd" and config.optim.momentum else SLOTS[config.optim.name]
     weights = 4 * parameters / (ranks if stage == 3 else 1)
     gradients = 4 * trainable / (ranks if stage >= 2 else 1)
@@ -92,20 +92,20 @@ def _exchange_bytes(config: Config, engine: str) -> int:
     return 2 if config.engine.gradient_wire == "bf16" and engine == "ddp" else 0
 
 
-def _warnings(config: Config, topology: Topology, steps: StepPlan) -> list[str]:
+def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str]:
     """What is allowed, and may not be what is wanted."""
     found, most, powersgd = [], len(steps.micro_batches(0)), config.engine.powersgd
-    if topology.world_size > most:
+    if context.world_size > most:
         found.append(
-            f"warning: {topology.world_size - most} of {topology.world_size} ranks are idle in every step: a global batch of "
+            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in every step: a global batch of "
             f"{config.train.global_batch_size} has {most} micro-batch(es) of {config.train.micro_batch_size}"
         )
-    if topology.world_size > 1 and powersgd is not None and powersgd.start_step >= total_steps(config, steps):
+    if context.world_size > 1 and powersgd is not None and powersgd.start_step >= total_steps(config, steps):
         found.append(
             f"warning: no gradient will cross as factors, for engine.powersgd.start_step={powersgd.start_step} is not below "
             f"the {total_steps(config, steps)} steps of this run"
         )
-    if topology.world_size > 1 and config.train.local_steps > 1:
+    if context.world_size > 1 and config.train.local_steps > 1:
         found.append(
             f"note: a wish to stop (a signal, train.max_minutes) waits for the next average of the weights, up to "
             f"{config.train.local_steps} steps"

@@ -13,7 +13,7 @@ from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.runs.folder import RunFolder, claim, state, unwritable
 from dtrain.runs.lock import locked
@@ -29,7 +29,7 @@ class Taken:
 
 
 @contextmanager
-def taken(config: Config, topology: Topology, *, command: str) -> Iterator[Taken]:
+def taken(config: Config, context: RankContext, *, command: str) -> Iterator[Taken]:
     """Collective. What becomes of this start; inside, the folder is this run's own, unless it is already_finished.
 
     Rank 0 holds its lock until the end, so that there is one writer.
@@ -39,10 +39,10 @@ def taken(config: Config, topology: Topology, *, command: str) -> Iterator[Taken
         CheckpointError: on all ranks, where the run cannot go on from where it was.
     """
     with ExitStack() as lock:
-        yield _take(config, topology, command, lock)
+        yield _take(config, context, command, lock)
 
 
-def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> Taken:
+def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -> Taken:
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
 
@@ -52,11 +52,11 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
             return "", False
         lock_id = ""
         try:
-            held = locked(folder.path, command=command, on_loss=topology.beat.disown_folder)
+            held = locked(folder.path, command=command, on_loss=context.heartbeat.disown_folder)
             lock_id = lock.enter_context(held).id
         except OSError as error:
             refusals.append(unwritable(folder, error))
-        return lock_id, is_started_again(folder, topology.launches)
+        return lock_id, is_started_again(folder, context.topology.launches)
 
     def work() -> dict[str, object]:
         # config.yaml may be of a start that came to no checkpoint.
@@ -70,37 +70,37 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
-            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=topology.launches)
+            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=context.topology.launches)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         elif not refusals:  # how an earlier start ended is not the end of this one
             folder.exit.unlink(missing_ok=True)
         return {"action": decision.action, "notes": notes}
 
     try:
-        lock_id, is_again = on_main(hold, topology)
+        lock_id, is_again = on_main(hold, context)
         asked = going_on(config) if is_again else config
-        chosen, there = _checkpoints(asked, topology) if command == "train" else (None, Checkpoints())
-        told = on_main(work, topology)
+        chosen, there = _checkpoints(asked, context) if command == "train" else (None, Checkpoints())
+        told = on_main(work, context)
     except ConfigError as error:
         error.is_noted = False
         raise
     for note in told["notes"]:
         log.info("%s", note)
-    topology.beat.own_folder(lock_id)
+    context.heartbeat.own_folder(lock_id)
     action: Action = told["action"]
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":
-        select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, topology)
+        select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return Taken(action, chosen)
 
 
-def _checkpoints(config: Config, topology: Topology) -> tuple[Chosen | None, Checkpoints]:
+def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, Checkpoints]:
     """Collective. What a training run could go on from, and the whole of what there is."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
         return None, Checkpoints()
     if resume != "auto":
-        chosen = select.at(Path(resume), topology, named_by="checkpoint.resume")
+        chosen = select.at(Path(resume), context, named_by="checkpoint.resume")
         return chosen, Checkpoints(chosen.step, given=True)
-    found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, topology)
+    found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
     return found, Checkpoints(found.step if found is not None else None, damaged)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 from dtrain.training.evaluation import EvaluationResult
 
@@ -23,15 +23,15 @@ class Result:
 
 
 def summary(
-    command: str, result: EvaluationResult | None, topology: Topology, *, engine: str, seconds: float
+    command: str, result: EvaluationResult | None, context: RankContext, *, engine: str, seconds: float
 ) -> dict[str, Any]:
     """The common part of summary.json; metrics flat under `eval`."""
     return {
         "command": command,
         "eval": dict(result.metrics) if result is not None else {},
-        "world_size": topology.world_size,
+        "world_size": context.world_size,
         "engine": engine,
-        "launcher": topology.launcher,
+        "launcher": context.topology.launcher,
         "seconds": seconds,
         "versions": versions(),
     }

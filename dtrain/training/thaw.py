@@ -19,16 +19,16 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, sta
     """
     if not any(stage.epoch == epoch for stage in config.freeze.thaw):
         return engine
-    topology = engine.topology
-    slots = {entry.name: host_slots(entry.slots) for entry in engine.named_state(here=topology.is_main)}
+    context = engine.context
+    slots = {entry.name: host_slots(entry.slots) for entry in engine.named_state(here=context.is_main)}
     scalars = engine.scalars()
     module = engine.release()
     before = freezing.frozen_parameters(module)
     prepared.freeze(module, epoch)
     after = set(freezing.frozen_parameters(module))
     state.thawed.append([name for name in before if name not in after])
-    rebuilt = build_engine(module, config, topology, thawed=state.thawed)
-    rebuilt.load_named_slots(lambda name, _shape: broadcast_slots(slots.get(name, {}), topology))
+    rebuilt = build_engine(module, config, context, thawed=state.thawed)
+    rebuilt.load_named_slots(lambda name, _shape: broadcast_slots(slots.get(name, {}), context))
     rebuilt.load_scalars(scalars)
     prepared.train_mode(rebuilt.module)
     return rebuilt

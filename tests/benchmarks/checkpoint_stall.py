@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from dtrain.data.batches import step_batches  # noqa: E402
 from dtrain.data.order import StepPlan, permutation  # noqa: E402
-from dtrain.distributed.topology import SINGLE  # noqa: E402
+from dtrain.distributed.rank_context import ONE_PROCESS  # noqa: E402
 from tests.support import tiny  # noqa: E402
 
 MODEL = {
@@ -82,7 +82,7 @@ def next_batch(rows: int) -> float:
     start = int(0.9 * plan.steps_per_epoch)
     next(
         step_batches(
-            plan, Rows(), lambda _rows, _place: {}, SINGLE, lock_step=False, start=start, stop=start + 1, workers=0
+            plan, Rows(), lambda _rows, _place: {}, ONE_PROCESS, lock_step=False, start=start, stop=start + 1, workers=0
         )
     )
     return time.perf_counter() - begin

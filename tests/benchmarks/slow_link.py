@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dtrain import console
 from dtrain.config.load import load_config
 from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
 from dtrain.training.monitors.protocol import Decision, StepRecord
 
@@ -115,29 +116,29 @@ def settings(arguments: argparse.Namespace, world_size: int) -> list[str]:
     ]
 
 
-def measure(arguments: argparse.Namespace, topology: Topology, name: str, own: list[str]) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, context: RankContext, name: str, own: list[str]) -> dict[str, Any]:
     """Collective. One layout from start to end."""
     from dtrain.commands.evaluate import run_evaluate
     from dtrain.commands.train import run_train
 
     run = "".join(c if c.isalnum() else "-" for c in name)
-    common = settings(arguments, topology.world_size)
+    common = settings(arguments, context.world_size)
     config = load_config(None, [*common, *own, f"run.name={run}"])
     powersgd = config.engine.powersgd
     begin_after = SETTLED if powersgd is None else max(SETTLED, powersgd.start_step)
     meter = Meter(begin_after)
-    run_train(config, topology, monitors=[meter])
+    run_train(config, context, monitors=[meter])
     trained = [f"model.name_or_path={config.run_dir / 'model'}", "model.from_scratch=false", "model.tokenizer=null"]
     result = run_evaluate(
-        load_config(None, [*common, *trained, "model.config={}", f"run.name={run}-evaluated"]), topology
+        load_config(None, [*common, *trained, "model.config={}", f"run.name={run}-evaluated"]), context
     )
     assert meter.begin is not None
     assert meter.end is not None
     seconds, sockets, interfaces = (after - before for before, after in zip(meter.begin, meter.end, strict=True))
-    everyones = all_gather_object([sockets, interfaces if topology.is_node_main else 0], topology)
+    everyones = all_gather_object([sockets, interfaces if context.is_node_main else 0], context)
     steps, last = meter.steps[begin_after:], meter.steps[-max(1, arguments.steps // 10) :]
     sent = [step.traffic for step in steps if step.traffic is not None]
-    per_rank = topology.world_size * len(steps)
+    per_rank = context.world_size * len(steps)
     return {
         "name": name,
         "steps_per_second": len(steps) / seconds,
@@ -211,10 +212,10 @@ def main() -> int:
         if not arguments.only or number in (0, *arguments.only)
     }
     with session(load_config(None, settings(arguments, topology.world_size)), topology, os.environ) as job:
-        found = [measure(arguments, job.topology, name, own) for name, own in ways.items()]
-        if job.topology.is_main:
-            print(table(found, job.topology.world_size), flush=True)
-        if job.topology.is_node_main:
+        found = [measure(arguments, job.context, name, own) for name, own in ways.items()]
+        if job.context.is_main:
+            print(table(found, job.context.world_size), flush=True)
+        if job.context.is_node_main:
             shutil.rmtree(arguments.folder, ignore_errors=True)
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from dtrain.checkpoint import writer_process
 from dtrain.checkpoint.format import found, verify
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DtrainError
 from tests.support import resuming
+from tests.support.contexts import placed
 from tests.support.multirank import run_ranks
 from tests.support.resuming import STEPS, Died, DieIn, settings
 
@@ -44,19 +44,19 @@ real, os.write = os.write, write
 
 
 def one_rank_a_node(
-    topology: Topology, folder: str, name: str, changes: dict[str, Any], die_in: int | None, full: int | None = None
+    context: RankContext, folder: str, name: str, changes: dict[str, Any], die_in: int | None, full: int | None = None
 ) -> str:
     """Collective. Every rank is a node, with a working folder, and so a run folder, of its own.
 
     Args:
         full: the rank whose disk has no room from step 5 on.
     """
-    if topology.rank == full:
+    if context.rank == full:
         writer_process._START = FULL_FROM + writer_process._START
-    home = Path(folder) / f"node{topology.rank}"
+    home = Path(folder) / f"node{context.rank}"
     home.mkdir(exist_ok=True)
     os.chdir(home)
-    place = replace(topology, node_rank=topology.rank, num_nodes=topology.world_size, local_rank=0, local_world_size=1)
+    place = placed(context, node_rank=context.rank, num_nodes=context.world_size, local_rank=0, local_world_size=1)
     changes = {"run.output_dir": "runs", "data.cache_dir": home / "cache", **changes}
     config = load_config(None, settings(Path(folder), name, changes))
     try:

@@ -17,7 +17,7 @@ from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export import run_export
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from tests.support import resuming
 from tests.support.multirank import run_ranks
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resuming.material(tmp_path_factory.mktemp("use"))
 
 
-def commands(topology: Topology, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:
+def commands(context: RankContext, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:
     """Collective. (command, name, changes, step to die in) one after the other: metrics, or the error's kind and words.
 
     A negative step: to ask for a stop in.
@@ -51,11 +51,11 @@ def commands(topology: Topology, folder: str, runs: list[tuple[str, str, dict[st
         monitors = [] if die_in is None else [DieIn(die_in) if die_in > 0 else AskIn(-die_in)]
         try:
             if command == "train":
-                found.append(run_train(config, topology, monitors=monitors).metrics)
+                found.append(run_train(config, context, monitors=monitors).metrics)
             elif command == "evaluate":
-                found.append(run_evaluate(config, topology).metrics)
+                found.append(run_evaluate(config, context).metrics)
             else:
-                run_export(config, topology)
+                run_export(config, context)
                 found.append({})
         except Died:
             found.append("died")

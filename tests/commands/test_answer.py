@@ -18,7 +18,7 @@ from dtrain.commands.predict import run_predict
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.tasks.build import build_task
 from dtrain.training import build
@@ -83,8 +83,8 @@ def write_model(folder: Path, task: str, **data: Any) -> None:
         pictures.draw(folder / "data" / f"{number}.png", colour, random.Random(number))
     model = {"from_scratch": True, "config": sizes, "tokenizer": str(folder / "vocab.txt")}
     settings = config(folder, task, model=model, data=data)
-    made = build_task(settings, SINGLE)
-    module = build.load(settings, made, SINGLE)
+    made = build_task(settings, ONE_PROCESS)
+    module = build.load(settings, made, ONE_PROCESS)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(3.0)
@@ -95,7 +95,7 @@ def told(folder: Path, task: str, said: pytest.LogCaptureFixture, text: str, pai
     """What the command prints, all of it."""
     said.clear()
     asked = {"text": text, "text_pair": pair}
-    run_predict(config(folder, task, model={"name_or_path": str(folder / "model")}, predict=asked), SINGLE)
+    run_predict(config(folder, task, model={"name_or_path": str(folder / "model")}, predict=asked), ONE_PROCESS)
     (line,) = said.messages
     return line
 
@@ -104,7 +104,7 @@ def written(folder: Path, task: str, row: dict[str, Any]) -> Any:
     """The prediction of a file with that row."""
     (folder / "data" / "rows.jsonl").write_text(json.dumps(row) + "\n")
     asked = {"file": folder / "data" / "rows.jsonl"}
-    run_predict(config(folder, task, model={"name_or_path": str(folder / "model")}, predict=asked), SINGLE)
+    run_predict(config(folder, task, model={"name_or_path": str(folder / "model")}, predict=asked), ONE_PROCESS)
     return json.loads((folder / "told" / "predictions" / "test.jsonl").read_text())["prediction"]
 
 
@@ -170,7 +170,7 @@ def test_a_row_has_the_users_own_columns_and_an_image_in_it_is_looked_for_from_h
 
     said.clear()
     for text in ('{"photo": "2.png"}', "2.png"):
-        run_predict(config(tmp_path, "image_classification", predict={"text": text}, **settings), SINGLE)
+        run_predict(config(tmp_path, "image_classification", predict={"text": text}, **settings), ONE_PROCESS)
 
     assert said.messages[0] == said.messages[1]
 

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from dtrain.commands.generate import continuation
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import Message
-from dtrain.distributed.heartbeat import Beat
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.heartbeat import Heartbeat
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from tests.support import tiny
+from tests.support.contexts import placed
 from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
 
 
@@ -127,13 +127,15 @@ def test_what_the_model_is_shown_is_the_encoding_of_training_and_fits_its_positi
 ) -> None:
     shown: list[list[int]] = []
 
-    def drawn(_model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int], beat: Beat) -> torch.Tensor:
-        assert (stops, beat) == ({SEP}, SINGLE.beat)
+    def drawn(
+        _model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int], heartbeat: Heartbeat
+    ) -> torch.Tensor:
+        assert (stops, heartbeat) == ({SEP}, ONE_PROCESS.heartbeat)
         shown.append(ids.tolist())
         return torch.tensor([*ids.tolist(), NI, HAO, SEP])
 
     monkeypatch.setattr(chat, "continuation", drawn)
-    answer = speaker(config(folder), SINGLE)
+    answer = speaker(config(folder), ONE_PROCESS)
     history = [{"role": role, "content": "\u4f60 \u597d"} for role in ("user", "assistant", "user")]
 
     assert answer(history[:1], 0) == Reply("\u4f60\u597d", 0)
@@ -150,8 +152,8 @@ def test_a_file_of_prompts_is_answered_into_a_run_folder_or_a_file_the_same_each
     prompts = folder / "prompts.txt"
     prompts.write_text("\u4f60 \u597d\n\na\tb\t\u4f60\n", encoding="utf-8")
 
-    run_chat(config(folder, talk={"input": str(prompts)}), SINGLE)
-    run_chat(config(folder, talk={"input": str(prompts), "output": str(folder / "out.jsonl")}), SINGLE)
+    run_chat(config(folder, talk={"input": str(prompts)}), ONE_PROCESS)
+    run_chat(config(folder, talk={"input": str(prompts), "output": str(folder / "out.jsonl")}), ONE_PROCESS)
 
     found = replies(folder / "runs" / "talk" / "predictions" / "replies.jsonl")
     assert [(row["example_index"], row["line"]) for row in found] == [(0, 1), (1, 3)]
@@ -168,7 +170,7 @@ def test_the_terminal_may_be_a_pipe_and_bytes_that_are_no_text_do_not_stop_it(
     pipe = io.TextIOWrapper(io.BytesIO("\u4f60\n".encode() + b"\xff\xfe\n"), encoding="ascii")
     monkeypatch.setattr("sys.stdin", pipe)
 
-    run_chat(config(folder), SINGLE)
+    run_chat(config(folder), ONE_PROCESS)
 
     assert len(said.messages) == 2
     assert not (folder / "runs" / "talk-none").exists()
@@ -178,17 +180,18 @@ def test_what_chat_cannot_do_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
 
     with pytest.raises(ConfigError, match=r"chat needs a chat model \(task.name=chat\), not task.name=classification"):
-        run_chat(config(folder, task={"name": "classification"}), SINGLE)
+        run_chat(config(folder, task={"name": "classification"}), ONE_PROCESS)
     with pytest.raises(DataError, match=r"none\.txt has no dialogue to answer"):
-        run_chat(config(folder, talk={"input": str(tmp_path / "none.txt")}), SINGLE)
+        run_chat(config(folder, talk={"input": str(tmp_path / "none.txt")}), ONE_PROCESS)
     with pytest.raises(DataError, match=r"missing\.txt cannot be read"):
-        run_chat(config(folder, talk={"input": str(tmp_path / "missing.txt")}), SINGLE)
+        run_chat(config(folder, talk={"input": str(tmp_path / "missing.txt")}), ONE_PROCESS)
     with pytest.raises(ConfigError, match="chat runs as one process, not 2: start it with python"):
-        run_chat(config(folder), replace(SINGLE, world_size=2))
+        run_chat(config(folder), placed(ONE_PROCESS, world_size=2))
     tiny.tokenizer().save_pretrained(tmp_path / "words")
     with pytest.raises(ConfigError, match="The tokenizer has tokens up to number 24"):
         run_chat(
-            config(folder, model={"name_or_path": str(folder / "model"), "tokenizer": str(tmp_path / "words")}), SINGLE
+            config(folder, model={"name_or_path": str(folder / "model"), "tokenizer": str(tmp_path / "words")}),
+            ONE_PROCESS,
         )
     with pytest.raises(ValidationError, match=r"talk\.output is for the replies to talk.input"):
         config(folder, talk={"output": "a.jsonl"})

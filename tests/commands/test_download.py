@@ -18,7 +18,7 @@ import pytest
 
 from dtrain.commands.download import run_download
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from tests.data.test_hub_launched import ROOT, data, model
 from tests.support.hub_server import serve_hub
@@ -148,4 +148,4 @@ def test_settings_that_fetch_nothing_or_too_much_are_refused(tmp_path: Path, mod
     }
     for said, settings in wrong.items():
         with pytest.raises(ConfigError, match=said):
-            run_download(load_config(None, settings, command="download"), SINGLE)
+            run_download(load_config(None, settings, command="download"), ONE_PROCESS)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dtrain.commands.export import run_export
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import CheckpointError, ConfigError
 
 WEIGHTS = {"layer.weight": torch.arange(6.0).reshape(2, 3) / 7, "layer.count": torch.tensor([1, 2])}
@@ -32,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 def export(model: Path, to: Path | None, *more: str) -> None:
     target = [] if to is None else [f"export.to={to}"]
-    run_export(load_config(None, [f"model.name_or_path={model}", *target, *more], command="export"), SINGLE)
+    run_export(load_config(None, [f"model.name_or_path={model}", *target, *more], command="export"), ONE_PROCESS)
 
 
 def content(folder: Path) -> dict[str, bytes]:

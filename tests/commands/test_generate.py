@@ -12,9 +12,8 @@ import torch
 from dtrain.commands.generate import continuation, ends_of, run_generate
 from dtrain.config.schema import Config
 from dtrain.data.seeding import seed_all
-from dtrain.distributed import heartbeat
-from dtrain.distributed.heartbeat import Beat, Phase, read
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase, read
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
 
@@ -89,8 +88,8 @@ def test_a_text_that_outgrows_the_positions_sees_the_last_ones_and_keeps_nothing
 
 
 def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_writes() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
     phases = []
 
     class Model(Counts):
@@ -99,7 +98,7 @@ def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_
             return super().forward(**inputs)
 
     watched: Any = Model(gpt(positions=40))
-    continuation(watched, torch.tensor([3, 1]), config(max_new_tokens=3, temperature=0.0), beat=beat)
+    continuation(watched, torch.tensor([3, 1]), config(max_new_tokens=3, temperature=0.0), heartbeat=heartbeat)
 
     numbers = [number for _, number in phases]
     assert [phase for phase, _ in phases] == [Phase.ANSWERING] * 3
@@ -119,7 +118,7 @@ def folder(tmp_path: Path) -> Path:
 def generate(folder: Path, **settings: Any) -> str:
     model = {"name_or_path": str(folder)}
     return run_generate(
-        Config.model_validate({"task": {"name": "causal_lm"}, "model": model, "generate": settings}), SINGLE
+        Config.model_validate({"task": {"name": "causal_lm"}, "model": model, "generate": settings}), ONE_PROCESS
     )
 
 
@@ -150,4 +149,4 @@ def test_a_model_may_name_several_tokens_that_end_a_text() -> None:
 @pytest.mark.parametrize("model", [{"factory": "own:build"}, {"head": {"pooling": "last"}, "name_or_path": "x"}])
 def test_a_model_that_is_not_of_transformers_is_refused(model: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="generate needs a language model of transformers"):
-        run_generate(Config.model_validate({"task": {"name": "causal_lm"}, "model": model}), SINGLE)
+        run_generate(Config.model_validate({"task": {"name": "causal_lm"}, "model": model}), ONE_PROCESS)

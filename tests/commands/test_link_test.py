@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from dtrain.commands import link_test
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from tests.support.multirank import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
-def rank_measures(topology: Topology, hosts: list[str], firsts: list[int]) -> dict[str, Any]:
+def rank_measures(context: RankContext, hosts: list[str], firsts: list[int]) -> dict[str, Any]:
     link_test.SIZES = (1 << 12, 1 << 16)
-    return link_test.measure(topology, {"hosts": hosts, "firsts": firsts})
+    return link_test.measure(context, {"hosts": hosts, "firsts": firsts})
 
 
 def test_each_pair_of_hosts_is_measured_once_and_all_ranks_together() -> None:

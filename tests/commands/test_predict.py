@@ -18,7 +18,7 @@ from dtrain.commands.predict import run_predict, what_to_predict
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.data.glue import TASKS
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from tests.support import tiny
 
@@ -95,7 +95,7 @@ def test_f1_of_paraphrases_is_that_of_the_positive_class_as_scikit_learn_finds_o
         header = ("is_duplicate", "qid1", "qid2", "question1", "question2")
     write(tmp_path / "data" / "dev.tsv", [header, *rows])
 
-    found = run_evaluate(config(tmp_path, name, data={"splits": {"validation": "dev.tsv"}}), SINGLE).metrics
+    found = run_evaluate(config(tmp_path, name, data={"splits": {"validation": "dev.tsv"}}), ONE_PROCESS).metrics
 
     written = records(tmp_path, "validation")
     truth, predicted = ([names.index(row[side]) for row in written] for side in ("reference", "prediction"))
@@ -114,7 +114,7 @@ def test_mnli_has_two_dev_sets_and_keeps_a_trained_models_order_of_labels(tmp_pa
         write(tmp_path / "data" / f"dev_{split}.tsv", [MNLI_HEADER, *rows])
     splits = {"validation": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"}
 
-    found = run_evaluate(config(tmp_path, "mnli", data={"splits": splits}), SINGLE).metrics
+    found = run_evaluate(config(tmp_path, "mnli", data={"splits": splits}), ONE_PROCESS).metrics
 
     matched, mismatched = records(tmp_path, "validation"), records(tmp_path, "validation_mismatched")
     for prefix, written in (("", matched), ("mismatched_", mismatched)):
@@ -141,7 +141,7 @@ def test_a_glue_task_is_answered_on_its_test_files_in_the_servers_format(tmp_pat
     write_model(tmp_path / "model", ["acceptable", "unacceptable"], asked=[texts(9)])
     write(tmp_path / "data" / "test.tsv", [("index", "sentence"), *enumerate(texts(9))])
 
-    result = run_predict(config(tmp_path, "cola"), SINGLE)
+    result = run_predict(config(tmp_path, "cola"), ONE_PROCESS)
 
     answers = [row["prediction"] for row in records(tmp_path, "test")]
     lines = (tmp_path / "told" / "submission" / "CoLA.tsv").read_text().splitlines()
@@ -161,7 +161,7 @@ def test_mnli_is_answered_twice(tmp_path: Path) -> None:
         rows = [[*"01234567", *pair] for pair in pairs(count)]
         write(tmp_path / "data" / f"test_{split}.tsv", [MNLI_HEADER[:-2], *rows])
 
-    run_predict(config(tmp_path, "mnli"), SINGLE)
+    run_predict(config(tmp_path, "mnli"), ONE_PROCESS)
 
     for split, file, count in (("matched", "MNLI-m", 5), ("mismatched", "MNLI-mm", 1)):
         lines = (tmp_path / "told" / "submission" / f"{file}.tsv").read_text().splitlines()
@@ -178,7 +178,7 @@ def test_scores_are_measured_where_there_are_labels_and_clipped_for_the_server_a
     write(tmp_path / "data" / "test.tsv", [columns[:-1], *(row[:-1] for row in dev)])
     splits = {"validation": "dev.tsv", "test": "test.tsv"}
 
-    found = run_predict(config(tmp_path, "stsb", data={"splits": splits}), SINGLE).metrics
+    found = run_predict(config(tmp_path, "stsb", data={"splits": splits}), ONE_PROCESS).metrics
 
     written = records(tmp_path, "validation")
     values, truth = ([row[side] for row in written] for side in ("prediction", "reference"))
@@ -198,7 +198,7 @@ def test_a_file_of_rows_is_answered_in_its_order_and_needs_no_labels(tmp_path: P
     (tmp_path / "new.csv").write_text("review\n" + "\n".join(texts(5)) + "\n")
     columns = {"text": "review", "label": "stars"}
 
-    run_predict(config(tmp_path, None, data={"columns": columns}, predict={"file": tmp_path / "new.csv"}), SINGLE)
+    run_predict(config(tmp_path, None, data={"columns": columns}, predict={"file": tmp_path / "new.csv"}), ONE_PROCESS)
 
     assert [row["example_index"] for row in records(tmp_path, "test")] == [0, 1, 2, 3, 4]
     assert not (tmp_path / "told" / "submission").exists()
@@ -207,7 +207,7 @@ def test_a_file_of_rows_is_answered_in_its_order_and_needs_no_labels(tmp_path: P
 def test_a_file_is_answered_whole_whatever_the_training_was_cut_to(tmp_path: Path) -> None:
     settings = config(tmp_path, None, predict={"file": tmp_path / "new.csv"}, data={"limit": 2, "max_bad_rows": 3})
 
-    data = what_to_predict(settings, SINGLE)
+    data = what_to_predict(settings, ONE_PROCESS)
 
     assert (data.limit, data.max_bad_rows, data.splits) == (None, 0, {"test": "new.csv"})
 
@@ -215,11 +215,11 @@ def test_a_file_is_answered_whole_whatever_the_training_was_cut_to(tmp_path: Pat
 def test_an_old_submission_does_not_outlive_its_run(tmp_path: Path) -> None:
     write_model(tmp_path / "model", ["acceptable", "unacceptable"])
     write(tmp_path / "data" / "test.tsv", [("index", "sentence"), (0, "a cat")])
-    run_predict(config(tmp_path, "cola"), SINGLE)
+    run_predict(config(tmp_path, "cola"), ONE_PROCESS)
 
     write(tmp_path / "data" / "test.tsv", [("index", "text"), (0, "a cat")])
     with pytest.raises(DataError, match="no column 'sentence'"):
-        run_predict(config(tmp_path, "cola"), SINGLE)
+        run_predict(config(tmp_path, "cola"), ONE_PROCESS)
 
     assert not (tmp_path / "told" / "submission").exists()
 
@@ -239,7 +239,7 @@ def test_one_text_is_answered_in_a_line_and_leaves_nothing(
     said = {"text": "the cat", "text_pair": 'a "dog"'}
 
     with caplog.at_level(logging.INFO, logger="dtrain"):
-        run_predict(config(tmp_path, None if labels else "stsb", predict=said), SINGLE)
+        run_predict(config(tmp_path, None if labels else "stsb", predict=said), ONE_PROCESS)
 
     import re
 
@@ -260,14 +260,14 @@ def test_what_cannot_be_predicted_is_refused(
     tmp_path: Path, name: str | None, sections: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        run_predict(config(tmp_path, name, **sections), SINGLE)
+        run_predict(config(tmp_path, name, **sections), ONE_PROCESS)
 
 
 def test_a_model_that_does_not_say_its_labels_is_no_trained_classifier(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "model", layers=1)
 
     with pytest.raises(ConfigError, match=r"no id2label in its config\.json"):
-        run_predict(config(tmp_path, None, predict={"text": "a cat"}), SINGLE)
+        run_predict(config(tmp_path, None, predict={"text": "a cat"}), ONE_PROCESS)
 
 
 def test_a_training_run_is_not_written_over(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_training_run_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "told" / "metrics.jsonl").touch()
 
     with pytest.raises(ConfigError, match="holds a training run, which predict must not touch"):
-        run_predict(config(tmp_path, "cola"), SINGLE)
+        run_predict(config(tmp_path, "cola"), ONE_PROCESS)
 
 
 @pytest.mark.parametrize(

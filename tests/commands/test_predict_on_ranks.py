@@ -11,7 +11,7 @@ import pytest
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from tests.support import tiny
 from tests.support.multirank import run_ranks
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predicted(topology: Topology, folder: str, name: str, text: str | None) -> list[str]:
+def predicted(context: RankContext, folder: str, name: str, text: str | None) -> list[str]:
     """Collective. What the command writes or, with a text, says."""
     said: list[str] = []
     handler = logging.Handler()
@@ -50,7 +50,7 @@ def predicted(topology: Topology, folder: str, name: str, text: str | None) -> l
         "predict": {"text": text},
         "evaluation": {"micro_batch_size": 2},
     }
-    run_predict(Config.model_validate(sections), topology)
+    run_predict(Config.model_validate(sections), context)
     if text is not None:
         return said[-1:]
     run = Path(folder) / name

@@ -16,7 +16,7 @@ from dtrain.commands.generate import run_generate
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
 from tests.commands.test_generate import gpt
@@ -87,14 +87,14 @@ def config(path: Path, folder: Path, task: str | None = None, **sections: Any) -
 
 def told(model: Path, folder: Path, said: pytest.LogCaptureFixture, text: str, **more: Any) -> str:
     said.clear()
-    run_predict(config(model, folder, predict={"text": text}, **more), SINGLE)
+    run_predict(config(model, folder, predict={"text": text}, **more), ONE_PROCESS)
     (line,) = said.messages
     assert list(folder.iterdir()) == []
     return line
 
 
 def written(model: Path, folder: Path, file: Path, **more: Any) -> list[dict[str, Any]]:
-    run_predict(config(model, folder, predict={"file": file}, **more), SINGLE)
+    run_predict(config(model, folder, predict={"file": file}, **more), ONE_PROCESS)
     summary = json.loads((folder / "told" / "summary.json").read_text())
     found = [json.loads(line) for line in (folder / "told" / "predictions" / "test.jsonl").read_text().splitlines()]
     assert (summary["command"], summary["eval"], summary["examples"]) == ("predict", {}, len(found))
@@ -108,7 +108,7 @@ def test_a_text_goes_on_as_generate_does(models: Path, tmp_path: Path, said: pyt
     text = told(models / "causal_lm", tmp_path, said, "ab c")
 
     asked = {**SETTINGS, "prompt": "ab c"}
-    assert text == run_generate(config(models / "causal_lm", tmp_path, generate=asked), SINGLE)
+    assert text == run_generate(config(models / "causal_lm", tmp_path, generate=asked), ONE_PROCESS)
     assert text.startswith("ab c")
     assert len(text) == 4 + SETTINGS["max_new_tokens"]
     assert told(models / "causal_lm", tmp_path, said, '{"text": "ab c"}') == text
@@ -119,7 +119,7 @@ def test_a_turn_is_answered_as_chat_does(models: Path, tmp_path: Path, said: pyt
 
     (tmp_path / "in.txt").write_text("\u4f60 \u597d\n", encoding="utf-8")
     talk = {"input": tmp_path / "in.txt", "output": tmp_path / "out.jsonl"}
-    run_chat(config(models / "chat", tmp_path, talk=talk), SINGLE)
+    run_chat(config(models / "chat", tmp_path, talk=talk), ONE_PROCESS)
     assert reply == json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["prediction"]
     for file in tmp_path.iterdir():
         file.unlink()
@@ -150,7 +150,7 @@ def test_each_mask_has_its_five_likeliest_tokens_and_the_text_is_filled(
 
 
 def test_the_mask_of_a_tokenizer_that_was_trained_here_is_no_plain_text(models: Path, tmp_path: Path) -> None:
-    filler = Filler(config(models / "trained", tmp_path, "masked_lm"), SINGLE)
+    filler = Filler(config(models / "trained", tmp_path, "masked_lm"), ONE_PROCESS)
 
     filled = filler.fill("the <mask> sleeps")
 
@@ -217,7 +217,7 @@ def test_a_file_of_dialogues_is_answered_as_chat_does(models: Path, tmp_path: Pa
 
     found = written(models / "chat", tmp_path, tmp_path / "in.txt", talk=talk)
 
-    run_chat(config(models / "chat", tmp_path, talk=talk), SINGLE)
+    run_chat(config(models / "chat", tmp_path, talk=talk), ONE_PROCESS)
     assert found == [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(found) == 2
 
@@ -244,7 +244,7 @@ def test_a_text_that_has_no_answer_is_refused(
     models: Path, tmp_path: Path, model: str, text: str, kind: type[DtrainError], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as raised:
-        run_predict(config(models / model, tmp_path, predict={"text": text}), SINGLE)
+        run_predict(config(models / model, tmp_path, predict={"text": text}), ONE_PROCESS)
 
     assert "dtrain-predict-" not in str(raised.value)
     assert list(tmp_path.iterdir()) == []
@@ -272,7 +272,7 @@ def test_a_file_with_a_prompt_that_has_no_answer_is_refused_before_the_first_is_
         (tmp_path / name).write_text(content)
 
     with pytest.raises(DataError, match=message):
-        run_predict(config(models / model, tmp_path, predict={"file": tmp_path / name}), SINGLE)
+        run_predict(config(models / model, tmp_path, predict={"file": tmp_path / name}), ONE_PROCESS)
 
     assert not (tmp_path / "told" / "predictions").exists()
 
@@ -286,22 +286,22 @@ def test_a_dialogue_that_the_chat_template_refuses_is_named_before_the_first_is_
 
     for command in (run_predict, run_chat):
         with pytest.raises(DataError, match=r"in\.txt, line 2: the tokenizer's chat template refuses .*: no b"):
-            command(settings, SINGLE)
+            command(settings, ONE_PROCESS)
 
     assert not list(tmp_path.rglob("*.jsonl"))
     with pytest.raises(DataError, match=r"^predict\.text: the tokenizer's chat template refuses"):
-        run_predict(config(models / "strict", tmp_path, "chat", predict={"text": "b"}), SINGLE)
+        run_predict(config(models / "strict", tmp_path, "chat", predict={"text": "b"}), ONE_PROCESS)
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm", "chat"])
 def test_without_a_prompt_there_is_nothing_to_answer(models: Path, tmp_path: Path, task: str) -> None:
     with pytest.raises(ConfigError, match=f"task.name={task}: the rows of a split have no answers"):
-        run_predict(config(models / task, tmp_path), SINGLE)
+        run_predict(config(models / task, tmp_path), ONE_PROCESS)
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(models: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a tokenizer with a mask token, and this one has none"):
-        run_predict(config(models / "unmasked", tmp_path, "masked_lm", predict={"text": "a [MASK]"}), SINGLE)
+        run_predict(config(models / "unmasked", tmp_path, "masked_lm", predict={"text": "a [MASK]"}), ONE_PROCESS)
 
 
 @pytest.mark.parametrize(
@@ -311,4 +311,4 @@ def test_a_model_of_ones_own_is_refused(models: Path, tmp_path: Path, task: str,
     model = {"name_or_path": str(models / task), "head": {"pooling": "mean"}}
 
     with pytest.raises(ConfigError, match=f"predict needs {what} of transformers, not model.factory or model.head"):
-        run_predict(config(models / task, tmp_path, model=model, predict={"text": "a"}), SINGLE)
+        run_predict(config(models / task, tmp_path, model=model, predict={"text": "a"}), ONE_PROCESS)

@@ -12,7 +12,7 @@ from transformers import BertForTokenClassification
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from tests.commands.test_prompts import bert
 from tests.support import tiny
@@ -59,17 +59,17 @@ def settings(folder: str, task: str, run: str, **asked: str) -> Config:
     )
 
 
-def predicted(topology: Topology, folder: str) -> list[str]:
+def predicted(context: RankContext, folder: str) -> list[str]:
     """Collective. What is written for each task."""
     found = []
     for task in PROMPTS:
-        run = f"{task}-on-{topology.world_size}"
-        run_predict(settings(folder, task, run, file=f"{folder}/{task}.txt"), topology)
+        run = f"{task}-on-{context.world_size}"
+        run_predict(settings(folder, task, run, file=f"{folder}/{task}.txt"), context)
         found.append((Path(folder) / run / "predictions" / "test.jsonl").read_text(encoding="utf-8"))
     return found
 
 
-def answered(topology: Topology, folder: str) -> list[str]:
+def answered(context: RankContext, folder: str) -> list[str]:
     """Collective. What is said to one text; an example of token_classification is evaluated, by one rank."""
     said: list[str] = []
     handler = logging.Handler()
@@ -77,14 +77,14 @@ def answered(topology: Topology, folder: str) -> list[str]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     for task, text in (*((task, text.partition("\n")[0]) for task, text in PROMPTS.items()), (TAGS, "the cat sees")):
-        run_predict(settings(folder, task, "text", text=text), topology)
+        run_predict(settings(folder, task, "text", text=text), context)
     return said
 
 
-def refused(topology: Topology, folder: str) -> str:
+def refused(context: RankContext, folder: str) -> str:
     """Collective. What is said of a file with a bad prompt."""
     try:
-        run_predict(settings(folder, "masked_lm", "refused", file=f"{folder}/bad.txt"), topology)
+        run_predict(settings(folder, "masked_lm", "refused", file=f"{folder}/bad.txt"), context)
     except DataError as error:
         return str(error)
     return ""

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from dtrain.data.cache import Build, Prepared, fingerprint, prepare, save_split
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import DataError
 
 
@@ -38,7 +38,7 @@ class Plan:
 
 
 def prepared(plan: Plan, cache: Path) -> Prepared:
-    return prepare(plan, cache_dir=cache, topology=SINGLE)
+    return prepare(plan, cache_dir=cache, context=ONE_PROCESS)
 
 
 def test_a_second_call_opens_what_the_first_one_built(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,21 @@ import datasets
 import pytest
 
 from dtrain.data.cache import Build, prepare, save_split
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
+from tests.support.contexts import placed
 from tests.support.multirank import run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
-def two_nodes_of_two_ranks(topology: Topology, folder: str, texts: list[list[str]]) -> dict[str, Any]:
-    node = topology.rank // 2
-    place = replace(topology, node_rank=node, num_nodes=2, local_rank=topology.rank % 2, local_world_size=2)
+def two_nodes_of_two_ranks(context: RankContext, folder: str, texts: list[list[str]]) -> dict[str, Any]:
+    node = context.rank // 2
+    place = placed(context, node_rank=node, num_nodes=2, local_rank=context.rank % 2, local_world_size=2)
     built = []
 
     def build(folder: Path) -> Mapping[str, Any]:
-        built.append(topology.rank)
+        built.append(context.rank)
         for split, rows in (("train", texts[node]), ("validation", ["v"])):
             save_split(folder, split, datasets.Dataset.from_dict({"text": rows}))
         return {}
@@ -33,7 +33,7 @@ def two_nodes_of_two_ranks(topology: Topology, folder: str, texts: list[list[str
         return {}, build
 
     try:
-        rows = list(prepare(plan, cache_dir=Path(folder) / f"node{node}", topology=place).splits["train"]["text"])
+        rows = list(prepare(plan, cache_dir=Path(folder) / f"node{node}", context=place).splits["train"]["text"])
         return {"rows": rows, "built": built}
     except DataError as error:
         return {"error": str(error)}
@@ -61,17 +61,17 @@ def test_different_data_on_two_nodes_stops_all_ranks_with_a_table_of_who_has_wha
     assert rows[1][4] == rows[3][4]
 
 
-def failing_on_node_one(topology: Topology, folder: str) -> str:
-    place = replace(topology, node_rank=topology.rank, num_nodes=2, local_rank=0, local_world_size=1)
+def failing_on_node_one(context: RankContext, folder: str) -> str:
+    place = placed(context, node_rank=context.rank, num_nodes=2, local_rank=0, local_world_size=1)
 
     def build(folder: Path) -> Mapping[str, Any]:
-        if topology.rank == 1:
+        if context.rank == 1:
             raise DataError("line 7 is bad")
         save_split(folder, "train", datasets.Dataset.from_dict({"text": ["a"]}))
         return {}
 
     try:
-        prepare(lambda: ({}, build), cache_dir=Path(folder) / str(topology.rank), topology=place)
+        prepare(lambda: ({}, build), cache_dir=Path(folder) / str(context.rank), context=place)
         return "no error"
     except DataError as error:
         return str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,23 +23,24 @@ from dtrain.distributed.collectives import (
     reduce_sum,
     scatter,
 )
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.errors import DataError, DtrainError
+from tests.support.contexts import placed
 from tests.support.multirank import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.ranks
 
 
-def _moves_tensors(topology: Topology) -> None:
-    rank, size = topology.rank, topology.world_size
+def _moves_tensors(context: RankContext) -> None:
+    rank, size = context.rank, context.world_size
     everyone = torch.arange(size)
     mine = torch.tensor([rank, 10 * rank], dtype=torch.float64)
     kept = mine.clone()
 
-    total = all_reduce_sum(mine, topology)
+    total = all_reduce_sum(mine, context)
     assert total.tolist() == [everyone.sum(), 10 * everyone.sum()]
-    assert all_reduce_max(mine, topology).tolist() == [size - 1, 10 * (size - 1)]
-    reduced = reduce_sum(mine, topology, dst=size - 1)
+    assert all_reduce_max(mine, context).tolist() == [size - 1, 10 * (size - 1)]
+    reduced = reduce_sum(mine, context, dst=size - 1)
     assert (reduced is None) == (rank != size - 1)
     assert reduced is None or reduced.tolist() == total.tolist()
     assert mine.tolist() == kept.tolist(), "arguments are left alone"
@@ -48,82 +48,82 @@ def _moves_tensors(topology: Topology) -> None:
     # Rank r holds r rows, so rank 0 none; the dtypes are ones that gloo has no name for, too.
     for dtype in (torch.float32, torch.bfloat16, torch.bool, torch.int64, torch.float64):
         uneven = torch.full((rank, 2), rank, dtype=torch.float32).to(dtype)
-        parts = all_gather(uneven, topology)
+        parts = all_gather(uneven, context)
         assert [tuple(part.shape) for part in parts] == [(r, 2) for r in range(size)]
         assert all(torch.equal(part, torch.full((r, 2), r).to(dtype)) for r, part in enumerate(parts))
         assert all(part.dtype == dtype for part in parts)
-    gathered = gather(torch.full((rank,), rank), topology, dst=0)
+    gathered = gather(torch.full((rank,), rank), context, dst=0)
     assert (gathered is None) == (rank != 0)
     assert gathered is None or [part.tolist() for part in gathered] == [[r] * r for r in range(size)]
-    assert [part.dim() for part in all_gather(torch.tensor(1.5), topology)] == [0] * size
+    assert [part.dim() for part in all_gather(torch.tensor(1.5), context)] == [0] * size
 
     parts = [torch.full((r, 3), float(r)) for r in range(size)] if rank == 0 else None
-    assert torch.equal(scatter(parts, topology), torch.full((rank, 3), float(rank)))
+    assert torch.equal(scatter(parts, context), torch.full((rank, 3), float(rank)))
     last = size - 1
     weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    assert torch.equal(broadcast(weight if rank == last else None, topology, src=last), weight)
-    assert torch.equal(broadcast(weight if rank == 0 else None, topology, like=torch.empty_like(weight)), weight)
-    assert broadcast(torch.empty(0, 5) if rank == 0 else None, topology).shape == (0, 5)
+    assert torch.equal(broadcast(weight if rank == last else None, context, src=last), weight)
+    assert torch.equal(broadcast(weight if rank == 0 else None, context, like=torch.empty_like(weight)), weight)
+    assert broadcast(torch.empty(0, 5) if rank == 0 else None, context).shape == (0, 5)
 
 
-def _moves_objects_and_decisions(topology: Topology) -> None:
-    rank, size = topology.rank, topology.world_size
-    assert all_gather_object({"rank": rank, "pad": "\u00e9" * rank}, topology) == [
+def _moves_objects_and_decisions(context: RankContext) -> None:
+    rank, size = context.rank, context.world_size
+    assert all_gather_object({"rank": rank, "pad": "\u00e9" * rank}, context) == [
         {"rank": r, "pad": "\u00e9" * r} for r in range(size)
     ]
-    assert broadcast_object([1, None, "a"] if rank == 0 else object(), topology) == [1, None, "a"]
-    assert agree(rank == size - 1, topology) == 1
-    assert agree(0, topology) == 0
-    assert agree(rank, topology) == size - 1
-    barrier(topology)
+    assert broadcast_object([1, None, "a"] if rank == 0 else object(), context) == [1, None, "a"]
+    assert agree(rank == size - 1, context) == 1
+    assert agree(0, context) == 0
+    assert agree(rank, context) == size - 1
+    barrier(context)
 
 
-def _share(topology: Topology, count: int) -> torch.Tensor:
+def _share(context: RankContext, count: int) -> torch.Tensor:
     """Interleaved and backwards, so that neither rank order nor row order is data order."""
-    return torch.arange(count)[topology.rank :: topology.world_size].flip(0)
+    return torch.arange(count)[context.rank :: context.world_size].flip(0)
 
 
-def _gathers_in_data_order(topology: Topology) -> None:
+def _gathers_in_data_order(context: RankContext) -> None:
     for count in (0, 1, 2, 7):
-        index = _share(topology, count)
+        index = _share(context, count)
         values: dict[str, torch.Tensor] = {
             "loss": index.to(torch.float64) / 3,
             "logits": torch.stack([index, -index], dim=1).to(torch.float32),
         }
         if not len(index) and count:
             values = {}  # a rank without examples knows no shapes
-        found = gather_for_metrics(values, index, topology, num_examples=count)
+        found = gather_for_metrics(values, index, context, num_examples=count)
         order = torch.arange(count)
         assert torch.equal(found["loss"], order.to(torch.float64) / 3)
         assert torch.equal(found["logits"], torch.stack([order, -order], dim=1).to(torch.float32))
         assert (found["loss"].dtype, found["logits"].dtype) == (torch.float64, torch.float32)
 
 
-def _refused(topology: Topology, index: torch.Tensor, values: dict[str, torch.Tensor], count: int) -> str:
+def _refused(context: RankContext, index: torch.Tensor, values: dict[str, torch.Tensor], count: int) -> str:
     with pytest.raises(DtrainError) as caught:
-        gather_for_metrics(values, index, topology, num_examples=count)
+        gather_for_metrics(values, index, context, num_examples=count)
     return str(caught.value)
 
 
-def _rejects_wrong_indices(topology: Topology) -> list[str]:
-    last = topology.rank == topology.world_size - 1
-    index = _share(topology, 7)
+def _rejects_wrong_indices(context: RankContext) -> list[str]:
+    last = context.rank == context.world_size - 1
+    index = _share(context, 7)
     repeated = torch.cat([index, index[:1]]) if last else index
     lost = index[1:] if last else index
     outside = torch.where(index == index.max(), 7, index) if last else index
     wide = index.unsqueeze(1) if last else index
     return [
-        *(_refused(topology, wrong, {"loss": wrong.double()}, 7) for wrong in (repeated, lost, outside)),
-        _refused(topology, index, {"loss": index.double()[1:] if last else index.double()}, 7),
-        _refused(topology, index, {"loss": wide}, 7) if topology.world_size > 1 else "disagree",
+        *(_refused(context, wrong, {"loss": wrong.double()}, 7) for wrong in (repeated, lost, outside)),
+        _refused(context, index, {"loss": index.double()[1:] if last else index.double()}, 7),
+        _refused(context, index, {"loss": wide}, 7) if context.world_size > 1 else "disagree",
     ]
 
 
-def _everything(topology: Topology) -> list[str]:
-    _moves_tensors(topology)
-    _moves_objects_and_decisions(topology)
-    _gathers_in_data_order(topology)
-    return _rejects_wrong_indices(topology)
+def _everything(context: RankContext) -> list[str]:
+    _moves_tensors(context)
+    _moves_objects_and_decisions(context)
+    _gathers_in_data_order(context)
+    return _rejects_wrong_indices(context)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -141,23 +141,23 @@ def test_every_collective_gives_what_one_process_would_compute(world_size: int) 
 
 
 def test_more_ranks_without_a_group_are_an_error_not_a_single_process() -> None:
-    two = replace(SINGLE, world_size=2, local_world_size=2, launcher="env")
+    two = placed(ONE_PROCESS, world_size=2, local_world_size=2, launcher="env")
 
     with pytest.raises(RuntimeError, match="2 ranks, but no group"):
         all_reduce_sum(torch.ones(1), two)
 
 
-def _on_two_nodes(topology: Topology) -> Topology:
+def _on_two_nodes(context: RankContext) -> RankContext:
     """Ranks 0 and 1 are node 0; the rest is node 1."""
-    rank = topology.rank
+    rank = context.rank
     node, local = (0, rank) if rank < 2 else (1, rank - 2)
-    return replace(topology, local_rank=local, local_world_size=2 - node, node_rank=node, num_nodes=2)
+    return placed(context, local_rank=local, local_world_size=2 - node, node_rank=node, num_nodes=2)
 
 
-def _works_once_per_node(topology: Topology) -> list[Any]:
-    nodes = _on_two_nodes(topology)
-    first = node_first(lambda: {"by": topology.rank, "pid": os.getpid()}, nodes)
-    second = node_first(lambda: (topology.rank, "tuple"), nodes)
+def _works_once_per_node(context: RankContext) -> list[Any]:
+    nodes = _on_two_nodes(context)
+    first = node_first(lambda: {"by": context.rank, "pid": os.getpid()}, nodes)
+    second = node_first(lambda: (context.rank, "tuple"), nodes)
 
     def fail() -> None:
         if nodes.node_rank == 1:
@@ -165,7 +165,7 @@ def _works_once_per_node(topology: Topology) -> list[Any]:
 
     with pytest.raises(DataError) as caught:
         node_first(fail, nodes)
-    barrier(topology)  # the job is whole after an error that all share
+    barrier(context)  # the job is whole after an error that all share
     return [first["by"], second, str(caught.value)]
 
 
@@ -176,15 +176,15 @@ def test_one_rank_per_node_works_and_all_hear_its_result_or_its_error() -> None:
     assert results == [[0, [0, "tuple"], message], [0, [0, "tuple"], message], [2, [2, "tuple"], message]]
 
 
-def _breaks_in_node_work(topology: Topology) -> str:
+def _breaks_in_node_work(context: RankContext) -> str:
     def work() -> None:
         raise KeyError("a mistake of ours")
 
     try:
-        node_first(work, _on_two_nodes(topology))
+        node_first(work, _on_two_nodes(context))
     except (KeyError, DtrainError) as error:
         if isinstance(error, KeyError):
-            assert topology.rank in (0, 2)
+            assert context.rank in (0, 2)
             return "itself"
         return str(error)
     return "nothing"
@@ -197,10 +197,10 @@ def test_a_mistake_in_node_work_does_not_leave_the_others_waiting() -> None:
     assert "KeyError" in other
 
 
-def _one_fails(topology: Topology) -> None:
-    if topology.rank == 1:
+def _one_fails(context: RankContext) -> None:
+    if context.rank == 1:
         raise ValueError("rank 1 is the culprit")
-    barrier(topology)
+    barrier(context)
 
 
 def test_the_rank_that_failed_first_is_the_one_reported() -> None:
@@ -213,10 +213,10 @@ def test_ranks_that_hang_are_ended_and_shown_with_their_stacks() -> None:
         run_ranks(_one_hangs_but_one, 2, timeout_s=6.0)
 
 
-def _one_hangs_but_one(topology: Topology) -> None:
+def _one_hangs_but_one(context: RankContext) -> None:
     """Rank 0 is done and waits in the group's end; rank 1 never gets there."""
-    if topology.rank == 1:
+    if context.rank == 1:
         import threading
 
         threading.Event().wait(60)
-    del topology
+    del context

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dtrain.distributed import cpu as cores
 from dtrain.distributed.cpu import Core, Share, as_text, cores_of, cpu_list, share, split, time_limit
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
+from tests.support.contexts import placed
 
 # Two sockets of 16 cores with two hyper-threads: Linux numbers all first threads, then all second ones.
 BIG = [Core(numa=index // 16, package=index // 16, cpus=(index, index + 32)) for index in range(32)]
@@ -153,7 +153,7 @@ def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(cores, "bind", refuse)
     monkeypatch.setattr(cpu_sharing.log, "warning", lambda text, *values: said.append(text % values))
 
-    cpu_sharing._bind(Share(8, frozenset(range(8)), ""), replace(SINGLE, world_size=2, rank=1))
+    cpu_sharing._bind(Share(8, frozenset(range(8)), ""), placed(ONE_PROCESS, world_size=2, rank=1))
 
     assert said == [f"run.bind_cores: rank 1 cannot be bound to CPUs 0-7: {error.strerror}."]
 
@@ -169,7 +169,7 @@ def test_cores_that_a_rank_has_no_threads_for_are_told(monkeypatch: pytest.Monke
     own = torch.get_num_threads()
 
     for wanted, local_rank in ((own, 0), (own + 7, 1), (own + 7, 0)):
-        cpu_sharing._bind(Share(wanted, frozenset({0}), ""), replace(SINGLE, local_rank=local_rank))
+        cpu_sharing._bind(Share(wanted, frozenset({0}), ""), placed(ONE_PROCESS, local_rank=local_rank))
 
     (line,) = said
     assert f"is bound to {own + 7} cores and uses {own}: OMP_NUM_THREADS={own} decides" in line

@@ -7,19 +7,19 @@ import time
 
 import pytest
 
-from dtrain.distributed import heartbeat
-from dtrain.distributed.heartbeat import RULES, WORDS, Beat, Phase, read
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.heartbeat import RULES, SIZE, WORDS, Heartbeat, Phase, read
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
+from dtrain.distributed.topology import Topology
 
 
 def test_what_is_written_is_read_from_the_shared_memory() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
     begin = read(memory)
 
-    beat.at(Phase.MICRO_BATCH, step=41)
-    beat.own_folder()
-    beat.thread(7)
+    heartbeat.at(Phase.MICRO_BATCH, step=41)
+    heartbeat.own_folder()
+    heartbeat.thread(7)
     pulse = read(memory)
 
     assert (begin.phase, begin.step, begin.owns_folder) == (Phase.STARTING, -1, False)
@@ -29,47 +29,47 @@ def test_what_is_written_is_read_from_the_shared_memory() -> None:
 
 
 def test_a_rank_that_was_stopped_while_it_wrote_can_be_read() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    Beat(memory).at(Phase.DATA, step=3)
+    memory = mmap.mmap(-1, SIZE)
+    Heartbeat(memory).at(Phase.DATA, step=3)
     memory[0] = 99  # the first of two counts that should be equal
 
     assert read(memory).phase == Phase.DATA
 
 
 def test_each_portion_of_work_counts_as_a_beat() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
-    beat.at(Phase.EVALUATION)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
+    heartbeat.at(Phase.EVALUATION)
     before = read(memory)
 
-    beat.tick()
+    heartbeat.tick()
 
     assert read(memory).number == before.number + 1
     assert read(memory).phase == Phase.EVALUATION
 
 
 def test_the_phase_before_goes_on_after_one_within_it_except_when_the_rank_ends() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
-    beat.at(Phase.MONITORS)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
+    heartbeat.at(Phase.MONITORS)
 
-    with beat.within(Phase.EVALUATION), beat.within(Phase.EXPORT):
+    with heartbeat.within(Phase.EVALUATION), heartbeat.within(Phase.EXPORT):
         inner = read(memory).phase
     after = read(memory).phase
-    with beat.within(Phase.EXPORT):
-        beat.at(Phase.ENDING)
+    with heartbeat.within(Phase.EXPORT):
+        heartbeat.at(Phase.ENDING)
 
     assert (inner, after, read(memory).phase) == (Phase.EXPORT, Phase.MONITORS, Phase.ENDING)
 
 
 def test_the_median_step_forgets_one_slow_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
     clock = {"now": 0.0}
     monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
     for step, clock["now"] in enumerate([0.0, 2.0, 4.0, 104.0, 106.0]):
-        beat.at(Phase.MICRO_BATCH, step=step)
-        beat.at(Phase.DATA, step=step)
+        heartbeat.at(Phase.MICRO_BATCH, step=step)
+        heartbeat.at(Phase.DATA, step=step)
 
     pulse = read(memory)
 
@@ -77,15 +77,15 @@ def test_the_median_step_forgets_one_slow_step(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_evaluation_counts_when_it_is_done() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    beat = Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
 
-    with beat.within(Phase.EVALUATION):
-        beat.tick()
+    with heartbeat.within(Phase.EVALUATION):
+        heartbeat.tick()
         inner = read(memory).evaluations
-        with beat.within(Phase.METRICS):
+        with heartbeat.within(Phase.METRICS):
             pass
-    with beat.within(Phase.EXPORT):
+    with heartbeat.within(Phase.EXPORT):
         pass
 
     assert (inner, read(memory).evaluations) == (0, 1)
@@ -96,10 +96,10 @@ def test_every_phase_has_a_rule_and_a_name() -> None:
 
 
 def test_a_beat_that_nobody_reads_changes_no_topology() -> None:
-    topology = Topology(0, 1, 0, 1, 0, 1, "none", None, None)
+    context = RankContext(Topology(0, 1, 0, 1, 0, 1, "none", None, None))
 
-    topology.beat.at(Phase.EXPORT, step=3)
+    context.heartbeat.at(Phase.EXPORT, step=3)
 
-    assert topology == SINGLE
-    assert hash(topology) == hash(SINGLE)
-    assert "beat" not in repr(topology)
+    assert context == ONE_PROCESS
+    assert hash(context) == hash(ONE_PROCESS)
+    assert "beat" not in repr(context)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError
+from tests.support.contexts import placed
 
-TWO = replace(SINGLE, world_size=2, local_world_size=2, launcher="torchrun")
+TWO = placed(ONE_PROCESS, world_size=2, local_world_size=2, launcher="torchrun")
 
 
 def config(**engine: Any) -> Config:
@@ -20,9 +20,9 @@ def config(**engine: Any) -> Config:
 
 
 def test_auto_is_single_for_one_process_ddp_for_more_and_deepspeed_where_its_settings_are_set() -> None:
-    assert engine_name(config(), SINGLE)[0] == "single"
+    assert engine_name(config(), ONE_PROCESS)[0] == "single"
     assert engine_name(config(), TWO)[0] == "ddp"
-    assert engine_name(config(zero_stage=0), SINGLE)[0] == "deepspeed"
+    assert engine_name(config(zero_stage=0), ONE_PROCESS)[0] == "deepspeed"
     assert engine_name(config(deepspeed={"steps_per_print": 5}), TWO)[0] == "deepspeed"
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import step_batches
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.single import SingleEngine
@@ -27,6 +27,7 @@ from dtrain.training.loop import run_micro_batches
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from dtrain.training.monitors.replicas import hashes_of
 from tests.support import training
+from tests.support.contexts import placed
 from tests.support.multirank import run_ranks
 from tests.support.training import Setting, worst
 
@@ -61,11 +62,11 @@ class Meter:
         return Decision.CONTINUE
 
 
-def metered(topology: Topology, settings: list[Setting]) -> list[dict[str, Any]]:
+def metered(context: RankContext, settings: list[Setting]) -> list[dict[str, Any]]:
     """Collective. Each setting's run: its steps, how many bytes learn, and a hash of the final weights."""
     found = []
     for setting in settings:
-        run, meter = training.build(topology, setting), Meter()
+        run, meter = training.build(context, setting), Meter()
         module = run.go(meter).module
         learns = sum(p.nbytes for p in module.parameters() if p.requires_grad)
         found.append({"steps": meter.steps, "learns": learns, "hash": hash_of(module)})
@@ -80,7 +81,7 @@ def hash_of(module: Any) -> list[int]:
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, Any]:
-    return training.run(SINGLE, PLAIN)
+    return training.run(ONE_PROCESS, PLAIN)
 
 
 ACCUMULATED = replace(PLAIN, rows=64, global_batch_size=16, micro_batch_size=1, steps=4)
@@ -112,11 +113,11 @@ def test_a_step_makes_one_collective_for_each_bucket_of_gradients_and_one_more(w
 
 def test_one_process_sends_nothing_whatever_the_settings_of_the_links(single: dict[str, Any]) -> None:
     for changes in ({"gradient_wire": "bf16"}, {"powersgd": {"rank": 1, "start_step": 2}}, {"local_steps": 3}):
-        alone = training.run(SINGLE, replace(PLAIN, **changes))
+        alone = training.run(ONE_PROCESS, replace(PLAIN, **changes))
 
         assert alone["steps"] == single["steps"]
         assert alone["weights"] == single["weights"]
-    (found,) = metered(SINGLE, [PLAIN])
+    (found,) = metered(ONE_PROCESS, [PLAIN])
     assert {(step["collectives"], step["payload_bytes"]) for step in found["steps"]} == {(0, 0)}
 
 
@@ -132,7 +133,7 @@ def test_what_deepspeed_sends_is_not_told_rather_than_told_wrongly() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_bf16_on_the_wire_is_the_same_method_with_other_rounding(world_size: int) -> None:
     setting = replace(PLAIN, steps=50, learning_rate=0.1, gradient_wire="bf16")
-    plain = metered(SINGLE, [replace(setting, gradient_wire="fp32")])[0]
+    plain = metered(ONE_PROCESS, [replace(setting, gradient_wire="fp32")])[0]
 
     ranks = run_ranks(metered, world_size, [setting])
 
@@ -142,7 +143,7 @@ def test_bf16_on_the_wire_is_the_same_method_with_other_rounding(world_size: int
 
 
 def test_deepspeed_rounds_what_it_sends_at_every_stage() -> None:
-    plain = training.run(SINGLE, PLAIN)
+    plain = training.run(ONE_PROCESS, PLAIN)
     stages = [replace(BF16, engine="deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)]
 
     ranks = run_ranks(metered, 2, stages, timeout_s=120)
@@ -153,14 +154,14 @@ def test_deepspeed_rounds_what_it_sends_at_every_stage() -> None:
         assert worst(plain, found) <= 0.02
 
 
-def local_every_step(topology: Topology, setting: Setting, broken: str | None) -> dict[str, Any]:
+def local_every_step(context: RankContext, setting: Setting, broken: str | None) -> dict[str, Any]:
     """Collective. Local steps that are averaged after each one."""
     if broken == "mean_of_means":
-        local_sgd._LocalSteps.took = lambda self, own, total: _add(self, 1.0, float(topology.world_size))  # type: ignore[method-assign]
-    run = training.build(topology, replace(setting, engine="auto"))
+        local_sgd._LocalSteps.took = lambda self, own, total: _add(self, 1.0, float(context.world_size))  # type: ignore[method-assign]
+    run = training.build(context, replace(setting, engine="auto"))
     module, config = run.engine.release(), setting.config()
     optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
-    run.engine = local_sgd.LocalEngine(module, optimizer, config, topology)
+    run.engine = local_sgd.LocalEngine(module, optimizer, config, context)
     recorder = training.Recorder()
     engine = run.go(recorder)
     return {"steps": recorder.steps, "weights": training.weights_of(engine)}
@@ -175,7 +176,7 @@ def _add(steps: Any, own: float, total: float) -> None:
 def test_local_steps_averaged_each_time_are_plain_sgd_steps(world_size: int) -> None:
     # Uneven shares, class weights, and ranks without any: the shares of the average have to make up for it.
     setting = replace(PLAIN, max_grad_norm=None, learning_rate=0.1, class_weights=True)
-    one = training.run(SINGLE, setting)
+    one = training.run(ONE_PROCESS, setting)
 
     ranks = run_ranks(local_every_step, world_size, setting, None)
 
@@ -186,7 +187,7 @@ def test_local_steps_averaged_each_time_are_plain_sgd_steps(world_size: int) -> 
 
 def test_an_average_that_forgets_how_much_each_rank_has_seen_is_rejected() -> None:
     setting = replace(PLAIN, max_grad_norm=None, learning_rate=0.1, class_weights=True)
-    one = training.run(SINGLE, setting)
+    one = training.run(ONE_PROCESS, setting)
 
     ranks = run_ranks(local_every_step, 3, setting, "mean_of_means")
 
@@ -206,8 +207,8 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
         module = training.tiny.bert(dropout=setting.dropout, layers=2)
         build.prepare_training(module, config, learns, plan).train_mode(module)
         optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
-        engines.append(SingleEngine(module, optimizer, config, SINGLE))
-        place = replace(SINGLE, rank=rank, world_size=world_size)
+        engines.append(SingleEngine(module, optimizer, config, ONE_PROCESS))
+        place = placed(ONE_PROCESS, rank=rank, world_size=world_size)
         rows = learns.splits["train"]
         batches.append(
             step_batches(plan, rows, learns.collate, place, lock_step=False, start=0, stop=setting.steps, workers=0)
@@ -300,7 +301,7 @@ class InfiniteOnRankOne:
         return getattr(self._engine, name)
 
     def backward(self, loss: torch.Tensor) -> None:
-        spoils = self._count == self._step and self._engine.topology.rank == 1
+        spoils = self._count == self._step and self._engine.context.rank == 1
         self._engine.backward(loss * math.inf if spoils else loss)
 
     def step(self, *, discard: bool = False) -> Any:
@@ -308,16 +309,16 @@ class InfiniteOnRankOne:
         return self._engine.step(discard=discard)
 
 
-def hard_cases(topology: Topology) -> dict[str, Any]:
+def hard_cases(context: RankContext) -> dict[str, Any]:
     """Collective. How local steps stop, drop a step, and thaw."""
-    stopped = training.build(topology, replace(LOCAL, local_steps=4, rows=100, steps=20))
-    stopped.go(StopOnceOnRankOne(topology.rank))
-    dropped = training.build(topology, LOCAL)
+    stopped = training.build(context, replace(LOCAL, local_steps=4, rows=100, steps=20))
+    stopped.go(StopOnceOnRankOne(context.rank))
+    dropped = training.build(context, LOCAL)
     dropped.engine = InfiniteOnRankOne(dropped.engine, 3)
     meter = Meter()
     dropped.go(meter)
     thawing = replace(LOCAL, freeze=("embeddings", "encoder.layer[:1]"), thaw=((1, "encoder.layer[0]"),))
-    thawed = training.build(topology, thawing)
+    thawed = training.build(context, thawing)
     thawed.go()
     return {
         "stopped": [stopped.state.step, hash_of(stopped.engine.module)],
@@ -338,12 +339,12 @@ def test_local_steps_stop_drop_and_thaw_on_all_ranks_alike() -> None:
 POWER = replace(PLAIN, steps=12, learning_rate=0.1, powersgd={"rank": 2, "start_step": 3, "min_rate": 1.0})
 
 
-def squeezed(topology: Topology, spoil: int | None = None) -> list[Any]:
+def squeezed(context: RankContext, spoil: int | None = None) -> list[Any]:
     """Collective. PowerSGD: plain, with parameters that are all compressed, with a thaw, and with a step that is left out."""
     matrices = replace(POWER, freeze=("*.bias", "*.LayerNorm.weight"))
     thawing = replace(POWER, freeze=("embeddings", "encoder.layer[:1]"), thaw=((1, "encoder.layer[0]"),))
-    found: list[Any] = metered(topology, [POWER, matrices, thawing])
-    run, meter = training.build(topology, POWER), Meter()
+    found: list[Any] = metered(context, [POWER, matrices, thawing])
+    run, meter = training.build(context, POWER), Meter()
     run.engine = InfiniteOnRankOne(run.engine, 6)
     run.go(meter)
     return [*found, {"steps": meter.steps, "hash": hash_of(run.engine.module)}]
@@ -363,22 +364,22 @@ class Degenerate(nn.Module):
         return rest + ((self.one_row[3] - wanted[3]) ** 2).sum() + ((self.plain - wanted) ** 2).sum()
 
 
-def degenerate(topology: Topology, rank: int) -> dict[str, Any]:
+def degenerate(context: RankContext, rank: int) -> dict[str, Any]:
     """Collective. Twenty steps with such gradients, then many with whole ones; how far it is from what is wanted."""
     setting = replace(POWER, powersgd={"rank": rank, "start_step": 2, "min_rate": 1.0}, max_grad_norm=None)
     config, module = setting.config(), Degenerate()
-    engine = build_engine(module, config, topology)
+    engine = build_engine(module, config, context)
     for group in engine.param_groups:
         group["lr"], group["weight_decay"] = 0.01, 0.0
     engine.warm_up(lambda: engine.model(0, 1.0), step=0)
     distances, applied = [], 0
     for step in range(300):
         with engine.micro_batch(last=True):
-            loss = engine.model(topology.rank, 0.0 if step < 20 else 1.0)
+            loss = engine.model(context.rank, 0.0 if step < 20 else 1.0)
             engine.backward(loss)
         applied += engine.step().applied
         if step in (19, 299):
-            wanted = (topology.world_size + 1) / 2
+            wanted = (context.world_size + 1) / 2
             distances.append([float((p - wanted).norm()) for p in (module.zero, module.one_row, module.plain)])
     memory = [float(slot.sum()) for entry in engine.named_state(here=True) for slot in entry.slots.values()]
     is_finite = all(map(math.isfinite, memory))
@@ -395,9 +396,9 @@ def test_a_gradient_of_zeros_or_with_one_row_spoils_nothing_now_or_later(rank: i
     assert all(after < 0.2 * before for before, after in zip(found["before"], found["after"], strict=True)), found
 
 
-def remembered_twice(topology: Topology) -> bool:
+def remembered_twice(context: RankContext) -> bool:
     """Collective. Whether what is remembered is the same when it is asked for twice, as at a checkpoint before a thaw."""
-    run = training.build(topology, replace(POWER, steps=5, rows=60, global_batch_size=15))
+    run = training.build(context, replace(POWER, steps=5, rows=60, global_batch_size=15))
     engine = run.go()
     found = [
         {
@@ -414,10 +415,10 @@ def test_what_is_remembered_does_not_depend_on_how_often_it_is_asked_for() -> No
     assert run_ranks(remembered_twice, 5, timeout_s=120) == [True] * 5
 
 
-def from_rank_0(topology: Topology) -> list[list[float]]:
+def from_rank_0(context: RankContext) -> list[list[float]]:
     """Collective. Tensors of several types, of which each rank has others."""
-    tensors = [torch.full((3,), 7 + topology.rank, dtype=dtype) for dtype in (torch.uint8, torch.int64, torch.float32)]
-    local_sgd.weighted_mean(tensors, float(topology.is_main), topology)
+    tensors = [torch.full((3,), 7 + context.rank, dtype=dtype) for dtype in (torch.uint8, torch.int64, torch.float32)]
+    local_sgd.weighted_mean(tensors, float(context.is_main), context)
     return [tensor.tolist() for tensor in tensors]
 
 
@@ -461,7 +462,7 @@ def test_powersgd_sends_little_and_leaves_all_ranks_with_the_same_weights(world_
 
 def test_powersgd_follows_plain_ddp(single: dict[str, Any]) -> None:
     setting = replace(POWER, steps=50)
-    plain = training.run(SINGLE, replace(setting, powersgd=None))
+    plain = training.run(ONE_PROCESS, replace(setting, powersgd=None))
 
     (found,) = run_ranks(metered, 2, [setting])[0]
 

@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import powersgd
 from dtrain.errors import Preempted
 from tests.support import resuming
@@ -33,13 +33,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resuming.material(tmp_path_factory.mktemp("slow-links"))
 
 
-def lives(topology: Topology, folder: str, name: str, changes: Mapping[str, Any], forgets: bool) -> list[str]:
+def lives(context: RankContext, folder: str, name: str, changes: Mapping[str, Any], forgets: bool) -> list[str]:
     """Collective. A run that never dies, and one that dies in step 8 and goes on."""
-    ended = [life(topology, folder, f"{name}-steady", changes)["ended"]]
-    ended.append(life(topology, folder, f"{name}-died", changes, die_in=8)["ended"])
+    ended = [life(context, folder, f"{name}-steady", changes)["ended"]]
+    ended.append(life(context, folder, f"{name}-died", changes, die_in=8)["ended"])
     if forgets:
         powersgd.PowerSgdExchange.load_memory = lambda *_: None  # type: ignore[method-assign]
-    ended.append(life(topology, folder, f"{name}-died", changes)["ended"])
+    ended.append(life(context, folder, f"{name}-died", changes)["ended"])
     return ended
 
 
@@ -64,12 +64,12 @@ def test_a_start_that_forgets_what_the_factors_left_out_is_caught(folder: Path) 
     assert steady != died
 
 
-def asked_to_stop(topology: Topology, folder: str, name: str) -> str:
+def asked_to_stop(context: RankContext, folder: str, name: str) -> str:
     """Collective. A run that saves every third step is asked in step 7 to stop, saves the eighth, and goes on."""
     config = load_config(None, resuming.settings(Path(folder), name, WAYS["seldom"]))
     with pytest.raises(Preempted):
-        run_train(config, topology, monitors=[AskIn(7)])
-    ended: str = life(topology, folder, name, WAYS["seldom"])["ended"]
+        run_train(config, context, monitors=[AskIn(7)])
+    ended: str = life(context, folder, name, WAYS["seldom"])["ended"]
     return ended
 
 
@@ -84,15 +84,15 @@ def test_a_checkpoint_at_another_step_changes_rounding_and_nothing_else(folder: 
     assert same[0] != same[1], "if every bit is the same, say so in README.md and engine/powersgd.py"
 
 
-def life_of(topology: Topology, folder: str, name: str) -> str:
+def life_of(context: RankContext, folder: str, name: str) -> str:
     """Collective. The same run, never asked."""
-    ended: str = life(topology, folder, name, WAYS["seldom"])["ended"]
+    ended: str = life(context, folder, name, WAYS["seldom"])["ended"]
     return ended
 
 
-def wandering(topology: Topology, folder: str, name: str, die_in: int | None) -> str:
+def wandering(context: RankContext, folder: str, name: str, die_in: int | None) -> str:
     """Collective. One start of the run with PowerSGD."""
-    ended: str = life(topology, folder, name, WAYS["powersgd"], die_in=die_in)["ended"]
+    ended: str = life(context, folder, name, WAYS["powersgd"], die_in=die_in)["ended"]
     return ended
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Freeze
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.models.freezing import freeze
 from tests.support import tiny, training
 from tests.support.multirank import run_ranks
@@ -23,7 +23,7 @@ def test_a_compiled_model_is_the_same_method_with_other_rounding() -> None:
 
     compiled = run_ranks(training.run, 2, replace(plain, compile=True), timeout_s=280)[0]
 
-    assert worst(training.run(SINGLE, plain), compiled) <= 0.02
+    assert worst(training.run(ONE_PROCESS, plain), compiled) <= 0.02
 
 
 def test_no_grad_survives_compiling() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.support import training
 from tests.support.multirank import run_ranks
@@ -32,19 +32,19 @@ class Norms:
         return Decision.CONTINUE
 
 
-def measured(topology: Topology, settings: list[Setting]) -> list[list[dict[str, Any]]]:
+def measured(context: RankContext, settings: list[Setting]) -> list[list[dict[str, Any]]]:
     """Collective. The norms of each setting's run."""
     found = []
     for setting in settings:
         norms = Norms()
-        training.build(topology, setting).go(norms).release()
+        training.build(context, setting).go(norms).release()
         found.append(norms.steps)
     return found
 
 
 @pytest.fixture(scope="module")
 def single() -> list[dict[str, Any]]:
-    return measured(SINGLE, [PLAIN])[0]
+    return measured(ONE_PROCESS, [PLAIN])[0]
 
 
 def assert_same(reference: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
@@ -84,20 +84,20 @@ def test_three_ranks_of_which_one_has_nothing_to_do_measure_the_same(single: lis
     ranks = run_ranks(measured, 3, small, timeout_s=150)
 
     assert ranks[0] == ranks[2]
-    (alone,) = measured(SINGLE, small[:1])
+    (alone,) = measured(ONE_PROCESS, small[:1])
     for found in ranks[0]:
         assert_same(alone, found)
 
 
 def test_a_gradient_of_another_size_is_rejected(single: list[dict[str, Any]]) -> None:
-    (other,) = measured(SINGLE, [replace(PLAIN, broken="scaled_gradient")])
+    (other,) = measured(ONE_PROCESS, [replace(PLAIN, broken="scaled_gradient")])
 
     with pytest.raises(AssertionError):
         assert_same(single, other)
 
 
 def test_the_loss_scale_of_fp16_is_taken_out() -> None:
-    (found,) = measured(SINGLE, [replace(PLAIN, precision="fp16")])
+    (found,) = measured(ONE_PROCESS, [replace(PLAIN, precision="fp16")])
 
     for step in found[1::2]:
         assert math.hypot(*step["norms"].values()) == pytest.approx(step["grad_norm"], rel=1e-4)

@@ -12,23 +12,23 @@ import torch
 
 from dtrain.console import log
 from dtrain.distributed import cpu
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.job.cpu_sharing import share_cores
 from tests.support.multirank import run_ranks
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")]
 
 
-def ranks_share_cores(topology: Topology, bind: bool, narrow: bool) -> dict[str, Any]:
+def ranks_share_cores(context: RankContext, bind: bool, narrow: bool) -> dict[str, Any]:
     """This rank's CPUs and threads, after a launcher that gave it one core of its own or none."""
     if narrow:
         ordered = sorted(cpu.allowed())
-        os.sched_setaffinity(0, {ordered[topology.rank % len(ordered)]})
+        os.sched_setaffinity(0, {ordered[context.rank % len(ordered)]})
     before, said = sorted(cpu.allowed()), []
     log.info = lambda text, *values: said.append(text % values)  # type: ignore[method-assign,assignment]
-    share_cores(topology, {}, bind=bind)
+    share_cores(context, {}, bind=bind)
     threads = torch.get_num_threads()
-    share_cores(topology, {"OMP_NUM_THREADS": "3"}, bind=False)
+    share_cores(context, {"OMP_NUM_THREADS": "3"}, bind=False)
     kept = torch.get_num_threads()
     return {"before": before, "after": sorted(cpu.allowed()), "threads": threads, "kept": kept, "said": said}
 

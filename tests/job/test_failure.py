@@ -16,9 +16,9 @@ import pytest
 from dtrain import main
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
-from dtrain.distributed.heartbeat import Beat
 from dtrain.distributed.process_info import this_process
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
 from dtrain.job import failure, session
 from dtrain.job.failure import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
@@ -71,8 +71,8 @@ class Board:
             return self.held[key].encode()
 
 
-def two(rank: int) -> Topology:
-    return Topology(rank, 2, rank, 2, 0, 1, "none", "127.0.0.1", 1, beat=Beat())
+def two(rank: int) -> RankContext:
+    return RankContext(Topology(rank, 2, rank, 2, 0, 1, "none", "127.0.0.1", 1))
 
 
 def config_in(tmp_path: Path) -> Config:
@@ -107,19 +107,19 @@ def test_a_rank_told_to_end_after_another_has_died_ends_because_of_that(
 ) -> None:
     watch: Any = Heard(heard)
 
-    assert _is_told_for_another(error, Job(SINGLE, None, [], watch)) is follows
+    assert _is_told_for_another(error, Job(ONE_PROCESS, None, [], watch)) is follows
 
 
 @pytest.mark.parametrize(("lock", "written"), [("0123", True), ("", False), ("4567", False)])
 def test_the_end_of_a_start_is_not_written_into_a_folder_in_which_another_job_works(
     tmp_path: Path, lock: str, written: bool
 ) -> None:
-    config, topology = config_in(tmp_path), two(1)
+    config, context = config_in(tmp_path), two(1)
     other = Owner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
     (config.run_dir / LOCK).write_text(other.as_text())
-    topology.beat.own_folder(lock)
+    context.heartbeat.own_folder(lock)
 
-    write_down(end_of(Interrupted("Stopped by SIGINT."), topology), config, topology.beat)
+    write_down(end_of(Interrupted("Stopped by SIGINT."), context), config, context.heartbeat)
 
     assert (config.run_dir / "exit.json").exists() is written
 

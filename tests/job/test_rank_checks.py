@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import TopologyError
 from dtrain.job import rank_checks
 from dtrain.job.failure import Peer, own_peer
+from tests.support.contexts import placed
 
 
 @pytest.mark.parametrize("lacks", [0, 1])
@@ -20,11 +20,11 @@ def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
     found = [{"torch": "2", "deepspeed": "0.19"} for _ in range(2)]
     del found[lacks]["deepspeed"]
     monkeypatch.setattr(rank_checks, "all_gather_object", lambda *_: found)
-    monkeypatch.setattr(rank_checks, "on_main", lambda work, _topology: work())
+    monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
     peers = [Peer(*own_peer()) for _ in range(2)]
 
     with pytest.raises(TopologyError) as refused:
-        rank_checks.compare_software(replace(SINGLE, world_size=2), peers)
+        rank_checks.compare_software(placed(ONE_PROCESS, world_size=2), peers)
 
     assert re.search(rf"deepspeed: .*not set on rank {lacks} ", str(refused.value))
     assert "torch" not in str(refused.value)

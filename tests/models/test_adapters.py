@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from dtrain.commands.export import run_export
 from dtrain.config import schema
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.base import load_base
@@ -262,7 +262,7 @@ def test_an_export_merges_adapters_into_a_plain_model(base: Path, tmp_path: Path
     folder = saved(made, tmp_path / "run" / "model")
 
     export = [f"model.name_or_path={folder}", f"export.to={tmp_path / 'plain'}", "export.merge=true"]
-    run_export(load_config(None, export, command="export"), SINGLE)
+    run_export(load_config(None, export, command="export"), ONE_PROCESS)
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
     assert torch.allclose(logits(plain), logits(made), atol=1e-6)
@@ -275,7 +275,7 @@ def test_a_plain_model_has_nothing_to_merge(base: Path, tmp_path: Path) -> None:
     export = [f"model.name_or_path={base}", f"export.to={tmp_path / 'plain'}", "export.merge=true"]
 
     with pytest.raises(ConfigError, match="holds no adapters"):
-        run_export(load_config(None, export, command="export"), SINGLE)
+        run_export(load_config(None, export, command="export"), ONE_PROCESS)
 
     assert not list(tmp_path.iterdir())
 

@@ -19,9 +19,9 @@ import pytest
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
-from dtrain.distributed import heartbeat
+from dtrain.distributed.heartbeat import SIZE, Heartbeat
 from dtrain.distributed.process_info import Process, began, fields_of, is_alive, this_process
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.runs import lock as run_lock
 from dtrain.runs.folder import RunFolder, state
@@ -153,8 +153,8 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
 ) -> None:
     told: list[object] = []
     ended, over = threading.Event(), threading.Event()
-    other, memory = owner(host="node7"), mmap.mmap(-1, heartbeat.SIZE)
-    beat = heartbeat.Beat(memory)
+    other, memory = owner(host="node7"), mmap.mmap(-1, SIZE)
+    heartbeat = Heartbeat(memory)
 
     def end(code: int) -> None:
         told.append(code)
@@ -162,9 +162,9 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
         over.wait(10)
 
     monkeypatch.setattr(os, "_exit", end)
-    beat.on_disowned = told.append
-    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=beat.disown_folder) as own:
-        beat.own_folder(own.id)
+    heartbeat.on_disowned = told.append
+    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=heartbeat.disown_folder) as own:
+        heartbeat.own_folder(own.id)
         before = heartbeat.read(memory).owns_folder
         leave_lock(tmp_path, other)
         assert ended.wait(10)
@@ -395,14 +395,14 @@ def test_a_lock_is_no_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect"])
 def test_a_second_start_of_any_command_changes_nothing_in_a_folder_in_use(tmp_path: Path, command: str) -> None:
     config = config_for(tmp_path, "run.overwrite=true")
-    with taken(config, SINGLE, command="train"):
+    with taken(config, ONE_PROCESS, command="train"):
         folder = RunFolder(config.run_dir)
         folder.metrics.write_text('{"event": "start"}\n')
         before = bytes_of(folder.path)
 
         with (
             pytest.raises(ConfigError, match="is in use by process") as refused,
-            taken(config, SINGLE, command=command),
+            taken(config, ONE_PROCESS, command=command),
         ):
             pass
 
@@ -419,12 +419,12 @@ def test_overwriting_moves_the_old_run_and_keeps_the_lock(tmp_path: Path) -> Non
     RunFolder(config.run_dir).path.mkdir()
     RunFolder(config.run_dir).metrics.write_text('{"event": "start"}\n')
 
-    with taken(config, SINGLE, command="train") as start:
+    with taken(config, ONE_PROCESS, command="train") as start:
         old = next(tmp_path.glob("one.old-*"))
         assert start.action == "start"
         assert sorted(entry.name for entry in config.run_dir.iterdir()) == ["config.yaml", LOCK]
         assert [entry.name for entry in old.iterdir()] == ["metrics.jsonl"]
-        with pytest.raises(ConfigError, match="is in use"), taken(config, SINGLE, command="train"):
+        with pytest.raises(ConfigError, match="is in use"), taken(config, ONE_PROCESS, command="train"):
             pass
 
     assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
@@ -439,20 +439,20 @@ def test_a_start_that_comes_while_the_old_run_is_moved_has_the_new_folder(tmp_pa
 
 
 def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
-    beat = heartbeat.Beat()
+    heartbeat = Heartbeat()
     config = config_for(tmp_path)
 
-    with taken(config, replace(SINGLE, beat=beat), command="train"):
+    with taken(config, replace(ONE_PROCESS, heartbeat=heartbeat), command="train"):
         held = look(config.run_dir)
 
     assert held is not None
     assert held.owner is not None
-    assert beat.lock == held.owner.id
+    assert heartbeat.lock == held.owner.id
 
 
 def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished(tmp_path: Path) -> None:
     config = config_for(tmp_path)
-    with taken(config, SINGLE, command="train"):
+    with taken(config, ONE_PROCESS, command="train"):
         folder = RunFolder(config.run_dir)
         folder.metrics.write_text('{"event": "start"}\n')
         folder.model.mkdir()
@@ -462,7 +462,7 @@ def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished
         folder.summary.write_text('{"eval": {}}')
     folder.exit.write_text('{"code": 1, "cause": "Interrupted"}')
 
-    with taken(config, SINGLE, command="train") as start:
+    with taken(config, ONE_PROCESS, command="train") as start:
         assert start.action == "already_finished"
         assert not folder.exit.exists()
 
@@ -475,7 +475,7 @@ def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
 
     with (
         pytest.raises(ConfigError, match=r"thesis\.tex, which dtrain did not write"),
-        taken(foreign, SINGLE, command="train"),
+        taken(foreign, ONE_PROCESS, command="train"),
     ):
         pass
 
@@ -495,7 +495,7 @@ def test_a_folder_that_cannot_be_written_is_the_error_that_it_was(
     monkeypatch.setattr(Path, "write_text", read_only)  # permissions do not bind root, who may run this
 
     said = r"the run folder .*one cannot be written: .*Read-only.*Set run\.output_dir"
-    with pytest.raises(ConfigError, match=said), taken(config, SINGLE, command="train"):
+    with pytest.raises(ConfigError, match=said), taken(config, ONE_PROCESS, command="train"):
         pass
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dtrain.data.batches import step_batches
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
 from dtrain.errors import NonFiniteError
 from dtrain.tasks.classification import ClassificationTask
@@ -122,9 +122,9 @@ def task(setting: Setting, *, without_labels: frozenset[int] = frozenset(), rows
     return learns
 
 
-def stopped(topology: Topology, setting: Setting, kind: Kind) -> dict[str, Any]:
+def stopped(context: RankContext, setting: Setting, kind: Kind) -> dict[str, Any]:
     """Collective. A run under train.non_finite=stop: how it ended, and the weights before and after the bad step."""
-    run = training.build(topology, setting, model(kind, setting), task(setting))
+    run = training.build(context, setting, model(kind, setting), task(setting))
     journal, error = Journal(), None
     before = Weights(run.engine)
     try:
@@ -142,9 +142,9 @@ def stopped(topology: Topology, setting: Setting, kind: Kind) -> dict[str, Any]:
     }
 
 
-def skipped(topology: Topology, setting: Setting, kind: Kind, learns: Any = None) -> dict[str, Any]:
+def skipped(context: RankContext, setting: Setting, kind: Kind, learns: Any = None) -> dict[str, Any]:
     """Collective. A run under train.non_finite=skip, to its end."""
-    run = training.build(topology, setting, model(kind, setting), learns or task(setting))
+    run = training.build(context, setting, model(kind, setting), learns or task(setting))
     journal = Journal()
     run.go(journal, NonFinite("skip", journal))
     return {
@@ -157,16 +157,16 @@ def skipped(topology: Topology, setting: Setting, kind: Kind, learns: Any = None
 
 
 @contextmanager
-def _steps(topology: Topology, setting: Setting) -> Iterator[Any]:
+def _steps(context: RankContext, setting: Setting) -> Iterator[Any]:
     """An engine as a function of step and discard."""
-    run = training.build(topology, setting)
+    run = training.build(context, setting)
     plan = run.loop.plan
     coming = list(
         step_batches(
             plan,
             run.task.splits["train"],
             run.task.collate,
-            topology,
+            context,
             lock_step=run.engine.lock_step,
             start=0,
             stop=3,
@@ -176,7 +176,7 @@ def _steps(topology: Topology, setting: Setting) -> Iterator[Any]:
 
     def take(step: int, *, discard: bool = False) -> Any:
         run.loop.train_mode(run.engine.module)
-        scale = topology.world_size / coming[step].examples
+        scale = context.world_size / coming[step].examples
         run_micro_batches(run.engine, run.task, coming[step], scale=scale, seed=7)
         return run.engine.step(discard=discard)
 
@@ -191,7 +191,7 @@ def _state(engine: Engine) -> dict[str, Any]:
             None if entry.value is None else entry.value.clone(),
             {key: value.clone() for key, value in entry.slots.items()},
         )
-        for entry in engine.named_state(here=engine.topology.is_main)
+        for entry in engine.named_state(here=engine.context.is_main)
     }
 
 
@@ -208,16 +208,16 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return True
 
 
-def discarded(topology: Topology, setting: Setting) -> dict[str, Any]:
+def discarded(context: RankContext, setting: Setting) -> dict[str, Any]:
     """Collective. Steps 0 and 2 with a discarded step 1 between them, against steps 0 and 2 alone."""
-    with _steps(topology, setting) as (engine, take):
+    with _steps(context, setting) as (engine, take):
         first = take(0)
         before = _state(engine)
         dropped = take(1, discard=True)
         after = _state(engine)
         third = take(2)
         end = _state(engine)
-    with _steps(topology, setting) as (engine, take):
+    with _steps(context, setting) as (engine, take):
         take(0)
         alone = take(2)
         expected = _state(engine)
@@ -230,11 +230,11 @@ def discarded(topology: Topology, setting: Setting) -> dict[str, Any]:
     }
 
 
-def everything(topology: Topology, setting: Setting) -> dict[str, Any]:
+def everything(context: RankContext, setting: Setting) -> dict[str, Any]:
     """Collective. All of the above, for one start of the ranks."""
     momentum = replace(setting, optimizer="sgd", momentum=0.9, learning_rate=0.1)
     return {
-        "stopped": {kind: stopped(topology, setting, kind) for kind in FAILING},
-        "skipped": {kind: skipped(topology, setting, kind) for kind in FAILING},
-        "discarded": {"adamw": discarded(topology, setting), "sgd": discarded(topology, momentum)},
+        "stopped": {kind: stopped(context, setting, kind) for kind in FAILING},
+        "skipped": {kind: skipped(context, setting, kind) for kind in FAILING},
+        "discarded": {"adamw": discarded(context, setting), "sgd": discarded(context, momentum)},
     }

@@ -25,6 +25,7 @@ import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from dtrain.distributed.process_group import process_group
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import SINGLE, Topology
 
 GRACE_S = 5.0
@@ -36,7 +37,7 @@ class RanksFailed(AssertionError):
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """`function(topology, *args)` on `world_size` ranks of one node; its JSON results in rank order.
+    """`function(context, *args)` on `world_size` ranks of one node; its JSON results in rank order.
 
     Args:
         function: at module level, since each rank imports it by name.
@@ -114,7 +115,7 @@ def _rank(
             store = FileStore(str(home / "store"), world_size)
             with process_group(topology, os.environ, timeout_s=timeout_s, store=store) as ready:
                 try:
-                    _write(home / f"result-{rank}", json.dumps(function(ready, *args)))
+                    _write(home / f"result-{rank}", json.dumps(function(RankContext(ready), *args)))
                 except BaseException:  # noqa: BLE001 - reported by the parent
                     _fail(home, rank)  # at once: leaving the group takes time, and the first failure is the cause
         except BaseException:  # noqa: BLE001 - reported by the parent

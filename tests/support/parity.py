@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.training.evaluation import evaluate
 from dtrain.training.export import export_model
 from tests.support import training
@@ -21,11 +21,11 @@ SETTING = Setting(steps=5, global_batch_size=5, micro_batch_size=2, dropout=0.1)
 """Of at least 6 rows: steps of three micro-batches, the last of one example, and a shorter last step."""
 
 
-def trained(topology: Topology, learns: Any, module: nn.Module, broken: str | None, folder: str | None) -> Any:
+def trained(context: RankContext, learns: Any, module: nn.Module, broken: str | None, folder: str | None) -> Any:
     """Collective. A short run and its evaluation in micro-batches of 3; the model goes to `folder`, if there is one."""
     setting = Setting(**{**vars(SETTING), "broken": broken})
     recorder = Recorder()
-    engine = training.build(topology, setting, module, learns).go(recorder)
+    engine = training.build(context, setting, module, learns).go(recorder)
     result = evaluate(engine, learns, micro_batch_size=3)
     if folder is not None:
         export_model(engine, learns.tokenizer, Path(folder) / "model")

@@ -10,7 +10,7 @@ from typing import Any
 from dtrain.commands import train
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.training import checkpoints, loop
 from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests.support import tiny
@@ -88,7 +88,7 @@ def settings(folder: Path, name: str, changes: Mapping[str, Any]) -> list[str]:
 
 
 def life(
-    topology: Topology,
+    context: RankContext,
     folder: str,
     name: str,
     changes: Mapping[str, Any],
@@ -124,7 +124,7 @@ def life(
         train.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
     config = load_config(None, settings(Path(folder), name, changes))
     try:
-        run_train(config, topology, monitors=[] if die_in is None else [DieIn(die_in)])
+        run_train(config, context, monitors=[] if die_in is None else [DieIn(die_in)])
         ended = "done"
     except Died:
         ended = "died"

@@ -13,7 +13,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
@@ -156,42 +156,42 @@ class Run:
         return self.engine
 
 
-def build(topology: Topology, setting: Setting, module: nn.Module | None = None, learns: Any = None) -> Run:
+def build(context: RankContext, setting: Setting, module: nn.Module | None = None, learns: Any = None) -> Run:
     """Collective. A run of that setting; `module` and `learns` instead of the tiny BERT and its classification."""
     config = setting.config()
     learns = learns or task(setting)
     if setting.broken == "repeated_example":
-        learns.splits = {**learns.splits, "train": Repeats(learns.splits["train"], topology.rank)}
+        learns.splits = {**learns.splits, "train": Repeats(learns.splits["train"], context.rank)}
     module = module or tiny.bert(dropout=setting.dropout, layers=2)
     module = module.double() if setting.double else module
     if setting.checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     plan = construct.step_plan(config, learns)
     prepared = construct.prepare_training(module, config, learns, plan)
-    engine = build_engine(prepared.module, config, topology)
+    engine = build_engine(prepared.module, config, context)
     state = RunState()
     loop = Loop(
         plan=plan,
         total_steps=setting.steps,
-        seed=config.run.seed + (topology.rank if setting.broken == "seed_per_rank" else 0),
+        seed=config.run.seed + (context.rank if setting.broken == "seed_per_rank" else 0),
         workers=setting.workers,
         loss_is_scaled=setting.precision == "fp16",
         learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
         train_mode=prepared.train_mode,
-        before_epoch=_Thaw(config, topology, prepared, state),
+        before_epoch=_Thaw(config, context, prepared, state),
         log_gradients=setting.log_gradients,
     )
     subject: Any = Scaled(engine, 1.0001) if setting.broken == "scaled_gradient" else engine
     return Run(config, learns, subject, loop, state)
 
 
-def run(topology: Topology, setting: Setting, module: nn.Module | None = None) -> dict[str, Any]:
+def run(context: RankContext, setting: Setting, module: nn.Module | None = None) -> dict[str, Any]:
     """Collective. Trains; gives each step's numbers and, on rank 0, the final weights as nested lists."""
-    built = build(topology, setting, module)
+    built = build(context, setting, module)
     lock_step = built.engine.lock_step
     recorder = Recorder()
     ended = built.go(recorder)
-    slots = {entry.name: sorted(entry.slots) for entry in ended.named_state(here=topology.is_main)}
+    slots = {entry.name: sorted(entry.slots) for entry in ended.named_state(here=context.is_main)}
     weights = weights_of(ended)
     ended.release()
     return {
@@ -213,7 +213,7 @@ class _Thaw:
     """The train command's own thawing, without its run folder."""
 
     config: Config
-    topology: Topology
+    context: RankContext
     prepared: construct.Construction
     state: RunState
 

@@ -10,12 +10,12 @@ from typing import Any
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.runs.jsonl import read_metrics
 
 
 def commands(
-    topology: Topology, runs: Sequence[tuple[str, list[str]]], file: Path | None = None
+    context: RankContext, runs: Sequence[tuple[str, list[str]]], file: Path | None = None
 ) -> list[dict[str, Any]]:
     """Collective. Runs them in this order.
 
@@ -29,12 +29,12 @@ def commands(
     found = []
     for command, settings in runs:
         config = load_config(file, settings, command=command)
-        result = (run_train if command == "train" else run_evaluate)(config, topology)
+        result = (run_train if command == "train" else run_evaluate)(config, context)
         found.append(
             {
                 "metrics": result.metrics,
-                "losses": _losses(result.run_dir) if command == "train" and topology.is_main else [],
-                "predictions": _predictions(result.run_dir) if topology.is_main else [],
+                "losses": _losses(result.run_dir) if command == "train" and context.is_main else [],
+                "predictions": _predictions(result.run_dir) if context.is_main else [],
             }
         )
     return found

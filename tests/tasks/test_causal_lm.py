@@ -15,7 +15,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.data.packing import pieces_of
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer
@@ -133,7 +133,7 @@ def test_evaluation_weighs_by_tokens_and_not_by_blocks() -> None:
     judged = task(is_char=True, validation=blocks)
     model = tiny_gpt(vocabulary=len(TOKENIZER)).double().eval()
 
-    result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), SINGLE), judged, micro_batch_size=2)
+    result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), ONE_PROCESS), judged, micro_batch_size=2)
 
     losses = []
     for block in blocks:
@@ -174,7 +174,7 @@ def prepare(
         }
     )
     assert isinstance(config.task, CausalLm)
-    return prepare_causal_lm(config, config.task, SINGLE)
+    return prepare_causal_lm(config, config.task, ONE_PROCESS)
 
 
 def text_of(made: CausalLmTask, split: str) -> str:
@@ -277,7 +277,7 @@ def test_a_window_scores_each_token_as_the_model_does_with_that_context(
     model = tiny_gpt(vocabulary=len(made.tokenizer)).double().eval()
 
     with caplog.at_level("INFO", logger="dtrain"):
-        result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), SINGLE), made, micro_batch_size=2)
+        result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), ONE_PROCESS), made, micro_batch_size=2)
 
     losses = []
     for place in range(1, len(ids)):
@@ -356,7 +356,7 @@ def test_packed_documents_are_judged_as_each_is_alone(tmp_path: Path, stride: in
     made = packed(tmp_path, DOCUMENTS, stride=stride)
     model = tiny_gpt(vocabulary=len(made.tokenizer)).double().eval()
 
-    result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), SINGLE), made, micro_batch_size=2)
+    result = evaluate(ForwardOnly(model, Config.model_validate(SETTINGS), ONE_PROCESS), made, micro_batch_size=2)
 
     losses = []
     for text in DOCUMENTS:

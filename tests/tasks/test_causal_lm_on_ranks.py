@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from dtrain.config.task import CausalLm
 from dtrain.data.packing import pieces_of, rows_of
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.training.evaluation import evaluate_split
@@ -52,14 +52,14 @@ def task(kind: str) -> CausalLmTask:
     return CausalLmTask(splits, tiny.tokenizer(), max_length=MAX_LENGTH, is_char=False, words=words, settings=settings)
 
 
-def both_kinds(topology: Topology) -> dict[str, Any]:
+def both_kinds(context: RankContext) -> dict[str, Any]:
     """For both: an evaluation before training, to the digit; then training, and the evaluation after it."""
     found = {}
     for kind in ("windows", "documents"):
         learns = task(kind)
-        forward = ForwardOnly(model(), SETTING.config(), topology)
+        forward = ForwardOnly(model(), SETTING.config(), context)
         before = evaluate_split(forward, learns, "validation", micro_batch_size=2)
-        run, recorder = training.build(topology, SETTING, model(), learns), Recorder()
+        run, recorder = training.build(context, SETTING, model(), learns), Recorder()
         engine = run.go(recorder)
         after = evaluate_split(engine, learns, "validation", micro_batch_size=2)
         found[kind] = {
@@ -73,7 +73,7 @@ def both_kinds(topology: Topology) -> dict[str, Any]:
 
 @cache
 def alone() -> dict[str, Any]:
-    return both_kinds(SINGLE)
+    return both_kinds(ONE_PROCESS)
 
 
 @cache
@@ -105,7 +105,7 @@ def test_a_window_counts_no_token_twice() -> None:
 
 def test_the_saved_model_is_a_plain_language_model(tmp_path: Path) -> None:
     learns = task("documents")
-    engine = training.build(SINGLE, SETTING, model(), learns).go()
+    engine = training.build(ONE_PROCESS, SETTING, model(), learns).go()
 
     export_model(engine, learns.tokenizer, tmp_path / "model")
 

@@ -17,7 +17,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import TurnsFormat
@@ -149,7 +149,7 @@ def test_evaluation_weighs_by_tokens_and_not_by_dialogues() -> None:
     model = gpt().double().eval()
 
     result = evaluate(
-        ForwardOnly(model, Config.model_validate({"task": {"name": "chat"}}), SINGLE),
+        ForwardOnly(model, Config.model_validate({"task": {"name": "chat"}}), ONE_PROCESS),
         task(validation=rows),
         micro_batch_size=2,
     )
@@ -198,7 +198,7 @@ def prepare(
         }
     )
     assert isinstance(config.task, Chat)
-    return prepare_chat(config, config.task, SINGLE)
+    return prepare_chat(config, config.task, ONE_PROCESS)
 
 
 def rows_of(made: ChatTask, split: str = "train") -> list[tuple[list[int], list[bool]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.models.chat_format import TurnsFormat, fit
 from dtrain.tasks.chat import ChatTask
 from dtrain.training.evaluation import evaluate_split
@@ -55,9 +55,9 @@ def gpt() -> Any:
         return GPT2LMHeadModel(GPT2Config(vocab_size=25, n_layer=2, n_head=2, n_embd=16, n_positions=24))
 
 
-def outcome(topology: Topology, setting: Setting, folder: str) -> dict[str, Any]:
+def outcome(context: RankContext, setting: Setting, folder: str) -> dict[str, Any]:
     """Collective. The steps, the metrics of both splits and each dialogue's record; the model in `folder`."""
-    built = training.build(topology, setting, gpt(), task())
+    built = training.build(context, setting, gpt(), task())
     recorder = Recorder()
     engine = built.go(recorder)
     found = {split: evaluate_split(engine, built.task, split, micro_batch_size=4) for split in built.task.splits}
@@ -73,7 +73,7 @@ def outcome(topology: Topology, setting: Setting, folder: str) -> dict[str, Any]
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("single") / "model"
-    return {**outcome(SINGLE, SETTING, str(folder)), "folder": folder}
+    return {**outcome(ONE_PROCESS, SETTING, str(folder)), "folder": folder}
 
 
 def assert_same(reference: dict[str, Any], other: dict[str, Any]) -> None:
@@ -101,9 +101,9 @@ def test_ranks_take_the_steps_of_one_process_and_evaluate_alike(
     assert results[0]["metrics"] == results[-1]["metrics"]
 
 
-def evaluation(topology: Topology, settings: str) -> dict[str, Any]:
+def evaluation(context: RankContext, settings: str) -> dict[str, Any]:
     """Collective. The same untrained weights everywhere: metrics and records to the digit."""
-    built = training.build(topology, Setting(**json.loads(settings)), gpt(), task())
+    built = training.build(context, Setting(**json.loads(settings)), gpt(), task())
     found = {split: evaluate_split(built.engine, built.task, split, micro_batch_size=4) for split in built.task.splits}
     built.engine.release()
     return {split: [dict(result.metrics), [dict(r) for r in result.records]] for split, result in found.items()}
@@ -112,7 +112,7 @@ def evaluation(topology: Topology, settings: str) -> dict[str, Any]:
 def test_evaluation_gives_the_same_digits_on_three_ranks() -> None:
     settings = json.dumps({"rows": 19})
 
-    one, three = evaluation(SINGLE, settings), run_ranks(evaluation, 3, settings)
+    one, three = evaluation(ONE_PROCESS, settings), run_ranks(evaluation, 3, settings)
 
     assert three[0] == json.loads(json.dumps(one))
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.classification import ClassificationTask, prepare_classification
@@ -273,7 +273,7 @@ def config(folder: Path, **sections: Any) -> Config:
 def prepare(folder: Path, **sections: Any) -> ClassificationTask:
     settings = config(folder, **sections)
     assert isinstance(settings.task, Classification)
-    return prepare_classification(settings, settings.task, SINGLE)
+    return prepare_classification(settings, settings.task, ONE_PROCESS)
 
 
 def write(folder: Path, **splits: str) -> Path:
@@ -386,7 +386,7 @@ def test_a_test_split_without_labels_is_predicted_and_has_no_metrics(folder: Pat
     splits = {"train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
 
     made = prepare(folder, data={"splits": splits})
-    result = evaluate(ForwardOnly(tiny.bert(), config(folder), SINGLE), made, micro_batch_size=4)
+    result = evaluate(ForwardOnly(tiny.bert(), config(folder), ONE_PROCESS), made, micro_batch_size=4)
 
     assert set(result.metrics) == {"loss", "accuracy", "f1", "precision", "recall", "matthews_correlation"}
     assert result.splits["test"].metrics == {}

@@ -14,7 +14,7 @@ from dtrain.config.schema import Config, Data
 from dtrain.data.images import images_shape
 from dtrain.data.resolve_source import form_of
 from dtrain.data.sources import load_sources, source_key
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_images
 from dtrain.models.load import load_model
@@ -38,7 +38,7 @@ def config(folder: Path, cache: Path, *, task: dict[str, Any] | None = None, **d
 
 
 def prepared(folder: Path, **more: Any) -> Any:
-    return build_task(config(folder, folder.parent / "cache", **more), SINGLE)
+    return build_task(config(folder, folder.parent / "cache", **more), ONE_PROCESS)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_images_of_a_size_that_the_model_does_not_take_are_refused_before_the_fi
     settings = config(folders, folders.parent / "cache", task={"name": "image_classification", "image_size": 24})
 
     with pytest.raises(ConfigError, match=r"made 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
-        build.load(settings, build_task(settings, SINGLE), SINGLE)
+        build.load(settings, build_task(settings, ONE_PROCESS), ONE_PROCESS)
 
 
 def test_looking_at_a_blank_image_moves_no_running_statistics() -> None:
@@ -277,4 +277,4 @@ def test_images_come_from_a_path(tmp_path: Path) -> None:
     settings = config(tmp_path, tmp_path).model_copy(update={"data": Data(name="cola")})
 
     with pytest.raises(ConfigError, match=r"task.name=image_classification reads images from data.path"):
-        build_task(settings, SINGLE)
+        build_task(settings, ONE_PROCESS)

@@ -19,7 +19,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import MaskedLm
 from dtrain.data.batches import evaluation_batches
 from dtrain.data.seeding import Place
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
 from dtrain.tasks.masked_lm import MaskedLmTask, prepare_masked_lm
@@ -148,7 +148,7 @@ def test_a_mask_is_drawn_anew_for_another_epoch_seed_or_example() -> None:
 
 
 def test_an_evaluation_hides_the_same_each_time() -> None:
-    batches = evaluation_batches(ROWS, task().collate, SINGLE, micro_batch_size=16, lock_step=False, workers=0)
+    batches = evaluation_batches(ROWS, task().collate, ONE_PROCESS, micro_batch_size=16, lock_step=False, workers=0)
 
     found = [row_of(batch.tensors, row) for batch in batches for row in range(len(batch.example_index))]
 
@@ -225,7 +225,7 @@ def prepare(folder: Path, *, max_length: int = 6, tokenizer: Any = None, **task:
         }
     )
     assert isinstance(config.task, MaskedLm)
-    return prepare_masked_lm(config, config.task, SINGLE)
+    return prepare_masked_lm(config, config.task, ONE_PROCESS)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from dtrain.config.task import MaskedLm
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.tasks.masked_lm import MaskedLmTask
 from dtrain.training.evaluation import evaluate_split
@@ -43,11 +43,11 @@ def task(*, seed: int = 7) -> MaskedLmTask:
     return MaskedLmTask(splits, tiny.tokenizer(), MaskedLm(name="masked_lm"), max_length=32, seed=seed)
 
 
-def trained(topology: Topology, breaks: str = "", folder: str = "") -> dict[str, Any]:
+def trained(context: RankContext, breaks: str = "", folder: str = "") -> dict[str, Any]:
     """Loss and targets of every step, the evaluation after the last, and what saving and loading changes."""
-    learns = task(seed=7 + (topology.rank if breaks == "masks_per_rank" else 0))
+    learns = task(seed=7 + (context.rank if breaks == "masks_per_rank" else 0))
     setting = Setting(**{**SETTING.__dict__, "workers": 1 if breaks == "workers" else 0})
-    run = training.build(topology, setting, model(), learns)
+    run = training.build(context, setting, model(), learns)
     recorder = Recorder()
     engine = run.go(recorder)
     found = evaluate_split(engine, learns, "validation", micro_batch_size=4)
@@ -63,7 +63,7 @@ def trained(topology: Topology, breaks: str = "", folder: str = "") -> dict[str,
 
 @cache
 def alone() -> dict[str, Any]:
-    return trained(SINGLE)
+    return trained(ONE_PROCESS)
 
 
 def assert_same(found: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ def test_masks_drawn_per_rank_are_rejected() -> None:
 
 
 def test_workers_that_prepare_batches_hide_the_same() -> None:
-    found = trained(SINGLE, "workers")
+    found = trained(ONE_PROCESS, "workers")
 
     assert found == alone()
 
@@ -101,14 +101,14 @@ def test_each_epoch_hides_other_tokens() -> None:
     assert sum(targets[:per_epoch]) != sum(targets[per_epoch : 2 * per_epoch])
 
 
-def evaluated(topology: Topology) -> dict[str, Any]:
-    forward = ForwardOnly(model(), SETTING.config(), topology)
+def evaluated(context: RankContext) -> dict[str, Any]:
+    forward = ForwardOnly(model(), SETTING.config(), context)
     found = evaluate_split(forward, task(), "validation", micro_batch_size=2)
     return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
 
 
 def test_evaluation_gives_the_digits_of_one_process() -> None:
-    expected = evaluated(SINGLE)
+    expected = evaluated(ONE_PROCESS)
 
     assert all(found == expected for found in run_ranks(evaluated, 3))
     assert len(expected["records"]) == 11
@@ -116,7 +116,7 @@ def test_evaluation_gives_the_digits_of_one_process() -> None:
 
 
 def test_the_saved_model_is_a_plain_masked_language_model(tmp_path: Path) -> None:
-    weights = trained(SINGLE, folder=str(tmp_path / "model"))["weights"]
+    weights = trained(ONE_PROCESS, folder=str(tmp_path / "model"))["weights"]
 
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

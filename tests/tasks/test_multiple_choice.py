@@ -20,7 +20,7 @@ from dtrain.data.choices import CHOICES
 from dtrain.data.resolve_source import form_of
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.split_readers import hub_name
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.multiple_choice import MultipleChoiceTask, prepare_multiple_choice
 from dtrain.tasks.protocol import Targets
@@ -138,7 +138,7 @@ def test_swag_is_read_from_its_files_and_pairs_are_tokenised(tmp_path: Path) -> 
     )
     assert isinstance(config.task, MultipleChoice)
 
-    made = prepare_multiple_choice(config, config.task, SINGLE)
+    made = prepare_multiple_choice(config, config.task, ONE_PROCESS)
 
     rows = made.splits["train"][[0]]
     words = {word: 5 + number for number, word in enumerate(tiny.WORDS)}

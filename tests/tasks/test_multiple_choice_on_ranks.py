@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks.multiple_choice import MultipleChoiceTask
 from tests.support import parity, tiny
 from tests.support.multirank import run_ranks
@@ -39,13 +39,13 @@ def model() -> Any:
         return BertForMultipleChoice(tiny.bert().config)
 
 
-def trained(topology: Topology, broken: str | None = None, folder: str | None = None) -> Any:
-    return parity.trained(topology, task(), model(), broken, folder)
+def trained(context: RankContext, broken: str | None = None, folder: str | None = None) -> Any:
+    return parity.trained(context, task(), model(), broken, folder)
 
 
 @cache
 def truth() -> Any:
-    return trained(SINGLE)
+    return trained(ONE_PROCESS)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -71,7 +71,7 @@ def test_plain_transformers_loads_the_model(tmp_path: Path) -> None:
     from transformers import AutoModelForMultipleChoice
 
     learner = model()
-    parity.trained(SINGLE, task(), learner, None, str(tmp_path))
+    parity.trained(ONE_PROCESS, task(), learner, None, str(tmp_path))
     inputs = task().collate(rows(2, seed=2)[[0, 1]], tiny.HERE)
     del inputs["labels"]
 

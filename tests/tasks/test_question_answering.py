@@ -18,7 +18,7 @@ from dtrain.config.schema import Config, Data
 from dtrain.config.task import QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.sources import Source, load_sources
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.answers import best_spans, exact_match, f1, squad_scores
 from dtrain.tasks.protocol import Targets
@@ -451,7 +451,7 @@ def config(folder: Path, **sections: Any) -> Config:
 def prepare(folder: Path, **sections: Any) -> QuestionAnsweringTask:
     settings = config(folder, **sections)
     assert isinstance(settings.task, QuestionAnswering)
-    return prepare_question_answering(settings, settings.task, SINGLE)
+    return prepare_question_answering(settings, settings.task, ONE_PROCESS)
 
 
 def test_files_become_windows_and_a_test_split_needs_no_answers(tmp_path: Path) -> None:

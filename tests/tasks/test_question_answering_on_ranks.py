@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtrain.config.task import QuestionAnswering
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks.answers import squad_scores
 from dtrain.tasks.question_answering import QuestionAnsweringTask, encode_windows
 from tests.support import parity, tiny
@@ -52,13 +52,13 @@ def model() -> Any:
         return BertForQuestionAnswering(tiny.bert().config)
 
 
-def trained(topology: Topology, broken: str | None = None) -> Any:
-    return parity.trained(topology, task(), model(), broken, None)
+def trained(context: RankContext, broken: str | None = None) -> Any:
+    return parity.trained(context, task(), model(), broken, None)
 
 
 @cache
 def truth() -> Any:
-    return trained(SINGLE)
+    return trained(ONE_PROCESS)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -92,7 +92,7 @@ def test_plain_transformers_loads_the_model(tmp_path: Path) -> None:
     from transformers import AutoModelForQuestionAnswering
 
     learner, learns = model(), task()
-    parity.trained(SINGLE, learns, learner, None, str(tmp_path))
+    parity.trained(ONE_PROCESS, learns, learner, None, str(tmp_path))
     batch = learns.collate(rows(2, seed=2)[[0, 1]], tiny.HERE)
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}
 

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.regression import RegressionTask, correlations, prepare_regression
@@ -156,7 +156,7 @@ def prepare(folder: Path, **data: Any) -> RegressionTask:
             "model": {"name_or_path": str(folder / "model")},
         }
     )
-    return prepare_regression(config, SINGLE)
+    return prepare_regression(config, ONE_PROCESS)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks.regression import RegressionTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
@@ -55,9 +55,9 @@ def model() -> Any:
     return module
 
 
-def trained(topology: Topology, setting: Setting, folder: str | None = None) -> dict[str, Any]:
+def trained(context: RankContext, setting: Setting, folder: str | None = None) -> dict[str, Any]:
     """Collective. Trains and evaluates; the model goes to the folder."""
-    run, recorder = training.build(topology, setting, model(), task()), Recorder()
+    run, recorder = training.build(context, setting, model(), task()), Recorder()
     engine = run.go(recorder)
     found = evaluate_split(engine, run.task, "validation", micro_batch_size=4)
     if folder is not None:
@@ -70,16 +70,16 @@ def trained(topology: Topology, setting: Setting, folder: str | None = None) -> 
     }
 
 
-def evaluated(topology: Topology) -> dict[str, Any]:
+def evaluated(context: RankContext) -> dict[str, Any]:
     """Collective. Without training, so that every digit is one process's."""
-    run = training.build(topology, SETTING, model(), task())
+    run = training.build(context, SETTING, model(), task())
     found = evaluate_split(run.engine, run.task, "validation", micro_batch_size=4)
     return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
 
 
 @cache
 def truth() -> dict[str, Any]:
-    return trained(SINGLE, SETTING)
+    return trained(ONE_PROCESS, SETTING)
 
 
 def assert_same_steps(ranks: list[Any]) -> None:
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_off_by_a_ten_thousandth_is_rejected() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 5])
 def test_correlations_and_predictions_are_the_digits_of_one_process(world_size: int) -> None:
-    expected = evaluated(SINGLE)
+    expected = evaluated(ONE_PROCESS)
 
     assert run_ranks(evaluated, world_size) == [expected] * world_size
     assert len({record["prediction"] for record in expected["records"]}) == 13
@@ -116,7 +116,7 @@ def test_correlations_and_predictions_are_the_digits_of_one_process(world_size: 
 
 
 def test_the_written_model_gives_the_same_numbers_in_plain_transformers(tmp_path: Path) -> None:
-    written = trained(SINGLE, SETTING, str(tmp_path))["records"]
+    written = trained(ONE_PROCESS, SETTING, str(tmp_path))["records"]
 
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

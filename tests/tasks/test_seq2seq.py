@@ -16,7 +16,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Seq2Seq
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
@@ -188,7 +188,7 @@ def test_generation_is_told_everything_that_has_a_default_of_its_own(lock_step: 
 def test_without_generation_there_is_a_loss_and_nothing_is_written() -> None:
     silent, model = made(evaluation={"generate": False}), Says()
 
-    result = evaluate_split(ForwardOnly(model, config(), SINGLE), silent, "validation", micro_batch_size=2)
+    result = evaluate_split(ForwardOnly(model, config(), ONE_PROCESS), silent, "validation", micro_batch_size=2)
 
     assert set(result.metrics) == {"loss"}
     assert model.calls == []
@@ -213,7 +213,9 @@ class Translates(Says):
 def test_metrics_are_those_of_the_written_records_in_data_order(number: int, size: int) -> None:
     judge = task(number)
 
-    result = evaluate_split(ForwardOnly(Translates(), config(), SINGLE), judge, "validation", micro_batch_size=size)
+    result = evaluate_split(
+        ForwardOnly(Translates(), config(), ONE_PROCESS), judge, "validation", micro_batch_size=size
+    )
 
     texts = [record["prediction"] for record in result.records]
     references = judge.splits["validation"][[*range(number)]]["reference"]
@@ -229,7 +231,7 @@ def test_metrics_are_those_of_the_written_records_in_data_order(number: int, siz
 
 def test_a_text_that_never_ends_counts_with_all_its_tokens() -> None:
     judge = task(1, evaluation={"max_new_tokens": 4})
-    endless = ForwardOnly(Says([[7, 8, 9, 10]]), config(), SINGLE)
+    endless = ForwardOnly(Says([[7, 8, 9, 10]]), config(), ONE_PROCESS)
 
     result = evaluate_split(endless, judge, "validation", micro_batch_size=2)
 
@@ -239,7 +241,7 @@ def test_a_text_that_never_ends_counts_with_all_its_tokens() -> None:
 def test_summaries_are_judged_by_rouge() -> None:
     judge = task(3, metric="summarization")
 
-    result = evaluate_split(ForwardOnly(Translates(), config(), SINGLE), judge, "validation", micro_batch_size=2)
+    result = evaluate_split(ForwardOnly(Translates(), config(), ONE_PROCESS), judge, "validation", micro_batch_size=2)
 
     assert {"rouge_1", "rouge_2", "rouge_l", "rouge_lsum"} < set(result.metrics)
     assert "bleu" not in result.metrics
@@ -289,7 +291,7 @@ def prepare(folder: Path, data: dict[str, Any] | None = None, **sections: Any) -
         }
     )
     assert isinstance(settings.task, Seq2Seq)
-    return prepare_seq2seq(settings, settings.task, SINGLE)
+    return prepare_seq2seq(settings, settings.task, ONE_PROCESS)
 
 
 def test_pairs_of_a_file_become_ids_with_the_prefix_in_front_and_references_as_they_are(folder: Path) -> None:
@@ -349,7 +351,7 @@ def test_a_split_without_targets_is_written_but_not_judged(folder: Path) -> None
     splits = {"train": "train.tsv", "validation": "validation.tsv", "test": "test.jsonl"}
 
     judge = prepare(folder, data={"splits": splits}, evaluation={"generate": True})
-    result = evaluate(ForwardOnly(Translates(), config(), SINGLE), judge, micro_batch_size=4)
+    result = evaluate(ForwardOnly(Translates(), config(), ONE_PROCESS), judge, micro_batch_size=4)
 
     assert set(result.metrics) == {"loss", *judge.metric_names}
     assert result.splits["test"].metrics == {}

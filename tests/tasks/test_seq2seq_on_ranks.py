@@ -15,7 +15,7 @@ import pytest
 import sacrebleu
 import torch
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.training.evaluation import evaluate_split
@@ -43,9 +43,9 @@ def both_ways(forward: Forward) -> dict[str, Any]:
     }
 
 
-def trained(topology: Topology, setting: Setting, folder: str | None = None) -> dict[str, Any]:
+def trained(context: RankContext, setting: Setting, folder: str | None = None) -> dict[str, Any]:
     """Collective. A few steps of training, then the model is measured and, where a folder is given, exported."""
-    run = training.build(topology, setting, tiny_seq2seq.t5(dropout=0.1, loud=1.0), tiny_seq2seq.task(3))
+    run = training.build(context, setting, tiny_seq2seq.t5(dropout=0.1, loud=1.0), tiny_seq2seq.task(3))
     recorder = Recorder()
     engine = run.go(recorder)
     if folder is not None:
@@ -53,20 +53,20 @@ def trained(topology: Topology, setting: Setting, folder: str | None = None) -> 
     return {"steps": recorder.steps, "measured": measured(engine, 23, max_new_tokens=6)}
 
 
-def evaluated(topology: Topology, stage: int | None) -> dict[str, Any]:
+def evaluated(context: RankContext, stage: int | None) -> dict[str, Any]:
     """Collective. The untrained model, plain or in shards."""
     if stage is None:
-        return {"measured": both_ways(ForwardOnly(tiny_seq2seq.t5(), SETTING.config(), topology)), "shards": True}
+        return {"measured": both_ways(ForwardOnly(tiny_seq2seq.t5(), SETTING.config(), context)), "shards": True}
     setting = replace(SETTING, engine="deepspeed", zero_stage=stage)
     module = tiny_seq2seq.t5()
-    engine = build_engine(module, setting.config(), topology)
+    engine = build_engine(module, setting.config(), context)
     shards = [parameter.ds_tensor.numel() < parameter.ds_numel for parameter in module.parameters()]
     return {"measured": both_ways(engine), "shards": all(shards)}
 
 
 @cache
 def alone() -> dict[str, Any]:
-    return evaluated(SINGLE, None)
+    return evaluated(ONE_PROCESS, None)
 
 
 def texts(found: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from dtrain.config.schema import Config, Data
 from dtrain.config.task import TokenClassification
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.token_tags import TAGGED
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words, prepare_token_classification
@@ -335,7 +335,7 @@ def prepare(folder: Path, **data: Any) -> TokenClassificationTask:
         }
     )
     assert isinstance(config.task, TokenClassification)
-    return prepare_token_classification(config, config.task, SINGLE)
+    return prepare_token_classification(config, config.task, ONE_PROCESS)
 
 
 def test_files_become_labels_in_one_order_and_tests_need_no_tags(tmp_path: Path) -> None:

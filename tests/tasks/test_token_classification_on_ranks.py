@@ -14,7 +14,7 @@ import pytest
 import torch
 from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks.token_classification import TokenClassificationTask, encode_words
 from tests.support import parity, tiny
 from tests.support.multirank import run_ranks
@@ -47,13 +47,13 @@ def model() -> Any:
         return BertForTokenClassification(config)
 
 
-def trained(topology: Topology, broken: str | None = None) -> Any:
-    return parity.trained(topology, task(), model(), broken, None)
+def trained(context: RankContext, broken: str | None = None) -> Any:
+    return parity.trained(context, task(), model(), broken, None)
 
 
 @cache
 def truth() -> Any:
-    return trained(SINGLE)
+    return trained(ONE_PROCESS)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -81,7 +81,7 @@ def test_plain_transformers_loads_the_model(tmp_path: Path) -> None:
     from transformers import AutoModelForTokenClassification
 
     learner, learns = model(), task()
-    parity.trained(SINGLE, learns, learner, None, str(tmp_path))
+    parity.trained(ONE_PROCESS, learns, learner, None, str(tmp_path))
     inputs = learns.collate(rows(2, seed=2)[[0, 1]], tiny.HERE)
     del inputs["labels"]
 

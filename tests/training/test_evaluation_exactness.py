@@ -21,7 +21,7 @@ import dtrain.training.evaluation
 from dtrain.config.task import Classification
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.collectives import all_reduce_sum
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.tasks.classification import ClassificationTask
@@ -71,8 +71,8 @@ def naive(forward: Forward, rows: int, *, kind: str) -> dict[str, Any]:
     kind: repeated (short ranks start over, as torch's DistributedSampler does), dropped (the rest is left out),
     mean_of_means (all is counted once, but averaged per rank and then over ranks).
     """
-    topology, judged = forward.topology, task(rows)
-    size, rank = topology.world_size, topology.rank
+    context, judged = forward.context, task(rows)
+    size, rank = context.world_size, context.rank
     own = list(range(rank, rows, size))
     if kind == "repeated":
         own = [index % rows for index in range(rank, -(-rows // size) * size, size)]
@@ -90,13 +90,13 @@ def naive(forward: Forward, rows: int, *, kind: str) -> dict[str, Any]:
     mine = [math.fsum(losses[index] for index in own), float(sum(right[index] for index in own)), float(len(own))]
     if kind == "mean_of_means":
         mine = [value / max(len(own), 1) for value in mine]
-    loss, hits, weight = all_reduce_sum(torch.tensor(mine, dtype=torch.float64), topology).tolist()
+    loss, hits, weight = all_reduce_sum(torch.tensor(mine, dtype=torch.float64), context).tolist()
     return {"metrics": {"loss": loss / max(weight, 1), "accuracy": hits / max(weight, 1)}, "records": []}
 
 
-def evaluated(topology: Topology) -> dict[str, Any]:
+def evaluated(context: RankContext) -> dict[str, Any]:
     """Exact and naive evaluations of both sizes, on every rank."""
-    forward = ForwardOnly(model(), SETTING.config(), topology)
+    forward = ForwardOnly(model(), SETTING.config(), context)
     return {
         str(rows): {
             "exact": result_of(forward, rows),
@@ -114,7 +114,7 @@ def on_ranks(world_size: int) -> list[Any]:
 
 @cache
 def truth() -> dict[str, Any]:
-    return evaluated(SINGLE)
+    return evaluated(ONE_PROCESS)
 
 
 def assert_exact(expected: dict[str, Any], found: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def test_metrics_are_those_of_scikit_learn_and_the_loss_that_of_float64(rows: in
         losses.append(float(-logits.log_softmax(dim=0)[labels[index]]))
         predicted.append(int(logits.argmax()))
 
-    found = result_of(ForwardOnly(model(double=True), SETTING.config(), SINGLE), rows)["metrics"]
+    found = result_of(ForwardOnly(model(double=True), SETTING.config(), ONE_PROCESS), rows)["metrics"]
     single_precision = truth()[str(rows)]["exact"]["metrics"]
 
     assert found["loss"] == pytest.approx(math.fsum(losses) / rows, rel=1e-12)
@@ -197,7 +197,7 @@ def test_metrics_are_those_of_scikit_learn_and_the_loss_that_of_float64(rows: in
 
 
 def test_workers_that_prepare_batches_change_no_digit() -> None:
-    forward = ForwardOnly(model(), SETTING.config(), SINGLE)
+    forward = ForwardOnly(model(), SETTING.config(), ONE_PROCESS)
 
     assert result_of(forward, 23, workers=1) == truth()["23"]["exact"]
 
@@ -205,24 +205,24 @@ def test_workers_that_prepare_batches_change_no_digit() -> None:
 # Broken from within: the check on indices sees it, on every rank
 
 
-def broken_inside(topology: Topology, breaks: str) -> Any:
+def broken_inside(context: RankContext, breaks: str) -> Any:
     """Rank 1's list of batches is wrong; a value of that example, but not its index, in `values`."""
     if breaks == "values":
-        split: Any = training.Repeats(tiny.sentences(23, seed=5), topology.rank)
-        forward = ForwardOnly(model(), SETTING.config(), topology)
+        split: Any = training.Repeats(tiny.sentences(23, seed=5), context.rank)
+        forward = ForwardOnly(model(), SETTING.config(), context)
         found = evaluate_split(forward, task(23, split), "validation", micro_batch_size=4)
         return {"metrics": dict(found.metrics), "records": list(found.records)}
 
     def wrong(*args: Any, **kwargs: Any) -> Iterator[MicroBatch]:
         for batch in evaluation_batches(*args, **kwargs):
-            if topology.rank == 1 and batch.index == 1:
+            if context.rank == 1 and batch.index == 1:
                 if breaks == "dropped":
                     continue
                 yield batch
             yield batch
 
     dtrain.training.evaluation.evaluation_batches = wrong  # this process ends with the test
-    return result_of(ForwardOnly(model(), SETTING.config(), topology), 23)
+    return result_of(ForwardOnly(model(), SETTING.config(), context), 23)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,11 @@ def test_an_example_read_for_another_is_rejected() -> None:
 # Through engines
 
 
-def sharded(topology: Topology, stage: int) -> dict[str, Any]:
+def sharded(context: RankContext, stage: int) -> dict[str, Any]:
     """Through DeepSpeed, every parameter in shards at stage 3. Micro-batches of 8: three, so that rank 1 has one less."""
     setting = replace(SETTING, engine="deepspeed", zero_stage=stage)
     module = model()
-    engine = build_engine(module, setting.config(), topology)
+    engine = build_engine(module, setting.config(), context)
     assert engine.lock_step == (stage >= 2)
     shards = [p.ds_tensor.numel() < p.ds_numel for p in module.parameters()] if stage == 3 else [True]
     found = {f"{rows}/{size}": result_of(engine, rows, micro_batch_size=size) for rows in SIZES for size in (4, 8, 32)}
@@ -260,7 +260,7 @@ def sharded(topology: Topology, stage: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_sharded_model_measures_the_same_also_where_a_rank_has_no_micro_batch(stage: int) -> None:
-    whole = ForwardOnly(model(), SETTING.config(), SINGLE)
+    whole = ForwardOnly(model(), SETTING.config(), ONE_PROCESS)
 
     for rank in run_ranks(sharded, 2, stage, timeout_s=120):
         assert rank["shards"]
@@ -292,24 +292,24 @@ class Halfway:
         return self._monitor.after_step(record)
 
 
-def trained(topology: Topology, setting: Setting, *, with_evaluation: bool) -> dict[str, Any]:
+def trained(context: RankContext, setting: Setting, *, with_evaluation: bool) -> dict[str, Any]:
     """Five steps, with or without evaluations on the way; then the weights and an evaluation through the engine."""
-    run = training.build(topology, setting, model())
+    run = training.build(context, setting, model())
     watch = Halfway(lambda: run.engine)
     run.go(*([watch] if with_evaluation else []))
     final = result_of(run.engine, 23)
     return {"weights": training.weights_of(run.engine), "final": final, "way": watch.results, "modes": watch.modes}
 
 
-def trained_both_ways(topology: Topology, setting: Setting) -> list[dict[str, Any]]:
-    return [trained(topology, setting, with_evaluation=True), trained(topology, setting, with_evaluation=False)]
+def trained_both_ways(context: RankContext, setting: Setting) -> list[dict[str, Any]]:
+    return [trained(context, setting, with_evaluation=True), trained(context, setting, with_evaluation=False)]
 
 
 def digits_of(weights: dict[str, Any]) -> dict[str, Any]:
     """One process's evaluation of a bare model with those weights."""
     module = model()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=False)
-    return result_of(ForwardOnly(module, SETTING.config(), SINGLE), 23)
+    return result_of(ForwardOnly(module, SETTING.config(), ONE_PROCESS), 23)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(None, 1), (None, 3), (1, 2), (3, 2)])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from tests.support import training
 from tests.support.multirank import RanksFailed, run_ranks
 from tests.support.training import Setting, apart, worst
@@ -23,7 +23,7 @@ PLAIN = Setting()
 
 @pytest.fixture(scope="module")
 def single() -> dict[str, Any]:
-    return training.run(SINGLE, PLAIN)
+    return training.run(ONE_PROCESS, PLAIN)
 
 
 def assert_same(reference: dict[str, Any], other: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_a_broken_run_is_rejected(single: dict[str, Any], broken: str) -> None:
 def test_in_float64_two_ranks_end_with_the_weights_of_one_process() -> None:
     setting = replace(PLAIN, double=True, steps=9)
 
-    one, two = training.run(SINGLE, setting), run_ranks(training.run, 2, setting)[0]
+    one, two = training.run(ONE_PROCESS, setting), run_ranks(training.run, 2, setting)[0]
 
     assert apart(one, two) <= 1e-12
     with pytest.raises(AssertionError):
@@ -93,7 +93,7 @@ def test_adamw_with_frozen_and_thawed_parts_is_the_same_on_every_engine(
         thaw=((1, "encoder.layer[0]"),),
     )
 
-    one = training.run(SINGLE, setting)
+    one = training.run(ONE_PROCESS, setting)
     other = run_ranks(training.run, world_size, replace(setting, engine=engine, zero_stage=stage), timeout_s=120)[0]
 
     assert worst(one, other) <= 1e-5
@@ -108,8 +108,8 @@ def test_what_no_grad_cut_off_learns_once_the_frozen_part_above_it_is_thawed() -
     setting = replace(PLAIN, optimizer="adamw", steps=8, freeze=("encoder",), freeze_method="no_grad")
     below = "bert.embeddings.word_embeddings.weight"
 
-    never = training.run(SINGLE, setting)
-    one = training.run(SINGLE, replace(setting, thaw=((1, "encoder"),)))
+    never = training.run(ONE_PROCESS, setting)
+    one = training.run(ONE_PROCESS, replace(setting, thaw=((1, "encoder"),)))
     two = run_ranks(training.run, 2, replace(setting, thaw=((1, "encoder"),)))[0]
 
     assert never["slots"][below] == []
@@ -120,13 +120,13 @@ def test_what_no_grad_cut_off_learns_once_the_frozen_part_above_it_is_thawed() -
 def test_adafactor_takes_the_same_steps_on_two_ranks() -> None:
     setting = replace(PLAIN, optimizer="adafactor", learning_rate=1e-2)
 
-    assert_same(training.run(SINGLE, setting), run_ranks(training.run, 2, setting)[0])
+    assert_same(training.run(ONE_PROCESS, setting), run_ranks(training.run, 2, setting)[0])
 
 
 def test_class_weights_and_activation_checkpointing_change_no_promise() -> None:
     setting = replace(PLAIN, class_weights=True)
 
-    one = training.run(SINGLE, setting)
+    one = training.run(ONE_PROCESS, setting)
     two = run_ranks(training.run, 2, replace(setting, checkpointing=True))[0]
 
     assert worst(one, two) <= 1e-6
@@ -160,7 +160,7 @@ def test_sharded_fp16_without_clipping_reports_the_plain_norm(stage: int) -> Non
     setting = replace(plain, precision="fp16", engine="deepspeed", zero_stage=stage)
 
     result = run_ranks(training.run, 2, setting, timeout_s=120)[0]
-    one = training.run(SINGLE, plain)
+    one = training.run(ONE_PROCESS, plain)
 
     assert worst(one, result) <= 0.02
     assert worst(one, result, "grad_norm") <= 0.05

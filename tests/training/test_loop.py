@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Best
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests.support import faults, tiny, training
@@ -80,7 +80,7 @@ def independent_loop(
 
 @cache
 def plain_run(*, steps: int = 20) -> dict[str, Any]:
-    return training.run(SINGLE, replace(PLAIN, steps=steps, double=True))
+    return training.run(ONE_PROCESS, replace(PLAIN, steps=steps, double=True))
 
 
 def assert_equal(reference: dict[str, Any], found: dict[str, Any], *, to: float) -> None:
@@ -99,7 +99,7 @@ def test_the_controls_below_are_equal_too_while_unbroken() -> None:
 
 
 def test_twenty_steps_in_single_precision_are_equal_to_1e6() -> None:
-    assert_equal(independent_loop(double=False, peak=3e-4), training.run(SINGLE, SINGLE_PRECISION), to=1e-6)
+    assert_equal(independent_loop(double=False, peak=3e-4), training.run(ONE_PROCESS, SINGLE_PRECISION), to=1e-6)
 
 
 @pytest.mark.parametrize("broken", ["mean_of_means", "clip", "decay", "schedule"])
@@ -111,7 +111,7 @@ def test_a_loop_with_a_mistake_is_rejected(broken: str) -> None:
 def test_workers_that_prepare_batches_change_no_bit() -> None:
     setting = replace(PLAIN, steps=4, dropout=0.1, shuffle=True)
 
-    ahead, here = training.run(SINGLE, replace(setting, workers=2)), training.run(SINGLE, setting)
+    ahead, here = training.run(ONE_PROCESS, replace(setting, workers=2)), training.run(ONE_PROCESS, setting)
 
     assert ahead["steps"] == here["steps"]
     assert ahead["weights"] == here["weights"]
@@ -122,7 +122,7 @@ def test_workers_that_prepare_batches_change_no_bit() -> None:
 
 def go(setting: Setting, *monitors: Any, learns: Any = None) -> tuple[list[StepRecord], RunState]:
     journal = Journal()
-    run = training.build(SINGLE, setting, learns=learns)
+    run = training.build(ONE_PROCESS, setting, learns=learns)
     run.go(journal, *monitors)
     return journal.records, run.state
 
@@ -144,7 +144,7 @@ def test_records_count_steps_from_one_and_epochs_in_parts() -> None:
 
 
 def test_a_run_goes_on_from_where_its_state_says() -> None:
-    run = training.build(SINGLE, SHORT)
+    run = training.build(ONE_PROCESS, SHORT)
     run.state.step, run.state.updates = 5, 4
     journal = Journal()
     run.go(journal)
@@ -154,7 +154,7 @@ def test_a_run_goes_on_from_where_its_state_says() -> None:
 
 
 def test_a_finished_run_takes_no_step() -> None:
-    run = training.build(SINGLE, SHORT)
+    run = training.build(ONE_PROCESS, SHORT)
     run.state.step = 7
     journal = Journal()
     run.go(journal)
@@ -163,7 +163,7 @@ def test_a_finished_run_takes_no_step() -> None:
 
 
 def test_every_epoch_is_announced_before_its_first_step() -> None:
-    run = training.build(SINGLE, SHORT)
+    run = training.build(ONE_PROCESS, SHORT)
     seen: list[tuple[int, int]] = []
 
     def announce(engine: Any, epoch: int) -> Any:
@@ -216,7 +216,7 @@ def test_early_stopping_keeps_the_best_step() -> None:
 
 @cache
 def faulty() -> dict[str, Any]:
-    return faults.everything(SINGLE, faults.SETTING)
+    return faults.everything(ONE_PROCESS, faults.SETTING)
 
 
 @pytest.mark.parametrize("kind", ["loss", "loss_alone"])
@@ -257,7 +257,7 @@ def test_a_skipped_step_moves_neither_weights_nor_schedule(kind: str) -> None:
 def test_a_skipped_step_leaves_the_rest_as_a_step_without_targets_does() -> None:
     without = faults.task(faults.SETTING, without_labels=frozenset(range(8, 16)))
 
-    nothing_to_learn = faults.skipped(SINGLE, faults.SETTING, "none", without)
+    nothing_to_learn = faults.skipped(ONE_PROCESS, faults.SETTING, "none", without)
 
     for kind in faults.FAILING:
         assert faulty()["skipped"][kind]["weights"] == nothing_to_learn["weights"]
@@ -276,7 +276,7 @@ def test_a_discarded_step_is_as_if_it_had_not_been(optimizer: str) -> None:
 
 def test_a_step_without_a_single_target_changes_nothing_and_divides_by_nothing() -> None:
     nothing = frozenset(range(21))
-    run = training.build(SINGLE, faults.SETTING, learns=faults.task(faults.SETTING, without_labels=nothing))
+    run = training.build(ONE_PROCESS, faults.SETTING, learns=faults.task(faults.SETTING, without_labels=nothing))
     before, journal = training.weights_of(run.engine), Journal()
     run.go(journal)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Best
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.training.monitors.protocol import Decision, StepRecord
@@ -41,7 +41,7 @@ def faulty(engine: str) -> list[dict[str, Any]]:
 
 @cache
 def alone() -> dict[str, Any]:
-    return faults.everything(SINGLE, faults.SETTING)
+    return faults.everything(ONE_PROCESS, faults.SETTING)
 
 
 # Steps that cannot be taken
@@ -107,13 +107,13 @@ def test_a_stand_in_for_a_bad_micro_batch_is_not_reported() -> None:
         assert rank["applied"] is False
 
 
-def bad_from_the_start(topology: Topology) -> Any:
+def bad_from_the_start(context: RankContext) -> Any:
     setting = replace(faults.SETTING, steps=2)
     learns = faults.task(setting)
     rows = learns.splits["train"][[*range(21)]]
     rows["input_ids"][1][1] = faults.BAD_TOKEN
     learns.splits = {**learns.splits, "train": tiny.Table(rows)}
-    return faults.skipped(topology, setting, "loss", learns)["records"][0]
+    return faults.skipped(context, setting, "loss", learns)["records"][0]
 
 
 # Stopping
@@ -129,14 +129,14 @@ class StopAt:
         return Decision.STOP if self._here and record.step == self._step else Decision.CONTINUE
 
 
-def stops(topology: Topology) -> dict[str, list[int]]:
+def stops(context: RankContext) -> dict[str, list[int]]:
     """The steps that were taken, by who wanted to stop after the third, with and without an evaluation there."""
     setting, found = replace(faults.SETTING, steps=8), {}
     for who in (0, 1, None):
         for evaluates in (False, True):
-            run = training.build(topology, setting)
+            run = training.build(context, setting)
             journal = Journal()
-            monitors: list[Any] = [journal, StopAt(3, here=who in (None, topology.rank))]
+            monitors: list[Any] = [journal, StopAt(3, here=who in (None, context.rank))]
             if evaluates:
                 monitors.insert(0, Evaluate(3, lambda _step: {"loss": 1.0}))
             run.go(*monitors)
@@ -154,10 +154,10 @@ def test_one_rank_that_wants_to_stop_stops_all_at_the_same_step() -> None:
         assert first[f"{who} True"] == [1, 2, 3]
 
 
-def early(topology: Topology) -> dict[str, Any]:
+def early(context: RankContext) -> dict[str, Any]:
     """Patience 2 over made-up values that are the same on all ranks, as those of an evaluation are."""
     values = {1: 3.0, 2: 1.0, 3: math.nan, 4: 1.0, 5: 0.0}
-    run = training.build(topology, replace(faults.SETTING, steps=5))
+    run = training.build(context, replace(faults.SETTING, steps=5))
     exported: list[Any] = []
     keep = KeepBest(Best(metric="loss"), run.state, lambda: exported.append(training.weights_of(run.engine)))
     journal = Journal()
@@ -166,7 +166,7 @@ def early(topology: Topology) -> dict[str, Any]:
         "steps": len(journal.records),
         "best": [run.state.best, run.state.best_step, run.state.patience],
         "exports": len(exported),
-        "kept_another": exported[-1] != training.weights_of(run.engine) or topology.rank > 0,
+        "kept_another": exported[-1] != training.weights_of(run.engine) or context.rank > 0,
     }
 
 
@@ -178,12 +178,12 @@ def test_early_stopping_is_decided_together_and_the_best_step_is_kept() -> None:
 # Ranks without an example, steps without a target
 
 
-def few(topology: Topology, setting: Setting) -> dict[str, Any]:
+def few(context: RankContext, setting: Setting) -> dict[str, Any]:
     """Two examples, one example, and a middle step whose labels are all missing."""
     found = {}
     for name, rows, without in (("two", 2, ()), ("one", 1, ()), ("unlabelled", 21, range(8, 16))):
         learns = faults.task(setting, rows=rows, without_labels=frozenset(without))
-        run = training.build(topology, setting, learns=learns)
+        run = training.build(context, setting, learns=learns)
         journal = Journal()
         run.go(journal)
         found[name] = {
@@ -201,7 +201,7 @@ def test_fewer_examples_than_ranks_and_steps_without_targets_are_as_on_one_proce
 ) -> None:
     plain = replace(setting_of(engine), optimizer="sgd", learning_rate=0.1, max_grad_norm=None)
     setting = replace(plain, micro_batch_size=1, global_batch_size=8)
-    one = few(SINGLE, replace(setting, engine="auto", zero_stage=None))
+    one = few(ONE_PROCESS, replace(setting, engine="auto", zero_stage=None))
 
     found = run_ranks(few, world_size, setting, timeout_s=120)[0]
 
@@ -220,7 +220,7 @@ def test_fewer_examples_than_ranks_and_steps_without_targets_are_as_on_one_proce
 # Causal language models: uneven targets, a short last block
 
 
-def language(topology: Topology, engine: str = "auto", stage: int | None = None) -> dict[str, Any]:
+def language(context: RankContext, engine: str = "auto", stage: int | None = None) -> dict[str, Any]:
     """Six steps over 13 blocks, the last of them of 2 targets instead of 6."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -234,7 +234,7 @@ def language(topology: Topology, engine: str = "auto", stage: int | None = None)
     learns = CausalLmTask({"train": tiny.Table({"input_ids": blocks})}, tiny.tokenizer(), max_length=6, is_char=False)
     shape = Setting(steps=6, global_batch_size=5, micro_batch_size=2, max_grad_norm=None)  # a clip would hide a scale
     setting = replace(shape, engine=engine, zero_stage=stage)
-    run = training.build(topology, setting, module, learns)
+    run = training.build(context, setting, module, learns)
     journal = Journal()
     run.go(journal)
     return {"steps": journal.as_json(), "weights": training.weights_of(run.engine)}
@@ -244,7 +244,7 @@ def language(topology: Topology, engine: str = "auto", stage: int | None = None)
 def test_a_language_model_learns_the_same_on_two_ranks_short_last_block_included(
     engine: str, stage: int | None
 ) -> None:
-    one = language(SINGLE)
+    one = language(ONE_PROCESS)
 
     two = run_ranks(language, 2, engine, stage, timeout_s=120)[0]
 
@@ -258,7 +258,7 @@ def test_a_language_model_learns_the_same_on_two_ranks_short_last_block_included
 # Parts of the model that only some batches use
 
 
-def partly_used(topology: Topology, setting: Setting) -> dict[str, Any]:
+def partly_used(context: RankContext, setting: Setting) -> dict[str, Any]:
     """An extra layer that only the micro-batch with the bad token goes through: micro-batch 1 of 3 in step 2."""
     module = tiny.bert(dropout=0.0)
     with torch.random.fork_rng():
@@ -272,7 +272,7 @@ def partly_used(topology: Topology, setting: Setting) -> dict[str, Any]:
 
     module.register_forward_hook(sometimes, with_kwargs=True)
     before = module.extra.weight.detach().clone()
-    run = training.build(topology, setting, module, faults.task(setting))
+    run = training.build(context, setting, module, faults.task(setting))
     journal = Journal()
     run.go(journal)
     moved = not torch.equal(before, run.engine.module.extra.weight.detach())
@@ -281,7 +281,7 @@ def partly_used(topology: Topology, setting: Setting) -> dict[str, Any]:
 
 def test_a_part_that_some_batches_use_learns_where_find_unused_says_so() -> None:
     setting = replace(faults.SETTING, optimizer="sgd", learning_rate=0.5, find_unused=True)
-    one = partly_used(SINGLE, setting)
+    one = partly_used(ONE_PROCESS, setting)
 
     ranks = run_ranks(partly_used, 2, setting)
 

@@ -12,7 +12,7 @@ import torch
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Classification
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.tasks.classification import ClassificationTask
@@ -41,7 +41,7 @@ def task(**more: Sequence[int | None]) -> ClassificationTask:
 def evaluated(judged: ClassificationTask, what: Reported) -> EvaluationResult:
     settings = Config.model_validate({"task": {"name": "classification"}})
     with torch.random.fork_rng():
-        forward = ForwardOnly(tiny.bert(layers=1), settings, SINGLE)
+        forward = ForwardOnly(tiny.bert(layers=1), settings, ONE_PROCESS)
     return evaluate(forward, judged, micro_batch_size=2, reported=what)
 
 

@@ -13,7 +13,7 @@ from dtrain import console
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.config.task import Classification
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.tasks.classification import ClassificationTask
 from tests.support import tiny
@@ -47,17 +47,17 @@ def write(home: Path, *, best: str) -> str:
     return str(home)
 
 
-def fit(topology: Topology, folder: str) -> dict[str, Any]:
+def fit(context: RankContext, folder: str) -> dict[str, Any]:
     """Trains with the function that lies in `folder`; run and calls are named after the number of ranks."""
-    home, world = Path(folder), topology.world_size
+    home, world = Path(folder), context.world_size
     os.environ["CALLS"] = str(home / f"calls-{world}")
     splits = {"train": tiny.sentences(24), "validation": tiny.sentences(5, seed=1)}
     options = Classification(name="classification")
     task = ClassificationTask(splits, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
-    console.set_up(rank=topology.rank, world_size=world)
+    console.set_up(rank=context.rank, world_size=world)
     config = load_config(home / "own.yaml", [f"run.name=ranks-{world}"])
     try:
-        found = run_train(config, topology, model=tiny.bert(), task=task)
+        found = run_train(config, context, model=tiny.bert(), task=task)
     except ConfigError as error:
         return {"error": str(error)}
     return {"metrics": found.metrics}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import DtrainError
 from dtrain.training.evaluation import evaluate
@@ -28,7 +28,7 @@ def test_a_micro_batch_is_named_by_its_examples_and_length() -> None:
 
 
 def test_in_training_the_micro_batch_is_named_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = training.build(SINGLE, SETTING)
+    run = training.build(ONE_PROCESS, SETTING)
     monkeypatch.setattr(run.engine, "backward", exhausted)
 
     with pytest.raises(DtrainError, match=r"at a micro-batch of 3 examples, \d+ tokens long.*train.micro_batch_size"):
@@ -36,7 +36,7 @@ def test_in_training_the_micro_batch_is_named_and_what_to_set(monkeypatch: pytes
 
 
 def test_in_the_optimizers_step_zero_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = training.build(SINGLE, SETTING)
+    run = training.build(ONE_PROCESS, SETTING)
     monkeypatch.setattr(run.engine, "step", exhausted)
 
     with pytest.raises(DtrainError, match=r"at the optimizer's step.*engine.zero_stage=1") as raised:
@@ -48,7 +48,7 @@ def test_in_the_optimizers_step_zero_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_in_evaluation_its_own_micro_batch_size_is_named() -> None:
     task = training.task(SETTING)
-    forward = ForwardOnly(tiny.bert(layers=1), SETTING.config(), SINGLE)
+    forward = ForwardOnly(tiny.bert(layers=1), SETTING.config(), ONE_PROCESS)
     forward.module.forward = exhausted
 
     with pytest.raises(DtrainError, match=r"evaluation micro-batch of 11 examples.*evaluation.micro_batch_size lower"):

@@ -29,8 +29,8 @@ def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **dea
     return run_ranks(dying, world, str(folder), name, dict(changes), death)
 
 
-def dying(topology: Any, folder: str, name: str, changes: dict[str, Any], death: dict[str, Any]) -> Any:
-    return life(topology, folder, name, changes, **death)
+def dying(context: Any, folder: str, name: str, changes: dict[str, Any], death: dict[str, Any]) -> Any:
+    return life(context, folder, name, changes, **death)
 
 
 def steady(folder: Path, world: int, changes: Mapping[str, Any]) -> str:

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.console import log
-from dtrain.distributed import heartbeat
-from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase
 from dtrain.distributed.topology import Topology
 from dtrain.job.watchdog import process, stacks
 from dtrain.job.watchdog.evidence import Ward
@@ -52,13 +51,17 @@ class Watch:
     """What the rank holds of its monitor. Where nothing watches, everything here does nothing."""
 
     def __init__(
-        self, beat: Beat, channel: socket.socket | None = None, pid: int | None = None, file: int | None = None
+        self,
+        heartbeat: Heartbeat,
+        channel: socket.socket | None = None,
+        pid: int | None = None,
+        file: int | None = None,
     ) -> None:
         """
         Args:
             channel, pid: of the monitor. file: where stacks are written.
         """
-        self.beat = beat
+        self.heartbeat = heartbeat
         self._file = file
         self._channel, self._pid = channel, pid
         self._news: News | None = None
@@ -99,7 +102,7 @@ class Watch:
 
     def failing(self, words: str, code: int, *, by_signal: bool) -> None:
         """This rank ends with an error, and will say so itself; the others are told."""
-        self.beat.at(Phase.ENDING)
+        self.heartbeat.at(Phase.ENDING)
         self._say({"failed": words, "code": code, "by_signal": by_signal})
 
     def news(self, within_s: float) -> News | None:
@@ -138,7 +141,7 @@ class Watch:
         assert self._channel is not None
         rest = b""
         while not self._is_closed.is_set():
-            self.beat.thread(_number() if self._has_group else -1)
+            self.heartbeat.thread(_number() if self._has_group else -1)
             readable, _, _ = select.select([self._channel], [], [], TICK_S)
             if not readable:
                 continue
@@ -196,15 +199,15 @@ def watching(rank: int, rules: Rules, run_dir: Path) -> Iterator[Watch]:
     memory, and before anything is connected or put on a device.
     """
     if sys.platform != "linux" or not hasattr(os, "pidfd_open"):
-        yield Watch(Beat())
+        yield Watch(Heartbeat())
         return
     with _written_stacks() as file:
-        memory = mmap.mmap(-1, heartbeat.SIZE)
-        beat = Beat(memory)
+        memory = mmap.mmap(-1, SIZE)
+        heartbeat = Heartbeat(memory)
         ours, theirs = socket.socketpair()
         thread, native_thread = threading.get_ident(), threading.get_native_id()
         ward = Ward(rank, os.getpid(), thread, native_thread, memory, file, theirs, rules, run_dir)
-        watch = Watch(beat, ours, _fork(ward, ours), file)
+        watch = Watch(heartbeat, ours, _fork(ward, ours), file)
         theirs.close()
         try:
             yield watch

@@ -32,7 +32,7 @@ class Rules:
 class Seen:
     """A rank as its monitor saw it last.
 
-    silent_s: since the last beat, as far as the monitor itself was awake. stopped_s: how long the process has been
+    silent_s: since the last heartbeat, as far as the monitor itself was awake. stopped_s: how long the process has been
     stopped by a signal. deaf_s: how long no thread has had the interpreter lock. waits: whether a collective is under
     way; None where that cannot be told. waited_s: how long it has been seen in the same one. unheard_s: how long the
     monitor has said nothing.

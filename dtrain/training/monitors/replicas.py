@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dtrain.distributed.collectives import all_gather, all_gather_object, all_reduce_max
-from dtrain.distributed.topology import Topology
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import TopologyError
 from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
@@ -28,14 +28,14 @@ class Replicas:
     ZeRO 0 to 2 makes the same update from the same sum.
     """
 
-    def __init__(self, every: int, module: Callable[[], nn.Module], topology: Topology, tracker: Log) -> None:
+    def __init__(self, every: int, module: Callable[[], nn.Module], context: RankContext, tracker: Log) -> None:
         """
         Args:
             module: gives the bare model, whole on each rank; thawing may have put another engine around it.
         """
         self._every = every
         self._module = module
-        self._topology = topology
+        self._context = context
         self._tracker = tracker
 
     def after_step(self, record: StepRecord) -> Decision:
@@ -45,10 +45,10 @@ class Replicas:
 
     def _check(self, step: int) -> None:
         names, hashes = hashes_of(self._module())
-        if _all_have(hashes, self._topology):
+        if _all_have(hashes, self._context):
             return
-        everyones = [tuple(part.tolist()) for part in all_gather(hashes, self._topology)]
-        places = all_gather_object([socket.gethostname(), os.getpid()], self._topology)
+        everyones = [tuple(part.tolist()) for part in all_gather(hashes, self._context)]
+        places = all_gather_object([socket.gethostname(), os.getpid()], self._context)
         odd, differing = _odd_ones(everyones), _first_difference(everyones)
         self._tracker.event(
             "fault",
@@ -76,12 +76,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_INTEGERS[tensor.element_size()])
 
 
-def _all_have(hashes: torch.Tensor, topology: Topology) -> bool:
+def _all_have(hashes: torch.Tensor, context: RankContext) -> bool:
     """Collective. Whether all ranks have the same; by one number made of all, which wraps around as int64 does."""
     places = torch.arange(1, len(hashes) + 1, dtype=torch.int64) * torch.tensor(_SPREAD - 2**64, dtype=torch.int64)
     mixed = (hashes * (places | 1)).sum()
     # The largest and, by its complement, the smallest of all ranks' numbers.
-    largest, smallest = all_reduce_max(torch.stack([mixed, ~mixed]), topology)
+    largest, smallest = all_reduce_max(torch.stack([mixed, ~mixed]), context)
     return bool(largest == ~smallest)
 
 

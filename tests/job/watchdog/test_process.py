@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from dtrain.distributed import heartbeat
-from dtrain.distributed.heartbeat import Beat, Phase
+from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase
 from dtrain.job.watchdog.evidence import Answer, Ward
 from dtrain.job.watchdog.process import Monitor, Place
 from dtrain.job.watchdog.rules import Rules, hanging
@@ -29,8 +28,8 @@ class Cut:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rules: Rules = RULES, quiet_s: float = 0.05) -> None:
         self.said: list[str] = []
-        self.rules, self.memory = rules, mmap.mmap(-1, heartbeat.SIZE)
-        self.beat = Beat(self.memory)
+        self.rules, self.memory = rules, mmap.mmap(-1, SIZE)
+        self.heartbeat = Heartbeat(self.memory)
         monkeypatch.setattr("dtrain.job.watchdog.process.quiet_of", lambda rules: quiet_s)
         monkeypatch.setattr(
             "dtrain.job.watchdog.process.log.warning", lambda text, *values: self.said.append(text % values)
@@ -168,7 +167,7 @@ def test_a_rank_that_is_cut_off_in_a_quick_step_waits_for_rank_0_as_long_as_a_st
 
     async def life() -> None:
         for step in range(3):
-            cut.beat.at(Phase.SUMMING, step=step)
+            cut.heartbeat.at(Phase.SUMMING, step=step)
         await cut.begin()
         alone = await cut.stand_in()
         cut.monitor._tell_hub(seen(Phase.SUMMING, silent_s=62.0, waits=True, steps_timed=2, median_s=0.1))

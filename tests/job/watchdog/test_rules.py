@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 
 from dtrain.console import log
-from dtrain.distributed import heartbeat
-from dtrain.distributed.heartbeat import Beat, Phase, read
+from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase, read
 from dtrain.job.watchdog import coordinator, exit_report, process, report, stacks
 from dtrain.job.watchdog.client import Watch
 from dtrain.job.watchdog.coordinator import Hub, Member
@@ -198,9 +197,9 @@ class Looks:
     """Looks at one rank, a second apart, that does nothing but what is said."""
 
     def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, heartbeat.SIZE)
-        self.beat, self.silence, self.now = Beat(self.memory), Silence(), 1e6
-        self.beat.thread(-1)
+        self.memory = mmap.mmap(-1, SIZE)
+        self.heartbeat, self.silence, self.now = Heartbeat(self.memory), Silence(), 1e6
+        self.heartbeat.thread(-1)
         self.look()
         self.look()
 
@@ -222,11 +221,11 @@ def trace(number: int, *, pending: bool = True) -> list[dict[str, Any]]:
 
 def test_a_rank_that_begins_one_collective_after_the_other_is_not_silent() -> None:
     looks = Looks()
-    looks.beat.thread(7)
+    looks.heartbeat.thread(7)
     looks.look()
     assert looks.look().silent_s == 1.0
 
-    looks.beat.thread(8)
+    looks.heartbeat.thread(8)
 
     assert looks.look().silent_s == 0.0
 
@@ -289,8 +288,8 @@ def test_a_debugger_is_known_by_its_frames(module: str) -> None:
 
 
 def test_a_pause_of_the_whole_machine_is_nobodys_silence() -> None:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    Heartbeat(memory)
     pulse, silence = read(memory), Silence()
     silence.observe(pulse, "S", now=1e6, period_s=1.0)
 
@@ -562,7 +561,7 @@ def test_a_hub_that_stands_down_while_it_asks_ends_nobody(monkeypatch: pytest.Mo
 
 
 def test_a_rank_whose_end_is_called_off_speaks_again() -> None:
-    watch, before = Watch(Beat()), list(log.handlers)
+    watch, before = Watch(Heartbeat()), list(log.handlers)
     found = []
     for told in ({"hush": True}, {"ask": True, "hush": True}, {"hush": False}):
         watch._heed(told)
@@ -794,8 +793,8 @@ def test_ranks_are_ended_whatever_keeps_the_words_from_being_said(monkeypatch: p
 
 
 def ward() -> Ward:
-    memory = mmap.mmap(-1, heartbeat.SIZE)
-    Beat(memory)
+    memory = mmap.mmap(-1, SIZE)
+    Heartbeat(memory)
     return Ward(1, os.getpid(), threading.get_ident(), 0, memory, os.memfd_create("stacks"), None, SHORT, Path("there"))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Spike
-from dtrain.distributed.topology import SINGLE
+from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, TopologyError
 from dtrain.training.monitors import replicas
 from dtrain.training.monitors.protocol import Decision, RunState
@@ -220,7 +220,7 @@ def test_the_message_names_whom_it_can() -> None:
 
 def test_weights_are_compared_every_so_many_steps_and_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    monitor = Replicas(5, weights, SINGLE, Journal())
+    monitor = Replicas(5, weights, ONE_PROCESS, Journal())
     monkeypatch.setattr(monitor, "_check", looked.append)
 
     for step in range(1, 15):
@@ -232,5 +232,5 @@ def test_weights_are_compared_every_so_many_steps_and_after_the_last(monkeypatch
 def test_one_process_agrees_with_itself() -> None:
     journal = Journal()
 
-    assert Replicas(1, weights, SINGLE, journal).after_step(record(1)) == Decision.CONTINUE
+    assert Replicas(1, weights, ONE_PROCESS, journal).after_step(record(1)) == Decision.CONTINUE
     assert journal.events == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Spike
-from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.errors import TopologyError
 from dtrain.training.monitors.non_finite import NonFinite
 from dtrain.training.monitors.protocol import Decision, StepRecord
@@ -38,16 +38,16 @@ class FlipsABit:
         return Decision.CONTINUE
 
 
-def checked(topology: Topology, setting: Setting, odd: int | None, parameter: int) -> dict[str, Any]:
+def checked(context: RankContext, setting: Setting, odd: int | None, parameter: int) -> dict[str, Any]:
     """Collective. Six steps, compared after every second; `odd`: the rank whose weight changes after step 3."""
-    run, journal = training.build(topology, setting), Journal()
+    run, journal = training.build(context, setting), Journal()
     names = [name for name, _ in run.engine.module.named_parameters()]
     error = None
     try:
         run.go(
             journal,
-            FlipsABit(run, 3, here=topology.rank == odd, parameter=parameter),
-            Replicas(2, lambda: run.engine.module, topology, journal),
+            FlipsABit(run, 3, here=context.rank == odd, parameter=parameter),
+            Replicas(2, lambda: run.engine.module, context, journal),
         )
     except TopologyError as raised:
         error = str(raised)
@@ -114,7 +114,7 @@ class Keeps:
         return Decision.CONTINUE
 
 
-def spiked(topology: Topology, setting: Setting) -> dict[str, Any]:
+def spiked(context: RankContext, setting: Setting) -> dict[str, Any]:
     """Collective. Twelve steps, of which each third has a loss of about 50 times the usual; the first ten only teach."""
     learns = faults.task(setting)
     usual = learns.loss
@@ -124,7 +124,7 @@ def spiked(topology: Topology, setting: Setting) -> dict[str, Any]:
         return usual(model, batch) * (100.0 if is_bad else 1.0)
 
     learns.loss = loss  # type: ignore[method-assign]
-    run, journal = training.build(topology, setting, learns=learns), Journal()
+    run, journal = training.build(context, setting, learns=learns), Journal()
     spikes = Spikes(Spike(action="skip", window=10), run.state, journal)
     run.loop = replace(run.loop, drops=spikes.drops)
     keeps = Keeps(run)
@@ -140,7 +140,7 @@ def spiked(topology: Topology, setting: Setting) -> dict[str, Any]:
 
 def test_the_update_of_a_spike_is_left_out_on_every_engine_and_the_run_goes_on_as_on_one_process() -> None:
     setting = replace(faults.SETTING, steps=13, optimizer="sgd", learning_rate=0.01, dropout=0.0, warmup=0)
-    one = spiked(SINGLE, setting)
+    one = spiked(ONE_PROCESS, setting)
     assert one["faults"] == [11]
     assert one["kept"] == [step == 11 for step in range(1, 14)]
     assert [step["applied"] for step in one["steps"]] == [step != 11 for step in range(1, 14)]
