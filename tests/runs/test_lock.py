@@ -19,7 +19,7 @@ import pytest
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
-from dtrain.distributed.heartbeat import SIZE, Heartbeat
+from dtrain.distributed.heartbeat import SIZE, Heartbeat, read
 from dtrain.distributed.process_info import Process, began, fields_of, is_alive, this_process
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
@@ -165,12 +165,12 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
     heartbeat.on_disowned = told.append
     with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=heartbeat.disown_folder) as own:
         heartbeat.own_folder(own.id)
-        before = heartbeat.read(memory).owns_folder
+        before = read(memory).owns_folder
         leave_lock(tmp_path, other)
         assert ended.wait(10)
     over.set()
 
-    assert (before, heartbeat.read(memory).owns_folder) == (True, False)
+    assert (before, read(memory).owns_folder) == (True, False)
     words, code = told
     assert (
         words
