@@ -102,6 +102,15 @@ HEAVY = {
     "tensorboard",
 }
 
+ENGINE_QUESTIONS = {
+    *("zero_stage", "is_deepspeed", "powersgd", "local_steps", "gradient_wire", "bucket_mb"),
+    *("local_sgd", "ds_numel", "ds_tensor", "ds_shape", "ds_id"),
+}
+"""Attributes that tell one engine from another. Only engine/ and config/ use them; the rest asks dtrain.engine.protocol."""
+
+ENGINE_API = ("build", "protocol", "optim", "state", "forward_only", "unused_parameters")
+"""The files of engine/ that the rest may import: none of them belongs to one engine."""
+
 LONGEST_FILE = 400
 """Lines. The aim is 300; from here on a file is two."""
 
@@ -111,13 +120,23 @@ GONE_FROM_STDLIB = {"asynchat", "asyncore", "cgi", "crypt", "distutils", "imp", 
 
 @dataclass
 class Module:
-    """One file. `uses`: dotted name -> first line, for imports and attributes; `at_import`: those outside functions."""
+    """One file.
+
+    Attributes:
+        name: dotted, below dtrain.
+        path: of the file.
+        lines: how many.
+        uses: dotted name -> first line, for imports and attributes of imported names.
+        at_import: those of `uses` outside functions.
+        attributes: name of an attribute of anything -> first line.
+    """
 
     name: str
     path: Path
     lines: int
     uses: dict[str, int] = field(default_factory=dict)
     at_import: set[str] = field(default_factory=set)
+    attributes: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, line: int, *, at_import: bool) -> None:
         self.uses.setdefault(name, line)
@@ -156,6 +175,7 @@ class Reader(ast.NodeVisitor):
             self._add(f"{source}.{alias.name}", node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        self.module.attributes.setdefault(node.attr, node.lineno)
         parts: list[str] = []
         inner: ast.expr = node
         while isinstance(inner, ast.Attribute):
@@ -220,7 +240,7 @@ def breaches(root: Path) -> list[str]:
     for module in modules.values():
         found += [
             f"{module.path.relative_to(root)}:{text}"
-            for text in [*_of_order(module, modules), *_of_places(module), *_of_size(module)]
+            for text in [*_of_order(module, modules), *_of_places(module), *_of_engines(module), *_of_size(module)]
         ]
     return [*found, *_of_cycles(modules), *_of_torch(modules), *_of_names(root)]
 
@@ -271,6 +291,19 @@ def _of_places(module: Module) -> Iterator[str]:
             yield f"{min(lines)}: {module.name} uses {thing}, which belongs to {', '.join(homes)}"
     if any(is_in(used, "deepspeed") for used in module.at_import):
         yield f"1: {module.name} imports deepspeed when it is imported, not when it is used"
+
+
+def _of_engines(module: Module) -> Iterator[str]:
+    """A new engine must be one file and one `case`: nothing outside engine/ asks which engine runs."""
+    home = home_of(module.name)
+    if home in ("engine", "config"):
+        return
+    for name in ENGINE_QUESTIONS & module.attributes.keys():
+        yield f"{module.attributes[name]}: {module.name} asks for {name}: only engine/ tells engines apart"
+    for used, line in module.uses.items():
+        parts = used.split(".")
+        if parts[:2] == ["dtrain", "engine"] and len(parts) > 2 and parts[2] not in ENGINE_API:
+            yield f"{line}: {module.name} imports {used}, which belongs to one engine"
 
 
 def _of_size(module: Module) -> Iterator[str]:
@@ -376,6 +409,14 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         (
             {"__init__.py": "from dtrain.training.loop import fit", "training/loop.py": "import torch"},
             "dtrain -> training.loop -> torch: imported",
+        ),
+        (
+            {"training/plan.py": "def f(config):\n    return config.engine.zero_stage == 3"},
+            "training/plan.py:2: training.plan asks for zero_stage: only engine/ tells engines apart",
+        ),
+        (
+            {"training/loop.py": "from dtrain.engine.ddp import DdpEngine"},
+            "training/loop.py:1: training.loop imports dtrain.engine.ddp.DdpEngine, which belongs to one engine",
         ),
         ({"logging.py": ""}, "logging.py: hides the library logging"),
         ({"yaml/__init__.py": ""}, "yaml: hides the library yaml"),

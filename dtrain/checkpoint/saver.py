@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dtrain.checkpoint.format import CONFIG, STATE, folder_name, found
 from dtrain.checkpoint.publish import Order, Piece, clear_drafts, flush_folder
 from dtrain.checkpoint.select import sees_rank_0s_folder
@@ -112,14 +110,14 @@ class Saver:
 
         self._on_all(make_ready)  # from here on drafts are this start's
 
-    def prepare(self, module: nn.Module, *, slots: int) -> None:
+    def prepare(self, engine: Engine, *, slots: int) -> None:
         """Collective. Before the first step: room in memory and on the disk.
 
         Raises:
             CheckpointError: on every rank; a disk has no room for the checkpoints that are kept, and one more.
         """
         sharded = self._settings.sharded
-        size = estimate(module, slots=slots) // (self._context.world_size if sharded else 1)
+        size = estimate(engine, slots=slots) // (self._context.world_size if sharded else 1)
 
         def make_room() -> None:
             if self._block is None or self._writer is None:

@@ -10,7 +10,7 @@ from torch import nn
 from dtrain.checkpoint.format import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
 from dtrain.checkpoint.publish import Piece
 from dtrain.checkpoint.staging_buffer import Block
-from dtrain.engine.protocol import ParameterState, Shard
+from dtrain.engine.protocol import Engine, ParameterState, Shard
 from dtrain.models.custom_head import HeadedModel
 
 ALIGNMENT = 64
@@ -92,12 +92,12 @@ class _Filler:
         self._end += -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def estimate(module: nn.Module, *, slots: int) -> int:
+def estimate(engine: Engine, *, slots: int) -> int:
     """Bytes of a checkpoint of this model, before the first one: weights, and `slots` numbers for each that learns."""
     size = 0
-    for parameter in module.parameters():
-        numbers = int(getattr(parameter, "ds_numel", parameter.numel()))
+    for parameter in engine.module.parameters():
+        numbers = engine.numel(parameter)
         width = stored_dtype(parameter.dtype).itemsize
         # One more for AdamW's count of steps.
         size += numbers * width * (1 + slots * int(parameter.requires_grad)) + ALIGNMENT * (2 + slots)
-    return size + sum(b.numel() * stored_dtype(b.dtype).itemsize + ALIGNMENT for b in module.buffers())
+    return size + sum(b.numel() * stored_dtype(b.dtype).itemsize + ALIGNMENT for b in engine.module.buffers())

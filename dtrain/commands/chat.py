@@ -35,7 +35,7 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 from dtrain.training import run_claim
 from dtrain.training import summary as results
-from dtrain.training.build import refuse_own_parts
+from dtrain.training.build import refuse_custom_models
 
 FORGET = "/reset"
 
@@ -64,7 +64,7 @@ def run_chat(config: Config, context: RankContext) -> None:
     prompts = list(read_prompts(file)) if file is not None else []
     if file is not None and not prompts:
         raise DataError(f"{file} has no dialogue to answer: a line of text is one")
-    holds = run_claim.taken(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()
+    holds = run_claim.claimed(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()
     with holds:
         answer = speaker(config, context)
         if file is None:
@@ -115,7 +115,7 @@ class Speaker:
 
 def speaker(config: Config, context: RankContext) -> Speaker:
     """Loads the model that answers."""
-    refuse_own_parts(config, "chat")
+    refuse_custom_models(config, "chat")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
     model = load_model(

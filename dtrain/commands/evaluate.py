@@ -11,7 +11,7 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.build import build_engine, engine_name
+from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.tasks.build import build_task
@@ -26,7 +26,7 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
     """Collective. Writes summary.json and predictions/ into a run folder of its own."""
     begin = time.monotonic()
     name, why = engine_name(config, context)
-    with run_claim.taken(config, context, command="evaluate"):
+    with run_claim.claimed(config, context, command="evaluate"):
         task = build_task(config, context)
         if set(task.splits) <= {"train"}:
             raise ConfigError(
@@ -47,8 +47,8 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
 
 
 def wrap(module: nn.Module, config: Config, context: RankContext) -> Forward:
-    """What runs forward: the plain model, or DeepSpeed where it is sharded and one rank cannot hold it."""
-    if config.engine.is_deepspeed and config.engine.zero_stage == 3:
+    """Returns what runs forward: the plain model, or the engine where the model is sharded and one rank cannot hold it."""
+    if engine_traits(config, context).is_sharded:
         return build_engine(module, config, context)
     return ForwardOnly(module, config, context)
 

@@ -22,7 +22,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters
 from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
-from dtrain.training.build import check_whole
+from dtrain.training.build import verify_start
 from dtrain.training.model_card import CARD, bare_card, trained_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ def _source(config: Config) -> Path:
     if folder.name == "checkpoints":
         raise ConfigError(f"model.name_or_path={name} holds checkpoints: name one of them, or the run's model/.")
     if (folder / format.MANIFEST).is_file():
-        check_whole(name)
+        verify_start(name)
         if not list(folder.glob(f"{format.MODEL}*.safetensors")):
             raise ConfigError(
                 f"model.name_or_path={name} is a sharded checkpoint, whose weights lie in pieces. A run can begin with it or "

@@ -15,7 +15,7 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.tasks.tensors import full_precision
-from dtrain.training.build import refuse_own_parts
+from dtrain.training.build import refuse_custom_models
 
 GUESSES = 5
 
@@ -37,7 +37,7 @@ class Filler:
     """
 
     def __init__(self, config: Config, context: RankContext) -> None:
-        refuse_own_parts(config, "predict", "masked language model")
+        refuse_custom_models(config, "predict", "masked language model")
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         if self._tokenizer.mask_token is None:
             raise ConfigError(

@@ -20,7 +20,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.training.build import refuse_own_parts
+from dtrain.training.build import refuse_custom_models
 
 
 def run_generate(config: Config, context: RankContext) -> str:
@@ -54,7 +54,7 @@ class Writer:
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
-        refuse_own_parts(config, command)
+        refuse_custom_models(config, command)
         self._config, self._heartbeat = config, context.heartbeat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(

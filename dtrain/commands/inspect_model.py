@@ -46,7 +46,7 @@ def run_inspect(config: Config, context: RankContext) -> Path:
     settings, model = config.inspect, config.model
     if settings.text is None and settings.split is None:
         raise ConfigError('inspect needs examples: inspect.text="..." or inspect.split and inspect.examples=[0, 5].')
-    with run_claim.taken(config, context, command="inspect"):
+    with run_claim.claimed(config, context, command="inspect"):
         if model.attn_implementation not in (None, "eager"):
             log.info("attentions are computed with model.attn_implementation=eager, not %s", model.attn_implementation)
         if settings.text is not None:

@@ -53,7 +53,7 @@ def run_predict(config: Config, context: RankContext) -> Result:
     config = config.model_copy(update={"data": what_to_predict(config, context)})
     if config.task.name == "seq2seq":  # its answer is the text that it writes
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
-    with run_claim.taken(config, context, command="predict"):
+    with run_claim.claimed(config, context, command="predict"):
         task = build_task(config, context)
         if set(task.splits) <= {"train"}:
             raise ConfigError(

@@ -56,7 +56,7 @@ def run_prompts(config: Config, file: Path, context: RankContext) -> Result:
     """
     begin = time.monotonic()
     prompts = _read(config, file, context)
-    with run_claim.taken(config, context, command="predict"):
+    with run_claim.claimed(config, context, command="predict"):
         respondent = in_turn(lambda: _respondent(config, context), context)
         _check(respondent, prompts, file, context)
         log.info(

@@ -9,12 +9,12 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
-from dtrain.engine.protocol import Engine
+from dtrain.engine.protocol import Engine, EngineTraits
 from dtrain.errors import ConfigError
 
 
 def engine_name(config: Config, context: RankContext) -> tuple[str, str]:
-    """The engine that `engine.name` means here, and why in a few words.
+    """Returns the engine that `engine.name` means here, and the reason in a few words.
 
     Raises:
         ConfigError: a combination that only the world size shows to be wrong.
@@ -32,33 +32,49 @@ def engine_name(config: Config, context: RankContext) -> tuple[str, str]:
     return ("single", "one process") if context.world_size == 1 else ("ddp", f"{context.world_size} processes")
 
 
+def engine_class(config: Config, context: RankContext) -> type[Engine]:
+    """Returns the class of the engine that runs. Each back end is imported only where it is chosen."""
+    name, _ = engine_name(config, context)
+    match name:
+        case "single":
+            from dtrain.engine.single import SingleEngine
+
+            return SingleEngine
+        case "ddp" if config.train.local_steps > 1 and context.world_size > 1:
+            from dtrain.engine.local_sgd import LocalSgdEngine
+
+            return LocalSgdEngine
+        case "ddp":
+            from dtrain.engine.ddp import DdpEngine
+
+            return DdpEngine
+        case "deepspeed":
+            from dtrain.engine.deepspeed import DeepSpeedEngine
+
+            return DeepSpeedEngine
+    raise AssertionError(name)
+
+
+def engine_traits(config: Config, context: RankContext, *, total_steps: int = 0) -> EngineTraits:
+    """Returns what the engine of this config would be, before it is built.
+
+    Args:
+        total_steps: of the run; 0 where no step is taken.
+    """
+    return engine_class(config, context).traits(config, context, total_steps=total_steps)
+
+
 def build_engine(
     module: nn.Module, config: Config, context: RankContext, *, thawed: Sequence[Sequence[str]] = ()
 ) -> Engine:
     """Collective. Wraps what learns in `module` and makes its optimizer.
 
     Args:
-        module: on its device (ZeRO 3: anywhere), frozen as wanted: DDP and ZeRO fix their gradient buckets now.
+        module: on its device (sharded engines: anywhere), frozen as wanted: DDP and ZeRO fix their gradient buckets now.
         thawed: names of the parameters that began to learn at each thaw so far.
     """
     groups = optim.parameter_groups(module, weight_decay=config.optim.weight_decay, stages=thawed)
     optimizer = optim.build_optimizer(groups, config.optim)
-    name, _ = engine_name(config, context)
-    match name:
-        case "single":
-            from dtrain.engine.single import SingleEngine
-
-            return SingleEngine(module, optimizer, config, context)
-        case "ddp" if config.train.local_steps > 1 and context.world_size > 1:
-            from dtrain.engine.local_sgd import LocalEngine
-
-            return LocalEngine(module, optimizer, config, context)
-        case "ddp":
-            from dtrain.engine.ddp import DdpEngine
-
-            return DdpEngine(module, optimizer, config, context)
-        case "deepspeed":
-            from dtrain.engine.deepspeed import DeepSpeedEngine
-
-            return DeepSpeedEngine(module, optimizer, config, context)
-    raise AssertionError(name)
+    make: type = engine_class(config, context)
+    engine: Engine = make(module, optimizer, config, context)
+    return engine

@@ -1,7 +1,7 @@
-"""How gradients cross ranks under DDP: whole, in bf16, or as low-rank factors. Their collectives are counted.
+"""DDP communication hooks: gradients cross ranks uncompressed, in bf16, or as low-rank factors (powersgd.py).
 
-A hook takes one bucket of gradients that sum up to (sum of losses) x world_size / (summed weight), and gives their average.
-All ranks get the same bits: they add the same parts in the same order.
+A hook takes one bucket of gradients that sum up to (sum of losses) x world_size / (summed weight), and returns their
+average. All ranks get the same bits: they add the same parts in the same order. Hooks count their collectives.
 """
 
 from __future__ import annotations
@@ -16,53 +16,55 @@ from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 
 Bucket = Any
-"""DDP's: torch.distributed.GradBucket, which torch's stubs do not know."""
+"""torch.distributed.GradBucket, which torch's stubs do not know."""
 
 
-class Exchange:
-    """Gradients as they are: DDP's own average, counted."""
+class CommHook:
+    """Averages gradients as they are, as DDP does by itself."""
 
     bucket_mb: float | None
-    """Of DDP's buckets; None: its own choice."""
-    warms_up = False
-    """Whether a backward pass has to come before the first step, for it decides which gradients share a bucket."""
+    """Size of DDP's buckets; None: torch's default."""
+    needs_warm_up = False
+    """Whether a backward pass must come before the first step, because it decides which gradients share a bucket."""
+    extra_slots = 0
+    """Numbers of error-feedback state per trainable value."""
 
     def __init__(self, config: Config, context: RankContext) -> None:
         self.bucket_mb = config.engine.bucket_mb
         self._world_size, self._traffic = context.world_size, context.traffic
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
-        """Collective. Begins to average a bucket; DDP waits for the result."""
-        return self._summed(bucket.buffer().div_(self._world_size))
+        """Collective. Starts to average a bucket; DDP waits for the result."""
+        return self._all_reduce(bucket.buffer().div_(self._world_size))
 
-    def _summed(self, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    def _all_reduce(self, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         self._traffic.add(tensor.nbytes)
         work: Any = dist.all_reduce(tensor, async_op=True)
         summed: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
         return summed
 
-    def forget(self) -> None:
-        """The last step was left out: nothing of it may come back in a later one."""
+    def reset(self) -> None:
+        """Drops the error-feedback state, after a step that was left out."""
 
     def begin(self, step: int) -> None:
-        """DDP has its buckets: the next step is the first that counts, and has this place in the data."""
+        """Notes that DDP has its final buckets, and that the next step is this one of the data (0-based)."""
 
-    def memory(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Collective. What later steps depend on, by parameter, and alike on every rank: beside the optimizer's slots."""
+    def error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Collective. Returns what later steps depend on, by parameter, equal on every rank: further optimizer slots."""
         return {}
 
-    def load_memory(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
-        """Takes what `memory` gave for a parameter, or nothing."""
+    def load_error_feedback(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
+        """Restores what `error_feedback` returned for a parameter, if it is among `slots`."""
 
 
-class Bf16Exchange(Exchange):
-    """Half the bytes. Each rank's part is divided in full precision and rounded once, then added up in bf16.
+class Bf16CommHook(CommHook):
+    """Sends half the bytes. Each rank's part is divided in full precision and rounded once, then added up in bf16.
 
-    Torch's bf16_compress_hook rounds before it divides, and so once more where the ranks are no power of two.
+    Torch's bf16_compress_hook rounds before it divides, which rounds twice if the number of ranks is no power of two.
     """
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
-        whole = bucket.buffer()
-        summed = self._summed(whole.div_(self._world_size).to(torch.bfloat16))
-        averaged: torch.futures.Future[torch.Tensor] = summed.then(lambda done: whole.copy_(done.value()))
+        gradients = bucket.buffer()
+        summed = self._all_reduce(gradients.div_(self._world_size).to(torch.bfloat16))
+        averaged: torch.futures.Future[torch.Tensor] = summed.then(lambda done: gradients.copy_(done.value()))
         return averaged

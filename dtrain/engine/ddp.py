@@ -13,16 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.comm_hooks import Bf16Exchange, Exchange
-from dtrain.engine.powersgd import PowerSgdExchange
-from dtrain.engine.protocol import ReadSlots, StepResult
-from dtrain.engine.single import SingleEngine
-from dtrain.engine.state import optimizers_own
+from dtrain.engine.comm_hooks import Bf16CommHook, CommHook
+from dtrain.engine.powersgd import PowerSgdCommHook
+from dtrain.engine.protocol import EngineTraits, ReadSlots, StepResult, StepWeight
+from dtrain.engine.single import SingleEngine, replicated_memory
+from dtrain.engine.state import optimizer_slots
 from dtrain.errors import ConfigError
 
 
 class DdpEngine(SingleEngine):
-    """The single engine, with gradients that cross ranks in the last micro-batch of a step."""
+    """The single engine, with gradients averaged over ranks in the last micro-batch of a step."""
 
     name = "ddp"
 
@@ -33,10 +33,11 @@ class DdpEngine(SingleEngine):
         device = next(module.parameters()).device
         if config.model.compile:
             # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
-            # attribute 'meta'"); in one graph the exchange of gradients overlaps less with backward.
+            # attribute 'meta'"). In one graph the averaging of gradients overlaps less with backward.
             torch._dynamo.config.optimize_ddp = False
-        self._exchange = exchange_of(config, context, module)
-        # Buffers stay as they are: running statistics are frozen or labelled inexact (README); a broadcast per
+        self._hook = build_comm_hook(config, context, module)
+        self.extra_slots = self._hook.extra_slots
+        # Buffers are not broadcast: running statistics are frozen or labeled inexact (README), so a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(
             module,
@@ -44,12 +45,34 @@ class DdpEngine(SingleEngine):
             **_without_buffer_broadcast(),
             gradient_as_bucket_view=True,
             find_unused_parameters=config.engine.find_unused,
-            bucket_cap_mb=self._exchange.bucket_mb,
+            bucket_cap_mb=self._hook.bucket_mb,
         )
-        self._replica.register_comm_hook(self._exchange, lambda exchange, bucket: exchange.average(bucket))
-        learning = sum(parameter.requires_grad for parameter in module.parameters())
-        self._marks_unused = 4 * learning if config.engine.find_unused else 0
+        self._replica.register_comm_hook(self._hook, lambda hook, bucket: hook.average(bucket))
+        trainable = sum(parameter.requires_grad for parameter in module.parameters())
+        self._unused_map_bytes = 4 * trainable if config.engine.find_unused else 0
         self.model = self._replica
+
+    @classmethod
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+        powersgd, crosses = config.engine.powersgd, context.world_size > 1
+        if powersgd is None or not crosses:
+            is_bf16 = config.engine.gradient_wire == "bf16" and crosses
+            return EngineTraits(
+                memory=replicated_memory(config, exchange=2.0 if is_bf16 else 0.0),
+                other_rounding=("bf16 on the wire",) if is_bf16 else (),
+            )
+        notes = []
+        if powersgd.start_step >= total_steps:
+            notes.append(
+                f"warning: no gradient will cross as factors, for engine.powersgd.start_step={powersgd.start_step} is not below "
+                f"the {total_steps} steps of this run"
+            )
+        return EngineTraits(
+            # The old and the new error, and a copy of the gradient.
+            memory=replicated_memory(config, exchange=3 * 4.0),
+            other_algorithm=f"gradients of rank {powersgd.rank} from step {powersgd.start_step} on (engine.powersgd)",
+            notes=tuple(notes),
+        )
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return self._micro_batch(last=last)
@@ -60,8 +83,8 @@ class DdpEngine(SingleEngine):
             if last:
                 with self.autocast():
                     yield
-                if self._marks_unused:  # which rank used what: a collective that DDP makes by itself
-                    self.context.traffic.add(self._marks_unused)
+                if self._unused_map_bytes:  # DDP's own all-reduce of which parameters were used
+                    self.context.traffic.add(self._unused_map_bytes)
             else:
                 with self._replica.no_sync(), self.autocast():
                     yield
@@ -74,29 +97,29 @@ class DdpEngine(SingleEngine):
             raise
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
-        # DDP orders its buckets anew after the first backward pass. From three ranks on the order in which a number's
-        # parts are added depends on its place in a bucket, so that a run that went on would differ in the last digit.
-        # What an exchange remembers of a bucket must not meet another one.
-        if self.context.world_size < 3 and not self._exchange.warms_up:
+        # DDP reorders its buckets after the first backward pass. From three ranks on, the order in which the ranks' parts
+        # of a number are added depends on its place in a bucket, so a resumed run would differ in the last digit. Error
+        # feedback of one bucket must not be added to another one either.
+        if self.context.world_size < 3 and not self._hook.needs_warm_up:
             return
         with self.micro_batch(last=True):
             self.backward(loss() * 0.0)
         self._optimizer.zero_grad(set_to_none=True)
-        self._exchange.begin(step)
+        self._hook.begin(step)
 
-    def step(self, *, discard: bool = False) -> StepResult:
-        result = super().step(discard=discard)
+    def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
+        result = super().step(weight, discard=discard)
         if not result.applied:
-            self._exchange.forget()
+            self._hook.reset()
         return result
 
-    def _memory(self) -> dict[str, dict[str, torch.Tensor]]:
-        return self._exchange.memory()
+    def _error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self._hook.error_feedback()
 
     def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
         slots = read(name, shape)
-        self._exchange.load_memory(name, slots)
-        return optimizers_own(slots)
+        self._hook.load_error_feedback(name, slots)
+        return optimizer_slots(slots)
 
     def release(self) -> nn.Module:
         module = super().release()
@@ -105,16 +128,16 @@ class DdpEngine(SingleEngine):
         return module
 
 
-def exchange_of(config: Config, context: RankContext, module: nn.Module) -> Exchange:
-    """The one that the settings ask for. One process exchanges nothing, whatever they say."""
+def build_comm_hook(config: Config, context: RankContext, module: nn.Module) -> CommHook:
+    """Returns the hook of the settings; the plain one for one process, which sends nothing."""
     if context.world_size > 1 and config.engine.powersgd is not None:
-        return PowerSgdExchange(config, context, module)
+        return PowerSgdCommHook(config, context, module)
     if context.world_size > 1 and config.engine.gradient_wire == "bf16":
-        return Bf16Exchange(config, context)
-    return Exchange(config, context)
+        return Bf16CommHook(config, context)
+    return CommHook(config, context)
 
 
 def _without_buffer_broadcast() -> dict[str, Any]:
-    """The setting under the name that this torch knows: renamed in torch 2.13, where the old name warns."""
+    """Returns the setting under this torch version's name: torch 2.13 renamed it, and warns of the old name."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

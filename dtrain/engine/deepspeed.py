@@ -2,7 +2,7 @@
 
 dtrain decides batch sizes, accumulation, clipping, precision and ZeRO stage; every other key of DeepSpeed's config comes
 from `engine.deepspeed` untouched. Limits: fp16 with ZeRO >= 1 and clipping, and Adafactor with ZeRO >= 1, are refused by
-the config. Tested with deepspeed 0.19.8; what leans on its inner names is marked "inner".
+the config. Tested with deepspeed 0.19.8; code that uses its private names is marked "private API".
 """
 
 from __future__ import annotations
@@ -23,52 +23,69 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
+from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, needs_lock_step
 from dtrain.engine.forward_only import autocast
-from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
+from dtrain.engine.protocol import (
+    AveragesEveryStep,
+    EngineTraits,
+    ParameterState,
+    ReadSlots,
+    Shard,
+    StepResult,
+    StepWeight,
+)
 from dtrain.engine.state import (
     STEP,
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
-    optimizers_own,
+    optimizer_slots,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
 )
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(AveragesEveryStep):
     """One DeepSpeed engine over a plain module and a torch optimizer."""
 
     name = "deepspeed"
-    local: Apart | None = None
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = context.world_size == 1  # DeepSpeed's own collectives pass us by
+        context.traffic.is_whole = context.world_size == 1  # DeepSpeed's collectives are not counted
         self.stage = config.engine.zero_stage or 0
-        # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
-        self.lock_step = self.stage >= 2
+        self.lock_step = needs_lock_step(self.stage)
         self._max_grad_norm = config.optim.max_grad_norm
         self._device_type = device_of(context.topology).type
         self._precision = config.engine.precision
         if not dist.is_initialized():
-            # One process: DeepSpeed wants a group even then. It keeps handles to it, so the group stays until the process ends.
+            # DeepSpeed needs a group even for one process. It keeps handles to it, so the group stays until the process ends.
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         deepspeed = _import_quietly()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_config(config, context), dist_init_required=False
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world_size=context.world_size),
+            dist_init_required=False,
         )
         self.model: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
+
+    @classmethod
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+        return deepspeed_traits(config, world_size=context.world_size)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups
+
+    def numel(self, parameter: nn.Parameter) -> int:
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -81,31 +98,31 @@ class DeepSpeedEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
-        """Nothing: its buckets are fixed when it is built."""
+        """Does nothing: DeepSpeed's buckets are fixed when it is built."""
 
     def gradient_norms(self) -> dict[str, float]:
         from deepspeed.utils import safe_get_full_grad
 
         def gradient(parameter: nn.Parameter) -> torch.Tensor | None:
             if self.stage == 0:
-                return parameter.grad  # reduced by now
-            found: torch.Tensor | None = safe_get_full_grad(parameter)
-            return found
+                return parameter.grad  # already reduced
+            full: torch.Tensor | None = safe_get_full_grad(parameter)
+            return full
 
         scaler = self._loss_scaler()
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        learning = ((name, gradient(p)) for name, p in self.module.named_parameters() if p.requires_grad)
-        return norms_by_name(learning, scale=scale)
+        gradients = ((name, gradient(p)) for name, p in self.module.named_parameters() if p.requires_grad)
+        return norms_by_name(gradients, scale=scale)
 
-    def step(self, *, discard: bool = False) -> StepResult:
+    def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
         if self.stage == 0:
             return self._step_unsharded(discard=discard)
         optimizer = self._engine.optimizer
-        # inner: an invalid norm sends DeepSpeed down its own path for skipped steps, which clears every buffer it has.
+        # private API: an invalid norm makes DeepSpeed skip the step, which clears all of its buffers.
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         if discard:
-            spoiled = float("nan")
-            setattr(optimizer, name, (lambda: [spoiled]) if self.stage == 3 else (lambda *_args, **_kwargs: spoiled))
+            nan = float("nan")
+            setattr(optimizer, name, (lambda: [nan]) if self.stage == 3 else (lambda *_args, **_kwargs: nan))
         scaler = self._loss_scaler()
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         try:
@@ -115,13 +132,13 @@ class DeepSpeedEngine:
                 delattr(optimizer, name)
         norm = self._engine.get_global_grad_norm()
         if optimizer.overflow and scaler is not None and not discard:
-            # DeepSpeed skips the step before torch's scaler hears of it, so the scale would never come down.
+            # DeepSpeed skips the step without telling torch's scaler, so the scale would never decrease.
             scaler.update(scale * scaler.get_backoff_factor())
         # The norm is that of the scaled gradients.
         return StepResult(float("nan") if norm is None else float(norm) / scale, applied=not optimizer.overflow)
 
     def _step_unsharded(self, *, discard: bool) -> StepResult:
-        """ZeRO 0: DeepSpeed neither reports the norm nor refuses a bad one, so dtrain clips (gradients are reduced by now)."""
+        """ZeRO 0: DeepSpeed neither reports the norm nor refuses a bad one, so dtrain clips the reduced gradients."""
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self._engine.optimizer)
@@ -139,7 +156,7 @@ class DeepSpeedEngine:
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for name, parameter in self.module.named_parameters():
-            with self._whole([parameter]):
+            with self._gathered([parameter]):
                 value = host_copy(parameter) if self.context.is_main else None
             yield name, value
 
@@ -147,22 +164,22 @@ class DeepSpeedEngine:
         self._link_slots()
         for name, parameter in self.module.named_parameters():
             slots = self._slots_of(parameter)
-            with self._whole([parameter]):
+            with self._gathered([parameter]):
                 yield ParameterState(name, parameter.detach() if here else None, slots if here else {})
         for name, buffer in self.module.named_buffers():
             yield ParameterState(name, buffer if here else None, {})
 
-    def _whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-        """Collective. The full values of ZeRO 3's sharded parameters, for reading."""
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Collective. Gathers ZeRO 3's sharded parameters, for reading."""
         if self.stage < 3:
             return nullcontext()
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-        return context
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
+        return gathered
 
     def _slots_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Collective. The slots of one parameter, whole."""
+        """Collective. Returns the complete slots of one parameter."""
         if not parameter.requires_grad:
             return {}
         if self.stage == 0:
@@ -176,18 +193,18 @@ class DeepSpeedEngine:
         }
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimizer whose groups hold this rank's flat shards."""
+        """Returns the torch optimizer whose groups hold this rank's flat shards."""
         inner: torch.optim.Optimizer = self._engine.optimizer.optimizer
         return inner
 
     def _flats(self) -> list[torch.Tensor]:
-        """inner: this rank's flat fp32 shards, in the order that _flat_of indexes."""
+        """Returns this rank's flat fp32 shards, in the order that _flat_of indexes. Private API."""
         if self.stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._inner_optimizer().param_groups for p in group["params"]]
 
     def _flat_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """inner: the flat shard that a parameter lies in, which is what the optimizer keeps state for."""
+        """Returns the flat shard that holds a parameter; the optimizer keeps its state per shard. Private API."""
         optimizer = self._engine.optimizer
         if self.stage == 3:
             index: int = optimizer.grad_position[optimizer.get_param_id(parameter)][0]
@@ -195,27 +212,27 @@ class DeepSpeedEngine:
         for index, members in enumerate(optimizer.bit16_groups):
             if any(member is parameter for member in members):
                 return self._flats()[index]
-        raise AssertionError("a trainable parameter lies in no group of DeepSpeed")
+        raise AssertionError("a trainable parameter is in no group of DeepSpeed")
 
     def _link_slots(self) -> None:
-        """inner: ZeRO 1/2 link a parameter to its slots once, after the first group's step, and miss the other groups."""
+        """Links parameters to their slots: ZeRO 1/2 do so once, after the first group's step, and miss the others. Private API."""
         if self.stage in (1, 2) and any(self._inner_optimizer().state.get(flat) for flat in self._flats()):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def load_named_slots(self, read: ReadSlots) -> None:
-        def own(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
-            return optimizers_own(read(name, shape))
+        def read_slots(name: str, shape: torch.Size) -> dict[str, torch.Tensor]:
+            return optimizer_slots(read(name, shape))
 
-        trainable = [(name, p, _whole_shape(p)) for name, p in self.module.named_parameters() if p.requires_grad]
+        trainable = [(name, p, _full_shape(p)) for name, p in self.module.named_parameters() if p.requires_grad]
         if self.stage > 0:
-            keys = next((sorted(slots) for name, _, shape in trainable if (slots := own(name, shape))), [])
+            keys = next((sorted(slots) for name, _, shape in trainable if (slots := read_slots(name, shape))), [])
             if not keys:
                 return
             self._create_slots(keys)
             self._link_slots()
         for name, parameter, shape in trainable:
-            slots = own(name, shape)
+            slots = read_slots(name, shape)
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
@@ -229,15 +246,15 @@ class DeepSpeedEngine:
                     slots = slot_tensors(self._engine.optimizer.state.get(parameter, {}))
                     yield from replicated_shards(name, parameter, slots, self.context)
                 case 3:
-                    yield from self._own_chunk(name, parameter)
+                    yield from self._local_chunk(name, parameter)
                 case _:
                     yield from replicated_shards(name, parameter, {}, self.context)
-                    yield from self._own_fragment(name, parameter)
+                    yield from self._local_fragment(name, parameter)
         for name, buffer in self.module.named_buffers():
             yield from replicated_shards(name, buffer, {}, self.context)
 
-    def _own_fragment(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
-        """inner: ZeRO 1/2 keep the slots of one stretch of each flat group, which a parameter lies in whole, partly or not."""
+    def _local_fragment(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
+        """Yields this rank's slots: ZeRO 1/2 keep a range of each flat group, with all, part or none of a parameter. Private API."""
         if not parameter.requires_grad:
             return
         state = self._inner_optimizer().state.get(self._flat_of(parameter), {})
@@ -249,8 +266,8 @@ class DeepSpeedEngine:
                 start = int(mapping.lp_fragment_address.start)
                 yield Shard(name, key, start, mapping.get_optim_state_fragment(key).reshape(-1))
 
-    def _own_chunk(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
-        """inner: ZeRO 3 keeps an equal chunk of every parameter, the last ones padded."""
+    def _local_chunk(self, name: str, parameter: nn.Parameter) -> Iterator[Shard]:
+        """Yields this rank's chunk: ZeRO 3 splits every parameter into equal chunks and pads the last ones. Private API."""
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         shard, total = parameter.ds_tensor, int(parameter.ds_numel)  # type: ignore[attr-defined]
@@ -267,7 +284,7 @@ class DeepSpeedEngine:
                 yield Shard(name, key, start, safe_get_local_optimizer_state(parameter, key).reshape(-1)[:count])
 
     def _create_slots(self, keys: Sequence[str]) -> None:
-        """Zero slots for every flat shard: what a parameter without slots starts from anyway."""
+        """Makes zero slots for every flat shard, which is what a parameter without slots starts from."""
         for flat in self._flats():
             self._inner_optimizer().state[flat] = {
                 key: torch.zeros(()) if key == STEP else torch.zeros_like(flat.data) for key in keys
@@ -284,8 +301,8 @@ class DeepSpeedEngine:
                 shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
                 size = shard.numel()
                 padded = F.pad(value.flatten(), (0, size * self.context.world_size - value.numel()))
-                mine = padded[self.context.rank * size : (self.context.rank + 1) * size]
-                safe_set_local_optimizer_state(parameter, mine.to(shard.device), key)
+                chunk = padded[self.context.rank * size : (self.context.rank + 1) * size]
+                safe_set_local_optimizer_state(parameter, chunk.to(shard.device), key)
             else:
                 safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
@@ -299,7 +316,7 @@ class DeepSpeedEngine:
             load_scaler(scaler, scalars, self.context)
 
     def _loss_scaler(self) -> Any:
-        """inner: torch's GradScaler of an fp16 run; None in other precisions."""
+        """Returns torch's GradScaler of an fp16 run; None in other precisions. Private API."""
         if self.stage == 0:
             return self._engine.torch_autocast_z0_gradscaler
         return self._engine.optimizer.torch_autocast_gradscaler
@@ -314,37 +331,13 @@ class DeepSpeedEngine:
         return module
 
 
-def deepspeed_config(config: Config, context: RankContext) -> dict[str, Any]:
-    """What DeepSpeed is told: the keys that dtrain owns over those that the user passes through."""
-    passed = dict(config.engine.deepspeed)
-    stage = config.engine.zero_stage or 0
-    owned: dict[str, Any] = {
-        # Only one of its three batch keys is needed; dtrain marks the accumulation boundary itself.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": config.optim.max_grad_norm or 0.0 if stage > 0 else 0.0,
-        "zero_optimization": {**passed.pop("zero_optimization", {}), "stage": stage},
-    }
-    if config.engine.precision != "fp32":
-        owned["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16" if config.engine.precision == "bf16" else "float16",
-            # Otherwise gradients of most layers travel in the lower precision, which single and ddp do not do.
-            "lower_precision_safe_modules": ["torch.nn.Identity"],
-        }
-    if config.engine.gradient_wire == "bf16" and context.world_size > 1:
-        owned["communication_data_type"] = "bf16"
-    # Offload insists on DeepSpeed's own CPU Adam, which it compiles; torch's optimizer gives the same answer without.
-    defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
-    return {**defaults, **passed, **owned}
-
-
-def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of a parameter that ZeRO 3 may have sharded."""
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Returns the shape of a parameter that ZeRO 3 may have sharded."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _import_quietly() -> Any:
-    """DeepSpeed without its greetings, and without compiling a shared-memory extension that gloo does not need (27 s)."""
+    """Imports DeepSpeed without its log lines, and without compiling an extension that gloo does not need (27 s)."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -354,7 +347,7 @@ def _import_quietly() -> Any:
     finally:
         logging.disable(level)
     logger.setLevel(logging.ERROR)
-    # DeepSpeed calls torch's collectives by names that torch 2.13 is about to drop, and is told so at every call.
+    # DeepSpeed uses names of torch's collectives that torch 2.13 deprecates, with a warning at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -365,7 +358,7 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 
 
 def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:
-    """Collective. Gives a ZeRO 3 module ordinary, whole parameters again and removes the hooks that gathered them."""
+    """Collective. Gives a ZeRO 3 module plain, complete parameters again and removes the hooks that gathered them."""
     import deepspeed
 
     names = {id(p): p for p in module.parameters()}

@@ -1,4 +1,4 @@
-"""A model that only runs forward: what evaluation needs of an engine, for a model that is not trained here."""
+"""A model that only runs forward: what evaluation needs of an engine, without training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Forward(Protocol):
 
 
 class ForwardOnly:
-    """A whole model on every rank."""
+    """A complete model on every rank."""
 
     lock_step = False
 
@@ -41,6 +41,6 @@ class ForwardOnly:
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager[None]:
-    """The arithmetic of `engine.precision`: weights stay in fp32, forward runs in the lower type where that is safe."""
+    """Returns the context of `engine.precision`: weights stay in fp32, forward runs in the lower type where that is safe."""
     dtype = AUTOCAST.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)

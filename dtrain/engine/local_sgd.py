@@ -1,12 +1,13 @@
-"""Steps on each rank's own share of the examples, and weights averaged every so often: train.local_steps.
+"""Each rank steps on its local share of the examples, and the ranks average weights every `train.local_steps` steps.
 
-Local SGD (Stich 2019, arXiv:1805.09767), with moments averaged beside the weights, as local Adam needs in order to
-converge (Chen et al. 2020, "Toward communication efficient adaptive gradient method"). So after each average all ranks
-hold one and the same state, from which a run can go on anywhere.
+Local SGD (Stich 2019, arXiv:1805.09767). Moments are averaged together with the weights, which local Adam needs to
+converge (Chen et al. 2020, "Toward communication efficient adaptive gradient method"). After each average all ranks
+hold the same state, so a run can resume on any number of ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,48 +16,91 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.protocol import Apart
-from dtrain.engine.single import SingleEngine
+from dtrain.engine.protocol import EngineTraits, StepResult, StepWeight
+from dtrain.engine.single import SingleEngine, replicated_memory
 from dtrain.engine.state import STEP
 
 BUCKET_BYTES = 32 * 2**20
-"""Of tensors that are averaged in one collective."""
+"""Size of the tensors that are averaged in one collective."""
 
 
-class LocalEngine(SingleEngine):
+class LocalSgdEngine(SingleEngine):
     """The single engine on every rank, until the ranks average."""
 
     name = "ddp"
-    local: Apart | None
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         super().__init__(module, optimizer, config, context)
-        self.local = _LocalSteps(optimizer, config.train.local_steps, context)
+        self.local_sgd = LocalSgd(optimizer, config.train.local_steps, context)
         # All ranks begin with the weights of rank 0, as under DDP.
         weighted_mean([p.data for p in module.parameters()], float(context.is_main), context)
 
+    @classmethod
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+        every = config.train.local_steps
+        return EngineTraits(
+            memory=replicated_memory(config),
+            other_algorithm=f"weights averaged every {every} steps (train.local_steps)",
+            notes=(
+                "note: a request to stop (a signal, train.max_minutes) waits for the next average of the weights, up to "
+                f"{every} steps",
+            ),
+        )
 
-class _LocalSteps:
+    def loss_scale(self, weight: StepWeight) -> float:
+        return 1.0 / weight.local if weight.local else 0.0
+
+    def weighted_sq_norm(self, weight: StepWeight) -> float | None:
+        if not weight.local:
+            return 0.0
+        norm = self.local_sgd.local_norm()
+        return weight.local * (norm * norm)  # `**` would raise an error where this is infinite, on one rank only
+
+    def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
+        norm = math.sqrt(weighted_sq_norm / weight.total) if weight.total else 0.0
+        applied = not discard and math.isfinite(norm)
+        super().step(weight, discard=not applied or weight.local == 0)
+        if applied:
+            self.local_sgd.count(weight)
+        return StepResult(norm, applied)
+
+    def synchronize(self, step: int, *, force: bool) -> bool:
+        if force or step % self.local_sgd.every == 0:
+            self.local_sgd.average()
+            return True
+        return False
+
+
+class LocalSgd:
+    """Averages weights and moments over the ranks, weighted by the steps since the last average.
+
+    Attributes:
+        every: steps between two averages.
+    """
+
     def __init__(self, optimizer: torch.optim.Optimizer, every: int, context: RankContext) -> None:
         self.every = every
         self._optimizer, self._context = optimizer, context
-        self._own = self._all = 0.0
+        self._local_weight = self._total_weight = 0.0
 
-    def own_norm(self) -> float:
+    def local_norm(self) -> float:
+        """Returns the L2 norm of this rank's gradient, before clipping. Between the last backward and the step."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
 
-    def took(self, own_weight: float, weight: float) -> None:
-        self._own += own_weight
-        self._all += weight
+    def count(self, weight: StepWeight) -> None:
+        """Notes a step that was applied."""
+        self._local_weight += weight.local
+        self._total_weight += weight.total
 
     def average(self) -> None:
-        share = self._own / self._all if self._all else None
-        self._own = self._all = 0.0
+        """Collective. Replaces weights and moments by their mean over ranks."""
+        share = self._local_weight / self._total_weight if self._total_weight else None
+        self._local_weight = self._total_weight = 0.0
         if share is None:
-            return  # no rank has moved
+            return  # no rank has taken a step
         _make_missing_slots(self._optimizer)
         weights: list[torch.Tensor] = []
         counts: list[torch.Tensor] = []
@@ -78,11 +122,12 @@ def weighted_mean(tensors: list[torch.Tensor], share: float, context: RankContex
     """Collective. Replaces each tensor by its mean over ranks, in place; all ranks get the same bits.
 
     Args:
-        share: this rank's; those of all ranks add up to 1. A rank with 0 changes nothing, whatever it holds.
+        share: this rank's weight in the mean; all ranks' add up to 1. The values of a rank with 0 do not count, even
+            if they are not finite.
     """
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        if share != 1:  # else as they are, for frozen parameters may be whole numbers
+        if share != 1:  # frozen parameters may be integers, which must not become floats
             flat = flat * share if share else torch.zeros_like(flat)
         parts = torch.split(all_reduce_sum(flat, context), [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
@@ -90,7 +135,7 @@ def weighted_mean(tensors: list[torch.Tensor], share: float, context: RankContex
 
 
 def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Runs of tensors of one type, each of at most BUCKET_BYTES, unless one alone is larger."""
+    """Yields runs of tensors of one type, each of at most BUCKET_BYTES unless a single tensor is larger."""
     bucket: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
@@ -105,9 +150,9 @@ def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def _make_missing_slots(optimizer: torch.optim.Optimizer) -> None:
-    """Slots of zeros for parameters that have none yet, where others may: all ranks must average the same list.
+    """Makes zero slots for parameters that have none yet, because all ranks must average the same list.
 
-    A rank that had nothing to do so far has none. The optimizer makes them in a step of size 0 on a gradient of 0.
+    A rank without examples so far has no slots. The optimizer makes them in a step of size 0 on a gradient of 0.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     missing = [parameter for parameter in parameters if not optimizer.state.get(parameter)]

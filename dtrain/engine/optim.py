@@ -1,4 +1,4 @@
-"""What learns and how fast: parameter groups, optimizers, and the learning rate as a function of the update count."""
+"""Parameter groups, optimizers, and the learning rate as a function of the number of updates."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dtrain.config import schema
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, stages: Sequence[Sequence[str]] = ()
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in groups with and without weight decay; biases and norm layers have none.
+    """Returns the trainable parameters in groups with and without weight decay; biases and norm layers have none.
 
     Args:
         weight_decay: of the first group of each stage.
-        stages: names of parameters that began to learn later, stage by stage. Each stage has groups of its own, since
-            ZeRO counts Adam's steps per group and these are behind the others.
+        stages: names of parameters that began to learn later, one list per thaw. Each stage gets separate groups, since
+            ZeRO counts Adam's steps per group and these have taken fewer.
 
     Returns:
         Groups in a fixed order, none empty (ZeRO cannot take an empty one).
@@ -44,7 +44,7 @@ def _without_decay(model: nn.Module) -> set[str]:
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: schema.Optim) -> torch.optim.Optimizer:
-    """The optimizer of `optim.name` over those groups."""
+    """Returns the optimizer of `optim.name` over those groups."""
     match settings.name:
         case "adamw":
             return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
@@ -54,10 +54,21 @@ def build_optimizer(groups: list[dict[str, Any]], settings: schema.Optim) -> tor
             return torch.optim.Adafactor(groups, lr=settings.learning_rate)
 
 
-def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps: int) -> Callable[[int], float]:
-    """The learning rate by number of updates already applied; the first step runs at the schedule's value for 0.
+def slots_per_value(settings: schema.Optim) -> int:
+    """Returns how many numbers the optimizer keeps for each trainable value; Adafactor keeps rows and columns only."""
+    match settings.name:
+        case "adamw":
+            return 2
+        case "sgd":
+            return 1 if settings.momentum else 0
+        case "adafactor":
+            return 0
 
-    Hugging Face's own schedules give the shape, read as a pure function of the step: nothing of it is state.
+
+def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps: int) -> Callable[[int], float]:
+    """Returns the learning rate as a function of the updates already applied; the first step uses the value for 0.
+
+    Hugging Face's schedules give the shape. They are read as a pure function of the step, so there is no state to save.
     """
     from transformers.optimization import get_scheduler
 

@@ -1,9 +1,9 @@
-"""Gradients as low-rank factors with error feedback, by torch's powerSGD_hook; and what it remembers, made durable.
+"""Sends gradients as low-rank factors with error feedback (torch's powerSGD_hook), and saves the error-feedback state.
 
-What the factors leave out of a gradient is remembered on each rank and added to the next gradient. Only the average of
-these memories over ranks ever reaches the weights, since all that is done with them is linear: so the average is what a
-checkpoint keeps, and what any number of ranks goes on from. Where it is taken each rank goes on with it as well, which
-changes rounding only: so a run that goes on has every bit of one that was not stopped and saved at the same steps.
+What the factors leave out of a gradient is kept on each rank and added to the next gradient. All operations on it are
+linear, so only its average over ranks ever reaches the weights. A checkpoint therefore keeps the average, and a resume
+works with any number of ranks. When a checkpoint is taken, each rank continues with the average too, which changes
+rounding only: a resumed run equals, bit for bit, an uninterrupted one that saved at the same steps.
 """
 
 from __future__ import annotations
@@ -21,24 +21,31 @@ from dtrain.config.schema import Config
 from dtrain.data.seeding import derive
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.comm_hooks import Bucket, Exchange
-from dtrain.engine.state import EXCHANGE
+from dtrain.engine.comm_hooks import Bucket, CommHook
+from dtrain.engine.state import FEEDBACK_PREFIX
 from dtrain.errors import ConfigError
 
-ERROR, FACTOR = f"{EXCHANGE}error", f"{EXCHANGE}factor"
-"""Names of what is remembered of a parameter: what was left out so far, and the right factor, from which the next begins."""
+ERROR, FACTOR = f"{FEEDBACK_PREFIX}error", f"{FEEDBACK_PREFIX}factor"
+"""Slot names of a parameter's error (what was left out so far) and its right factor (the start of the next one)."""
 
 EVERYTHING_MB = 2.0**20
 
 BUCKET = 0
-"""The index of the only one."""
+"""The index of the only bucket."""
 
 VANISHED = 1e-8
-"""A column of a factor that is shorter has no direction, and is not made one long."""
+"""A column of a factor that is shorter than this has no direction and is not normalized."""
 
 
-class Squeezed(NamedTuple):
-    """A parameter that crosses as factors. rows, columns: of its matrix. rank: of the factors."""
+class FactoredParameter(NamedTuple):
+    """A parameter that crosses ranks as factors.
+
+    Attributes:
+        name: the parameter's.
+        rows: of its matrix.
+        columns: of its matrix.
+        rank: of the factors.
+    """
 
     name: str
     rows: int
@@ -46,30 +53,31 @@ class Squeezed(NamedTuple):
     rank: int
 
 
-class PowerSgdExchange(Exchange):
-    """The exchange of `engine.powersgd`."""
+class PowerSgdCommHook(CommHook):
+    """The communication hook of `engine.powersgd`."""
 
-    warms_up = True
+    needs_warm_up = True
+    extra_slots = 1
 
     def __init__(self, config: Config, context: RankContext, module: nn.Module) -> None:
         super().__init__(config, context)
         settings = config.engine.powersgd
         assert settings is not None
-        # One bucket: the hook waits for collectives inside the answer to another one, in threads of gloo of which there are
-        # two, so that several buckets would wait for each other, and would begin them in another order on another rank
-        # (pytorch issue 48478).
+        # One bucket: the hook waits for a collective inside the callback of another one, in gloo's two threads. Several
+        # buckets would wait for each other, and start collectives in different orders on different ranks (pytorch issue
+        # 48478).
         self.bucket_mb = EVERYTHING_MB
         self._context, self._settings, self._seed = context, settings, config.run.seed
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        _refuse_numbers(module)
+        _refuse_scalars(module)
         logging.getLogger(hooks.__name__).setLevel(logging.WARNING)
         self._state = hooks.PowerSGDState(
             None,
             matrix_approximation_rank=settings.rank,
-            start_powerSGD_iter=2,  # the steps before it are counted here
+            start_powerSGD_iter=2,  # torch's least; this class counts the uncompressed steps itself
             min_compression_rate=settings.min_rate,
-            # For ranks 1 and 2, which are made orthogonal column by column: a gradient of zeros, or with one row alone (of
-            # an embedding), would divide zero by zero.
+            # Ranks 1 and 2 are orthogonalized column by column: a gradient of zeros, or with a single nonzero row (an
+            # embedding), would divide zero by zero.
             orthogonalization_epsilon=VANISHED,
         )
         self._state.iter = self._state.start_powerSGD_iter
@@ -84,73 +92,73 @@ class PowerSgdExchange(Exchange):
         if step is None or step < self._settings.start_step:
             return super().average(bucket)
         self._is_shared = False
-        state, whole = self._state, bucket.buffer()
+        state, gradients = self._state, bucket.buffer()
         assert bucket.is_last(), "one bucket holds all gradients"
         self._members = [(self._names[id(parameter)], parameter.shape) for parameter in bucket.parameters()]
-        self._recall(whole)
-        # Drawn by the place in the data alone.
+        self._restore(gradients)
+        # Random draws depend on the position in the data alone (law 5).
         state.rng = np.random.RandomState(derive(self._seed, "powersgd", step) % 2**32)
         if BUCKET in state.p_memory_dict:
-            self._draw_vanished(state.rng)
+            self._redraw_vanished(state.rng)
         before = state.total_numel_after_compression
         averaged: torch.futures.Future[torch.Tensor] = hooks.powerSGD_hook(state, bucket)
-        # The two factors of what it squeezes, and in one piece all that it does not.
+        # Three collectives: the two factors, and one for everything that is not factored.
         sent = state.total_numel_after_compression - before
-        self._traffic.add(sent * whole.element_size(), collectives=3)
+        self._traffic.add(sent * gradients.element_size(), collectives=3)
         return averaged
 
-    def _squeezed(self) -> list[Squeezed]:
-        """What crosses as factors, in the order in which the hook lays the factors out: matrices of one shape together."""
-        by_shape: dict[tuple[int, int], list[Squeezed]] = {}
+    def _factored(self) -> list[FactoredParameter]:
+        """Returns what crosses as factors, in the order of the hook's buffers: matrices of one shape together."""
+        by_shape: dict[tuple[int, int], list[FactoredParameter]] = {}
         for name, shape in self._members:
             rows, columns = shape[0], shape.numel() // shape[0]
             rank = min(rows, columns, self._settings.rank)
             if hooks._should_compress(rows, columns, rank, self._settings.min_rate)[0]:  # type: ignore[no-untyped-call]
-                by_shape.setdefault((rows, columns), []).append(Squeezed(name, rows, columns, rank))
+                by_shape.setdefault((rows, columns), []).append(FactoredParameter(name, rows, columns, rank))
         return [one for group in by_shape.values() for one in group]
 
-    def _draw_vanished(self, rng: np.random.RandomState) -> None:
-        """New directions for those of the last step that came to nothing: by themselves they would stay nothing for ever.
+    def _redraw_vanished(self, rng: np.random.RandomState) -> None:
+        """Draws new directions for columns that vanished in the last step: they would stay zero and pass no gradient.
 
-        Nor would any gradient pass through them. The same on every rank, whose factors are the same.
+        All ranks draw the same, since their factors are the same.
         """
         factors = self._factors()
-        if self._settings.rank > 2 or not factors:  # from 3 on the hook completes them itself, by QR
+        if self._settings.rank > 2 or not factors:  # from rank 3 on the hook completes them by QR
             return
         lengths = torch.stack([factor.norm(dim=0) for _, factor in factors]).tolist()
-        for (one, factor), own in zip(factors, lengths, strict=True):
-            for column, length in enumerate(own):
+        for (one, factor), columns in zip(factors, lengths, strict=True):
+            for column, length in enumerate(columns):
                 if length < VANISHED:
                     factor[:, column] = torch.from_numpy(rng.standard_normal(one.columns)).to(factor)
 
-    def _factors(self) -> list[tuple[Squeezed, torch.Tensor]]:
-        """The right factor of each parameter that has one, as it lies in the hook's memory."""
-        squeezed = self._squeezed()
-        flat = torch.split(self._state.q_memory_dict[BUCKET], [one.columns * one.rank for one in squeezed])
-        return [(one, part.view(one.columns, one.rank)) for one, part in zip(squeezed, flat, strict=True)]
+    def _factors(self) -> list[tuple[FactoredParameter, torch.Tensor]]:
+        """Returns the right factor of each factored parameter, as views of the hook's buffer."""
+        factored = self._factored()
+        flat = torch.split(self._state.q_memory_dict[BUCKET], [one.columns * one.rank for one in factored])
+        return [(one, part.view(one.columns, one.rank)) for one, part in zip(factored, flat, strict=True)]
 
-    def memory(self) -> dict[str, dict[str, torch.Tensor]]:
-        if self._loaded:  # nothing has happened since
+    def error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
+        if self._loaded:  # no step since the load
             return {name: dict(slots) for name, slots in self._loaded.items()}
         error = self._state.error_dict.get(BUCKET)
         if error is None:
             return {}
-        if not self._is_shared:  # else a second time would add up to other digits
+        if not self._is_shared:  # a second average would change digits
             error = self._state.error_dict[BUCKET] = all_reduce_sum(error / self._world_size, self._context)
             self._is_shared = True
         parts = torch.split(error, [shape.numel() for _, shape in self._members])
-        found = {name: {ERROR: part.view(shape)} for (name, shape), part in zip(self._members, parts, strict=True)}
+        slots = {name: {ERROR: part.view(shape)} for (name, shape), part in zip(self._members, parts, strict=True)}
         for one, factor in self._factors():
-            found[one.name][FACTOR] = factor
-        return found
+            slots[one.name][FACTOR] = factor
+        return slots
 
-    def load_memory(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
-        own = {key: value for key, value in slots.items() if key in (ERROR, FACTOR)}
-        if own:
-            self._loaded[name] = own
+    def load_error_feedback(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:
+        feedback = {key: value for key, value in slots.items() if key in (ERROR, FACTOR)}
+        if feedback:
+            self._loaded[name] = feedback
 
-    def _recall(self, like: torch.Tensor) -> None:
-        """Puts what was loaded where the hook looks for it. Without all of the factors new ones are drawn."""
+    def _restore(self, like: torch.Tensor) -> None:
+        """Puts the loaded state where the hook looks for it. If a factor is missing, the hook draws new ones."""
         if not self._loaded:
             return
         loaded, self._loaded = self._loaded, {}
@@ -158,17 +166,17 @@ class PowerSgdExchange(Exchange):
             loaded.get(name, {}).get(ERROR, torch.zeros(shape)).reshape(-1).to(like) for name, shape in self._members
         ]
         self._state.error_dict[BUCKET] = torch.cat(errors)
-        squeezed = self._squeezed()
-        factors = [loaded.get(one.name, {}).get(FACTOR) for one in squeezed]
+        factored = self._factored()
+        factors = [loaded.get(one.name, {}).get(FACTOR) for one in factored]
         if all(
             factor is not None and factor.shape == (one.columns, one.rank)
-            for factor, one in zip(factors, squeezed, strict=True)
+            for factor, one in zip(factors, factored, strict=True)
         ):
             flat: list[Any] = [factor.reshape(-1).to(like) for factor in factors if factor is not None]
             self._state.q_memory_dict[BUCKET] = torch.cat(flat) if flat else like.new_empty(0)
-            self._state.p_memory_dict[BUCKET] = like.new_empty(sum(one.rows * one.rank for one in squeezed))
+            self._state.p_memory_dict[BUCKET] = like.new_empty(sum(one.rows * one.rank for one in factored))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self._loaded.clear()
         self._state.error_dict.clear()
         self._state.p_memory_dict.clear()
@@ -178,14 +186,15 @@ class PowerSgdExchange(Exchange):
         self._step = step
 
 
-def _refuse_numbers(module: nn.Module) -> None:
-    """
+def _refuse_scalars(module: nn.Module) -> None:
+    """Refuses trainable parameters without dimensions, which the hook cannot view as a matrix.
+
     Raises:
-        ConfigError: a parameter without dimensions, which the hook cannot look at as a matrix.
+        ConfigError: there is one.
     """
     numbers = [name for name, p in module.named_parameters() if p.requires_grad and p.dim() == 0]
     if numbers:
         raise ConfigError(
-            f"engine.powersgd squeezes matrices, but {numbers[0]} of this model is a single number. Freeze it "
+            f"engine.powersgd factors matrices, but {numbers[0]} of this model is a single number. Freeze it "
             "(freeze.modules), or use engine.gradient_wire=bf16 instead."
         )

@@ -1,27 +1,84 @@
-"""What the loop knows of a back end, and nothing more.
+"""What the rest of dtrain knows of a back end, and nothing more.
 
-One file per engine beside this one implements it; adding an engine is adding one file and one `case` in build.py.
+One file beside this one implements one engine. Adding an engine is adding its file, its name in config/engine.py and one
+`case` in build.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
+
+
+class BytesPerNumber(NamedTuple):
+    """Memory of one rank, in bytes, without activations.
+
+    Attributes:
+        weights: per parameter value.
+        gradients: per trainable value.
+        optimizer: per trainable value.
+        exchange: per trainable value, at most, while gradients cross ranks.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    exchange: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineTraits:
+    """What an engine would be under a config, before it is built: for the plan that is printed, and for loading.
+
+    Attributes:
+        memory: what a parameter costs.
+        detail: more than the name for the banner, for example "ZeRO 2"; empty for none.
+        is_sharded: parameters are spread over the ranks. The engine takes the module from the host and places it itself,
+            and a forward pass needs every rank.
+        lock_step: forward or backward of a micro-batch is a collective, so that all ranks need equal numbers of them.
+        other_rounding: why results differ by rounding from fp32 on one process, apart from `engine.precision`.
+        other_algorithm: why results differ by more than rounding; empty if they do not.
+        evaluation_note: what the exactness of an evaluation is, where it is not every digit.
+        notes: warnings and notes for the plan, one line each.
+    """
+
+    memory: BytesPerNumber
+    detail: str = ""
+    is_sharded: bool = False
+    lock_step: bool = False
+    other_rounding: tuple[str, ...] = ()
+    other_algorithm: str = ""
+    evaluation_note: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+
+class StepWeight(NamedTuple):
+    """Summed weight of a step's targets.
+
+    Attributes:
+        total: on all ranks.
+        local: on this rank.
+    """
+
+    total: float
+    local: float
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimizer step.
+    """The outcome of one optimizer step.
 
-    grad_norm: L2 norm of the gradient of the whole step, over all ranks, before clipping.
-    applied: False where the weights were left alone: on demand, or because a gradient was not finite.
+    Attributes:
+        grad_norm: L2 norm of the gradient of the whole step, over all ranks, before clipping.
+        applied: False where the weights were left alone: on request, or because a gradient was not finite.
     """
 
     grad_norm: float
@@ -29,11 +86,13 @@ class StepResult:
 
 
 class ParameterState(NamedTuple):
-    """One parameter or buffer by name, whole, where the engine has it, until the next one is asked for: copy what stays.
+    """One whole parameter or buffer, valid until the next one is requested: copy what must stay.
 
-    value: the fp32 (or float64) tensor, None on ranks that did not ask.
-    slots: the optimizer's tensors and counts for it (exp_avg, exp_avg_sq, step, momentum_buffer, ...); empty for
-        buffers, frozen parameters, and before the first step.
+    Attributes:
+        name: the parameter's or buffer's.
+        value: the fp32 (or float64) tensor, None on ranks that did not request it.
+        slots: the optimizer's tensors and counts for it (exp_avg, exp_avg_sq, step, momentum_buffer, ...); empty for
+            buffers, frozen parameters, and before the first step.
     """
 
     name: str
@@ -42,10 +101,14 @@ class ParameterState(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A piece of a tensor, on the rank that keeps it.
+    """A part of a tensor, on the rank that keeps it.
 
-    slot: the optimizer's name for it, or None for a parameter's or buffer's own values. start: the piece's first element
-    in the flattened tensor; None for a tensor that is whole here and in no other rank's part. tensor: flat, unless whole.
+    Attributes:
+        name: the parameter's or buffer's.
+        slot: the optimizer's name for it, or None for a parameter's or buffer's own values.
+        start: the part's first element in the flattened tensor; None for a tensor that is complete here and in no other
+            rank's part.
+        tensor: flat, unless it is complete.
     """
 
     name: str
@@ -55,90 +118,103 @@ class Shard(NamedTuple):
 
 
 ReadSlots = Callable[[str, torch.Size], Mapping[str, torch.Tensor]]
-
-
-class Apart(Protocol):
-    """What the loop needs of an engine whose ranks step on their own share and average weights later (train.local_steps)."""
-
-    every: int
-    """Steps between averages."""
-
-    def own_norm(self) -> float:
-        """L2 norm of this rank's gradient, before clipping. Between the last backward and `step`."""
-        ...
-
-    def took(self, own_weight: float, weight: float) -> None:
-        """A step was applied: this rank's summed weight in it, and all ranks'."""
-        ...
-
-    def average(self) -> None:
-        """Collective. Weights and moments become their mean over ranks, by the weights of the steps since the last time."""
-        ...
+"""From a parameter's name and full shape to its optimizer slots."""
 
 
 class Engine(Protocol):
-    """A model that learns on every rank alike. Every method is a collective.
+    """A model that learns, with the same result on every rank. Every method is a collective.
 
-    Gradients are sums: `backward` takes a loss already scaled by world_size / summed weight of the whole step, and the
-    engine averages over ranks, so that the result is the gradient of (sum of losses / sum of weights). With `local` the
-    loss is scaled by 1 / this rank's own weight.
+    Gradients are sums: `backward` takes a loss that is already scaled by `loss_scale`, so that the result is the gradient
+    of (sum of losses / sum of weights) of the whole step.
     """
 
     name: str
+    """As `engine.name` has it; a label, never a question."""
     context: RankContext
     model: nn.Module
     """Call it for the forward pass in training."""
     module: nn.Module
     """The bare model: evaluation, generation, export."""
-    local: Apart | None
-    """Where ranks take steps of their own; None where gradients cross ranks in every step."""
     lock_step: bool
-    """Forward or backward of one micro-batch is a collective (ZeRO 2 and 3): all ranks need equal numbers of them."""
+    """See EngineTraits."""
+    extra_slots: int
+    """Numbers that the engine keeps for each trainable value, apart from the optimizer's."""
+
+    @classmethod
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+        """Returns what the engine would be, before it is built. Not a collective."""
+        ...
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; the loop writes "lr" here."""
         ...
 
+    def numel(self, parameter: nn.Parameter) -> int:
+        """Returns the number of values of a parameter of `module` on all ranks together. Not a collective."""
+        ...
+
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of one micro-batch. Gradients cross ranks in the last one only."""
+        """Surrounds forward and backward of one micro-batch. Gradients cross ranks in the last one only."""
         ...
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The arithmetic of `engine.precision`, for forward passes on `module`."""
+        """Sets the arithmetic of `engine.precision`, for forward passes on `module`."""
+        ...
+
+    def loss_scale(self, weight: StepWeight) -> float:
+        """Returns what turns a loss sum into what `backward` takes; 0 without a target. Not a collective."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of `loss`, already scaled by world_size / summed weight of the step."""
+        """Adds the gradient of `loss`, already scaled by `loss_scale`."""
         ...
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
-        """Once before the first step of an engine: what its very first backward pass would do otherwise than later ones.
+        """Does, before the first step, what the very first backward pass does differently from later ones.
 
         Leaves weights, moments and gradients as they are.
 
         Args:
-            loss: of any micro-batch, which counts for nothing. step: of the data, 0-based, that comes next.
+            loss: of any micro-batch; it does not count.
+            step: the next one of the data, 0-based.
+        """
+        ...
+
+    def weighted_sq_norm(self, weight: StepWeight) -> float | None:
+        """Returns the local weight times the squared norm of the local gradient, before clipping. Not a collective.
+
+        None where gradients are averaged in every step, so that `step` knows the norm by itself.
         """
         ...
 
     def gradient_norms(self) -> dict[str, float]:
-        """L2 norm of each parameter's gradient of the whole step, all ranks together, before clipping, by name.
+        """Returns the L2 norm of each parameter's gradient of the whole step, over all ranks, before clipping, by name.
 
-        Between the last backward and `step`. A parameter that got no gradient is left out.
+        Between the last backward and `step`. A parameter without a gradient is left out.
         """
         ...
 
-    def step(self, *, discard: bool = False) -> StepResult:
-        """Clips, updates, and clears the gradients. `discard` clears them only: weights and moments stay."""
+    def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
+        """Clips, updates, and clears the gradients.
+
+        Args:
+            weight: of the step.
+            weighted_sq_norm: the sum over ranks of what `weighted_sq_norm` returned.
+            discard: clears the gradients only; weights and moments stay.
+        """
+        ...
+
+    def synchronize(self, step: int, *, force: bool) -> bool:
+        """Makes all ranks hold the same weights, if that is due after `step` steps, or forced; returns whether they do."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter by name, one at a time, gathered whole to rank 0's host in fp32 (float64 stays); elsewhere None."""
+        """Yields every complete parameter on rank 0's host, in fp32 (float64 stays), one at a time; None on other ranks."""
         ...
 
     def named_state(self, *, here: bool) -> Iterator[ParameterState]:
-        """Every parameter and buffer with its optimizer slots, one at a time, to its end on every rank.
+        """Yields every parameter and buffer with its optimizer slots, one at a time. Every rank must exhaust it.
 
         Args:
             here: whether this rank wants the values; others only take part.
@@ -151,26 +227,43 @@ class Engine(Protocol):
         Weights are loaded into the model before the engine is built.
 
         Args:
-            read: collective; from a parameter's name and whole shape to its slots on every rank's host.
+            read: collective; returns a parameter's slots on every rank's host.
         """
         ...
 
     def local_state(self) -> Iterator[Shard]:
-        """This rank's part of every parameter, buffer and slot, without gathering any; all ranks' parts make the whole.
+        """Yields this rank's part of every parameter, buffer and slot, without gathering; all ranks' parts are the state.
 
-        With engine.powersgd the ranks average what they remember first, so that it is a collective there, too.
-        As with `named_state`, a tensor is there until the next one is asked for.
+        With engine.powersgd the ranks average their error-feedback state first, so that it is a collective there, too.
+        As with `named_state`, a tensor is valid until the next one is requested.
         """
         ...
 
     def scalars(self) -> dict[str, float]:
-        """What else a step depends on, as JSON: the loss scale, and the steps since it last changed."""
+        """Returns what else a step depends on, as JSON: the loss scale, and the steps since it last changed."""
         ...
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
-        """Takes what `scalars` gave."""
+        """Restores what `scalars` returned."""
         ...
 
     def release(self) -> nn.Module:
-        """Ends the engine and gives the bare model back, whole on every rank, to be frozen anew and wrapped again."""
+        """Ends the engine and returns the bare model, complete on every rank, to be frozen and wrapped again."""
         ...
+
+
+class AveragesEveryStep:
+    """The part of an engine that follows from averaging gradients over ranks in every step."""
+
+    context: RankContext
+    extra_slots = 0
+
+    def loss_scale(self, weight: StepWeight) -> float:
+        # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).
+        return self.context.world_size / weight.total if weight.total else 0.0
+
+    def weighted_sq_norm(self, weight: StepWeight) -> float | None:
+        return None
+
+    def synchronize(self, step: int, *, force: bool) -> bool:
+        return True

@@ -1,4 +1,4 @@
-"""One process: the plain PyTorch step that every other engine is held against."""
+"""One process: the plain PyTorch step that every other engine is compared with."""
 
 from __future__ import annotations
 
@@ -13,31 +13,40 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import autocast
-from dtrain.engine.protocol import Apart, ParameterState, ReadSlots, Shard, StepResult
+from dtrain.engine.optim import slots_per_value
+from dtrain.engine.protocol import (
+    AveragesEveryStep,
+    BytesPerNumber,
+    EngineTraits,
+    ParameterState,
+    ReadSlots,
+    Shard,
+    StepResult,
+    StepWeight,
+)
 from dtrain.engine.state import (
     device_slots,
     host_copy,
     load_scaler,
     norms_by_name,
-    optimizers_own,
+    optimizer_slots,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
 )
 
 
-class SingleEngine:
+class SingleEngine(AveragesEveryStep):
     """Forward, backward, clip, step, in one process and on one device."""
 
     name = "single"
     lock_step = False
-    local: Apart | None = None
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = True  # whatever engine was there before
+        context.traffic.is_whole = True  # the engine before this one may have set it to False
         self.module = module
         self.model = module
         self._optimizer = optimizer
@@ -47,9 +56,16 @@ class SingleEngine:
         # Only fp16 needs it: its gradients underflow without a scale.
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=config.engine.precision == "fp16")
 
+    @classmethod
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+        return EngineTraits(memory=replicated_memory(config))
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._optimizer.param_groups
+
+    def numel(self, parameter: nn.Parameter) -> int:
+        return parameter.numel()
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         return self.autocast()
@@ -63,13 +79,13 @@ class SingleEngine:
             torch.autograd.backward(self._scaler.scale(loss))
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
-        """Nothing."""
+        """Does nothing: the first backward pass is like any other."""
 
     def gradient_norms(self) -> dict[str, float]:
-        found = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
-        return norms_by_name(found, scale=float(self._scaler.get_scale()))
+        gradients = ((name, parameter.grad) for name, parameter in self.module.named_parameters())
+        return norms_by_name(gradients, scale=float(self._scaler.get_scale()))
 
-    def step(self, *, discard: bool = False) -> StepResult:
+    def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
         self._scaler.unscale_(self._optimizer)
         grad_norm = self._clip()
         applied = not discard and math.isfinite(grad_norm)
@@ -90,15 +106,15 @@ class SingleEngine:
             yield name, host_copy(parameter) if self.context.is_main else None
 
     def named_state(self, *, here: bool) -> Iterator[ParameterState]:
-        memory = self._memory()
+        feedback = self._error_feedback()
         for name, parameter in self.module.named_parameters():
-            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **memory.get(name, {})}
+            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **feedback.get(name, {})}
             yield ParameterState(name, parameter.detach() if here else None, slots if here else {})
         for name, buffer in self.module.named_buffers():
             yield ParameterState(name, buffer if here else None, {})
 
-    def _memory(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Collective. Further slots, by parameter."""
+    def _error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Collective. Returns what a communication hook keeps for each parameter, as further slots."""
         return {}
 
     def load_named_slots(self, read: ReadSlots) -> None:
@@ -108,13 +124,13 @@ class SingleEngine:
                 self._optimizer.state[parameter] = device_slots(slots, parameter)
 
     def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
-        """Collective. The optimizer's."""
-        return optimizers_own(read(name, shape))
+        """Collective. Returns the optimizer's slots."""
+        return optimizer_slots(read(name, shape))
 
     def local_state(self) -> Iterator[Shard]:
-        memory = self._memory()
+        feedback = self._error_feedback()
         for name, parameter in self.module.named_parameters():
-            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **memory.get(name, {})}
+            slots = {**slot_tensors(self._optimizer.state.get(parameter, {})), **feedback.get(name, {})}
             yield from replicated_shards(name, parameter, slots, self.context)
         for name, buffer in self.module.named_buffers():
             yield from replicated_shards(name, buffer, {}, self.context)
@@ -130,3 +146,12 @@ class SingleEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self._optimizer.state.clear()
         return self.module
+
+
+def replicated_memory(config: Config, *, exchange: float = 0.0) -> BytesPerNumber:
+    """Returns what an engine costs that keeps everything, in fp32, on every rank.
+
+    Args:
+        exchange: bytes per trainable value while gradients cross.
+    """
+    return BytesPerNumber(4.0, 4.0, 4.0 * slots_per_value(config.optim), exchange)

@@ -1,4 +1,4 @@
-"""Optimizer slots on the host and between ranks, for every engine."""
+"""Optimizer slots on the host and between ranks, shared by all engines."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Shard
 
 STEP = "step"
-"""What every torch optimizer calls its count of steps; it stays on the host."""
+"""Every torch optimizer's name for its count of steps; it stays on the host."""
+
+FEEDBACK_PREFIX = "exchange_"
+"""Slots of this prefix hold a communication hook's error-feedback state. Checkpoints contain this name."""
 
 
-EXCHANGE = "exchange_"
-"""What the names of slots begin with that belong to the exchange between ranks, and to no optimizer."""
-
-
-def optimizers_own(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those that an optimizer made."""
-    return {key: value for key, value in slots.items() if not key.startswith(EXCHANGE)}
+def optimizer_slots(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the slots that an optimizer made."""
+    return {key: value for key, value in slots.items() if not key.startswith(FEEDBACK_PREFIX)}
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host: floating point in fp32 (float64 stays), other types as they are."""
+    """Returns a copy on the host: floating point in fp32 (float64 stays), other types as they are."""
     copied = tensor.detach().to("cpu", copy=True)
     return copied if copied.dtype == torch.float64 or not copied.is_floating_point() else copied.float()
 
 
 def slot_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The optimizer's entries for one parameter, whatever they are called; plain numbers become 0-d tensors."""
+    """Returns the optimizer's entries for one parameter, by their names; plain numbers become 0-d tensors."""
     return {
         key: value if torch.is_tensor(value) else torch.tensor(value)
         for key, value in state.items()
@@ -40,30 +39,30 @@ def slot_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def host_slots(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of them on the host."""
+    """Returns copies on the host."""
     return {key: host_copy(value) for key, value in slots.items()}
 
 
 def device_slots(slots: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same entries where the optimizer wants them: beside the parameter, the count of steps apart."""
+    """Returns the entries where the optimizer wants them: on the parameter's device, except the count of steps."""
     return {key: value if key == STEP else value.to(parameter.device, parameter.dtype) for key, value in slots.items()}
 
 
 def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale: float) -> dict[str, float]:
-    """L2 norm of each gradient, of what is multiplied by `scale`; one transfer to the host for all."""
+    """Returns the L2 norm of each gradient, divided by `scale`, with one transfer to the host for all."""
     norms = {name: gradient.norm(dtype=torch.float64) for name, gradient in gradients if gradient is not None}
     values = torch.stack(list(norms.values())).tolist() if norms else []
     return {name: value / scale for name, value in zip(norms, values, strict=True)}
 
 
-def broadcast_slots(own: Mapping[str, torch.Tensor], context: RankContext) -> dict[str, torch.Tensor]:
-    """Collective. Rank 0's slots of one parameter, on every rank's host."""
-    keys = broadcast_object(sorted(own) if context.is_main else None, context)
-    return {key: broadcast(own.get(key), context) for key in keys}
+def broadcast_slots(slots: Mapping[str, torch.Tensor], context: RankContext) -> dict[str, torch.Tensor]:
+    """Collective. Returns rank 0's slots of one parameter on every rank's host."""
+    keys = broadcast_object(sorted(slots) if context.is_main else None, context)
+    return {key: broadcast(slots.get(key), context) for key in keys}
 
 
 def even_part(tensor: torch.Tensor, context: RankContext) -> tuple[int, torch.Tensor]:
-    """This rank's share of a tensor that every rank has: where it begins, and its elements."""
+    """Returns this rank's share of a tensor that every rank has: the index of its first element, and the elements."""
     size = -(-tensor.numel() // context.world_size)
     start = min(context.rank * size, tensor.numel())
     return start, tensor.detach().reshape(-1)[start : start + size]
@@ -72,7 +71,7 @@ def even_part(tensor: torch.Tensor, context: RankContext) -> tuple[int, torch.Te
 def replicated_shards(
     name: str, value: torch.Tensor, slots: Mapping[str, torch.Tensor], context: RankContext
 ) -> Iterator[Shard]:
-    """What a rank keeps of a parameter that every rank has: an even part of all that is as large, counts on rank 0."""
+    """Yields what this rank saves of a replicated parameter: an even part of each tensor of its size; counts on rank 0."""
     for slot, tensor in (None, value), *sorted(slots.items()):
         if tensor.numel() == value.numel():
             start, part = even_part(tensor, context)
@@ -83,13 +82,13 @@ def replicated_shards(
 
 
 def scaler_scalars(scaler: torch.amp.GradScaler) -> dict[str, float]:
-    """What a GradScaler goes on from: its scale, and how many steps it has been good for."""
+    """Returns a GradScaler's state: its scale, and the number of steps since it last changed."""
     return {"loss_scale": float(scaler.get_scale()), "loss_scale_steps": float(scaler.state_dict()["_growth_tracker"])}
 
 
 def load_scaler(scaler: torch.amp.GradScaler, scalars: Mapping[str, float], context: RankContext) -> None:
-    """Collective. Takes rank 0's `scaler_scalars`; nothing where the state has none (it comes from another precision)."""
-    told = broadcast_object(dict(scalars), context)
-    if "loss_scale" in told:
-        steps = int(told.get("loss_scale_steps", 0))
-        scaler.load_state_dict({**scaler.state_dict(), "scale": told["loss_scale"], "_growth_tracker": steps})
+    """Collective. Restores rank 0's `scaler_scalars`. Does nothing if there are none (a run of another precision)."""
+    saved = broadcast_object(dict(scalars), context)
+    if "loss_scale" in saved:
+        steps = int(saved.get("loss_scale_steps", 0))
+        scaler.load_state_dict({**scaler.state_dict(), "scale": saved["loss_scale"], "_growth_tracker": steps})

@@ -1,4 +1,4 @@
-"""From config and task to a model that is ready to be wrapped: loaded, checked, frozen, probed."""
+"""From config and task to a model that an engine can wrap: loads, checks and freezes it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
+from dtrain.engine.build import engine_traits
 from dtrain.engine.unused_parameters import without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
@@ -26,15 +27,18 @@ from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Construction:
-    """A model before it is wrapped.
+class PreparedModel:
+    """A model before an engine wraps it.
 
-    freeze: puts the bare module in the state of an epoch; gives the names of parameters that no gradient reaches in it,
-    which are frozen as well. train_mode: see models.freezing.
+    Attributes:
+        module: the bare model.
+        freeze: freezes the bare module as an epoch needs it; returns the names of parameters that get no gradient in it,
+            which are frozen as well.
+        train_mode: see models.freezing.
     """
 
     module: nn.Module
@@ -43,14 +47,14 @@ class Construction:
 
 
 def step_plan(config: Config, task: Task) -> StepPlan:
-    """Which examples each step takes."""
+    """Returns which examples each step takes."""
     train = config.train
     rows = len(task.splits["train"])
     return StepPlan(rows, train.global_batch_size, train.micro_batch_size, config.run.seed, train.shuffle)
 
 
 def total_steps(config: Config, plan: StepPlan) -> int:
-    """The first of epochs and max_steps."""
+    """Returns the number of steps of the run: the smaller of train.epochs and train.max_steps."""
     limits = [config.train.max_steps]
     if config.train.epochs is not None:
         limits.append(config.train.epochs * plan.steps_per_epoch)
@@ -58,13 +62,13 @@ def total_steps(config: Config, plan: StepPlan) -> int:
 
 
 def load(config: Config, task: Task, context: RankContext) -> nn.Module:
-    """Collective. The model on this rank's device, fp32; one rank per node loads first, so that a hub is asked once.
+    """Collective. Returns the model on this rank's device, in fp32. One rank per node loads first, so a hub is asked once.
 
     Raises:
         CheckpointError: model.name_or_path is a damaged checkpoint.
     """
 
-    def own_with(settings: Model) -> nn.Module:
+    def load_with(settings: Model) -> nn.Module:
         model = load_model(
             settings, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
         )
@@ -73,18 +77,18 @@ def load(config: Config, task: Task, context: RankContext) -> nn.Module:
         processor = getattr(task, "processor", None)
         if processor is not None:
             check_images(model, processor.shape)
-        fitted: nn.Module = model
-        return fitted
+        module: nn.Module = model
+        return module
 
-    # Every byte of a checkpoint is read once, by the rank that goes first.
-    is_sharded: bool = node_first(lambda: check_whole(config.model.name_or_path), context)
+    # Verifying a checkpoint reads every byte of it, so one rank per node does it.
+    is_sharded: bool = node_first(lambda: verify_start(config.model.name_or_path), context)
     if is_sharded:
-        return place(_from_pieces(config, own_with, context), config, context)
-    return place(in_turn(lambda: own_with(config.model), context), config, context)
+        return place(_from_shards(config, load_with, context), config, context)
+    return place(in_turn(lambda: load_with(config.model), context), config, context)
 
 
-def _from_pieces(config: Config, make: Callable[[Model], nn.Module], context: RankContext) -> nn.Module:
-    """Collective. The model of a sharded checkpoint: new weights of its shape, then those in the pieces."""
+def _from_shards(config: Config, make: Callable[[Model], nn.Module], context: RankContext) -> nn.Module:
+    """Collective. Returns the model of a sharded checkpoint: makes it with new weights, then restores the shards."""
     module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), context)
     restore_weights(
         module, select.at(Path(str(config.model.name_or_path)), context, named_by="model.name_or_path"), context
@@ -92,32 +96,32 @@ def _from_pieces(config: Config, make: Callable[[Model], nn.Module], context: Ra
     return module
 
 
-def in_turn(make: Callable[[], Made], context: RankContext) -> Made:
-    """Collective. What `make` gives on each rank; one rank per node goes first, so that a hub is asked once.
+def in_turn(make: Callable[[], T], context: RankContext) -> T:
+    """Collective. Calls `make` on each rank, first on one rank per node, so that a hub is asked once.
 
     Raises:
-        DtrainError: what `make` raised there, on all ranks alike.
+        DtrainError: what `make` raised on a first rank, on all ranks.
     """
-    made: list[Made] = []
+    made: list[T] = []
     node_first(lambda: made.append(make()), context)
     return made[0] if made else make()
 
 
-def refuse_own_parts(config: Config, command: str, kind: str = "language model") -> None:
-    """For a command that draws on what transformers knows of its own models.
+def refuse_custom_models(config: Config, command: str, kind: str = "language model") -> None:
+    """Refuses models that are not plain transformers models, for commands that need one.
 
     Raises:
-        ConfigError: the model is a module of the user's, or has a head of dtrain's.
+        ConfigError: the model is the user's own module, or has a head of dtrain's.
     """
     if config.model.factory is not None or config.model.head is not None:
         raise ConfigError(f"{command} needs a {kind} of transformers, not model.factory or model.head.")
 
 
-def check_whole(name: str | None) -> bool:
-    """A checkpoint to begin with must be as it was written; gives whether it is a sharded one. Others are not looked at.
+def verify_start(name: str | None) -> bool:
+    """Verifies a checkpoint of dtrain's that the model starts from; returns whether it is sharded. Skips other names.
 
     Raises:
-        CheckpointError: it is not, or its run had adapters, of which a checkpoint is no folder for from_pretrained.
+        CheckpointError: it is damaged, or has adapters, so that from_pretrained cannot load it.
     """
     folder = Path(name) if name is not None else None
     if folder is None or not (folder / format.MANIFEST).is_file():
@@ -130,19 +134,20 @@ def check_whole(name: str | None) -> bool:
         ) from None
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"model.name_or_path={folder} is a checkpoint of adapters (model.lora), to go on from with checkpoint.resume "
-            "only. Use the run's model/, which has them in the form that others load."
+            f"model.name_or_path={folder} is a checkpoint of adapters (model.lora), which only checkpoint.resume can "
+            "load. Use the run's model/ folder instead."
         )
     return "of" in saved.manifest
 
 
 def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
-    """The module where it will run. ZeRO 3 takes it from the host and shards it itself."""
-    is_sharded = config.engine.is_deepspeed and config.engine.zero_stage == 3
-    return module if is_sharded else module.to(device_of(context.topology))
+    """Moves the module to this rank's device, unless the engine shards it and takes it from the host."""
+    if engine_traits(config, context).is_sharded:
+        return module
+    return module.to(device_of(context.topology))
 
 
-def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> Construction:
+def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> PreparedModel:
     """Freezes what must not learn in an epoch, and finds what cannot.
 
     Raises:
@@ -168,12 +173,12 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
     if config.model.compile:
         # In place, so that names in the state dict stay what they are.
         module.compile(dynamic=True)
-    return Construction(module, freeze, train_mode)
+    return PreparedModel(module, freeze, train_mode)
 
 
 def count(parameters: list[nn.Parameter]) -> int:
-    """Numbers in those parameters (ZeRO 3's shards counted whole)."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)
+    """Returns the number of values in parameters that no engine has wrapped yet."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def gigabytes(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints in a run: when they are due, what is said of them, and the end of a run that was asked to stop."""
+"""Checkpoints in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
 
 from __future__ import annotations
 
@@ -19,30 +19,27 @@ from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import SIGNALS, Asked, deferred
+from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 from dtrain.runs.folder import RunFolder
 from dtrain.tasks.protocol import Task
 from dtrain.training import data_guard
-from dtrain.training.export import save_surroundings
+from dtrain.training.export import save_without_weights
 from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.training.summary import versions
-
-SLOTS = {"adamw": 2, "sgd": 1, "adafactor": 1}
-"""Numbers that an optimizer keeps for each one that learns, at most."""
 
 
 class Checkpoints:
     """Saves the run every `checkpoint.every` steps, at a new best one, and at its end. Last in the list of monitors.
 
-    Without `checkpoint.every` it saves where a run is pre-empted only, and starts no process before.
+    Without `checkpoint.every` it saves only when a run is pre-empted, and starts no writer process before.
     """
 
     def __init__(
         self,
         config: Config,
         context: RankContext,
-        module: nn.Module,
         task: Task,
         *,
         state: RunState,
@@ -52,8 +49,8 @@ class Checkpoints:
         """Collective.
 
         Args:
-            state: of the run, complete once the monitors above this one have seen a step.
-            engine: the one of this moment.
+            state: of the run, complete once the monitors before this one have seen a step.
+            engine: returns the current engine.
         """
         self._config, self._context = config, context
         self._every = config.checkpoint.every
@@ -62,9 +59,9 @@ class Checkpoints:
         self._failed: str | None = None
         self._saver: Saver | None = None
         if self._every is not None:
-            self._saver = self._make(module)
-            remembers = config.engine.powersgd is not None and context.world_size > 1
-            self._saver.prepare(module, slots=SLOTS[config.optim.name] + remembers)
+            self._saver = self._make(engine().module)
+            slots = max(slots_per_value(config.optim), 1) + engine().extra_slots  # at most
+            self._saver.prepare(engine(), slots=slots)
 
     def _make(self, module: nn.Module) -> Saver:
         """Collective."""
@@ -72,7 +69,7 @@ class Checkpoints:
 
         def static() -> Mapping[str, bytes]:
             with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
-                save_surroundings(module, self._task, Path(place))
+                save_without_weights(module, self._task, Path(place))
                 return {file.name: file.read_bytes() for file in Path(place).iterdir() if file.is_file()}
 
         return Saver(
@@ -93,7 +90,7 @@ class Checkpoints:
         )
 
     def after_step(self, record: StepRecord) -> Decision:
-        """Collective where a checkpoint is due, which every rank knows alike."""
+        """Collective where a checkpoint is due, which is at the same steps on every rank."""
         if self._saver is not None and self._every is not None:
             self._report(self._saver.arrived())
             is_best = record.metrics is not None and self._state.best_step == record.step
@@ -102,7 +99,7 @@ class Checkpoints:
         return Decision.CONTINUE
 
     def save(self) -> None:
-        """Collective. Saves this step, unless it is saved."""
+        """Collective. Saves this step, unless it is saved already."""
         if self._saved == self._state.step:
             return
         engine, best = self._engine(), self._state.best_step
@@ -122,21 +119,21 @@ class Checkpoints:
         self._saved = self._state.step
 
     def finish(self) -> None:
-        """Collective. Waits until the last checkpoint is on every disk: a rank that left before would take the others along.
+        """Collective. Waits until the last checkpoint is on every disk; a rank that left earlier would end the others.
 
         Raises:
-            CheckpointError: on every rank; rank 0 could not write it.
+            CheckpointError: on every rank; it could not be written.
         """
         failed = self.settle()
         if failed is not None:
             error = CheckpointError(
-                f"{failed}. It was the last one of this start: the run goes on from the one before."
+                f"{failed}. It was the last one of this start: the run will resume from the one before."
             )
             error.is_said_elsewhere = not self._context.is_main
             raise error
 
     def settle(self) -> str | None:
-        """Collective. Waits until nothing is on its way; gives why the last one failed, if it did."""
+        """Collective. Waits until all checkpoints are written; returns why the last one failed, if it did."""
         with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is not None:
                 self._report(self._saver.settle())
@@ -144,12 +141,12 @@ class Checkpoints:
         return failed
 
     def close(self) -> None:
-        """Gives up what is not written yet."""
+        """Abandons what is not written yet."""
         if self._saver is not None:
             self._saver.close()
 
     def _report(self, outcome: Outcome | None) -> None:
-        """A checkpoint that could not be written is a fault, but no reason to stop: the one before is as it was."""
+        """Logs an outcome. A failed write is a fault but no reason to stop: the checkpoint before it is unchanged."""
         if outcome is None:
             return
         self._failed = outcome.error
@@ -157,10 +154,10 @@ class Checkpoints:
             return
         stall = {"stall_began_s": outcome.stall_began_s, "stall_s": outcome.stall_s}
         if outcome.error is None:
-            told = {**stall, "seconds": outcome.seconds, "bytes": outcome.bytes}
-            self._tracker.event("checkpoint", step=outcome.step, **told)
+            values = {**stall, "seconds": outcome.seconds, "bytes": outcome.bytes}
+            self._tracker.event("checkpoint", step=outcome.step, **values)
         if outcome.error is not None:
-            log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
+            log.warning("%s. Training continues; earlier checkpoints are unchanged", outcome.error)
             self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error, **stall)
         elif outcome.missing is not None:
             log.warning("%s. A copy of that checkpoint is missing", outcome.missing)
@@ -168,7 +165,7 @@ class Checkpoints:
 
 
 class StopOnRequest:
-    """Answers a signal, or the end of `train.max_minutes`, with the wish to stop with a checkpoint."""
+    """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` is over."""
 
     def __init__(self, asked: Asked, max_minutes: float | None, *, began: float) -> None:
         """
@@ -188,6 +185,6 @@ class StopOnRequest:
 
 
 def deferring(config: Config) -> AbstractContextManager[Asked]:
-    """Signals that a run answers with a checkpoint: SIGUSR1 always, the others where it makes checkpoints anyway."""
+    """Defers the signals that a run answers with a checkpoint: SIGUSR1 always, others only if checkpoint.every is set."""
     signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
     return deferred(signals)

@@ -1,4 +1,4 @@
-"""Whether a run that goes on has the data that it began with: its place in them is a number."""
+"""Checks that a resumed run has the data it began with, because its position in the data is a number."""
 
 from __future__ import annotations
 
@@ -11,33 +11,31 @@ from dtrain.tasks.protocol import Task
 
 
 def fingerprints(task: Task) -> Mapping[str, str]:
-    """SHA-256 over the rows of each split as they were prepared; none for a task of the user's own."""
-    found: Mapping[str, str] = getattr(task.splits, "fingerprints", {})
-    return found
+    """Returns the SHA-256 of each split's prepared rows; empty for the user's own task."""
+    hashes: Mapping[str, str] = getattr(task.splits, "fingerprints", {})
+    return hashes
 
 
 def check(task: Task, checkpoint: Chosen, config: Config) -> None:
-    """Compares the data with those of the checkpoint.
+    """Compares the data with the checkpoint's.
 
     Raises:
-        DataError: they are others, and `checkpoint.allow_changes` does not name them.
+        DataError: they differ, and `checkpoint.allow_changes` does not allow it.
     """
     if "data" in config.checkpoint.allow_changes:
         return
-    was, now = checkpoint.state["rows"]["train"], len(task.splits["train"])
-    before, here = checkpoint.state["data"], fingerprints(task)
-    other = [split for split in here if split in before and here[split] != before[split]]
-    if was != now:
-        what = (
-            f"The training data has {now} examples, but the checkpoint of step {checkpoint.step} was made with {was}."
-        )
-    elif other:
-        what = (
-            f"The data have changed since the checkpoint of step {checkpoint.step}: split {', '.join(other)} has other "
+    saved_rows, rows = checkpoint.state["rows"]["train"], len(task.splits["train"])
+    saved_hashes, hashes = checkpoint.state["data"], fingerprints(task)
+    changed = [split for split in hashes if split in saved_hashes and hashes[split] != saved_hashes[split]]
+    if saved_rows != rows:
+        problem = f"The training data has {rows} examples, but the checkpoint of step {checkpoint.step} was made with {saved_rows}."
+    elif changed:
+        problem = (
+            f"The data have changed since the checkpoint of step {checkpoint.step}: split {', '.join(changed)} has other "
             "examples, another order, or was made with another tokenizer."
         )
     else:
         return
     raise DataError(
-        f"{what} Bring the data back, choose another run.name, or go on all the same by checkpoint.allow_changes='[data]'."
+        f"{problem} Restore the data, choose another run.name, or resume anyway with checkpoint.allow_changes='[data]'."
     )

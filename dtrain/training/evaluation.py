@@ -1,7 +1,7 @@
 """Exact evaluation: every example once, the same digits at every world size (law 6).
 
-The split's micro-batches are a fixed list; each result travels with its example's index, sums are order-free, and
-metrics are computed once on whole, ordered data.
+The split's micro-batches are a fixed list. Each result carries its example's index, sums do not depend on the order, and
+metrics are computed once on the gathered data in data order.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ ALL = Reported()
 
 @dataclass(frozen=True)
 class SplitResult:
-    """One split in data order.
+    """The results of one split, in data order.
 
-    metrics: `loss` per target in nats and the task's own; none where the split has no targets.
-    records: one mapping per example, for predictions/<split>.jsonl; its `loss` is summed over the example's targets.
+    Attributes:
+        metrics: `loss` per target in nats, and the task's own; empty if the split has no targets.
+        records: one mapping per example, for predictions/<split>.jsonl; its `loss` is summed over the example's targets.
     """
 
     metrics: Mapping[str, float]
@@ -41,14 +42,19 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All splits. metrics: the main split's by name, a further split's with its name in front."""
+    """The results of all splits.
+
+    Attributes:
+        metrics: the main split's by name; a further split's name is prefixed.
+        splits: results by split.
+    """
 
     metrics: dict[str, float]
     splits: Mapping[str, SplitResult]
 
 
 def metric_names(task: Task, reported: Reported = ALL) -> list[str]:
-    """What an evaluation of this task will give; what a function of the user's adds is not known before."""
+    """Returns the metrics that an evaluation will have, except those that the user's own function adds."""
     splits = [split for split in task.splits if not split.startswith(("train", "test"))]  # a test split may lack labels
     return [prefix_of(split) + name for split in splits for name in reported.of_task(task)]
 
@@ -56,10 +62,10 @@ def metric_names(task: Task, reported: Reported = ALL) -> list[str]:
 def evaluate(
     forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
 ) -> EvaluationResult:
-    """Collective. Every split but `train`. Leaves the model in eval mode.
+    """Collective. Evaluates every split but `train`. Leaves the model in eval mode.
 
     Raises:
-        ConfigError: a function of the user's cannot be used, or gives a name that another split's metric has.
+        ConfigError: the user's metric function fails, or two metrics have the same name.
     """
     with forward.context.heartbeat.within(Phase.EVALUATION):
         results = {
@@ -72,22 +78,22 @@ def evaluate(
     metrics: dict[str, float] = {}
     for split, result in results.items():
         for name, value in result.metrics.items():
-            whole = prefix_of(split) + name
-            if whole in metrics:
-                raise ConfigError(f"Two metrics are called {whole}, one of them of the split {split}. Rename one.")
-            metrics[whole] = value
+            full_name = prefix_of(split) + name
+            if full_name in metrics:
+                raise ConfigError(f"Two metrics are called {full_name}, one of them of the split {split}. Rename one.")
+            metrics[full_name] = value
     return EvaluationResult(metrics, results)
 
 
 def prefix_of(split: str) -> str:
-    """What stands before the metrics of a split: nothing for the main one, `mismatched_` for validation_mismatched."""
+    """Returns the prefix of a split's metrics: empty for the main split, `mismatched_` for validation_mismatched."""
     return "" if split == MAIN_SPLIT else split.removeprefix(f"{MAIN_SPLIT}_") + "_"
 
 
 def evaluate_split(
     forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
 ) -> SplitResult:
-    """Collective. One split, counted exactly."""
+    """Collective. Evaluates one split; each example counts exactly once."""
     heartbeat = forward.context.heartbeat
     heartbeat.at(Phase.EVALUATION)
     rows = task.splits[split]
@@ -109,7 +115,7 @@ def evaluate_split(
         if batch.counted:
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.context, num_examples=len(rows))
-    heartbeat.at(Phase.METRICS)  # for as long as it takes: the records on all ranks, the metrics on rank 0
+    heartbeat.at(Phase.METRICS)  # a phase without a time limit
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records = [
@@ -117,25 +123,25 @@ def evaluate_split(
         for index, record in enumerate(task.records(split, predictions))
     ]
 
-    def judge() -> dict[str, float]:
-        """Once, on rank 0: what is decided by a metric is decided for all by the same number."""
-        if sum(targets) == 0:  # a test split without labels: predicted, not judged
+    def compute_metrics() -> dict[str, float]:
+        """Runs on rank 0 only, so that all ranks decide by the same number."""
+        if sum(targets) == 0:  # a test split without labels has predictions, but no metrics
             return {}
         loss = math.fsum(losses) / sum(targets)
         of_task = {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
-        own = reported.own(records, taken=task.metric_names) if reported.own is not None else {}
-        return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **own}
+        user = reported.user(records, task_names=task.metric_names) if reported.user is not None else {}
+        return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **user}
 
-    return SplitResult(on_main(judge, forward.context), records)
+    return SplitResult(on_main(compute_metrics, forward.context), records)
 
 
 def to_device(tensors: Batch, device: torch.device) -> Batch:
-    """The batch where the model is."""
+    """Moves a batch to the model's device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _values(done: Sequence[tuple[MicroBatch, Scored]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """This rank's results, one row per example, and the examples' indices. A rank may have none."""
+    """Returns this rank's results, one row per example, and the examples' indices. A rank may have none."""
     index = torch.tensor([i for batch, _ in done for i in batch.example_index], dtype=torch.int64)
     if not done:
         return {}, index

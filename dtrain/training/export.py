@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder that plain from_pretrained loads, tokenizer included."""
+"""Writes a model as a Hugging Face folder that from_pretrained loads, tokenizer included."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dtrain.tasks.protocol import Task
 
 
 def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
-    """Collective. Gathers the weights to rank 0, which writes them beside `target` and swaps the folder in."""
+    """Collective. Gathers the weights to rank 0, which writes a temporary folder and renames it to `target`."""
     weights = {name: value for name, value in engine.named_weights() if value is not None}
 
     def write() -> None:
@@ -38,8 +38,8 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
     on_main(write, engine.context)
 
 
-def save_surroundings(module: nn.Module, task: Task, folder: Path) -> None:
-    """What a model's folder holds beside the weights: config, tokenizer. Nothing of a module with adapters.
+def save_without_weights(module: nn.Module, task: Task, folder: Path) -> None:
+    """Saves a model's config and tokenizer, without weights. Does nothing for a module with adapters.
 
     Args:
         folder: existing and empty.
@@ -47,15 +47,15 @@ def save_surroundings(module: nn.Module, task: Task, folder: Path) -> None:
     if hasattr(module, adapters.RECORD):
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        around = Path(place) / "model"
-        save(module, {}, beside(task), around, config_only=True)
-        for file in around.iterdir():
+        temporary = Path(place) / "model"
+        save(module, {}, processor_or_tokenizer(task), temporary, config_only=True)
+        for file in temporary.iterdir():
             if file.suffix != ".safetensors":
                 file.rename(folder / file.name)
 
 
-def beside(task: Task) -> Any:
-    """What is saved beside the weights: the tokenizer, or what makes pixels of images."""
+def processor_or_tokenizer(task: Task) -> Any:
+    """Returns what is saved with the weights: the tokenizer, or the image processor."""
     return getattr(task, "processor", None) or task.tokenizer
 
 
@@ -65,27 +65,27 @@ def save(
     """Writes config, weights and tokenizer into a new folder.
 
     Args:
-        module: any; one that is not from transformers gets its weights and the name of its class.
-        weights: each parameter once; shared ones are named again here.
-        config_only: what is written of weights means nothing.
+        module: any; for one that is not from transformers, only its weights and the name of its class are saved.
+        weights: each parameter once; shared ones get their other names here.
+        config_only: the weights that are written are not meaningful.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut short
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted export
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
     state: dict[str, torch.Tensor] = {}
     if not config_only:
         state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
         buffers = {name: value for name, value in module.state_dict().items() if name not in state}
         state.update({name: value.detach().cpu() for name, value in buffers.items()})
-    told = getattr(module, user_module.RECORD, {})
+    record = getattr(module, user_module.RECORD, {})
     if hasattr(module, adapters.RECORD):
         adapters.save(module, state, folder)
     elif isinstance(module, PreTrainedModel | HeadedModel):
-        for key, value in told.items():
+        for key, value in record.items():
             setattr(module.config, key, value)
         module.save_pretrained(str(folder), state_dict=state)
     else:
         folder.mkdir(parents=True)
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
-        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **told})
+        write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **record})
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

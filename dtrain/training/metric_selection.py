@@ -1,4 +1,4 @@
-"""Which metrics an evaluation reports: the task's, or some of them, and those of a function of the user's own."""
+"""Which metrics an evaluation reports: all or some of the task's, and those of the user's own function."""
 
 from __future__ import annotations
 
@@ -14,76 +14,88 @@ from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Task
 
 RESERVED = ("loss", "event", "step", "seconds", "time_s", "monotonic_s")
-"""What else stands in an `eval` line of metrics.jsonl."""
+"""The other fields of an `eval` line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
-class OwnMetrics:
-    """A function of the user's: (predictions, references) in data order -> metrics by name. spec: what it is called."""
+class UserMetrics:
+    """The user's function: from (predictions, references) in data order to metrics by name.
+
+    Attributes:
+        spec: package.module:function.
+        function: imported from there.
+    """
 
     spec: str
     function: Callable[..., Any]
 
-    def __call__(self, records: Sequence[Mapping[str, Any]], *, taken: Sequence[str]) -> dict[str, float]:
-        """Its metrics for the examples that have a reference.
+    def __call__(self, records: Sequence[Mapping[str, Any]], *, task_names: Sequence[str]) -> dict[str, float]:
+        """Returns its metrics for the examples that have a reference.
 
         Args:
             records: one per example, with `prediction` and `reference`.
-            taken: names of the task's own metrics.
+            task_names: names of the task's metrics.
 
         Raises:
-            ConfigError: there is no reference, the function fails, or what it returns is no dict of new names and numbers.
+            ConfigError: there is no reference, the function fails, or it does not return a dict of new names and numbers.
         """
-        judged = [record for record in records if record["reference"] is not None]
-        if not judged:
+        labeled = [record for record in records if record["reference"] is not None]
+        if not labeled:
             raise ConfigError(
-                f"{self._called} has nothing to judge: this task writes no references (predictions/*.jsonl). Drop it."
+                f"{self._setting} cannot be used: this task writes no references (predictions/*.jsonl). Remove it."
             )
         try:
-            found = self.function([record["prediction"] for record in judged], [r["reference"] for r in judged])
+            metrics = self.function([record["prediction"] for record in labeled], [r["reference"] for r in labeled])
         except Exception as error:
             cause = described(error, self.spec.partition(":")[0])
-            raise ConfigError(f"{self._called} failed: {cause}. It is given two lists, in data order.") from error
-        if not isinstance(found, Mapping):
-            raise ConfigError(f"{self._called} returned {found!r:.100}: it must return a dict of names and numbers.")
-        return {self._name(name, taken): self._number(name, value) for name, value in found.items()}
+            raise ConfigError(f"{self._setting} failed: {cause}. It gets two lists, in data order.") from error
+        if not isinstance(metrics, Mapping):
+            raise ConfigError(f"{self._setting} returned {metrics!r:.100}: it must return a dict of names and numbers.")
+        return {self._name(name, task_names): self._number(name, value) for name, value in metrics.items()}
 
     @property
-    def _called(self) -> str:
+    def _setting(self) -> str:
         return f"evaluation.factory={self.spec}"
 
-    def _name(self, name: object, taken: Sequence[str]) -> str:
+    def _name(self, name: object, task_names: Sequence[str]) -> str:
         if not isinstance(name, str) or not name:
-            raise ConfigError(f"{self._called} returned a metric called {name!r}: a name must be text.")
-        if name in (*RESERVED, *taken):
-            raise ConfigError(f"{self._called} returned a metric called {name}, which is taken. Give it another name.")
+            raise ConfigError(f"{self._setting} returned a metric called {name!r}: a name must be text.")
+        if name in (*RESERVED, *task_names):
+            raise ConfigError(
+                f"{self._setting} returned a metric called {name}, but another metric has that name. Rename it."
+            )
         return name
 
     def _number(self, name: object, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):  # numpy's numbers are Real, tensors are not
             raise ConfigError(
-                f"{self._called} returned {name}={value!r:.100}: a metric must be a number, e.g. float(x)."
+                f"{self._setting} returned {name}={value!r:.100}: a metric must be a number, e.g. float(x)."
             )
         return float(value)
 
 
 @dataclass(frozen=True)
 class Reported:
-    """What is reported beside `loss`. chosen: of the task's metrics; None: all. own: further ones."""
+    """What is reported besides `loss`.
+
+    Attributes:
+        chosen: of the task's metrics; None: all.
+        user: the user's own metrics; None: none.
+    """
 
     chosen: tuple[str, ...] | None = None
-    own: OwnMetrics | None = None
+    user: UserMetrics | None = None
 
     def of_task(self, task: Task) -> list[str]:
-        """Names of the task's metrics that are reported, `loss` first."""
+        """Returns the names of the task's metrics that are reported, `loss` first."""
         return ["loss", *(name for name in task.metric_names if self.chosen is None or name in self.chosen)]
 
 
 def reported(settings: schema.Evaluation, task: Task, *, folder: Path) -> Reported:
-    """What the evaluation section asks for.
+    """Returns what the evaluation section selects.
 
     Args:
-        folder: of the config file, where `evaluation.factory` is looked for unless factory_folder says where.
+        folder: of the config file; `evaluation.factory` is looked up there unless factory_folder is set.
 
     Raises:
         ConfigError: a metric that this task does not have, or a function that cannot be imported.
@@ -96,5 +108,7 @@ def reported(settings: schema.Evaluation, task: Task, *, folder: Path) -> Report
         )
     spec = settings.factory
     place = settings.factory_folder or folder
-    own = None if spec is None else import_function(spec, folder=place, setting="evaluation.factory")
-    return Reported(settings.metrics, None if own is None or spec is None else OwnMetrics(spec, own))
+    if spec is None:
+        return Reported(settings.metrics)
+    function = import_function(spec, folder=place, setting="evaluation.factory")
+    return Reported(settings.metrics, UserMetrics(spec, function))

@@ -1,4 +1,4 @@
-"""What to say when a device runs out of memory: at what, how much it held, and what to set."""
+"""Explains an out-of-memory error: where it happened, how much memory was in use, and which settings help."""
 
 from __future__ import annotations
 
@@ -11,40 +11,42 @@ from dtrain.errors import DtrainError
 
 Tensors = Mapping[str, torch.Tensor]
 
-LESS_AT_ONCE = (
+SMALLER_ACTIVATIONS = (
     "data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A smaller micro-batch changes "
-    "the answer by nothing but dropout's draws"
+    "only dropout's random draws"
 )
-LESS_TO_KEEP = "engine.zero_stage=1 (2, 3) to share it out over the ranks, freeze.modules, or optim.name=adafactor"
+SMALLER_STATE = "engine.zero_stage=1 (2, 3) to shard it over the ranks, freeze.modules, or optim.name=adafactor"
 
 
 @contextmanager
 def explain_in_training(tensors: Tensors) -> Iterator[None]:
-    """Around forward and backward of one micro-batch, (batch, length, ...) tensors.
+    """Surrounds forward and backward of one micro-batch, (batch, length, ...) tensors.
 
     Raises:
         DtrainError: instead of torch's OutOfMemoryError.
     """
-    with _explain(f"a micro-batch of {size(tensors)}", f"Set train.micro_batch_size lower, {LESS_AT_ONCE}."):
+    with _explain(f"a micro-batch of {size(tensors)}", f"Set train.micro_batch_size lower, {SMALLER_ACTIVATIONS}."):
         yield
 
 
 @contextmanager
 def explain_in_evaluation(tensors: Tensors) -> Iterator[None]:
-    """The same around an evaluation's forward."""
+    """Surrounds an evaluation's forward pass."""
     with _explain(f"an evaluation micro-batch of {size(tensors)}", "Set evaluation.micro_batch_size lower."):
         yield
 
 
 @contextmanager
 def explain_in_step() -> Iterator[None]:
-    """The same around the optimizer's step, which makes its moments the first time."""
-    with _explain("the optimizer's step", f"The moments do not fit beside the weights: set {LESS_TO_KEEP}."):
+    """Surrounds the optimizer's step, which allocates the moments in its first call."""
+    with _explain(
+        "the optimizer's step", f"The moments do not fit into memory together with the weights: set {SMALLER_STATE}."
+    ):
         yield
 
 
 def size(tensors: Tensors) -> str:
-    """How many examples, and how long the longest padded row of tokens is."""
+    """Returns the number of examples, and the length of the padded rows of tokens."""
     ids = tensors.get("input_ids")
     shape = ids.shape if ids is not None else next(iter(tensors.values())).shape
     return f"{shape[0]} examples" + (f", {shape[-1]} tokens long" if ids is not None else "")

@@ -1,4 +1,4 @@
-"""Back to an earlier checkpoint of this run: the best step's, and the one before a loss that went astray."""
+"""Returns to an earlier checkpoint of this run: the best step's, or the newest one after a loss spike."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dtrain.training.monitors.protocol import RunState
 
 
 def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, context: RankContext) -> None:
-    """Collective. Looks for the best step anew where no node has its weights: nobody could bring them back at the end."""
+    """Collective. Forgets the best step if no node has its weights, since the end of the run could not restore them."""
     best = state.best_step
     if config.evaluation.best is None or best is None or best == checkpoint.step:
         return
     if not select.is_there(RunFolder(config.run_dir).checkpoints / folder_name(best), context):
         log.warning(
-            "the best step so far, %d, has no checkpoint (checkpoint.every keeps it): the best is looked for anew from "
-            "step %d on",
+            "the best step so far, %d, has no checkpoint (checkpoint.every keeps one): only steps from %d on count for "
+            "the best",
             best,
             state.step,
         )
@@ -30,26 +30,26 @@ def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, contex
 
 
 def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> Chosen | None:
-    """Collective. The checkpoint of the best step; None, and a warning, where it is damaged."""
+    """Collective. Returns the checkpoint of the best step; None, with a warning, if it is damaged."""
     path = RunFolder(config.run_dir).checkpoints / folder_name(step)
     try:
         return select.at(path, context, named_by="the best step's checkpoint")
-    except CheckpointError as error:  # on every rank alike
-        log.warning("%s The model of the last step takes the place of the best one", error)
+    except CheckpointError as error:  # the same on every rank
+        log.warning("%s The model of the last step is used instead of the best one", error)
         return None
 
 
 class Rollback:
-    """Chooses where to go back to after a spike."""
+    """Chooses the checkpoint to return to after a spike."""
 
     def __init__(self, config: Config, context: RankContext) -> None:
         self._config, self._context = config, context
         self._last: tuple[int, int] | None = None
 
     def choose(self, step: int) -> Chosen | None:
-        """Collective. The newest checkpoint; None, and a warning, where there is none.
+        """Collective. Returns the newest checkpoint; None, with a warning, if there is none.
 
-        A spike soon after the last one shows that the checkpoint had the bad weights already: the one before it is taken.
+        A spike soon after the last one shows that the checkpoint already had bad weights: then the one before it is used.
         """
         spike, below = self._config.train.spike, None
         if self._last is not None and spike is not None and step - self._last[0] <= spike.window:
@@ -59,7 +59,7 @@ class Rollback:
             chosen, _ = select.newest(folder, self._context, below=below)
         if chosen is None:
             older = "" if below is None else f" before that of step {below}"
-            log.warning("step %d: there is no checkpoint%s to go back to; training goes on", step, older)
+            log.warning("step %d: there is no checkpoint%s to return to; training continues", step, older)
             return None
         self._last = (step, chosen.step)
         return chosen

@@ -1,4 +1,4 @@
-"""The run folder at a command's start: decided and claimed by rank 0, known to all."""
+"""The run folder at a command's start: rank 0 decides and claims it, and all ranks get the decision."""
 
 from __future__ import annotations
 
@@ -21,34 +21,39 @@ from dtrain.runs.resume_policy import Action, Checkpoints, decide, going_on, is_
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What becomes of a start. checkpoint: to go on from; None: from the beginning."""
+class Claim:
+    """The decision for this start.
+
+    Attributes:
+        action: what the command does.
+        checkpoint: to resume from; None: start from the beginning.
+    """
 
     action: Action
     checkpoint: Chosen | None
 
 
 @contextmanager
-def taken(config: Config, context: RankContext, *, command: str) -> Iterator[Taken]:
-    """Collective. What becomes of this start; inside, the folder is this run's own, unless it is already_finished.
+def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[Claim]:
+    """Collective. Yields the decision for this start. Inside, the folder belongs to this run, unless it is already_finished.
 
-    Rank 0 holds its lock until the end, so that there is one writer.
+    Rank 0 holds the folder's lock until the end, so that there is one writer.
 
     Raises:
         ConfigError: on all ranks, where the folder is in use, may not be touched or cannot be written.
         CheckpointError: on all ranks, where the run cannot go on from where it was.
     """
     with ExitStack() as lock:
-        yield _take(config, context, command, lock)
+        yield _claim(config, context, command, lock)
 
 
-def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -> Taken:
+def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) -> Claim:
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
 
     def hold() -> tuple[str, bool]:
-        """The lock's id, and whether this is the same job again."""
-        if state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
+        """Returns the lock's id, and whether this is the same job again."""
+        if state(folder.path) == "foreign":  # a folder that is not a run's is refused below, untouched
             return "", False
         lock_id = ""
         try:
@@ -59,12 +64,12 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
         return lock_id, is_started_again(folder, context.topology.launches)
 
     def work() -> dict[str, object]:
-        # config.yaml may be of a start that came to no checkpoint.
+        # config.yaml may be that of a start that saved no checkpoint.
         changes = differences(chosen.config_text if chosen is not None else folder.old_config(), asked)
         try:
             decision = decide(asked, command=command, changes=changes, checkpoints=there)
         except CheckpointError:
-            folder.exit.unlink(missing_ok=True)  # this end is the run's own, and the latest
+            folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest
             raise
         notes = list(decision.notes)
         if decision.action != "already_finished":
@@ -72,7 +77,7 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
                 raise refusals[0]
             moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=context.topology.launches)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
-        elif not refusals:  # how an earlier start ended is not the end of this one
+        elif not refusals:  # an earlier start's exit.json does not describe this start
             folder.exit.unlink(missing_ok=True)
         return {"action": decision.action, "notes": notes}
 
@@ -91,11 +96,11 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":
         select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, context)
-    return Taken(action, chosen)
+    return Claim(action, chosen)
 
 
 def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, Checkpoints]:
-    """Collective. What a training run could go on from, and the whole of what there is."""
+    """Collective. Returns the checkpoint that a training run would resume from, and what is known of all."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
         return None, Checkpoints()

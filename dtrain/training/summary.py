@@ -1,4 +1,4 @@
-"""summary.json and predictions/: what every command that measures leaves in its run folder."""
+"""summary.json and predictions/: what every command that evaluates writes to its run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from dtrain.training.evaluation import EvaluationResult
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with. metrics: of the best step's evaluation, else the last's. run_dir: the run folder."""
+    """The result of a run.
+
+    Attributes:
+        metrics: of the best step's evaluation where evaluation.best is set, else of the last one.
+        run_dir: the run folder.
+    """
 
     metrics: dict[str, float]
     run_dir: Path
@@ -25,7 +30,7 @@ class Result:
 def summary(
     command: str, result: EvaluationResult | None, context: RankContext, *, engine: str, seconds: float
 ) -> dict[str, Any]:
-    """The common part of summary.json; metrics flat under `eval`."""
+    """Returns the part of summary.json that all commands share; metrics are flat under `eval`."""
     return {
         "command": command,
         "eval": dict(result.metrics) if result is not None else {},
@@ -38,24 +43,24 @@ def summary(
 
 
 def write(run_dir: Path, summary: dict[str, Any], result: EvaluationResult | None) -> None:
-    """Predictions first: summary.json says that all is there."""
-    for split, found in result.splits.items() if result is not None else ():
-        write_lines_atomic(run_dir / "predictions" / f"{split}.jsonl", found.records)
+    """Writes predictions/ and then summary.json, whose presence means that everything is complete."""
+    for split, split_result in result.splits.items() if result is not None else ():
+        write_lines_atomic(run_dir / "predictions" / f"{split}.jsonl", split_result.records)
     write_json_atomic(run_dir / "summary.json", summary)
 
 
 def read(run_dir: Path) -> dict[str, Any]:
-    """The summary of a finished run."""
+    """Reads the summary of a finished run."""
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    found = {"python": platform.python_version()}
+    """Returns the versions of the packages that determine results."""
+    versions = {"python": platform.python_version()}
     for package in ("dtrain", "torch", "transformers", "datasets", "deepspeed", "tokenizers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

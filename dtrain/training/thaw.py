@@ -1,4 +1,4 @@
-"""Later unfreezing, the same way on every engine."""
+"""Thawing: parameters that begin to learn at a later epoch, the same way on every engine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.engine.state import broadcast_slots, host_slots
 from dtrain.models import freezing
-from dtrain.training.build import Construction
+from dtrain.training.build import PreparedModel
 from dtrain.training.monitors.protocol import RunState
 
 
-def thaw(engine: Engine, epoch: int, config: Config, prepared: Construction, state: RunState) -> Engine:
-    """Collective. Unfreezes what `freeze.thaw` names for this epoch; the engine to go on with.
+def thaw(engine: Engine, epoch: int, config: Config, prepared: PreparedModel, state: RunState) -> Engine:
+    """Collective. Unfreezes what `freeze.thaw` names for this epoch; returns the engine to continue with.
 
-    State out, freezing changed, engine built anew, state in: a live engine has fixed its gradient buckets, and one whose
-    requires_grad changes under it goes wrong without a word (DDP) or stops (ZeRO).
+    Takes the state out, changes the freezing, builds a new engine and puts the state in. A live engine has fixed its
+    gradient buckets: if requires_grad changes under it, DDP silently computes wrong gradients and ZeRO stops.
     """
     if not any(stage.epoch == epoch for stage in config.freeze.thaw):
         return engine

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dtrain.config.load import load_config
-from dtrain.data.order import StepPlan
+from dtrain.config.schema import Config
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.distributed.topology import SINGLE
+from dtrain.engine.build import engine_traits
 from dtrain.errors import ConfigError
 from dtrain.training import checkpoints, plan
 from dtrain.training.monitors.protocol import RunState
 from dtrain.training.plan import exactness
+
+TWO = replace(SINGLE, world_size=2)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +96,8 @@ def test_multiples_of_the_local_steps_and_ends_of_epochs_are_good_places() -> No
 def test_a_run_says_how_exact_it_is(overrides: list[str], label: str) -> None:
     config = load_config(None, overrides)
 
-    assert exactness(config, "ddp", 2).startswith(label)
-    assert exactness(config, "single", 1).startswith("same loss at every step")
-
-
-TWO = replace(SINGLE, world_size=2)
+    assert exactness(config, engine_traits(config, RankContext(TWO))).startswith(label)
+    assert exactness(config, engine_traits(config, ONE_PROCESS)).startswith("same loss at every step")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +110,16 @@ TWO = replace(SINGLE, world_size=2)
 )
 def test_the_banner_says_what_a_setting_does_not_do_or_costs(overrides: list[str], told: str) -> None:
     config = load_config(None, [*overrides, "train.max_steps=20"])
-    steps = StepPlan(1000, 32, 8, 0, True)
 
-    words = "\n".join(plan._warnings(config, TWO, steps))
+    notes = "\n".join(engine_traits(config, RankContext(TWO), total_steps=20).notes)
 
-    assert told in words
-    assert bool(told) == bool(words)
-    assert plan._warnings(config, SINGLE, steps) == []
+    assert told in notes
+    assert bool(told) == bool(notes)
+    assert engine_traits(config, ONE_PROCESS, total_steps=20).notes == ()
+
+
+def _memory(config: Config, context: RankContext) -> str:
+    return plan._memory(engine_traits(config, context), context, 2**20, 2**20)
 
 
 @pytest.mark.parametrize(
@@ -123,16 +128,16 @@ def test_the_banner_says_what_a_setting_does_not_do_or_costs(overrides: list[str
 def test_the_banner_counts_the_memory_that_the_exchange_takes(overrides: list[str], exchange: str | None) -> None:
     config = load_config(None, overrides)
 
-    words = plan._memory(config, TWO, "ddp", 2**20, 2**20)
+    words = _memory(config, RankContext(TWO))
 
     assert ("exchange" in words) == (exchange is not None)
     assert exchange is None or f"exchange {exchange} MiB" in words
-    assert "exchange" not in plan._memory(config, SINGLE, "single", 2**20, 2**20)
+    assert "exchange" not in _memory(config, ONE_PROCESS)
 
 
-@pytest.mark.parametrize(("world_size", "slots"), [(1, 2), (2, 3)])
+@pytest.mark.parametrize(("extra", "slots"), [(0, 2), (1, 3)])
 def test_only_ranks_that_exchange_need_room_for_what_they_remember(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, slots: int
+    monkeypatch: pytest.MonkeyPatch, extra: int, slots: int
 ) -> None:
     asked: list[int] = []
 
@@ -144,8 +149,8 @@ def test_only_ranks_that_exchange_need_room_for_what_they_remember(
 
     monkeypatch.setattr(checkpoints, "Saver", Saver)
     config, nothing = load_config(None, ["engine.powersgd={}", "checkpoint.every=5"]), Any
-    there = replace(SINGLE, world_size=world_size)
+    engine: Any = SimpleNamespace(module=None, extra_slots=extra)
 
-    checkpoints.Checkpoints(config, there, nothing, nothing, state=RunState(), tracker=nothing, engine=nothing)  # type: ignore[arg-type]
+    checkpoints.Checkpoints(config, ONE_PROCESS, nothing, state=RunState(), tracker=nothing, engine=lambda: engine)  # type: ignore[arg-type]
 
     assert asked == [slots]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.build import engine_name
+from dtrain.engine.ddp import build_comm_hook
 from dtrain.errors import ConfigError
 from tests.support.contexts import placed
 
@@ -29,3 +31,10 @@ def test_auto_is_single_for_one_process_ddp_for_more_and_deepspeed_where_its_set
 def test_single_on_several_ranks_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"torchrun started 2: each would train alone.*engine.name=ddp"):
         engine_name(config(name="single"), TWO)
+
+
+def test_only_powersgd_on_several_ranks_keeps_an_error_for_each_value() -> None:
+    powersgd = config(powersgd={})
+
+    assert build_comm_hook(powersgd, ONE_PROCESS, nn.Linear(2, 2)).extra_slots == 0
+    assert build_comm_hook(powersgd, TWO, nn.Linear(2, 2)).extra_slots == 1

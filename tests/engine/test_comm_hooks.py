@@ -20,6 +20,7 @@ from dtrain.data.batches import step_batches
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
+from dtrain.engine.protocol import StepWeight
 from dtrain.engine.single import SingleEngine
 from dtrain.job.watchdog.flight_recorder import collective_number
 from dtrain.training import build, loop
@@ -157,19 +158,19 @@ def test_deepspeed_rounds_what_it_sends_at_every_stage() -> None:
 def local_every_step(context: RankContext, setting: Setting, broken: str | None) -> dict[str, Any]:
     """Collective. Local steps that are averaged after each one."""
     if broken == "mean_of_means":
-        local_sgd._LocalSteps.took = lambda self, own, total: _add(self, 1.0, float(context.world_size))  # type: ignore[method-assign]
+        local_sgd.LocalSgd.count = lambda self, weight: _add(self, 1.0, float(context.world_size))  # type: ignore[method-assign]
     run = training.build(context, replace(setting, engine="auto"))
     module, config = run.engine.release(), setting.config()
     optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
-    run.engine = local_sgd.LocalEngine(module, optimizer, config, context)
+    run.engine = local_sgd.LocalSgdEngine(module, optimizer, config, context)
     recorder = training.Recorder()
     engine = run.go(recorder)
     return {"steps": recorder.steps, "weights": training.weights_of(engine)}
 
 
 def _add(steps: Any, own: float, total: float) -> None:
-    steps._own += own
-    steps._all += total
+    steps._local_weight += own
+    steps._total_weight += total
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -222,7 +223,7 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
             sums += run_micro_batches(engine, learns, mine, scale=1 / weight if weight else 0.0, seed=config.run.seed)
             for group in engine.param_groups:
                 group["lr"] = rate(step)
-            engine.step(discard=weight == 0)
+            engine.step(StepWeight(weight, weight), discard=weight == 0)
             weights.append(weight)
         losses.append(math.fsum(sums) / math.fsum(weights))
         seen = [before + weight for before, weight in zip(seen, weights, strict=True)]
@@ -304,9 +305,9 @@ class InfiniteOnRankOne:
         spoils = self._count == self._step and self._engine.context.rank == 1
         self._engine.backward(loss * math.inf if spoils else loss)
 
-    def step(self, *, discard: bool = False) -> Any:
+    def step(self, *arguments: Any, **more: Any) -> Any:
         self._count += 1
-        return self._engine.step(discard=discard)
+        return self._engine.step(*arguments, **more)
 
 
 def hard_cases(context: RankContext) -> dict[str, Any]:
@@ -377,7 +378,7 @@ def degenerate(context: RankContext, rank: int) -> dict[str, Any]:
         with engine.micro_batch(last=True):
             loss = engine.model(context.rank, 0.0 if step < 20 else 1.0)
             engine.backward(loss)
-        applied += engine.step().applied
+        applied += engine.step(StepWeight(1.0, 1.0)).applied
         if step in (19, 299):
             wanted = (context.world_size + 1) / 2
             distances.append([float((p - wanted).norm()) for p in (module.zero, module.one_row, module.plain)])

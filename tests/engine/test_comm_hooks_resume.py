@@ -38,7 +38,7 @@ def lives(context: RankContext, folder: str, name: str, changes: Mapping[str, An
     ended = [life(context, folder, f"{name}-steady", changes)["ended"]]
     ended.append(life(context, folder, f"{name}-died", changes, die_in=8)["ended"])
     if forgets:
-        powersgd.PowerSgdExchange.load_memory = lambda *_: None  # type: ignore[method-assign]
+        powersgd.PowerSgdCommHook.load_error_feedback = lambda *_: None  # type: ignore[method-assign]
     ended.append(life(context, folder, f"{name}-died", changes)["ended"])
     return ended
 

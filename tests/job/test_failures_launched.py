@@ -188,7 +188,7 @@ sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain.training import loop; from dtrain import main
 real = loop.take_step
 def take_step(*arguments, **more):
-    if os.environ["RANK"] == "1" and arguments[3].step == 4:
+    if os.environ["RANK"] == "1" and arguments[1].batches.step == 4:
         raise RuntimeError("made to fail")
     return real(*arguments, **more)
 loop.take_step = take_step

@@ -26,7 +26,7 @@ from dtrain.errors import ConfigError
 from dtrain.runs import lock as run_lock
 from dtrain.runs.folder import RunFolder, state
 from dtrain.runs.lock import LOCK, Owner, is_anothers, locked, look
-from dtrain.training.run_claim import taken
+from dtrain.training.run_claim import claimed
 
 PERIOD_S = 0.02
 NOBODY = 2**22 + 1
@@ -395,14 +395,14 @@ def test_a_lock_is_no_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect"])
 def test_a_second_start_of_any_command_changes_nothing_in_a_folder_in_use(tmp_path: Path, command: str) -> None:
     config = config_for(tmp_path, "run.overwrite=true")
-    with taken(config, ONE_PROCESS, command="train"):
+    with claimed(config, ONE_PROCESS, command="train"):
         folder = RunFolder(config.run_dir)
         folder.metrics.write_text('{"event": "start"}\n')
         before = bytes_of(folder.path)
 
         with (
             pytest.raises(ConfigError, match="is in use by process") as refused,
-            taken(config, ONE_PROCESS, command=command),
+            claimed(config, ONE_PROCESS, command=command),
         ):
             pass
 
@@ -419,12 +419,12 @@ def test_overwriting_moves_the_old_run_and_keeps_the_lock(tmp_path: Path) -> Non
     RunFolder(config.run_dir).path.mkdir()
     RunFolder(config.run_dir).metrics.write_text('{"event": "start"}\n')
 
-    with taken(config, ONE_PROCESS, command="train") as start:
+    with claimed(config, ONE_PROCESS, command="train") as start:
         old = next(tmp_path.glob("one.old-*"))
         assert start.action == "start"
         assert sorted(entry.name for entry in config.run_dir.iterdir()) == ["config.yaml", LOCK]
         assert [entry.name for entry in old.iterdir()] == ["metrics.jsonl"]
-        with pytest.raises(ConfigError, match="is in use"), taken(config, ONE_PROCESS, command="train"):
+        with pytest.raises(ConfigError, match="is in use"), claimed(config, ONE_PROCESS, command="train"):
             pass
 
     assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
@@ -442,7 +442,7 @@ def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
     heartbeat = Heartbeat()
     config = config_for(tmp_path)
 
-    with taken(config, replace(ONE_PROCESS, heartbeat=heartbeat), command="train"):
+    with claimed(config, replace(ONE_PROCESS, heartbeat=heartbeat), command="train"):
         held = look(config.run_dir)
 
     assert held is not None
@@ -452,7 +452,7 @@ def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
 
 def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished(tmp_path: Path) -> None:
     config = config_for(tmp_path)
-    with taken(config, ONE_PROCESS, command="train"):
+    with claimed(config, ONE_PROCESS, command="train"):
         folder = RunFolder(config.run_dir)
         folder.metrics.write_text('{"event": "start"}\n')
         folder.model.mkdir()
@@ -462,7 +462,7 @@ def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished
         folder.summary.write_text('{"eval": {}}')
     folder.exit.write_text('{"code": 1, "cause": "Interrupted"}')
 
-    with taken(config, ONE_PROCESS, command="train") as start:
+    with claimed(config, ONE_PROCESS, command="train") as start:
         assert start.action == "already_finished"
         assert not folder.exit.exists()
 
@@ -475,7 +475,7 @@ def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
 
     with (
         pytest.raises(ConfigError, match=r"thesis\.tex, which dtrain did not write"),
-        taken(foreign, ONE_PROCESS, command="train"),
+        claimed(foreign, ONE_PROCESS, command="train"),
     ):
         pass
 
@@ -495,7 +495,7 @@ def test_a_folder_that_cannot_be_written_is_the_error_that_it_was(
     monkeypatch.setattr(Path, "write_text", read_only)  # permissions do not bind root, who may run this
 
     said = r"the run folder .*one cannot be written: .*Read-only.*Set run\.output_dir"
-    with pytest.raises(ConfigError, match=said), taken(config, ONE_PROCESS, command="train"):
+    with pytest.raises(ConfigError, match=said), claimed(config, ONE_PROCESS, command="train"):
         pass
 
 

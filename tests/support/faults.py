@@ -17,7 +17,7 @@ from torch import nn
 
 from dtrain.data.batches import step_batches
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.protocol import Engine
+from dtrain.engine.protocol import Engine, StepWeight
 from dtrain.errors import NonFiniteError
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training.loop import run_micro_batches
@@ -152,7 +152,7 @@ def skipped(context: RankContext, setting: Setting, kind: Kind, learns: Any = No
         "weights": training.weights_of(run.engine),
         "updates": run.state.updates,
         "step": run.state.step,
-        "rates": [run.loop.learning_rate(update) for update in range(4)],
+        "rates": [run.settings.learning_rate(update) for update in range(4)],
     }
 
 
@@ -160,7 +160,7 @@ def skipped(context: RankContext, setting: Setting, kind: Kind, learns: Any = No
 def _steps(context: RankContext, setting: Setting) -> Iterator[Any]:
     """An engine as a function of step and discard."""
     run = training.build(context, setting)
-    plan = run.loop.plan
+    plan = run.settings.plan
     coming = list(
         step_batches(
             plan,
@@ -175,10 +175,10 @@ def _steps(context: RankContext, setting: Setting) -> Iterator[Any]:
     )
 
     def take(step: int, *, discard: bool = False) -> Any:
-        run.loop.train_mode(run.engine.module)
+        run.settings.train_mode(run.engine.module)
         scale = context.world_size / coming[step].examples
         run_micro_batches(run.engine, run.task, coming[step], scale=scale, seed=7)
-        return run.engine.step(discard=discard)
+        return run.engine.step(StepWeight(1.0, 1.0), discard=discard)
 
     yield run.engine, take
     run.engine.release()

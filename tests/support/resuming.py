@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dtrain.commands import train
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import RankContext
-from dtrain.training import checkpoints, loop
+from dtrain.training import checkpoints, loop, run
 from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests.support import tiny
 
@@ -115,13 +114,13 @@ def life(
     loop.run_micro_batches = recorded
     if die_after is not None:
         DieAfter.step = die_after
-        train.Checkpoints = DieAfter  # type: ignore[misc]
+        run.Checkpoints = DieAfter  # type: ignore[misc]
     if broken == "moments":
-        train.restore_slots = lambda *_: None
+        run.restore_slots = lambda *_: None
     if broken == "place":
-        train.RunState = lambda **saved: RunState(**saved | ({"step": saved["step"] - 1} if saved else {}))  # type: ignore[assignment,misc]
+        run.RunState = lambda **saved: RunState(**saved | ({"step": saved["step"] - 1} if saved else {}))  # type: ignore[assignment,misc]
     if state is not None:
-        train.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
+        run.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
     config = load_config(None, settings(Path(folder), name, changes))
     try:
         run_train(config, context, monitors=[] if die_in is None else [DieIn(die_in)])

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training import build as construct
-from dtrain.training.loop import Loop, train
+from dtrain.training.look_ahead import LookAhead
+from dtrain.training.loop import LoopSettings, batches_ahead, train
 from dtrain.training.monitors.protocol import Decision, Monitor, RunState, StepRecord
+from dtrain.training.thaw import thaw
 from tests.support import tiny
 
 BREAKS = ("repeated_example", "scaled_gradient", "seed_per_rank")
@@ -142,18 +144,30 @@ def task(setting: Setting, rows: int | None = None) -> ClassificationTask:
 
 @dataclass
 class Run:
-    """All that `train` takes, before it is called."""
+    """A run without a folder: what the loop needs, before it begins."""
 
     config: Config
+    context: RankContext
+    prepared: construct.PreparedModel
     task: Any
     engine: Engine
-    loop: Loop
+    settings: LoopSettings
     state: RunState
+    look_ahead: LookAhead = field(init=False)
 
     def go(self, *monitors: Monitor) -> Engine:
-        """Collective. Trains to the end; the engine to go on with."""
-        self.engine, _ = train(self.loop, self.engine, self.task, monitors, self.state)
+        """Collective. Trains to the end; returns the engine to continue with."""
+        steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
+        self.look_ahead = LookAhead(steps, self.task, self.context)
+        train(self, monitors)
         return self.engine
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Collective. Thaws, as a real run does."""
+        self.engine = thaw(self.engine, epoch, self.config, self.prepared, self.state)
+
+    def roll_back(self) -> None:
+        """There is no checkpoint here to roll back to."""
 
 
 def build(context: RankContext, setting: Setting, module: nn.Module | None = None, learns: Any = None) -> Run:
@@ -170,7 +184,7 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
     prepared = construct.prepare_training(module, config, learns, plan)
     engine = build_engine(prepared.module, config, context)
     state = RunState()
-    loop = Loop(
+    settings = LoopSettings(
         plan=plan,
         total_steps=setting.steps,
         seed=config.run.seed + (context.rank if setting.broken == "seed_per_rank" else 0),
@@ -178,11 +192,10 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
         loss_is_scaled=setting.precision == "fp16",
         learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
         train_mode=prepared.train_mode,
-        before_epoch=_Thaw(config, context, prepared, state),
         log_gradients=setting.log_gradients,
     )
     subject: Any = Scaled(engine, 1.0001) if setting.broken == "scaled_gradient" else engine
-    return Run(config, learns, subject, loop, state)
+    return Run(config, context, prepared, learns, subject, settings, state)
 
 
 def run(context: RankContext, setting: Setting, module: nn.Module | None = None) -> dict[str, Any]:
@@ -206,21 +219,6 @@ def run(context: RankContext, setting: Setting, module: nn.Module | None = None)
 def weights_of(engine: Engine) -> dict[str, Any]:
     """Collective. Every parameter by name as nested lists on rank 0; nothing elsewhere."""
     return {name: value.double().tolist() for name, value in engine.named_weights() if value is not None}
-
-
-@dataclass
-class _Thaw:
-    """The train command's own thawing, without its run folder."""
-
-    config: Config
-    context: RankContext
-    prepared: construct.Construction
-    state: RunState
-
-    def __call__(self, engine: Engine, epoch: int) -> Engine:
-        from dtrain.training.thaw import thaw
-
-        return thaw(engine, epoch, self.config, self.prepared, self.state)
 
 
 class Repeats:

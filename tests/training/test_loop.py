@@ -166,11 +166,7 @@ def test_every_epoch_is_announced_before_its_first_step() -> None:
     run = training.build(ONE_PROCESS, SHORT)
     seen: list[tuple[int, int]] = []
 
-    def announce(engine: Any, epoch: int) -> Any:
-        seen.append((epoch, run.state.step))
-        return engine
-
-    run.loop = replace(run.loop, before_epoch=announce)
+    run.begin_epoch = lambda epoch: seen.append((epoch, run.state.step))  # type: ignore[method-assign]
     run.go()
 
     assert seen == [(0, 0), (1, 3), (2, 6)]

@@ -17,7 +17,7 @@ from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.training.metric_selection import OwnMetrics, Reported, reported
+from dtrain.training.metric_selection import UserMetrics, Reported, reported
 from tests.support import tiny
 from tests.support.tiny import Table
 
@@ -45,8 +45,8 @@ def evaluated(judged: ClassificationTask, what: Reported) -> EvaluationResult:
     return evaluate(forward, judged, micro_batch_size=2, reported=what)
 
 
-def own(function: Callable[..., Any]) -> OwnMetrics:
-    return OwnMetrics("mine:score", function)
+def own(function: Callable[..., Any]) -> UserMetrics:
+    return UserMetrics("mine:score", function)
 
 
 # The task's own
@@ -89,7 +89,7 @@ def test_a_function_gets_what_has_a_reference_in_data_order() -> None:
         seen.append((predictions, references))
         return {"half": 0.5, "count": 2, "single": numpy.float32(0.25), "none": float("nan")}
 
-    found = own(score)(RECORDS, taken=TAKEN)
+    found = own(score)(RECORDS, task_names=TAKEN)
 
     assert seen == [(["yes", "yes"], ["no", "yes"])]
     assert (found["half"], found["count"], found["single"], str(found["none"])) == (0.5, 2.0, 0.25, "nan")
@@ -119,7 +119,7 @@ def raises(predictions: list[Any], references: list[Any]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (raises, "failed: ZeroDivisionError: no rows. It is given two lists, in data order"),
+        (raises, "failed: ZeroDivisionError: no rows. It gets two lists, in data order"),
         (lambda _predictions: {}, r"failed: TypeError: .*takes 1 positional argument but 2 were given"),
         (lambda _p, _r: 0.5, "returned 0.5: it must return a dict"),
         (lambda _p, _r: None, "returned None: it must return a dict"),
@@ -129,19 +129,19 @@ def raises(predictions: list[Any], references: list[Any]) -> dict[str, float]:
         (lambda _p, _r: {"x": torch.tensor(1.0)}, r"returned x=tensor\(1.\): a metric must be a number"),
         (lambda _p, _r: {1: 0.5}, "returned a metric called 1: a name must be text"),
         (lambda _p, _r: {"": 0.5}, "returned a metric called '': a name must be text"),
-        (lambda _p, _r: {"f1": 0.5}, "returned a metric called f1, which is taken"),
-        (lambda _p, _r: {"loss": 0.5}, "returned a metric called loss, which is taken"),
-        (lambda _p, _r: {"seconds": 0.5}, "returned a metric called seconds, which is taken"),
+        (lambda _p, _r: {"f1": 0.5}, "returned a metric called f1, but another metric has that name"),
+        (lambda _p, _r: {"loss": 0.5}, "returned a metric called loss, but another metric has that name"),
+        (lambda _p, _r: {"seconds": 0.5}, "returned a metric called seconds, but another metric has that name"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_named(function: Callable[..., Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"evaluation.factory=mine:score {said}"):
-        own(function)(RECORDS, taken=TAKEN)
+        own(function)(RECORDS, task_names=TAKEN)
 
 
 def test_a_task_without_references_cannot_use_a_function() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.factory=mine:score has nothing to judge"):
-        own(lambda _p, _r: {"x": 1.0})([{"prediction": None, "reference": None}], taken=())
+    with pytest.raises(ConfigError, match=r"evaluation\.factory=mine:score cannot be used"):
+        own(lambda _p, _r: {"x": 1.0})([{"prediction": None, "reference": None}], task_names=())
 
 
 def test_a_name_that_is_another_splits_metric_is_refused() -> None:

@@ -1,1 +1,1 @@
-"""What looks at each step and may stop the run: one file each, in one visible list (commands/train.py)."""
+"""Monitors look at each step and may stop the run: one file each, in one visible list (training/run.py)."""

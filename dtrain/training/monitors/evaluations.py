@@ -1,4 +1,4 @@
-"""Evaluation every k steps or epochs, the best step's model, and early stopping."""
+"""Evaluates every k steps or epochs, keeps the best step's model, and stops early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 
 
 class Evaluate:
-    """Evaluates where `train.eval_every` says so, and at the last step. All ranks get the same result."""
+    """Evaluates when `train.eval_every` is due, and at the last step. All ranks get the same result."""
 
     def __init__(self, every: int | str, run: Callable[[int], Mapping[str, float]]) -> None:
         """
@@ -29,7 +29,7 @@ class Evaluate:
 
 
 def is_due(every: int | str, record: StepRecord) -> bool:
-    """Whether an evaluation belongs after this step."""
+    """Whether an evaluation is due after this step."""
     if every == "never":
         return False
     if record.is_last:
@@ -41,7 +41,7 @@ def is_due(every: int | str, record: StepRecord) -> bool:
 
 
 class KeepBest:
-    """Exports the model whenever `evaluation.best` is better than ever before; counts how long it was not."""
+    """Exports the model whenever `evaluation.best` improves, and counts the evaluations since then."""
 
     def __init__(self, best: Best, state: RunState, export: Callable[[], None]) -> None:
         self._best = best
@@ -65,14 +65,14 @@ class KeepBest:
 
 
 def is_better(value: float, best: float | None, mode: str) -> bool:
-    """Strictly better; a value that is not finite never is, anything finite beats nothing."""
+    """Whether a value is strictly better. A value that is not finite never is; the first finite one always is."""
     if not math.isfinite(value):
         return False
     return best is None or (value > best if mode == "max" else value < best)
 
 
 class EarlyStopping:
-    """Stops after `patience` evaluations in a row without a better best. Stands below KeepBest in the list."""
+    """Stops after `patience` evaluations in a row without an improvement. Comes after KeepBest in the list."""
 
     def __init__(self, patience: int, state: RunState) -> None:
         self._patience = patience

@@ -1,4 +1,4 @@
-"""How large the gradient is in each part of the model, every k steps."""
+"""Logs the gradient's size in each part of the model, every k steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.training.monitors.protocol import Decision, StepRecord
 
 
 class LogGradients:
-    """Hands the norms on by layer (`bert.encoder.layer.3`) or part (`classifier`), at the steps that have them."""
+    """Writes the norms by layer (`bert.encoder.layer.3`) or part (`classifier`), at the steps that measure them."""
 
     def __init__(self, write: Callable[[int, Mapping[str, float]], None]) -> None:
         """
@@ -26,7 +26,7 @@ class LogGradients:
 
 
 def by_group(norms: Mapping[str, float]) -> dict[str, float]:
-    """L2 norms of parts of the model, from those of single parameters; all together give the norm of the step."""
+    """Returns the L2 norms of parts of the model, from those of single parameters. Their squares add up to the step's."""
     squares: dict[str, list[float]] = {}
     for name, norm in norms.items():
         squares.setdefault(group_of(name), []).append(norm * norm)

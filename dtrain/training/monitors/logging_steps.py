@@ -1,4 +1,4 @@
-"""A train line every k steps, and what the steps sent between ranks."""
+"""Writes a train line every k steps, and adds up what the steps sent between ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LogSteps:
         return Decision.CONTINUE
 
     def per_step(self) -> dict[str, float]:
-        """What one step of this start sent on the average; nothing where that is not known."""
+        """Returns what a step of this start sent on average; empty if that is not known."""
         if not self._steps:
             return {}
         return {
@@ -45,7 +45,7 @@ class LogSteps:
 
 
 def sent(record: StepRecord) -> dict[str, int]:
-    """Collectives of the step, and bytes of the tensors given to them by one rank; nothing where that is not known."""
+    """Returns the step's collectives, and the bytes that one rank gave to them; empty if that is not known."""
     traffic = record.traffic
     if traffic is None:
         return {}

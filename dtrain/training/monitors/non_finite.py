@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: the step was dropped on every rank; the run ends, or goes on, as asked."""
+"""Reports a loss or gradient that is not finite. Every rank dropped the step; train.non_finite says whether to stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 
 class NonFinite:
-    """Writes a `fault` line for each such step, then raises on every rank (stop) or says so and goes on (skip)."""
+    """Writes a `fault` line for each such step, then raises on every rank (stop), or logs a warning (skip)."""
 
     def __init__(self, policy: Literal["stop", "skip"], tracker: Log) -> None:
         self._policy = policy
@@ -19,7 +19,7 @@ class NonFinite:
     def after_step(self, record: StepRecord) -> Decision:
         if record.finite:
             return Decision.CONTINUE
-        found = describe(record)
+        description = describe(record)
         self._tracker.event(
             "fault",
             kind="non_finite",
@@ -32,15 +32,15 @@ class NonFinite:
         )
         if self._policy == "stop":
             raise NonFiniteError(
-                f"{found} The weights are as they were before this step. Look at those examples, lower optim.learning_rate, "
+                f"{description} The weights are those before this step. Check these examples, lower optim.learning_rate, "
                 "or set train.non_finite=skip to drop such steps."
             )
-        log.info("warning: %s Dropped, as train.non_finite=skip says.", found)
+        log.info("warning: %s The step was dropped (train.non_finite=skip).", description)
         return Decision.CONTINUE
 
 
 def describe(record: StepRecord) -> str:
-    """One sentence: step, what, rank, examples."""
+    """Returns one sentence: step, value, ranks and examples."""
     if not record.faults:
         return f"Step {record.step}: the loss is {record.loss:.4g}, but the gradient norm is {record.grad_norm}."
     places = "; ".join(

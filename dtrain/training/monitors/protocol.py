@@ -1,4 +1,4 @@
-"""What a monitor sees of a step, and what it may answer."""
+"""What a monitor sees of a step, and what it may request."""
 
 from __future__ import annotations
 
@@ -11,29 +11,35 @@ from dtrain.distributed.traffic import Traffic
 
 
 class Decision(IntEnum):
-    """The largest answer of all monitors on all ranks holds."""
+    """What a monitor requests. The largest value of all monitors on all ranks is what happens."""
 
     CONTINUE = 0
     STOP = 1
-    """End the run in good order: evaluate, export, summary. After this step if it was evaluated, else after the next."""
+    """End the run normally: evaluate, export, write the summary. After this step if it was evaluated, else after the next."""
     ROLLBACK = 2
-    """Take weights, moments, loss scale and the number of updates from the newest checkpoint, before the next step.
+    """Restore weights, moments, loss scale and the number of updates from the newest checkpoint, before the next step.
 
-    The data goes on behind this step, so that what spoiled the weights is not met again. Every rank answers so at the
-    same step, since it answers by the record alone.
+    Data continues after this step, so the bad batch is not replayed. Every rank requests it at the same step, since it
+    must follow from the record alone.
     """
     PREEMPT = 3
-    """Stop where the run stands, with a checkpoint to go on from; after the next step."""
+    """Stop with a checkpoint to resume from, after the next step."""
 
 
 @dataclass
 class RunState:
-    """What a run is, beside its weights and moments; JSON throughout.
+    """The state of a run besides its weights and moments. JSON throughout.
 
-    step: optimizer steps taken, the data position; always advances. updates: those that changed weights, the
-    schedule's argument. examples, targets: seen so far. best: the best value of evaluation.best, None before the first.
-    best_step: where that was. patience: evaluations since then. thawed: parameter names per thaw so far.
-    recent_losses: of the last steps, per target, oldest first, where train.spike needs them.
+    Attributes:
+        step: optimizer steps taken, which is the position in the data. It always advances.
+        updates: the steps that changed weights; the argument of the schedule.
+        examples: seen so far.
+        targets: seen so far.
+        best: the best value of evaluation.best; None before the first.
+        best_step: the step of `best`.
+        patience: evaluations since `best_step`.
+        thawed: parameter names of each thaw so far.
+        recent_losses: per target, of the last steps, oldest first; only where train.spike needs them.
     """
 
     step: int = 0
@@ -49,7 +55,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class Fault:
-    """A micro-batch whose loss is not finite. loss: "nan", "inf" or "-inf". examples: indices in the training split."""
+    """A micro-batch whose loss is not finite.
+
+    Attributes:
+        rank: that computed it.
+        micro_batch: its index in the step.
+        loss: "nan", "inf" or "-inf".
+        examples: indices in the training split.
+    """
 
     rank: int
     micro_batch: int
@@ -65,15 +78,23 @@ class Fault:
 class StepRecord:
     """One step, equal on every rank.
 
-    step: counts from 1. epoch: passes over the data so far. loss: per target, in nats, before the update.
-    grad_norm: before clipping. learning_rate: what the step used. examples, targets: of this step, all ranks.
-    applied: whether the weights moved. finite: whether loss and gradient were; an fp16 overflow, which the loss scale
-    answers, is finite here. faults: where the loss was not. ends_epoch, is_last: of the epoch, of the run.
-    metrics: of an evaluation after this step; filled in by the evaluation monitor, read by the monitors below it.
-    gradient_norms: of each parameter, before clipping, at the steps that train.log_gradients names.
-    averaged: whether all ranks hold the same weights after it; false between two averages of train.local_steps.
-    traffic: what this rank sent in it, evaluation and checkpoints apart; None where the engine does not tell. Alike on
-    every rank.
+    Attributes:
+        step: counts from 1.
+        epoch: passes over the data so far.
+        loss: per target, in nats, before the update.
+        grad_norm: L2 norm of the gradient before clipping.
+        learning_rate: what the step used.
+        examples: of this step, on all ranks.
+        targets: of this step, on all ranks.
+        applied: whether the weights changed.
+        finite: whether loss and gradient were finite. An fp16 overflow, which lowers the loss scale, counts as finite.
+        faults: the micro-batches whose loss was not finite.
+        ends_epoch: whether it is the last step of its epoch.
+        is_last: whether it is the last step of the run.
+        metrics: of an evaluation after this step; set by the evaluation monitor, read by the monitors after it.
+        gradient_norms: of each parameter, before clipping, at the steps of train.log_gradients.
+        averaged: whether all ranks hold the same weights after it; False between two averages of train.local_steps.
+        traffic: what a rank sent in this step, without evaluation and checkpoints; None if the engine does not count it.
     """
 
     step: int
@@ -95,24 +116,27 @@ class StepRecord:
 
 
 class Log(Protocol):
-    """Where monitors write; tracking.Tracker is one."""
+    """Where monitors write. runs/tracking.py's Tracker is one."""
 
     def train(self, **values: Any) -> None:
-        """A train line."""
+        """Writes a train line."""
         ...
 
     def event(self, event: str, **values: Any) -> None:
-        """Any other line."""
+        """Writes a line of another event."""
         ...
 
     def step(self, examples: int) -> None:
-        """A step was taken, whether it gets a line or not."""
+        """Notes that a step was taken, whether it gets a line or not."""
         ...
 
 
 class Monitor(Protocol):
-    """Called on every rank after every step, in the order of the list. May be a collective if it always is one."""
+    """Called on every rank after every step, in the order of the list.
+
+    It may call collectives if it does so at the same steps on every rank.
+    """
 
     def after_step(self, record: StepRecord) -> Decision:
-        """What this monitor wants, seen from this rank; the ranks agree afterwards."""
+        """Returns what this monitor requests on this rank; the ranks agree afterwards."""
         ...

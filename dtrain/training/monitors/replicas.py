@@ -1,4 +1,4 @@
-"""Whether all ranks still hold the same weights: a bit that flips on one of them spoils a run without a word."""
+"""Checks that all ranks still hold the same weights: a bit that flips on one rank would spoil a run silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtrain.errors import TopologyError
 from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size of an element: what shows its bits."""
+"""From the size of an element in bytes to the integer type that shows its bits."""
 
 _SPREAD = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio, odd: multiples of it differ in all bits (Knuth, TAOCP vol. 3, 6.4)."""
@@ -24,14 +24,14 @@ _SPREAD = 0x9E3779B97F4A7C15
 class Replicas:
     """Compares the weights every `train.check_replicas` steps, and after the last one. A collective at those steps.
 
-    One int64 crosses ranks where all is well. The bits must be equal, not only the numbers: every rank of ddp and of
-    ZeRO 0 to 2 makes the same update from the same sum.
+    Two int64 values cross ranks if all weights are equal. The bits must be equal, not only the numbers: every rank of
+    ddp and of ZeRO 0 to 2 makes the same update from the same sum.
     """
 
     def __init__(self, every: int, module: Callable[[], nn.Module], context: RankContext, tracker: Log) -> None:
         """
         Args:
-            module: gives the bare model, whole on each rank; thawing may have put another engine around it.
+            module: returns the bare model, complete on each rank; a thaw may have wrapped it in another engine.
         """
         self._every = every
         self._module = module
@@ -47,25 +47,25 @@ class Replicas:
         names, hashes = hashes_of(self._module())
         if _all_have(hashes, self._context):
             return
-        everyones = [tuple(part.tolist()) for part in all_gather(hashes, self._context)]
-        places = all_gather_object([socket.gethostname(), os.getpid()], self._context)
-        odd, differing = _odd_ones(everyones), _first_difference(everyones)
+        by_rank = [tuple(part.tolist()) for part in all_gather(hashes, self._context)]
+        processes = all_gather_object([socket.gethostname(), os.getpid()], self._context)
+        suspects, differing = _minority(by_rank), _first_difference(by_rank)
         self._tracker.event(
             "fault",
             kind="replicas",
             step=step,
-            ranks=odd or list(range(len(places))),
-            hosts=[places[rank][0] for rank in odd or range(len(places))],
+            ranks=suspects or list(range(len(processes))),
+            hosts=[processes[rank][0] for rank in suspects or range(len(processes))],
             parameter=names[differing],
-            agreed=bool(odd),
+            agreed=bool(suspects),
         )
-        raise TopologyError(_words(step, odd, places, names[differing]))
+        raise TopologyError(_message(step, suspects, processes, names[differing]))
 
 
 def hashes_of(module: nn.Module) -> tuple[list[str], torch.Tensor]:
-    """Names of the parameters, frozen ones too, and for each the sum of its elements' bits: (parameters,) int64, host.
+    """Returns the parameters' names, frozen ones too, and the sum of each one's element bits: (parameters,) int64, host.
 
-    Any one flipped bit changes it, and so does any update that one rank alone has made, short of a chance of 2^-32.
+    Any single flipped bit changes it. An update that only one rank made changes it except with probability 2^-32.
     """
     named = list(module.named_parameters())
     sums = [_bits(parameter.detach()).sum(dtype=torch.int64) for _, parameter in named]
@@ -77,38 +77,39 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _all_have(hashes: torch.Tensor, context: RankContext) -> bool:
-    """Collective. Whether all ranks have the same; by one number made of all, which wraps around as int64 does."""
-    places = torch.arange(1, len(hashes) + 1, dtype=torch.int64) * torch.tensor(_SPREAD - 2**64, dtype=torch.int64)
-    mixed = (hashes * (places | 1)).sum()
-    # The largest and, by its complement, the smallest of all ranks' numbers.
+    """Collective. Whether all ranks have the same hashes, by one number made of them all, with int64 wrap-around."""
+    factors = torch.arange(1, len(hashes) + 1, dtype=torch.int64) * torch.tensor(_SPREAD - 2**64, dtype=torch.int64)
+    mixed = (hashes * (factors | 1)).sum()
+    # One all-reduce gives the largest number and, by its complement, the smallest.
     largest, smallest = all_reduce_max(torch.stack([mixed, ~mixed]), context)
     return bool(largest == ~smallest)
 
 
-def _odd_ones(everyones: Sequence[tuple[int, ...]]) -> list[int]:
-    """Ranks that are not like the majority; none where there is no majority."""
-    usual = max(everyones, key=everyones.count)
-    if 2 * everyones.count(usual) <= len(everyones):
+def _minority(by_rank: Sequence[tuple[int, ...]]) -> list[int]:
+    """Returns the ranks that differ from the majority; empty if there is no majority."""
+    majority = max(by_rank, key=by_rank.count)
+    if 2 * by_rank.count(majority) <= len(by_rank):
         return []
-    return [rank for rank, own in enumerate(everyones) if own != usual]
+    return [rank for rank, hashes in enumerate(by_rank) if hashes != majority]
 
 
-def _first_difference(everyones: Sequence[tuple[int, ...]]) -> int:
-    return next(index for index, values in enumerate(zip(*everyones, strict=True)) if len(set(values)) > 1)
+def _first_difference(by_rank: Sequence[tuple[int, ...]]) -> int:
+    return next(index for index, values in enumerate(zip(*by_rank, strict=True)) if len(set(values)) > 1)
 
 
-def _words(step: int, odd: Sequence[int], places: Sequence[Sequence[object]], parameter: str) -> str:
+def _message(step: int, suspects: Sequence[int], processes: Sequence[Sequence[object]], parameter: str) -> str:
     def name(rank: int) -> str:
-        host, pid = places[rank]
+        host, pid = processes[rank]
         return f"rank {rank} (process {pid} on {host})"
 
-    if odd:
-        said = f"the weights of {_joined(map(name, odd))} are not those of the other {len(places) - len(odd)} ranks"
+    if suspects:
+        others = len(processes) - len(suspects)
+        finding = f"the weights of {_joined(map(name, suspects))} are not those of the other {others} ranks"
     else:
-        said = f"the weights of {_joined(map(name, range(len(places))))} differ, and it cannot be told whose are right"
+        finding = f"the weights of {_joined(map(name, range(len(processes))))} differ, and there is no majority"
     return (
-        f"After step {step} {said}; the first parameter that differs is {parameter}. Memory or a device that fails does "
-        "this, and so do nodes of different hardware. Start again without that node: the run goes on from its newest "
+        f"After step {step} {finding}; the first parameter that differs is {parameter}. Failing memory, a failing device "
+        "or nodes of different hardware cause this. Start again without that node: the run resumes from its newest "
         "checkpoint before the fault, or from the beginning."
     )
 

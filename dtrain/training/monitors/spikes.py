@@ -1,4 +1,4 @@
-"""A loss far above those before it: said, dropped, or answered with the weights of the newest checkpoint."""
+"""Detects a loss far above the ones before it: warns, drops the update, or requests a rollback."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dtrain.config.schema import Spike
 from dtrain.console import log
 from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
 
-SEEN = 10
-"""So many losses make a median worth comparing with."""
+MIN_LOSSES = 10
+"""The median of fewer losses is not used."""
 
 
 class Spikes:
-    """Compares each step's loss with the median of the last ones, which are part of the run's state.
+    """Compares each step's loss with the median of the recent ones, which are part of the run's state.
 
-    A spike counts among the last ones as well: a loss that stays high is the usual one after half a window.
+    A spike counts as a recent loss as well: a loss that stays high becomes the median after half a window.
     """
 
     def __init__(self, settings: Spike, state: RunState, tracker: Log) -> None:
@@ -25,9 +25,10 @@ class Spikes:
         self._tracker = tracker
 
     def drops(self, loss: float) -> bool:
-        """Whether the update of a step is to be left out; asked before it, with the step's loss per target in nats.
+        """Whether to leave out the update of a step. Equal on every rank.
 
-        Equal on every rank, for the loss and the last ones are.
+        Args:
+            loss: of the step, per target, in nats.
         """
         return self._settings.action == "skip" and self._is_spike(loss)
 
@@ -42,7 +43,7 @@ class Spikes:
 
     def _is_spike(self, loss: float) -> bool:
         last = self._state.recent_losses[-self._settings.window :]
-        usual = median(last) if len(last) >= SEEN else 0.0
+        usual = median(last) if len(last) >= MIN_LOSSES else 0.0
         return loss > self._settings.factor * usual > 0
 
     def _report(self, record: StepRecord) -> None:
@@ -57,9 +58,9 @@ class Spikes:
             action=settings.action,
         )
         what = {
-            "warn": "The run goes on.",
+            "warn": "Training continues.",
             "skip": "Its update was left out.",
-            "rollback": "The run takes the weights of its newest checkpoint and goes on with the data after this step.",
+            "rollback": "The run restores its newest checkpoint and continues with the data after this step.",
         }
         log.info(
             "warning: step %d: the loss of %.4g is a spike, more than train.spike.factor=%g times %.4g, the median of the "

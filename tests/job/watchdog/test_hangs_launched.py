@@ -265,7 +265,7 @@ LONG = f"""
 import os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain import main; from dtrain.training import metric_selection as own_metrics
-from dtrain.training import export; from dtrain.commands import train
+from dtrain.training import run
 from dtrain.tasks import classification, prepare as preparing
 
 def slowly(module, name, seconds, ranks):
@@ -276,9 +276,9 @@ def slowly(module, name, seconds, ranks):
         return real(*arguments, **more)
     setattr(module, name, slow)
 
-slowly(train, "build_task", 2.5, "1")
-slowly(train, "export_model", 2.5, "0")
-slowly(train, "write_card", 2.5, "0")
+slowly(run, "build_task", 2.5, "1")
+slowly(run, "export_model", 2.5, "0")
+slowly(run, "write_card", 2.5, "0")
 slowly(classification.ClassificationTask, "metrics", 2.5, "0")
 slowly(classification.ClassificationTask, "score", 0.6, "1")  # four batches: longer than the limit, but it goes on
 main.console_script()

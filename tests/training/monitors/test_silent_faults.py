@@ -203,18 +203,20 @@ def test_equal_weights_have_equal_hashes_wherever_they_lie_in_memory() -> None:
         ([(1, 2), (1, 3), (1, 2), (1, 4), (1, 2)], [1, 3]),
     ],
 )
-def test_the_odd_ones_are_those_against_a_majority(everyones: list[tuple[int, ...]], odd: list[int]) -> None:
-    assert replicas._odd_ones(everyones) == odd
+def test_the_minority_is_suspected_where_there_is_a_majority(everyones: list[tuple[int, ...]], odd: list[int]) -> None:
+    assert replicas._minority(everyones) == odd
 
 
-def test_the_message_names_whom_it_can() -> None:
+def test_the_message_names_the_suspects_if_there_is_a_majority() -> None:
     places = [["node1", 10], ["node2", 20], ["node3", 30]]
 
-    clear, unclear = (replicas._words(12, odd, places[:n], "encoder.weight") for odd, n in (([2], 3), ([], 2)))
+    clear, unclear = (replicas._message(12, odd, places[:n], "encoder.weight") for odd, n in (([2], 3), ([], 2)))
 
     assert "After step 12 the weights of rank 2 (process 30 on node3) are not those of the other 2 ranks" in clear
     assert "the first parameter that differs is encoder.weight" in clear
-    assert "of rank 0 (process 10 on node1) and rank 1 (process 20 on node2) differ, and it cannot be told" in unclear
+    assert (
+        "of rank 0 (process 10 on node1) and rank 1 (process 20 on node2) differ, and there is no majority" in unclear
+    )
     assert TopologyError.exit_code == 4
 
 

@@ -1,0 +1,123 @@
+"""Reads one step ahead, and makes the one small all-reduce of a step.
+
+A step's summed weight over all ranks must be known before its first backward pass (law 4). So each step's all-reduce
+carries its own losses and the weight of the step after it, and no step needs a second one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dtrain.data.batches import MicroBatch, StepBatches
+from dtrain.distributed.collectives import all_reduce_sum
+from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.rank_context import RankContext
+from dtrain.engine.protocol import StepWeight
+from dtrain.tasks.protocol import Task
+from dtrain.training.monitors.protocol import Decision
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is about to be taken.
+
+    Attributes:
+        batches: this rank's micro-batches.
+        weight: the summed weight of the step's targets.
+        targets: the number of targets on all ranks.
+    """
+
+    batches: StepBatches
+    weight: StepWeight
+    targets: int
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What the step that was just taken came to, over all micro-batches and ranks.
+
+    Attributes:
+        loss: summed loss in nats; nan where a loss was not finite.
+        faults: number of micro-batches whose loss was not finite.
+        weighted_sq_norm: sum over ranks of (local weight x squared norm of the local gradient); 0.0 where the engine
+            averages gradients in every step.
+    """
+
+    loss: float
+    faults: int
+    weighted_sq_norm: float
+
+
+class LookAhead:
+    """Holds the next step, and carries the monitors' requests between ranks.
+
+    Attributes:
+        next_step: None at the end of the run.
+        requested: what this rank's monitors request; it rides with the next all-reduce.
+        decision: what all ranks had requested by the last all-reduce, combined into one.
+    """
+
+    def __init__(self, steps: Iterator[StepBatches], task: Task, context: RankContext) -> None:
+        """
+        Args:
+            steps: this rank's batches of every step to come.
+        """
+        self._steps, self._task, self._context = steps, task, context
+        self.next_step: Step | None = None
+        self.requested = self.decision = Decision.CONTINUE
+
+    def start(self) -> None:
+        """Collective. Reads the first step."""
+        self._context.heartbeat.at(Phase.DATA)
+        self.advance([], weighted_sq_norm=None)
+
+    def advance(self, losses: Sequence[float], *, weighted_sq_norm: float | None) -> StepTotals:
+        """Collective. Reads the next step, and adds up the one that was just taken.
+
+        Args:
+            losses: loss sums of this rank's counted micro-batches, in nats.
+            weighted_sq_norm: as `Engine.weighted_sq_norm` returned it.
+        """
+        heartbeat = self._context.heartbeat
+        heartbeat.at(Phase.DATA)
+        batches = next(self._steps, None)
+        heartbeat.at(Phase.SUMMING)
+        targets = [self._task.targets(batch.tensors) for batch in counted(batches)]
+        local_weight = math.fsum(target.weight for target in targets)
+        local = [
+            math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
+            sum(not math.isfinite(loss) for loss in losses),
+            int(self.requested == Decision.STOP),
+            int(self.requested == Decision.PREEMPT),
+            local_weight,
+            sum(target.count for target in targets),
+            weighted_sq_norm or 0.0,
+        ]
+        # float64 holds the counts exactly.
+        loss, faults, stops, preempts, weight, count, sq_norm = all_reduce_sum(
+            torch.tensor(local, dtype=torch.float64), self._context
+        ).tolist()
+        self.next_step = None if batches is None else Step(batches, StepWeight(weight, local_weight), int(count))
+        self.decision = resolve_decision(stops=int(stops), preempts=int(preempts))
+        return StepTotals(loss, int(faults), sq_norm)
+
+
+def resolve_decision(*, stops: int, preempts: int) -> Decision:
+    """Combines the ranks' requests into one decision.
+
+    Args:
+        stops: number of ranks that request a stop.
+        preempts: number of ranks that request a stop with a checkpoint.
+    """
+    if preempts:
+        return Decision.PREEMPT
+    return Decision.STOP if stops else Decision.CONTINUE
+
+
+def counted(batches: StepBatches | None) -> list[MicroBatch]:
+    """Returns the micro-batches that count; stand-ins of an engine that runs in lock step do not."""
+    return [batch for batch in batches.micro_batches if batch.counted] if batches is not None else []
