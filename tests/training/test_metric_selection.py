@@ -17,7 +17,7 @@ from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.training.metric_selection import UserMetrics, Reported, reported
+from dtrain.training.metric_selection import Reported, UserMetrics, reported
 from tests.support import tiny
 from tests.support.tiny import Table
 
