@@ -47,6 +47,10 @@ from dtrain.engine.state import (
 )
 
 
+HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+"""What ZeRO 3's hooks keep on a module. It refers to the engine that made it, and a new engine would reuse it. Private API."""
+
+
 class DeepSpeedEngine(AveragesEveryStep):
     """One DeepSpeed engine over a plain module and a torch optimizer."""
 
@@ -368,6 +372,8 @@ def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:
     for hook in offload.forward_hooks + offload.backward_hooks:
         hook.remove()
     for part in module.modules():
+        for left_over in HOOK_STATE:
+            part.__dict__.pop(left_over, None)
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 part._parameters[name] = plain[id(parameter)]

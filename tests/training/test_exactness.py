@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
+from dtrain.training.evaluation import evaluate
+from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.support import training
 from tests.support.multirank import RanksFailed, run_ranks
 from tests.support.training import Setting, apart, worst
@@ -101,6 +103,33 @@ def test_adamw_with_frozen_and_thawed_parts_is_the_same_on_every_engine(
     assert one["slots"] == other["slots"]
     assert one["slots"]["bert.embeddings.word_embeddings.weight"] == []
     assert one["slots"]["bert.encoder.layer.0.output.dense.weight"] == ["exp_avg", "exp_avg_sq", "step"]
+
+
+class EvaluatesEachStep:
+    """Evaluates after every step, as `train.eval_every: 1` does."""
+
+    def __init__(self, run: training.Run) -> None:
+        self._run = run
+
+    def after_step(self, record: StepRecord) -> Decision:
+        evaluate(self._run.engine, self._run.task, micro_batch_size=4)
+        return Decision.CONTINUE
+
+
+def evaluated(context: RankContext, setting: Setting) -> list[dict[str, Any]]:
+    """Collective. Trains with an evaluation after every step; returns each step's numbers."""
+    run, recorder = training.build(context, setting), training.Recorder()
+    run.go(recorder, EvaluatesEachStep(run)).release()
+    return recorder.steps
+
+
+def test_a_thaw_right_after_an_evaluation_works_under_zero_3() -> None:
+    setting = replace(PLAIN, freeze=("embeddings", "encoder.layer[:1]"), thaw=((1, "encoder.layer[0]"),))
+
+    one = evaluated(ONE_PROCESS, setting)
+    sharded = run_ranks(evaluated, 2, replace(setting, engine="deepspeed", zero_stage=3), timeout_s=120)[0]
+
+    assert worst({"steps": one}, {"steps": sharded}) <= 1e-6
 
 
 def test_what_no_grad_cut_off_learns_once_the_frozen_part_above_it_is_thawed() -> None:
