@@ -46,7 +46,6 @@ from dtrain.engine.state import (
     slot_tensors,
 )
 
-
 HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 """What ZeRO 3's hooks keep on a module. It refers to the engine that made it, and a new engine would reuse it. Private API."""
 

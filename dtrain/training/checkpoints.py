@@ -1,4 +1,4 @@
-"""Checkpoints in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
+"""CheckpointMonitor in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecor
 from dtrain.training.summary import versions
 
 
-class Checkpoints:
+class CheckpointMonitor:
     """Saves the run every `checkpoint.every` steps, at a new best one, and at its end. Last in the list of monitors.
 
     Without `checkpoint.every` it saves only when a run is pre-empted, and starts no writer process before.

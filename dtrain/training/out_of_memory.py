@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from dtrain.errors import DtrainError
-
-Tensors = Mapping[str, torch.Tensor]
+from dtrain.tasks.protocol import Batch
 
 SMALLER_ACTIVATIONS = (
     "data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A smaller micro-batch changes "
@@ -19,7 +18,7 @@ SMALLER_STATE = "engine.zero_stage=1 (2, 3) to shard it over the ranks, freeze.m
 
 
 @contextmanager
-def explain_in_training(tensors: Tensors) -> Iterator[None]:
+def explain_in_training(tensors: Batch) -> Iterator[None]:
     """Surrounds forward and backward of one micro-batch, (batch, length, ...) tensors.
 
     Raises:
@@ -30,7 +29,7 @@ def explain_in_training(tensors: Tensors) -> Iterator[None]:
 
 
 @contextmanager
-def explain_in_evaluation(tensors: Tensors) -> Iterator[None]:
+def explain_in_evaluation(tensors: Batch) -> Iterator[None]:
     """Surrounds an evaluation's forward pass."""
     with _explain(f"an evaluation micro-batch of {size(tensors)}", "Set evaluation.micro_batch_size lower."):
         yield
@@ -45,7 +44,7 @@ def explain_in_step() -> Iterator[None]:
         yield
 
 
-def size(tensors: Tensors) -> str:
+def size(tensors: Batch) -> str:
     """Returns the number of examples, and the length of the padded rows of tokens."""
     ids = tensors.get("input_ids")
     shape = ids.shape if ids is not None else next(iter(tensors.values())).shape

@@ -30,7 +30,7 @@ from dtrain.runs.tracking import Tracker
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
 from dtrain.training import build, data_guard, plan, rollback, summary
-from dtrain.training.checkpoints import Checkpoints, StopOnRequest, deferring
+from dtrain.training.checkpoints import CheckpointMonitor, StopOnRequest, deferring
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
 from dtrain.training.export import export_model, processor_or_tokenizer
 from dtrain.training.look_ahead import LookAhead
@@ -129,7 +129,7 @@ class TrainingRun:
     settings: LoopSettings = field(init=False)
     look_ahead: LookAhead = field(init=False)
     tracker: Tracker = field(init=False)
-    checkpoints: Checkpoints = field(init=False)
+    checkpoints: CheckpointMonitor = field(init=False)
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
@@ -221,7 +221,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             restore_slots(self.engine, self.checkpoint, self.context)
             self.tracker.event("resume", step=self.state.step, world_size=self.context.world_size)
-        self.checkpoints = Checkpoints(
+        self.checkpoints = CheckpointMonitor(
             self.config,
             self.context,
             self.task,

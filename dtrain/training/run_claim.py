@@ -21,7 +21,7 @@ from dtrain.runs.resume_policy import Action, Checkpoints, decide, going_on, is_
 
 
 @dataclass(frozen=True)
-class Claim:
+class RunClaim:
     """The decision for this start.
 
     Attributes:
@@ -34,7 +34,7 @@ class Claim:
 
 
 @contextmanager
-def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[Claim]:
+def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[RunClaim]:
     """Collective. Yields the decision for this start. Inside, the folder belongs to this run, unless it is already_finished.
 
     Rank 0 holds the folder's lock until the end, so that there is one writer.
@@ -47,7 +47,7 @@ def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[C
         yield _claim(config, context, command, lock)
 
 
-def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) -> Claim:
+def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) -> RunClaim:
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
 
@@ -96,7 +96,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":
         select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, context)
-    return Claim(action, chosen)
+    return RunClaim(action, chosen)
 
 
 def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, Checkpoints]:

@@ -44,7 +44,7 @@ class AskIn:
         return Decision.PREEMPT if record.step == self._step else Decision.CONTINUE
 
 
-class DieAfter(checkpoints.Checkpoints):
+class DieAfter(checkpoints.CheckpointMonitor):
     """Dies when the checkpoint of a step has been written."""
 
     step = 0
@@ -114,7 +114,7 @@ def life(
     loop.run_micro_batches = recorded
     if die_after is not None:
         DieAfter.step = die_after
-        run.Checkpoints = DieAfter  # type: ignore[misc]
+        run.CheckpointMonitor = DieAfter  # type: ignore[misc]
     if broken == "moments":
         run.restore_slots = lambda *_: None
     if broken == "place":
