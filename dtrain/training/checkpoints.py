@@ -1,4 +1,4 @@
-"""CheckpointMonitor in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
+"""Checkpoints in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
 
 from __future__ import annotations
 
