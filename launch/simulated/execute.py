@@ -98,7 +98,6 @@ def _wait(child: int, watched: set[signal.Signals]) -> int:
             if ended:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
-        elif received.si_code != SENT_BY_KERNEL or not os.isatty(
-            0
-        ):  # without a terminal the command has its own group (see _enter)
+        # Without a terminal the command has its own group (see _enter).
+        elif received.si_code != SENT_BY_KERNEL or not os.isatty(0):
             os.kill(child, received.si_signo)

@@ -161,9 +161,8 @@ class Switch:
 
     def _answer(self, control: socket.socket) -> None:
         """Answers a request {"cut": NODE}, {"heal": NODE} or {} with every port's state."""
-        with suppress(
-            OSError, ValueError
-        ):  # a client that disconnects or sends an invalid request must not end the network
+        # A client that disconnects or sends an invalid request must not end the network.
+        with suppress(OSError, ValueError):
             client, _ = control.accept()
             with client:
                 client.settimeout(CLIENT_S)

@@ -62,9 +62,8 @@ def test_no_secret_leaves_the_node_unless_it_is_exported(
     settings = jobs.settings(folder, "secret", **_endless())
     with started("launch/torchrun.sh", cluster, settings, "--export", "MINE") as job:
         job.wait_for(" 5/1000000")
-        env = jobs._environment(
-            job.ranks()[-1]
-        )  # not a rank on node1, where the script runs: it has the script's environment
+        # Ranks on node1, where the script runs, have the script's environment, so this looks at another node.
+        env = jobs._environment(job.ranks()[-1])
         job.first.process.terminate()
         job.end()
     assert "HF_TOKEN" not in env

@@ -101,9 +101,8 @@ def test_a_failure_before_there_is_a_run_folder_has_its_own_code_and_message(tmp
     write = f"import os, sys; open(os.environ['DTRAIN_EXIT_FILE'], 'w').write({json.dumps(record)!r}); sys.exit"
     failed = run_job(_job(tmp_path, f"{write}(1)", LONG), output=CollectedOutput())
     assert (failed.code, failed.message) == (3, "here: no such file")
-    assert (
-        run_job(_job(tmp_path, f"{write}(0)"), output=CollectedOutput()).code == 0
-    )  # a restart within the job has succeeded
+    # If the launcher succeeds, a restart within the job has succeeded.
+    assert run_job(_job(tmp_path, f"{write}(0)"), output=CollectedOutput()).code == 0
 
 
 def test_a_launcher_that_keeps_running_after_its_ranks_have_ended_is_ended(
