@@ -94,14 +94,14 @@ def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
 
 def _doctor(arguments: argparse.Namespace, topology: Topology) -> int:
     """Starts its own ranks where it needs some, and no torch here."""
-    from dtrain.commands.doctor import Asked, run_doctor
+    from dtrain.commands.doctor import DoctorOptions, run_doctor
 
     if topology.world_size > 1:
         raise ConfigError(
             f"doctor is one process that goes to all hosts itself, and this is {topology.describe()}. Start it without."
         )
     config = load_config(arguments.config, arguments.overrides)
-    asked = Asked(
+    options = DoctorOptions(
         arguments.hostfile,
         arguments.include or "",
         arguments.exclude or "",
@@ -110,7 +110,7 @@ def _doctor(arguments: argparse.Namespace, topology: Topology) -> int:
         as_json=arguments.json,
     )
     try:
-        return run_doctor(asked, os.environ)
+        return run_doctor(options, os.environ)
     except KeyboardInterrupt:
         log.error("Interrupted. Nothing of the doctor is left on the hosts.")
         return Interrupted.exit_code

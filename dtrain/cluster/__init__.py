@@ -1,1 +1,1 @@
-"""Many hosts over ssh. Imports no torch."""
+"""Jobs on several hosts over ssh. Imports no torch."""

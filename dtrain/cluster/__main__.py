@@ -1,4 +1,4 @@
-"""`python -m dtrain.cluster FILE`: prints the hosts and slots of a hostfile."""
+"""`python -m dtrain.cluster FILE`: checks a hostfile and prints its hosts and slots."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How a job of several parts ended: one exit code and one message, out of what each part saw of it."""
+"""Combines how the hosts' commands ended into one exit code and one message for the job."""
 
 from __future__ import annotations
 
@@ -9,108 +9,116 @@ from typing import Any, NamedTuple
 
 from dtrain.errors import Interrupted, TopologyError
 
-SECOND_HAND = TopologyError.__name__
-"""What a rank says that has lost another: true, but who was closer knows more."""
+LOST_PEER = TopologyError.__name__
+"""The cause that a rank records when it has lost another rank. It is true, but the lost rank's host knows more."""
 
 INTERRUPTED = Interrupted.__name__
-"""What a rank says that was told to end."""
+"""The cause that a rank records when it was told to stop."""
 
 
 @dataclass(frozen=True)
-class PartEnd:
-    """How one host's part ended.
+class HostResult:
+    """How one host's command ended.
 
-    code: the launcher's exit code; negative where a signal ended it.
-    note: exit.json, if dtrain wrote it in this job.
-    problem: why the command could not be started.
-    lost: what became of the connection, where the end itself is not known.
-    was_killed: it was ended since another part had failed.
+    Attributes:
+        host: the host's name.
+        code: the launcher's exit code; negative if a signal ended it.
+        record: the content of exit.json if dtrain wrote it during this job.
+        problem: why the command could not be started; empty if it was.
+        lost: how the connection was lost, if the end of the command is therefore unknown; else empty.
+        was_killed: it was ended because another host's command had failed.
     """
 
     host: str
     code: int
-    note: Mapping[str, Any] | None = None
+    record: Mapping[str, Any] | None = None
     problem: str = ""
     lost: str = ""
     was_killed: bool = False
 
     @property
-    def own_code(self) -> int:
-        """dtrain's code where it is known; a launcher makes another one of it, even a 0."""
-        return int(self.note["code"]) if self.note and self.note["code"] else self.code
+    def dtrain_code(self) -> int:
+        """dtrain's exit code if it is known, since a launcher replaces it, sometimes with 0; else the launcher's."""
+        return int(self.record["code"]) if self.record and self.record["code"] else self.code
 
     @property
     def is_known(self) -> bool:
-        """Whether it is its command that has ended, rather than the way to it."""
+        """Whether the command itself ended, rather than failed to start or lost its connection."""
         return not (self.problem or self.lost)
 
 
-class Outcome(NamedTuple):
+class JobOutcome(NamedTuple):
     """How a job ended.
 
-    code: of the job; 0 only where every part has ended well.
-    message: why not; it names the host.
-    asked: the signal that told this process to end the job, if any did.
+    Attributes:
+        code: the job's exit code; 0 only if every host's command succeeded.
+        message: why the job failed, with the host's name; empty on success.
+        stop_signal: the signal that asked this process to stop the job; None if there was none.
     """
 
     code: int
     message: str
-    asked: int | None = None
+    stop_signal: int | None = None
 
 
-def outcome(ends: Sequence[PartEnd], launcher: str, *, is_elastic: bool = False, asked: int | None = None) -> Outcome:
-    """The job's end.
+def combine_results(
+    results: Sequence[HostResult], launcher: str, *, is_elastic: bool = False, stop_signal: int | None = None
+) -> JobOutcome:
+    """Returns the job's outcome.
 
     Args:
-        ends: of all parts, in the order in which they came.
-        launcher: the name of what was started on each host.
-        is_elastic: parts that failed on the way count for nothing where another has done the work to its end.
-        asked: the signal that was passed on to the parts, if any was.
+        results: of all hosts, in the order in which they arrived.
+        launcher: the name of the program that was started on each host.
+        is_elastic: failed hosts do not count if another host finished the job.
+        stop_signal: the signal that was forwarded to the hosts, if any.
     """
-    bad = [end for end in ends if end.own_code != 0 or not end.is_known]
-    if not bad or (is_elastic and len(bad) < len(ends)):
-        return Outcome(0, "", asked)
-    first = min(bad, key=lambda end: _distance(end, asked))
-    return Outcome(_code_of(first, asked), _message_of(first, launcher, asked), asked)
+    failed = [result for result in results if result.dtrain_code != 0 or not result.is_known]
+    if not failed or (is_elastic and len(failed) < len(results)):
+        return JobOutcome(0, "", stop_signal)
+    cause = min(failed, key=lambda result: _distance_to_cause(result, stop_signal))
+    return JobOutcome(_job_code(cause, stop_signal), _job_message(cause, launcher, stop_signal), stop_signal)
 
 
-def _distance(end: PartEnd, asked: int | None) -> int:
-    """How far from the cause this part was; the least speaks for the job."""
-    if end.was_killed:
-        return 1 if end.note is not None and end.note["cause"] not in (SECOND_HAND, INTERRUPTED) else 5
-    if end.problem or _was_struck(end, asked):
-        return 0  # its ranks only know that they were told to end
-    if end.note is not None and end.note["cause"] != SECOND_HAND:
+def _distance_to_cause(result: HostResult, stop_signal: int | None) -> int:
+    """Returns how far this host was from the root cause; the smallest distance determines the job's outcome."""
+    if result.was_killed:
+        return 1 if result.record is not None and result.record["cause"] not in (LOST_PEER, INTERRUPTED) else 5
+    if result.problem or _was_launcher_killed(result, stop_signal):
+        return 0  # its ranks only know that they were told to stop
+    if result.record is not None and result.record["cause"] != LOST_PEER:
         return 1
-    if end.lost:
+    if result.lost:
         return 2
-    return 3 if end.note is not None else 4
+    return 3 if result.record is not None else 4
 
 
-def _was_struck(end: PartEnd, asked: int | None) -> bool:
-    """Whether a signal ended the launcher, without its ranks having been told to end and having said why."""
-    was_told = end.was_killed or end.code == -(asked or 0)
-    return end.code < 0 and not (was_told and end.note is not None)
+def _was_launcher_killed(result: HostResult, stop_signal: int | None) -> bool:
+    """Returns whether a signal ended the launcher and this was not a requested stop that its ranks recorded."""
+    was_stopped = result.was_killed or result.code == -(stop_signal or 0)
+    return result.code < 0 and not (was_stopped and result.record is not None)
 
 
-def _code_of(end: PartEnd, asked: int | None) -> int:
-    if not end.is_known:
+def _job_code(result: HostResult, stop_signal: int | None) -> int:
+    if not result.is_known:
         return TopologyError.exit_code
-    if _was_struck(end, asked):
-        return 128 - end.code if end.code == -(asked or 0) else TopologyError.exit_code
-    return end.own_code
+    if _was_launcher_killed(result, stop_signal):
+        return 128 - result.code if result.code == -(stop_signal or 0) else TopologyError.exit_code
+    return result.dtrain_code
 
 
-def _message_of(end: PartEnd, launcher: str, asked: int | None) -> str:
-    if not end.is_known:
-        return end.lost or f"{end.host}: {launcher} cannot be started: {end.problem}"
-    if _was_struck(end, asked):
-        name = signal.Signals(-end.code).name
-        if end.code == -(asked or 0):
-            return f"{end.host}: {launcher} was ended by {name}, as you asked, before its ranks could save anything."
-        return f"{end.host}: {launcher} was killed by {name}: from outside, or for want of memory?"
-    if end.note is None:
-        return f"{end.host}: {launcher} ended with {end.code}; above it said why."
-    # The rank itself has printed all of a message of several lines.
-    message = (str(end.note["message"]).splitlines() or [str(end.note["cause"])])[0]
-    return message if str(end.note["host"]) in message else f"rank {end.note['rank']} on {end.note['host']}: {message}"
+def _job_message(result: HostResult, launcher: str, stop_signal: int | None) -> str:
+    if not result.is_known:
+        return result.lost or f"{result.host}: cannot start {launcher}: {result.problem}"
+    if _was_launcher_killed(result, stop_signal):
+        name = signal.Signals(-result.code).name
+        if result.code == -(stop_signal or 0):
+            return (
+                f"{result.host}: {launcher} was stopped by {name} as requested, before its ranks could save anything."
+            )
+        return f"{result.host}: {launcher} was killed by {name}: by another process, or out of memory?"
+    record = result.record
+    if record is None:
+        return f"{result.host}: {launcher} exited with code {result.code}; its output above gives the reason."
+    # The rank has already printed all lines of a longer message.
+    message = (str(record["message"]).splitlines() or [str(record["cause"])])[0]
+    return message if str(record["host"]) in message else f"rank {record['rank']} on {record['host']}: {message}"

@@ -1,4 +1,4 @@
-"""What each launcher is told on each host. Pure: hosts, address and settings in, commands out."""
+"""Builds the command of each launcher for each host. Pure: hosts, address and settings in, commands out."""
 
 from __future__ import annotations
 
@@ -11,134 +11,149 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.cluster.hostfile import Host
-from dtrain.cluster.run_job import Job, Part
+from dtrain.cluster.run_job import HostCommand, MultiHostJob
 from dtrain.distributed.launcher_env import JOB_ID
 
-TAKEN_ALONG = (
+FORWARDED_NAMES = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
     "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH",
     "PYTHONUNBUFFERED", "CUDA_HOME", "LD_LIBRARY_PATH", "TMPDIR", "LANG", "LC_ALL",
 )  # fmt: skip
-"""Variables that go to every host where they are set here. All others have to be named: --export NAME."""
+"""Variables that are forwarded to every host if they are set here. Others need --export NAME."""
 
-TAKEN_FAMILIES = ("NCCL_", "GLOO_", "UCX_", "TORCH_", "DTRAIN_")
+FORWARDED_PREFIXES = ("NCCL_", "GLOO_", "UCX_", "TORCH_", "DTRAIN_")
 
-SECRETS = frozenset({
+SECRET_WORDS = frozenset({
     "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS", "KEY", "APIKEY", "PAT",
 })  # fmt: skip
-"""Words of names whose values go nowhere unless they are exported by name, and are never printed."""
+"""A variable with one of these words in its name is forwarded only by --export, and its value is never printed."""
 
-SHUTDOWN_S = 3600
-"""How long torchrun waits for ranks that it has told to end: they save first. Its own 30 s would cut that off."""
+SHUTDOWN_TIMEOUT_S = 3600
+"""How long torchrun waits for ranks that it told to stop. They save first; torchrun's default of 30 s is too short."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be started, whatever starts it.
+class LaunchPlan:
+    """What to start, independent of the launcher.
 
-    hosts: in the order of ranks.
-    script: dtrain/main.py, by its path on every host.
-    arguments: dtrain's own.
-    folder: the working folder.
-    note: exit.json; None for a command that writes none.
-    env: variables that travel.
-    address, port: where the ranks meet.
-    job_id: unlike any other job's, so that a process that belongs to another one by mistake is not let in.
-    name: unlike any other job's, too, and shown.
-    nodes: the least and the largest number of hosts, for an elastic job.
+    Attributes:
+        hosts: in the order of ranks.
+        script: the path of dtrain/main.py on every host.
+        arguments: dtrain's arguments.
+        folder: the working folder on every host.
+        exit_file: exit.json; None for a command that writes none.
+        env: variables that are forwarded.
+        address: the master's address, where ranks meet.
+        port: the master's port.
+        job_id: a secret unique to this job. Ranks reject processes that have another one.
+        name: a name unique to this job, which may be printed.
+        host_range: the smallest and the largest number of hosts of an elastic job; None for a fixed number.
+        max_restarts: how often torchrun restarts the ranks after a failure.
     """
 
     hosts: Sequence[Host]
     script: Path
     arguments: Sequence[str]
     folder: Path
-    note: Path | None
+    exit_file: Path | None
     env: Mapping[str, str]
     address: str
     port: int
     job_id: str
     name: str
-    nodes: tuple[int, int] | None = None
+    host_range: tuple[int, int] | None = None
     max_restarts: int = 0
 
 
-def travelling(env: Mapping[str, str], exported: Sequence[str]) -> dict[str, str]:
-    """The variables that go to every host: those of the list above, and those that the user names."""
-    found = {}
+def forwarded_env(env: Mapping[str, str], exported: Sequence[str]) -> dict[str, str]:
+    """Returns the variables for every host: those of the lists above and those that the user exports by name."""
+    forwarded = {}
     for name, value in env.items():
-        is_listed = name in TAKEN_ALONG or name.startswith(TAKEN_FAMILIES)
+        is_listed = name in FORWARDED_NAMES or name.startswith(FORWARDED_PREFIXES)
         if name in exported or (is_listed and not is_secret(name)):
-            found[name] = value
-    return found
+            forwarded[name] = value
+    return forwarded
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is nobody's business."""
-    return name == JOB_ID or not SECRETS.isdisjoint(name.upper().split("_"))
+    """Returns whether a variable's name indicates that its value is secret."""
+    return name == JOB_ID or not SECRET_WORDS.isdisjoint(name.upper().split("_"))
 
 
-def environment(plan: Plan) -> dict[str, str]:
-    """What is set for every rank."""
+def rank_env(plan: LaunchPlan) -> dict[str, str]:
+    """Returns the variables that are set for every rank."""
     return {**plan.env, JOB_ID: plan.job_id}
 
 
-def torchrun(plan: Plan) -> Job:
-    """torchrun on every host: as many nodes as there are, or with `nodes` as many as there are left."""
-    parts = []
-    for place, host in enumerate(plan.hosts):
-        meeting = ["--nnodes", str(len(plan.hosts)), "--node-rank", str(place)]
-        meeting += ["--master-addr", plan.address, "--master-port", str(plan.port)]
-        env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S), **environment(plan), **_devices(host)}
-        if plan.nodes is not None:
-            # c10d would take the host's own name for its address, which need not resolve on the others.
-            meeting = ["--nnodes", f"{plan.nodes[0]}:{plan.nodes[1]}", "--rdzv-backend", "c10d"]
-            meeting += ["--rdzv-endpoint", f"{plan.address}:{plan.port}", "--local-addr", host.name]
-            # The agents' own store would otherwise be the ranks' too, and end with whichever agent holds it.
+def torchrun(plan: LaunchPlan) -> MultiHostJob:
+    """Returns a job with torchrun on every host: for a fixed number of hosts, or elastic if `host_range` is set."""
+    commands = []
+    for index, host in enumerate(plan.hosts):
+        rendezvous = ["--nnodes", str(len(plan.hosts)), "--node-rank", str(index)]
+        rendezvous += ["--master-addr", plan.address, "--master-port", str(plan.port)]
+        env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_TIMEOUT_S), **rank_env(plan), **_visible_devices(host)}
+        if plan.host_range is not None:
+            # By default c10d uses the host's name as its address, which may not resolve on the other hosts.
+            rendezvous = ["--nnodes", f"{plan.host_range[0]}:{plan.host_range[1]}", "--rdzv-backend", "c10d"]
+            rendezvous += ["--rdzv-endpoint", f"{plan.address}:{plan.port}", "--local-addr", host.name]
+            # Otherwise the ranks share the store of the agents, and lose it when the agent that hosts it ends.
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        argv = [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", str(host.slots)]
+        argv = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(host.slots)]
         argv += ["--rdzv-id", plan.name, "--max-restarts", str(plan.max_restarts)]
         argv += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", str(plan.script), *plan.arguments]
-        parts.append(Part(host.name, argv, env))
-    taken = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
-    return Job("torchrun", parts, plan.folder, plan.note, launcher_takes=taken, least=plan.nodes and plan.nodes[0])
+        commands.append(HostCommand(host.name, argv, env))
+    return MultiHostJob(
+        "torchrun",
+        commands,
+        plan.folder,
+        plan.exit_file,
+        launcher_signals=frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}),
+        min_hosts=plan.host_range and plan.host_range[0],
+    )
 
 
-def deepspeed(plan: Plan) -> Job:
-    """DeepSpeed's launcher of one node, on every host.
+def deepspeed(plan: LaunchPlan) -> MultiHostJob:
+    """Returns a job with DeepSpeed's single-node launcher on every host.
 
-    Its own way to other hosts (pdsh) loses the exit code, waits for hosts that are left over, and passes few variables.
+    DeepSpeed's multi-node launcher (pdsh) loses the exit code, waits for the remaining hosts after a failure, and
+    forwards few variables.
     """
     world = {host.name: list(host.devices or range(host.slots)) for host in plan.hosts}
     encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
     common = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={encoded}", "--log_level=warning"]
     common += [f"--master_addr={plan.address}", f"--master_port={plan.port}"]
-    parts = [
-        Part(host.name, [*common, f"--node_rank={place}", str(plan.script), *plan.arguments], environment(plan))
-        for place, host in enumerate(plan.hosts)
+    commands = [
+        HostCommand(host.name, [*common, f"--node_rank={index}", str(plan.script), *plan.arguments], rank_env(plan))
+        for index, host in enumerate(plan.hosts)
     ]
-    return Job("deepspeed", parts, plan.folder, plan.note)
+    return MultiHostJob("deepspeed", commands, plan.folder, plan.exit_file)
 
 
-def mpirun(plan: Plan, here: str, hostfile: Path) -> Job:
-    """Open MPI's mpirun, which goes to the other hosts itself.
+def mpirun(plan: LaunchPlan, local_host: str, hostfile: Path) -> MultiHostJob:
+    """Returns a job with Open MPI's mpirun on this machine, which connects to the other hosts itself.
 
     Args:
-        here: the host that starts it.
-        hostfile: the hosts that take part, as mpirun reads them: its format is DeepSpeed's.
+        local_host: this machine's name.
+        hostfile: the selected hosts. mpirun reads DeepSpeed's format.
     """
     argv = ["mpirun", "--hostfile", str(hostfile), "-np", str(sum(host.slots for host in plan.hosts))]
-    # Bound to one core each, ranks would compute with one thread each.
+    # By default mpirun binds each rank to one core, which leaves it one thread.
     argv += ["--bind-to", "none", "--map-by", "slot"]
-    # Told where to meet, ranks need neither MPI nor mpi4py for it.
-    env = {**environment(plan), "MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port)}
+    # With the master's address set, ranks need neither MPI nor mpi4py to find each other.
+    env = {**rank_env(plan), "MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port)}
     argv += [word for name in sorted(env) for word in ("-x", name)]
     argv += [sys.executable, str(plan.script), *plan.arguments]
-    # mpirun gives its ranks half a second after SIGTERM, but passes SIGUSR1 on and waits.
-    told = dict.fromkeys(map(int, (signal.SIGTERM, signal.SIGINT)), int(signal.SIGUSR1))
-    part = Part(here, argv, env)
-    takes = frozenset({signal.SIGUSR1})
-    return Job("mpirun", [part], plan.folder, plan.note, note_is_end=True, signals=told, launcher_takes=takes)
+    return MultiHostJob(
+        "mpirun",
+        [HostCommand(local_host, argv, env)],
+        plan.folder,
+        plan.exit_file,
+        ends_with_exit_file=True,
+        # mpirun kills its ranks half a second after SIGTERM, but it forwards SIGUSR1 and waits.
+        signal_map=dict.fromkeys(map(int, (signal.SIGTERM, signal.SIGINT)), int(signal.SIGUSR1)),
+        launcher_signals=frozenset({signal.SIGUSR1}),
+    )
 
 
-def _devices(host: Host) -> dict[str, str]:
+def _visible_devices(host: Host) -> dict[str, str]:
     return {} if host.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))}

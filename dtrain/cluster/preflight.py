@@ -1,6 +1,6 @@
-"""A look at every host before anything starts: all at once, and each that cannot take part is named with the reason.
+"""Probes every host in parallel before anything starts, and reports each host that cannot take part with the reason.
 
-Launchers look at one host or at none, and a host that is off shows only as ranks that wait.
+Launchers check one host or none. Without this, an unreachable host shows only as ranks that wait.
 """
 
 from __future__ import annotations
@@ -15,180 +15,190 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.cluster.remote_source import CORES, PROBE, as_one_text
-from dtrain.cluster.ssh import CONNECT_S, python_with, start_on, why_not
+from dtrain.cluster.remote_source import CPU, PROBE, join_sources
+from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, NO_SSH, explain_exit, python_command, start_on
 from dtrain.errors import TopologyError
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Where dtrain lies here, and has to lie on every host."""
+"""The folder that holds dtrain here. It must be at the same path on every host."""
 
-ANSWER_S = 30.0
-"""How long a host may take from the connection to its answer; its disk may be slow."""
+ANSWER_TIMEOUT_S = 30.0
+"""Time from the connection to the host's answer; its disk may be slow."""
 
-LARGEST_OFFSET_S = 2.0
-"""Between two clocks, beyond what the question itself took; more, and a time in a log or on a file misleads."""
+CLOCK_WARNING_S = 2.0
+"""Difference of two clocks, beyond the duration of the question itself, that makes times in logs and files misleading."""
 
-WORST_OFFSET_S = 60.0
-"""With more no job starts: the age of a shared file would tell a restart from a new start wrongly."""
+MAX_CLOCK_OFFSET_S = 60.0
+"""With a larger difference no job starts: the age of a shared file would confuse a restart with a new start."""
 
-AT_ONCE = 32
-"""Hosts that are asked at the same time."""
+MAX_PARALLEL_PROBES = 32
 
 
 @dataclass(frozen=True)
-class Look:
+class HostProbe:
     """One host's answer.
 
-    found: what probe.py says; empty where it could not.
-    problem: why it could not.
-    sent, received: when the question left and the answer came, by this machine's clock.
+    Attributes:
+        host: the host's name in the hostfile.
+        facts: the JSON object of probe.py; empty if the probe failed.
+        problem: why the probe failed; empty if it did not.
+        sent: when the question was sent, by this machine's clock, in seconds since 1970.
+        received: when the answer arrived, by the same clock.
     """
 
     host: str
-    found: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     sent: float = 0.0
     received: float = 0.0
 
     @property
     def clock_offset_s(self) -> float:
-        """How far its clock is off this machine's, at least, in seconds; positive where it is ahead."""
-        at = float(self.found["time"])
+        """Smallest possible offset of its clock from this machine's, in seconds; positive if its clock is ahead."""
+        at = float(self.facts["time"])
         return max(at - self.received, 0.0) + min(at - self.sent, 0.0)
 
 
-def look_at(
+def probe_hosts(
     hosts: Sequence[str],
     *,
     folder: Path,
     env: Mapping[str, str] | None = None,
-    wants: Mapping[str, Any] | None = None,
-) -> list[Look]:
-    """Asks all hosts at once.
+    request: Mapping[str, Any] | None = None,
+) -> list[HostProbe]:
+    """Probes all hosts in parallel.
 
     Args:
-        folder: the working folder that a job has there.
-        env: what will be set there for a job; where Python finds packages and libraries, it is so here as well.
-        wants: further arguments of the probe.
+        folder: the working folder of a job there.
+        env: variables that the job will have; the probe's Python uses the same search paths.
+        request: additional fields of the probe's request.
     """
-    asked = {"root": str(ROOT), "folder": str(folder), "hosts": list(hosts), **(wants or {})}
-    begin, rest = as_one_text([CORES, PROBE]).split("\n", 1)
-    source = f"{begin}\nASKED = {asked!r}\n{rest}"
-    pool = ThreadPoolExecutor(AT_ONCE)
+    complete = {"root": str(ROOT), "folder": str(folder), "hosts": list(hosts), **(request or {})}
+    first_line, rest = join_sources([CPU, PROBE]).split("\n", 1)
+    source = f"{first_line}\nREQUEST = {complete!r}\n{rest}"
+    pool = ThreadPoolExecutor(MAX_PARALLEL_PROBES)
     try:
-        return list(pool.map(lambda host: _ask(host, source, env or {}), hosts))
+        return list(pool.map(lambda host: _probe_host(host, source, env or {}), hosts))
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C some may still wait for their host
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C some threads may still wait for their host
 
 
-def _ask(host: str, source: str, env: Mapping[str, str]) -> Look:
+def _probe_host(host: str, source: str, env: Mapping[str, str]) -> HostProbe:
     sent = time.time()
     try:
-        process = start_on(host, [*python_with(env), "-"])
+        process = start_on(host, [*python_command(env), "-"])
     except FileNotFoundError:
-        return Look(
-            host, problem=f"{host}: there is no ssh on this machine. Install it: apt-get install openssh-client"
-        )
+        return HostProbe(host, problem=f"{host}: {NO_SSH}")
+    timeout_s = CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S
     try:
-        said, complaints = process.communicate(source.encode(), timeout=CONNECT_S + ANSWER_S)
+        stdout, stderr = process.communicate(source.encode(), timeout=timeout_s)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return Look(host, problem=f"{host}: no answer within {CONNECT_S + ANSWER_S:g} s, though ssh connects to it.")
-    received, told = time.time(), complaints.decode("utf-8", "replace")
+        return HostProbe(host, problem=f"{host}: no answer within {timeout_s:g} s, although ssh connects to it.")
+    received = time.time()
     if process.returncode in (126, 127):
-        return Look(host, problem=f"{host}: there is no Python at {sys.executable}: make the same .venv there as here.")
-    lines = said.decode("utf-8", "replace").strip().splitlines()
+        problem = f"{host}: there is no Python at {sys.executable}: create the same .venv there as here."
+        return HostProbe(host, problem=problem)
+    lines = stdout.decode("utf-8", "replace").strip().splitlines()
     try:
-        found = json.loads(lines[-1]) if process.returncode == 0 and lines else None
+        facts = json.loads(lines[-1]) if process.returncode == 0 and lines else None
     except ValueError:
-        found = None
-    if found is None:
-        return Look(host, problem=why_not(host, process.returncode, told))
-    return Look(host, found, sent=sent, received=received)
+        facts = None
+    if facts is None:
+        problem = explain_exit(host, process.returncode, stderr.decode("utf-8", "replace"))
+        return HostProbe(host, problem=problem)
+    return HostProbe(host, facts, sent=sent, received=received)
 
 
-def check(looks: Sequence[Look], *, folder: Path) -> list[str]:
-    """Warnings, where all hosts can take part.
+def check_hosts(probes: Sequence[HostProbe], *, folder: Path) -> list[str]:
+    """Returns warnings if all hosts can take part.
 
     Raises:
-        TopologyError: some cannot, or they would not compute the same: all of them are listed.
+        TopologyError: some hosts cannot take part, or would not compute the same results; all problems are listed.
     """
-    problems = [look.problem for look in looks if look.problem]
-    good = [look for look in looks if not look.problem]
-    for look in good:
-        problems += _lacks(look, folder)
-    problems += _twice(good)
-    problems += [line for look in good[1:] for line in differences(good[0], look)]
-    problems += [_clock_told(look) for look in good if abs(look.clock_offset_s) > WORST_OFFSET_S]
+    problems = [probe.problem for probe in probes if probe.problem]
+    good = [probe for probe in probes if not probe.problem]
+    for probe in good:
+        problems += _missing_parts(probe, folder)
+    problems += _duplicate_machines(good)
+    problems += [line for probe in good[1:] for line in _software_differences(good[0], probe)]
+    problems += [_clock_message(probe) for probe in good if abs(probe.clock_offset_s) > MAX_CLOCK_OFFSET_S]
     if problems:
         raise TopologyError("Nothing was started:\n" + "\n".join(problems))
-    return [_clock_told(look) for look in good if abs(look.clock_offset_s) > LARGEST_OFFSET_S]
+    return [_clock_message(probe) for probe in good if abs(probe.clock_offset_s) > CLOCK_WARNING_S]
 
 
-def _clock_told(look: Look) -> str:
-    off = look.clock_offset_s
-    way = "ahead of" if off > 0 else "behind"
-    return f"{look.host}: its clock is {abs(off):.0f} s {way} this machine's: set both by the network (chrony, ntpd)."
+def _clock_message(probe: HostProbe) -> str:
+    offset = probe.clock_offset_s
+    side = "ahead of" if offset > 0 else "behind"
+    return (
+        f"{probe.host}: its clock is {abs(offset):.0f} s {side} this machine's: synchronize both over the network "
+        "(chrony, ntpd)."
+    )
 
 
-def _twice(looks: Sequence[Look]) -> list[str]:
-    """Where two names are one machine: a typing error, or a wrong line in /etc/hosts."""
-    problems, first = [], dict[str, str]()
-    for look in looks:
-        machine = look.found.get("machine")
-        if machine in first:
+def _duplicate_machines(probes: Sequence[HostProbe]) -> list[str]:
+    """Returns a message for each name of a machine that has another name already, by a typo or a wrong /etc/hosts."""
+    problems, first_names = [], dict[str, str]()
+    for probe in probes:
+        machine = probe.facts.get("machine")
+        if machine in first_names:
             problems.append(
-                f"{look.host}: the same machine as {first[machine]} ({look.found['host']}): give it one line with all its "
-                "slots, or mend /etc/hosts if it should be another."
+                f"{probe.host}: this is the same machine as {first_names[machine]} ({probe.facts['host']}): list it once "
+                "with all its slots, or fix /etc/hosts if it should be another machine."
             )
         elif machine is not None:
-            first[machine] = look.host
+            first_names[machine] = probe.host
     return problems
 
 
-def _lacks(look: Look, folder: Path) -> list[str]:
-    found, problems = look.found, []
-    if found["code"] is None:
-        problems.append(f"{look.host}: dtrain is not at {ROOT}: put it there, or share the folder between the hosts.")
-    elif "torch" not in found["versions"]:
-        problems.append(f"{look.host}: {sys.executable} has no torch: install dtrain there as here.")
-    if not found["folder"]:
-        problems.append(f"{look.host}: the folder {folder}, where the job is to run, is not there.")
+def _missing_parts(probe: HostProbe, folder: Path) -> list[str]:
+    facts, problems = probe.facts, []
+    if facts["code"] is None:
+        problems.append(f"{probe.host}: dtrain is not at {ROOT}: copy it there, or share the folder between the hosts.")
+    elif "torch" not in facts["versions"]:
+        problems.append(f"{probe.host}: {sys.executable} has no torch: install dtrain there as here.")
+    if not facts["folder"]:
+        problems.append(f"{probe.host}: the job's working folder {folder} does not exist there.")
     return problems
 
 
-def differences(one: Look, other: Look) -> list[str]:
-    """Where two hosts would not compute the same."""
-    mine, its = one.found["versions"], other.found["versions"]
-    rows = [("python", one.found["python"], other.found["python"])]
-    rows += [(name, mine.get(name, "none"), its.get(name, "none")) for name in {**mine, **its}]
-    told = [
-        f"{other.host}: {name} {theirs}, but {ours} on {one.host}: install the same with constraints.txt."
-        for name, ours, theirs in rows
-        if ours != theirs and "torch" in its
+def _software_differences(first: HostProbe, other: HostProbe) -> list[str]:
+    """Returns a message for each difference that may change results."""
+    first_versions, other_versions = first.facts["versions"], other.facts["versions"]
+    rows = [("python", first.facts["python"], other.facts["python"])]
+    rows += [
+        (name, first_versions.get(name, "none"), other_versions.get(name, "none"))
+        for name in {**first_versions, **other_versions}
     ]
-    codes = one.found["code"], other.found["code"]
-    if None not in codes and codes[0] != codes[1]:
-        told.append(f"{other.host}: dtrain's code is another than on {one.host}: bring both to one commit.")
-    return told
+    problems = [
+        f"{other.host}: {name} {other_version}, but {first_version} on {first.host}: install the same version with "
+        "constraints.txt."
+        for name, first_version, other_version in rows
+        if first_version != other_version and "torch" in other_versions
+    ]
+    hashes = first.facts["code"], other.facts["code"]
+    if None not in hashes and hashes[0] != hashes[1]:
+        problems.append(f"{other.host}: dtrain's code differs from {first.host}: check out the same commit on both.")
+    return problems
 
 
-def master_of(looks: Sequence[Look]) -> tuple[str, int]:
-    """The first host's address as the others see it, and a port that is free there.
+def choose_master(probes: Sequence[HostProbe]) -> tuple[str, int]:
+    """Returns the master's address and port: the first host's address as the others see it, and a free port there.
 
     Raises:
-        TopologyError: the second host cannot resolve the first one's name, or takes it for itself.
+        TopologyError: another host cannot resolve the first host's name, or resolves it to itself.
     """
-    first = looks[0]
-    if len(looks) == 1:
-        return "127.0.0.1", int(first.found["port"])
-    for look in looks[1:]:
-        address = look.found["addresses"].get(first.host)
+    first = probes[0]
+    if len(probes) == 1:
+        return "127.0.0.1", int(first.facts["port"])
+    for probe in probes[1:]:
+        address = probe.facts["addresses"].get(first.host)
         if address is None or address.startswith("127."):
-            seen = f"resolves to {address} there" if address else "does not resolve there"
+            problem = f"resolves to {address} there" if address else "does not resolve there"
             raise TopologyError(
-                f"{look.host}: {first.host}, where the ranks meet, {seen}. Mend /etc/hosts on {look.host}, or write "
-                "addresses into the hostfile."
+                f"{probe.host}: the master's name {first.host} {problem}. Fix /etc/hosts on {probe.host}, or use "
+                "addresses in the hostfile."
             )
-    return str(looks[1].found["addresses"][first.host]), int(first.found["port"])
+    return str(probes[1].facts["addresses"][first.host]), int(first.facts["port"])

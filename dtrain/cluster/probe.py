@@ -1,9 +1,9 @@
-"""What one host has to say of itself. Sent to it and run by `python -`: standard library only, whatever is there.
+"""Collects facts about one host. Sent to the host and run by `python -`, so it uses the standard library only.
 
-The first line, added by look.py, sets ASKED. Prints one JSON object. Nothing is written, and nothing stays behind.
+The first line, added by preflight.py, sets REQUEST. Prints one JSON object. Writes nothing to the host's disks.
 """
 
-# ruff: noqa: F821 - ASKED
+# ruff: noqa: F821 - REQUEST
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from dtrain.distributed.cpu import allowed, cores_of, time_limit
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "numpy", "safetensors", "tokenizers")
 
 
-def versions() -> dict[str, str]:
-    """Of the packages whose version may change an answer; without importing them."""
-    found = {}
+def package_versions() -> dict[str, str]:
+    """Returns the versions of packages that may change results, without importing them."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def code_of(root: Path) -> str | None:
-    """SHA-256 over dtrain's source files; None where there are none."""
+def hash_source(root: Path) -> str | None:
+    """Returns the SHA-256 of dtrain's source files; None if there are none."""
     digest, files = hashlib.sha256(), sorted((root / "dtrain").rglob("*.py"))
     for file in files:
         digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest() if files else None
 
 
-def machine() -> str | None:
-    """The same for all processes here, and unlike any other machine's or container's; None where that is not known."""
+def machine_id() -> str | None:
+    """Returns an ID that is the same for all processes of one machine or container only; None if it is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -50,15 +50,15 @@ def machine() -> str | None:
     return f"{boot} {socket.gethostname()}"
 
 
-def free_port() -> int:
-    """A port that nobody here listens on, at this moment."""
-    with socket.socket() as found:
-        found.bind(("", 0))
-        return int(found.getsockname()[1])
+def find_free_port() -> int:
+    """Returns a port of this host that is free at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
-def is_free(port: int | None) -> bool:
-    """Whether this host could listen on that port."""
+def is_port_free(port: int | None) -> bool:
+    """Returns whether this host can listen on a port; True for None."""
     if port is None:
         return True
     with socket.socket() as probe:
@@ -71,36 +71,41 @@ def is_free(port: int | None) -> bool:
     return True
 
 
-def resolved(names: list[str]) -> dict[str, str]:
-    """The IPv4 address that this host finds for each name; names that do not resolve are left out."""
-    found = {}
+def resolve_names(names: list[str]) -> dict[str, str]:
+    """Returns the IPv4 address that this host resolves each name to; names that do not resolve are left out."""
+    addresses = {}
     for name in names:
         try:
-            found[name] = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+            addresses[name] = str(socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
         except OSError:
             continue
-    return found
+    return addresses
 
 
-def basics(asked: dict[str, Any]) -> dict[str, Any]:
-    """What a job needs to know before it starts."""
+def collect_basic_facts(request: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts that a job needs before it starts.
+
+    Args:
+        request: `root`, dtrain's checkout; `folder`, the working folder; `hosts`, names to resolve; and optionally
+            `port`, one to test.
+    """
     began = time.time()
-    root = Path(asked["root"])
+    root = Path(request["root"])
     return {
         "time": began,
         "host": socket.gethostname(),
-        "machine": machine(),
+        "machine": machine_id(),
         "python": platform.python_version(),
-        "versions": versions(),
-        "code": code_of(root),
-        "folder": Path(asked["folder"]).is_dir(),
-        "port": free_port(),
-        "port_is_free": is_free(asked.get("port")),
+        "versions": package_versions(),
+        "code": hash_source(root),
+        "folder": Path(request["folder"]).is_dir(),
+        "port": find_free_port(),
+        "port_is_free": is_port_free(request.get("port")),
         "cores": len(cores_of(allowed())),
         "cpu_limit": time_limit(),
-        "addresses": resolved(asked["hosts"]),
+        "addresses": resolve_names(request["hosts"]),
     }
 
 
 if __name__ == "__main__":
-    json.dump(basics(ASKED), sys.stdout)  # type: ignore[name-defined]
+    json.dump(collect_basic_facts(REQUEST), sys.stdout)  # type: ignore[name-defined]

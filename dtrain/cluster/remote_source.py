@@ -1,4 +1,7 @@
-"""Files of dtrain as one text for a Python on another host, where dtrain need not be: standard library only, all of them."""
+"""Joins source files of dtrain into one text for a Python on another host, which need not have dtrain.
+
+The files use the standard library only, and import from dtrain in single lines at the top.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PROBE, CORES = HERE / "probe.py", HERE.parent / "distributed" / "cpu.py"
+PROBE, CPU = HERE / "probe.py", HERE.parent / "distributed" / "cpu.py"
 
 
-def as_one_text(files: Iterable[Path]) -> str:
-    """One module out of several; what they import of each other is there already, as they come in that order."""
+def join_sources(files: Iterable[Path]) -> str:
+    """Returns one module made of several files. Each file may use names of the files before it."""
     lines = ["from __future__ import annotations"]
     for file in files:
         text = file.read_text(encoding="utf-8")

@@ -1,11 +1,11 @@
-"""The far end of one host's part of a job: runs a command, and ends it with everything it started when told to.
+"""Runs one host's command of a job, and ends it with everything it started when told to.
 
-Started over ssh by run.py, by its path: standard library only, so that it begins at once. Its standard input is the
-leash. The first line says what to run; every other line is an order; and when the input ends (whoever held it has died,
-or was killed), everything here is ended. Nothing is passed through a shell, and no value shows in a process list.
+run_job.py starts this file over ssh, by its path. It uses the standard library only, so that it starts quickly. The
+first line of standard input describes the command; every later line is an order. When the input ends, the launching
+process has died, and everything here is ended. Nothing passes through a shell, and no value appears in a process list.
 
-Standard output carries one JSON object a line: {"out": text} and {"err": text} are what the command wrote, {"end": ...}
-is how it ended.
+Standard output carries one JSON object a line: {"out": text} and {"err": text} are the command's output, {"ping": true}
+answers a ping, and {"end": ...} is the command's result.
 """
 
 from __future__ import annotations
@@ -26,45 +26,46 @@ from typing import Any, BinaryIO
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 GRACE_S = 3.0
-"""From the end of the leash to SIGKILL: time for a rank to write why it ended."""
+"""From the end of the input to SIGKILL: time for a rank to write why it ended."""
 
-UNHEARD_S = 10.0
-"""The holder says that it is there every few seconds. After so long without, a launcher without ranks is ended: its
-host is cut off, its ranks have seen that, and it may wait for others that it cannot reach for much longer."""
+SILENCE_LIMIT_S = 10.0
+"""The launching process sends a ping every few seconds. If none arrives for this long, a launcher without ranks is
+ended: the host is cut off and the ranks have ended for that reason, but the launcher may wait much longer for hosts
+that it cannot reach."""
 
-UNHEARD_AT_ALL_S = 300.0
-"""After so long everything is ended."""
+MAX_SILENCE_S = 300.0
+"""After this time without a ping everything is ended."""
 
-ORPHANS_S = 1.0
-"""How long what is left of a command that has ended may take to see that and end by itself."""
+ORPHAN_TIMEOUT_S = 1.0
+"""After the command has ended, time for its remaining processes to notice that and end by themselves."""
 
-NOTED_S = 2.0
-"""How long a launcher may stay after dtrain has written why it ended: mpirun waits for a host that is cut off."""
+LINGER_LIMIT_S = 2.0
+"""How long a launcher may run after dtrain has written exit.json: mpirun waits for a host that is cut off."""
 
 EXIT_FILE = "DTRAIN_EXIT_FILE"
-"""As in launchers.py, which cannot be imported here."""
+"""The same name as in launcher_env.py, which cannot be imported here."""
 
-DRAIN_S = 2.0
-"""How long the rest of the output may take once the command has ended."""
+DRAIN_TIMEOUT_S = 2.0
+"""Time to read the rest of the output after the command has ended."""
 
 
-class Leash:
-    """One command and its leash."""
+class Supervisor:
+    """Runs one command, follows orders from standard input, and reports on standard output."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self._say, self._heard_s = threading.Lock(), time.monotonic()
-        self._note = Path(spec["note"]) if spec.get("note") else None
-        self._before = _stamp(self._note)
-        self._own_folder = tempfile.TemporaryDirectory(prefix="dtrain-end-")
-        self._own_note = Path(self._own_folder.name) / "exit.json"
-        self._launcher_takes = frozenset(spec.get("launcher_takes", ()))
-        self._note_is_end = bool(spec.get("note_is_end"))
-        # Ranks of torchrun are in sessions of their own; as their subreaper this process keeps them as children.
+        self._write_lock, self._last_order_s = threading.Lock(), time.monotonic()
+        self._exit_file = Path(spec["exit_file"]) if spec.get("exit_file") else None
+        self._old_stamp = _stamp(self._exit_file)
+        self._temp_folder = tempfile.TemporaryDirectory(prefix="dtrain-end-")
+        self._temp_exit_file = Path(self._temp_folder.name) / "exit.json"
+        self._launcher_signals = frozenset(spec.get("launcher_signals", ()))
+        self._ends_with_exit_file = bool(spec.get("ends_with_exit_file"))
+        # torchrun starts each rank in a new session. As their subreaper this process remains their ancestor.
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._child = subprocess.Popen(
             spec["argv"],
             cwd=spec["cwd"],
-            env=self._environment(spec["env"]),
+            env=self._child_env(spec["env"]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -72,61 +73,61 @@ class Leash:
             preexec_fn=_die_with_parent,
         )
 
-    def _environment(self, given: dict[str, str]) -> dict[str, str]:
-        """With the tools of this Python's .venv on the path, as a shell there would have them: DeepSpeed calls ninja."""
+    def _child_env(self, env: dict[str, str]) -> dict[str, str]:
+        """Returns the command's environment, with the .venv of this Python on the PATH: DeepSpeed calls ninja."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        return {**os.environ, "PATH": path, **given, EXIT_FILE: str(self._own_note)}
+        return {**os.environ, "PATH": path, **env, EXIT_FILE: str(self._temp_exit_file)}
 
     def run(self) -> None:
-        """Until the command has ended and nothing that it started is left."""
+        """Returns when the command has ended and none of its processes is left."""
         readers = [
-            threading.Thread(target=self._pass_on, args=(stream, name), daemon=True)
+            threading.Thread(target=self._forward_output, args=(stream, name), daemon=True)
             for stream, name in ((self._child.stdout, "out"), (self._child.stderr, "err"))
         ]
-        for target in (self._obey, self._miss):
+        for target in (self._follow_orders, self._end_when_cut_off):
             threading.Thread(target=target, daemon=True).start()
         for thread in readers:
             thread.start()
         code = self._wait()
-        _wait_for_descendants(ORPHANS_S)  # dtrain's ranks end with their launcher, and say so
+        _wait_for_descendants(ORPHAN_TIMEOUT_S)  # dtrain's ranks end with their launcher, and print why
         _end_descendants(kill=False)
         for reader in readers:
-            reader.join(DRAIN_S)
+            reader.join(DRAIN_TIMEOUT_S)
         _end_descendants(kill=True)
-        self._write({"end": {"code": code, "note": self._read_note(code)}})
-        self._own_folder.cleanup()
+        self._write({"end": {"code": code, "record": self._read_exit_record(code)}})
+        self._temp_folder.cleanup()
 
     def _wait(self) -> int:
-        """The exit code; dtrain's, of a launcher that stays after dtrain has written why it ended."""
-        noted_s: float | None = None
+        """Returns the command's exit code; dtrain's if the launcher keeps running after dtrain wrote exit.json."""
+        recorded_s: float | None = None
         while True:
             try:
                 return self._child.wait(timeout=0.25)
             except subprocess.TimeoutExpired:
-                note = self._read_note(1) if self._note_is_end else None
-            if note is not None and note["code"]:
-                noted_s = noted_s or time.monotonic()
-                if time.monotonic() > noted_s + NOTED_S:
+                record = self._read_exit_record(1) if self._ends_with_exit_file else None
+            if record is not None and record["code"]:
+                recorded_s = recorded_s or time.monotonic()
+                if time.monotonic() > recorded_s + LINGER_LIMIT_S:
                     _end_descendants(kill=False)
-                    return int(note["code"])
+                    return int(record["code"])
 
-    def _pass_on(self, stream: BinaryIO, name: str) -> None:
+    def _forward_output(self, stream: BinaryIO, name: str) -> None:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while chunk := os.read(stream.fileno(), 65536):
             if text := decoder.decode(chunk):
                 self._write({name: text})
 
-    def _obey(self) -> None:
-        """Orders, until the leash ends."""
+    def _follow_orders(self) -> None:
+        """Follows orders until the input ends, then ends everything."""
         for line in sys.stdin:
-            self._heard_s = time.monotonic()
+            self._last_order_s = time.monotonic()
             try:
                 order = json.loads(line)
-            except ValueError:  # cut off in its middle: whoever wrote it is gone
+            except ValueError:  # a truncated line: the launching process has died
                 order = {"kill": True}
             if "signal" in order:
                 self._signal(order["signal"])
-            elif "here" in order:
+            elif "ping" in order:
                 self._write(order)
             elif "kill" in order:
                 break
@@ -135,51 +136,53 @@ class Leash:
             time.sleep(GRACE_S)
         _end_descendants(kill=True)
 
-    def _miss(self) -> None:
-        """Ends what is cut off from who holds the leash."""
-        alone_s = 0
+    def _end_when_cut_off(self) -> None:
+        """Ends the command when the launching process has been silent for too long."""
+        without_ranks_s = 0
         while True:
             time.sleep(1.0)
-            alone_s = alone_s + 1 if _descendants() == [self._child.pid] else 0
-            unheard_s = time.monotonic() - self._heard_s
-            if unheard_s > UNHEARD_AT_ALL_S or (unheard_s > UNHEARD_S and alone_s > 1):
+            without_ranks_s = without_ranks_s + 1 if _descendants() == [self._child.pid] else 0
+            silence_s = time.monotonic() - self._last_order_s
+            if silence_s > MAX_SILENCE_S or (silence_s > SILENCE_LIMIT_S and without_ranks_s > 1):
                 _end_descendants(kill=False)
 
     def _signal(self, number: int) -> None:
-        """To the launcher where it passes the signal on to its ranks, or has none yet; else to these, its children."""
-        ranks = [] if number in self._launcher_takes else _children().get(self._child.pid, [])
+        """Sends a signal to the launcher if it forwards it or has no ranks yet; else to its children, the ranks."""
+        ranks = [] if number in self._launcher_signals else _children().get(self._child.pid, [])
         for pid in ranks or [self._child.pid]:
             _kill(pid, number)
 
-    def _read_note(self, code: int) -> dict[str, Any] | None:
-        """What dtrain wrote about its end, if it did so in this job: in the run folder, or before there was one."""
-        if self._note is not None and _stamp(self._note) not in (None, self._before):
-            return _object_in(self._note)
-        return _object_in(self._own_note) if code else None  # a later start of the job may have mended it
+    def _read_exit_record(self, code: int) -> dict[str, Any] | None:
+        """Returns exit.json if dtrain wrote it during this job: in the run folder, or before there was one."""
+        if self._exit_file is not None and _stamp(self._exit_file) not in (None, self._old_stamp):
+            return _read_object(self._exit_file)
+        # The temporary file counts only after a failure: a restart within the job may have succeeded.
+        return _read_object(self._temp_exit_file) if code else None
 
     def _write(self, frame: dict[str, Any]) -> None:
-        with self._say:
+        with self._write_lock:
             try:
                 sys.stdout.write(json.dumps(frame) + "\n")
                 sys.stdout.flush()
-            except OSError:  # nobody listens any more: the leash ends as well
+            except OSError:  # the launching process has died, so the input ends as well
                 return
 
 
-def _object_in(path: Path) -> dict[str, Any] | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _stamp(path: Path | None) -> tuple[int, int] | None:
+    """Returns what changes whenever a file is replaced or written; None if there is no file."""
     try:
-        found = path.stat() if path is not None else None
+        status = path.stat() if path is not None else None
     except OSError:
         return None
-    return None if found is None else (found.st_ino, found.st_mtime_ns)
+    return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
 def _prctl(option: int, value: int) -> None:
@@ -192,30 +195,33 @@ def _die_with_parent() -> None:
 
 
 def _children() -> dict[int, list[int]]:
-    """Children of each process."""
-    found: dict[int, list[int]] = {}
+    """Returns the children of each process."""
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                # A name may be cut in the middle of a character.
+                # Read as bytes: a process name may be cut in the middle of a character.
                 fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 continue
             if fields[0] != b"Z":
-                found.setdefault(int(fields[1]), []).append(int(entry.name))
-    return found
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+    return children
 
 
 def _descendants() -> list[int]:
-    children, found, new = _children(), [], [os.getpid()]
-    while new:
-        new = [child for parent in new for child in children.get(parent, [])]
-        found += new
-    return found
+    children, descendants, generation = _children(), [], [os.getpid()]
+    while generation:
+        generation = [child for parent in generation for child in children.get(parent, [])]
+        descendants += generation
+    return descendants
 
 
 def _end_descendants(*, kill: bool) -> None:
-    """Ends everything below this process; with `kill` it is gone when this returns, but for what the kernel holds."""
+    """Ends all descendants of this process.
+
+    With `kill` they are gone when this returns, except for processes that the kernel does not end.
+    """
     for number in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
         for pid in _descendants():
             _kill(pid, number)
@@ -231,25 +237,25 @@ def _wait_for_descendants(limit_s: float) -> None:
 def _kill(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):  # of another user: a program with the setuid bit
+    except (ProcessLookupError, PermissionError):  # it belongs to another user: a program with the setuid bit
         return
 
 
 def main() -> None:
-    """Reads what to run, and runs it."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sshd sends it to who has a terminal; the leash says enough
+    """Reads the description of the command from standard input and runs it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # sshd may send it; the end of the input is enough
     spec = json.loads(sys.stdin.readline() or "null")
     if spec is None:
         return
-    sys.stdout.write("\n")  # what a login script has printed may lack its end of line
+    sys.stdout.write("\n")  # a login script may have left a line open
     sys.stdout.flush()
     try:
-        leash = Leash(spec)
+        supervisor = Supervisor(spec)
     except OSError as error:
         message = f"{error.strerror}: {error.filename}"
-        sys.stdout.write(json.dumps({"end": {"code": 127, "note": None, "problem": message}}) + "\n")
+        sys.stdout.write(json.dumps({"end": {"code": 127, "record": None, "problem": message}}) + "\n")
         return
-    leash.run()
+    supervisor.run()
 
 
 if __name__ == "__main__":

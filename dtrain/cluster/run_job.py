@@ -1,7 +1,7 @@
-"""One job on several hosts: started on each, its output brought here, and ended everywhere when it ends anywhere.
+"""Runs one job on several hosts: starts a command on each, collects the output here, and ends all when one fails.
 
-Every host's part hangs on a leash (leash.py) that only this process holds: when this one dies, however it does, the
-pipes close and all parts end.
+On every host a supervisor (remote_supervisor.py) runs the command. Only this process holds the pipe to the
+supervisor's standard input. When this process ends for any reason, the pipes close and all commands end.
 """
 
 from __future__ import annotations
@@ -21,33 +21,39 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
-from dtrain.cluster.job_outcome import Outcome, PartEnd, outcome
-from dtrain.cluster.ssh import python_with, start_on, why_not
+from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results
+from dtrain.cluster.ssh import explain_exit, python_command, start_on
 
-LEASH = Path(__file__).with_name("remote_supervisor.py")
+SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
 
 SETTLE_S = 5.0
-"""How long the other parts may take by themselves once one has failed: dtrain's own watch ends them within it."""
+"""Time for the other hosts to end by themselves after one has failed; dtrain's own monitoring ends them within it."""
 
-KILLED_S = 3.0
-"""How long they may take when they are told to be killed."""
+KILL_TIMEOUT_S = 3.0
+"""Time for the hosts to answer after they are told to kill their commands."""
 
-HERE_S = 3.0
-"""How often each part hears that this process is there, and answers."""
+PING_INTERVAL_S = 3.0
+"""Interval at which each supervisor receives a ping, which it answers."""
 
-UNHEARD_S = 9.0
-"""A part that has not answered for so long is not waited for once another has failed."""
+SILENCE_LIMIT_S = 9.0
+"""After another host has failed, a host that has been silent for this long is not waited for."""
 
-UNHEARD_AT_THE_END_S = 60.0
-"""The same once another has ended well: a busy network is given more."""
+SILENCE_LIMIT_AFTER_SUCCESS_S = 60.0
+"""The same after another host has succeeded: longer, because a busy network may delay the answer."""
 
-UNASKED = (0, 75)
-"""Ends that say nothing against the other parts: they may take their time."""
+HARMLESS_CODES = (0, 75)
+"""Exit codes that are not a failure, so that the other hosts have no time limit."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one host runs. env: what is set there besides the host's own environment."""
+class HostCommand:
+    """The command of one host.
+
+    Attributes:
+        host: the host's name.
+        argv: the command.
+        env: variables that are set in addition to the host's own environment.
+    """
 
     host: str
     argv: Sequence[str]
@@ -55,261 +61,275 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Job:
-    """All parts.
+class MultiHostJob:
+    """The commands of all hosts.
 
-    launcher: what is started on each host, for messages.
-    folder: the working folder on every host.
-    note: where dtrain writes why it ended, below that folder; None for a command that does not.
-    signals: what a signal to this process becomes for the ranks.
-    note_is_end: what dtrain writes there is the end; a launcher that stays is ended. Not where it starts ranks again.
-    launcher_takes: signals that the launcher passes on to its ranks; the others go to these directly.
-    least: the job goes on without parts that fail while so many are left, and the first, where the others meet. None:
-        it takes all of them.
+    Attributes:
+        launcher: the name of the program that is started on each host, for messages.
+        commands: one for each host, in the order of ranks.
+        folder: the working folder on every host.
+        exit_file: exit.json, which dtrain writes when it ends; None for a command that writes none.
+        ends_with_exit_file: a failure in exit.json ends the job, so a launcher that keeps running is ended. False for a
+            launcher that restarts ranks.
+        signal_map: the signal that ranks get for a signal to this process; unlisted signals are passed on unchanged.
+        launcher_signals: signals that the launcher forwards to its ranks; all others are sent to the ranks directly.
+        min_hosts: an elastic job continues while this many hosts, including the first, have not failed. None: the job
+            needs all hosts.
     """
 
     launcher: str
-    parts: Sequence[Part]
+    commands: Sequence[HostCommand]
     folder: Path
-    note: Path | None = None
-    note_is_end: bool = False
-    signals: Mapping[int, int] | None = None
-    launcher_takes: frozenset[int] = frozenset()
-    least: int | None = None
+    exit_file: Path | None = None
+    ends_with_exit_file: bool = False
+    signal_map: Mapping[int, int] | None = None
+    launcher_signals: frozenset[int] = frozenset()
+    min_hosts: int | None = None
 
-    def is_over(self, ends: Sequence[PartEnd]) -> bool:
-        """Whether these ends are the end of the whole job, so that the other parts are to end as well."""
-        failed = [end.host for end in ends if end.own_code not in UNASKED or not end.is_known]
-        if self.least is None or not failed:
+    def is_over(self, results: Sequence[HostResult]) -> bool:
+        """Returns whether the failures so far end the job, so that the other hosts must end too."""
+        failed = [result.host for result in results if result.dtrain_code not in HARMLESS_CODES or not result.is_known]
+        if self.min_hosts is None or not failed:
             return bool(failed)
-        return len(self.parts) - len(failed) < self.least or self.parts[0].host in failed
+        return len(self.commands) - len(failed) < self.min_hosts or self.commands[0].host in failed
 
 
-class Screen(Protocol):
-    """Where the parts' output goes."""
+class OutputSink(Protocol):
+    """Receives the output of the hosts' commands."""
 
-    def show(self, place: int, frame: Mapping[str, str]) -> None:
-        """Takes text of a part: by the stream's name, out or err. Must not wait."""
+    def show(self, index: int, frame: Mapping[str, str]) -> None:
+        """Takes text of a host, keyed by stream name, `out` or `err`. Must not block."""
 
     def finish(self) -> None:
-        """There is no more; may wait until all of it is shown."""
+        """Marks the end of the output. May block until all of it is written."""
 
 
 class _Event(NamedTuple):
-    """What happened to a part (by its place); None for a signal to this process."""
+    """A message from a host, or a signal to this process.
 
-    part: int | None
+    Attributes:
+        host_index: the host's index; None for a signal.
+        frame: the message.
+    """
+
+    host_index: int | None
     frame: dict[str, Any]
 
 
-class _Part:
-    """A part that runs: its process here, and the threads that read from it."""
+class _Connection:
+    """The connection to one host's supervisor: its local process, and threads that read from it."""
 
-    def __init__(self, place: int, part: Part, job: Job, events: SimpleQueue[_Event]) -> None:
-        self.host, self._place, self._events = part.host, place, events
-        self.heard_s = time.monotonic()
-        self._complaints: list[str] = []
-        self.process = start_on(part.host, [*python_with(part.env), str(LEASH)])
-        spec = {
-            "argv": list(part.argv),
-            "env": dict(part.env),
-            "cwd": str(job.folder),
-            "note": str(job.note) if job.note is not None else None,
-            "note_is_end": job.note_is_end,
-            "launcher_takes": sorted(job.launcher_takes),
-        }
-        self.order(spec)
-        self._listener = threading.Thread(target=self._listen_to_errors, daemon=True)
-        self._listener.start()
-        threading.Thread(target=self._listen, daemon=True).start()
+    def __init__(self, index: int, command: HostCommand, job: MultiHostJob, events: SimpleQueue[_Event]) -> None:
+        self.host, self._index, self._events = command.host, index, events
+        self.last_message_s = time.monotonic()
+        self._stderr_lines: list[str] = []
+        self.process = start_on(command.host, [*python_command(command.env), str(SUPERVISOR)])
+        self.send(
+            {
+                "argv": list(command.argv),
+                "env": dict(command.env),
+                "cwd": str(job.folder),
+                "exit_file": str(job.exit_file) if job.exit_file is not None else None,
+                "ends_with_exit_file": job.ends_with_exit_file,
+                "launcher_signals": sorted(job.launcher_signals),
+            }
+        )
+        self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
+        self._stderr_reader.start()
+        threading.Thread(target=self._read_frames, daemon=True).start()
 
-    def order(self, what: Mapping[str, Any]) -> None:
-        """Sends one line; a part that is gone hears nothing."""
+    def send(self, order: Mapping[str, Any]) -> None:
+        """Sends one line; does nothing if the supervisor has ended."""
         stream = self.process.stdin
         assert stream is not None
         try:
-            stream.write(json.dumps(what).encode() + b"\n")
+            stream.write(json.dumps(order).encode() + b"\n")
             stream.flush()
         except OSError:
             return
 
-    def _listen(self) -> None:
+    def _read_frames(self) -> None:
         stream = self.process.stdout
         assert stream is not None
-        ended = False
+        has_ended = False
         for line in stream:
-            self.heard_s = time.monotonic()
+            self.last_message_s = time.monotonic()
             if not line.strip():
                 continue
             try:
                 frame = json.loads(line)
             except ValueError:
                 frame = None
-            if not isinstance(frame, dict):  # a login script of the host that prints
+            if not isinstance(frame, dict):  # output of a login script on the host
                 frame = {"err": line.decode("utf-8", "replace")}
-            ended = ended or "end" in frame
-            self._events.put(_Event(self._place, frame))
-        if not ended:
+            has_ended = has_ended or "end" in frame
+            self._events.put(_Event(self._index, frame))
+        if not has_ended:
             code = self.process.wait()
-            self._listener.join(1.0)
-            lost = why_not(self.host, code, "".join(self._complaints))
-            self._events.put(_Event(self._place, {"end": {"code": code, "note": None, "lost": lost}}))
+            self._stderr_reader.join(1.0)
+            lost = explain_exit(self.host, code, "".join(self._stderr_lines))
+            self._events.put(_Event(self._index, {"end": {"code": code, "record": None, "lost": lost}}))
 
-    def _listen_to_errors(self) -> None:
+    def _read_stderr(self) -> None:
         stream = self.process.stderr
         assert stream is not None
         for line in stream:
-            self._complaints = [*self._complaints[-20:], line.decode("utf-8", "replace")]
+            self._stderr_lines = [*self._stderr_lines[-20:], line.decode("utf-8", "replace")]
 
 
-def run_job(job: Job, *, screen: Screen | None = None) -> Outcome:
-    """Runs all parts to their end; gives how the job ended.
+def run_job(job: MultiHostJob, *, output: OutputSink | None = None) -> JobOutcome:
+    """Runs all commands to their end and returns how the job ended.
 
     Args:
-        screen: what takes the output; by default it is printed.
+        output: receives the commands' output; by default it is printed.
     """
     events: SimpleQueue[_Event] = SimpleQueue()
-    screen = screen or _Printed([part.host for part in job.parts])
+    output = output or _Printer([command.host for command in job.commands])
     with _signals_as_events(events):
-        parts = [_Part(place, part, job, events) for place, part in enumerate(job.parts)]
+        connections = [_Connection(index, command, job, events) for index, command in enumerate(job.commands)]
         try:
-            return _follow(parts, job, events, screen)
+            return _wait_for_hosts(connections, job, events, output)
         finally:
-            _let_go(parts)
-            screen.finish()
+            _disconnect(connections)
+            output.finish()
 
 
-def _follow(parts: Sequence[_Part], job: Job, events: SimpleQueue[_Event], screen: Screen) -> Outcome:
-    """Until all parts have ended, or those that have not do not answer any more."""
-    ends, asked = list[PartEnd](), None
-    deadline, was_killed, greeted = math.inf, False, 0.0
-    while left := [part for part in parts if part.host not in {end.host for end in ends}]:
+def _wait_for_hosts(
+    connections: Sequence[_Connection], job: MultiHostJob, events: SimpleQueue[_Event], output: OutputSink
+) -> JobOutcome:
+    """Waits until all commands have ended, or the remaining hosts no longer answer."""
+    results, stop_signal = list[HostResult](), None
+    deadline, was_killed, last_ping = math.inf, False, 0.0
+    while running := [each for each in connections if each.host not in {result.host for result in results}]:
         now = time.monotonic()
-        if (was_killed and now > deadline) or (ends and _are_silent(left, now, deadline < math.inf, job)):
-            ends += map(_silent, left)
+        if (was_killed and now > deadline) or (results and _are_silent(running, now, deadline < math.inf, job)):
+            results += map(_silent_result, running)
             break
         if now > deadline:
-            _tell(left, {"kill": True})
-            deadline, was_killed = now + KILLED_S, True
-        if now > greeted + HERE_S:
-            _tell(left, {"here": True})
-            greeted = now
-        event = _next(events, min(deadline, greeted + HERE_S) - now)
+            _send_to_all(running, {"kill": True})
+            deadline, was_killed = now + KILL_TIMEOUT_S, True
+        if now > last_ping + PING_INTERVAL_S:
+            _send_to_all(running, {"ping": True})
+            last_ping = now
+        event = _next_event(events, min(deadline, last_ping + PING_INTERVAL_S) - now)
         if event is None:
             continue
-        if event.part is None:
-            asked = _passed_on(event.frame["signal"], job)
-            _tell(left, {"signal": asked})
+        if event.host_index is None:
+            stop_signal = _map_signal(event.frame["signal"], job)
+            _send_to_all(running, {"signal": stop_signal})
         elif "end" in event.frame:
-            ends.append(PartEnd(parts[event.part].host, was_killed=was_killed, **event.frame["end"]))
-            if deadline == math.inf and job.is_over(ends):
+            results.append(HostResult(connections[event.host_index].host, was_killed=was_killed, **event.frame["end"]))
+            if deadline == math.inf and job.is_over(results):
                 deadline = now + SETTLE_S
-        elif "here" not in event.frame:
-            screen.show(event.part, event.frame)
-    return outcome(ends, job.launcher, is_elastic=job.least is not None, asked=asked)
+        elif "ping" not in event.frame:
+            output.show(event.host_index, event.frame)
+    return combine_results(results, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
 
 
-def _are_silent(left: Sequence[_Part], now: float, is_over: bool, job: Job) -> bool:
-    """Whether those that are left have not answered for so long that they are not waited for."""
-    limit_s = UNHEARD_S if is_over or job.least is not None else UNHEARD_AT_THE_END_S
-    return all(now - part.heard_s > limit_s for part in left)
+def _are_silent(running: Sequence[_Connection], now: float, is_over: bool, job: MultiHostJob) -> bool:
+    """Returns whether all remaining hosts have been silent for so long that they are not waited for."""
+    limit_s = SILENCE_LIMIT_S if is_over or job.min_hosts is not None else SILENCE_LIMIT_AFTER_SUCCESS_S
+    return all(now - connection.last_message_s > limit_s for connection in running)
 
 
-def _passed_on(number: int, job: Job) -> int:
-    """What the ranks get. A terminal that is closed tells the job to stop, and ranks know SIGTERM for that."""
+def _map_signal(number: int, job: MultiHostJob) -> int:
+    """Returns the signal for the ranks. A closed terminal (SIGHUP) means stop, for which ranks handle SIGTERM."""
     number = int(signal.SIGTERM) if number == signal.SIGHUP else number
-    return (job.signals or {}).get(number, number)
+    return (job.signal_map or {}).get(number, number)
 
 
-def _next(events: SimpleQueue[_Event], wait_s: float) -> _Event | None:
+def _next_event(events: SimpleQueue[_Event], wait_s: float) -> _Event | None:
     try:
         return events.get(timeout=max(wait_s, 0.0))
     except Empty:
         return None
 
 
-def _silent(part: _Part) -> PartEnd:
-    lost = f"{part.host}: it does not answer any more, so what runs there may still run; its ranks end by themselves."
-    return PartEnd(part.host, 1, lost=lost, was_killed=True)
+def _silent_result(connection: _Connection) -> HostResult:
+    lost = (
+        f"{connection.host}: it no longer answers, so its processes may still be running; its ranks end by themselves."
+    )
+    return HostResult(connection.host, 1, lost=lost, was_killed=True)
 
 
-def _tell(parts: Sequence[_Part], order: Mapping[str, Any]) -> None:
-    for part in parts:
-        part.order(order)
+def _send_to_all(connections: Sequence[_Connection], order: Mapping[str, Any]) -> None:
+    for connection in connections:
+        connection.send(order)
 
 
-def _let_go(parts: Sequence[_Part]) -> None:
-    """Ends the leashes, and waits until what holds them here is gone."""
-    for part in parts:
-        if part.process.stdin is not None:
+def _disconnect(connections: Sequence[_Connection]) -> None:
+    """Closes the pipes to the supervisors and waits until the local processes have ended."""
+    for connection in connections:
+        if connection.process.stdin is not None:
             try:
-                part.process.stdin.close()
+                connection.process.stdin.close()
             except OSError:
                 continue
-    for part in parts:
+    for connection in connections:
         try:
-            part.process.wait(timeout=1.0)
+            connection.process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
-            part.process.kill()
-            part.process.wait()
+            connection.process.kill()
+            connection.process.wait()
 
 
 @contextmanager
 def _signals_as_events(events: SimpleQueue[_Event]) -> Iterator[None]:
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
-    before = {number: signal.getsignal(number) for number in numbers}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
-    for number in before:
-        signal.signal(number, lambda given, _: events.put(_Event(None, {"signal": int(given)})))
+    previous = {number: signal.getsignal(number) for number in numbers}
+    # nohup ignores SIGHUP, and it must stay ignored.
+    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
+    for number in previous:
+        signal.signal(number, lambda received, _: events.put(_Event(None, {"signal": int(received)})))
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-class _Printed:
-    """What the parts print: the first host's as it is, the others' lines with the host's name before them.
+class _Printer:
+    """Prints the output of the commands: the first host's unchanged, the others' with the host's name before each line.
 
-    In a thread of its own: a terminal that is held up (Ctrl-S, a pager) must not keep the job from being watched.
+    It prints in a thread, so that a blocked terminal (Ctrl-S, a pager) does not stop the monitoring of the job.
     """
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._hosts = hosts
-        self._open: tuple[int, str] | None = None
+        self._open_line: tuple[int, str] | None = None
         self._texts: SimpleQueue[tuple[int, str, str] | None] = SimpleQueue()
-        self._printer = threading.Thread(target=self._print_all, daemon=True)
-        self._printer.start()
+        self._thread = threading.Thread(target=self._print_all, daemon=True)
+        self._thread.start()
 
-    def show(self, place: int, frame: Mapping[str, str]) -> None:
+    def show(self, index: int, frame: Mapping[str, str]) -> None:
         for name, text in frame.items():
-            self._texts.put((place, name, text))
+            self._texts.put((index, name, text))
 
     def finish(self) -> None:
-        """Waits until all is printed."""
+        """Waits until everything is printed."""
         self._texts.put(None)
-        self._printer.join()
+        self._thread.join()
 
     def _print_all(self) -> None:
-        while (given := self._texts.get()) is not None:
-            self._print(*given)
-        if self._open is not None:
-            _write(self._open[1], "\n")
+        while (item := self._texts.get()) is not None:
+            self._print(*item)
+        if self._open_line is not None:
+            _write(self._open_line[1], "\n")
 
-    def _print(self, place: int, name: str, text: str) -> None:
-        """A line that another stream has left open is ended first."""
-        goes_on = self._open == (place, name)
-        if self._open is not None and not goes_on:
-            _write(self._open[1], "\n")
-        self._open = None if text.endswith("\n") else (place, name)
-        if place > 0:
-            prefix, body = f"{self._hosts[place]}: ", text.removesuffix("\n")
-            text = ("" if goes_on else prefix) + body.replace("\n", f"\n{prefix}") + text[len(body) :]
+    def _print(self, index: int, name: str, text: str) -> None:
+        """Prints text. First ends the line that another stream has left open."""
+        continues_line = self._open_line == (index, name)
+        if self._open_line is not None and not continues_line:
+            _write(self._open_line[1], "\n")
+        self._open_line = None if text.endswith("\n") else (index, name)
+        if index > 0:
+            prefix, body = f"{self._hosts[index]}: ", text.removesuffix("\n")
+            text = ("" if continues_line else prefix) + body.replace("\n", f"\n{prefix}") + text[len(body) :]
         _write(name, text)
 
 
 def _write(name: str, text: str) -> None:
-    """To a standard stream; once that is closed (a terminal that is gone, `| head`), to nowhere."""
+    """Writes to a standard stream. If it is closed (the terminal is gone, `| head`), redirects it to /dev/null."""
     stream = sys.stdout if name == "out" else sys.stderr
     try:
         stream.write(text)

@@ -1,4 +1,4 @@
-"""Commands on other hosts by ssh, as the user's own ssh is set up: keys, known hosts, aliases. Nothing is switched off."""
+"""Runs commands on other hosts through the user's own ssh setup: keys, known hosts, aliases. No check is disabled."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-CONNECT_S = 6
-"""How long a host may take to answer before it counts as off: TCP asks at 0, 1 and 3 s, and a start is refused within 10."""
+CONNECT_TIMEOUT_S = 6
+"""A host that does not answer within this time is unreachable. TCP retries at 1 and 3 s; a launch must fail within 10 s."""
 
-ALIVE_S, ALIVE_TIMES = 15, 20
-"""ssh asks a silent host this often, and gives it up after so many times: a job's own watch is to find it first."""
+KEEPALIVE_S, KEEPALIVE_COUNT = 15, 20
+"""ssh probes a silent host at this interval and disconnects after this many probes. The limit is long because the
+job's own monitoring must detect the loss first."""
 
 PR_SET_PDEATHSIG = 1
 
-CURES = (
-    ("Permission denied", "its sshd does not take your key. Put it there: ssh-copy-id {host}."),
-    ("IDENTIFICATION HAS CHANGED", "its host key is another than known_hosts has. If it is new: ssh-keygen -R {host}."),
+NO_SSH = "there is no ssh program on this machine. Install it: apt-get install openssh-client"
+
+SSH_ERRORS = (
+    ("Permission denied", "its sshd rejects your key. Copy the key to the host: ssh-copy-id {host}."),
+    (
+        "IDENTIFICATION HAS CHANGED",
+        "its host key differs from known_hosts. If the new key is right: ssh-keygen -R {host}.",
+    ),
     ("Host key verification failed", "its host key is not known here. Log in once and compare it: ssh {host}."),
-    ("Could not resolve hostname", "its name does not resolve here. Mend the hostfile, /etc/hosts or the ssh config."),
-    ("Connection refused", "it is there, but no sshd answers. Start one, or name its port in the ssh config."),
+    ("Could not resolve hostname", "its name does not resolve here. Fix the hostfile, /etc/hosts or the ssh config."),
+    ("Connection refused", "the host is up, but no sshd answers. Start sshd, or set its port in the ssh config."),
     ("timed out", "it does not answer. Is it on, and is the network up?"),
-    ("No route to host", "there is no way to it. Is it on, and is the network up?"),
-    ("Network is unreachable", "there is no way to it: this machine has no route there."),
+    ("No route to host", "there is no route to it. Is it on, and is the network up?"),
+    ("Network is unreachable", "there is no route to it from this machine. Is the network up?"),
 )
-"""What ssh says on its standard error, and what that means."""
+"""Texts that ssh writes to standard error, and an explanation with a fix for each."""
 
 
-def is_here(host: str) -> bool:
-    """Whether a host is this machine, so that no ssh is needed: only an own address can be bound."""
+def is_local(host: str) -> bool:
+    """Returns whether a host is this machine, so that no ssh is needed: only a local address can be bound."""
     try:
-        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+        addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
     except OSError:
         return False
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.bind(address)
@@ -48,32 +54,35 @@ def is_here(host: str) -> bool:
 
 
 def command_on(host: str, argv: Sequence[str]) -> list[str]:
-    """The command that runs `argv` on a host: as it is here, by ssh elsewhere. Only quoted words reach the far shell."""
-    if is_here(host):
+    """Returns the command that runs `argv` on a host: unchanged on this machine, over ssh elsewhere.
+
+    The remote shell receives every word quoted.
+    """
+    if is_local(host):
         return list(argv)
     options = {
         "BatchMode": "yes",  # never asks for a password
-        "ConnectTimeout": CONNECT_S,
-        "ServerAliveInterval": ALIVE_S,
-        "ServerAliveCountMax": ALIVE_TIMES,
+        "ConnectTimeout": CONNECT_TIMEOUT_S,
+        "ServerAliveInterval": KEEPALIVE_S,
+        "ServerAliveCountMax": KEEPALIVE_COUNT,
     }
-    given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", "-T", *given, host, f"exec {shlex.join(argv)}"]
+    option_words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    return ["ssh", "-T", *option_words, host, f"exec {shlex.join(argv)}"]
 
 
-def python_with(env: Mapping[str, str]) -> list[str]:
-    """The command of this Python on another host, finding libraries and packages as a job with that environment does."""
-    given = [f"{name}={env[name]}" for name in ("LD_LIBRARY_PATH", "PYTHONPATH") if env.get(name)]
-    return ["env", *given, sys.executable] if given else [sys.executable]
+def python_command(env: Mapping[str, str]) -> list[str]:
+    """Returns the command of this Python, with the search paths for libraries and packages that are set in `env`."""
+    paths = [f"{name}={env[name]}" for name in ("LD_LIBRARY_PATH", "PYTHONPATH") if env.get(name)]
+    return ["env", *paths, sys.executable] if paths else [sys.executable]
 
 
 def start_on(host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts a command on a host, with pipes to all its streams.
 
-    It is in a session of its own: Ctrl-C is for us to pass on, not for ssh to die of.
+    It runs in a new session, so that Ctrl-C reaches only this process, which forwards it, and does not kill ssh.
 
     Raises:
-        FileNotFoundError: there is no ssh on this machine.
+        FileNotFoundError: this machine has no ssh.
     """
     return subprocess.Popen(
         command_on(host, argv),
@@ -81,24 +90,24 @@ def start_on(host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=None if is_here(host) else _die_with_parent,
+        preexec_fn=None if is_local(host) else _die_with_parent,
     )
 
 
-def why_not(host: str, code: int, said: str) -> str:
-    """What it means that ssh ended like this.
+def explain_exit(host: str, code: int, stderr: str) -> str:
+    """Returns why a command on a host failed, with a fix where ssh's message is a known one.
 
     Args:
-        code: ssh's exit code; 255 is its own, every other the remote command's.
-        said: its standard error.
+        code: the exit code; 255 comes from ssh itself, any other from the remote command.
+        stderr: what the command wrote to standard error.
     """
-    for words, cure in CURES:
-        if code == 255 and words in said:
-            return f"{host}: {cure.format(host=host)}"
-    last = said.strip().splitlines()[-1:] or ["without a word"]
+    for text, explanation in SSH_ERRORS:
+        if code == 255 and text in stderr:
+            return f"{host}: {explanation.format(host=host)}"
+    last = stderr.strip().splitlines()[-1:] or ["no error message"]
     if code == 255:
         return f"{host}: ssh failed: {last[0]}"
-    return f"{host}: the command there ended with {code}: {last[0]}"
+    return f"{host}: the remote command exited with code {code}: {last[0]}"
 
 
 def _die_with_parent() -> None:

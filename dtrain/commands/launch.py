@@ -1,10 +1,10 @@
-"""A job on the hosts of a hostfile: what launch/torchrun.sh, launch/deepspeed.sh and launch/mpirun.sh run.
+"""Runs a job on the hosts of a hostfile, for launch/torchrun.sh, launch/deepspeed.sh and launch/mpirun.sh.
 
     python dtrain/commands/launch.py torchrun hostfiles/cluster --config configs/cola.yaml
 
-dtrain starts one launcher of a single node on every host over ssh by itself, rather than leaving the way there to
-DeepSpeed's pdsh or to the user: so every host is looked at before anything starts, an end anywhere is the end
-everywhere, and the exit code and message are dtrain's own.
+dtrain itself starts a single-node launcher on every host over ssh, instead of leaving that to DeepSpeed's pdsh or to
+the user. Therefore every host is checked before anything starts, a failure on one host ends the job on all hosts, and
+the exit code and the message are dtrain's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # As in main.py. By path rather than by -m, which would put the user's folder first: another checkout, perhaps.
+    # As in main.py. Started by path and not by -m, which would search the user's folder first, maybe another checkout.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
@@ -28,10 +28,11 @@ from tempfile import TemporaryDirectory
 
 from dtrain import console
 from dtrain.cluster import launcher_commands
-from dtrain.cluster.hostfile import Host, choose, read_hostfile
-from dtrain.cluster.preflight import ROOT, Look, check, look_at, master_of
-from dtrain.cluster.run_job import Job, run_job
-from dtrain.cluster.ssh import is_here
+from dtrain.cluster.hostfile import Host, read_hostfile, select_hosts
+from dtrain.cluster.launcher_commands import LaunchPlan
+from dtrain.cluster.preflight import ROOT, HostProbe, check_hosts, choose_master, probe_hosts
+from dtrain.cluster.run_job import MultiHostJob, run_job
+from dtrain.cluster.ssh import is_local
 from dtrain.commands.arguments import Parser, options_of, parse
 from dtrain.config.load import load_config
 from dtrain.console import log
@@ -41,181 +42,186 @@ LAUNCHERS = ("torchrun", "deepspeed", "mpirun")
 
 MAIN = ROOT / "dtrain" / "main.py"
 
-USUAL_PORT = 29500
-"""Stands in a dry run for the free one that a look at the first host finds."""
+DRY_RUN_PORT = 29500
+"""Shown by a dry run in place of the free port that a real run finds on the first host."""
 
 
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """This program's own options, and in `rest` dtrain's: all that is not known here, and all after `--`.
+    """Parses the command line.
 
-    `program` and `options` are its name and the names of its options.
+    Returns:
+        This program's options. In addition: `rest`, dtrain's arguments, which are all unknown ones and all after `--`;
+        `program`, this program's name; `options`, the names of its options.
 
     Raises:
-        ConfigError: an option that cannot be.
+        ConfigError: an option is wrong.
     """
     parser = Parser(
         prog=f"launch/{argv[0] if argv and argv[0] in LAUNCHERS else '<torchrun|deepspeed|mpirun>'}.sh",
-        description="Starts dtrain on the hosts of a hostfile, and ends with the job's exit code.",
-        epilog="Everything else goes to dtrain: --config FILE, section.key=value, a command such as evaluate; all after --, too.",
+        description="Starts dtrain on the hosts of a hostfile, and exits with the job's exit code.",
+        epilog="All other arguments, and all after --, are passed to dtrain: --config FILE, section.key=value, a command.",
         allow_abbrev=False,
     )
     parser.add_argument("launcher", choices=LAUNCHERS, help=argparse.SUPPRESS)
     parser.add_argument("hostfile", type=Path, help="hosts and slots, such as hostfiles/cluster")
     parser.add_argument(
-        "--include", default="", metavar="HOST[:SLOT,..][@..]", help="only these hosts, or slots of them"
+        "--include", default="", metavar="HOST[:SLOT,..][@..]", help="use only these hosts, or some of their slots"
     )
-    parser.add_argument("--exclude", default="", metavar="HOST[:SLOT,..][@..]", help="all but these")
-    parser.add_argument("--export", action="append", default=[], metavar="NAME", help="a variable to set on every host")
-    parser.add_argument("--master-port", type=int, metavar="PORT", help="where ranks meet; default: one that is free")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, and start nothing")
-    parser.add_argument("--nnodes", metavar="MIN:MAX", help="torchrun: an elastic job, which goes on with MIN hosts")
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="torchrun: starts again so often")
-    own, rest = list(argv), []
-    if "--" in own:
-        at = own.index("--")
-        own, rest = own[:at], own[at + 1 :]
-    found, unknown = parser.parse_known_args(own)
-    found.rest = [*unknown, *rest]
-    found.program, found.options = parser.prog, options_of(parser)
-    return found
+    parser.add_argument("--exclude", default="", metavar="HOST[:SLOT,..][@..]", help="use all hosts except these")
+    parser.add_argument("--export", action="append", default=[], metavar="NAME", help="set a variable on every host")
+    parser.add_argument("--master-port", type=int, metavar="PORT", help="the master's port; default: a free port")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands without starting them")
+    parser.add_argument("--nnodes", metavar="MIN:MAX", help="torchrun: an elastic job, which needs at least MIN hosts")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="torchrun: restart up to N times")
+    launcher_words, rest = list(argv), []
+    if "--" in launcher_words:
+        at = launcher_words.index("--")
+        launcher_words, rest = launcher_words[:at], launcher_words[at + 1 :]
+    options, unknown = parser.parse_known_args(launcher_words)
+    options.rest = [*unknown, *rest]
+    options.program, options.options = parser.prog, options_of(parser)
+    return options
 
 
-def plan_of(given: argparse.Namespace, env: Mapping[str, str]) -> launcher_commands.Plan:
-    """What is to be started, as far as it is known before a look at the hosts.
+def build_plan(options: argparse.Namespace, env: Mapping[str, str]) -> LaunchPlan:
+    """Returns the plan as far as it is known before the hosts are probed.
 
     Raises:
-        ConfigError: the hostfile, an option, or dtrain's own arguments are wrong.
+        ConfigError: the hostfile, an option, or an argument of dtrain is wrong.
     """
-    if given.hostfile.suffix in (".yaml", ".yml"):
+    if options.hostfile.suffix in (".yaml", ".yml"):
         raise ConfigError(
-            f"the hostfile is missing: {given.hostfile} stands where it belongs. "
-            f"{given.program} HOSTFILE --config {given.hostfile}; hostfiles/cluster shows one."
+            f"the hostfile is missing: the first argument is {options.hostfile}. "
+            f"Usage: {options.program} HOSTFILE --config {options.hostfile}; hostfiles/cluster is an example."
         )
-    hosts = choose(read_hostfile(given.hostfile), include=given.include, exclude=given.exclude)
-    missing = [name for name in given.export if name not in env]
-    if missing:
-        raise ConfigError(f"--export {missing[0]}: there is no such variable here. Set it, or leave the option out.")
-    if given.master_port is not None and not 0 < given.master_port < 65536:
-        raise ConfigError(f"--master-port {given.master_port} is not a port: 1 to 65535.")
-    if given.launcher == "mpirun" and (chosen := [host.name for host in hosts if host.devices is not None]):
+    hosts = select_hosts(read_hostfile(options.hostfile), include=options.include, exclude=options.exclude)
+    unset = [name for name in options.export if name not in env]
+    if unset:
+        raise ConfigError(f"--export {unset[0]}: this variable is not set here. Set it, or remove the option.")
+    if options.master_port is not None and not 0 < options.master_port < 65536:
+        raise ConfigError(f"--master-port {options.master_port} is not a port: use 1 to 65535.")
+    if options.launcher == "mpirun" and (partial := [host.name for host in hosts if host.devices is not None]):
         raise ConfigError(
-            f"mpirun knows how many ranks a host has, not which slots: of {chosen[0]}, name all or none with --include and "
-            "--exclude, or use launch/torchrun.sh."
+            f"mpirun cannot select single slots: include or exclude all slots of {partial[0]}, or use launch/torchrun.sh."
         )
-    if given.launcher != "torchrun" and (given.nnodes or given.max_restarts):
-        raise ConfigError(f"--nnodes and --max-restarts are torchrun's: {given.launcher} starts a job once.")
-    arguments = parse(given.rest, program=given.program, launcher_options=given.options)
-    note = None
+    if options.launcher != "torchrun" and (options.nnodes or options.max_restarts):
+        raise ConfigError(f"--nnodes and --max-restarts need torchrun: {options.launcher} does not restart a job.")
+    arguments = parse(options.rest, program=options.program, launcher_options=options.options)
+    exit_file = None
     if arguments.command != "goodput":
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
-        note = Path.cwd() / config.run_dir / "exit.json"
-    return launcher_commands.Plan(
+        exit_file = Path.cwd() / config.run_dir / "exit.json"
+    return LaunchPlan(
         hosts=hosts,
         script=MAIN,
-        arguments=given.rest,
+        arguments=options.rest,
         folder=Path.cwd(),
-        note=note,
-        env=launcher_commands.travelling(env, given.export),
+        exit_file=exit_file,
+        env=launcher_commands.forwarded_env(env, options.export),
         address=hosts[0].name if len(hosts) > 1 else "127.0.0.1",
-        port=given.master_port or USUAL_PORT,
+        port=options.master_port or DRY_RUN_PORT,
         job_id=secrets.token_hex(16),
         name=f"dtrain-{secrets.token_hex(4)}",
-        nodes=_nodes(given.nnodes, len(hosts)),
-        max_restarts=given.max_restarts,
+        host_range=_parse_nnodes(options.nnodes, len(hosts)),
+        max_restarts=options.max_restarts,
     )
 
 
-def _nodes(text: str | None, hosts: int) -> tuple[int, int] | None:
+def _parse_nnodes(text: str | None, hosts: int) -> tuple[int, int] | None:
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= hosts:
         raise ConfigError(
-            f"--nnodes {text}: the least and the largest number of hosts, from 1 to the {hosts} that take part, such as 1:{hosts}."
+            f"--nnodes {text} is not MIN:MAX with 1 <= MIN <= MAX <= {hosts}, the number of selected hosts. Example: 1:{hosts}"
         )
     return int(match[1]), int(match[2])
 
 
-def with_looks(plan: launcher_commands.Plan, looks: Sequence[Look], *, port: int | None) -> launcher_commands.Plan:
-    """The plan with what a look at the hosts has found: where the ranks meet, and how many threads each may have.
+def apply_probes(plan: LaunchPlan, probes: Sequence[HostProbe], *, port: int | None) -> LaunchPlan:
+    """Returns the plan with what the probes found: the master's address and port, and the threads of each rank.
 
     Raises:
-        TopologyError: no address, or the port is taken.
+        TopologyError: the master has no usable address, or the port is in use.
     """
-    address, free = master_of(looks)
-    if port is not None and not looks[0].found["port_is_free"]:
+    address, free_port = choose_master(probes)
+    if port is not None and not probes[0].facts["port_is_free"]:
         raise TopologyError(
-            f"{looks[0].host}: port {port} is taken there. Is another job, or an old one, still running? "
-            "Leave --master-port out to have a free one chosen."
+            f"{probes[0].host}: port {port} is in use there. Is another or an older job still running? "
+            "Without --master-port a free port is chosen."
         )
-    threads = min(threads_on(look, host) for look, host in zip(looks, plan.hosts, strict=True))
-    # Equal on all hosts, so that sums are; torchrun would set 1.
+    threads = min(threads_per_rank(probe, host) for probe, host in zip(probes, plan.hosts, strict=True))
+    # The same number on all hosts, because it affects the order of floating-point sums. torchrun would set 1.
     env = {"OMP_NUM_THREADS": str(threads), **plan.env}
-    return replace(plan, address=address, port=port or free, env=env)
+    return replace(plan, address=address, port=port or free_port, env=env)
 
 
-def threads_on(look: Look, host: Host) -> int:
-    """Of each rank there: physical cores, as far as a container may use them."""
-    cores, limit = int(look.found["cores"]), look.found["cpu_limit"]
+def threads_per_rank(probe: HostProbe, host: Host) -> int:
+    """Returns how many physical cores each rank on a host has, within a container's CPU limit."""
+    cores, limit = int(probe.facts["cores"]), probe.facts["cpu_limit"]
     return max((cores if limit is None else min(cores, int(limit))) // host.slots, 1)
 
 
-def job_of(launcher: str, plan: launcher_commands.Plan, hostfile: Path) -> Job:
-    """The commands. hostfile: where mpirun is to find the hosts that take part."""
+def build_job(launcher: str, plan: LaunchPlan, hostfile: Path) -> MultiHostJob:
+    """Returns the commands of all hosts.
+
+    Args:
+        hostfile: a file with the selected hosts, for mpirun.
+    """
     match launcher:
         case "torchrun":
             return launcher_commands.torchrun(plan)
         case "deepspeed":
             return launcher_commands.deepspeed(plan)
         case _:
-            here = next((host.name for host in plan.hosts if is_here(host.name)), "localhost")
-            return launcher_commands.mpirun(plan, here, hostfile)
+            local_host = next((host.name for host in plan.hosts if is_local(host.name)), "localhost")
+            return launcher_commands.mpirun(plan, local_host, hostfile)
 
 
-def shown(job: Job, exported: Sequence[str]) -> str:
-    """The commands as one would type them; values that are secret, or may be since they were exported, are left out."""
+def format_commands(job: MultiHostJob, exported: Sequence[str]) -> str:
+    """Returns the commands as a user would type them. Hides values that are secret, or were exported and so may be."""
     lines = []
-    for part in job.parts:
-        is_hidden = {name: name in exported or launcher_commands.is_secret(name) for name in part.env}
-        values = {name: "..." if is_hidden[name] else value for name, value in part.env.items()}
+    for command in job.commands:
+        is_hidden = {name: name in exported or launcher_commands.is_secret(name) for name in command.env}
+        values = {name: "..." if is_hidden[name] else value for name, value in command.env.items()}
         env = [f"{name}={shlex.quote(value)}" for name, value in sorted(values.items())]
-        words = " ".join(["cd", shlex.quote(str(job.folder)), "&&", *env, shlex.join(part.argv)])
-        lines.append(f"{part.host}$ {words}")
+        words = " ".join(["cd", shlex.quote(str(job.folder)), "&&", *env, shlex.join(command.argv)])
+        lines.append(f"{command.host}$ {words}")
     return "\n".join(lines)
 
 
 def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Runs the job; gives its exit code.
+    """Runs the job and returns its exit code.
 
     Raises:
-        DtrainError: it was not started.
+        DtrainError: the job was not started.
     """
-    given = read_arguments(argv)
-    plan = plan_of(given, env)
-    with TemporaryDirectory(prefix="dtrain-launch-") as place:
-        hostfile = Path(place) / "hosts"
+    options = read_arguments(argv)
+    plan = build_plan(options, env)
+    with TemporaryDirectory(prefix="dtrain-launch-") as temp_folder:
+        hostfile = Path(temp_folder) / "hosts"
         hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in plan.hosts), encoding="utf-8")
-        if given.dry_run:
-            log.info("%s", shown(job_of(given.launcher, plan, hostfile), given.export))
+        if options.dry_run:
+            log.info("%s", format_commands(build_job(options.launcher, plan, hostfile), options.export))
             return 0
         names = [host.name for host in plan.hosts]
-        looks = look_at(names, folder=plan.folder, env=plan.env, wants={"port": given.master_port})
-        for warning in check(looks, folder=plan.folder):
+        probes = probe_hosts(names, folder=plan.folder, env=plan.env, request={"port": options.master_port})
+        for warning in check_hosts(probes, folder=plan.folder):
             log.warning("%s", warning)
-        job = job_of(given.launcher, with_looks(plan, looks, port=given.master_port), hostfile)
-        log.info("%s", shown(job, given.export))
+        job = build_job(options.launcher, apply_probes(plan, probes, port=options.master_port), hostfile)
+        log.info("%s", format_commands(job, options.export))
         sys.stdout.flush()
-        result = run_job(job)
-    if result.code:
-        log.error("%s", result.message)
-    return result.code
+        outcome = run_job(job)
+    if outcome.code:
+        log.error("%s", outcome.message)
+    return outcome.code
 
 
 def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """The program; gives its exit code."""
+    """Runs the program and returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
+            stream.reconfigure(errors="replace")  # text of a model may not fit the terminal's encoding
     console.set_up(rank=0, world_size=1)
     try:
         return launch(argv, env)
@@ -224,7 +230,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         sys.stdout.flush()
-        os._exit(130)  # hosts that have not answered yet are not waited for; their ssh ends with this process
+        os._exit(130)  # does not wait for hosts that have not answered; their ssh ends with this process
 
 
 if __name__ == "__main__":

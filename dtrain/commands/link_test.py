@@ -1,8 +1,8 @@
-"""The doctor's ranks: a process group over all hosts as a job has it, timed for each pair of hosts and for all.
+"""The doctor's ranks: they form a process group over all hosts, as a job does, and time each pair of hosts and all.
 
-Started on every host as `python -m dtrain.commands.link_test '{"firsts": [0, 1], "hosts": ["node1", "node2"]}'` with
-the place of its first rank in the environment. They print JSON objects, one a line: which pair is next, what went wrong,
-and rank 0 what was measured.
+The doctor starts `python -m dtrain.commands.link_test '{"firsts": [0, 1], "hosts": ["node1", "node2"]}'` on every host,
+with the host's first rank in the environment. Ranks print one JSON object a line: the pair that is measured next, a
+problem, and from rank 0 the result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain import console
-from dtrain.cluster.doctor.link_checks import pairs_of
+from dtrain.cluster.doctor.link_checks import host_pairs
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.process_group import process_group
 from dtrain.distributed.rank_context import RankContext
@@ -31,22 +31,22 @@ from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import DtrainError, TopologyError
 
 FORM_S, COLLECTIVE_S, PAIR_S = 60.0, 120.0, 30.0
-"""How long the group may take to form, one exchange of all (which wait while a pair is measured), and one of a pair."""
+"""Time limits of forming the group, of a collective of all ranks (which wait while a pair is measured), and of a pair's."""
 
-LEAST_LIMIT_S, LIMIT_OF_PAIR_S = 180.0, 15.0
-"""How long it may take in all; a rank that hangs ends after that, whatever it hangs in."""
+BASE_LIMIT_S, LIMIT_PER_PAIR_S = 180.0, 15.0
+"""Time limit of the complete test; a rank that hangs, in any call, ends after it."""
 
 SIZES = tuple(mib << 20 for mib in (1, 4, 16, 32, 64, 128, 256))
-"""Bytes, smallest first: the first ones open TCP's window."""
+"""Bytes, in ascending order: the first ones open TCP's window."""
 
-ENOUGH_S = 0.25
-"""What takes so long is large enough: its start no longer counts."""
+LONG_ENOUGH_S = 0.25
+"""A size that takes this long is large enough: the startup time no longer matters."""
 
 IN_FLIGHT = 2
-"""All-reduces at once in a group: as many as gloo's threads take, and DDP's buckets keep them busy."""
+"""Parallel all-reduces in a group: as many as gloo has threads, which DDP's buckets keep busy, too."""
 
 GROUPS_OF_PAIR = 2
-"""Of gloo, each with a connection of its own: one alone leaves a long line idle between its parts."""
+"""Groups of gloo, each with its own connection: a single one leaves a line with high latency idle between messages."""
 
 REPEATS, LATENCY_REPEATS = 3, 20
 
@@ -55,7 +55,7 @@ def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Collective. Latency in seconds of an all-reduce of 4 bytes; rates in bytes per second that a rank sends.
 
     Args:
-        asked: `firsts`, the first rank of each host; `hosts`, their names.
+        asked: `firsts`, the first rank of each host; `hosts`, the names of the hosts.
     """
     device = device_of(context.topology)
     hosts, firsts = asked["hosts"], asked["firsts"]
@@ -64,7 +64,7 @@ def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
     if context.world_size == 1:  # no group is formed for one
         return {**told, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}}
     mine = []
-    for one, other in pairs_of(len(hosts)):
+    for one, other in host_pairs(len(hosts)):
         ranks, names = [firsts[one], firsts[other]], [hosts[one], hosts[other]]
         groups = [_group(ranks) for _ in range(GROUPS_OF_PAIR if device.type == "cpu" else 1)]
         if context.is_main:
@@ -85,71 +85,76 @@ def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _group(ranks: Sequence[int]) -> Any:
-    """Collective. Without a time limit of its own a lost link would be waited for half an hour."""
+    """Collective. Creates a group with a short time limit; by default a lost link would block for half an hour."""
     return dist.new_group(list(ranks), timeout=timedelta(seconds=PAIR_S))
 
 
 def _timed(ranks: int, groups: Sequence[Any], device: torch.device) -> dict[str, Any]:
-    """Collective of the groups, which have the same ranks. All-reduces of growing size, until one takes long enough."""
+    """Collective of the groups, which have the same ranks. Times all-reduces of growing size until one takes long enough.
+
+    Args:
+        ranks: number of ranks in each group.
+    """
     latency_s = _latency(groups[0], device)
     sizes = []
     for size in SIZES:
         count = IN_FLIGHT * len(groups)
-        parts = [(torch.zeros(size // 4 // count, device=device), groups[at % len(groups)]) for at in range(count)]
-        seconds = min(_agreed(_seconds(parts, device), groups[0], device) for _ in range(REPEATS))
+        chunks = [(torch.zeros(size // 4 // count, device=device), groups[at % len(groups)]) for at in range(count)]
+        seconds = min(_longest(_all_reduce_s(chunks, device), groups[0], device) for _ in range(REPEATS))
         sizes.append({"bytes": size, "seconds": seconds})
-        if seconds > ENOUGH_S:
+        if seconds > LONG_ENOUGH_S:
             break
-    # In a ring each rank sends so much of the whole; with two ranks, all of it. It begins after half a round trip.
+    # A rank of a ring sends this many bytes; with two ranks, the complete tensor. The first byte takes half a round trip.
     on_wire = 2 * (ranks - 1) / ranks * sizes[-1]["bytes"]
     bandwidth = on_wire / max(sizes[-1]["seconds"] - latency_s / 2, 1e-9)
     return {"latency_s": latency_s, "bandwidth": bandwidth, "sizes": sizes}
 
 
 def _latency(group: Any, device: torch.device) -> float:
+    """Collective of the group. Returns the median latency in seconds, without the first three all-reduces."""
     value = [(torch.zeros(1, device=device), group)]
-    return statistics.median([_seconds(value, device) for _ in range(3 + LATENCY_REPEATS)][3:])
+    return statistics.median([_all_reduce_s(value, device) for _ in range(3 + LATENCY_REPEATS)][3:])
 
 
-def _seconds(parts: Sequence[tuple[torch.Tensor, Any]], device: torch.device) -> float:
-    """Collective of the groups. How long it takes here to sum every part in its group, all at once."""
-    _wait(device)
+def _all_reduce_s(chunks: Sequence[tuple[torch.Tensor, Any]], device: torch.device) -> float:
+    """Collective of the groups. Returns the seconds that parallel all-reduces, one of each chunk, take on this rank."""
+    _synchronize(device)
     begin = time.perf_counter()
-    for work in [dist.all_reduce(part, group=group, async_op=True) for part, group in parts]:
+    for work in [dist.all_reduce(chunk, group=group, async_op=True) for chunk, group in chunks]:
         work.wait()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - begin
 
 
-def _agreed(seconds: float, group: Any, device: torch.device) -> float:
-    """Collective of the group. The longest that it took any of its ranks, which begin the next one together."""
+def _longest(seconds: float, group: Any, device: torch.device) -> float:
+    """Collective of the group. Returns the longest time of its ranks, which then begin the next all-reduce together."""
     longest = torch.tensor([seconds], dtype=torch.float64, device=device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=group)
     return float(longest)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """All ranks of this host as children; the worst of their exit codes."""
+    """Runs all ranks of this host as child processes and returns the highest of their exit codes."""
     first, count = int(env["RANK"]), int(env["LOCAL_WORLD_SIZE"])
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "dtrain.commands.link_test", *argv],
-            env={**env, "RANK": str(first + place), "LOCAL_RANK": str(place)},
+            env={**env, "RANK": str(first + local_rank), "LOCAL_RANK": str(local_rank)},
         )
-        for place in range(count)
+        for local_rank in range(count)
     ]
     return max(abs(child.wait()) for child in children)
 
 
 def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
-    """One rank; or, without LOCAL_RANK, what starts all ranks of a host."""
+    """Runs one rank; without LOCAL_RANK in the environment, starts all ranks of a host. Returns the exit code."""
     asked = json.loads(argv[0])
-    # By a thread that needs no Python: also out of a hang in C.
+    # faulthandler's thread does not need the interpreter, so it also ends a rank that hangs in C code.
     faulthandler.dump_traceback_later(limit_s(len(asked["hosts"])), exit=True)
     if "LOCAL_RANK" not in env:
         return spawn(argv, env)
@@ -168,17 +173,18 @@ def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
 
 
 def limit_s(hosts: int) -> float:
-    """How long all of it may take, in seconds."""
-    return LEAST_LIMIT_S + LIMIT_OF_PAIR_S * len(pairs_of(hosts))
+    """Returns the time limit of the complete test, in seconds."""
+    return BASE_LIMIT_S + LIMIT_PER_PAIR_S * len(host_pairs(hosts))
 
 
-def say(what: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
+def say(message: Mapping[str, Any]) -> None:
+    """Prints a message for the doctor, one JSON object a line."""
+    sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits until a collective ends, and prints where
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler waits for the collective, and prints a traceback
     code = main(sys.argv[1:], os.environ)
     sys.stdout.flush()
-    os._exit(code)  # interpreter shutdown with a gloo group that ever existed aborts now and then
+    os._exit(code)  # interpreter shutdown sometimes aborts in a process that has used gloo

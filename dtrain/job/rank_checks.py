@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dtrain.cluster.preflight import ROOT, WORST_OFFSET_S
-from dtrain.cluster.probe import code_of
+from dtrain.cluster.preflight import MAX_CLOCK_OFFSET_S, ROOT
+from dtrain.cluster.probe import hash_source
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -20,7 +20,7 @@ def compare_software(context: RankContext, peers: list[Peer]) -> None:
     """Collective. Another torch, or other code, on one node gives other numbers or a crash that explains nothing."""
     if context.world_size == 1:
         return
-    mine = {**versions(), "dtrain's code": str(code_of(ROOT))[:12]}
+    mine = {**versions(), "dtrain's code": str(hash_source(ROOT))[:12]}
     found = all_gather_object(mine, context)
 
     def refuse_differences() -> None:
@@ -39,7 +39,7 @@ def compare_clocks(context: RankContext, peers: list[Peer]) -> None:
     def refuse_differences() -> None:
         rank = max(range(len(found)), key=lambda rank: abs(found[rank] - found[0]))
         ahead = found[rank] - found[0]
-        if abs(ahead) > WORST_OFFSET_S:
+        if abs(ahead) > MAX_CLOCK_OFFSET_S:
             raise TopologyError(
                 f"The clock of rank {rank} ({peers[rank].host}) is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
                 f"that of rank 0 ({peers[0].host}), so that the ages of shared files mislead. Set both by the network "

@@ -1,4 +1,4 @@
-"""A simulated cluster as it is written down: its folder, its nodes, and the processes that are its."""
+"""The state of a simulated cluster: its folder, its nodes, and its processes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,26 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.0"
-MOST_NODES = 64
+MAX_NODES = 64
 NODE_FOLDER = "/run/node"
-"""Where a node sees its own part of the cluster's folder."""
+"""The path, on a node, of its part of the cluster's folder."""
 
 HOME = f"{NODE_FOLDER}/home"
 TMPDIR = "/run/tmp"
-"""A node's own, and gone with it: mpirun's daemons do not start over what one with the same number has left behind."""
+"""A node's temporary folder, which is removed with the node: files that are left over from an earlier daemon with the same
+process ID would keep mpirun's daemons from starting."""
 
 RECORD = "cluster.json"
 END_S = 10.0
-"""How long killed processes may take to be gone."""
+"""Time limit for killed processes to disappear."""
 
 
-class Problem(Exception):
-    """What the user can mend. code: the command's exit code."""
+class ClusterError(Exception):
+    """An error that the user can fix.
+
+    Attributes:
+        code: the command's exit code.
+    """
 
     def __init__(self, message: str, code: int = 4) -> None:
         super().__init__(message)
@@ -38,7 +43,13 @@ class Problem(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """slots: ranks that the hostfile gives it."""
+    """One node.
+
+    Attributes:
+        name: its host name.
+        address: its IPv4 address.
+        slots: number of ranks in the hostfile.
+    """
 
     name: str
     address: str
@@ -47,10 +58,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What `up` was asked for.
+    """The settings of `up`.
 
-    delay_ms: each way. rate_mbit: of each node's link, each way; None for as fast as it goes.
-    private: folders that each node has one of its own of. made: folders that `up` made for them, the innermost first.
+    Attributes:
+        folder: the folder of the cluster's state.
+        hostfile: the path of the hostfile that `up` writes.
+        nodes: all nodes.
+        delay_ms: delay of each node's link in each direction.
+        rate_mbit: rate of each node's link in each direction; None for no limit.
+        private: folders that each node has its own copy of.
+        made: folders that `up` created for `private`, the innermost first.
+        started: when `up` ran, in seconds since 1970.
     """
 
     folder: Path
@@ -64,27 +82,27 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """Of each rank: nodes share the cores of this machine, and each would count all of them as its own."""
+        """Threads of each rank. Nodes share the cores of this machine, and by default each would use all of them."""
         return max(1, len(os.sched_getaffinity(0)) // max(1, sum(node.slots for node in self.nodes)))
 
     @property
     def link(self) -> str:
-        rate = "no limit to the rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
+        rate = "no rate limit" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
         return f"{rate}, {self.delay_ms:g} ms each way"
 
     def node(self, name: str) -> Node:
         for node in self.nodes:
             if node.name == name:
                 return node
-        raise Problem(f"{name} is not a node of this cluster: {self.nodes[0].name} to {self.nodes[-1].name}.", 2)
+        raise ClusterError(f"{name} is not a node of this cluster: {self.nodes[0].name} to {self.nodes[-1].name}.", 2)
 
     def part(self, node: Node) -> Path:
-        """A node's part of the folder."""
+        """Returns a node's part of the folder."""
         return self.folder / node.name
 
     def write(self) -> None:
         text = json.dumps({**asdict(self), "folder": str(self.folder), "hostfile": str(self.hostfile)}, indent=1)
-        # Whole or not there, however this ends.
+        # Replaced atomically, so that an interruption leaves no incomplete file.
         new = self.folder / f"{RECORD}.new"
         new.write_text(text + "\n", encoding="utf-8")
         new.replace(self.folder / RECORD)
@@ -95,21 +113,21 @@ def default_folder() -> Path:
 
 
 def read(folder: Path) -> Cluster:
-    """The cluster in a folder.
+    """Returns the cluster in a folder.
 
     Raises:
-        Problem: there is none.
+        ClusterError: there is no cluster.
     """
     try:
-        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        paths = {key: Path(found[key]) for key in ("folder", "hostfile")}
-        lists = {key: tuple(found[key]) for key in ("private", "made")}
-        return Cluster(**{**found, **paths, **lists, "nodes": tuple(Node(**node) for node in found["nodes"])})
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        paths = {key: Path(record[key]) for key in ("folder", "hostfile")}
+        lists = {key: tuple(record[key]) for key in ("private", "made")}
+        return Cluster(**{**record, **paths, **lists, "nodes": tuple(Node(**node) for node in record["nodes"])})
     except (OSError, ValueError, KeyError, TypeError):
-        raise Problem(
-            f"No simulated cluster is up ({folder} is not there). Start one: launch/simulate-cluster up 3"
+        raise ClusterError(
+            f"No simulated cluster is up ({folder} does not exist). Start one: launch/simulate-cluster up 3"
             if not folder.exists()
-            else f"{folder} holds no complete cluster: an `up` did not end. Remove it: launch/simulate-cluster down"
+            else f"{folder} contains no complete cluster: an `up` was interrupted. Remove it: launch/simulate-cluster down"
         ) from None
 
 
@@ -117,14 +135,14 @@ def read(folder: Path) -> Cluster:
 
 
 def processes(folder: Path, script: str, *words: str) -> list[int]:
-    """Living processes that run a script of this package for that cluster, in the order of their start."""
+    """Returns running processes of a cluster that run a script of this package, in the order of their start."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             command = (entry / "cmdline").read_bytes().split(b"\0")
-            # Bytes: a name is cut after 15 of them, also within a character.
+            # Read as bytes: the kernel truncates a name to 15 bytes, perhaps in the middle of a character.
             fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()
-        except OSError:  # gone
+        except OSError:  # the process has ended
             continue
         if _runs(command, folder, script, *words) and fields[0] not in (b"Z", b"X"):
             found.append((int(fields[19]), int(entry.name)))
@@ -132,29 +150,31 @@ def processes(folder: Path, script: str, *words: str) -> list[int]:
 
 
 def _runs(command: list[bytes], folder: Path, script: str, *words: str) -> bool:
-    # By its command line and not by a number kept in a file, which may be another process's by now.
+    # Identified by its command line: a process ID from a file might belong to another process by now.
     if len(command) < 4 or Path(os.fsdecode(command[1])).name != script:
         return False
     return [os.fsdecode(word) for word in command[2 : 3 + len(words)]] == [str(folder), *words]
 
 
 def init_of(cluster: Cluster, node: Node) -> int:
-    """Process number of a node's init.
+    """Returns the process ID of a node's init.
 
     Raises:
-        Problem: the node is gone.
+        ClusterError: the node is not running.
     """
     found = processes(cluster.folder, "node.py", node.name)
     if not found:
-        raise Problem(f"{node.name} is not running: it was killed. `launch/simulate-cluster down` removes the rest.")
+        raise ClusterError(
+            f"{node.name} is not running: it was killed. `launch/simulate-cluster down` removes the rest."
+        )
     return found[-1]
 
 
 def kill_and_wait(list_processes: Callable[[], list[int]]) -> None:
-    """Kills what `list_processes()` gives until it gives nothing.
+    """Kills the processes that `list_processes()` returns until it returns none.
 
     Raises:
-        Problem: some are still there after END_S.
+        ClusterError: some still exist after END_S.
     """
     deadline = time.monotonic() + END_S
     while left := list_processes():
@@ -164,7 +184,7 @@ def kill_and_wait(list_processes: Callable[[], list[int]]) -> None:
             except ProcessLookupError:
                 continue
         if time.monotonic() > deadline:
-            raise Problem(f"Processes {left} of the simulated cluster do not end.")
+            raise ClusterError(f"Processes {left} of the simulated cluster do not end after SIGKILL.")
         time.sleep(0.01)
 
 
@@ -173,7 +193,7 @@ def kill_and_wait(list_processes: Callable[[], list[int]]) -> None:
 
 @contextmanager
 def _control_address(folder: Path) -> Iterator[str]:
-    # Through a descriptor: a socket's address may have 107 characters, and a folder's path more.
+    # Through a descriptor: a socket's address is limited to 107 characters, and the folder's path may be longer.
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{opened}/control"
@@ -182,7 +202,7 @@ def _control_address(folder: Path) -> Iterator[str]:
 
 
 def control_socket(folder: Path) -> socket.socket:
-    """One that listens, where `ask` looks for it."""
+    """Returns a listening socket at the address that `ask` uses."""
     control = socket.socket(socket.AF_UNIX)
     with _control_address(folder) as address:
         control.bind(address)
@@ -191,10 +211,10 @@ def control_socket(folder: Path) -> socket.socket:
 
 
 def ask(folder: Path, **request: str) -> dict[str, dict[str, Any]]:
-    """Has the switch cut or heal a node; gives every node's link.
+    """Asks the switch to cut or heal a node, and returns the state of every node's link.
 
     Raises:
-        Problem: the switch is gone.
+        ClusterError: the switch does not answer.
     """
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(5.0)
@@ -204,9 +224,9 @@ def ask(folder: Path, **request: str) -> dict[str, dict[str, Any]]:
             client.sendall(json.dumps(request).encode())
             client.shutdown(socket.SHUT_WR)
             answer = b"".join(iter(lambda: client.recv(65536), b""))
-            found: dict[str, dict[str, Any]] = json.loads(answer)
+            links: dict[str, dict[str, Any]] = json.loads(answer)
         except (OSError, ValueError) as error:
-            raise Problem(
-                f"The cluster's switch does not answer ({error}). Begin anew: launch/simulate-cluster down, then up."
+            raise ClusterError(
+                f"The cluster's switch does not answer ({error}). Start over: launch/simulate-cluster down, then up."
             ) from None
-    return found
+    return links

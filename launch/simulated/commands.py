@@ -1,4 +1,4 @@
-"""up, down, cut, heal, kill and status."""
+"""The commands up, down, cut, heal, kill and status."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simulated import belongings
+from simulated import node_files
 from simulated.cluster import (
     RECORD,
     Cluster,
+    ClusterError,
     Node,
-    Problem,
     ask,
     control_socket,
     kill_and_wait,
@@ -34,9 +34,9 @@ BOOT_S = 30.0
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LANG": "C.UTF-8",
-    "PYTHONDONTWRITEBYTECODE": "1",  # root's files in a user's checkout could not be removed by the user
+    "PYTHONDONTWRITEBYTECODE": "1",  # the user could not remove root's files from the checkout
 }
-"""Of a node's init and of the switch. Nothing of the caller's, and no path to a virtual environment: a real node has none."""
+"""Environment of a node's init and of the switch: no variables of the caller and, as on a real node, no .venv on the PATH."""
 
 
 def say(text: str) -> None:
@@ -51,32 +51,32 @@ def up(cluster: Cluster) -> None:
     """Starts every node and the switch, and writes the hostfile.
 
     Raises:
-        Problem: one is up already, or a node does not start; then nothing is left.
+        ClusterError: a cluster is already up, or a node does not start. Then nothing remains.
     """
     _check_hostfile(cluster)
     for path in cluster.private:
         if Path(path).exists() and not Path(path).is_dir():
-            raise Problem(f"--private {path} is not a folder.", 2)
+            raise ClusterError(f"--private {path} is not a folder.", 2)
     try:
         cluster.folder.parent.mkdir(parents=True, exist_ok=True)
         cluster.folder.mkdir(mode=0o755)
     except FileExistsError:
-        raise Problem(
-            f"A simulated cluster is up already, or was not taken down: {cluster.folder} is there. "
-            "See it: launch/simulate-cluster status. Remove it: launch/simulate-cluster down"
+        raise ClusterError(
+            f"A simulated cluster is already up, or was not removed: {cluster.folder} exists. "
+            "Show it: launch/simulate-cluster status. Remove it: launch/simulate-cluster down"
         ) from None
     try:
         cluster = replace(cluster, made=_missing(cluster.private))
         cluster.write()
-        for path in cluster.private:  # each node needs a place to put its own folder on
+        for path in cluster.private:  # the mount point of each node's copy
             Path(path).mkdir(parents=True, exist_ok=True)
-        belongings.make(cluster)
+        node_files.create_files(cluster)
         _start(cluster)
         cluster.hostfile.write_text(_hostfile(cluster), encoding="utf-8")
     except BaseException as error:
         _remove(cluster)
         if isinstance(error, OSError | subprocess.SubprocessError):
-            raise Problem(f"The cluster does not come up, and nothing of it is left: {error}") from error
+            raise ClusterError(f"The cluster did not start, and was removed: {error}") from error
         raise
     say(f"{len(cluster.nodes)} nodes are up: {cluster.link}. Hostfile: {cluster.hostfile}")
     status(cluster.folder)
@@ -86,20 +86,24 @@ def _check_hostfile(cluster: Cluster) -> None:
     path = cluster.hostfile
     if not path.exists():
         if not path.parent.is_dir():
-            raise Problem(f"--hostfile {path}: there is no folder {path.parent}.", 2)
+            raise ClusterError(f"--hostfile {path}: the folder {path.parent} does not exist.", 2)
         return
     first = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
     other = first.removeprefix(MARK)
     if not first.startswith(MARK):
-        raise Problem(f"{path} was not written by simulate-cluster. Move it away, or name another: --hostfile FILE", 2)
+        raise ClusterError(
+            f"{path} was not written by simulate-cluster. Move it away, or use another path: --hostfile FILE", 2
+        )
     if Path(other) != cluster.folder and Path(other).exists():
-        raise Problem(f"{path} belongs to the cluster in {other}. Take that one down, or name another: --hostfile FILE")
+        raise ClusterError(
+            f"{path} belongs to the cluster in {other}. Remove that cluster, or use another path: --hostfile FILE"
+        )
 
 
 def _missing(paths: Sequence[str]) -> tuple[str, ...]:
-    """Folders to make for these, the innermost first."""
-    found = {str(each) for path in paths for each in (Path(path), *Path(path).parents) if not each.exists()}
-    return tuple(sorted(found, key=len, reverse=True))
+    """Returns the folders to create for these paths, the innermost first."""
+    folders = {str(each) for path in paths for each in (Path(path), *Path(path).parents) if not each.exists()}
+    return tuple(sorted(folders, key=len, reverse=True))
 
 
 def _hostfile(cluster: Cluster) -> str:
@@ -115,10 +119,10 @@ def _start(cluster: Cluster) -> None:
     try:
         for node in cluster.nodes:
             sockets.append(_start_node(cluster, node))
-        devices = [_device(node, ours, deadline) for node, ours in zip(cluster.nodes, sockets, strict=True)]
+        devices = [_device(node, our_end, deadline) for node, our_end in zip(cluster.nodes, sockets, strict=True)]
         _start_switch(cluster, control, list(zip(devices, sockets, strict=True)))
-        for node, ours in zip(cluster.nodes, sockets, strict=True):
-            _hear(node, ours, deadline, "ready")
+        for node, our_end in zip(cluster.nodes, sockets, strict=True):
+            _receive(node, our_end, deadline, "ready")
         ask(cluster.folder)
     finally:
         for device in devices:
@@ -128,10 +132,10 @@ def _start(cluster: Cluster) -> None:
 
 
 def _start_node(cluster: Cluster, node: Node) -> socket.socket:
-    # One message a packet: words and descriptors cannot run together.
-    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with its, (cluster.part(node) / "init.log").open("w") as log:
-        command = [sys.executable, str(HERE / "node.py"), str(cluster.folder), node.name, str(its.fileno())]
+    # One message per packet, so that messages and descriptors are not mixed.
+    our_end, node_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with node_end, (cluster.part(node) / "init.log").open("w") as log:
+        command = [sys.executable, str(HERE / "node.py"), str(cluster.folder), node.name, str(node_end.fileno())]
         parent = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -139,37 +143,37 @@ def _start_node(cluster: Cluster, node: Node) -> socket.socket:
             stderr=log,
             cwd="/",
             env=ENVIRONMENT,
-            pass_fds=[its.fileno()],
+            pass_fds=[node_end.fileno()],
             start_new_session=True,
         )
-    # It ends once it has forked the node's init; where it does not, the init's word is missed next.
+    # It ends after it has forked the node's init. If it does not, the message from init is missing, which is an error.
     with suppress(subprocess.TimeoutExpired):
         parent.wait(BOOT_S)
-    return ours
+    return our_end
 
 
-def _device(node: Node, ours: socket.socket, deadline: float) -> int:
-    _hear(node, ours, deadline, "pid")
+def _device(node: Node, our_end: socket.socket, deadline: float) -> int:
+    _receive(node, our_end, deadline, "pid")
     descriptors: list[int] = []
-    _hear(node, ours, deadline, "device", descriptors)
+    _receive(node, our_end, deadline, "device", descriptors)
     return descriptors[0]
 
 
-def _hear(
-    node: Node, ours: socket.socket, deadline: float, wanted: str, descriptors: list[int] | None = None
+def _receive(
+    node: Node, our_end: socket.socket, deadline: float, wanted: str, descriptors: list[int] | None = None
 ) -> dict[str, Any]:
-    """The node's next message, which must be the wanted one."""
-    ours.settimeout(max(deadline - time.monotonic(), 0.1))
+    """Returns the node's next message, which must have the wanted key."""
+    our_end.settimeout(max(deadline - time.monotonic(), 0.1))
     try:
-        message, received, _, _ = socket.recv_fds(ours, 65536, 1)
+        message, received, _, _ = socket.recv_fds(our_end, 65536, 1)
     except TimeoutError:
-        raise Problem(f"{node.name} did not come up within {BOOT_S:g} s.") from None
-    words: dict[str, Any] = json.loads(message) if message else {"error": "it ended without a word"}
-    if wanted not in words:
-        raise Problem(f"{node.name} does not come up: {words.get('error', words)}")
+        raise ClusterError(f"{node.name} did not start within {BOOT_S:g} s.") from None
+    content: dict[str, Any] = json.loads(message) if message else {"error": "it ended without an error message"}
+    if wanted not in content:
+        raise ClusterError(f"{node.name} does not start: {content.get('error', content)}")
     if descriptors is not None:
         descriptors += received
-    return words
+    return content
 
 
 def _start_switch(cluster: Cluster, control: socket.socket, ends: list[tuple[int, socket.socket]]) -> None:
@@ -177,7 +181,7 @@ def _start_switch(cluster: Cluster, control: socket.socket, ends: list[tuple[int
     command = [sys.executable, str(HERE / "relay.py"), str(cluster.folder), str(control.fileno()), *numbers]
     passed = [control.fileno(), *(number for device, alive in ends for number in (device, alive.fileno()))]
     with (cluster.folder / "switch.log").open("w") as log:
-        # Its own session, and not waited for: it outlives this command.
+        # It runs in its own session and is not waited for, because it must outlive this command.
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -194,26 +198,26 @@ def _start_switch(cluster: Cluster, control: socket.socket, ends: list[tuple[int
 
 
 def down(folder: Path) -> None:
-    """Ends every process of the cluster and removes its folder and hostfile, also what an interrupted `up` left.
+    """Ends every process of the cluster and removes its folder and hostfile, also after an interrupted `up`.
 
     Raises:
-        Problem: the folder is not a cluster's.
+        ClusterError: the folder is not that of a cluster.
     """
     if not folder.exists():
-        say(f"No simulated cluster is up ({folder} is not there).")
+        say(f"No simulated cluster is up ({folder} does not exist).")
         return
     try:
         cluster = read(folder)
-    except Problem:
+    except ClusterError:
         left = list(folder.iterdir())
         if not all(path.name.startswith(RECORD) for path in left):
-            raise Problem(f"{folder} was not made by simulate-cluster: nothing is removed.") from None
-        for path in left:  # an `up` killed at its first step
+            raise ClusterError(f"{folder} was not created by simulate-cluster. Nothing was removed.") from None
+        for path in left:  # an `up` that was killed at its first step
             path.unlink()
         folder.rmdir()
         return
     _remove(cluster)
-    say(f"The simulated cluster in {folder} is gone.")
+    say(f"The simulated cluster in {folder} is removed.")
 
 
 def _remove(cluster: Cluster) -> None:
@@ -231,23 +235,24 @@ def _remove(cluster: Cluster) -> None:
 
 
 def cut(cluster: Cluster, node: Node) -> None:
-    """The node's switch port is dead: what it sends and what is sent to it is lost, and nobody is told."""
+    """Makes the node's switch port drop all packets in both directions, without an error."""
     ask(cluster.folder, cut=node.name)
 
 
 def heal(cluster: Cluster, node: Node) -> None:
+    """Ends a cut."""
     ask(cluster.folder, heal=node.name)
 
 
 def kill(cluster: Cluster, node: Node) -> None:
-    """The node loses power: everything on it is gone, and no other node is told."""
-    # First, or the kernel says goodbye to the others for the killed processes.
+    """Simulates a power loss: ends everything on the node, without a signal to the other nodes."""
+    # The cut comes first. Otherwise the kernel would close the connections of the killed processes.
     ask(cluster.folder, cut=node.name)
     kill_and_wait(lambda: processes(cluster.folder, "node.py", node.name))
 
 
 def status(folder: Path, *, as_json: bool = False) -> None:
-    """Prints every node's address, slots, state, and bytes."""
+    """Prints every node's address, slots, state and bytes."""
     cluster = read(folder)
     links = ask(folder)
     rows = []

@@ -1,4 +1,4 @@
-"""`simulate-cluster exec`: a command on a node, as if it had been typed there."""
+"""`simulate-cluster exec`: runs a command on a node."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ import sys
 from typing import NoReturn
 
 from simulated import linux
-from simulated.cluster import HOME, TMPDIR, Cluster, Node, Problem, init_of
+from simulated.cluster import HOME, TMPDIR, Cluster, ClusterError, Node, init_of
 
 FORWARDED = {
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT),
 }
 SENT_BY_KERNEL = 0x80
-"""si_code of a signal that a terminal sends, to the whole group: to the command as well, if that is in it."""
+"""si_code of a signal from a terminal, which goes to its complete process group, and so to the command if it belongs to it."""
 
 CANNOT_START, NOT_FOUND = 126, 127
 
 
 def execute(cluster: Cluster, node: Node, command: list[str]) -> int:
-    """Runs a command in all namespaces of a node, in this folder and environment; gives its exit code.
+    """Runs a command in all namespaces of a node, in this folder and environment, and returns its exit code.
 
-    Signals to this process reach the command, and SIGKILL ends it too. 128 + its number if a signal ended the command.
+    Signals to this process are forwarded to the command; SIGKILL ends both. The exit code is 128 plus the signal's number if
+    a signal ended the command.
     """
     init = init_of(cluster, node)
     try:
         namespaces = {name: os.open(f"/proc/{init}/ns/{name}", os.O_RDONLY) for name in linux.NAMESPACES}
     except OSError:
-        raise Problem(f"{node.name} has just gone.") from None
-    folder = os.getcwd()  # noqa: PTH109  # entered again by name, on the node
+        raise ClusterError(f"{node.name} has just ended.") from None
+    folder = os.getcwd()  # noqa: PTH109  # it is entered by its path on the node
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     watched = FORWARDED | {signal.SIGCHLD}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-    this_one_lives, held = os.pipe()
-    linux.setns(namespaces["pid"], "pid")  # for children
+    parent_end, held_end = os.pipe()
+    linux.setns(namespaces["pid"], "pid")  # takes effect for child processes
     child = os.fork()
     if child == 0:
         try:
-            os.close(held)
+            os.close(held_end)
             linux.die_with_parent()
-            if select.select([this_one_lives], [], [], 0)[0]:  # it died before the line above
+            if select.select([parent_end], [], [], 0)[0]:  # the parent died before the line above
                 os._exit(CANNOT_START)
             _enter(namespaces, node, folder)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -63,18 +64,18 @@ def _enter(namespaces: dict[str, int], node: Node, folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError as error:
-        _fail(node, f"{folder}: {error.strerror}, on the node", CANNOT_START)
+        _fail(node, f"{folder}: {error.strerror} on the node", CANNOT_START)
     if not os.isatty(0):
-        os.setsid()  # a signal to this process's group reaches the command once, from this process
+        os.setsid()  # so that a signal to this process's group reaches the command only once, from this process
     for number in (signal.SIGPIPE, signal.SIGXFSZ, *FORWARDED):
-        # Python ignores the first two and has a handler for SIGINT; what the caller ignores stays ignored, as with nohup.
+        # Python ignores the first two and has a handler for SIGINT. Signals that the caller ignores stay ignored (nohup).
         if number not in FORWARDED or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
 
 def _start(command: list[str], cluster: Cluster, node: Node) -> NoReturn:
-    own = {"HOME": HOME, "HOSTNAME": node.name, "TMPDIR": TMPDIR}
-    environment = {"OMP_NUM_THREADS": str(cluster.threads), **os.environ, **own}
+    node_env = {"HOME": HOME, "HOSTNAME": node.name, "TMPDIR": TMPDIR}
+    environment = {"OMP_NUM_THREADS": str(cluster.threads), **os.environ, **node_env}
     try:
         os.execvpe(command[0], command, environment)
     except FileNotFoundError:
@@ -83,8 +84,8 @@ def _start(command: list[str], cluster: Cluster, node: Node) -> NoReturn:
         _fail(node, f"{command[0]}: {error.strerror}", CANNOT_START)
 
 
-def _fail(node: Node, words: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{node.name}: {words}\n")
+def _fail(node: Node, message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{node.name}: {message}\n")
     sys.stderr.flush()
     os._exit(code)
 
@@ -97,5 +98,6 @@ def _wait(child: int, watched: set[signal.Signals]) -> int:
             if ended:
                 code = os.waitstatus_to_exitcode(status)
                 return code if code >= 0 else 128 - code
-        elif received.si_code != SENT_BY_KERNEL or not os.isatty(0):  # as in _enter: the command has its own group
+        # Without a terminal the command has its own group (see _enter).
+        elif received.si_code != SENT_BY_KERNEL or not os.isatty(0):
             os.kill(child, received.si_signo)

@@ -1,4 +1,4 @@
-"""System calls that Python's library lacks before 3.12: namespaces, mounts, TUN devices, signals at a parent's death."""
+"""System calls that are missing in Python's library before 3.12: namespaces, mounts, TUN devices, parent-death signals."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import struct
 from pathlib import Path
 
 NAMESPACES = {"ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
-"""By their names in /proc/PID/ns. The mount namespace is last: /proc is another one after it is entered."""
+"""Flags by names in /proc/PID/ns. The mount namespace is last, because /proc changes when it is entered."""
 
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
 VNET_HEADER = struct.Struct("=BBHHHH")
-"""Before each packet on a TUN device: flags, kind, bytes of headers, bytes of a segment, checksum's start and offset."""
+"""The header of each packet on a TUN device: flags, kind, header bytes, segment bytes, start and offset of the checksum."""
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 _TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
@@ -29,7 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def unshare(*names: str) -> None:
-    """Gives this process new namespaces of these kinds; "pid" counts for its children only."""
+    """Moves this process to new namespaces of these kinds; "pid" takes effect for its children only."""
     flags = 0
     for name in names:
         flags |= NAMESPACES[name]
@@ -37,32 +37,37 @@ def unshare(*names: str) -> None:
 
 
 def setns(descriptor: int, name: str) -> None:
-    """Enters the namespace that a file of /proc/PID/ns opened as `descriptor` stands for."""
+    """Enters a namespace.
+
+    Args:
+        descriptor: an open file of /proc/PID/ns.
+        name: the kind of the namespace.
+    """
     _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(NAMESPACES[name])), f"setns {name}")
 
 
 def mount(source: Path | str, target: Path | str, kind: str = "", flags: int = 0, options: str = "") -> None:
-    """mount(2). For a bind mount: flags=MS_BIND."""
+    """Calls mount(2). For a bind mount: flags=MS_BIND."""
     words = [str(word).encode() or None for word in (source, target, kind)]
     failed = _libc.mount(*words, ctypes.c_ulong(flags), options.encode() or None)
     _check(failed, f"mount {kind or source} on {target}")
 
 
 def die_with_parent() -> None:
-    """This process gets SIGKILL when its parent ends. Not passed on to its own children."""
+    """Makes the kernel send SIGKILL to this process when its parent ends. Children do not inherit this."""
     _check(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
 
 
 def name_process(name: str) -> None:
-    """What `ps` and `top` show, 15 characters at most."""
+    """Sets the name that `ps` and `top` show, 15 characters at most."""
     _check(_libc.prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0), "prctl")
 
 
 def open_tun(name: str) -> int:
-    """Makes a TUN device in this process's network namespace; it is there until the descriptor is closed.
+    """Creates a TUN device in this process's network namespace; it exists until the descriptor is closed.
 
-    Reads and writes move whole TCP chunks of up to 64 KiB with a VNET_HEADER before them, as a network card that
-    segments by itself would get them: packets of 1500 bytes one by one are more than Python can carry.
+    Reads and writes move TCP chunks of up to 64 KiB with a VNET_HEADER in front, as for a network card that does the
+    segmentation: single packets of 1500 bytes would be too many for Python.
     """
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -76,10 +81,14 @@ def open_tun(name: str) -> int:
 
 
 def set_link_speed(name: str, rate_mbit: float | None) -> None:
-    """What /sys/class/net/NAME/speed says, in whole Mbit/s; -1 for None. Raises OSError on kernels before 4.20."""
+    """Sets /sys/class/net/NAME/speed, in whole Mbit/s; -1 for None.
+
+    Raises:
+        OSError: the kernel is older than 4.20.
+    """
     speed = _SPEED_UNKNOWN if rate_mbit is None else max(round(rate_mbit), 1)
     low, high = speed & 0xFFFF, speed >> 16
-    # command, supported, advertised; speed, duplex, 5 of the port; 2 packet counts; speed's upper half; the rest.
+    # Fields: command, supported, advertised; speed, duplex, 5 of the port; 2 packet counts; speed's upper half; the rest.
     command = ctypes.create_string_buffer(
         _ETHTOOL_CMD.pack(_ETHTOOL_SSET, 0, 0, low, _DUPLEX_FULL, 0, 0, 0, 0, 0, 0, 0, high, 0, 0, 0, 0, 0)
     )
@@ -87,7 +96,7 @@ def set_link_speed(name: str, rate_mbit: float | None) -> None:
         fcntl.ioctl(any_socket, _SIOCETHTOOL, struct.pack("16sP16x", name.encode(), ctypes.addressof(command)))
 
 
-def _check(result: int, what: str) -> None:
+def _check(result: int, call: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{call}: {os.strerror(number)}")

@@ -1,8 +1,8 @@
-"""One node: namespaces of its own, held by one process. When that is killed, everything on the node is gone.
+"""One node: a set of namespaces that one process holds. When it is killed, everything on the node ends.
 
-Started by `simulate-cluster up` as `node.py FOLDER NAME SOCKET_FD`. Over the socket it says, as JSON, its init's
-process number, then hands over its network device, then says that it is ready, or what went wrong. The socket stays
-open as long as the init lives: the switch holds the other end.
+`simulate-cluster up` starts it as `node.py FOLDER NAME SOCKET_FD`. Over the socket it sends JSON messages: the process ID
+of its init; its network device, as a descriptor; and that it is ready, or an error. The socket stays open as long as the
+init runs: the switch holds the other end.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ DEVICE = "eth0"
 MTU = 9000
 SSHD_START_S = 15.0
 SYSCTL = {
-    # The kernel's own defaults, whatever this machine is tuned to: the same cluster everywhere.
+    # The kernel's defaults, so that the cluster is the same on a machine with other settings.
     "net/ipv4/tcp_congestion_control": "cubic",
     "net/ipv4/tcp_rmem": "4096 131072 6291456",
     "net/ipv4/tcp_wmem": "4096 16384 4194304",
-    f"net/ipv6/conf/{DEVICE}/disable_ipv6": "1",  # the switch knows IPv4 only
+    f"net/ipv6/conf/{DEVICE}/disable_ipv6": "1",  # the switch supports IPv4 only
 }
 
 
 def main() -> None:
-    """Forks: the parent, still outside, can see the init's number; the child is process 1 of the node."""
+    """Forks. The child is process 1 of the node. The parent is outside the PID namespace, so it knows the child's real ID."""
     folder, name, descriptor = sys.argv[1:]
     cluster = read(Path(folder))
     node = cluster.node(name)
@@ -48,24 +48,26 @@ def main() -> None:
     try:
         linux.unshare("ipc", "uts", "net", "pid", "mnt")
     except OSError as error:
-        _say(to_up, error=f"{error.strerror}. Root here may not make namespaces (a container without CAP_SYS_ADMIN?).")
+        _send(
+            to_up, error=f"{error.strerror}: root may not create namespaces here (a container without CAP_SYS_ADMIN?)."
+        )
         sys.exit(1)
     init = os.fork()
     if init:
-        _say(to_up, pid=init)
+        _send(to_up, pid=init)
         os._exit(0)
     try:
         _boot(cluster, node, to_up)
-    except BaseException as error:  # noqa: BLE001  # whatever it is, the caller must hear of it
+    except BaseException as error:  # noqa: BLE001  # the caller needs every error
         traceback.print_exc()
-        _say(to_up, error=f"{type(error).__name__}: {error}")
+        _send(to_up, error=f"{type(error).__name__}: {error}")
         os._exit(1)
-    _say(to_up, ready=True)
+    _send(to_up, ready=True)
     _reap()
 
 
-def _say(to_up: socket.socket, **words: object) -> None:
-    to_up.send(json.dumps(words).encode())
+def _send(to_up: socket.socket, **message: object) -> None:
+    to_up.send(json.dumps(message).encode())
 
 
 def _boot(cluster: Cluster, node: Node, to_up: socket.socket) -> None:
@@ -75,12 +77,12 @@ def _boot(cluster: Cluster, node: Node, to_up: socket.socket) -> None:
     _mount(cluster, node)
     _connect(cluster, node)
     socket.send_fds(to_up, [b'{"device": true}'], [device])
-    os.close(device)  # the switch's alone: when it ends, so does the link
+    os.close(device)  # only the switch keeps it, so that the link ends with the switch
     _start_sshd()
 
 
 def _mount(cluster: Cluster, node: Node) -> None:
-    """The node's own files in the places of this machine's. Seen on the node only."""
+    """Mounts the node's files over those of this machine. The mounts are visible on the node only."""
     part = cluster.part(node)
     linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("proc", "/proc", "proc")
@@ -91,13 +93,13 @@ def _mount(cluster: Cluster, node: Node) -> None:
         ("hostname", "/etc/hostname"),
         ("passwd", "/etc/passwd"),
         ("shadow", "/etc/shadow"),
-        ("boot_id", "/proc/sys/kernel/random/boot_id"),  # another machine has another
+        ("boot_id", "/proc/sys/kernel/random/boot_id"),  # differs between machines
     ):
         if Path(target).exists():
             linux.mount(part / name, target, flags=linux.MS_BIND)
     for index, target in enumerate(cluster.private):
         linux.mount(part / "private" / str(index), target, flags=linux.MS_BIND)
-    # /run comes last: the cluster's folder usually lies in it, and is out of sight from then on.
+    # /run is last: the cluster's folder is usually in it, and is no longer visible after this mount.
     run = part / "run"
     run.mkdir()
     linux.mount("tmpfs", run, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755")
@@ -109,9 +111,9 @@ def _mount(cluster: Cluster, node: Node) -> None:
 
 
 def _mount_network_folders(part: Path) -> None:
-    """/sys/class/net shows the devices of the namespace in which /sys was mounted: only that part is put in its place.
+    """Mounts the network folders of /sys, which show the devices of the namespace in which /sys was mounted.
 
-    A whole new /sys would hide the control groups below it.
+    Mounting a complete new /sys would hide the control groups in it.
     """
     system = part / "sys"
     system.mkdir()
@@ -124,20 +126,24 @@ def _connect(cluster: Cluster, node: Node) -> None:
     for name, value in SYSCTL.items():
         with suppress(OSError):  # a kernel without IPv6, or with another default
             Path("/proc/sys", name).write_text(value)
-    for words in (
+    for arguments in (
         ["link", "set", "lo", "up"],
         ["address", "add", f"{node.address}/24", "dev", DEVICE],
         ["link", "set", DEVICE, "mtu", str(MTU), "up"],
     ):
-        subprocess.run(["ip", *words], check=True, timeout=30)
-    with suppress(OSError):  # shown only; kernels before 4.20 cannot
+        subprocess.run(["ip", *arguments], check=True, timeout=30)
+    with suppress(OSError):  # only for display; kernels before 4.20 do not support it
         linux.set_link_speed(DEVICE, cluster.rate_mbit)
 
 
 def _start_sshd() -> None:
-    """Raises RuntimeError if it does not listen within SSHD_START_S."""
+    """Starts the ssh server.
+
+    Raises:
+        RuntimeError: it does not listen within SSHD_START_S.
+    """
     config, log = f"{NODE_FOLDER}/sshd_config", f"{NODE_FOLDER}/sshd.log"
-    # By its full path: it starts itself again for each connection.
+    # Started by its full path, because it executes itself for each connection.
     server = subprocess.Popen(
         [program("sshd") or "sshd", "-D", "-f", config, "-E", log],
         stdin=subprocess.DEVNULL,
@@ -150,14 +156,14 @@ def _start_sshd() -> None:
             socket.create_connection(("127.0.0.1", 22), timeout=1.0).close()
             return
         if server.poll() is not None or time.monotonic() > deadline:
-            said = Path(log).read_text() if Path(log).exists() else ""
-            raise RuntimeError(f"its ssh server does not start: {said.strip() or 'it says nothing'}")
+            output = Path(log).read_text() if Path(log).exists() else ""
+            raise RuntimeError(f"its ssh server does not start: {output.strip() or 'no error message'}")
         time.sleep(0.02)
 
 
 def _reap() -> NoReturn:
-    """Collects what ends on the node, as process 1 has to."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # an end between the two calls is not missed
+    """Reaps ended processes of the node, which is the duty of process 1."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # so that no SIGCHLD between the two calls is lost
     while True:
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:

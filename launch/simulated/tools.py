@@ -1,4 +1,4 @@
-"""The programs that a simulated cluster needs, and the Debian packages that have them."""
+"""The programs that a simulated cluster needs, and the Debian packages that contain them."""
 
 from __future__ import annotations
 
@@ -10,78 +10,95 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from simulated.cluster import Problem
+from simulated.cluster import ClusterError
 
 PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "ip": "iproute2"}
 FOR_LAUNCHERS = {"pdsh": "pdsh"}
-"""What `deepspeed` needs on top; a cluster comes up without it."""
+"""What `deepspeed` needs in addition. A cluster starts without it."""
 
 POLICY = Path("/usr/sbin/policy-rc.d")
-NO_SERVICE = "#!/bin/sh\n# Of launch/simulate-cluster while it installs: Debian is to start no service. May be removed.\nexit 101\n"
+NO_SERVICE = "#!/bin/sh\n# Of launch/simulate-cluster: no service starts while it installs packages. This file may be removed.\nexit 101\n"
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 INSTALL_S = 900
 
 
 def program(name: str) -> str | None:
-    """Its full path. Those of the superuser are found also where PATH leaves them out."""
+    """Returns a program's full path. Also searches the folders of system programs, which PATH may not include."""
     return shutil.which(name) or shutil.which(name, path=SYSTEM_PATH)
 
 
 def missing(needed: dict[str, str]) -> list[str]:
-    """Packages to install, each once."""
+    """Returns the packages to install, each once."""
     return sorted({package for name, package in needed.items() if program(name) is None})
 
 
 def check() -> None:
-    """Raises Problem if a cluster cannot come up on this machine."""
+    """Checks that this machine can run a cluster.
+
+    Raises:
+        ClusterError: it cannot.
+    """
     check_root()
     if not Path("/dev/net/tun").exists():
-        raise Problem("/dev/net/tun is missing: `modprobe tun`, or start the container with `--device /dev/net/tun`.")
+        raise ClusterError(
+            "/dev/net/tun is missing: `modprobe tun`, or start the container with `--device /dev/net/tun`."
+        )
     if packages := missing(PACKAGES):
-        raise Problem(
+        raise ClusterError(
             f"Not installed: {', '.join(packages)}. On Debian and Ubuntu: "
             f"apt-get install -y --no-install-recommends {' '.join(packages)}"
         )
 
 
 def check_root() -> None:
+    """Checks that this is Linux and the user is root.
+
+    Raises:
+        ClusterError: it is not.
+    """
     if sys.platform != "linux" or os.geteuid() != 0:
-        found = f"user {os.geteuid()}" if sys.platform == "linux" else sys.platform
-        raise Problem(f"A simulated cluster needs Linux and root, and this is {found}. Try sudo.")
+        current = f"user {os.geteuid()}" if sys.platform == "linux" else sys.platform
+        raise ClusterError(f"A simulated cluster needs Linux and root, but this is {current}. Try sudo.")
 
 
 def install() -> None:
-    """Installs with apt-get what is missing. Raises Problem where it cannot."""
+    """Installs missing packages with apt-get.
+
+    Raises:
+        ClusterError: they cannot be installed.
+    """
     check_root()
     packages = missing({**PACKAGES, **FOR_LAUNCHERS})
     if not packages:
         return
     apt = shutil.which("apt-get")
     if apt is None:
-        raise Problem(f"Not installed: {', '.join(packages)}; there is no apt-get here. Install what holds them.")
+        raise ClusterError(
+            f"Not installed: {', '.join(packages)}; this machine has no apt-get. Install the programs of these packages."
+        )
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     command = [apt, "install", "-y", "--no-install-recommends", *packages]
-    sys.stdout.write(f"{' '.join(command)}  # no service of theirs is started\n")
+    sys.stdout.write(f"{' '.join(command)}  # starts none of their services\n")
     sys.stdout.flush()
-    # A fresh container has no lists; where they cannot be had, older ones may do.
+    # A fresh container has no package lists. If they cannot be downloaded, older ones may be enough.
     subprocess.run([apt, "update", "-qq"], env=environment, stdin=subprocess.DEVNULL, check=False, timeout=INSTALL_S)
     with no_service_starts():
         ended = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False, timeout=INSTALL_S)
     if ended.returncode != 0:
-        raise Problem("apt-get could not install them: see above.")
+        raise ClusterError("apt-get could not install them: see above.")
 
 
 @contextmanager
 def no_service_starts(policy: Path = POLICY) -> Iterator[None]:
-    """Inside, an installed package starts no service, such as an ssh server for everybody. A policy that is there stays."""
+    """Prevents that packages start a service when they are installed, such as an ssh server. An existing policy is kept."""
     with suppress(OSError), policy.open("x") as file:
         file.write(NO_SERVICE)
         policy.chmod(0o755)
     try:
         yield
     finally:
-        # Also one that an interrupted install left.
+        # Also removes the file of an interrupted installation.
         with suppress(OSError, UnicodeDecodeError):
             if policy.read_text() == NO_SERVICE:
                 policy.unlink()

@@ -1,4 +1,4 @@
-"""What goes wrong on clusters, on a simulated one: how the job ends, how soon everywhere, and what its user reads last."""
+"""Faults on a simulated cluster: how the job ends, how soon it ends on all nodes, and its last line."""
 
 from __future__ import annotations
 
@@ -23,43 +23,46 @@ def _settings(folder: Path, **more: object) -> list[str]:
 
 
 MPIRUN = ("SIGKILL of a rank on node2", "node2 cut off", "node2 without power")
-"""A daemon of mpirun's that dies is named by mpirun itself, above our last line, and ends it with 1."""
+"""If one of its daemons dies, mpirun itself reports that above our last line, and exits with 1."""
 
 
 @pytest.mark.parametrize(
-    ("fault", "way"),
-    [*((fault, way) for fault in WHILE_IT_RUNS for way in TWO), *((fault, "launch/mpirun.sh") for fault in MPIRUN)],
+    ("fault", "command"),
+    [
+        *((fault, command) for fault in WHILE_IT_RUNS for command in TWO),
+        *((fault, "launch/mpirun.sh") for fault in MPIRUN),
+    ],
 )
-def test_a_fault_on_one_node_ends_the_job_on_all_and_is_named_last(fault: str, way: str, tmp_path: Path) -> None:
+def test_a_fault_on_one_node_ends_the_job_on_all_and_is_the_last_line(fault: str, command: str, tmp_path: Path) -> None:
     expected, settings = WHILE_IT_RUNS[fault], _settings(tmp_path)
     with (
         simulated_cluster(2, private=[tmp_path / "runs"]) as cluster,
-        started(way, cluster, settings) as job,
+        started(command, cluster, settings) as job,
     ):
         job.wait_for(" 5/1000000")
         expected.strike(cluster, job)
         code, took_s = job.end()
     assert code == 4, job.first.text
     assert took_s < expected.within_s, job.first.text
-    assert any(re.search(told, job.last_line()) for told in expected.told), job.first.text
+    assert any(re.search(message, job.last_line()) for message in expected.messages), job.first.text
 
 
 @pytest.mark.parametrize("fault", BEFORE_IT_STARTS)
-def test_a_host_that_cannot_take_part_is_named_before_anything_starts(fault: str, tmp_path: Path) -> None:
+def test_a_host_that_cannot_take_part_is_reported_before_anything_starts(fault: str, tmp_path: Path) -> None:
     planted, settings = BEFORE_IT_STARTS[fault], _settings(tmp_path)
     runs = tmp_path / "runs"
-    with simulated_cluster(2, private=[] if planted.is_seen_at_once else [runs]) as cluster:
+    with simulated_cluster(2, private=[] if planted.is_found_by_preflight else [runs]) as cluster:
         planted.plant(cluster, tmp_path)
-        for way in TWO:
-            with started(way, cluster, settings, *planted.options) as job:
+        for command in TWO:
+            with started(command, cluster, settings, *planted.options) as job:
                 code, took_s = job.end()
             assert code == planted.code, job.first.text
-            assert took_s < 10 or not planted.is_seen_at_once, job.first.text
-            assert re.search(planted.told, job.last_line()), job.first.text
-            assert not (planted.is_seen_at_once and (runs / "run").exists())
+            assert took_s < 10 or not planted.is_found_by_preflight, job.first.text
+            assert re.search(planted.message, job.last_line()), job.first.text
+            assert not (planted.is_found_by_preflight and (runs / "run").exists())
 
 
-def test_a_killed_script_leaves_nothing_on_any_node(tmp_path: Path) -> None:
+def test_a_killed_script_leaves_no_process_on_any_node(tmp_path: Path) -> None:
     settings = _settings(tmp_path)
     with (
         simulated_cluster(2, private=[tmp_path / "runs"]) as cluster,
@@ -71,12 +74,12 @@ def test_a_killed_script_leaves_nothing_on_any_node(tmp_path: Path) -> None:
     assert took_s < 10
 
 
-@pytest.mark.parametrize("way", SCRIPTS)
-def test_a_script_that_is_told_to_stop_saves_and_ends_with_75(way: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_stopped_script_saves_and_exits_with_75(command: str, tmp_path: Path) -> None:
     settings = _settings(tmp_path, checkpoint__every=1000)
     with (
         simulated_cluster(2, private=[tmp_path / "runs"]) as cluster,
-        started(way, cluster, settings) as job,
+        started(command, cluster, settings) as job,
     ):
         job.wait_for(" 5/1000000")
         job.first.process.terminate()
@@ -86,7 +89,7 @@ def test_a_script_that_is_told_to_stop_saves_and_ends_with_75(way: str, tmp_path
     assert "checkpoint" in job.last_line(), job.first.text
 
 
-def test_an_elastic_job_goes_on_with_the_node_that_is_left(tmp_path: Path) -> None:
+def test_an_elastic_job_continues_on_the_remaining_node(tmp_path: Path) -> None:
     settings = _settings(tmp_path, train__max_steps=400, checkpoint__every=20)
     elastic = ("--nnodes", "1:2", "--max-restarts", "3")
     with (

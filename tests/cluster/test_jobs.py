@@ -1,4 +1,4 @@
-"""The same answer on a cluster, however it is started there, as on one process: on a simulated one, over real ssh."""
+"""A job on a simulated cluster has the losses of one process, whichever command starts it. Over real ssh."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def losses(run: Path) -> list[float]:
     return [event["loss"] for event in jobs.events(run)]
 
 
-@pytest.mark.parametrize("way", [*SCRIPTS, *LITERAL])
-def test_every_way_to_start_it_gives_the_losses_of_one_process(
-    way: str, cluster: SimulatedCluster, folder: Path, alone: list[float]
+@pytest.mark.parametrize("command", [*SCRIPTS, *LITERAL])
+def test_every_command_that_starts_a_job_gives_the_losses_of_one_process(
+    command: str, cluster: SimulatedCluster, folder: Path, alone: list[float]
 ) -> None:
-    name = f"{Path(way).name}-{len(cluster.names)}"
-    with started(way, cluster, jobs.settings(folder, name, run__overwrite="true")) as job:
+    name = f"{Path(command).name}-{len(cluster.names)}"
+    with started(command, cluster, jobs.settings(folder, name, run__overwrite="true")) as job:
         code, _ = job.end()
     assert code == 0, job.first.text
     assert losses(folder / name) == pytest.approx(alone, rel=1e-5)
@@ -62,11 +62,12 @@ def test_no_secret_leaves_the_node_unless_it_is_exported(
     settings = jobs.settings(folder, "secret", **_endless())
     with started("launch/torchrun.sh", cluster, settings, "--export", "MINE") as job:
         job.wait_for(" 5/1000000")
-        far = jobs._environment(job.ranks()[-1])  # on node1, where the script runs, ranks have its environment
+        # Ranks on node1, where the script runs, have the script's environment, so this looks at another node.
+        env = jobs._environment(job.ranks()[-1])
         job.first.process.terminate()
         job.end()
-    assert "HF_TOKEN" not in far
-    assert far["MINE"] == "exported_never_shown"
+    assert "HF_TOKEN" not in env
+    assert env["MINE"] == "exported_never_shown"
     assert "never_shown" not in job.first.text
     assert not any("never_shown" in file.read_text() for file in (folder / "secret").glob("*.*"))
 
@@ -75,12 +76,12 @@ def _endless() -> dict[str, str]:
     return {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
 
 
-def test_ranks_meet_on_the_cluster_interface_only(cluster: SimulatedCluster, folder: Path) -> None:
+def test_ranks_listen_on_the_cluster_interface_only(cluster: SimulatedCluster, folder: Path) -> None:
     with started("launch/deepspeed.sh", cluster, jobs.settings(folder, "bound", **_endless())) as job:
         job.wait_for(" 5/1000000")
-        said = cluster.exec("node1", ["ss", "-Hltnp"]).stdout
+        output = cluster.exec("node1", ["ss", "-Hltnp"]).stdout
         job.first.process.terminate()
         job.end()
-    own = [line.split()[3] for line in said.splitlines() if "python" in line]
-    assert own
-    assert all(address.startswith(cluster.address("node1")) for address in own), said
+    addresses = [line.split()[3] for line in output.splitlines() if "python" in line]
+    assert addresses
+    assert all(address.startswith(cluster.address("node1")) for address in addresses), output

@@ -1,7 +1,7 @@
-"""launch/Dockerfile and the Kubernetes files: nothing here builds or runs them, but their mistakes are found.
+"""launch/Dockerfile and the Kubernetes files: static checks, which do not build or run them.
 
-The Kubernetes files are held against the schemas that Kubeflow publishes as Python packages (kubeflow-training and
-kubernetes for version 1, kubeflow-trainer-api for version 2). Those packages drop what they do not know; `faults` does not.
+The Kubernetes files are compared with the schemas that Kubeflow publishes as Python packages (kubeflow-training and
+kubernetes for version 1, kubeflow-trainer-api for version 2). Those packages ignore unknown keys; `faults` does not.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ def of_kind(kind: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- schemas
 
 ENUMS = {"restartPolicy": {"Always", "OnFailure", "Never", "ExitCode"}, "cleanPodPolicy": {"None", "Running", "All"}}
-"""Values that version 1's models give in words only."""
+"""Allowed values that version 1's models only list in their documentation."""
 
 
 def faults(value: Any, kind: str, models: Any, place: str) -> Iterator[str]:
-    """What is wrong with a value by the OpenAPI models of version 1: unknown keys, wrong types, missing keys.
+    """Yields what is wrong with a value by the OpenAPI models of version 1: unknown keys, wrong types, missing keys.
 
     Args:
         kind: a type in the models' notation: int, str, list[V1Container], dict(str, str), V1PodSpec, ...
-        models: finds a model's class by name.
+        models: returns a model's class by name.
+        place: the path of the value in its document.
     """
     many = re.fullmatch(r"(list\[|dict\(str, )(.+)[\])]", kind)
     if many:
         wanted: type = list if many[1] == "list[" else dict
         if not isinstance(value, wanted):
-            yield f"{place}: {value!r} is no {wanted.__name__}"
+            yield f"{place}: {value!r} is not a {wanted.__name__}"
             return
         inner = enumerate(value) if isinstance(value, list) else value.items()
         for key, each in inner:
@@ -62,7 +63,7 @@ def faults(value: Any, kind: str, models: Any, place: str) -> Iterator[str]:
     elif kind in ("str", "int", "bool", "float"):
         types = {"str": str, "int": int, "bool": bool, "float": (int, float)}[kind]
         if not isinstance(value, types) or (isinstance(value, bool) and kind != "bool"):
-            yield f"{place}: {value!r} is no {kind}"
+            yield f"{place}: {value!r} is not a {kind}"
         elif value not in ENUMS.get(place.rpartition(".")[2], {value}):
             yield f"{place}: {value!r} is unknown"
     elif kind != "object":
@@ -71,7 +72,7 @@ def faults(value: Any, kind: str, models: Any, place: str) -> Iterator[str]:
 
 def _faults_of_model(value: Any, model: Any, models: Any, place: str) -> Iterator[str]:
     if not isinstance(value, dict):
-        yield f"{place}: {value!r} is no {model.__name__}"
+        yield f"{place}: {value!r} is not a {model.__name__}"
         return
     kinds = {model.attribute_map[name]: kind for name, kind in model.openapi_types.items()}
     for key, inner in value.items():
@@ -80,7 +81,7 @@ def _faults_of_model(value: Any, model: Any, models: Any, place: str) -> Iterato
         else:
             yield f"{place}.{key} is unknown"
     names = {wire: name for name, wire in model.attribute_map.items()}
-    try:  # the constructor refuses a required one that is missing
+    try:  # the constructor raises an error if a required key is missing
         model(**{names[key]: inner for key, inner in value.items() if key in names})
     except ValueError as error:
         yield f"{place}: {error}"
@@ -97,26 +98,26 @@ def version_1(document: dict[str, Any]) -> list[str]:
 
 
 def version_2(document: dict[str, Any], model: str) -> list[str]:
-    """By pydantic models, whose answer lacks what they do not know."""
+    """Returns what is wrong by pydantic models, which drop unknown keys."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     pydantic = importlib.import_module("pydantic")
     try:
         known = getattr(models, model).from_dict(copy.deepcopy(document)).to_dict()
     except pydantic.ValidationError as error:
         return [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-    return list(_lost(document, known, "job"))
+    return list(_dropped(document, known, "job"))
 
 
-def _lost(given: Any, known: Any, place: str) -> Iterator[str]:
+def _dropped(given: Any, known: Any, place: str) -> Iterator[str]:
     if isinstance(given, dict) and isinstance(known, dict):
         for key, inner in given.items():
             if key not in known:
                 yield f"{place}.{key} is unknown"
             else:
-                yield from _lost(inner, known[key], f"{place}.{key}")
+                yield from _dropped(inner, known[key], f"{place}.{key}")
     elif isinstance(given, list) and isinstance(known, list) and len(given) == len(known):
         for index, pair in enumerate(zip(given, known, strict=True)):
-            yield from _lost(*pair, f"{place}.{index}")
+            yield from _dropped(*pair, f"{place}.{index}")
     elif given != known:
         yield f"{place}: {given!r} was read as {known!r}"
 
@@ -134,23 +135,28 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("kind", CHECKS)
-def test_a_kubernetes_object_is_what_its_schema_says(kind: str) -> None:
+def test_a_kubernetes_object_matches_its_schema(kind: str) -> None:
     assert CHECKS[kind](of_kind(kind)) == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "value", "says"),
+    ("kind", "path", "value", "message"),
     [
-        ("PyTorchJob", "spec.nprocPerNode", 4, "spec.nprocPerNode: 4 is no str"),
+        ("PyTorchJob", "spec.nprocPerNode", 4, "spec.nprocPerNode: 4 is not a str"),
         ("PyTorchJob", "spec.runPolicy.backofLimit", 3, "spec.runPolicy.backofLimit is unknown"),
         ("PyTorchJob", "spec.pytorchReplicaSpecs.Worker.restartPolicy", "OnError", "'OnError' is unknown"),
         ("PyTorchJob", "spec.pytorchReplicaSpecs.Worker.template.spec.volumes.1.emptydir", {}, "emptydir is unknown"),
-        ("PyTorchJob", "spec.pytorchReplicaSpecs.Master.template.spec.containers.0.args.1", 7, "args.1: 7 is no str"),
+        (
+            "PyTorchJob",
+            "spec.pytorchReplicaSpecs.Master.template.spec.containers.0.args.1",
+            7,
+            "args.1: 7 is not a str",
+        ),
         (
             "PyTorchJob",
             "spec.pytorchReplicaSpecs.Master.template.spec.containers.0.image",
             None,
-            "image: None is no str",
+            "image: None is not a str",
         ),
         ("PersistentVolumeClaim", "spec.accessModes", "ReadWriteMany", "accessModes"),
         ("TrainJob", "spec.trainer.numNodes", "2", "numNodes"),
@@ -165,8 +171,8 @@ def test_a_kubernetes_object_is_what_its_schema_says(kind: str) -> None:
         ),
     ],
 )
-def test_a_planted_mistake_is_found(kind: str, path: str, value: Any, says: str) -> None:
-    document = json.loads(json.dumps(of_kind(kind)))  # YAML's anchors share what they name
+def test_a_planted_mistake_is_found(kind: str, path: str, value: Any, message: str) -> None:
+    document = json.loads(json.dumps(of_kind(kind)))  # an independent copy: YAML's anchors share objects
     *folders, last = path.split(".")
     place: Any = document
     for step in folders:
@@ -175,23 +181,23 @@ def test_a_planted_mistake_is_found(kind: str, path: str, value: Any, says: str)
 
     found = CHECKS[kind](document)
 
-    assert any(says in fault for fault in found), found
+    assert any(message in fault for fault in found), found
 
 
-# ---------------------------------------------------------------- what no schema knows
+# ---------------------------------------------------------------- beyond the schemas
 
 
-def pods() -> list[tuple[dict[str, Any], str]]:
-    """The spec of each kind of pod, and what its job's name is in its labels."""
+def pods() -> list[dict[str, Any]]:
+    """Returns the spec of each kind of pod."""
     replicas = of_kind("PyTorchJob")["spec"]["pytorchReplicaSpecs"]
     (node,) = of_kind("TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"]
     specs = [replica["template"]["spec"] for replica in replicas.values()]
-    return [(spec, "") for spec in [*specs, node["template"]["spec"]["template"]["spec"]]]
+    return [*specs, node["template"]["spec"]["template"]["spec"]]
 
 
 def test_pods_have_shared_memory_a_claim_for_runs_and_time_to_save() -> None:
     claim = of_kind("PersistentVolumeClaim")["metadata"]["name"]
-    for spec, _ in pods():
+    for spec in pods():
         (container,) = spec["containers"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
@@ -200,13 +206,13 @@ def test_pods_have_shared_memory_a_claim_for_runs_and_time_to_save() -> None:
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert mounts["/runs"]["persistentVolumeClaim"]["claimName"] == claim
         assert 30 < int(env["PET_SHUTDOWN_TIMEOUT"]["value"]) < spec["terminationGracePeriodSeconds"]
-        assert "value" not in env["HF_TOKEN"], "a secret by its name, never by its value"
+        assert "value" not in env["HF_TOKEN"], "a reference to the secret, not its value"
         assert spec["securityContext"]["fsGroup"] == 1000
         assert "podAntiAffinity" in spec["affinity"]
 
 
-def test_a_job_that_ends_with_75_is_started_again() -> None:
-    """torchrun makes a 1 of it, which the ExitCode policy takes for an error that no restart mends."""
+def test_a_job_that_exits_with_75_is_restarted() -> None:
+    """torchrun replaces it with 1, which the ExitCode policy treats as a permanent error."""
     job = of_kind("PyTorchJob")["spec"]
     (node,) = of_kind("TrainingRuntime")["spec"]["template"]["spec"]["replicatedJobs"]
 
@@ -216,7 +222,7 @@ def test_a_job_that_ends_with_75_is_started_again() -> None:
     assert node["template"]["spec"]["backoffLimit"] > 0
 
 
-def test_the_names_that_kubeflow_looks_for_are_there() -> None:
+def test_the_names_that_kubeflow_requires_exist() -> None:
     job, runtime, train_job = of_kind("PyTorchJob"), of_kind("TrainingRuntime"), of_kind("TrainJob")
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     rules = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["affinity"]["podAntiAffinity"]
@@ -243,7 +249,7 @@ def test_a_rank_for_each_gpu_and_settings_that_dtrain_knows(monkeypatch: pytest.
     for arguments in (container["args"], trainer_["args"]):
         assert arguments[0] == "--config"
         config = load_config(Path(arguments[1]), arguments[2:])
-        assert config.run.startup_timeout_s > 300, "Kubernetes waits so long before it starts a container again"
+        assert config.run.startup_timeout_s > 300, "Kubernetes waits up to this long before it restarts a container"
         assert config.checkpoint.every is not None
 
 
@@ -251,7 +257,7 @@ def test_a_rank_for_each_gpu_and_settings_that_dtrain_knows(monkeypatch: pytest.
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's, in order: name and the rest, continued lines joined."""
+    """Returns the Dockerfile's instructions in order, as name and arguments, with continued lines joined."""
     lines = [line for line in (ROOT / "launch" / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
     return [
@@ -268,7 +274,7 @@ def copied() -> list[str]:
     ]
 
 
-def test_the_image_begins_with_a_python_that_dtrain_runs_on() -> None:
+def test_the_image_has_a_supported_python() -> None:
     name, base = instructions()[0]
 
     assert name == "FROM"
@@ -285,7 +291,7 @@ def test_the_image_begins_with_a_python_that_dtrain_runs_on() -> None:
     }
 
 
-def test_what_the_image_copies_is_there_and_not_ignored() -> None:
+def test_the_files_that_the_image_copies_exist_and_are_not_ignored() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
 
     assert set(copied()) == {"pyproject.toml", "constraints.txt", "dtrain", "configs"}
@@ -296,7 +302,7 @@ def test_what_the_image_copies_is_there_and_not_ignored() -> None:
             if fnmatch.fnmatch(source, line.lstrip("!")):
                 ignored = not line.startswith("!")
         assert not ignored, source
-    assert lines[0] == "*", "everything else stays out: .venv, runs, .git"
+    assert lines[0] == "*", "everything else is ignored: .venv, runs, .git"
 
 
 def test_the_packages_are_installed_before_the_code_is_copied() -> None:
@@ -313,6 +319,6 @@ def test_the_image_runs_as_a_user_by_number_and_its_entry_point_gets_the_signals
 
     assert found["USER"] == "1000:1000"
     assert [name for name, _ in instructions()].index("USER") < [name for name, _ in instructions()].index("ENTRYPOINT")
-    entry = json.loads(found["ENTRYPOINT"])  # a list: no shell in between that would keep SIGTERM to itself
+    entry = json.loads(found["ENTRYPOINT"])  # a list: a shell in between would not forward SIGTERM
     assert entry == ["torchrun", "dtrain/main.py"]
     assert (ROOT / entry[1]).exists()

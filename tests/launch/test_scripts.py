@@ -1,4 +1,4 @@
-"""launch/: the set-up of .venv, seen through a Python that only notes what it is asked; and how the commands end."""
+"""launch/: the set-up of .venv, with a stand-in for Python that records its calls; and how the commands end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.launchers
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 30
 
-# Stands for python3 and for .venv/bin/python. Notes "venv" and "pip ..." in $NOTES; everything else really runs.
+# Replaces python3 and .venv/bin/python. Writes "venv" and "pip ..." to $NOTES; most other commands really run.
 STUB = f"""#!/bin/sh
 case "$*" in
 "-m venv "*) echo venv >>"$NOTES"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
@@ -35,7 +35,7 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """launch/ in a folder with a blank in its name, a stub for Python, and torchrun and main.py that do as told."""
+    """A copy of launch/ in a folder with a space in its name, with a stub for Python."""
     root = tmp_path / "a checkout"
     shutil.copytree(ROOT / "launch", root / "launch")
     (root / "pyproject.toml").write_text("one\n")
@@ -69,14 +69,14 @@ def set_up(checkout: Path, extra: str = "", **more: str) -> subprocess.Completed
 
 
 def notes(checkout: Path) -> list[str]:
-    """What the stub noted since the last call."""
+    """Returns the lines that the stub wrote since the last call."""
     path = checkout / "notes"
     lines = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
     return lines
 
 
-def test_a_first_call_makes_the_environment_and_a_second_does_nothing(checkout: Path) -> None:
+def test_the_first_call_creates_the_environment_and_the_second_does_nothing(checkout: Path) -> None:
     first = set_up(checkout)
 
     assert first.returncode == 0, first.stderr
@@ -87,7 +87,7 @@ def test_a_first_call_makes_the_environment_and_a_second_does_nothing(checkout: 
     assert (second.returncode, second.stdout, notes(checkout)) == (0, f"{checkout}\n", [])
 
 
-def test_the_test_tools_are_added_once_and_serve_the_rest(checkout: Path) -> None:
+def test_the_test_tools_are_added_once_and_include_the_rest(checkout: Path) -> None:
     set_up(checkout)
     notes(checkout)
 
@@ -99,7 +99,7 @@ def test_the_test_tools_are_added_once_and_serve_the_rest(checkout: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_other_requirements_are_installed(checkout: Path, name: str) -> None:
+def test_changed_requirements_are_installed(checkout: Path, name: str) -> None:
     set_up(checkout)
     notes(checkout)
     (checkout / name).write_text("two\n")
@@ -109,7 +109,7 @@ def test_other_requirements_are_installed(checkout: Path, name: str) -> None:
     assert notes(checkout) == ["pip for ."]
 
 
-def test_an_interrupted_set_up_is_begun_anew(checkout: Path) -> None:
+def test_an_interrupted_set_up_starts_over(checkout: Path) -> None:
     failed = set_up(checkout, PIP_CODE="1")
     (checkout / ".venv" / "half-made").touch()
     notes(checkout)
@@ -123,14 +123,14 @@ def test_an_interrupted_set_up_is_begun_anew(checkout: Path) -> None:
     assert not (checkout / ".venv" / "half-made").exists()
 
 
-def test_an_environment_without_a_working_python_is_made_anew(checkout: Path) -> None:
+def test_an_environment_without_a_working_python_is_recreated(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
 
-    assert "no Python that starts" in set_up(checkout).stdout
+    assert "no working Python" in set_up(checkout).stdout
     assert notes(checkout) == ["venv", "pip for ."]
 
 
-def test_an_environment_that_the_user_made_is_kept(checkout: Path) -> None:
+def test_an_environment_that_the_user_created_is_kept(checkout: Path) -> None:
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "precious").touch()
     shutil.copy(checkout / "stub-python", checkout / ".venv" / "bin" / "python")
@@ -142,34 +142,34 @@ def test_an_environment_that_the_user_made_is_kept(checkout: Path) -> None:
     assert (checkout / ".venv" / "precious").exists()
 
 
-def test_a_checkout_that_was_copied_with_its_environment_makes_one_of_its_own(checkout: Path, tmp_path: Path) -> None:
+def test_a_checkout_that_was_copied_with_its_environment_creates_a_new_one(checkout: Path, tmp_path: Path) -> None:
     set_up(checkout)
     copy = tmp_path / "copy"
     shutil.copytree(checkout, copy)
     notes(copy)
 
-    assert "was made for" in set_up(copy).stdout
+    assert "was created for" in set_up(copy).stdout
     assert notes(copy) == ["venv", "pip for ."]
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("variables", "message"),
     [
-        ({"VERSION_CODE": "1", "VERSION": "3.9.1"}, "is not a Python of 3.10 to 3.13: Python 3.9.1"),
-        ({"PYTHON": "/none/python"}, "PYTHON=/none/python is not a Python of 3.10 to 3.13"),
+        ({"VERSION_CODE": "1", "VERSION": "3.9.1"}, "is not a Python from 3.10 to 3.13: Python 3.9.1"),
+        ({"PYTHON": "/none/python"}, "PYTHON=/none/python is not a Python from 3.10 to 3.13"),
         ({"ENSUREPIP_CODE": "1"}, "apt install python3-venv"),
     ],
 )
-def test_a_python_that_will_not_do_is_named_with_the_cure(checkout: Path, trouble: dict[str, str], said: str) -> None:
-    ended = set_up(checkout, **trouble)
+def test_an_unsuitable_python_is_reported_with_the_fix(checkout: Path, variables: dict[str, str], message: str) -> None:
+    ended = set_up(checkout, **variables)
 
     assert ended.returncode == 1
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="flock is Linux's")
-def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="flock needs Linux")
+def test_of_two_parallel_set_ups_one_installs_and_the_other_waits(checkout: Path) -> None:
     script = 'set -euo pipefail; source "$1/launch/setup.sh"; set_up'
     command = ["bash", "-c", script, "bash", str(checkout)]
     both = [
@@ -181,11 +181,11 @@ def test_of_two_set_ups_at_once_one_installs_and_the_other_waits(checkout: Path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "user", "is_asked"), [(["--all"], 0, True), ([], 0, False), (["--all"], 1000, False)]
+    ("arguments", "user", "installs"), [(["--all"], 0, True), ([], 0, False), (["--all"], 1000, False)]
 )
-@pytest.mark.skipif(sys.platform != "linux", reason="the simulated cluster is Linux's")
-def test_only_a_whole_test_run_by_root_installs_the_tools_of_a_simulated_cluster(
-    checkout: Path, arguments: list[str], user: int, is_asked: bool
+@pytest.mark.skipif(sys.platform != "linux", reason="the simulated cluster needs Linux")
+def test_only_a_complete_test_run_by_root_installs_the_tools_of_a_simulated_cluster(
+    checkout: Path, arguments: list[str], user: int, installs: bool
 ) -> None:
     (checkout / "bin").mkdir()
     for path, text in (
@@ -206,9 +206,9 @@ def test_only_a_whole_test_run_by_root_installs_the_tools_of_a_simulated_cluster
         timeout=LIMIT_S,
     )
 
-    assert ended.returncode == 0, ended.stderr  # also where they cannot be had: those tests then say so
+    assert ended.returncode == 0, ended.stderr  # also if they cannot be installed: those tests are then skipped
     checks = ["ruff", "ruff", "mypy", "pytest"]
-    assert notes(checkout) == ["venv", "pip for .[dev]", *(["install"] if is_asked else []), *checks]
+    assert notes(checkout) == ["venv", "pip for .[dev]", *(["install"] if installs else []), *checks]
 
 
 MAIN = """
@@ -221,7 +221,7 @@ print("main", *sys.argv[1:])
 
 
 def job(checkout: Path, body: str) -> None:
-    """Puts a Python program in the place of torchrun; `run` is the run folder it may write to."""
+    """Replaces torchrun with a Python program; `run` is the run folder that it may write to."""
     set_up(checkout)
     notes(checkout)
     start = f"#!{sys.executable}\nimport json, os, pathlib, signal, sys, time\nrun = pathlib.Path('runs/quickstart')"
@@ -249,7 +249,7 @@ def test_quickstart_trains_on_two_ranks_and_shows_a_sample(checkout: Path) -> No
     assert sample.startswith("main generate model.name_or_path=runs/mine/model")
 
 
-def test_quickstart_shows_no_sample_where_no_model_comes_of_it(checkout: Path) -> None:
+def test_quickstart_shows_no_sample_if_no_model_is_trained(checkout: Path) -> None:
     job(checkout, "print('the plan')")
 
     assert quickstart(checkout, "--dry-run").stdout == "the plan\n"
@@ -266,7 +266,7 @@ def test_quickstart_refuses_a_wrong_setting_before_it_starts_ranks(checkout: Pat
 END = "run.mkdir(parents=True); (run / 'exit.json').write_text(json.dumps({'code': 75, 'message': 'saved, run again'}))"
 
 
-def test_quickstart_ends_with_the_jobs_own_code_and_message(checkout: Path) -> None:
+def test_quickstart_exits_with_the_jobs_own_code_and_message(checkout: Path) -> None:
     job(checkout, f"{END}; print('a block of torchrun', file=sys.stderr); sys.exit(1)")
 
     ended = quickstart(checkout)
@@ -276,7 +276,7 @@ def test_quickstart_ends_with_the_jobs_own_code_and_message(checkout: Path) -> N
     assert "main generate" not in ended.stdout
 
 
-def test_quickstart_does_not_report_the_end_of_an_earlier_run(checkout: Path) -> None:
+def test_quickstart_does_not_report_the_exit_file_of_an_earlier_run(checkout: Path) -> None:
     job(checkout, f"{END}; os.utime(run / 'exit.json', (1, 1)); sys.exit(3)")
 
     ended = quickstart(checkout)

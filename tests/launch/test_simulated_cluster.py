@@ -1,4 +1,4 @@
-"""launch/simulate-cluster: nodes on one machine that differ from real ones in as little as can be, and their links."""
+"""launch/simulate-cluster: nodes on one machine that are similar to real ones, and their links."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def three_nodes(shared: Path) -> Iterator[SimulatedCluster]:
 
 @pytest.fixture
 def cluster(three_nodes: SimulatedCluster) -> Iterator[SimulatedCluster]:
-    """Three nodes for the tests that leave them as they are; `private` below `shared` is each node's own."""
+    """Three nodes for tests that do not change them; each node has its own copy of `private` in `shared`."""
     yield three_nodes
     three_nodes.end_started()
 
@@ -66,48 +66,47 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-# A node is a machine of its own
+# Each node behaves like a separate machine
 
 
 @needs_cluster
-def test_nodes_reach_each_other_by_name_over_ssh_and_nothing_is_asked(cluster: SimulatedCluster) -> None:
+def test_nodes_reach_each_other_by_name_over_ssh_without_questions(cluster: SimulatedCluster) -> None:
     for node, other in (("node1", "node2"), ("node2", "node3"), ("node3", "node1"), ("node2", "node2")):
-        said = cluster.exec(node, ["ssh", "-o", "BatchMode=yes", other, "hostname; echo $HOME $PATH; exit 7"])
+        result = cluster.exec(node, ["ssh", "-o", "BatchMode=yes", other, "hostname; echo $HOME $PATH; exit 7"])
 
-        assert (said.returncode, said.stderr) == (7, "")
-        assert said.stdout == f"{other}\n/run/node/home {DEBIAN_PATH}\n"  # a real node has no .venv on its PATH either
+        assert (result.returncode, result.stderr) == (7, "")
+        # As on a real node, the PATH does not include .venv.
+        assert result.stdout == f"{other}\n/run/node/home {DEBIAN_PATH}\n"
 
 
 @needs_cluster
 def test_an_unknown_host_key_is_refused(cluster: SimulatedCluster) -> None:
     command = ["ssh", "-o", "BatchMode=yes", "-o", "UserKnownHostsFile=/dev/null", "node2", "hostname"]
 
-    said = cluster.exec("node1", command)
+    result = cluster.exec("node1", command)
 
-    assert (said.returncode, said.stdout) == (255, "")
-    assert "Host key verification failed" in said.stderr
+    assert (result.returncode, result.stdout) == (255, "")
+    assert "Host key verification failed" in result.stderr
 
 
 @needs_cluster
-def test_a_node_has_a_name_an_address_and_processes_of_its_own(cluster: SimulatedCluster) -> None:
+def test_a_node_has_its_own_name_address_and_processes(cluster: SimulatedCluster) -> None:
     script = (
         "hostname; cat /etc/hostname; getent hosts $(hostname); hostname -I; cat /proc/sys/kernel/random/boot_id; ps ax"
     )
-    said = [cluster.exec(node, ["sh", "-c", script]).stdout.splitlines() for node in cluster.names]
+    outputs = [cluster.exec(node, ["sh", "-c", script]).stdout.splitlines() for node in cluster.names]
 
-    for number, (node, lines) in enumerate(zip(cluster.names, said, strict=True), start=1):
+    for number, (node, lines) in enumerate(zip(cluster.names, outputs, strict=True), start=1):
         assert lines[:2] == [node, node]
         assert lines[2].split() == [f"10.77.0.{number}", node]
         assert lines[3].split() == [f"10.77.0.{number}"] == [cluster.address(node)]
         assert len(lines[5:]) < 10  # ps, sh, its init, its ssh server
-    assert len({lines[4] for lines in said}) == 3
+    assert len({lines[4] for lines in outputs}) == 3
     assert socket.gethostname() not in cluster.names
 
 
 @needs_cluster
-def test_private_folders_are_each_nodes_own_and_everything_else_is_shared(
-    cluster: SimulatedCluster, shared: Path
-) -> None:
+def test_private_folders_are_separate_and_everything_else_is_shared(cluster: SimulatedCluster, shared: Path) -> None:
     for node in cluster.names:
         cluster.exec(node, ["sh", "-c", f"echo {node} >{shared}/private/mine; echo {node} >>{shared}/all"], check=True)
 
@@ -131,10 +130,10 @@ def test_the_hostfile_has_the_slots_of_each_node(cluster: SimulatedCluster) -> N
 def test_exec_passes_on_code_streams_folder_and_environment(cluster: SimulatedCluster, tmp_path: Path) -> None:
     script = "cat; pwd; echo $WORD $HOME $HOSTNAME; echo bad >&2; exit 3"
 
-    said = cluster.exec("node2", ["sh", "-c", script], input="in\n", cwd=tmp_path, env={"WORD": "a b"})
+    result = cluster.exec("node2", ["sh", "-c", script], input="in\n", cwd=tmp_path, env={"WORD": "a b"})
 
-    assert (said.returncode, said.stderr) == (3, "bad\n")
-    assert said.stdout == f"in\n{tmp_path}\na b /run/node/home node2\n"
+    assert (result.returncode, result.stderr) == (3, "bad\n")
+    assert result.stdout == f"in\n{tmp_path}\na b /run/node/home node2\n"
 
 
 @needs_cluster
@@ -144,16 +143,16 @@ def test_ranks_share_the_machines_cores(
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    said = cluster.exec("node2", [*through, "printenv", "OMP_NUM_THREADS", "TMPDIR"], check=True)
+    result = cluster.exec("node2", [*through, "printenv", "OMP_NUM_THREADS", "TMPDIR"], check=True)
 
-    assert said.stdout == f"{max(1, len(os.sched_getaffinity(0)) // 6)}\n/run/tmp\n"  # slots: 1, 2 and 3
+    assert result.stdout == f"{max(1, len(os.sched_getaffinity(0)) // 6)}\n/run/tmp\n"  # slots: 1, 2 and 3
 
 
 @needs_cluster
 @pytest.mark.parametrize(
     ("command", "code"), [(["no-such-command"], 127), (["/etc/hosts"], 126), (["sh", "-c", "kill -9 $$"], 137)]
 )
-def test_exec_ends_as_a_shell_would(cluster: SimulatedCluster, command: list[str], code: int) -> None:
+def test_exec_has_the_exit_codes_of_a_shell(cluster: SimulatedCluster, command: list[str], code: int) -> None:
     assert cluster.exec("node1", command).returncode == code
 
 
@@ -167,7 +166,7 @@ def test_a_signal_to_exec_reaches_the_command_once(cluster: SimulatedCluster, se
     process = cluster.start("node1", [PYTHON, "-c", script], start_new_session=True)
     assert line_of(process) == "ready"
 
-    os.killpg(process.pid, sent)  # as a terminal or a batch system does: the command must not get it twice
+    os.killpg(process.pid, sent)  # like a terminal or a batch system; the command must not get the signal twice
 
     assert process.wait(LIMIT_S) == 41
 
@@ -208,28 +207,28 @@ def test_a_terminal_ends_a_command_that_does_not_read_from_it(
 
 
 @needs_cluster
-def test_nodes_know_nothing_of_the_callers_ssh_agent(cluster: SimulatedCluster, tmp_path: Path) -> None:
-    said = cluster.exec("node1", ["ssh", "-G", "node2"], env={"SSH_AUTH_SOCK": str(tmp_path / "agent")})
+def test_nodes_do_not_use_the_callers_ssh_agent(cluster: SimulatedCluster, tmp_path: Path) -> None:
+    result = cluster.exec("node1", ["ssh", "-G", "node2"], env={"SSH_AUTH_SOCK": str(tmp_path / "agent")})
 
-    lines = said.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert {"identityagent none", "identitiesonly yes"} <= set(lines)
 
 
 @needs_cluster
-def test_a_process_with_a_name_that_is_cut_within_a_character_disturbs_nothing(cluster: SimulatedCluster) -> None:
+def test_a_process_name_that_is_truncated_within_a_character_does_no_harm(cluster: SimulatedCluster) -> None:
     name = "ctypes.CDLL(None).prctl(15, b'x' * 14 + b'\\xc3', 0, 0, 0)"
     other = cluster.start(
         "node1", [PYTHON, "-c", f"import ctypes; {name}; print('ready', flush=True); input()"], stdin=-1
     )
     assert line_of(other) == "ready"
 
-    said = cluster.exec("node2", ["true"])
+    result = cluster.exec("node2", ["true"])
 
-    assert (said.returncode, said.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @needs_cluster
-def test_a_killed_exec_takes_the_command_with_it(cluster: SimulatedCluster) -> None:
+def test_a_killed_exec_ends_the_command(cluster: SimulatedCluster) -> None:
     process = cluster.start("node1", [PYTHON, "-c", "print('ready', flush=True); import time; time.sleep(4321)"])
     assert line_of(process) == "ready"
 
@@ -239,12 +238,12 @@ def test_a_killed_exec_takes_the_command_with_it(cluster: SimulatedCluster) -> N
 
 
 @needs_cluster
-def test_an_unknown_node_is_answered_with_those_there_are(cluster: SimulatedCluster) -> None:
+def test_the_error_for_an_unknown_node_lists_the_nodes(cluster: SimulatedCluster) -> None:
     for command in (["exec", "node4", "true"], ["cut", "node4"]):
-        said = cluster.run(*command)
+        result = cluster.run(*command)
 
-        assert said.returncode == 2
-        assert said.stderr == "node4 is not a node of this cluster: node1 to node3.\n"
+        assert result.returncode == 2
+        assert result.stderr == "node4 is not a node of this cluster: node1 to node3.\n"
 
 
 # Links
@@ -253,7 +252,7 @@ def test_an_unknown_node_is_answered_with_those_there_are(cluster: SimulatedClus
 def connection(
     cluster: SimulatedCluster, server: str, client: str
 ) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
-    """A server on one node and its client on another, started; both scripts begin with `import time`."""
+    """Starts a server on one node and its client on another; both scripts begin with `import time`."""
     listening = cluster.start("node2", [PYTHON, "-c", "import time\n" + server])
     port = line_of(listening)
     return listening, cluster.start("node1", [PYTHON, "-c", CONNECT + client, "node2", port], stdin=subprocess.PIPE)
@@ -272,7 +271,7 @@ for line in sys.stdin:
 
 
 def ask(client: subprocess.Popen[str], seconds: float) -> str:
-    """Sends a byte; what came back within that time."""
+    """Sends a byte and returns what arrives within this time."""
     assert client.stdin is not None
     client.stdin.write(f"{seconds}\n")
     client.stdin.flush()
@@ -280,7 +279,7 @@ def ask(client: subprocess.Popen[str], seconds: float) -> str:
 
 
 @needs_cluster
-def test_a_cut_is_silent_and_a_connection_survives_it(cluster: SimulatedCluster) -> None:
+def test_a_cut_causes_no_error_and_a_connection_survives_it(cluster: SimulatedCluster) -> None:
     _, client = connection(cluster, ECHO, ASK)
     assert line_of(client) == "connected"
     assert ask(client, 10.0) == "b'x'"
@@ -295,13 +294,13 @@ def test_a_cut_is_silent_and_a_connection_survives_it(cluster: SimulatedCluster)
     assert during == "TimeoutError"
     assert (state, carrier.stdout) == ("cut", "1\n")
     assert "timed out" in refused.stderr
-    assert set(after) == set("b'xx'")  # one of the two may come before the other
+    assert set(after) == set("b'xx'")  # the two answers may arrive separately
     assert cluster.status("node2")["state"] == "up"
     assert cluster.status("node3")["dropped_packets"] > 0
 
 
 @needs_cluster
-def test_rate_and_delay_are_what_was_asked_for() -> None:
+def test_rate_and_delay_are_as_requested() -> None:
     with simulated_cluster(2, rate_mbit=200, delay_ms=5) as shaped:
         latency = (
             "peer.setsockopt(6, 1, 1)\ntook = []\nfor _ in range(30):\n    start = time.perf_counter()\n"
@@ -310,7 +309,7 @@ def test_rate_and_delay_are_what_was_asked_for() -> None:
         _, client = connection(shaped, ECHO, latency)
         seconds = float(line_of(client))
         speeds = []
-        for _ in range(3):  # a switch that was held up gives less, and never more
+        for _ in range(3):  # a delayed switch has a lower rate, never a higher one
             server, client = connection(shaped, COUNT, "for _ in range(20): peer.sendall(bytes(1 << 20))\n")
             got, took = map(float, line_of(server).split())
             speeds.append(8 * got / took / 1e6)
@@ -323,7 +322,7 @@ def test_rate_and_delay_are_what_was_asked_for() -> None:
 
 
 @needs_cluster
-def test_a_node_without_power_is_gone_and_the_others_are_not_told() -> None:
+def test_a_node_without_power_ends_and_the_others_get_no_signal() -> None:
     with simulated_cluster(2) as cluster:
         _, client = connection(cluster, ECHO, ASK)
         assert line_of(client) == "connected"
@@ -335,12 +334,12 @@ def test_a_node_without_power_is_gone_and_the_others_are_not_told() -> None:
         assert gone("sleep 54321", seconds=1.0)
         assert ask(client, 0.5) == "TimeoutError"
         assert cluster.status("node2")["state"] == "killed"
-        said = cluster.exec("node2", ["true"])
-        assert said.returncode == 4
-        assert "node2 is not running" in said.stderr
+        result = cluster.exec("node2", ["true"])
+        assert result.returncode == 4
+        assert "node2 is not running" in result.stderr
 
 
-# What it is for
+# A process group
 
 
 RANK = """
@@ -360,7 +359,7 @@ os._exit(0)
 def test_a_process_group_forms_over_ssh(cluster: SimulatedCluster, tmp_path: Path) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    port = "29411"  # the node's own: nobody else is on that address
+    port = "29411"  # free: the address belongs to this node only
     first = cluster.start("node1", [PYTHON, str(script), "0", port])
 
     second = cluster.exec("node1", ["ssh", "node2", PYTHON, str(script), "1", port], timeout=120)

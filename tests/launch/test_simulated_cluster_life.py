@@ -1,4 +1,4 @@
-"""How a simulated cluster ends, what it leaves on this machine (nothing), and what it refuses."""
+"""How a simulated cluster ends, that it leaves nothing on this machine, and which arguments it refuses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LIMIT_S = 30.0
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """The environment of a cluster that a test brings up by itself."""
+    """The environment of a cluster that the test starts itself."""
     environment = {**os.environ, "DTRAIN_CLUSTER_DIR": str(tmp_path / "state")}
     yield environment
-    simulate("down", env=environment)  # where the test failed
+    simulate("down", env=environment)  # if the test failed
 
 
 @needs_cluster
@@ -45,13 +45,13 @@ def test_killing_the_init_of_a_node_ends_everything_on_it() -> None:
 
 
 def namespaces(word: str) -> set[str]:
-    """Those that processes with that word in their command lines are in, and this one is not."""
-    found = {str(each.readlink()) for pid in processes_with(word) for each in Path(f"/proc/{pid}/ns").iterdir()}
-    return found - {str(each.readlink()) for each in Path("/proc/self/ns").iterdir()}
+    """Returns the namespaces of processes with a word in their command lines, without those of this process."""
+    names = {str(each.readlink()) for pid in processes_with(word) for each in Path(f"/proc/{pid}/ns").iterdir()}
+    return names - {str(each.readlink()) for each in Path("/proc/self/ns").iterdir()}
 
 
 def is_held(namespace: str) -> bool:
-    """Whether a process is in it."""
+    """Returns whether a process is in a namespace."""
     for path in Path("/proc").glob("[0-9]*/ns/*"):
         with suppress(OSError):
             if str(path.readlink()) == namespace:
@@ -60,7 +60,7 @@ def is_held(namespace: str) -> bool:
 
 
 def outside() -> list[object]:
-    """What a cluster may not change on this machine."""
+    """Returns the state of this machine that a cluster must not change."""
     files = [Path(name).read_text() for name in ("/proc/self/mounts", "/etc/hosts", "/etc/passwd")]
     folders = [ROOT / "launch", ROOT / "hostfiles", Path.home() / ".ssh"]
     stamps = sorted((str(path), path.lstat().st_mtime_ns) for folder in folders for path in folder.rglob("*"))
@@ -69,7 +69,7 @@ def outside() -> list[object]:
 
 @needs_cluster
 def test_down_leaves_nothing_behind(tmp_path: Path, state: dict[str, str]) -> None:
-    # What is there already would not be written once more.
+    # An existing cache would not be written again.
     shutil.rmtree(ROOT / "launch" / "simulated" / "__pycache__", ignore_errors=True)
     before = outside()
     hostfile, private = tmp_path / "hostfile", tmp_path / "private"
@@ -87,14 +87,14 @@ def test_down_leaves_nothing_behind(tmp_path: Path, state: dict[str, str]) -> No
     assert gone("sleep 76543")
     assert gone(str(tmp_path))
     assert outside() == before
-    assert until(lambda: not any(map(is_held, spaces)), 10.0)  # machine's process 1 may be slow to collect theirs
+    assert until(lambda: not any(map(is_held, spaces)), 10.0)  # this machine's process 1 may be slow to reap them
     assert list(tmp_path.iterdir()) == []
     again = simulate("down", env=state)
-    assert (again.returncode, again.stdout) == (0, f"No simulated cluster is up ({tmp_path}/state is not there).\n")
+    assert (again.returncode, again.stdout) == (0, f"No simulated cluster is up ({tmp_path}/state does not exist).\n")
 
 
 @needs_cluster
-def test_a_second_cluster_is_refused_with_what_to_do(state: dict[str, str]) -> None:
+def test_a_second_cluster_is_refused_with_the_fix(state: dict[str, str]) -> None:
     with simulated_cluster(1) as cluster:
         second = cluster.run("up", "2")
         other = simulate("up", "2", "--hostfile", str(cluster.hostfile), env=state)
@@ -120,24 +120,24 @@ def test_an_up_that_fails_at_its_end_leaves_nothing(tmp_path: Path, state: dict[
 
 
 @needs_cluster
-def test_down_clears_what_a_crash_left(tmp_path: Path, state: dict[str, str]) -> None:
+def test_down_removes_everything_after_a_crash(tmp_path: Path, state: dict[str, str]) -> None:
     hostfile = tmp_path / "hostfile"
     assert simulate("up", "2", "--hostfile", str(hostfile), env=state).returncode == 0
     for pid in processes_with(state["DTRAIN_CLUSTER_DIR"]):
         os.kill(pid, signal.SIGKILL)
 
-    asked = simulate("status", env=state)
+    status = simulate("status", env=state)
     ended = simulate("down", env=state)
 
-    assert asked.returncode == 4
-    assert "does not answer" in asked.stderr
+    assert status.returncode == 4
+    assert "does not answer" in status.stderr
     assert ended.returncode == 0
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_cluster
 @pytest.mark.parametrize("record", [None, "", "{", "[]", '{"folder": "/x"}', '{"nodes": [1]}'])
-def test_down_clears_what_an_up_left_at_its_first_step(
+def test_down_removes_everything_after_an_up_that_was_killed_at_its_first_step(
     record: str | None, tmp_path: Path, state: dict[str, str]
 ) -> None:
     folder = tmp_path / "state"
@@ -146,16 +146,16 @@ def test_down_clears_what_an_up_left_at_its_first_step(
         (folder / "cluster.json").write_text(record)
         (folder / "cluster.json.new").write_text(record)
 
-    asked = simulate("status", env=state)
+    status = simulate("status", env=state)
     ended = simulate("down", env=state)
 
-    assert (asked.returncode, ended.returncode, ended.stderr) == (4, 0, "")
-    assert "holds no complete cluster" in asked.stderr
+    assert (status.returncode, ended.returncode, ended.stderr) == (4, 0, "")
+    assert "contains no complete cluster" in status.stderr
     assert not folder.exists()
 
 
 @needs_cluster
-def test_down_removes_no_folder_that_is_not_a_clusters(tmp_path: Path, state: dict[str, str]) -> None:
+def test_down_removes_only_the_folder_of_a_cluster(tmp_path: Path, state: dict[str, str]) -> None:
     kept = tmp_path / "state" / "precious"
     kept.parent.mkdir()
     kept.touch()
@@ -170,7 +170,7 @@ def test_down_removes_no_folder_that_is_not_a_clusters(tmp_path: Path, state: di
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "COMMAND"),
         (["up"], "N"),
@@ -181,20 +181,20 @@ def test_down_removes_no_folder_that_is_not_a_clusters(tmp_path: Path, state: di
         (["up", "2", "--delay", "-1"], "'-1' is not a number"),
         (["up", "3", "--slots", "1,2"], "--slots has 2 numbers for 3 nodes"),
         (["up", "3", "--slots", "1,,2"], "'' is not a number"),
-        (["exec", "node1"], "which command?"),
+        (["exec", "node1"], "the command is missing"),
         (["mend", "node1"], "mend"),
     ],
 )
-def test_wrong_arguments_end_with_2(arguments: list[str], said: str, state: dict[str, str]) -> None:
+def test_wrong_arguments_end_with_2(arguments: list[str], message: str, state: dict[str, str]) -> None:
     ended = simulate(*arguments, env=state)
 
     assert ended.returncode == 2
-    assert said in ended.stderr.splitlines()[-1]
+    assert message in ended.stderr.splitlines()[-1]
 
 
 @needs_cluster
 @pytest.mark.parametrize("option", ["--hostfile", "--private"])
-def test_a_path_that_will_not_do_is_refused_before_anything_starts(
+def test_an_unsuitable_path_is_refused_before_anything_starts(
     option: str, tmp_path: Path, state: dict[str, str]
 ) -> None:
     file = tmp_path / "file"
@@ -210,7 +210,7 @@ def test_a_path_that_will_not_do_is_refused_before_anything_starts(
 
 
 @pytest.mark.parametrize("command", [["up", "2"], ["down"], ["exec", "node1", "true"]])
-def test_who_is_not_root_is_told_so_in_one_line(command: list[str], state: dict[str, str]) -> None:
+def test_without_root_the_error_is_one_line(command: list[str], state: dict[str, str]) -> None:
     script = "import os, runpy, sys; os.geteuid = lambda: 1000; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
     ended = subprocess.run(

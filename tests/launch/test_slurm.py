@@ -1,7 +1,7 @@
-"""launch/slurm.sbatch: what it starts, which code it ends with, when it goes back into the queue.
+"""launch/slurm.sbatch: what it starts, its exit code, and when it requeues the job.
 
-Its logic with programs of Slurm's names that are written down here; and, where Slurm is installed, two real nodes on
-this machine (two slurmd on two loopback addresses, no authentication) that run it as a user would.
+Most tests use stand-ins for Slurm's programs. If Slurm is installed, others use two real nodes on this machine (two
+slurmd on two loopback addresses, without authentication).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIMIT_S = 60
 
 
 def directives() -> dict[str, str]:
-    """The script's own options for sbatch."""
+    """Returns the options for sbatch in the script."""
     lines = re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", SCRIPT.read_text(), re.MULTILINE)
     return dict(lines)
 
@@ -38,7 +38,15 @@ def directives() -> dict[str, str]:
 
 @dataclass
 class Site:
-    """A folder of stand-ins, first on the PATH. srun, squeue, scontrol: shell code of each."""
+    """A folder of stand-ins, first on the PATH.
+
+    Attributes:
+        folder: their folder, and that of the run.
+        srun: shell code of srun.
+        squeue: shell code of squeue.
+        scontrol: shell code of scontrol.
+        env: variables of the script's environment.
+    """
 
     folder: Path
     srun: str = "exit 0"
@@ -51,30 +59,30 @@ class Site:
         bin_folder.mkdir(exist_ok=True)
         for name in ("srun", "squeue", "scontrol"):
             program = bin_folder / name
-            told = f'printf "%s\\n" "$@" > {self.folder}/{name}.args'
-            program.write_text(f"#!/bin/sh\n{told}\n{getattr(self, name)}\n")
+            record = f'printf "%s\\n" "$@" > {self.folder}/{name}.args'
+            program.write_text(f"#!/bin/sh\n{record}\n{getattr(self, name)}\n")
             program.chmod(0o755)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         path = f"{bin_folder}:{jobs.BIN}:{os.environ['PATH']}"
         return subprocess.run(
             ["bash", str(SCRIPT), *arguments],
-            cwd=self.folder,  # the script finds the checkout by itself
+            cwd=self.folder,  # the script finds the checkout itself
             env={**kept, "PATH": path, **self.env},
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
         )
 
-    def told(self, name: str) -> list[str] | None:
-        """The arguments that a stand-in was called with; None if it was not called."""
+    def arguments_of(self, name: str) -> list[str] | None:
+        """Returns the arguments that a stand-in was called with; None if it was not called."""
         file = self.folder / f"{name}.args"
         return file.read_text().splitlines() if file.exists() else None
 
     def settings(self) -> list[str]:
         return [f"run.output_dir={self.folder}", "run.name=run"]
 
-    def ends(self, code: int, message: str, *, srun_code: int | None = None) -> str:
-        """Shell code of an srun under which dtrain ends so, and which adds a line of its own."""
+    def ending_with(self, code: int, message: str, *, srun_code: int | None = None) -> str:
+        """Returns shell code of an srun under which dtrain ends like this, and which prints a line itself."""
         run = self.folder / "run"
         end = json.dumps({"code": code, "message": message})
         return (
@@ -94,62 +102,68 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(site: Site) -> None:
     done = site.run("--dry-run", "--config", "configs/my cola.yaml", 'freeze.modules=["a", "b"]')
 
     assert done.returncode == 0, done.stderr
-    assert site.told("srun") is None
+    assert site.arguments_of("srun") is None
     printed = subprocess.run(["bash", "-c", f"printf '%s\\n' {done.stdout[2:]}"], capture_output=True, text=True)
     assert printed.stdout.splitlines()[-4:] == [
         "dtrain/main.py", "--config", "configs/my cola.yaml", 'freeze.modules=["a", "b"]',
     ]  # fmt: skip
 
 
-def test_outside_slurm_it_says_how_to_submit_it(site: Site) -> None:
+def test_outside_slurm_the_message_shows_how_to_submit_it(site: Site) -> None:
     site.env = {}
 
     done = site.run()
 
     assert done.returncode == 2
     assert "sbatch launch/slurm.sbatch" in done.stderr
-    assert site.told("srun") is None
+    assert site.arguments_of("srun") is None
 
 
 def test_arguments_reach_the_ranks_as_they_were_given(site: Site) -> None:
     done = site.run(*site.settings(), "run.seed=3", 'freeze.modules=["embeddings"]')
 
     assert done.returncode == 0, done.stderr
-    told = site.told("srun")
-    assert told is not None
-    assert "--cpus-per-task=3" in told, "a step does not take it from its job"
-    assert "--cpu-bind=cores" in told
-    assert "--export=ALL" in told
-    assert told[-6:] == ["python", "dtrain/main.py", *site.settings(), "run.seed=3", 'freeze.modules=["embeddings"]']
-    assert site.told("scontrol") is None
+    arguments = site.arguments_of("srun")
+    assert arguments is not None
+    assert "--cpus-per-task=3" in arguments, "a step does not inherit it from its job"
+    assert "--cpu-bind=cores" in arguments
+    assert "--export=ALL" in arguments
+    assert arguments[-6:] == [
+        "python",
+        "dtrain/main.py",
+        *site.settings(),
+        "run.seed=3",
+        'freeze.modules=["embeddings"]',
+    ]
+    assert site.arguments_of("scontrol") is None
     assert done.stdout.startswith("+ srun ")
 
 
-def test_a_wrong_setting_is_said_once_and_nothing_starts(site: Site) -> None:
+def test_a_wrong_setting_is_reported_once_and_nothing_starts(site: Site) -> None:
     done = site.run("train.max_stepz=3")
 
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("train.max_stepz is not a setting. Did you mean train.max_steps?")
-    assert site.told("srun") is None
+    assert site.arguments_of("srun") is None
 
 
-def test_a_job_that_fails_ends_with_its_own_code_and_message_last(site: Site) -> None:
-    site.srun = site.ends(3, "No such data.")
+def test_a_failed_job_exits_with_its_own_code_and_its_message_last(site: Site) -> None:
+    site.srun = site.ending_with(3, "No such data.")
 
     done = site.run(*site.settings())
 
     assert done.returncode == 3
     assert done.stderr.splitlines()[-1] == "No such data."
-    assert site.told("scontrol") is None
+    assert site.arguments_of("scontrol") is None
 
 
-def test_the_first_cause_counts_where_srun_gives_the_highest_code_of_all_ranks(site: Site) -> None:
-    site.srun = site.ends(5, "The loss is nan.", srun_code=137)
+def test_the_exit_code_is_that_of_the_first_failure(site: Site) -> None:
+    site.srun = site.ending_with(5, "The loss is nan.", srun_code=137)
 
     assert site.run(*site.settings()).returncode == 5
 
 
-def test_a_failure_is_never_a_success_and_an_older_end_is_not_taken_for_this_one(site: Site) -> None:
+def test_an_exit_file_of_an_earlier_job_does_not_count(site: Site) -> None:
     (site.folder / "run").mkdir()
     old = site.folder / "run" / "exit.json"
     old.write_text(json.dumps({"code": 75, "message": "Long ago."}))
@@ -159,41 +173,41 @@ def test_a_failure_is_never_a_success_and_an_older_end_is_not_taken_for_this_one
     done = site.run(*site.settings())
 
     assert done.returncode == 139
-    assert done.stderr.splitlines()[-1] == "srun ended with code 139."
+    assert done.stderr.splitlines()[-1] == "srun exited with code 139."
 
 
-def test_a_job_that_saved_goes_back_into_the_queue(site: Site) -> None:
-    site.srun = site.ends(75, "The checkpoint is saved.")
+def test_a_job_that_saved_is_requeued(site: Site) -> None:
+    site.srun = site.ending_with(75, "The checkpoint is saved.")
 
     done = site.run(*site.settings())
 
-    assert site.told("scontrol") == ["requeue", "17"]
+    assert site.arguments_of("scontrol") == ["requeue", "17"]
     assert done.returncode == 75
-    assert done.stderr.splitlines()[-1] == "The checkpoint is saved. Back into the queue, start 2."
+    assert done.stderr.splitlines()[-1] == "The checkpoint is saved. Requeued, start 2."
 
 
 @pytest.mark.parametrize(
-    ("squeue", "restarts", "says"),
+    ("squeue", "restarts", "message"),
     [
         ("echo COMPLETING", "0", "the job is COMPLETING"),  # after scancel
         ("exit 1", "0", "the job is unknown"),
-        ("echo RUNNING", "50", "it was so 50 times"),
+        ("echo RUNNING", "50", "the limit of 50 requeues is reached"),
     ],
 )
-def test_a_job_that_is_to_end_stays_out_of_the_queue(site: Site, squeue: str, restarts: str, says: str) -> None:
-    site.srun = site.ends(75, "The checkpoint is saved.")
+def test_a_job_that_must_end_is_not_requeued(site: Site, squeue: str, restarts: str, message: str) -> None:
+    site.srun = site.ending_with(75, "The checkpoint is saved.")
     site.squeue = squeue
     site.env["SLURM_RESTART_COUNT"] = restarts
 
     done = site.run(*site.settings())
 
     assert done.returncode == 75
-    assert says in done.stderr.splitlines()[-1]
-    assert site.told("scontrol") is None
+    assert message in done.stderr.splitlines()[-1]
+    assert site.arguments_of("scontrol") is None
 
 
-def test_where_slurm_refuses_it_says_to_submit_again(site: Site) -> None:
-    site.srun = site.ends(75, "The checkpoint is saved.")
+def test_if_slurm_refuses_to_requeue_the_message_says_to_submit_again(site: Site) -> None:
+    site.srun = site.ending_with(75, "The checkpoint is saved.")
     site.scontrol = "exit 1"
 
     done = site.run(*site.settings())
@@ -208,14 +222,14 @@ def test_a_folder_without_dtrain_is_refused(site: Site) -> None:
     done = site.run()
 
     assert done.returncode == 2
-    assert "no dtrain/main.py" in done.stderr
+    assert "has no dtrain/main.py" in done.stderr
 
 
-def test_its_directives_signal_the_ranks_and_send_no_secrets() -> None:
+def test_the_directives_signal_the_ranks_and_forward_no_secrets() -> None:
     found = directives()
 
-    assert re.fullmatch(r"USR1@\d+", found["signal"]), "B: would signal the script alone"
-    assert found["open-mode"] == "append", "a requeued job would else begin its log anew"
+    assert re.fullmatch(r"USR1@\d+", found["signal"]), "B: would signal only the script"
+    assert found["open-mode"] == "append", "otherwise a requeued job overwrites its log"
     assert "requeue" in found
     names = found["export"].split(",")
     assert {"PATH", "HOME"} <= set(names)
@@ -256,34 +270,39 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass
 class Cluster:
-    """Two nodes of Slurm. folder: all that they write."""
+    """Two nodes of Slurm.
+
+    Attributes:
+        folder: the folder of all files that they write.
+        env: the environment of commands.
+    """
 
     folder: Path
     env: Mapping[str, str]
 
-    def ask(self, *command: str) -> str:
+    def run(self, *command: str) -> str:
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=LIMIT_S, cwd=jobs.ROOT)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
     def submit(self, name: str, *options: str, settings: list[str]) -> str:
-        """The number of a job with one rank on each node, and its output in <name>.out."""
+        """Submits a job with one rank on each node, which writes its output to <name>.out. Returns its number."""
         size = ["--nodes", "2", "--ntasks-per-node", "1", "--cpus-per-task", "1", "--time", "10"]
         output = ["--output", str(self.folder / f"{name}.out")]
-        return self.ask("sbatch", "--parsable", *size, *output, *options, str(SCRIPT), *settings)
+        return self.run("sbatch", "--parsable", *size, *output, *options, str(SCRIPT), *settings)
 
-    def said(self, name: str) -> str:
+    def output(self, name: str) -> str:
         file = self.folder / f"{name}.out"
         return file.read_text() if file.exists() else ""
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, ExitCode, Restarts, ..."""
-        fields = self.ask("scontrol", "show", "job", number, "--oneliner").split()
+        """Returns Slurm's fields of a job: JobState, ExitCode, Restarts, ..."""
+        fields = self.run("scontrol", "show", "job", number, "--oneliner").split()
         return dict(entry.partition("=")[::2] for entry in fields)
 
     def wait_for_line(self, name: str, pattern: str, times: int = 1) -> None:
-        found = jobs.until(lambda: len(re.findall(pattern, self.said(name))) >= times)
-        assert found, f"no {times} of {pattern!r} in:\n{self.said(name)}"
+        found = jobs.until(lambda: len(re.findall(pattern, self.output(name))) >= times)
+        assert found, f"no {times} of {pattern!r} in:\n{self.output(name)}"
 
     def wait_for_end(self, number: str) -> dict[str, str]:
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -291,7 +310,7 @@ class Cluster:
         return self.job(number)
 
     def processes(self) -> dict[int, str]:
-        """Of its jobs and daemons, by number: all have this folder in their command line."""
+        """Returns the processes of its jobs and daemons, which have this folder in their command line."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -311,10 +330,10 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [name for name in NEEDS if shutil.which(name) is None and not Path(f"/usr/sbin/{name}").exists()]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"needs root and Slurm (slurmctld, slurmd, slurm-client): without {', '.join(missing) or 'root'}")
+        pytest.skip(f"needs root and Slurm (slurmctld, slurmd, slurm-client); missing: {', '.join(missing) or 'root'}")
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "slurm.conf").write_text(CONF.format(folder=folder, ports=[jobs.free_port() for _ in range(3)]))
-    # The daemons keep a few things of their environment for the jobs: nothing of the one that pytest has.
+    # Jobs inherit some variables of the daemons, which therefore do not get pytest's environment.
     path = f"{jobs.BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     env = {"PATH": path, "HOME": os.environ.get("HOME", "/root"), "SLURM_CONF": str(folder / "slurm.conf")}
     found = Cluster(folder, {**env, "HF_TOKEN": "hf_not_to_be_seen", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""})
@@ -330,8 +349,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             log.close()
         assert jobs.until(lambda: _idle(found) == 2, LIMIT_S), [log.read_text() for log in folder.glob("*.log")]
         yield found
-        for number in found.ask("squeue", "--noheader", "--format", "%A").split():
-            found.ask("scancel", "--signal=KILL", number)
+        for number in found.run("squeue", "--noheader", "--format", "%A").split():
+            found.run("scancel", "--signal=KILL", number)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
@@ -356,9 +375,9 @@ def _idle(cluster: Cluster) -> int:
 
 
 @pytest.mark.slow
-def test_slurm_trains_on_two_nodes_and_says_how_it_ended(tmp_path: Path, cluster: Cluster) -> None:
+def test_slurm_trains_on_two_nodes_and_gets_the_exit_code(tmp_path: Path, cluster: Cluster) -> None:
     good = cluster.submit("good", settings=jobs.settings(cluster.folder, "good"))
-    assert cluster.wait_for_end(good)["JobState"] == "COMPLETED", cluster.said("good")
+    assert cluster.wait_for_end(good)["JobState"] == "COMPLETED", cluster.output("good")
     bad = cluster.submit(
         "bad", settings=jobs.settings(cluster.folder, "bad", optim__name="sgd", optim__learning_rate="1e30", optim__max_grad_norm="null")
     )  # fmt: skip
@@ -366,26 +385,26 @@ def test_slurm_trains_on_two_nodes_and_says_how_it_ended(tmp_path: Path, cluster
 
     summary = jobs.summary_of(cluster.folder / "good")
     assert (summary["world_size"], summary["launcher"], summary["engine"]) == (2, "slurm", "ddp")
-    assert "rank 0 of 2 on 2 nodes (local rank 0 of 1), by slurm" in cluster.said("good")
+    assert "rank 0 of 2 on 2 nodes (local rank 0 of 1), by slurm" in cluster.output("good")
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "5:0")
-    assert cluster.said("bad").splitlines()[-1] == jobs.exit_of(cluster.folder / "bad")["message"]
+    assert cluster.output("bad").splitlines()[-1] == jobs.exit_of(cluster.folder / "bad")["message"]
 
 
 @pytest.mark.slow
-def test_slurms_signal_saves_requeues_and_goes_on_and_scancel_ends_it_for_good(cluster: Cluster) -> None:
+def test_slurms_signal_requeues_a_job_that_continues_and_scancel_ends_it(cluster: Cluster) -> None:
     settings = jobs.settings(cluster.folder, "long", train__max_steps=100000, train__log_every=1, data__workers=1)
     number = cluster.submit("long", settings=settings)
     cluster.wait_for_line("long", "  loss ")
     environments = [Path(f"/proc/{pid}/environ").read_text() for pid in cluster.ranks()]
-    # As --signal does: to the steps, not to the script.
-    cluster.ask("scancel", "--signal=USR1", number)
-    cluster.wait_for_line("long", "Back into the queue, start 2")
+    # Like --signal, this signals the steps and not the script.
+    cluster.run("scancel", "--signal=USR1", number)
+    cluster.wait_for_line("long", "Requeued, start 2")
     cluster.wait_for_line("long", "rank 0 of 2 on 2 nodes", times=2)
     resumed = jobs.until(lambda: bool(jobs.events(cluster.folder / "long", "resume")))
     restarts = cluster.job(number)["Restarts"]
-    steps = cluster.said("long").count("  loss ")
+    steps = cluster.output("long").count("  loss ")
     cluster.wait_for_line("long", "  loss ", times=steps + 1)
-    cluster.ask("scancel", number)
+    cluster.run("scancel", number)
     ended = cluster.wait_for_end(number)
     gone = jobs.until(lambda: not cluster.ranks(), 30)
 
@@ -395,5 +414,5 @@ def test_slurms_signal_saves_requeues_and_goes_on_and_scancel_ends_it_for_good(c
     assert restarts == "1"
     assert ended["JobState"] == "CANCELLED"
     assert gone
-    assert "start 3" not in cluster.said("long")
-    assert cluster.job(number)["JobState"] == "CANCELLED", "it does not come back"
+    assert "start 3" not in cluster.output("long")
+    assert cluster.job(number)["JobState"] == "CANCELLED", "it is not requeued"

@@ -1,4 +1,4 @@
-"""Jobs on a simulated cluster, started in each way that users start them, and what can go wrong with them.
+"""Jobs on a simulated cluster, started by each command that users may use, and faults for them.
 
 with simulated_cluster(2, private=[runs]) as cluster, started("launch/torchrun.sh", cluster, settings) as job:
     job.wait_for("step 5/")
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from dtrain.cluster.run_job import LEASH
+from dtrain.cluster.run_job import SUPERVISOR
 from tests.support import jobs
 from tests.support.simulated import SimulatedCluster
 
@@ -28,12 +28,16 @@ LITERAL = ("torchrun", "deepspeed")
 MAIN = str(jobs.ROOT / jobs.MAIN)
 PYTHON = str(jobs.BIN / "python")
 PORT = "29500"
-"""Where ranks meet that torchrun or deepspeed starts, typed by hand."""
+"""The master's port of a job that is started by torchrun or deepspeed directly."""
 
 
 @dataclass
 class ClusterJob:
-    """One job: what was typed, on one node or on each. The first is what the user looks at."""
+    """One job.
+
+    Attributes:
+        typed: the commands that the user started, on one node or on each. The user watches the first.
+    """
 
     typed: list[jobs.Job]
 
@@ -45,36 +49,39 @@ class ClusterJob:
         self.first.wait_for(text)
 
     def ranks(self) -> list[int]:
-        """Processes that run dtrain, in the order of ranks, wherever they are."""
+        """Returns the processes that run dtrain on any node, in the order of ranks."""
         found = {pid: rank_of(pid) for job in self.typed for pid in job.ranks()}
         return sorted(found, key=lambda pid: found[pid])
 
     def launchers(self) -> dict[str, int]:
-        """By node: the process that started its ranks."""
+        """Returns, by node, the process that started its ranks."""
         return {jobs._environment(pid).get("HOSTNAME", ""): parent_of(pid) for pid in self.ranks()}
 
-    def left(self) -> dict[int, list[str]]:
-        """What still runs of it, on any node, leashes included."""
+    def remaining(self) -> dict[int, list[str]]:
+        """Returns the job's processes on any node, supervisors included."""
         marked = {pid: words for job in self.typed for pid, words in job.members().items()}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue
-            if str(LEASH) in words[1:3]:
+            if str(SUPERVISOR) in words[1:3]:
                 marked[int(folder.name)] = words
         return marked
 
     def has_ended(self) -> bool:
-        """Whether all that was typed has. A process that is just turning into another program has no environment yet,
-        and so no mark: while a job starts there may be none of it in sight."""
+        """Returns whether all started commands have ended.
+
+        `remaining` alone is not enough: a process that is just executing another program has no environment, and so no
+        mark, so that while a job starts, no process may be found.
+        """
         return all(job.has_ended() for job in self.typed)
 
     def end(self, limit_s: float = jobs.LIMIT_S) -> tuple[int, float]:
-        """The exit code of what the user looks at, and the seconds until nothing was left anywhere."""
+        """Returns the exit code of the first command, and the seconds until no process was left on any node."""
         begin = time.monotonic()
         deadline = begin + limit_s
-        while ((left := self.left()) or not self.has_ended()) and time.monotonic() < deadline:
+        while ((left := self.remaining()) or not self.has_ended()) and time.monotonic() < deadline:
             time.sleep(0.05)
         took = time.monotonic() - begin
         is_over = not left and self.has_ended()
@@ -82,14 +89,14 @@ class ClusterJob:
         return self.first.end(10), took
 
     def last_line(self) -> str:
-        """The last thing that the user sees of it."""
-        said = [line for line in self.first.out if line.strip()]
-        return said[-1] if said else ""
+        """Returns the last line that the user sees."""
+        lines = [line for line in self.first.out if line.strip()]
+        return lines[-1] if lines else ""
 
     def last_of_dtrain(self) -> str:
-        """The last line with a message of dtrain's, from any rank."""
-        found = [line for job in self.typed for line in job.out if "error:" in line]
-        return found[-1] if found else ""
+        """Returns the last line with an error message of dtrain, from any rank."""
+        lines = [line for job in self.typed for line in job.out if "error:" in line]
+        return lines[-1] if lines else ""
 
 
 def rank_of(pid: int) -> int:
@@ -102,42 +109,44 @@ def parent_of(pid: int) -> int:
 
 
 @contextmanager
-def started(way: str, cluster: SimulatedCluster, settings: Sequence[str], *options: str) -> Iterator[ClusterJob]:
-    """Starts the job from node1 (a torchrun typed by hand: on every node).
+def started(command: str, cluster: SimulatedCluster, settings: Sequence[str], *options: str) -> Iterator[ClusterJob]:
+    """Starts the job from node1; with torchrun, on every node.
 
-    options: of the launch script.
+    Args:
+        command: one of SCRIPTS or LITERAL.
+        options: options of the launch script.
     """
     env = {**cluster.env, "PYTHON": PYTHON, "PATH": f"{jobs.BIN}{os.pathsep}{os.environ['PATH']}"}
     mark = uuid.uuid4().hex
-    with ExitStack() as stack, NamedTemporaryFile("w", suffix=".deepspeed_env") as travels:
-        # What deepspeed, typed by hand, does not pass on by itself.
-        travels.write(f"{jobs.MARK}={mark}\nOMP_NUM_THREADS=1\n")
-        travels.flush()
-        env["DS_ENV_FILE"] = travels.name
+    with ExitStack() as stack, NamedTemporaryFile("w", suffix=".deepspeed_env") as env_file:
+        # Variables that deepspeed does not forward by itself.
+        env_file.write(f"{jobs.MARK}={mark}\nOMP_NUM_THREADS=1\n")
+        env_file.flush()
+        env["DS_ENV_FILE"] = env_file.name
         typed = [
             stack.enter_context(jobs.started(cluster.command(node, words), env=env, mark=mark))
-            for node, words in _typed(way, cluster, settings, options)
+            for node, words in _typed(command, cluster, settings, options)
         ]
         yield ClusterJob(typed)
 
 
 def _typed(
-    way: str, cluster: SimulatedCluster, settings: Sequence[str], options: Sequence[str]
+    command: str, cluster: SimulatedCluster, settings: Sequence[str], options: Sequence[str]
 ) -> list[tuple[str, list[str]]]:
-    if way in SCRIPTS:
-        return [("node1", [str(jobs.ROOT / way), str(cluster.hostfile), *options, *settings])]
-    if way == "deepspeed":
+    if command in SCRIPTS:
+        return [("node1", [str(jobs.ROOT / command), str(cluster.hostfile), *options, *settings])]
+    if command == "deepspeed":
         words = [jobs.launcher("deepspeed"), "--hostfile", str(cluster.hostfile), *options, MAIN, *settings]
         return [("node1", words)]
-    assert way == "torchrun"
-    meeting = ["--nnodes", str(len(cluster.names)), "--master-addr", "node1", "--master-port", PORT]
+    assert command == "torchrun"
+    rendezvous = ["--nnodes", str(len(cluster.names)), "--master-addr", "node1", "--master-port", PORT]
     nodes = {node: cluster.status(node) for node in cluster.names}
     return [
         (
             node,
             [
                 jobs.launcher("torchrun"),
-                *meeting,
+                *rendezvous,
                 "--node-rank",
                 str(place),
                 "--nproc-per-node",
@@ -147,7 +156,7 @@ def _typed(
             + list(settings),
         )
         for place, node in enumerate(cluster.names)
-        if nodes[node]["state"] == "up"  # nobody can type it on one that is off
+        if nodes[node]["state"] == "up"  # no command can be started on a node that is off
     ]
 
 
@@ -176,14 +185,17 @@ def kill_node(cluster: SimulatedCluster, job: ClusterJob) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that goes wrong while a job runs.
+    """A fault while a job runs.
 
-    within_s: how long everything may take to end everywhere. told: what the last line has to say, one of these.
+    Attributes:
+        strike: causes the fault.
+        within_s: time until no process may be left on any node.
+        messages: patterns, one of which the last line must match.
     """
 
     strike: Callable[[SimulatedCluster, ClusterJob], None]
     within_s: float
-    told: tuple[str, ...]
+    messages: tuple[str, ...]
 
 
 HANG_TIMEOUT_S = 10
@@ -202,7 +214,7 @@ WHILE_IT_RUNS = {
 
 
 def replace_on(cluster: SimulatedCluster, node: str, path: Path, by: Path) -> None:
-    """One node sees `by` where the others see `path`."""
+    """Makes one node see `by` at the path `path`."""
     cluster.exec(node, ["mount", "--bind", str(by), str(path)], check=True)
 
 
@@ -229,7 +241,7 @@ def no_python(cluster: SimulatedCluster, folder: Path) -> None:
 
 
 def other_torch(cluster: SimulatedCluster, folder: Path) -> None:
-    """What pip knows of it; nothing else is looked at before the job starts."""
+    """Changes the version in torch's metadata, which is all that is checked before a job starts."""
     (metadata,) = [
         Path(str(file.locate())) for file in importlib.metadata.files("torch") or () if file.name == "METADATA"
     ]
@@ -242,32 +254,32 @@ def other_torch(cluster: SimulatedCluster, folder: Path) -> None:
 
 def other_code(cluster: SimulatedCluster, folder: Path) -> None:
     other = folder / "loop.py"
-    other.write_text((jobs.ROOT / "dtrain" / "training" / "loop.py").read_text() + "# mended here only\n")
+    other.write_text((jobs.ROOT / "dtrain" / "training" / "loop.py").read_text() + "# changed on this node only\n")
     replace_on(cluster, "node2", jobs.ROOT / "dtrain" / "training" / "loop.py", other)
 
 
 def clock_off(cluster: SimulatedCluster, folder: Path) -> None:
-    """Every Python of the node says an hour more."""
-    clock, own = folder / "clock", folder / "bin"
+    """Makes the clock of every Python on the node an hour fast."""
+    clock, bin_folder = folder / "clock", folder / "bin"
     clock.mkdir()
     (clock / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 3600\n")
-    shutil.copytree(jobs.BIN, own, symlinks=True)
-    wrapper = own / Path(PYTHON).name
+    shutil.copytree(jobs.BIN, bin_folder, symlinks=True)
+    wrapper = bin_folder / Path(PYTHON).name
     wrapper.unlink()
     wrapper.write_text(f'#!/bin/bash\nexport PYTHONPATH={clock}\nexec -a {PYTHON} {Path(PYTHON).resolve()} "$@"\n')
     wrapper.chmod(0o755)
-    replace_on(cluster, "node2", jobs.BIN, own)
+    replace_on(cluster, "node2", jobs.BIN, bin_folder)
 
 
 def port_taken(cluster: SimulatedCluster, folder: Path) -> None:
-    listen = f"import socket; s = socket.create_server(('', {PORT})); print('there', flush=True); input()"
+    listen = f"import socket; s = socket.create_server(('', {PORT})); print('ready', flush=True); input()"
     holder = cluster.start("node1", [PYTHON, "-c", listen], stdin=-1)
     assert holder.stdout is not None
-    assert holder.stdout.readline() == "there\n"
+    assert holder.stdout.readline() == "ready\n"
 
 
 def other_data(cluster: SimulatedCluster, folder: Path) -> None:
-    """A label of the examples that jobs.settings has made in the folder is another."""
+    """Changes a label of the examples that jobs.settings has made in the folder."""
     train, other = folder / "made" / "cola" / "train.tsv", folder / "other.tsv"
     other.write_text(train.read_text().replace("\t1\t", "\t0\t", 1))
     replace_on(cluster, "node2", train, other)
@@ -275,31 +287,35 @@ def other_data(cluster: SimulatedCluster, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Planted:
-    """Something that is wrong before a job is started.
+    """A fault before a job is started.
 
-    told: what the last line has to say. code: the exit code. options: of the launch script.
-    is_seen_at_once: a look at the hosts finds it, so that nothing is started.
+    Attributes:
+        plant: causes the fault.
+        message: a pattern that the last line must match.
+        code: the exit code.
+        options: options of the launch script.
+        is_found_by_preflight: the check of the hosts finds it, so that nothing is started.
     """
 
     plant: Callable[[SimulatedCluster, Path], None]
-    told: str
+    message: str
     code: int = 4
     options: tuple[str, ...] = ()
-    is_seen_at_once: bool = True
+    is_found_by_preflight: bool = True
 
 
 BEFORE_IT_STARTS = {
-    "node2 off": Planted(node_off, r"node2: (it does not answer|there is no way to it)"),
-    "sshd of node2 stopped": Planted(no_sshd, "node2: it is there, but no sshd answers"),
-    "wrong key": Planted(wrong_key, "node2: its sshd does not take your key"),
+    "node2 off": Planted(node_off, r"node2: (it does not answer|there is no route to it)"),
+    "sshd of node2 stopped": Planted(no_sshd, "node2: the host is up, but no sshd answers"),
+    "wrong key": Planted(wrong_key, "node2: its sshd rejects your key"),
     "unknown host key": Planted(unknown_host_key, "node2: its host key is not known here"),
     "python missing on node2": Planted(no_python, "node2: there is no Python at"),
     "another torch on node2": Planted(other_torch, r"node2: torch 2\.12\.0, but .* on node1"),
-    "other code on node2": Planted(other_code, "node2: dtrain's code is another than on node1"),
+    "other code on node2": Planted(other_code, "node2: dtrain's code differs from node1"),
     "clock of node2 an hour ahead": Planted(clock_off, "node2: its clock is 3600 s ahead"),
-    "port taken on node1": Planted(port_taken, f"node1: port {PORT} is taken there", options=("--master-port", PORT)),
+    "port taken on node1": Planted(port_taken, f"node1: port {PORT} is in use there", options=("--master-port", PORT)),
     "other data on node2": Planted(
-        other_data, r"the data \(train\) on node2 are not those on node1", code=3, is_seen_at_once=False
+        other_data, r"the data \(train\) on node2 are not those on node1", code=3, is_found_by_preflight=False
     ),
 }
-"""What is planted on a cluster of two nodes, and what the user reads."""
+"""Faults on a cluster of two nodes."""

@@ -5,8 +5,8 @@
         with jobs.started(cluster.command("node1", jobs.torchrun())) as job: ...
         cluster.cut("node2")
 
-Its state and hostfile lie in a folder of their own, so that a test does not meet a cluster that somebody has up. At the
-end everything is taken down, with whatever runs on the nodes.
+Its state and hostfile are in a temporary folder, so that a test does not disturb a cluster that is already up. At the end
+the cluster is taken down, with all processes on its nodes.
 """
 
 from __future__ import annotations
@@ -37,24 +37,29 @@ SYSTEM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/
 
 
 def why_not() -> str | None:
-    """What a simulated cluster lacks on this machine; None if nothing."""
+    """Returns why this machine cannot run a simulated cluster; None if it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a simulated cluster needs Linux and root"
     if not Path("/dev/net/tun").exists():
         return "a simulated cluster needs /dev/net/tun"
-    lacking = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
-    return f"a simulated cluster needs {', '.join(lacking)}: launch/simulate-cluster install" if lacking else None
+    missing = [name for name in PROGRAMS if shutil.which(name, path=SYSTEM_PATH) is None]
+    return f"a simulated cluster needs {', '.join(missing)}: launch/simulate-cluster install" if missing else None
 
 
 needs_cluster = pytest.mark.cluster
-"""For tests that bring one up; conftest.py skips them where `why_not` has a reason."""
+"""For tests that start a cluster; conftest.py skips them if `why_not` returns a reason."""
 
 
 @dataclass
 class SimulatedCluster:
-    """One that is up.
+    """A running cluster.
 
-    folder: its state. hostfile: its nodes and slots. env: what `command` needs to find it; pass it on with them.
+    Attributes:
+        folder: its state.
+        hostfile: its nodes and slots.
+        names: the names of its nodes.
+        env: variables that a command of `command` needs in its environment.
+        running: processes that `start` has started.
     """
 
     folder: Path
@@ -64,25 +69,27 @@ class SimulatedCluster:
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def command(self, node: str, command: Sequence[str]) -> list[str]:
-        """What to run here so that `command` runs on the node: in this folder, its signals and exit code passed on.
+        """Returns the command that runs `command` on the node, in this folder; signals and the exit code are passed on.
 
-        Its environment must have `env`.
+        Its environment must include `env`.
         """
         return [SIMULATE, "exec", node, *command]
 
     def exec(
         self, node: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a command on a node to its end, LIMIT_S at most unless `timeout` says otherwise.
+        """Runs a command on a node to its end, by default for LIMIT_S at most.
 
-        env: on top of this environment. more: arguments of subprocess.run.
+        Args:
+            env: variables in addition to this environment.
+            more: arguments of subprocess.run.
         """
         return self.run("exec", node, *command, env=env, **more)
 
     def start(
         self, node: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, **more: Any
     ) -> subprocess.Popen[str]:
-        """Starts a command on a node, output and errors in pipes; it is ended with the cluster."""
+        """Starts a command on a node, with pipes to its output; it is ended with the cluster."""
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
         environment = {**os.environ, **(env or {}), **self.env}
         process: subprocess.Popen[str] = subprocess.Popen(
@@ -92,14 +99,14 @@ class SimulatedCluster:
         return process
 
     def cut(self, node: str) -> None:
-        """What the node sends and what is sent to it is lost from now on; nobody is told."""
+        """Drops all packets from and to the node from now on."""
         self.run("cut", node, check=True)
 
     def heal(self, node: str) -> None:
         self.run("heal", node, check=True)
 
     def kill_node(self, node: str) -> None:
-        """The node loses power."""
+        """Ends the node as a power loss would."""
         self.run("kill", node, check=True)
 
     def address(self, node: str) -> str:
@@ -107,7 +114,7 @@ class SimulatedCluster:
         return address
 
     def status(self, node: str) -> dict[str, Any]:
-        """address, slots, state, cut, sent_bytes, received_bytes, dropped_packets."""
+        """Returns address, slots, state, cut, sent_bytes, received_bytes and dropped_packets."""
         nodes = json.loads(self.run("status", "--json", check=True).stdout)["nodes"]
         found: dict[str, Any] = next(each for each in nodes if each["node"] == node)
         return found
@@ -115,11 +122,15 @@ class SimulatedCluster:
     def run(
         self, *arguments: str, env: Mapping[str, str] | None = None, **more: Any
     ) -> subprocess.CompletedProcess[str]:
-        """launch/simulate-cluster with these arguments. more: arguments of subprocess.run."""
+        """Runs launch/simulate-cluster.
+
+        Args:
+            more: arguments of subprocess.run.
+        """
         return simulate(*arguments, env={**os.environ, **(env or {}), **self.env}, **more)
 
     def end_started(self) -> None:
-        """Kills what `start` started and still runs; a test that keeps the cluster for others does so at its end."""
+        """Kills all processes of `start`. A test that shares the cluster with other tests calls it at its end."""
         for process in self.running:
             process.kill()  # and the command on the node with it
             process.wait(LIMIT_S)
@@ -138,10 +149,13 @@ def simulated_cluster(
     rate_mbit: float | None = None,
     private: Sequence[Path | str] = (),
 ) -> Iterator[SimulatedCluster]:
-    """A cluster of `count` nodes, node1 and up. Skips the test where none can be.
+    """Starts a cluster of `count` nodes, named node1 and up. Skips the test if this machine cannot run one.
 
-    slots: ranks in the hostfile, of each node or one number each. delay_ms, rate_mbit: of each node's link, each way.
-    private: folders of which each node has one of its own.
+    Args:
+        slots: ranks in the hostfile, one number for all nodes or one for each.
+        delay_ms: delay of each node's link in each direction.
+        rate_mbit: rate of each node's link in each direction; None for no limit.
+        private: folders that each node has its own copy of.
     """
     if reason := why_not():
         pytest.skip(reason)
@@ -166,7 +180,11 @@ def simulated_cluster(
 
 
 def simulate(*arguments: str, env: Mapping[str, str], **more: Any) -> subprocess.CompletedProcess[str]:
-    """launch/simulate-cluster with these arguments. more: arguments of subprocess.run."""
+    """Runs launch/simulate-cluster.
+
+    Args:
+        more: arguments of subprocess.run.
+    """
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": LIMIT_S, **more}
     if "input" not in options:
         options.setdefault("stdin", subprocess.DEVNULL)
@@ -174,7 +192,7 @@ def simulate(*arguments: str, env: Mapping[str, str], **more: Any) -> subprocess
 
 
 def processes_with(word: str) -> dict[int, str]:
-    """Processes, on all nodes and outside, with that word in their command lines."""
+    """Returns the processes, on all nodes and on this machine, with a word in their command lines."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended
@@ -185,5 +203,5 @@ def processes_with(word: str) -> dict[int, str]:
 
 
 def gone(word: str, *, but: str | None = None, seconds: float = 10.0) -> bool:
-    """Whether no process has that word in its command line any more, or only ones that have `but` as well."""
+    """Returns whether the processes with a word in their command lines end in time, except those that have `but` too."""
     return until(lambda: all(but is not None and but in command for command in processes_with(word).values()), seconds)

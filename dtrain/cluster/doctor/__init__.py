@@ -1,1 +1,1 @@
-"""The checks of the doctor command."""
+"""The checks of the doctor command: hosts, network and links."""

@@ -1,7 +1,8 @@
-"""The far end of the doctor's questions: answers orders, a JSON object a line, until its standard input ends.
+"""The doctor's agent on a host: follows orders, one JSON object a line, until its standard input ends.
 
-Sent to the host behind probe.py and details.py, as one text (talk.py leaves out imports of dtrain): standard library
-only. When the input ends (the doctor is done, or died), everything that it opened or wrote here is gone.
+Sent to the host after probe.py and host_facts.py, as one text (remote_source.py removes imports of dtrain), so it uses
+the standard library only. The input ends when the doctor is done or has died; then everything that the agent opened or
+wrote is removed.
 """
 
 from __future__ import annotations
@@ -14,60 +15,64 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dtrain.cluster.doctor.host_facts import details, way_to
-from dtrain.cluster.probe import basics
+from dtrain.cluster.doctor.host_facts import collect_doctor_facts, find_route
+from dtrain.cluster.probe import collect_basic_facts
 
 PAYLOAD = bytes(64 * 1024)
-"""Sent over every connection: small packets pass where large ones are lost for want of MTU."""
+"""Sent over every connection: with a wrong MTU, small packets arrive and large ones are lost."""
 
-HELLO = 32
-"""Bytes of the word that a listener answers with: it could be somebody else's."""
+TOKEN_BYTES = 32
+"""Length of the token that a listener sends first, so that another program on the port is not mistaken for it."""
 
 listeners: list[socket.socket] = []
-marks: list[Path] = []
+markers: list[Path] = []
 
 
-def look(order: dict[str, Any]) -> dict[str, Any]:
-    """What this host has."""
-    return {**basics(order), **details(order)}
+def collect_facts(order: dict[str, Any]) -> dict[str, Any]:
+    """Returns the facts about this host."""
+    return {**collect_basic_facts(order), **collect_doctor_facts(order)}
 
 
-def clock(order: dict[str, Any]) -> dict[str, Any]:
-    """The time here, in seconds since 1970."""
+def read_clock(order: dict[str, Any]) -> dict[str, Any]:
+    """Returns this host's time, in seconds since 1970."""
     return {"time": time.time()}
 
 
-def listen(order: dict[str, Any]) -> dict[str, Any]:
-    """Opens a port on the interface that leads to an address, and answers all who come until the end.
+def open_listener(order: dict[str, Any]) -> dict[str, Any]:
+    """Opens a port on the interface that leads to an address, and serves every connection until the agent ends.
 
-    order: `to`, an address; `word`, what to answer with.
+    Args:
+        order: `to`, the address; `token`, what to send on each connection.
+
+    Returns:
+        The route as `find_route` describes it, and `port`; or `problem`.
     """
     try:
-        found = way_to(order["to"])
+        route = find_route(order["to"])
     except OSError as error:
         return {"problem": error.strerror or str(error)}
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listeners.append(listener)
-    listener.bind((found["address"], 0))
+    listener.bind((route["address"], 0))
     listener.listen(128)
-    threading.Thread(target=_accept, args=(listener, order["word"].encode()), daemon=True).start()
-    return {**found, "port": listener.getsockname()[1]}
+    threading.Thread(target=_accept_peers, args=(listener, order["token"].encode()), daemon=True).start()
+    return {**route, "port": listener.getsockname()[1]}
 
 
-def _accept(listener: socket.socket, word: bytes) -> None:
+def _accept_peers(listener: socket.socket, token: bytes) -> None:
     while True:
         try:
             peer, _ = listener.accept()
-        except OSError:  # closed
+        except OSError:  # the listener was closed
             return
-        threading.Thread(target=_serve, args=(peer, word), daemon=True).start()
+        threading.Thread(target=_serve_peer, args=(peer, token), daemon=True).start()
 
 
-def _serve(peer: socket.socket, word: bytes) -> None:
+def _serve_peer(peer: socket.socket, token: bytes) -> None:
     with peer:
         peer.settimeout(30.0)
         try:
-            peer.sendall(word)
+            peer.sendall(token)
             _receive(peer, len(PAYLOAD))
             peer.sendall(PAYLOAD)
         except OSError:
@@ -75,59 +80,70 @@ def _serve(peer: socket.socket, word: bytes) -> None:
 
 
 def _receive(peer: socket.socket, size: int) -> bytes:
-    """So many bytes, less at the other's end."""
-    found = bytearray()
-    while len(found) < size and (chunk := peer.recv(size - len(found))):
-        found += chunk
-    return bytes(found)
+    """Returns `size` bytes; fewer if the peer closes the connection."""
+    received = bytearray()
+    while len(received) < size and (chunk := peer.recv(size - len(received))):
+        received += chunk
+    return bytes(received)
 
 
-def reach(order: dict[str, Any]) -> dict[str, Any]:
-    """Connects to all targets at once. order: `targets`: host, address, port and word of each; `seconds` for each.
+def connect_to_targets(order: dict[str, Any]) -> dict[str, Any]:
+    """Connects to all targets in parallel.
 
-    Gives for each host why it is not reached, empty where it is.
+    Args:
+        order: `targets`, each with host, address, port and token; `timeout_s` for each.
+
+    Returns:
+        For each host why it cannot be reached; an empty text if it can.
     """
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     threads = [
-        threading.Thread(target=_reach, args=(target, order["seconds"], found), daemon=True)
+        threading.Thread(target=_connect_to_target, args=(target, order["timeout_s"], problems), daemon=True)
         for target in order["targets"]
     ]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 2 * order["seconds"] + 1.0
+    deadline = time.monotonic() + 2 * order["timeout_s"] + 1.0
     for thread in threads:
         thread.join(max(deadline - time.monotonic(), 0.0))
-    return {target["host"]: found.get(target["host"], "no answer") for target in order["targets"]}
+    return {target["host"]: problems.get(target["host"], "no answer") for target in order["targets"]}
 
 
-def _reach(target: dict[str, Any], seconds: float, found: dict[str, str]) -> None:
-    where = (target["address"], target["port"])
+def _connect_to_target(target: dict[str, Any], timeout_s: float, problems: dict[str, str]) -> None:
+    address = (target["address"], target["port"])
     try:
-        peer = socket.create_connection(where, timeout=seconds)
+        peer = socket.create_connection(address, timeout=timeout_s)
     except TimeoutError:
-        found[target["host"]] = f"no answer within {seconds:g} s"
+        problems[target["host"]] = f"no answer within {timeout_s:g} s"
         return
     except OSError as error:
-        found[target["host"]] = error.strerror or str(error)
+        problems[target["host"]] = error.strerror or str(error)
         return
     with peer:
         try:
-            word = _receive(peer, HELLO).decode("latin-1")
-            if word != target["word"]:
-                found[target["host"]] = f"something else answers at {where[0]}"
+            token = _receive(peer, TOKEN_BYTES).decode("latin-1")
+            if token != target["token"]:
+                problems[target["host"]] = f"another program answers at {address[0]}"
                 return
             peer.sendall(PAYLOAD)
-            came = len(_receive(peer, len(PAYLOAD)))
+            received = len(_receive(peer, len(PAYLOAD)))
         except OSError:
-            came = 0
-    if came == len(PAYLOAD):
-        found[target["host"]] = ""
+            received = 0
+    if received == len(PAYLOAD):
+        problems[target["host"]] = ""
     else:
-        found[target["host"]] = f"it connects, but {len(PAYLOAD) // 1024} KiB do not get through"
+        problems[target["host"]] = f"it connects, but {len(PAYLOAD) // 1024} KiB do not get through"
 
 
-def mark(order: dict[str, Any]) -> dict[str, Any]:
-    """Puts an empty file into a folder, or the nearest one above that is there. It is removed at the end."""
+def create_marker(order: dict[str, Any]) -> dict[str, Any]:
+    """Creates an empty file, which is removed when the agent ends.
+
+    Args:
+        order: `folder`, where to create it, or in the nearest existing folder above it; `name`, the file's name.
+
+    Returns:
+        `path` of the file, or `problem`.
+    """
     folder = Path(order["folder"])
     try:
         while not folder.exists() and folder != folder.parent:
@@ -136,35 +152,42 @@ def mark(order: dict[str, Any]) -> dict[str, Any]:
         path.touch(exist_ok=False)
     except OSError as error:
         return {"problem": f"{folder}: {error.strerror or error}"}
-    marks.append(path)
+    markers.append(path)
     return {"path": str(path)}
 
 
-def see(order: dict[str, Any]) -> dict[str, Any]:
-    """Whether a file is here as well."""
+def find_marker(order: dict[str, Any]) -> dict[str, Any]:
+    """Returns `exists`, whether the file `path` of the order exists on this host, or `problem`."""
     try:
-        return {"is_there": Path(order["path"]).exists()}
+        return {"exists": Path(order["path"]).exists()}
     except OSError as error:
         return {"problem": error.strerror or str(error)}
 
 
-ORDERS = {"look": look, "clock": clock, "listen": listen, "reach": reach, "mark": mark, "see": see}
+ORDERS = {
+    "facts": collect_facts,
+    "clock": read_clock,
+    "listen": open_listener,
+    "connect": connect_to_targets,
+    "create_marker": create_marker,
+    "find_marker": find_marker,
+}
 
 
-def answer() -> None:
-    """Until the input ends."""
+def follow_orders() -> None:
+    """Answers every order until the input ends."""
     try:
         for line in sys.stdin:
             order = json.loads(line)
             try:
-                said = ORDERS[order["do"]](order)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the doctor is to hear of it
-                said = {"problem": f"{type(error).__name__}: {error}"}
-            # On a line of its own, also where a login script has left one open.
-            sys.stdout.write("\n" + json.dumps({"number": order["number"], **said}) + "\n")
+                answer = ORDERS[order["order"]](order)
+            except Exception as error:  # noqa: BLE001 - the doctor reports every error
+                answer = {"problem": f"{type(error).__name__}: {error}"}
+            # Begins with a newline, because a login script may have left a line open.
+            sys.stdout.write("\n" + json.dumps({"number": order["number"], **answer}) + "\n")
             sys.stdout.flush()
     finally:
-        for path in marks:
+        for path in markers:
             path.unlink(missing_ok=True)
         for listener in listeners:
             listener.close()

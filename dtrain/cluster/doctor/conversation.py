@@ -1,7 +1,7 @@
-"""The near end of the doctor's questions: one conversation with each host, all at once, each answer waited for so long.
+"""Sends the doctor's orders to agents on all hosts in parallel, and waits for each answer up to a time limit.
 
-On a host runs nothing but `python` with a text that comes through ssh (agent.py), so it also works where dtrain is not.
-Closing its standard input ends it, whoever closes it.
+A host runs only `python` with a text that is sent over ssh (agent.py), so this also works if dtrain is not there. An
+agent ends when its standard input is closed, by this process or by its death.
 """
 
 from __future__ import annotations
@@ -18,86 +18,97 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from dtrain.cluster.remote_source import CORES, HERE, PROBE, as_one_text
-from dtrain.cluster.ssh import CONNECT_S, is_here, start_on, why_not
+from dtrain.cluster.remote_source import CPU, HERE, PROBE, join_sources
+from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, NO_SSH, explain_exit, is_local, start_on
 
-TEXTS = (CORES, PROBE, HERE / "doctor" / "host_facts.py", HERE / "doctor" / "agent.py")
+AGENT_FILES = (CPU, PROBE, HERE / "doctor" / "host_facts.py", HERE / "doctor" / "agent.py")
 
-BOOT = (
-    # Nothing of the folder that it starts in may stand for a library.
-    "import sys; sys.path[:] = filter(None, sys.path); import json; there = {'__name__': 'asked'}; "
-    "exec(json.loads(sys.stdin.readline()), there); there['answer']()"
+START_AGENT = (
+    # Without the current folder on sys.path, whose files could hide the standard library's.
+    "import sys; sys.path[:] = filter(None, sys.path); import json; agent = {'__name__': 'agent'}; "
+    "exec(json.loads(sys.stdin.readline()), agent); agent['follow_orders']()"
 )
 
 SSH_FAILED = 255
-"""ssh's own exit code; every other one is the remote command's."""
+"""ssh's own exit code; any other is the remote command's."""
 
-END_S = 5.0
-"""How long an agent may take to end once its input has."""
+FIRST_ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 20.0
+"""From the start of ssh to the first answer. A slow login is not a failure."""
+
+END_TIMEOUT_S = 5.0
+"""Time for an agent to end after its input is closed."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """One answer.
+class HostReply:
+    """One answer of an agent.
 
-    problem: why there is none. check: whose problem that is, ssh, python or answer.
-    sent, received: by this machine's clock, seconds since 1970.
+    Attributes:
+        answer: the agent's JSON object; empty if there is none.
+        problem: why there is no answer; empty if there is one.
+        sent: when the order was sent, by this machine's clock, in seconds since 1970.
+        received: when the answer arrived, by the same clock.
+        check: the doctor's check that the problem belongs to: ssh, python or answer.
     """
 
-    found: Mapping[str, Any]
+    answer: Mapping[str, Any]
     problem: str = ""
     sent: float = 0.0
     received: float = 0.0
     check: str = "answer"
 
 
-class Talk:
-    """A conversation with one host. problem: why it has ended, once it has. is_here: the host is this machine."""
+class Conversation:
+    """A conversation with one host's agent.
 
-    def __init__(self, host: str, text: str) -> None:
-        self.host, self.problem, self.is_here = host, "", is_here(host)
+    Attributes:
+        host: the host's name.
+        problem: why the conversation has ended; empty while it has not.
+        is_local: whether the host is this machine.
+    """
+
+    def __init__(self, host: str, agent_source: str) -> None:
+        self.host, self.problem, self.is_local = host, "", is_local(host)
         self._check = "answer"
         self._number = 0
         self._answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-        self._complaints: list[str] = []
+        self._stderr_lines: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._process = start_on(host, [sys.executable, "-c", BOOT])
+            self._process = start_on(host, [sys.executable, "-c", START_AGENT])
         except FileNotFoundError:
             self._check = "ssh"
-            self.problem = f"{host}: there is no ssh on this machine. Install it: apt-get install openssh-client"
+            self.problem = f"{host}: {NO_SSH}"
             return
-        self._readers = [
-            threading.Thread(target=read, daemon=True) for read in (self._read_answers, self._read_complaints)
-        ]
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_answers, self._read_stderr)]
         for reader in self._readers:
             reader.start()
-        self._write(text)
+        self._write(agent_source)
 
-    def ask(self, order: Mapping[str, Any], *, timeout_s: float) -> Said:
-        """Sends an order and waits for its answer; a host that does not give one in time is not asked again."""
+    def ask(self, order: Mapping[str, Any], *, timeout_s: float) -> HostReply:
+        """Sends an order and waits for the answer. If it does not arrive in time, later orders are not sent."""
         self._number += 1
         sent, deadline = time.time(), time.monotonic() + timeout_s
         if not self.problem:
             self._write({**order, "number": self._number})
         while not self.problem:
             try:
-                found = self._answers.get(timeout=max(deadline - time.monotonic(), 0.0))
+                answer = self._answers.get(timeout=max(deadline - time.monotonic(), 0.0))
             except Empty:
                 self.problem = (
-                    f"{self.host}: no answer within {timeout_s:g} s to the question for {order['do']!r}. Does a disk of it "
-                    "hang (a network file system), or its driver?"
+                    f"{self.host}: no answer to the order {order['order']!r} within {timeout_s:g} s. Does one of its disks "
+                    "hang (a network file system), or a driver?"
                 )
                 break
             received = time.time()
-            if found is None:
-                self.problem = self._why_it_ended()
-            elif found["number"] == self._number:
-                return Said(found, sent=sent, received=received)
-        return Said({}, self.problem, check=self._check)
+            if answer is None:
+                self.problem = self._explain_end()
+            elif answer["number"] == self._number:
+                return HostReply(answer, sent=sent, received=received)
+        return HostReply({}, self.problem, check=self._check)
 
-    def let_go(self) -> None:
-        """Tells it to end, there and here; also while another thread waits for an answer."""
+    def request_end(self) -> None:
+        """Closes the agent's input. May be called while another thread waits for an answer."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -105,7 +116,7 @@ class Talk:
             self._process.stdin.close()
 
     def close(self, deadline: float) -> None:
-        """Ends it, by force from the deadline on (by time.monotonic)."""
+        """Waits for the local process to end, and kills it at the deadline (by time.monotonic)."""
         if self._process is None:
             return
         try:
@@ -114,16 +125,16 @@ class Talk:
             self._process.kill()
             self._process.wait()
         for reader, stream in zip(self._readers, (self._process.stdout, self._process.stderr), strict=True):
-            reader.join(END_S)
+            reader.join(END_TIMEOUT_S)
             if stream is not None and not reader.is_alive():
                 stream.close()
 
-    def _write(self, what: Any) -> None:
+    def _write(self, message: Any) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        # Never more than a pipe holds before the first answer, so that a host that reads nothing stops nobody.
-        with contextlib.suppress(OSError, ValueError):  # it has ended; it was let go
-            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+        # Before the first answer, never more than a pipe holds, so that a host that reads nothing does not block this.
+        with contextlib.suppress(OSError, ValueError):  # the process has ended, or its input was closed
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
     def _read_answers(self) -> None:
@@ -131,76 +142,80 @@ class Talk:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
-                found = json.loads(line)
-            except ValueError:  # a login script of the host that prints, or the empty line before an answer
+                answer = json.loads(line)
+            except ValueError:  # output of a login script on the host, or the empty line before an answer
                 continue
-            if isinstance(found, dict) and "number" in found:
-                self._answers.put(found)
+            if isinstance(answer, dict) and "number" in answer:
+                self._answers.put(answer)
         self._answers.put(None)
 
-    def _read_complaints(self) -> None:
+    def _read_stderr(self) -> None:
         assert self._process is not None
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            self._complaints = [*self._complaints[-40:], line.decode("utf-8", "replace")]
+            self._stderr_lines = [*self._stderr_lines[-40:], line.decode("utf-8", "replace")]
 
-    def _why_it_ended(self) -> str:
+    def _explain_end(self) -> str:
         assert self._process is not None
-        self._readers[1].join(END_S)
+        self._readers[1].join(END_TIMEOUT_S)
         try:
-            code = self._process.wait(END_S)
+            code = self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return f"{self.host}: it has closed its output, and does not end."
+            return f"{self.host}: the agent has closed its output, but does not end."
         if code in (126, 127):
             self._check = "python"
-            return f"{self.host}: there is no Python at {sys.executable}. Make the same .venv there as here."
+            return f"{self.host}: there is no Python at {sys.executable}. Create the same .venv there as here."
         self._check = "ssh" if code == SSH_FAILED else "answer"
-        return why_not(self.host, code, "".join(self._complaints))
+        return explain_exit(self.host, code, "".join(self._stderr_lines))
 
 
-class Talks:
-    """Conversations with all hosts, in their order."""
+class Conversations:
+    """Conversations with all hosts, in the order of the hosts.
+
+    Attributes:
+        local_hosts: the names of hosts that are this machine.
+    """
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        text = as_one_text(TEXTS)
-        # A thread for each until the end: ssh is told to die with the thread that started it.
+        agent_source = join_sources(AGENT_FILES)
+        # Each host has one thread until the end, because ssh is set up to die with the thread that started it.
         self._pools = [ThreadPoolExecutor(1) for _ in hosts]
-        starts = [pool.submit(Talk, host, text) for pool, host in zip(self._pools, hosts, strict=True)]
-        self._talks = [start.result() for start in starts]
-        self.here = {talk.host for talk in self._talks if talk.is_here}
+        starts = [pool.submit(Conversation, host, agent_source) for pool, host in zip(self._pools, hosts, strict=True)]
+        self._conversations = [start.result() for start in starts]
+        self.local_hosts = {each.host for each in self._conversations if each.is_local}
 
     def ask(
         self, order: Mapping[str, Any] | Callable[[str], Mapping[str, Any] | None], *, timeout_s: float
-    ) -> dict[str, Said]:
-        """Asks every host the same at the same time, or what `order` gives for it; it is left out where that is None."""
-        orders = {talk.host: order(talk.host) if callable(order) else order for talk in self._talks}
-        waiting = {
-            talk.host: pool.submit(talk.ask, given, timeout_s=timeout_s)
-            for pool, talk in zip(self._pools, self._talks, strict=True)
-            if (given := orders[talk.host]) is not None
+    ) -> dict[str, HostReply]:
+        """Sends orders to all hosts in parallel and returns their replies.
+
+        Args:
+            order: the same order for all hosts, or a function that returns a host's order, or None to skip the host.
+        """
+        orders = {each.host: order(each.host) if callable(order) else order for each in self._conversations}
+        pending = {
+            each.host: pool.submit(each.ask, host_order, timeout_s=timeout_s)
+            for pool, each in zip(self._pools, self._conversations, strict=True)
+            if (host_order := orders[each.host]) is not None
         }
-        return {host: future.result() for host, future in waiting.items()}
+        return {host: future.result() for host, future in pending.items()}
 
     def close(self) -> None:
-        """Ends all, also while they are asked: Ctrl-C does not wait for an answer."""
-        deadline = time.monotonic() + END_S
-        for talk in self._talks:
-            talk.let_go()
-        for talk in self._talks:
-            talk.close(deadline)
+        """Ends all conversations, even while an answer is pending, so that Ctrl-C takes effect immediately."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        for conversation in self._conversations:
+            conversation.request_end()
+        for conversation in self._conversations:
+            conversation.close(deadline)
         for pool in self._pools:
             pool.shutdown()
 
 
 @contextlib.contextmanager
-def talking_to(hosts: Sequence[str]) -> Iterator[Talks]:
-    """Conversations, ended at the end."""
-    talks = Talks(hosts)
+def open_conversations(hosts: Sequence[str]) -> Iterator[Conversations]:
+    """Yields conversations with the hosts, and ends them afterwards."""
+    conversations = Conversations(hosts)
     try:
-        yield talks
+        yield conversations
     finally:
-        talks.close()
-
-
-FIRST_S = CONNECT_S + 20.0
-"""From the start of ssh to the first answer: a slow login is none that fails."""
+        conversations.close()

@@ -1,4 +1,4 @@
-"""What the doctor found: one state for each thing looked at, and how it is shown. Pure."""
+"""The doctor's findings: one state for each check, and how findings are shown. Pure."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Any
 
 OK, WARN, RED = "ok", "warn", "red"
 
-COLOURS = {OK: "32", WARN: "33", RED: "31"}
+COLORS = {OK: "32", WARN: "33", RED: "31"}
 
-MOST_NAMED = 4
-"""Hosts that a row names before it counts them."""
+MAX_NAMED_HOSTS = 4
+"""A row names up to this many hosts; of more hosts it names the first ones and counts the rest."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at, on the hosts that agree in it.
+    """The result of one check, for the hosts that share it.
 
-    state: ok, warn (a job will run, but not as well as it could) or red (it will not run, or not give the same answer).
-    found: what was found. fix: what mends it, where it is not ok.
+    Attributes:
+        check: the name of the check.
+        hosts: the hosts.
+        state: `ok`; `warn`, a job runs, but not as well as it could; or `red`, it does not run, or its results differ.
+        found: what was found.
+        fix: how to fix it; empty if the state is `ok`.
     """
 
     check: str
@@ -29,87 +33,88 @@ class Finding:
     fix: str = ""
 
 
-def folded(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that say the same of one host each as one row, at the place of the first."""
+def merge_findings(findings: Sequence[Finding]) -> list[Finding]:
+    """Returns the findings with equal ones of single hosts merged into one, at the position of the first."""
     hosts: dict[tuple[Finding, tuple[str, ...]], list[str]] = {}
     for finding in findings:
-        together = finding.hosts if len(finding.hosts) > 1 else ()  # a pair stays a pair
-        hosts.setdefault((replace(finding, hosts=()), together), []).extend(finding.hosts)
-    return [replace(alike, hosts=tuple(names)) for (alike, _), names in hosts.items()]
+        group = finding.hosts if len(finding.hosts) > 1 else ()  # findings of pairs are not merged
+        hosts.setdefault((replace(finding, hosts=()), group), []).extend(finding.hosts)
+    return [replace(finding, hosts=tuple(names)) for (finding, _), names in hosts.items()]
 
 
-def side_by_side(check: str, values: Mapping[str, str], *, state: str, fix: str) -> list[Finding]:
-    """One finding where all hosts say the same; else one more for each that is unlike the most of them.
+def compare_values(check: str, values: Mapping[str, str], *, state: str, fix: str) -> list[Finding]:
+    """Returns one finding for the hosts with the most common value, and one for each host that differs.
 
     Args:
-        values: by host, in the order of the hostfile; of two values as frequent as each other the first host's counts.
-        state: of a host that differs.
+        values: by host, in the order of the hostfile. If two values are equally common, the first host's counts.
+        state: the state of a host that differs.
+        fix: the fix for a host that differs.
     """
     if not values:
         return []
-    said = list(values.values())
-    usual = max(said, key=said.count)
-    found = [Finding(check, tuple(host for host, value in values.items() if value == usual), OK, usual)]
-    others = {host: value for host, value in values.items() if value != usual}
-    return found + [
-        Finding(check, (host,), state, f"{value}, but {usual} on {named(found[0].hosts)}", fix)
+    all_values = list(values.values())
+    common = max(all_values, key=all_values.count)
+    agreeing = tuple(host for host, value in values.items() if value == common)
+    others = {host: value for host, value in values.items() if value != common}
+    return [Finding(check, agreeing, OK, common)] + [
+        Finding(check, (host,), state, f"{value}, but {common} on {format_hosts(agreeing)}", fix)
         for host, value in others.items()
     ]
 
 
-def named(hosts: Sequence[str]) -> str:
-    """Hosts in words."""
-    if len(hosts) <= MOST_NAMED:
+def format_hosts(hosts: Sequence[str]) -> str:
+    """Returns the hosts' names as text."""
+    if len(hosts) <= MAX_NAMED_HOSTS:
         return ", ".join(hosts)
-    return f"{', '.join(hosts[: MOST_NAMED - 1])} and {len(hosts) - MOST_NAMED + 1} more"
+    return f"{', '.join(hosts[: MAX_NAMED_HOSTS - 1])} and {len(hosts) - MAX_NAMED_HOSTS + 1} more"
 
 
-def table(findings: Sequence[Finding], hosts: Sequence[str], *, is_tty: bool) -> str:
-    """A row for each, red and warn with the fix below.
+def format_table(findings: Sequence[Finding], hosts: Sequence[str], *, is_tty: bool) -> str:
+    """Returns a row for each finding, with the fix below it unless its state is `ok`.
 
     Args:
-        hosts: all that were looked at.
-        is_tty: people watch: the state has its colour.
+        hosts: all hosts that were checked.
+        is_tty: the output is a terminal: states are colored.
     """
-    rows = folded(findings)
-    wheres = [_where(row.hosts, hosts) for row in rows]
-    width = max((len(row.check) for row in rows), default=0)
-    wide = max(map(len, wheres), default=0)
+    rows = merge_findings(findings)
+    host_texts = [_format_row_hosts(row.hosts, hosts) for row in rows]
+    check_width = max((len(row.check) for row in rows), default=0)
+    host_width = max(map(len, host_texts), default=0)
     lines = []
-    for row, where in zip(rows, wheres, strict=True):
+    for row, host_text in zip(rows, host_texts, strict=True):
         state = f"{row.state:4s}"
         if is_tty:
-            state = f"\x1b[{COLOURS[row.state]}m{state}\x1b[0m"
-        lines.append(f"{state}  {row.check:{width}s}  {where:{wide}s}  {row.found}".rstrip())
+            state = f"\x1b[{COLORS[row.state]}m{state}\x1b[0m"
+        lines.append(f"{state}  {row.check:{check_width}s}  {host_text:{host_width}s}  {row.found}".rstrip())
         if row.fix and row.state != OK:
             lines.append(f"      fix: {row.fix}")
     return "\n".join(lines)
 
 
-def _where(some: Sequence[str], hosts: Sequence[str]) -> str:
-    if len(hosts) > 1 and set(some) == set(hosts):
+def _format_row_hosts(row_hosts: Sequence[str], hosts: Sequence[str]) -> str:
+    if len(hosts) > 1 and set(row_hosts) == set(hosts):
         return f"all {len(hosts)} hosts"
-    return named(some)
+    return format_hosts(row_hosts)
 
 
-def last_line(findings: Sequence[Finding], hosts: Sequence[str], rates: str = "") -> str:
-    """The whole in one line.
+def format_summary(findings: Sequence[Finding], hosts: Sequence[str], rates: str = "") -> str:
+    """Returns the last line, which summarizes all findings.
 
     Args:
-        rates: what the process group measured, in words; empty where there was none.
+        rates: what the process group measured, as text; empty if there was none.
     """
-    rows = folded(findings)
+    rows = merge_findings(findings)
     red, warn = ([row for row in rows if row.state == state] for state in (RED, WARN))
     count = "1 host" if len(hosts) == 1 else f"{len(hosts)} hosts"
-    warned = f", {len(warn)} {'warning' if len(warn) == 1 else 'warnings'}" if warn else ""
+    warnings = f", {len(warn)} {'warning' if len(warn) == 1 else 'warnings'}" if warn else ""
     if red:
-        return f"{len(red)} red: {', '.join(f'{row.check} ({named(row.hosts)})' for row in red)}{warned}"
-    return f"All green: {count}{', ' + rates if rates else ''}{warned}"
+        return f"{len(red)} red: {', '.join(f'{row.check} ({format_hosts(row.hosts)})' for row in red)}{warnings}"
+    return f"All green: {count}{', ' + rates if rates else ''}{warnings}"
 
 
 def as_json(findings: Sequence[Finding], hosts: Sequence[str], measured: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One JSON object; commands/doctor.py documents it."""
-    rows = folded(findings)
+    """Returns the JSON object that commands/doctor.py documents, without `advice`."""
+    rows = merge_findings(findings)
     counts = {state: sum(row.state == state for row in rows) for state in (OK, WARN, RED)}
     return {
         "green": not counts[RED],

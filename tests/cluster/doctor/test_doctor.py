@@ -1,4 +1,4 @@
-"""The doctor on simulated clusters: each planted fault is found and named with its cure, and a healthy one is green."""
+"""The doctor on simulated clusters: each planted fault is reported with its fix, and a healthy cluster is green."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ pytestmark = pytest.mark.launchers
 
 PYTHON = sys.executable
 LIMIT_S = 240.0
-BOOT = "there['answer']()"
-"""In the command line of what the doctor runs on a host."""
+AGENT = "agent['follow_orders']()"
+"""Part of the command line of the doctor's agent on a host."""
+
+LINK_TEST = "dtrain.commands.link_test"
+"""Part of the command lines of the doctor's ranks."""
 
 
 def on_a_cluster(test: Callable[..., None]) -> Callable[..., None]:
-    """Where one can be, and with the long tests: together they take more than a minute."""
+    """Marks a test that needs a simulated cluster. All are slow: together they take more than a minute."""
     marked: Callable[..., None] = needs_cluster(pytest.mark.slow(test))
     return marked
 
 
 def doctor(cluster: SimulatedCluster, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command on node1."""
+    """Runs the command on node1."""
     command = [PYTHON, "dtrain/main.py", "doctor", "--hostfile", str(cluster.hostfile), *words]
     return cluster.exec("node1", command, cwd=ROOT, timeout=LIMIT_S)
 
 
 def examined(cluster: SimulatedCluster, *words: str) -> tuple[int, dict[str, Any]]:
-    """Its exit code and its findings."""
+    """Returns its exit code and its JSON output."""
     ended = doctor(cluster, "--json", *words)
     assert ended.stdout.startswith("{"), ended.stdout + ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
@@ -46,7 +49,7 @@ def examined(cluster: SimulatedCluster, *words: str) -> tuple[int, dict[str, Any
 
 
 def rows(found: dict[str, Any], host: str, state: str = "red") -> dict[str, tuple[str, str]]:
-    """What was found on a host and its fix, by check."""
+    """Returns what was found on a host and the fix, by check."""
     return {
         row["check"]: (row["found"], row["fix"])
         for row in found["findings"]
@@ -66,7 +69,7 @@ def shell(cluster: SimulatedCluster, node: str, script: str) -> None:
 
 
 def replace_python(cluster: SimulatedCluster, node: str, folder: Path, env: str | None) -> None:
-    """On that node alone, Python starts with more in its environment; or is not there at all."""
+    """Makes Python on this node start with another variable in its environment; without `env`, removes it."""
     bin_folder = folder / f"bin-{node}"
     bin_folder.mkdir()
     if env is not None:
@@ -77,26 +80,28 @@ def replace_python(cluster: SimulatedCluster, node: str, folder: Path, env: str 
 
 
 def left_on(cluster: SimulatedCluster, node: str, *words: str) -> list[str]:
-    """Command lines on a node that hold one of the words."""
-    said = on(
+    """Returns the command lines on a node that contain one of the words."""
+    output = on(
         cluster, node, "sh", "-c", "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$f; echo; done 2>/dev/null; true"
     )
-    return [line for line in said.splitlines() if any(word in line for word in words) and "for f in" not in line]
+    return [line for line in output.splitlines() if any(word in line for word in words) and "for f in" not in line]
 
 
 @on_a_cluster
-def test_a_healthy_cluster_is_green_and_its_rate_is_read_right(tmp_path: Path) -> None:
+def test_a_healthy_cluster_is_green_and_its_rate_is_measured_correctly(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     with simulated_cluster(3, rate_mbit=100, delay_ms=5, private=[runs]) as cluster:
         ended = doctor(cluster, f"run.output_dir={runs}")
         code, found = examined(cluster, f"run.output_dir={tmp_path}")
-        left = [line for node in cluster.names for line in left_on(cluster, node, BOOT, "wire_test")]
+        left = [line for node in cluster.names for line in left_on(cluster, node, AGENT, LINK_TEST)]
 
     lines = ended.stdout.splitlines()
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert lines[-1].startswith("All green: 3 hosts, ")
-    assert any("all 3 hosts" in line and "each host's own: 2 of them keep every checkpoint" in line for line in lines)
+    assert any(
+        "all 3 hosts" in line and "local to each host: 2 of them keep every checkpoint" in line for line in lines
+    )
     assert "engine.gradient_wire=bf16" in lines[-2]
     assert ended.stderr == ""
     assert (code, found["green"], found["red"]) == (0, True, 0)
@@ -112,7 +117,7 @@ def test_a_healthy_cluster_is_green_and_its_rate_is_read_right(tmp_path: Path) -
 
 
 @on_a_cluster
-def test_hosts_that_cannot_be_reached_are_named_with_the_cure(tmp_path: Path) -> None:
+def test_unreachable_hosts_are_reported_with_the_fix(tmp_path: Path) -> None:
     with simulated_cluster(6) as cluster:
         shell(cluster, "node1", "grep -v ^node2, ~/.ssh/known_hosts >/tmp/k; cat /tmp/k >~/.ssh/known_hosts")
         shell(cluster, "node3", ": >~/.ssh/authorized_keys")
@@ -130,21 +135,21 @@ def test_hosts_that_cannot_be_reached_are_named_with_the_cure(tmp_path: Path) ->
     assert code == 4
     for node, what, fix in (
         ("node2", "its host key is not known here", "ssh node2"),
-        ("node3", "its sshd does not take your key", "ssh-copy-id node3"),
+        ("node3", "its sshd rejects your key", "ssh-copy-id node3"),
         ("node4", "it does not answer", "Is it on"),
-        ("node5", "no sshd answers", "Start one"),
-        ("node6", "its host key is another than known_hosts has", "ssh-keygen -R node6"),
+        ("node5", "no sshd answers", "Start sshd"),
+        ("node6", "its host key differs from known_hosts", "ssh-keygen -R node6"),
     ):
-        told = rows(found, node)
-        assert list(told) == ["ssh"]
-        assert what in told["ssh"][0]
-        assert fix in told["ssh"][1]
+        red = rows(found, node)
+        assert list(red) == ["ssh"]
+        assert what in red["ssh"][0]
+        assert fix in red["ssh"][1]
     assert rows(found, "node1") == {}
     assert found["links"] is None
 
 
 @on_a_cluster
-def test_hosts_with_other_software_or_time_are_named(tmp_path: Path) -> None:
+def test_hosts_with_other_software_or_time_are_reported(tmp_path: Path) -> None:
     shim, clock, code_there = tmp_path / "shim", tmp_path / "clock", tmp_path / "dtrain"
     (shim / "torch-9.9.9.dist-info").mkdir(parents=True)
     (shim / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
@@ -164,19 +169,19 @@ def test_hosts_with_other_software_or_time_are_named(tmp_path: Path) -> None:
     expected = {
         "node2": ("python", "there is no Python at", "same .venv"),
         "node3": ("torch", "9.9.9, but ", "constraints.txt"),
-        "node4": ("dtrain", "but ", "one commit"),
+        "node4": ("dtrain", "but ", "same commit"),
         "node5": ("clock", "3600 s ahead of", "chrony"),
     }
     for node, (check, what, fix) in expected.items():
-        told = rows(found, node)
-        assert list(told) == [check], told
-        assert what in told[check][0]
-        assert fix in told[check][1]
+        red = rows(found, node)
+        assert list(red) == [check], red
+        assert what in red[check][0]
+        assert fix in red[check][1]
     assert rows(found, "node1") == {}
 
 
 @on_a_cluster
-def test_hosts_with_too_little_or_a_closed_way_are_named(tmp_path: Path) -> None:
+def test_hosts_with_few_resources_or_blocked_ports_are_reported(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
     with simulated_cluster(5) as cluster:
@@ -193,73 +198,73 @@ def test_hosts_with_too_little_or_a_closed_way_are_named(tmp_path: Path) -> None
 
     assert code == 4
     for node, check, what, fix in (
-        ("node2", "names", "node1, where the ranks meet, is 127.0.0.1 there", "/etc/hosts on node2"),
+        ("node2", "names", "the master's name node1 resolves to 127.0.0.1 there", "/etc/hosts on node2"),
         ("node3", "/dev/shm", "64 MiB of 64 MiB free", "--shm-size"),
-        ("node3", "open files", "512 at most", "ulimit -n"),
+        ("node3", "open files", "limit 512", "ulimit -n"),
         ("node4", "run folder", f"free in {runs}", "run.output_dir"),
         ("node5", "ports", "does not reach node3 at 10.77.0.3", "ACCEPT on node3"),
         ("node3", "ports", "does not reach node5 at 10.77.0.5", "ACCEPT on node5"),
     ):
-        told = rows(found, node)
-        assert what in told[check][0]
-        assert fix in told[check][1]
-    assert "node4 is 127.0.1.1 there" in rows(found, "node4", "warn")["own name"][0]
-    assert "is not the one of" in rows(found, "node4", "warn")["shared folder"][0]
+        red = rows(found, node)
+        assert what in red[check][0]
+        assert fix in red[check][1]
+    assert "node4 resolves to 127.0.1.1 there" in rows(found, "node4", "warn")["host name"][0]
+    assert "is not the same folder as on" in rows(found, "node4", "warn")["shared folder"][0]
     assert rows(found, "node1") == {}
     assert text.splitlines()[-1].startswith("6 red: ")
     assert sum(line.startswith("      fix: ") for line in text.splitlines()) >= 6
 
 
 @on_a_cluster
-def test_a_host_on_a_slow_link_is_named(tmp_path: Path) -> None:
+def test_a_host_on_a_slow_link_is_reported(tmp_path: Path) -> None:
     with simulated_cluster(3) as cluster:
         shell(cluster, "node2", "tc qdisc add dev eth0 root tbf rate 40mbit burst 256k latency 50ms")
 
         code, found = examined(cluster)
 
     assert code == 4, found
-    told = rows(found, "node2")
-    assert list(told) == ["bandwidth"], found["links"]
-    assert "at best with any other" in told["bandwidth"][0]
-    assert "ethtool eth0" in told["bandwidth"][1]
+    red = rows(found, "node2")
+    assert list(red) == ["bandwidth"], found["links"]
+    assert "with its fastest peer" in red["bandwidth"][0]
+    assert "ethtool eth0" in red["bandwidth"][1]
     assert rows(found, "node1") == rows(found, "node3") == {}
 
 
 @on_a_cluster
-def test_a_killed_doctor_leaves_nothing_on_the_hosts() -> None:
+def test_a_killed_doctor_leaves_no_process_on_the_hosts() -> None:
     with simulated_cluster(2) as cluster:
         command = [PYTHON, "dtrain/main.py", "doctor", "--hostfile", str(cluster.hostfile)]
         process = cluster.start("node1", command, cwd=ROOT)
-        assert until(lambda: bool(left_on(cluster, "node2", "wire_test")), 60)
+        assert until(lambda: bool(left_on(cluster, "node2", LINK_TEST)), 60)
 
         process.kill()
 
         assert until(
-            lambda: not [*left_on(cluster, "node1", "wire_test", BOOT), *left_on(cluster, "node2", "wire_test", BOOT)],
+            lambda: not [*left_on(cluster, "node1", LINK_TEST, AGENT), *left_on(cluster, "node2", LINK_TEST, AGENT)],
             15,
         )
 
 
 @on_a_cluster
-def test_a_link_that_is_lost_while_it_is_measured_is_named_in_time() -> None:
+def test_a_link_that_is_lost_while_it_is_measured_is_reported_in_time() -> None:
     with simulated_cluster(2, rate_mbit=5) as cluster:
         command = [PYTHON, "dtrain/main.py", "doctor", "--hostfile", str(cluster.hostfile), "--json"]
         process = cluster.start("node1", command, cwd=ROOT)
-        # What the questions send is less than this.
+        # The orders and answers before the measurement are smaller than this.
         assert until(lambda: cluster.status("node2")["sent_bytes"] > 1_000_000, 90)
 
         cluster.cut("node2")
         out, err = process.communicate(timeout=120)
 
     assert out.startswith("{"), out + err
-    told = rows(json.loads(out), "node1")
-    assert list(told) == ["process group"]
-    assert told["process group"][0].startswith("between node1 and node2: ")
+    red = rows(json.loads(out), "node1")
+    assert list(red) == ["process group"]
+    assert red["process group"][0].startswith("between node1 and node2: ")
 
 
 @on_a_cluster
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_doctor_that_is_stopped_while_it_measures_says_only_that(number: int) -> None:
+def test_a_doctor_that_is_stopped_while_it_measures_reports_only_that(number: int) -> None:
     with simulated_cluster(2, rate_mbit=5) as cluster:
         command = [PYTHON, "dtrain/main.py", "doctor", "--hostfile", str(cluster.hostfile)]
         process = cluster.start("node1", command, cwd=ROOT)
@@ -277,13 +282,13 @@ def alone(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=LIMIT_S)
 
 
-def test_without_a_hostfile_this_machine_is_looked_at() -> None:
+def test_without_a_hostfile_this_machine_is_checked() -> None:
     ended = alone(["--json"])
 
     found = json.loads(ended.stdout)
     assert found["hosts"] == ["localhost"]
     assert ended.returncode == (0 if found["green"] else 4)
-    # Disk and memory are what this machine has free just now.
+    # Disk and memory depend on what is free on this machine now.
     good = {**rows(found, "localhost", "ok"), **rows(found, "localhost", "warn")}
     assert {"versions", "dtrain", "run folder", "memory", "process group"} <= set(good)
     assert found["links"]["ranks"] >= 2

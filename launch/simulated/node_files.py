@@ -1,4 +1,4 @@
-"""What each node has of its own: home, keys, host table, accounts, the settings of its ssh server."""
+"""Creates each node's files: home, keys, hosts file, accounts, and the settings of its ssh server."""
 
 from __future__ import annotations
 
@@ -26,61 +26,61 @@ MaxStartups 200
 MaxSessions 200
 Subsystem sftp internal-sftp
 """
-"""As a cluster's servers are set, but for the threads of a rank, and the two limits, which a launcher that opens many
-sessions at once may meet."""
+"""Like the servers of a real cluster, except the number of threads per rank and the two limits, which a launcher that
+opens many sessions in parallel might reach."""
 
 
-def make(cluster: Cluster) -> None:
+def create_files(cluster: Cluster) -> None:
     """Writes every node's part of the cluster's folder."""
     for node in cluster.nodes:
         part = cluster.part(node)
         (part / "home" / ".ssh").mkdir(parents=True, mode=0o700)
         for index, _ in enumerate(cluster.private):
             (part / "private" / str(index)).mkdir(parents=True)
-        _make_key(part / "host_key", node.name)
-        _make_key(part / "home" / ".ssh" / "id_ed25519", f"root@{node.name}")
-        (part / "hosts").write_text(_hosts(cluster))
+        _create_key(part / "host_key", node.name)
+        _create_key(part / "home" / ".ssh" / "id_ed25519", f"root@{node.name}")
+        (part / "hosts").write_text(_hosts_file(cluster))
         (part / "hostname").write_text(f"{node.name}\n")
-        (part / "passwd").write_text(_passwd())
-        (part / "shadow").write_text(_shadow())
+        (part / "passwd").write_text(_passwd_file())
+        (part / "shadow").write_text(_shadow_file())
         (part / "boot_id").write_text(f"{uuid.uuid4()}\n")
         (part / "sshd_config").write_text(SSHD % cluster.threads)
         for secret in ("shadow", "home", "host_key"):
             (part / secret).chmod(0o700 if secret == "home" else 0o600)
     for node in cluster.nodes:
-        _let_in(cluster, cluster.part(node) / "home" / ".ssh")
+        _write_ssh_files(cluster, cluster.part(node) / "home" / ".ssh")
 
 
-def _make_key(path: Path, comment: str) -> None:
+def _create_key(path: Path, comment: str) -> None:
     command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
 
 
-def _let_in(cluster: Cluster, folder: Path) -> None:
-    """Every node knows every other and is known to it, as on a cluster that somebody has set up: nothing is asked."""
-    users = [(cluster.part(node) / "home" / ".ssh" / "id_ed25519.pub").read_text() for node in cluster.nodes]
-    (folder / "authorized_keys").write_text("".join(users))
-    (folder / "known_hosts").write_text("".join(_known(cluster, node) for node in cluster.nodes))
+def _write_ssh_files(cluster: Cluster, folder: Path) -> None:
+    """Writes a node's ssh files. All nodes accept each other's keys and host keys, so that ssh asks no questions."""
+    user_keys = [(cluster.part(node) / "home" / ".ssh" / "id_ed25519.pub").read_text() for node in cluster.nodes]
+    (folder / "authorized_keys").write_text("".join(user_keys))
+    (folder / "known_hosts").write_text("".join(_known_hosts_line(cluster, node) for node in cluster.nodes))
     names = " ".join(node.name for node in cluster.nodes)
-    # A node has its own key and no agent, also where `exec` brings SSH_AUTH_SOCK along.
+    # A node uses its own key and no agent, even if `exec` passes on SSH_AUTH_SOCK.
     config = ("User root", "IdentityFile ~/.ssh/id_ed25519", "IdentitiesOnly yes", "IdentityAgent none")
     (folder / "config").write_text("".join([f"Host {names}\n", *(f"    {line}\n" for line in config)]))
     for path in folder.iterdir():
         path.chmod(0o600)
 
 
-def _known(cluster: Cluster, node: Node) -> str:
+def _known_hosts_line(cluster: Cluster, node: Node) -> str:
     kind, key, *_ = (cluster.part(node) / "host_key.pub").read_text().split()
     return f"{node.name},{node.address} {kind} {key}\n"
 
 
-def _hosts(cluster: Cluster) -> str:
+def _hosts_file(cluster: Cluster) -> str:
     nodes = "".join(f"{node.address} {node.name}\n" for node in cluster.nodes)
     return f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n{nodes}"
 
 
-def _passwd() -> str:
-    """This machine's accounts, with a home of the node's own for root: ssh looks there, whatever $HOME says."""
+def _passwd_file() -> str:
+    """Returns this machine's accounts, but root's home is the node's: ssh looks there, regardless of $HOME."""
     lines = []
     for line in Path("/etc/passwd").read_text().splitlines():
         name, *fields = line.split(":")
@@ -91,6 +91,6 @@ def _passwd() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shadow() -> str:
-    """Nobody has a password. Without this, a machine whose root is locked ("!") would lock the nodes' root as well."""
+def _shadow_file() -> str:
+    """Returns accounts without passwords. If root is locked ("!") on this machine, it must not be locked on the nodes."""
     return "root:*:19000:0:99999:7:::\n"
