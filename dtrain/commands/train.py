@@ -11,7 +11,7 @@ from typing import NoReturn
 from torch import nn
 
 from dtrain.checkpoint.restore import restore_slots, restore_weights
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.order import StepPlan
@@ -101,7 +101,11 @@ def _old_result(config: Config, context: RankContext) -> Result:
 
 
 def _prepare(
-    config: Config, context: RankContext, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
+    config: Config,
+    context: RankContext,
+    model: nn.Module | None,
+    task: Task | None,
+    checkpoint: SelectedCheckpoint | None,
 ) -> TrainingRun:
     context.heartbeat.at(Phase.PREPARING)
     task = task or build_task(config, context)
@@ -134,7 +138,7 @@ class TrainingRun:
     prepared: build.Construction
     steps: StepPlan
     reported: Reported
-    checkpoint: Chosen | None
+    checkpoint: SelectedCheckpoint | None
     state: RunState
     last: EvaluationResult | None = None
     last_step: int = -1
@@ -327,7 +331,7 @@ class TrainingRun:
         log.info("step %d: weights and moments are those of step %d again", self.state.step, chosen.step)
         return self.engine
 
-    def _load(self, engine: Engine, chosen: Chosen) -> None:
+    def _load(self, engine: Engine, chosen: SelectedCheckpoint) -> None:
         """Collective. A checkpoint into an engine that runs already: it is built anew around the module."""
         with self.context.heartbeat.within(Phase.LOADING):
             module = engine.release()

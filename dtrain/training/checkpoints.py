@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dtrain.checkpoint.saver import Outcome, Saver, Settings
+from dtrain.checkpoint.saver import Saver, SaveResult, SaverSettings
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -78,7 +78,7 @@ class Checkpoints:
         return Saver(
             RunFolder(self._config.run_dir).checkpoints,
             self._context,
-            Settings(
+            SaverSettings(
                 sharded=settings.format == "sharded",
                 keep=settings.keep,
                 keeps_best=self._config.evaluation.best is not None,
@@ -88,14 +88,14 @@ class Checkpoints:
             ),
             static=static,
             config_text=to_yaml(self._config),
-            about={"versions": versions()},
-            begun_at=self._saved,
+            manifest_fields={"versions": versions()},
+            resumed_step=self._saved,
         )
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which every rank knows alike."""
         if self._saver is not None and self._every is not None:
-            self._report(self._saver.arrived())
+            self._report(self._saver.poll())
             is_best = record.metrics is not None and self._state.best_step == record.step
             if record.step % self._every == 0 or record.is_last or is_best:
                 self.save()
@@ -118,7 +118,7 @@ class Checkpoints:
                 self._saver = self._make(engine.module)
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
             if not self._config.checkpoint.asynchronous:
-                self._report(self._saver.settle())
+                self._report(self._saver.wait())
         self._saved = self._state.step
 
     def finish(self) -> None:
@@ -139,7 +139,7 @@ class Checkpoints:
         """Collective. Waits until nothing is on its way; gives why the last one failed, if it did."""
         with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is not None:
-                self._report(self._saver.settle())
+                self._report(self._saver.wait())
             failed: str | None = all_gather_object(self._failed, self._context)[0]
         return failed
 
@@ -148,7 +148,7 @@ class Checkpoints:
         if self._saver is not None:
             self._saver.close()
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report(self, outcome: SaveResult | None) -> None:
         """A checkpoint that could not be written is a fault, but no reason to stop: the one before is as it was."""
         if outcome is None:
             return
@@ -162,9 +162,9 @@ class Checkpoints:
         if outcome.error is not None:
             log.warning("%s. Training goes on; the checkpoints before it are as they were", outcome.error)
             self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error, **stall)
-        elif outcome.missing is not None:
-            log.warning("%s. A copy of that checkpoint is missing", outcome.missing)
-            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing)
+        elif outcome.missing_copy is not None:
+            log.warning("%s. A copy of that checkpoint is missing", outcome.missing_copy)
+            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing_copy)
 
 
 class StopOnRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.format import folder_name
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
@@ -14,12 +14,12 @@ from dtrain.runs.folder import RunFolder
 from dtrain.training.monitors.protocol import RunState
 
 
-def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, context: RankContext) -> None:
+def forget_lost_best(state: RunState, checkpoint: SelectedCheckpoint, config: Config, context: RankContext) -> None:
     """Collective. Looks for the best step anew where no node has its weights: nobody could bring them back at the end."""
     best = state.best_step
     if config.evaluation.best is None or best is None or best == checkpoint.step:
         return
-    if not select.is_there(RunFolder(config.run_dir).checkpoints / folder_name(best), context):
+    if not select.is_available(RunFolder(config.run_dir).checkpoints / folder_name(best), context):
         log.warning(
             "the best step so far, %d, has no checkpoint (checkpoint.every keeps it): the best is looked for anew from "
             "step %d on",
@@ -29,11 +29,11 @@ def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, contex
         state.best, state.best_step, state.patience = None, None, 0
 
 
-def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> Chosen | None:
+def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> SelectedCheckpoint | None:
     """Collective. The checkpoint of the best step; None, and a warning, where it is damaged."""
     path = RunFolder(config.run_dir).checkpoints / folder_name(step)
     try:
-        return select.at(path, context, named_by="the best step's checkpoint")
+        return select.at(path, context, setting="the best step's checkpoint")
     except CheckpointError as error:  # on every rank alike
         log.warning("%s The model of the last step takes the place of the best one", error)
         return None
@@ -46,7 +46,7 @@ class Rollback:
         self._config, self._context = config, context
         self._last: tuple[int, int] | None = None
 
-    def choose(self, step: int) -> Chosen | None:
+    def choose(self, step: int) -> SelectedCheckpoint | None:
         """Collective. The newest checkpoint; None, and a warning, where there is none.
 
         A spike soon after the last one shows that the checkpoint had the bad weights already: the one before it is taken.
