@@ -141,7 +141,7 @@ def verify(path: Path) -> SavedCheckpoint:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest and checks it against its own hash.
+    """Reads the manifest and compares it with the hash of itself that it contains.
 
     Raises:
         DamagedCheckpointError: it is missing or changed.

@@ -241,7 +241,7 @@ class Saver:
             for _ in parameters:  # Gathering them is a collective.
                 continue
         except OSError as error:
-            raise CheckpointError(f"There is no memory to copy the checkpoint of step {step} into: {error}.") from error
+            raise CheckpointError(f"Not enough memory to copy the checkpoint of step {step}: {error}.") from error
         return []
 
     def poll(self) -> SaveResult | None:
