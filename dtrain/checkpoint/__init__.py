@@ -1,1 +1,1 @@
-"""Durable state: checkpoints that are whole or not there, that hold no code, and that any engine and world size can read."""
+"""Checkpoints: written atomically, free of executable code, and readable by every engine at every world size."""

@@ -1,18 +1,18 @@
-"""What a checkpoint folder looks like, and whether one is as it was written. Needs no torch.
+"""The layout of a checkpoint folder, and the check that its files are intact. Needs no torch.
 
     checkpoints/step-000100/
-        manifest.json              every file's size and SHA-256, and a hash of itself; nothing else is ever read
-        state.json                 RunState, the engine's scalars, what the run was
+        manifest.json              size and SHA-256 of every file, and a hash of the manifest; no other file is read
+        state.json                 RunState, the engine's scalars, facts about the run
         config.yaml                the resolved settings
         model.safetensors          weights and persistent buffers, fp32; or model-00001-of-00002.safetensors ... and an index
-        optimizer.safetensors      `exp_avg/<parameter>`, ..., and `buffer/<name>` of buffers that a model folder leaves out
+        optimizer.safetensors      `exp_avg/<parameter>`, ..., and `buffer/<name>` for buffers that a model folder leaves out
         config.json, tokenizer ... so that from_pretrained loads the folder
 
-A sharded one (`checkpoint.format: sharded`) has, in place of model and optimizer, shard-00003.safetensors ... with the
-pieces that each rank had: `value/<name>@<first element>`, `exp_avg/<name>@<first element>`.
+A sharded checkpoint (`checkpoint.format: sharded`) has shard-00003.safetensors ... instead of the model and optimizer
+files. Each holds the pieces that one rank stored: `value/<name>@<first element>`, `exp_avg/<name>@<first element>`.
 
-safetensors and JSON throughout: a pickle would let a stranger's checkpoint run code, and a file that the manifest does
-not name is not looked at.
+All files are safetensors or JSON: a pickle would let an untrusted checkpoint run code. Files that the manifest does not
+list are ignored.
 """
 
 from __future__ import annotations
@@ -31,27 +31,34 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 FORMAT = "dtrain-checkpoint-1"
 MODEL = "model"
-"""Stem of the files with weights, as transformers calls them."""
+"""Stem of the weight files, the name that transformers uses."""
 OPTIMIZER = "optimizer"
 """Stem of the files with the optimizer's slots."""
 BUFFER = "buffer"
-"""In place of a slot's name, for buffers that belong to no model folder."""
+"""Used instead of a slot name for buffers that do not belong in a model folder."""
 
 SHARD = "shard"
-"""Stem of the files of a sharded checkpoint, one part for each rank that wrote: `shard-00003.safetensors`."""
+"""Stem of the files of a sharded checkpoint, one part per rank that wrote: `shard-00003.safetensors`."""
 VALUE = "value"
-"""In place of a slot's name, for a parameter or buffer itself, in the files of a sharded checkpoint."""
-WHOLE = -1
-"""In place of where a piece begins in its tensor, of one that is all of it."""
+"""Used instead of a slot name for the parameter or buffer itself, in the files of a sharded checkpoint."""
+FULL_TENSOR = -1
+"""Used instead of the first element's index for a piece that is the complete tensor."""
 
 CHUNK = 2**22
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FOLDER = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was found whole. manifest: as read; state: of state.json."""
+class SavedCheckpoint:
+    """A checkpoint folder that passed verification.
+
+    Attributes:
+        path: the folder.
+        step: optimizer step that it was saved at.
+        manifest: content of manifest.json.
+        state: content of state.json.
+    """
 
     path: Path
     step: int
@@ -59,35 +66,38 @@ class Saved:
     state: Mapping[str, Any]
 
     @property
-    def parts(self) -> tuple[str, list[int], int]:
-        """Which start wrote it, which of its parts lie here, and of how many: all of one, unless nodes' own disks share it."""
+    def stored_parts(self) -> tuple[str, list[int], int]:
+        """Id of the start that wrote it, the parts in this folder, and the number of all parts.
+
+        A folder has all parts, unless the nodes wrote a sharded checkpoint to their local disks.
+        """
         return str(self.manifest.get("start")), list(self.manifest.get("parts", [0])), int(self.manifest.get("of", 1))
 
 
-class Damaged(Exception):
-    """A checkpoint that is not as it was written; the message names the file and what is wrong."""
+class DamagedCheckpointError(Exception):
+    """A checkpoint differs from what was written. The message names the file and the difference."""
 
 
-class Unreadable(Damaged):
-    """A checkpoint that may be whole, but cannot be read here: no permission, no file handles, another version's."""
+class UnreadableCheckpointError(DamagedCheckpointError):
+    """A checkpoint may be intact but cannot be read here: no permission, no file handles, another format version."""
 
 
-_BAD_DISK = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
-"""What a system says of contents that are lost; anything else may be better the next time."""
+_DATA_LOSS_ERRNOS = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+"""System errors that mean lost contents. Any other error may be temporary."""
 
 
 def folder_name(step: int) -> str:
-    """`step-000100`."""
+    """Returns `step-000100` for step 100."""
     return f"step-{step:06d}"
 
 
 def shard_prefix(part: int) -> str:
-    """What the names of a part's files begin with."""
+    """Returns the prefix of the file names of one part."""
     return f"{SHARD}-{part:05d}"
 
 
-def found(checkpoints: Path) -> dict[int, Path]:
-    """The published checkpoints in a folder by step, newest first; drafts and damaged ones have other names."""
+def list_checkpoints(checkpoints: Path) -> dict[int, Path]:
+    """Returns the published checkpoints in a folder by step, newest first. Drafts and damaged ones have other names."""
     steps = {}
     for path in checkpoints.glob("step-*") if checkpoints.is_dir() else ():
         match = _FOLDER.fullmatch(path.name)
@@ -97,7 +107,7 @@ def found(checkpoints: Path) -> dict[int, Path]:
 
 
 def manifest_text(manifest: Mapping[str, Any]) -> str:
-    """The manifest with a hash of itself, so that a flipped bit in it shows as well."""
+    """Returns the manifest as JSON with a hash of itself, so that a flipped bit in it is detected too."""
     return json.dumps({**manifest, "self": _hash_of(manifest)}, indent=1) + "\n"
 
 
@@ -105,86 +115,94 @@ def _hash_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def verify(path: Path) -> Saved:
-    """Reads every byte that the manifest names.
+def verify(path: Path) -> SavedCheckpoint:
+    """Reads every byte of the files in the manifest and compares sizes and hashes.
 
     Raises:
-        Damaged: a file is missing, cut or changed.
-        Unreadable: it cannot be told.
+        DamagedCheckpointError: a file is missing, truncated or changed.
+        UnreadableCheckpointError: the files cannot be checked.
     """
     manifest = read_manifest(path)
     try:
-        for name, told in manifest["files"].items():
-            _verify_file(path / name, told)
+        for name, expected in manifest["files"].items():
+            _verify_file(path / name, expected)
         if STATE not in manifest["files"]:
-            raise Damaged(f"{MANIFEST} does not name {STATE}")
+            raise DamagedCheckpointError(f"{MANIFEST} does not list {STATE}")
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"it says something else than a checkpoint does ({type(error).__name__}: {error})") from None
+        raise DamagedCheckpointError(
+            f"its contents are not those of a checkpoint ({type(error).__name__}: {error})"
+        ) from None
     match = _FOLDER.fullmatch(path.name)
     if match and int(match[1]) != step:
-        raise Damaged(f"{MANIFEST} says that this is step {step}")
-    return Saved(path, step, manifest, state)
+        raise DamagedCheckpointError(f"{MANIFEST} says that this is step {step}")
+    return SavedCheckpoint(path, step, manifest, state)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, checked against its own hash.
+    """Reads the manifest and compares it with the hash of itself that it contains.
 
     Raises:
-        Damaged: it is missing, or not as it was written.
-        Unreadable: it cannot be told.
+        DamagedCheckpointError: it is missing or changed.
+        UnreadableCheckpointError: it cannot be read, or has another format version.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        own = manifest.pop("self")
-        is_whole = own == _hash_of(manifest)
+        stored_hash = manifest.pop("self")
+        is_intact = stored_hash == _hash_of(manifest)
         names, version = list(manifest["files"]), manifest["format"]
     except OSError as error:
-        raise _trouble(MANIFEST, error) from None
+        raise _read_error(MANIFEST, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{MANIFEST} is not as it was written") from None
-    if not is_whole:
-        raise Damaged(f"{MANIFEST} is not as it was written")
+        raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
+    if not is_intact:
+        raise DamagedCheckpointError(f"{MANIFEST} is not as it was written")
     if version != FORMAT:
-        raise Unreadable(f"{MANIFEST} says {version!r}, which this version of dtrain does not read ({FORMAT})")
-    if outside := [name for name in names if not is_name(name)]:
-        raise Damaged(f"{MANIFEST} names {outside[0]!r}, which is no file of a checkpoint")
+        raise UnreadableCheckpointError(
+            f"{MANIFEST} has format {version!r}, which this version of dtrain does not read (it reads {FORMAT})"
+        )
+    if invalid := [name for name in names if not is_valid_name(name)]:
+        raise DamagedCheckpointError(f"{MANIFEST} lists {invalid[0]!r}, which is not a valid name of a checkpoint file")
     return dict(manifest)
 
 
-def is_name(name: str) -> bool:
-    """Whether a file of a checkpoint may be called so: no folders, nothing hidden, nothing that a shell would see."""
-    return bool(_NAME.fullmatch(name))
+def is_valid_name(name: str) -> bool:
+    """Returns whether a checkpoint file may have this name: no folders, no hidden files, no shell characters."""
+    return bool(_FILE_NAME.fullmatch(name))
 
 
-def _trouble(name: str, error: OSError) -> Damaged:
+def _read_error(name: str, error: OSError) -> DamagedCheckpointError:
     if isinstance(error, FileNotFoundError):
-        return Damaged(f"{name} is missing")
-    kind = Damaged if error.errno in _BAD_DISK else Unreadable
+        return DamagedCheckpointError(f"{name} is missing")
+    kind = DamagedCheckpointError if error.errno in _DATA_LOSS_ERRNOS else UnreadableCheckpointError
     return kind(f"{name} cannot be read: {error.strerror}")
 
 
-def _verify_file(file: Path, told: Mapping[str, Any]) -> None:
+def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     try:
         size = file.stat().st_size
-        if size != told["bytes"]:
-            raise Damaged(f"{file.name} has {size} bytes, expected {told['bytes']}: it is cut or was written to")
-        if sha256(file) != told["sha256"]:
-            raise Damaged(f"{file.name} has the right size but other contents than were written: a bit has flipped")
+        if size != expected["bytes"]:
+            raise DamagedCheckpointError(
+                f"{file.name} has {size} bytes, expected {expected['bytes']}: it was truncated or changed"
+            )
+        if sha256(file) != expected["sha256"]:
+            raise DamagedCheckpointError(
+                f"{file.name} has the right size but its contents changed after it was written (SHA-256 differs)"
+            )
     except OSError as error:
-        raise _trouble(file.name, error) from None
+        raise _read_error(file.name, error) from None
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    for part in _parts(file):
-        digest.update(part)
+    for chunk in _chunks(file):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
-def _parts(file: Path) -> Iterator[memoryview]:
+def _chunks(file: Path) -> Iterator[memoryview]:
     buffer = bytearray(CHUNK)
     with file.open("rb", buffering=0) as source:
         while count := source.readinto(buffer):

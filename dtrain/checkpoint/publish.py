@@ -1,7 +1,7 @@
-"""Writes one checkpoint from a block of memory: into a draft folder, to the disk, then one rename. Needs no torch.
+"""Writes one checkpoint from the staging buffer: into a draft folder, flushed to disk, then one rename. Needs no torch.
 
-safetensors' own writer wants every tensor as bytes of its own, a second copy of the model; its format is a length, a JSON
-table and the numbers, so that they are written here straight from the snapshot and hashed on the way.
+The safetensors library wants every tensor as separate bytes, which would be a second copy of the model. Its format is
+simple (a length, a JSON table, the numbers), so this module writes it straight from the buffer and hashes it on the way.
 """
 
 from __future__ import annotations
@@ -24,25 +24,31 @@ from dtrain.checkpoint.format import (
     MANIFEST,
     MODEL,
     folder_name,
-    found,
-    is_name,
+    is_valid_name,
+    list_checkpoints,
     manifest_text,
     shard_prefix,
 )
 
 DRAFT = ".tmp-"
 TRASH = ".old-"
-PART = "part-"
-"""Begins the name of the file that says, in a draft, that a rank's part of a sharded checkpoint is there."""
-PATIENCE_S = 600.0
-"""How long the rank that publishes waits for the others' parts."""
+PART_MARKER = "part-"
+"""Prefix of the marker file in a draft that says that one rank's part of a sharded checkpoint is complete."""
+PART_TIMEOUT_S = 600.0
+"""How long the publishing rank waits for the parts of the others."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor in the block. stem: model, optimizer, ...: which files it goes to. key: its name there.
+class StagedTensor:
+    """A tensor in the staging buffer.
 
-    dtype: as safetensors calls it (F32). shape: of the tensor. offset: of its first byte in the block; size: in bytes.
+    Attributes:
+        stem: selects the files it goes to: model, optimizer, ...
+        key: its name in that file.
+        dtype: type name of safetensors, such as F32.
+        shape: of the tensor.
+        offset: of its first byte in the buffer.
+        size: in bytes.
     """
 
     stem: str
@@ -54,213 +60,238 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Order:
-    """One checkpoint to write, or one part of it; JSON throughout, so that it can be told to another process.
+class WriteRequest:
+    """One checkpoint to write, or one part of it. All fields are JSON, so that it can be sent to another process.
 
-    checkpoints: the folder of all checkpoints. nonce: tells this start's drafts from those that others left. texts: small
-    files by name, state.json among them. about: further keys of the manifest. max_file_bytes: how large a file with
-    tensors may get. keep: newest ones that stay when this one is published; protected: steps that stay besides.
-    part: which one this is, of a sharded checkpoint; the order with `of_here` waits for those parts and publishes.
+    Attributes:
+        checkpoints: folder that holds all checkpoints.
+        step: optimizer step of the checkpoint.
+        nonce: distinguishes the drafts of this start from those that other starts left.
+        tensors: tensors to write.
+        texts: small files by name, state.json among them.
+        manifest_fields: further fields of the manifest.
+        max_file_bytes: maximum size of a file with tensors.
+        keep: number of newest checkpoints to keep after this one is published.
+        protected: steps of checkpoints to keep in addition.
+        part: number of this part of a sharded checkpoint; None if the checkpoint has no parts.
+        local_parts: parts in this folder. Set on the request that waits for them and publishes.
     """
 
     checkpoints: str
     step: int
     nonce: str
-    pieces: Sequence[Piece]
+    tensors: Sequence[StagedTensor]
     texts: Mapping[str, str]
-    about: Mapping[str, Any]
+    manifest_fields: Mapping[str, Any]
     max_file_bytes: int
     keep: int
     protected: Sequence[int]
     part: int | None = None
-    of_here: Sequence[int] | None = None
+    local_parts: Sequence[int] | None = None
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this request completes the checkpoint."""
+        return self.part is None or self.local_parts is not None
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Order:
-        return cls(**{**value, "pieces": [Piece(**piece) for piece in value["pieces"]]})
+    def from_json(cls, value: Mapping[str, Any]) -> WriteRequest:
+        """Builds a request from what `dataclasses.asdict` returned."""
+        return cls(**{**value, "tensors": [StagedTensor(**tensor) for tensor in value["tensors"]]})
 
 
-def publish(order: Order, static: Mapping[str, bytes], block: memoryview) -> dict[str, Any]:
-    """Writes the checkpoint, renames it into its place and removes old ones; gives bytes and seconds.
+def publish(request: WriteRequest, static: Mapping[str, bytes], buffer: memoryview) -> dict[str, Any]:
+    """Writes the checkpoint, renames it to its final name and removes old ones.
 
-    A crash at any moment leaves the older checkpoints, and this one whole or as a draft that nobody reads.
+    A crash at any moment leaves the older checkpoints intact, and this one either complete or as a draft that is
+    never read.
 
     Args:
         static: small files by name that are the same in every checkpoint of the run.
-        block: memory in which the pieces lie.
+        buffer: memory that holds the tensors.
+
+    Returns:
+        `bytes` written and `seconds` taken.
 
     Raises:
-        OSError: it cannot be written; the draft is gone then, and what was there before is as it was.
+        OSError: the checkpoint cannot be written. The draft is removed; existing checkpoints are unchanged.
     """
     begin = time.monotonic()
-    checkpoints = Path(order.checkpoints)
-    draft = checkpoints / f"{DRAFT}{folder_name(order.step)}-{order.nonce}"
+    checkpoints = Path(request.checkpoints)
+    draft = checkpoints / f"{DRAFT}{folder_name(request.step)}-{request.nonce}"
     try:
-        draft.mkdir(parents=True, exist_ok=order.part is not None)
-        files = {name: _write(draft / name, _safetensors(part, block)) for name, part in _files_of(order)}
-        files |= {name: _write(draft / name, [text.encode()]) for name, text in _index(order)}
-        if order.part is not None:
-            _tell_part(draft, order.part, files)
-        if order.part is None or order.of_here is not None:
-            files |= _parts(draft, order)
-            small = {**static, **{name: text.encode() for name, text in order.texts.items()}}
-            if unnameable := [name for name in small if not is_name(name)]:
-                raise OSError(errno.EINVAL, "a checkpoint cannot have a file of that name", unnameable[0])
+        draft.mkdir(parents=True, exist_ok=request.part is not None)
+        files = {name: _write(draft / name, _safetensors(tensors, buffer)) for name, tensors in _tensor_files(request)}
+        files |= {name: _write(draft / name, [text.encode()]) for name, text in _index_files(request)}
+        if request.part is not None:
+            _write_part_marker(draft, request.part, files)
+        if request.publishes:
+            files |= _wait_for_parts(draft, request)
+            small = {**static, **{name: text.encode() for name, text in request.texts.items()}}
+            if invalid := [name for name in small if not is_valid_name(name)]:
+                raise OSError(errno.EINVAL, "not a valid name of a checkpoint file", invalid[0])
             files |= {name: _write(draft / name, [content]) for name, content in small.items()}
-            manifest = {"format": FORMAT, "step": order.step, **order.about, "files": files}
+            manifest = {"format": FORMAT, "step": request.step, **request.manifest_fields, "files": files}
             _write(draft / MANIFEST, [manifest_text(manifest).encode()])
             flush_folder(draft)
-            _put(draft, checkpoints / folder_name(order.step))
+            _rename_into_place(draft, checkpoints / folder_name(request.step))
     except BaseException as error:
-        _give_up(draft, order, error)
+        _discard_draft(draft, request, error)
         raise
-    if order.part is None or order.of_here is not None:
-        remove_old(checkpoints, keep=order.keep, protected=[*order.protected, order.step])
-    return {"bytes": sum(told["bytes"] for told in files.values()), "seconds": time.monotonic() - begin}
+    if request.publishes:
+        remove_old(checkpoints, keep=request.keep, protected=[*request.protected, request.step])
+    return {"bytes": sum(file["bytes"] for file in files.values()), "seconds": time.monotonic() - begin}
 
 
-def _give_up(draft: Path, order: Order, error: BaseException) -> None:
-    """Removes the draft; a part that others wait for makes room, and says that it will not come."""
-    if order.part is None or order.of_here is not None:
+def _discard_draft(draft: Path, request: WriteRequest, error: BaseException) -> None:
+    """Removes the draft. If the publisher waits for this part, removes its files and leaves the error as its marker."""
+    if request.part is None or request.publishes:
         shutil.rmtree(draft, ignore_errors=True)
         return
-    for file in draft.glob(f"{shard_prefix(order.part)}*"):
+    for file in draft.glob(f"{shard_prefix(request.part)}*"):
         file.unlink(missing_ok=True)
     with suppress(OSError):
-        _tell_part(draft, order.part, {"error": str(error)})
+        _write_part_marker(draft, request.part, {"error": str(error)})
 
 
-def _tell_part(draft: Path, part: int, told: Mapping[str, Any]) -> None:
-    """A file that is there when it is whole."""
-    coming = draft / f"{DRAFT}{PART}{part}"
-    _write(coming, [json.dumps(told).encode()])
-    coming.rename(draft / f"{PART}{part}")
+def _write_part_marker(draft: Path, part: int, content: Mapping[str, Any]) -> None:
+    """Writes the marker under another name and renames it, so that readers never see an incomplete one."""
+    unfinished = draft / f"{DRAFT}{PART_MARKER}{part}"
+    _write(unfinished, [json.dumps(content).encode()])
+    unfinished.rename(draft / f"{PART_MARKER}{part}")
 
 
-def _parts(draft: Path, order: Order) -> dict[str, Any]:
-    """Waits for all parts of this folder, and gives the files of the others.
+def _wait_for_parts(draft: Path, request: WriteRequest) -> dict[str, Any]:
+    """Waits for all parts of this folder and returns their files.
 
     Raises:
-        OSError: one failed, or did not come for long.
+        OSError: a part failed, or did not arrive within PART_TIMEOUT_S.
     """
     files: dict[str, Any] = {}
-    for part in order.of_here or ():
-        told, deadline = draft / f"{PART}{part}", time.monotonic() + PATIENCE_S
-        while not told.exists():
+    for part in request.local_parts or ():
+        marker, deadline = draft / f"{PART_MARKER}{part}", time.monotonic() + PART_TIMEOUT_S
+        while not marker.exists():
             if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, f"the part of rank {part} did not come in {PATIENCE_S:.0f} s", str(told))
+                raise OSError(
+                    errno.ETIMEDOUT, f"rank {part} did not write its part within {PART_TIMEOUT_S:.0f} s", str(marker)
+                )
             time.sleep(0.02)
-        named = json.loads(told.read_text(encoding="utf-8"))
-        if "error" in named:
-            raise OSError(errno.EIO, f"rank {part} could not write its part: {named['error']}", str(told))
-        files |= named
-    for part in order.of_here or ():
-        (draft / f"{PART}{part}").unlink()
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        if "error" in content:
+            raise OSError(errno.EIO, f"rank {part} could not write its part: {content['error']}", str(marker))
+        files |= content
+    for part in request.local_parts or ():
+        (draft / f"{PART_MARKER}{part}").unlink()
     return files
 
 
-def _put(draft: Path, target: Path) -> None:
-    """The moment at which the checkpoint is there."""
-    old = _named_as_trash(target) if target.exists() else None  # of a start that went back further, by hand
+def _rename_into_place(draft: Path, target: Path) -> None:
+    """Publishes the draft. The rename is the moment from which the checkpoint exists."""
+    # The target exists if the user made the run resume from an earlier step.
+    old = _rename_to_trash(target) if target.exists() else None
     draft.rename(target)
     flush_folder(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _named_as_trash(path: Path) -> Path:
+def _rename_to_trash(path: Path) -> Path:
     trash = path.with_name(f"{TRASH}{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
     return trash
 
 
-def _discard(path: Path) -> None:
-    """Removes a checkpoint, its name first, so that none is half there."""
-    shutil.rmtree(_named_as_trash(path), ignore_errors=True)
+def _remove(path: Path) -> None:
+    """Removes a checkpoint. Renames it first, so that no half-removed checkpoint has a valid name."""
+    shutil.rmtree(_rename_to_trash(path), ignore_errors=True)
 
 
 def remove_old(checkpoints: Path, *, keep: int, protected: Sequence[int]) -> None:
-    """Removes all but the newest `keep` and the protected ones."""
-    for step, path in list(found(checkpoints).items())[keep:]:
+    """Removes all checkpoints but the newest `keep` and the protected ones."""
+    for step, path in list(list_checkpoints(checkpoints).items())[keep:]:
         if step not in protected:
-            with suppress(OSError):  # what cannot be removed stays: no reason to end a run
-                _discard(path)
+            with suppress(OSError):  # A checkpoint that cannot be removed is no reason to end a run.
+                _remove(path)
 
 
 def clear_drafts(checkpoints: Path) -> None:
-    """Removes what a killed writer left. Only while no other writer can be at work."""
+    """Removes what a killed writer left. Call it only while no other writer can be active."""
     for prefix in (DRAFT, TRASH):
         for path in checkpoints.glob(f"{prefix}step-*") if checkpoints.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _files_of(order: Order) -> Iterator[tuple[str, list[Piece]]]:
-    """Each safetensors file's name and tensors."""
-    for stem in dict.fromkeys(piece.stem for piece in order.pieces):
-        parts = _split([piece for piece in order.pieces if piece.stem == stem], order.max_file_bytes)
-        for number, part in enumerate(parts, 1):
-            yield _file_name(stem, number, len(parts)), part
+def _tensor_files(request: WriteRequest) -> Iterator[tuple[str, list[StagedTensor]]]:
+    """Yields the name and the tensors of each safetensors file."""
+    for stem in dict.fromkeys(tensor.stem for tensor in request.tensors):
+        groups = _split([tensor for tensor in request.tensors if tensor.stem == stem], request.max_file_bytes)
+        for number, group in enumerate(groups, 1):
+            yield _file_name(stem, number, len(groups)), group
 
 
 def _file_name(stem: str, number: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _split(pieces: Sequence[Piece], most: int) -> list[list[Piece]]:
-    """Runs of tensors that stay below `most` bytes; a single larger one has a file of its own."""
-    parts: list[list[Piece]] = [[]]
+def _split(tensors: Sequence[StagedTensor], max_bytes: int) -> list[list[StagedTensor]]:
+    """Groups tensors in order into files of at most `max_bytes`. A single larger tensor gets its own file."""
+    groups: list[list[StagedTensor]] = [[]]
     size = 0
-    for piece in pieces:
-        if parts[-1] and size + piece.size > most:
-            parts.append([])
+    for tensor in tensors:
+        if groups[-1] and size + tensor.size > max_bytes:
+            groups.append([])
             size = 0
-        parts[-1].append(piece)
-        size += piece.size
-    return parts
+        groups[-1].append(tensor)
+        size += tensor.size
+    return groups
 
 
-def _index(order: Order) -> Iterator[tuple[str, str]]:
-    """transformers finds the weights of several files by an index."""
-    files = [(name, part) for name, part in _files_of(order) if part[0].stem == MODEL]
+def _index_files(request: WriteRequest) -> Iterator[tuple[str, str]]:
+    """Yields the index by which transformers finds weights that are split into several files."""
+    files = [(name, group) for name, group in _tensor_files(request) if group[0].stem == MODEL]
     if len(files) > 1:
-        size = sum(piece.size for _, part in files for piece in part)
-        where = {piece.key: name for name, part in files for piece in part}
-        yield "model.safetensors.index.json", json.dumps({"metadata": {"total_size": size}, "weight_map": where})
+        size = sum(tensor.size for _, group in files for tensor in group)
+        weight_map = {tensor.key: name for name, group in files for tensor in group}
+        yield "model.safetensors.index.json", json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _safetensors(pieces: Sequence[Piece], block: memoryview) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: length of the table, the table padded to 8 bytes, the numbers."""
+def _safetensors(tensors: Sequence[StagedTensor], buffer: memoryview) -> Iterator[bytes | memoryview]:
+    """Yields the bytes of a safetensors file: length of the table, the table padded to 8 bytes, the numbers."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for piece in pieces:
-        table[piece.key] = {
-            "dtype": piece.dtype,
-            "shape": list(piece.shape),
-            "data_offsets": [offset, offset + piece.size],
+    for tensor in tensors:
+        table[tensor.key] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
         }
-        offset += piece.size
-    head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    yield len(head).to_bytes(8, "little") + head
-    for piece in pieces:
-        for start in range(0, piece.size, CHUNK):
-            yield block[piece.offset + start : piece.offset + min(start + CHUNK, piece.size)]
+        offset += tensor.size
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for tensor in tensors:
+        for start in range(0, tensor.size, CHUNK):
+            yield buffer[tensor.offset + start : tensor.offset + min(start + CHUNK, tensor.size)]
 
 
-def _write(path: Path, parts: Iterator[bytes | memoryview] | Sequence[bytes]) -> dict[str, Any]:
-    """Writes a file through to the disk; gives its size and hash, taken from memory and not from what came to lie there."""
+def _write(path: Path, chunks: Iterator[bytes | memoryview] | Sequence[bytes]) -> dict[str, Any]:
+    """Writes a file and flushes it to disk.
+
+    Returns:
+        `bytes` and `sha256` of the data in memory, not of what the disk stored.
+    """
     digest, size = hashlib.sha256(), 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        for part in parts:
-            digest.update(part)
-            left = memoryview(part)
-            while left:
-                written = os.write(handle, left)
+        for chunk in chunks:
+            digest.update(chunk)
+            remaining = memoryview(chunk)
+            while remaining:
+                written = os.write(handle, remaining)
                 if written == 0:
                     raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-                left = left[written:]
+                remaining = remaining[written:]
                 size += written
         os.fsync(handle)
     except OSError as error:
@@ -271,7 +302,7 @@ def _write(path: Path, parts: Iterator[bytes | memoryview] | Sequence[bytes]) ->
 
 
 def flush_folder(path: Path) -> None:
-    """Puts the names in a folder on the disk."""
+    """Flushes the names in a folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

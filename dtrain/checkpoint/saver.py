@@ -1,4 +1,4 @@
-"""Saves the run's state while it goes on: the loop waits for a copy in memory, another process for the disk."""
+"""Saves the run's state during training: the loop waits for a copy in memory only; another process writes it to disk."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.format import CONFIG, STATE, folder_name, found
-from dtrain.checkpoint.publish import Order, Piece, clear_drafts, flush_folder
-from dtrain.checkpoint.select import sees_rank_0s_folder
-from dtrain.checkpoint.snapshot import copy_shards, copy_whole, estimate, place_in
-from dtrain.checkpoint.staging_buffer import Block
-from dtrain.checkpoint.writer_process import Writer
+from dtrain.checkpoint.format import CONFIG, STATE, folder_name, list_checkpoints
+from dtrain.checkpoint.publish import StagedTensor, WriteRequest, clear_drafts, flush_folder
+from dtrain.checkpoint.select import shares_folder_with_rank_0
+from dtrain.checkpoint.snapshot import build_key_mapping, copy_full_tensors, copy_shards, estimate
+from dtrain.checkpoint.staging_buffer import StagingBuffer
+from dtrain.checkpoint.writer_process import WriterProcess
 from dtrain.distributed.collectives import all_gather_object, broadcast_object
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
@@ -26,11 +26,17 @@ from dtrain.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a checkpoint. error: why it is not there; None where it is.
+class SaveResult:
+    """The result of saving one checkpoint.
 
-    stall_began_s, stall_s: the loop waited for it from then on, in monotonic time, and for so long.
-    missing: why a further copy of it is not there.
+    Attributes:
+        step: optimizer step of the checkpoint.
+        error: why the checkpoint does not exist; None if it does.
+        stall_began_s: monotonic time at which the training loop began to wait for it, in seconds.
+        stall_s: how long the loop waited, in seconds.
+        seconds: how long writing took.
+        bytes: bytes written.
+        missing_copy: why a further copy of it does not exist; None if all copies do.
     """
 
     step: int
@@ -39,15 +45,21 @@ class Outcome:
     stall_s: float
     seconds: float
     bytes: int
-    missing: str | None = None
+    missing_copy: str | None = None
 
 
 @dataclass(frozen=True)
-class Settings:
+class SaverSettings:
     """How checkpoints are made.
 
-    sharded: each rank writes what it keeps; else rank 0 writes the whole, and one rank of `replicas` - 1 further nodes that
-    do not share its folder. keep: newest ones; keeps_best: and one more. max_file_bytes: of a file with tensors.
+    Attributes:
+        sharded: each rank writes its own shards. If false, rank 0 writes the full state, and so does one rank on each
+            of `replicas` - 1 further nodes that do not share rank 0's folder.
+        keep: number of newest checkpoints to keep.
+        keeps_best: whether the best checkpoint is kept in addition.
+        replicas: number of copies on separate disks.
+        max_file_bytes: maximum size of a file with tensors.
+        asynchronous: whether training continues while a checkpoint is written.
     """
 
     sharded: bool
@@ -59,226 +71,244 @@ class Settings:
 
 
 class Saver:
-    """The checkpoints of one run, seen from one rank."""
+    """Saves the checkpoints of one run. Every rank has one."""
 
     def __init__(
         self,
         folder: Path,
         context: RankContext,
-        settings: Settings,
+        settings: SaverSettings,
         *,
         static: Callable[[], Mapping[str, bytes]],
         config_text: str,
-        about: Mapping[str, Any],
-        begun_at: int | None,
+        manifest_fields: Mapping[str, Any],
+        resumed_step: int | None,
     ) -> None:
-        """Collective.
+        """Collective. Decides which ranks write, and prepares their folders.
 
         Args:
-            folder: of all checkpoints.
-            static: small files that belong to each checkpoint; called where one is published.
-            about: further entries of the manifest.
-            begun_at: step of the checkpoint that this start goes on from.
+            folder: folder of all checkpoints.
+            static: returns the small files that are part of each checkpoint; called on ranks that publish.
+            manifest_fields: further fields of the manifest.
+            resumed_step: step of the checkpoint that this start resumes from; None if it starts from the beginning.
 
         Raises:
-            CheckpointError: on every rank; the folder of one cannot be written.
+            CheckpointError: on every rank; a folder cannot be written.
         """
         self._folder, self._context, self._settings = folder, context, settings
         self._config_text = config_text
         self._nonce: str = broadcast_object(uuid.uuid4().hex[:8], context)
         config_hash = hashlib.sha256(config_text.encode()).hexdigest()
-        self._about = {**about, "start": self._nonce, "config_sha256": config_hash}
-        self._group = _group(folder.parent, context)
-        firsts = sorted({group[0] for group in all_gather_object(self._group, context)})
-        publishers = firsts if settings.sharded else firsts[: settings.replicas]
+        self._manifest_fields = {**manifest_fields, "start": self._nonce, "config_sha256": config_hash}
+        self._folder_ranks = _ranks_sharing_folder(folder.parent, context)
+        first_ranks = sorted({ranks[0] for ranks in all_gather_object(self._folder_ranks, context)})
+        publishers = first_ranks if settings.sharded else first_ranks[: settings.replicas]
         self.publishes = context.rank in publishers
         self.writes = settings.sharded or self.publishes
-        self._is_shared_work = settings.sharded or len(publishers) > 1
-        self._whole = begun_at
+        self._has_several_writers = settings.sharded or len(publishers) > 1
+        self._last_complete_step = resumed_step
         self._pending: tuple[int, float, float] | None = None
-        self._told: dict[str, Any] | None = None
-        self._writer: Writer | None = None
-        self._block: Block | None = None
+        self._writer_result: dict[str, Any] | None = None
+        self._writer: WriterProcess | None = None
+        self._buffer: StagingBuffer | None = None
 
-        def make_ready() -> None:
+        def prepare_folder() -> None:
             if self.publishes:
                 folder.mkdir(parents=True, exist_ok=True)
                 flush_folder(folder.parent)
                 clear_drafts(folder)
             if self.writes:
-                self._writer, self._block = Writer(static() if self.publishes else {}), Block(folder)
+                self._writer = WriterProcess(static() if self.publishes else {})
+                self._buffer = StagingBuffer(folder)
 
-        self._on_all(make_ready)  # from here on drafts are this start's
+        self._run_on_all_ranks(prepare_folder)  # From here on, all drafts in the folder are of this start.
 
     def prepare(self, engine: Engine, *, slots: int) -> None:
-        """Collective. Before the first step: room in memory and on the disk.
+        """Collective. Reserves memory and checks the disk space before the first step.
 
         Raises:
-            CheckpointError: on every rank; a disk has no room for the checkpoints that are kept, and one more.
+            CheckpointError: on every rank; a disk has no room for the checkpoints to keep and one more.
         """
         sharded = self._settings.sharded
         size = estimate(engine, slots=slots) // (self._context.world_size if sharded else 1)
 
-        def make_room() -> None:
-            if self._block is None or self._writer is None:
+        def reserve() -> None:
+            if self._buffer is None or self._writer is None:
                 return
             if self.publishes:
-                self._check_room(size * (len(self._group) if sharded else 1))
-            self._block.grow(size)
-            self._writer.start(self._block.fd)
+                self._check_disk_space(size * (len(self._folder_ranks) if sharded else 1))
+            self._buffer.grow(size)
+            self._writer.start(self._buffer.fd)
 
-        self._on_all(make_room)
+        self._run_on_all_ranks(reserve)
 
-    def _check_room(self, size: int) -> None:
+    def _check_disk_space(self, size: int) -> None:
         settings = self._settings
-        # Damaged ones and those of another line stay, so that they make no room.
-        there = sum(file.stat().st_size for path in found(self._folder).values() for file in path.iterdir())
-        kept = max(settings.keep, 2 if self._is_shared_work else 1)  # the last that is whole everywhere stays
+        # Damaged checkpoints and those of another history are never removed, so their space is not counted as free.
+        removable = sum(f.stat().st_size for path in list_checkpoints(self._folder).values() for f in path.iterdir())
+        # With several writers, the last checkpoint that is complete everywhere is kept too.
+        kept = max(settings.keep, 2 if self._has_several_writers else 1)
         needed = (kept + settings.keeps_best + 1) * size
-        free = shutil.disk_usage(self._folder).free + there
+        free = shutil.disk_usage(self._folder).free + removable
         if needed > free:
             best = ", the best one" if settings.keeps_best else ""
             raise CheckpointError(
-                f"{self._folder} has room for {free / 2**30:.2f} GiB, but checkpoint.keep={settings.keep} checkpoints{best} "
-                f"and the next one take {needed / 2**30:.2f} GiB ({size / 2**30:.2f} each). Make room, lower "
+                f"{self._folder} has {free / 2**30:.2f} GiB free, but checkpoint.keep={settings.keep} checkpoints{best} "
+                f"and the next one need {needed / 2**30:.2f} GiB ({size / 2**30:.2f} each). Free some space, lower "
                 "checkpoint.keep, or set run.output_dir to another disk."
             )
 
-    def _on_all(self, work: Callable[[], None]) -> None:
-        """Collective. Does it on every rank, and raises on all what the first one raised."""
-        words = None
+    def _run_on_all_ranks(self, work: Callable[[], None]) -> None:
+        """Collective. Calls `work` on every rank. If it fails on a rank, raises the first rank's error on all of them."""
+        message = None
         try:
             work()
         except CheckpointError as error:
-            words = str(error)
+            message = str(error)
         except OSError as error:
-            words = f"{self._folder} cannot be written on {socket.gethostname()}: {error.filename}: {error.strerror}."
-        told = [words for words in all_gather_object(words, self._context) if words is not None]
-        if told:
+            message = f"{self._folder} cannot be written on {socket.gethostname()}: {error.filename}: {error.strerror}."
+        messages = [message for message in all_gather_object(message, self._context) if message is not None]
+        if messages:
             self.close()
-            failed = CheckpointError(told[0])
+            failed = CheckpointError(messages[0])
             failed.is_said_elsewhere = not self._context.is_main
             raise failed
 
-    def save(self, engine: Engine, step: int, state: Mapping[str, Any], *, protected: Sequence[int]) -> Outcome | None:
-        """Collective. Takes a copy of the state; gives what became of the checkpoint before, if that is not said yet.
+    def save(
+        self, engine: Engine, step: int, state: Mapping[str, Any], *, protected: Sequence[int]
+    ) -> SaveResult | None:
+        """Collective. Copies the state into memory and starts writing it.
 
         Args:
-            state: for state.json.
-            protected: steps of checkpoints that stay, however old.
+            state: content for state.json.
+            protected: steps of checkpoints to keep, however old.
+
+        Returns:
+            The result of the previous checkpoint, unless it was returned before.
 
         Raises:
-            CheckpointError: the writing process has died.
+            CheckpointError: the writer process has died.
         """
         begin = time.monotonic()
-        before = self.settle()  # one at a time: the block is in use until then
+        previous = self.wait()  # The buffer is in use until then.
         scalars = engine.scalars()
-        pieces = self._copy(engine, step)
-        if self._block is None or self._writer is None:
+        tensors = self._copy(engine, step)
+        if self._buffer is None or self._writer is None:
             return None
         settings = self._settings
         rank, sharded = self._context.rank, settings.sharded
-        parts = {"parts": self._group, "of": self._context.world_size} if sharded else {}
-        order = Order(
+        parts = {"parts": self._folder_ranks, "of": self._context.world_size} if sharded else {}
+        # Another node may lack parts of the newest checkpoint here, so the last complete one is kept too.
+        last_complete = self._last_complete_step if self._has_several_writers else None
+        request = WriteRequest(
             checkpoints=str(self._folder),
             step=step,
             nonce=self._nonce,
-            pieces=pieces,
+            tensors=tensors,
             texts={STATE: json.dumps({**state, "engine": scalars}, indent=1) + "\n", CONFIG: self._config_text},
-            about={**self._about, **parts, "engine": engine.name, "world_size": self._context.world_size},
+            manifest_fields={
+                **self._manifest_fields,
+                **parts,
+                "engine": engine.name,
+                "world_size": self._context.world_size,
+            },
             max_file_bytes=settings.max_file_bytes,
             keep=settings.keep,
-            # What this node has newest may lack its parts elsewhere.
-            protected=[*protected, *([self._whole] if self._is_shared_work and self._whole is not None else [])],
+            protected=[*protected, *([] if last_complete is None else [last_complete])],
             part=rank if sharded else None,
-            of_here=self._group if sharded and self.publishes else None,
+            local_parts=self._folder_ranks if sharded and self.publishes else None,
         )
-        self._writer.order(order, self._block.fd)
-        self._told = None if settings.asynchronous else self._writer.result(wait=True)
+        self._writer.submit(request, self._buffer.fd)
+        self._writer_result = None if settings.asynchronous else self._writer.result(wait=True)
         self._pending = (step, begin, time.monotonic() - begin)
-        return before
+        return previous
 
-    def _copy(self, engine: Engine, step: int) -> list[Piece]:
-        """Collective; where it is sharded, only under engine.powersgd, which averages its memories. The state into the block."""
+    def _copy(self, engine: Engine, step: int) -> list[StagedTensor]:
+        """Copies the state into the buffer.
+
+        Collective, except that sharded checkpoints need no communication without engine.powersgd, which averages its
+        error-feedback state here.
+        """
         try:
             if self._settings.sharded:
-                assert self._block is not None
-                return copy_shards(self._block, engine.local_state(), self._context.rank)
-            entries = engine.named_state(here=self.writes)
-            if self._block is not None:
-                return copy_whole(self._block, entries, place_in(engine.module))
-            for _ in entries:  # their gathering is a collective
+                assert self._buffer is not None
+                return copy_shards(self._buffer, engine.local_state(), self._context.rank)
+            parameters = engine.named_state(here=self.writes)
+            if self._buffer is not None:
+                return copy_full_tensors(self._buffer, parameters, build_key_mapping(engine.module))
+            for _ in parameters:  # Gathering them is a collective.
                 continue
         except OSError as error:
-            raise CheckpointError(f"There is no memory to copy the checkpoint of step {step} into: {error}.") from error
+            raise CheckpointError(f"Not enough memory to copy the checkpoint of step {step}: {error}.") from error
         return []
 
-    def arrived(self) -> Outcome | None:
-        """What became of the checkpoint on its way, where rank 0 alone knows; None while it is, and for all others.
+    def poll(self) -> SaveResult | None:
+        """Returns the result of the current checkpoint if only rank 0 writes it. None while writing, and on other ranks.
 
         Raises:
-            CheckpointError: the writing process has died.
+            CheckpointError: the writer process has died.
         """
-        return None if self._is_shared_work else self._own(wait=False)
+        return None if self._has_several_writers else self._local_result(wait=False)
 
-    def settle(self) -> Outcome | None:
-        """Collective. Waits until no checkpoint is on its way; gives what became of the last, unless that is said already.
+    def wait(self) -> SaveResult | None:
+        """Collective. Waits until no checkpoint is being written. Returns the last result, unless it was returned before.
 
         Raises:
-            CheckpointError: the writing process has died.
+            CheckpointError: the writer process has died.
         """
-        own = self._own(wait=True)
-        if not self._is_shared_work:
-            return own
-        told = [
-            (rank, Outcome(**outcome))
-            for rank, outcome in enumerate(all_gather_object(None if own is None else asdict(own), self._context))
-            if outcome is not None
+        local = self._local_result(wait=True)
+        if not self._has_several_writers:
+            return local
+        results = [
+            (rank, SaveResult(**result))
+            for rank, result in enumerate(all_gather_object(None if local is None else asdict(local), self._context))
+            if result is not None
         ]
-        if not told:
+        if not results:
             return None
-        failed = [f"rank {rank}: {outcome.error}" for rank, outcome in told if outcome.error is not None]
-        is_whole = not failed or not (self._settings.sharded or len(failed) == len(told))
-        outcomes = [outcome for _, outcome in told]
-        if is_whole:
-            self._whole = outcomes[0].step
-        return Outcome(
-            outcomes[0].step,
-            error=None if is_whole else failed[0],
-            stall_began_s=outcomes[0].stall_began_s,  # rank 0's, whose clock the log has
-            stall_s=max(outcome.stall_s for outcome in outcomes),
-            seconds=max(outcome.seconds for outcome in outcomes),
-            bytes=sum(outcome.bytes for outcome in outcomes),
-            missing=failed[0] if is_whole and failed else None,
+        errors = [f"rank {rank}: {result.error}" for rank, result in results if result.error is not None]
+        # A sharded checkpoint needs every part; otherwise one copy is enough.
+        is_complete = not errors or not (self._settings.sharded or len(errors) == len(results))
+        first = results[0][1]
+        if is_complete:
+            self._last_complete_step = first.step
+        return SaveResult(
+            first.step,
+            error=None if is_complete else errors[0],
+            stall_began_s=first.stall_began_s,  # The metrics log uses the clock of rank 0.
+            stall_s=max(result.stall_s for _, result in results),
+            seconds=max(result.seconds for _, result in results),
+            bytes=sum(result.bytes for _, result in results),
+            missing_copy=errors[0] if is_complete and errors else None,
         )
 
-    def _own(self, *, wait: bool) -> Outcome | None:
-        """What became of this rank's work on the checkpoint; None while it is at it, or where it does not write."""
+    def _local_result(self, *, wait: bool) -> SaveResult | None:
+        """Returns the result of this rank's part of the work. None while writing, and on ranks that do not write."""
         if self._writer is None or self._pending is None:
             return None
-        told = self._told or self._writer.result(wait=wait)
-        if told is None:
+        result = self._writer_result or self._writer.result(wait=wait)
+        if result is None:
             return None
-        (step, begin, stall_s), self._pending, self._told = self._pending, None, None
-        if "error" in told:
-            name = Path(told["file"]).name if told["file"] != "None" else folder_name(step)
-            error = f"{folder_name(step)} cannot be written to {self._folder}: {name}: {told['error']}"
-            return Outcome(step, error, begin, stall_s, told["seconds"], 0)
-        return Outcome(step, None, begin, stall_s, told["seconds"], told["bytes"])
+        (step, begin, stall_s), self._pending, self._writer_result = self._pending, None, None
+        if "error" in result:
+            name = Path(result["file"]).name if result["file"] != "None" else folder_name(step)
+            error = f"{folder_name(step)} cannot be written to {self._folder}: {name}: {result['error']}"
+            return SaveResult(step, error, begin, stall_s, result["seconds"], 0)
+        return SaveResult(step, None, begin, stall_s, result["seconds"], result["bytes"])
 
     def close(self) -> None:
-        """Ends the writing process; a checkpoint on its way is given up."""
+        """Ends the writer process. An unfinished checkpoint is abandoned."""
         if self._writer is not None:
             self._writer.close()
-        if self._block is not None:
-            self._block.close()
+        if self._buffer is not None:
+            self._buffer.close()
 
 
-def _group(folder: Path, context: RankContext) -> list[int]:
-    """Collective. The ranks that write to the same folder as this one."""
+def _ranks_sharing_folder(folder: Path, context: RankContext) -> list[int]:
+    """Collective. Returns the ranks that write to the same folder as this one."""
     if context.topology.num_nodes == 1:
         return list(range(context.world_size))
-    sees = sees_rank_0s_folder(folder, context)
+    shares = shares_folder_with_rank_0(folder, context)
     nodes: list[int] = all_gather_object(context.topology.node_rank, context)
-    labels = [-1 if seen else node for seen, node in zip(sees, nodes, strict=True)]
+    labels = [-1 if is_shared else node for is_shared, node in zip(shares, nodes, strict=True)]
     return [rank for rank, label in enumerate(labels) if label == labels[context.rank]]

@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from: the newest whole one that any node holds."""
+"""Selects the checkpoint that a start resumes from: the newest complete one on any node."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.format import CONFIG, Damaged, Saved, Unreadable, found, read_manifest, verify
+from dtrain.checkpoint.format import (
+    CONFIG,
+    DamagedCheckpointError,
+    SavedCheckpoint,
+    UnreadableCheckpointError,
+    list_checkpoints,
+    read_manifest,
+    verify,
+)
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, barrier, broadcast_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -19,170 +27,185 @@ _DAMAGED = re.compile(r"damaged-step-(\d+)(-\d+)?")
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The same on every rank, `saved` apart.
+class SelectedCheckpoint:
+    """The checkpoint to resume from. The same on every rank, except for `saved`.
 
-    step: of the checkpoint. readers: for each of its parts, the lowest rank that holds it. state: its state.json.
-    config_text: its settings. saved: where it lies; None on ranks that see none.
+    Attributes:
+        step: optimizer step that it was saved at.
+        readers: for each of its parts, the lowest rank that has it.
+        state: content of its state.json.
+        config_text: content of its config.yaml; empty if it has none.
+        saved: the folder as this rank sees it; None on ranks that see none.
     """
 
     step: int
     readers: list[int]
     state: dict[str, Any]
     config_text: str
-    saved: Saved | None
+    saved: SavedCheckpoint | None
 
 
-def sees_rank_0s_folder(folder: Path, context: RankContext) -> list[bool]:
-    """Collective. For every rank, whether `folder` is the same one there as on rank 0 (a shared file system)."""
-    mark = folder / f".seen-{broadcast_object(uuid.uuid4().hex, context)}"
+def shares_folder_with_rank_0(folder: Path, context: RankContext) -> list[bool]:
+    """Collective. Returns for every rank whether `folder` is the same one there as on rank 0 (a shared file system)."""
+    marker = folder / f".seen-{broadcast_object(uuid.uuid4().hex, context)}"
 
-    def make() -> None:
-        with suppress(OSError):  # read-only: found out, and said, by those that write
-            mark.touch()
+    def create_marker() -> None:
+        with suppress(OSError):  # The writers detect and report a read-only folder.
+            marker.touch()
 
-    on_main(make, context)
-    here = context.is_main or mark.exists()
-    seen: list[bool] = all_gather_object(here, context)
+    on_main(create_marker, context)
+    is_visible = context.is_main or marker.exists()
+    shares: list[bool] = all_gather_object(is_visible, context)
     if context.is_main:
-        mark.unlink(missing_ok=True)
-    return seen
+        marker.unlink(missing_ok=True)
+    return shares
 
 
 def newest(
     checkpoints: Path, context: RankContext, *, below: int | None = None
-) -> tuple[Chosen | None, frozenset[int]]:
-    """Collective. The newest whole checkpoint on any node, and the steps of damaged ones, which are renamed.
+) -> tuple[SelectedCheckpoint | None, frozenset[int]]:
+    """Collective. Selects the newest complete checkpoint on any node. Renames damaged ones.
 
-    One rank of each node that has a folder of its own looks; it reads every byte of the candidates, newest first.
+    One rank per separate folder checks the candidates, newest first, and reads every byte of them.
 
     Args:
-        below: only those of earlier steps.
+        below: considers only checkpoints of earlier steps than this one.
+
+    Returns:
+        The checkpoint, None if there is none; and the steps of damaged checkpoints.
 
     Raises:
-        CheckpointError: on every rank; one that may be whole cannot be read.
+        CheckpointError: on every rank; a checkpoint that may be intact cannot be read.
     """
-    sees = sees_rank_0s_folder(checkpoints, context) if context.topology.num_nodes > 1 else [True] * context.world_size
-    looks = context.is_main or (context.is_node_main and not sees[context.rank])
-    candidates = {step: path for step, path in found(checkpoints).items() if below is None or step < below}
+    if context.topology.num_nodes > 1:
+        shares = shares_folder_with_rank_0(checkpoints, context)
+    else:
+        shares = [True] * context.world_size
+    searches = context.is_main or (context.is_node_main and not shares[context.rank])
+    candidates = {s: path for s, path in list_checkpoints(checkpoints).items() if below is None or s < below}
     while True:
-        step = max(all_gather_object(next(iter(candidates), -1) if looks else -1, context))
+        step = max(all_gather_object(next(iter(candidates), -1) if searches else -1, context))
         if step < 0:
-            return None, _damaged(checkpoints, context)
-        path = candidates.pop(step, None) if looks else None
-        saved, trouble = _whole(path) if path is not None else (None, None)
-        readers = _readers(saved, context, trouble)
+            return None, _damaged_steps(checkpoints, context)
+        path = candidates.pop(step, None) if searches else None
+        saved, error = _verify_or_rename(path) if path is not None else (None, None)
+        readers = _readers(saved, context, error)
         if readers is not None:
-            return _told(readers, saved, context), _damaged(checkpoints, context)
+            return _broadcast_contents(readers, saved, context), _damaged_steps(checkpoints, context)
 
 
-def _readers(saved: Saved | None, context: RankContext, trouble: str | None = None) -> list[int] | None:
-    """Collective. For each part the lowest rank that has it; None where not all parts are there.
+def _readers(saved: SavedCheckpoint | None, context: RankContext, error: str | None = None) -> list[int] | None:
+    """Collective. Returns for each part the lowest rank that has it; None if parts are missing.
 
-    Parts that different starts wrote make no whole: between them may lie other settings and other ranks.
+    Parts that different starts wrote do not form a checkpoint: settings and world size may have changed between them.
 
     Raises:
-        CheckpointError: on every rank; one has `trouble`.
+        CheckpointError: on every rank; a rank passed an `error`.
     """
-    told = all_gather_object((saved.parts if saved is not None else None, trouble), context)
-    if troubles := [words for _, words in told if words is not None]:
-        failed = CheckpointError(troubles[0])
+    answers = all_gather_object((saved.stored_parts if saved is not None else None, error), context)
+    if errors := [error for _, error in answers if error is not None]:
+        failed = CheckpointError(errors[0])
         failed.is_said_elsewhere = not context.is_main
         raise failed
-    lowest: dict[tuple[str, int], dict[int, int]] = {}
-    for rank, (parts, _) in enumerate(told):
-        if parts is not None:
-            start, here, number = parts
-            ranks = lowest.setdefault((start, number), {})
-            ranks.update({part: rank for part in here if part not in ranks})
-    whole = [ranks for (_, number), ranks in lowest.items() if set(range(number)) <= ranks.keys()]
-    return [rank for _, rank in sorted(whole[0].items())] if whole else None
+    readers_by_start: dict[tuple[str, int], dict[int, int]] = {}
+    for rank, (stored_parts, _) in enumerate(answers):
+        if stored_parts is not None:
+            start, parts, num_parts = stored_parts
+            readers = readers_by_start.setdefault((start, num_parts), {})
+            readers.update({part: rank for part in parts if part not in readers})
+    complete = [
+        readers for (_, num_parts), readers in readers_by_start.items() if set(range(num_parts)) <= readers.keys()
+    ]
+    return [rank for _, rank in sorted(complete[0].items())] if complete else None
 
 
-def is_there(path: Path, context: RankContext) -> bool:
-    """Collective. Whether the nodes hold a checkpoint, by its manifests: no file of it is read."""
-    parts = None
+def is_available(path: Path, context: RankContext) -> bool:
+    """Collective. Returns whether the nodes have all parts of a checkpoint. Reads the manifests only."""
+    saved = None
     if context.is_node_main:
-        with suppress(Damaged):
+        with suppress(DamagedCheckpointError):
             manifest = read_manifest(path)
-            parts = Saved(path, 0, manifest, {})
-    return _readers(parts, context) is not None
+            saved = SavedCheckpoint(path, 0, manifest, {})
+    return _readers(saved, context) is not None
 
 
-def _damaged(checkpoints: Path, context: RankContext) -> frozenset[int]:
+def _damaged_steps(checkpoints: Path, context: RankContext) -> frozenset[int]:
     names = [path.name for path in checkpoints.glob("damaged-*")] if context.is_node_main else []
     steps = [int(match[1]) for match in map(_DAMAGED.fullmatch, names) if match]
-    return frozenset(step for part in all_gather_object(steps, context) for step in part)
+    return frozenset(step for rank_steps in all_gather_object(steps, context) for step in rank_steps)
 
 
-def at(path: Path, context: RankContext, *, named_by: str) -> Chosen:
-    """Collective. The checkpoint in that folder.
+def at(path: Path, context: RankContext, *, setting: str) -> SelectedCheckpoint:
+    """Collective. Selects the checkpoint in that folder.
 
     Args:
-        named_by: the setting that named it, for the message.
+        setting: what named the folder, for the error message.
 
     Raises:
-        CheckpointError: on every rank; no node has it whole.
+        CheckpointError: on every rank; the nodes do not have a complete checkpoint there.
     """
-    why = "there is no such folder"
+    reason = "there is no such folder"
     saved = None
     if context.is_node_main and path.is_dir():
         try:
             saved = verify(path)
-        except Damaged as error:
-            why = str(error)
+        except DamagedCheckpointError as error:
+            reason = str(error)
     readers = _readers(saved, context)
-    answers = all_gather_object([why, path.is_dir()], context)
+    answers = all_gather_object([reason, path.is_dir()], context)
     if readers is None:
-        reason = next((why for why, is_there in answers if is_there), why)
+        reason = next((other for other, is_folder in answers if is_folder), reason)
         failed = CheckpointError(
-            f"{named_by}={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run that is."
+            f"{setting}={path} is not a complete checkpoint: {reason}. Set it to a complete checkpoints/step-... folder "
+            "of a run."
         )
         failed.is_said_elsewhere = not context.is_main
         raise failed
-    return _told(readers, saved, context)
+    return _broadcast_contents(readers, saved, context)
 
 
-def _told(readers: list[int], saved: Saved | None, context: RankContext) -> Chosen:
-    mine = None
+def _broadcast_contents(readers: list[int], saved: SavedCheckpoint | None, context: RankContext) -> SelectedCheckpoint:
+    """Collective. Sends state and config from the first reader to all ranks."""
+    contents = None
     if context.rank == readers[0]:
         assert saved is not None
         config = saved.path / CONFIG
         text = config.read_text(encoding="utf-8") if CONFIG in saved.manifest["files"] else ""
-        mine = {"step": saved.step, "state": dict(saved.state), "config": text}
-    told = broadcast_object(mine, context, src=readers[0])
-    return Chosen(told["step"], readers, told["state"], told["config"], saved)
+        contents = {"step": saved.step, "state": dict(saved.state), "config": text}
+    received = broadcast_object(contents, context, src=readers[0])
+    return SelectedCheckpoint(received["step"], readers, received["state"], received["config"], saved)
 
 
-def _whole(path: Path) -> tuple[Saved | None, str | None]:
-    """The checkpoint if it is whole, or why that cannot be told; a damaged one gets another name and is none again."""
+def _verify_or_rename(path: Path) -> tuple[SavedCheckpoint | None, str | None]:
+    """Returns the checkpoint if it is intact, or an error message if that is unknown. Renames a damaged one."""
     try:
         return verify(path), None
-    except Unreadable as error:
+    except UnreadableCheckpointError as error:
         return None, (
-            f"{path} cannot be read, so that nobody knows whether it is whole: {error}. Mend that, or move the folder away to "
-            "go on from the checkpoint before it."
+            f"{path} cannot be read, so it is unknown whether it is intact: {error}. Fix that, or move the folder away to "
+            "resume from the checkpoint before it."
         )
-    except Damaged as error:
-        aside = _set_aside(path, "damaged")
-        log.warning("%s is damaged: %s. It is %s now; the one before it is used", path, error, aside.name)
+    except DamagedCheckpointError as error:
+        renamed = _rename_with_prefix(path, "damaged")
+        log.warning("%s is damaged: %s. It is now %s; the checkpoint before it is used", path, error, renamed.name)
     return None, None
 
 
-def _set_aside(path: Path, why: str) -> Path:
-    """Gives a checkpoint a name that is not taken for one, and was not given before."""
-    names = [f"{why}-{path.name}", *(f"{why}-{path.name}-{number}" for number in range(2, 1000))]
+def _rename_with_prefix(path: Path, prefix: str) -> Path:
+    """Renames a checkpoint to an unused name that does not count as a checkpoint."""
+    names = [f"{prefix}-{path.name}", *(f"{prefix}-{path.name}-{number}" for number in range(2, 1000))]
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    with suppress(OSError):  # a read-only folder, or another node was quicker: it is passed over again
+    # Fails in a read-only folder, or if another node renamed it first. The next start skips it again.
+    with suppress(OSError):
         path.rename(target)
         return target
     return path
 
 
-def set_newer_aside(checkpoints: Path, step: int, context: RankContext) -> None:
-    """Collective. Renames what lies beyond `step`, where this start begins: another line of the run, or a part of one."""
+def rename_newer(checkpoints: Path, step: int, context: RankContext) -> None:
+    """Collective. Renames checkpoints after `step`, where this start begins: they are incomplete or of another history."""
     if context.is_node_main:
-        for number, path in found(checkpoints).items():
+        for number, path in list_checkpoints(checkpoints).items():
             if number > step:
-                _set_aside(path, "left")
-    barrier(context)  # before anybody writes new ones
+                _rename_with_prefix(path, "left")
+    barrier(context)  # No rank may write new checkpoints before the old ones are renamed.

@@ -1,4 +1,4 @@
-"""The state of a run, copied into a block of memory, tensor by tensor: all that the loop has to wait for."""
+"""Copies the state of a run into the staging buffer, tensor by tensor. The training loop waits for this copy only."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from dtrain.checkpoint.format import BUFFER, MODEL, OPTIMIZER, VALUE, WHOLE, shard_prefix
-from dtrain.checkpoint.publish import Piece
-from dtrain.checkpoint.staging_buffer import Block
+from dtrain.checkpoint.format import BUFFER, FULL_TENSOR, MODEL, OPTIMIZER, VALUE, shard_prefix
+from dtrain.checkpoint.publish import StagedTensor
+from dtrain.checkpoint.staging_buffer import StagingBuffer
 from dtrain.engine.protocol import Engine, ParameterState, Shard
 from dtrain.models.custom_head import HeadedModel
 
@@ -25,79 +25,82 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What is stored, as safetensors calls it. Other floating types are stored as float32."""
+"""Stored types, with their names in safetensors. Other floating-point types are stored as float32."""
 
-Place = Callable[[str], tuple[str, str]]
-"""From a parameter's or buffer's name to the stem of its files and its key there."""
+KeyMapping = Callable[[str], tuple[str, str]]
+"""Maps the name of a parameter or buffer to the stem of its files and its key there."""
 
 
-def place_in(module: nn.Module) -> Place:
-    """Where a model's weights go, so that the checkpoint is a folder that from_pretrained loads."""
+def build_key_mapping(module: nn.Module) -> KeyMapping:
+    """Returns where each weight of a model is stored. The result is a folder that from_pretrained loads."""
     is_headed = isinstance(module, HeadedModel)
     persistent = set(module.state_dict().keys())
 
-    def place(name: str) -> tuple[str, str]:
+    def key_mapping(name: str) -> tuple[str, str]:
         if name not in persistent:
             return OPTIMIZER, f"{BUFFER}/{name}"
         if is_headed:
-            part, _, rest = name.partition(".")
-            return (MODEL if part == "backbone" else part), rest
+            submodule, _, rest = name.partition(".")
+            return (MODEL if submodule == "backbone" else submodule), rest
         return MODEL, name
 
-    return place
+    return key_mapping
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which type a tensor of `dtype` is kept."""
+    """Returns the type in which a tensor of `dtype` is stored."""
     return dtype if dtype in DTYPES else torch.float32
 
 
-def copy_whole(block: Block, entries: Iterable[ParameterState], place: Place) -> list[Piece]:
-    """Copies what the entries hold into the block, which grows as needed; gives where each tensor lies."""
-    filler = _Filler(block)
-    for entry in entries:
-        if entry.value is None:
+def copy_full_tensors(
+    buffer: StagingBuffer, parameters: Iterable[ParameterState], key_mapping: KeyMapping
+) -> list[StagedTensor]:
+    """Copies parameters and their slots into the buffer, which grows as needed. Returns where each tensor is."""
+    copier = _TensorCopier(buffer)
+    for parameter in parameters:
+        if parameter.value is None:
             continue
-        filler.add(*place(entry.name), entry.value)
-        for slot, value in sorted(entry.slots.items()):  # after a resume they come in another order
-            filler.add(OPTIMIZER, f"{slot}/{entry.name}", value)
-    return filler.pieces
+        copier.add(*key_mapping(parameter.name), parameter.value)
+        # Sorted, because a resumed optimizer returns its slots in another order.
+        for slot, value in sorted(parameter.slots.items()):
+            copier.add(OPTIMIZER, f"{slot}/{parameter.name}", value)
+    return copier.tensors
 
 
-def copy_shards(block: Block, shards: Iterable[Shard], part: int) -> list[Piece]:
-    """The same with what one rank keeps, for the files of its part."""
-    filler = _Filler(block)
+def copy_shards(buffer: StagingBuffer, shards: Iterable[Shard], part: int) -> list[StagedTensor]:
+    """Copies the shards of one rank into the buffer, for the files of its part. Returns where each tensor is."""
+    copier = _TensorCopier(buffer)
     for shard in shards:
-        start = WHOLE if shard.start is None else shard.start
-        filler.add(shard_prefix(part), f"{shard.slot or VALUE}/{shard.name}@{start}", shard.tensor)
-    return filler.pieces
+        start = FULL_TENSOR if shard.start is None else shard.start
+        copier.add(shard_prefix(part), f"{shard.slot or VALUE}/{shard.name}@{start}", shard.tensor)
+    return copier.tensors
 
 
-class _Filler:
-    """Puts one tensor behind the other into a block."""
+class _TensorCopier:
+    """Copies tensors one after the other into a buffer."""
 
-    def __init__(self, block: Block) -> None:
-        self._block, self._end = block, 0
-        self.pieces: list[Piece] = []
+    def __init__(self, buffer: StagingBuffer) -> None:
+        self._buffer, self._end = buffer, 0
+        self.tensors: list[StagedTensor] = []
 
     def add(self, stem: str, key: str, tensor: torch.Tensor) -> None:
-        kind = stored_dtype(tensor.dtype)
-        size = tensor.numel() * kind.itemsize
-        if self._end + size > self._block.size:
-            self._block.grow(max(self._end + size, self._block.size * 3 // 2))
+        dtype = stored_dtype(tensor.dtype)
+        size = tensor.numel() * dtype.itemsize
+        if self._end + size > self._buffer.size:
+            self._buffer.grow(max(self._end + size, self._buffer.size * 3 // 2))
         if size:
-            view = torch.frombuffer(self._block.view(self._end, size), dtype=kind)
+            view = torch.frombuffer(self._buffer.view(self._end, size), dtype=dtype)
             view.view(tensor.shape).copy_(tensor.detach())
-        self.pieces.append(Piece(stem, key, DTYPES[kind], list(tensor.shape), self._end, size))
+        self.tensors.append(StagedTensor(stem, key, DTYPES[dtype], list(tensor.shape), self._end, size))
         self._end += -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def estimate(engine: Engine, *, slots: int) -> int:
-    """Bytes of a checkpoint of this model, before the first one: weights, and `slots` numbers for each that learns."""
+    """Estimates the bytes of a checkpoint: the weights, and `slots` numbers per trainable weight."""
     size = 0
     for parameter in engine.module.parameters():
         numbers = engine.numel(parameter)
         width = stored_dtype(parameter.dtype).itemsize
-        # One more for AdamW's count of steps.
+        # One more tensor for AdamW's step count.
         size += numbers * width * (1 + slots * int(parameter.requires_grad)) + ALIGNMENT * (2 + slots)
     return size + sum(b.numel() * stored_dtype(b.dtype).itemsize + ALIGNMENT for b in engine.module.buffers())

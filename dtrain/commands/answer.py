@@ -145,7 +145,7 @@ def _data(config: Config, file: Path) -> Data:
 def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankContext) -> str:
     """Collective. With what the task tells of an example besides, or else the prediction that an evaluation writes down."""
     if config.task.name in prompts.TASKS:
-        return prompts.answer_first(config, file, context)
+        return prompts.answer_single_prompt(config, file, context)
     if config.task.name == "seq2seq":
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     task = build_task(config, context)

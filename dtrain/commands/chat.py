@@ -1,7 +1,7 @@
-"""The chat command: talks in the terminal, or answers a file of dialogues, with the encoding of training.
+"""The chat command: a conversation in the terminal, or replies to a file of dialogues. Encodes dialogues as in training.
 
-A reply is drawn as `generate` says and seeded by its number in the conversation, or by its dialogue's in the file: the
-same settings give the same replies.
+Replies are sampled with the settings of `generate`. The seed of a reply includes its number in the conversation, or the
+number of its dialogue in the file, so the same settings give the same replies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dtrain.commands.generate import continuation, ends_of
+from dtrain.commands.generate import continue_tokens, end_tokens
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
@@ -37,44 +37,53 @@ from dtrain.training import run_claim
 from dtrain.training import summary as results
 from dtrain.training.build import refuse_custom_models
 
-FORGET = "/reset"
+RESET = "/reset"
+"""Line that clears the history of a conversation."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """text: what the model says. forgotten: the oldest turns that it could not be shown any more."""
+    """A reply of the model.
+
+    Attributes:
+        text: the reply.
+        dropped_turns: number of oldest turns that did not fit into the model's context.
+    """
 
     text: str
-    forgotten: int
+    dropped_turns: int
 
 
 def run_chat(config: Config, context: RankContext) -> None:
-    """Talks with whoever sits at the terminal (or behind a pipe), or writes replies to `talk.input`.
+    """Holds a conversation on standard input and output, or writes replies to the dialogues in `talk.input`.
 
     Raises:
-        ConfigError: several ranks, another task, or a tokenizer that the format cannot use.
-        DataError: a file that cannot be read as dialogues.
+        ConfigError: there are several ranks, another task, or a tokenizer that does not fit the format.
+        DataError: the file cannot be read as dialogues.
     """
     if context.world_size > 1:
-        raise ConfigError(f"chat runs as one process, not {context.world_size}: start it with python, no launcher.")
+        raise ConfigError(
+            f"chat runs as one process, not {context.world_size}: start it with python, not with a launcher."
+        )
     if not isinstance(config.task, Chat | CausalLm):
         raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
     begin = time.monotonic()
     file, system = config.talk.input, config.talk.system
     prompts = list(read_prompts(file)) if file is not None else []
     if file is not None and not prompts:
-        raise DataError(f"{file} has no dialogue to answer: a line of text is one")
-    holds = run_claim.claimed(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()
-    with holds:
-        answer = speaker(config, context)
+        raise DataError(f"{file} has no dialogue to answer: each line of text is one dialogue")
+    claim = run_claim.claimed(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()
+    with claim:
+        model = load_chat_model(config, context)
         if file is None:
-            talk(answer, _lines_of(sys.stdin), system=system)
+            converse(model, _input_lines(sys.stdin), system=system)
             return
         for line, messages in prompts:
-            answer.check(begun_with(system, messages), f"{file}, {unit_of(file)} {line}")
+            model.check(with_system_message(system, messages), f"{file}, {unit_of(file)} {line}")
         target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
         replies = (
-            reply_record(answer, index, line, messages, system=system) for index, (line, messages) in enumerate(prompts)
+            build_reply_record(model, index, line, messages, system=system)
+            for index, (line, messages) in enumerate(prompts)
         )
         write_lines_atomic(target, replies)
         if config.talk.makes_run_folder:
@@ -83,38 +92,43 @@ def run_chat(config: Config, context: RankContext) -> None:
         log.info("%d replies: %s", len(prompts), target)
 
 
-Answer = Callable[[Sequence[Message], int], Reply]
-"""The reply to the last message of a dialogue, drawn with that number."""
+ReplyFn = Callable[[Sequence[Message], int], Reply]
+"""Returns the reply to the last message of a dialogue. The number is part of its random seed."""
 
 
-class Speaker:
-    """A model that replies to the last message of a dialogue; an Answer."""
+class ChatModel:
+    """A model that replies to the last message of a dialogue. Can be called as a ReplyFn."""
 
     def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, heartbeat: Heartbeat) -> None:
         self._config, self._model, self._chat, self._heartbeat = config, model, chat, heartbeat
-        self._stops = chat.stops | ends_of(model)
-        self._room = _room(model, config.generate.max_new_tokens)
+        self._stops = chat.stops | end_tokens(model)
+        self._max_prompt_tokens = _max_prompt_tokens(model, config.generate.max_new_tokens)
 
     def __call__(self, messages: Sequence[Message], number: int) -> Reply:
-        ids, forgotten = newest(self._chat, messages, max_tokens=self._room)
+        ids, dropped_turns = newest(self._chat, messages, max_tokens=self._max_prompt_tokens)
         seed_all(self._config.run.seed, "chat", number)
         prompt = torch.tensor(ids, device=self._model.device)
-        whole = continuation(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
-        drawn = whole[len(ids) :].tolist()
-        return Reply(self._chat.reply([token for token in drawn if token not in self._stops]), forgotten)
+        all_ids = continue_tokens(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
+        reply_ids = all_ids[len(ids) :].tolist()
+        return Reply(self._chat.reply([token for token in reply_ids if token not in self._stops]), dropped_turns)
 
-    def check(self, messages: Sequence[Message], place: str) -> None:
-        """Raises:
-        DataError: a dialogue that the format cannot write down, such as one that the chat template refuses.
+    def check(self, messages: Sequence[Message], location: str) -> None:
+        """Checks that the format can encode a dialogue.
+
+        Args:
+            location: file and line of the dialogue, for the error message.
+
+        Raises:
+            DataError: it cannot, for example because the chat template refuses the dialogue.
         """
         try:
             self._chat.prompt(messages)
         except DataError as error:
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{location}: {error}") from None
 
 
-def speaker(config: Config, context: RankContext) -> Speaker:
-    """Loads the model that answers."""
+def load_chat_model(config: Config, context: RankContext) -> ChatModel:
+    """Loads the model with its tokenizer and chat format."""
     refuse_custom_models(config, "chat")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
@@ -122,67 +136,75 @@ def speaker(config: Config, context: RankContext) -> Speaker:
         config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
-    return Speaker(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)
+    return ChatModel(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)
 
 
-def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
-    """Answers line by line with the history, until an empty line or the end; FORGET begins anew."""
+def converse(reply_to: ReplyFn, lines: Iterator[str], *, system: str | None) -> None:
+    """Replies to each line, given the conversation before it. Ends at an empty line or at the end of input.
+
+    The line RESET clears the conversation.
+    """
     start: list[Message] = [{"role": "system", "content": system}] if system else []
-    history, number, told = list(start), 0, 0
+    history, number, reported = list(start), 0, 0
     for line in lines:
-        said = line.strip()
-        if not said:
+        text = line.strip()
+        if not text:
             return
-        if said == FORGET:
-            history, told = list(start), 0
-            log.info("(forgotten)")
+        if text == RESET:
+            history, reported = list(start), 0
+            log.info("(history cleared)")
             continue
-        history.append({"role": "user", "content": said})
-        reply = answer(history, number)
+        history.append({"role": "user", "content": text})
+        reply = reply_to(history, number)
         number += 1
-        if reply.forgotten > told:
-            told = reply.forgotten
-            log.info("(the first %d turns are more than the model can look back on)", told)
+        if reply.dropped_turns > reported:
+            reported = reply.dropped_turns
+            log.info("(the first %d turns no longer fit into the model's context)", reported)
         log.info("%s", reply.text)
         history.append({"role": "assistant", "content": reply.text})
 
 
-def begun_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
-    """The dialogue with that system message, unless it begins with one of its own."""
+def with_system_message(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
+    """Returns the dialogue with that system message, unless it has one already."""
     if not system or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def reply_record(
-    answer: Answer, index: int, line: int, messages: Sequence[Message], *, system: str | None
+def build_reply_record(
+    reply_to: ReplyFn, index: int, line: int, messages: Sequence[Message], *, system: str | None
 ) -> dict[str, Any]:
-    """What is written down of one dialogue of a file. index: its number among them, which seeds the reply."""
+    """Returns the output record for one dialogue of a file.
+
+    Args:
+        index: number of the dialogue in the file; part of the reply's random seed.
+        line: line or row that the dialogue begins on.
+    """
     return {
         "example_index": index,
         "line": line,
         "messages": [dict(message) for message in messages],
-        "prediction": answer(begun_with(system, messages), index).text,
+        "prediction": reply_to(with_system_message(system, messages), index).text,
     }
 
 
-def _lines_of(stream: Any) -> Iterator[str]:
-    """Lines that are typed, each after a sign that it is awaited, or lines of a pipe."""
+def _input_lines(stream: Any) -> Iterator[str]:
+    """Yields the lines of a pipe, or of a terminal, where a prompt is shown before each."""
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # half a character is no reason to stop
+        stream.reconfigure(encoding="utf-8", errors="replace")  # An incomplete character is no reason to stop.
     if not stream.isatty():
         yield from stream
         return
-    log.info("An empty line or Ctrl-D ends, %s forgets what was said.", FORGET)
+    log.info("An empty line or Ctrl-D ends the conversation; %s clears the history.", RESET)
     while True:
         try:
             yield input("> ")
         except (EOFError, KeyboardInterrupt):
-            log.info("")  # the shell's own prompt begins a line
+            log.info("")  # So that the shell's prompt begins on a new line.
             return
 
 
-def _room(model: PreTrainedModel, max_new_tokens: int) -> int:
-    """Tokens of the history: the positions less those of the reply, at least half of them."""
+def _max_prompt_tokens(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """Returns the maximum prompt length: the model's positions minus those of the reply, but at least half of them."""
     positions = longest_input(model)
     return 2**31 if positions is None else max(positions - max_new_tokens, positions // 2)

@@ -1,4 +1,4 @@
-"""The evaluate command: a model as it is, on every split but train, exactly."""
+"""The evaluate command: evaluates a model on every split but train, each example exactly once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dtrain.training.summary import Result
 
 
 def run_evaluate(config: Config, context: RankContext) -> Result:
-    """Collective. Writes summary.json and predictions/ into a run folder of its own."""
+    """Collective. Evaluates the model, and writes summary.json and predictions/ into a new run folder."""
     begin = time.monotonic()
     name, why = engine_name(config, context)
     with run_claim.claimed(config, context, command="evaluate"):
@@ -42,21 +42,21 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
             workers=config.data.workers,
             reported=metrics,
         )
-        write_down("evaluate", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
+        write_results("evaluate", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
         return Result(dict(result.metrics), config.run_dir)
 
 
 def wrap(module: nn.Module, config: Config, context: RankContext) -> Forward:
-    """Returns what runs forward: the plain model, or the engine where the model is sharded and one rank cannot hold it."""
+    """Wraps the model for forward passes: in its engine if the model is sharded, else without one."""
     if engine_traits(config, context).is_sharded:
         return build_engine(module, config, context)
     return ForwardOnly(module, config, context)
 
 
-def write_down(
+def write_results(
     command: str, result: EvaluationResult, run_dir: Path, context: RankContext, *, engine: str, seconds: float
 ) -> None:
-    """Collective. summary.json and predictions/, and the metrics on the terminal."""
+    """Collective. Writes summary.json and predictions/, and logs the metrics."""
     summary = {
         **results.summary(command, result, context, engine=engine, seconds=seconds),
         "step": 0,

@@ -1,4 +1,4 @@
-"""The export command: a run's model to a folder of its own, in another dtype if wanted, with a model card."""
+"""The export command: copies a run's model to a folder, converts it to another dtype if set, and adds a model card."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from dtrain.training.model_card import CARD, bare_card, trained_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot")
-"""Suffixes of files that are not copied as they are: weights, of which only safetensors are read."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot")
+"""Suffixes of weight files. Only .safetensors files are exported; the others are left out."""
 
 
 def run_export(config: Config, context: RankContext) -> None:
-    """Collective. Rank 0 writes `export.to`; the others wait.
+    """Collective. Writes the model to `export.to` on rank 0; the others wait.
 
     Raises:
-        ConfigError: no such model, a target that is there already, or weights that the dtype cannot hold.
-        CheckpointError: damaged weights, or a disk that is full.
+        ConfigError: the model does not exist, the target does, or the dtype cannot hold the weights.
+        CheckpointError: the weights are damaged, or the disk is full.
     """
 
     def write() -> str:
         source, target = _source(config), _target(config)
         draft = target.with_name(f".tmp-{target.name}")
-        shutil.rmtree(draft, ignore_errors=True)  # of an export that was cut short
+        shutil.rmtree(draft, ignore_errors=True)  # Left by an export that did not finish.
         try:
             draft.mkdir(parents=True)
             dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
             if config.export.merge:
-                with TemporaryDirectory(prefix=".tmp-merged-", dir=draft.parent) as place:
-                    _copy(_merged(source, Path(place)), draft, dtype)
+                with TemporaryDirectory(prefix=".tmp-merged-", dir=draft.parent) as folder:
+                    _copy(_merge_adapters(source, Path(folder)), draft, dtype)
             else:
                 _copy(source, draft, dtype)
             _write_card(source, draft, config)
@@ -60,141 +60,146 @@ def run_export(config: Config, context: RankContext) -> None:
             raise CheckpointError(f"The model cannot be written to {target}: {error}. Is the disk full?") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        return f"{source} exported to {target}" + (f"; what was there is {moved} now" if moved else "")
+        return f"{source} exported to {target}" + (f"; the old folder is now {moved}" if moved else "")
 
     log.info("%s", on_main(write, context))
 
 
 def _source(config: Config) -> Path:
-    """The folder of the model to export."""
+    """Returns the folder of the model to export, after checking that it can be exported."""
     name = str(config.model.name_or_path)
     folder = Path(name)
     if not folder.is_dir():
         raise ConfigError(
-            f"model.name_or_path={name} is not a folder here: export takes a run's model (<run>/model). A model of the "
-            f"hub is fetched by: download model.name_or_path={name} download.to=FOLDER"
+            f"model.name_or_path={name} is not a local folder: export takes a run's model (<run>/model). To get a model "
+            f"from the hub, run: download model.name_or_path={name} download.to=FOLDER"
         )
     if folder.name == "checkpoints":
-        raise ConfigError(f"model.name_or_path={name} holds checkpoints: name one of them, or the run's model/.")
+        raise ConfigError(
+            f"model.name_or_path={name} contains checkpoints: set it to one of them, or to the run's model/."
+        )
     if (folder / format.MANIFEST).is_file():
         verify_start(name)
         if not list(folder.glob(f"{format.MODEL}*.safetensors")):
             raise ConfigError(
-                f"model.name_or_path={name} is a sharded checkpoint, whose weights lie in pieces. A run can begin with it or "
-                "go on from it; what is exported is the run's model/."
+                f"model.name_or_path={name} is a sharded checkpoint, whose weights are split into pieces. A run can start "
+                "with it or resume from it; to export, use the run's model/."
             )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.name_or_path={name} is a run folder: its model is {folder / 'model'}.")
+        raise ConfigError(f"model.name_or_path={name} is a run folder: set it to its model, {folder / 'model'}.")
     if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
         )
     if not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"model.name_or_path={name} has no *.safetensors: export reads no other kind of weights.")
+        raise ConfigError(f"model.name_or_path={name} has no *.safetensors file: export reads no other format.")
     return folder
 
 
 def _target(config: Config) -> Path:
-    """Where to; nothing is there that may not be replaced."""
+    """Returns the target folder, after checking that it may be written."""
     target = config.export.to
     if target is None:
-        raise ConfigError("export.to is not set: say to which folder, e.g. export.to=my-model.")
-    source, place = Path(str(config.model.name_or_path)).resolve(), target.resolve()
-    if place == source or place in source.parents or source in place.parents:
-        raise ConfigError(f"export.to={target} overlaps model.name_or_path={config.model.name_or_path}: name another.")
+        raise ConfigError("export.to is not set: set it to a folder, e.g. export.to=my-model.")
+    source, resolved = Path(str(config.model.name_or_path)).resolve(), target.resolve()
+    if resolved == source or resolved in source.parents or source in resolved.parents:
+        raise ConfigError(
+            f"export.to={target} overlaps model.name_or_path={config.model.name_or_path}: choose another."
+        )
     if target.is_dir() and not any(target.iterdir()):
         return target
     if target.exists() and not target.is_dir():
-        raise ConfigError(f"export.to={target} is a file: name a folder.")
+        raise ConfigError(f"export.to={target} is a file: set it to a folder.")
     if target.exists() and not config.run.overwrite:
         raise ConfigError(
-            f"export.to={target} is there already. Name another folder, or set run.overwrite=true to move it to "
+            f"export.to={target} exists already. Choose another folder, or set run.overwrite=true to rename it to "
             f"{target.name}.old-<time>."
         )
     return target
 
 
-def _merged(source: Path, place: Path) -> Path:
-    """The plain model of a folder of adapters, with its tokenizer, in `place`."""
-    adapters.merged(source).save_pretrained(str(place))
-    for file in _files(source):
-        target = place / file.relative_to(source)
-        if file.suffix not in WEIGHTS and file.name != adapters.CONFIG and not target.exists():
+def _merge_adapters(source: Path, folder: Path) -> Path:
+    """Merges adapters into their base model and writes it to `folder`, with the tokenizer. Returns `folder`."""
+    adapters.merged(source).save_pretrained(str(folder))
+    for file in _model_files(source):
+        target = folder / file.relative_to(source)
+        if file.suffix not in WEIGHT_SUFFIXES and file.name != adapters.CONFIG and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    return place
+    return folder
 
 
 def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:
-    """Every file of the model; weights in `dtype`, None: as they are."""
-    for file in _files(source):
-        place = draft / file.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
+    """Copies every file of the model. Converts the weights to `dtype`, unless it is None."""
+    for file in _model_files(source):
+        target = draft / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors":
-            _convert(file, place, dtype)
-        elif file.suffix not in WEIGHTS and file.relative_to(source) != Path(CARD):
-            shutil.copyfile(file, place)
+            _convert(file, target, dtype)
+        elif file.suffix not in WEIGHT_SUFFIXES and file.relative_to(source) != Path(CARD):
+            shutil.copyfile(file, target)
     if dtype is None:
         return
     for name in ("config.json", "model.safetensors.index.json"):
         if (draft / name).is_file():
             values = json.loads((draft / name).read_text(encoding="utf-8"))
-            write_json_atomic(draft / name, _told(values, draft, dtype))
+            write_json_atomic(draft / name, _update_json(values, draft, dtype))
 
 
-def _files(source: Path) -> Iterator[Path]:
-    """What belongs to the model; of a checkpoint, neither the optimizer nor the state of the run."""
+def _model_files(source: Path) -> Iterator[Path]:
+    """Yields the files of the model. In a checkpoint, leaves out the optimizer and the state of the run."""
     if (source / format.MANIFEST).is_file():
         names = sorted(format.read_manifest(source)["files"])
         not_model = (format.STATE, format.CONFIG, f"{format.OPTIMIZER}.safetensors")
         yield from (source / n for n in names if n not in not_model and not n.startswith(f"{format.OPTIMIZER}-"))
         return
     for file in sorted(source.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
-        if file.is_file() and not hidden:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
+        if file.is_file() and not is_hidden:
             yield file
 
 
-def _convert(file: Path, place: Path, dtype: torch.dtype | None) -> None:
-    """One file of weights, one tensor at a time in memory beside the converted ones."""
+def _convert(file: Path, target: Path, dtype: torch.dtype | None) -> None:
+    """Writes one file of weights in `dtype`. Memory holds one original tensor at a time, and all converted ones."""
     if dtype is None:
         with safe_open(file, framework="pt") as opened:
-            opened.keys()  # reads the header: a damaged file is not passed on
-        shutil.copyfile(file, place)
+            opened.keys()  # Reads the header, so that a damaged file is not copied.
+        shutil.copyfile(file, target)
         return
     converted = {}
     with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+        for name in opened.keys():  # noqa: SIM118 - it is not a mapping
             value = opened.get_tensor(name)
             converted[name] = value.to(dtype) if value.is_floating_point() else value
             if not converted[name].isfinite().all() and value.isfinite().all():
                 raise ConfigError(
                     f"export.dtype=fp16 cannot hold {name}, whose largest value is {value.abs().max():.3g}: use bf16."
                 )
-    save_file(converted, place, metadata={"format": "pt"})
+    save_file(converted, target, metadata={"format": "pt"})
 
 
-def _told(values: Any, draft: Path, dtype: torch.dtype) -> Any:
-    """config.json with the new dtype, which from_pretrained goes by; an index with the new number of bytes."""
+def _update_json(values: Any, draft: Path, dtype: torch.dtype) -> Any:
+    """Returns config.json with the new dtype, which from_pretrained reads, or the index with the new number of bytes."""
     if not isinstance(values, dict):
         return values
-    told = {key: _told(value, draft, dtype) for key, value in values.items()}
-    for key in told.keys() & {"dtype", "torch_dtype"}:
-        told[key] = str(dtype).removeprefix("torch.")
-    if "total_size" in told:
-        told["total_size"] = sum(_bytes(file) for file in draft.glob("*.safetensors"))
-    return told
+    updated = {key: _update_json(value, draft, dtype) for key, value in values.items()}
+    for key in updated.keys() & {"dtype", "torch_dtype"}:
+        updated[key] = str(dtype).removeprefix("torch.")
+    if "total_size" in updated:
+        updated["total_size"] = sum(_tensor_bytes(file) for file in draft.glob("*.safetensors"))
+    return updated
 
 
-def _bytes(file: Path) -> int:
-    """Of the tensors in a file of weights."""
+def _tensor_bytes(file: Path) -> int:
+    """Returns the bytes of all tensors in a file of weights."""
     with safe_open(file, framework="pt") as opened:
-        return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - it is no mapping
+        return sum(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - it is not a mapping
 
 
 def _write_card(source: Path, draft: Path, config: Config) -> None:
-    """The run's card, written anew from what the run left; else the one that is there; else what config.json tells."""
-    is_checkpoint = (source / format.MANIFEST).is_file()  # whose metrics are not those of the run's end
+    """Writes the model card: from the run's results if there are any, else the model's existing card, else a minimal one."""
+    # The metrics of a run are those at its end, not those of a checkpoint.
+    is_checkpoint = (source / format.MANIFEST).is_file()
     text = None if is_checkpoint else _card_of_run(source.resolve().parent, draft)
     if text is None and (source / CARD).is_file():
         text = (source / CARD).read_text(encoding="utf-8")
@@ -205,9 +210,12 @@ def _write_card(source: Path, draft: Path, config: Config) -> None:
 
 
 def _card_of_run(run: Path, draft: Path) -> str | None:
-    """From config.yaml and summary.json of a training run; None where it is none, or one of another version.
+    """Returns a card made from the config.yaml and summary.json of a training run.
 
-    draft: what is exported.
+    None if `run` is not a training run, or one of another version.
+
+    Args:
+        draft: the exported model.
     """
     try:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What stands behind the masks of a text: the likeliest tokens of a masked language model."""
+"""Fills the masks of a text with the most likely tokens of a masked language model."""
 
 from __future__ import annotations
 
@@ -17,32 +17,38 @@ from dtrain.models.tokenizer import load_tokenizer
 from dtrain.tasks.tensors import full_precision
 from dtrain.training.build import refuse_custom_models
 
-GUESSES = 5
+NUM_GUESSES = 5
+"""Tokens to report per mask."""
 
 
 @dataclass(frozen=True)
-class Filled:
-    """text: with the likeliest token in each mask's place, as the tokenizer writes it. masks: (token, probability) of
-    the likeliest ones of each mask, in the order of the text."""
+class FilledText:
+    """A text whose masks are filled.
+
+    Attributes:
+        text: the text with the most likely token for each mask, as the tokenizer decodes it.
+        masks: for each mask, in the order of the text: (token, probability) of the most likely tokens.
+    """
 
     text: str
     masks: Sequence[Sequence[tuple[str, float]]]
 
 
-class Filler:
-    """A masked language model that guesses what is behind each mask token of a text.
-
-    Raises:
-        ConfigError: the settings name no such model, or a tokenizer without a mask token.
-    """
+class MaskFiller:
+    """A masked language model that predicts the token for each mask in a text."""
 
     def __init__(self, config: Config, context: RankContext) -> None:
+        """Loads the model.
+
+        Raises:
+            ConfigError: it is not a masked language model, or its tokenizer has no mask token.
+        """
         refuse_custom_models(config, "predict", "masked language model")
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         if self._tokenizer.mask_token is None:
             raise ConfigError(
-                "task.name=masked_lm needs a tokenizer with a mask token, and this one has none. Use that of a model that "
-                "was trained this way."
+                "task.name=masked_lm needs a tokenizer with a mask token, and this one has none. Use the tokenizer of a "
+                "masked language model."
             )
         self.token = str(self._tokenizer.mask_token)
         model = load_model(
@@ -52,39 +58,44 @@ class Filler:
         self._longest = longest_input(model)
         self._model = model.to(device_of(context.topology)).eval()
 
-    def check(self, text: str, place: str) -> None:
-        """Raises:
-        DataError: there is nothing to fill in, or the text is longer than the model takes.
+    def check(self, text: str, location: str) -> None:
+        """Checks that a text can be filled.
+
+        Args:
+            location: where the text is from, for the error message.
+
+        Raises:
+            DataError: it has no mask, or more tokens than the model takes.
         """
         ids = self._tokens(text)
         if self._tokenizer.mask_token_id not in ids:
             raise DataError(
-                f"{place} has no {self.token}: put this tokenizer's mask token where a word is to be guessed, as in "
+                f"{location} has no {self.token}: put this tokenizer's mask token where the model should guess, as in "
                 f'"The cat {self.token} on the mat."'
             )
         if self._longest is not None and len(ids) > self._longest:
-            raise DataError(f"{place}: the text has {len(ids)} tokens, and the model takes {self._longest} at most")
+            raise DataError(f"{location}: the text has {len(ids)} tokens, but the model takes at most {self._longest}")
 
     @torch.no_grad()
-    def fill(self, text: str) -> Filled:
-        """A text that `check` let pass."""
+    def fill(self, text: str) -> FilledText:
+        """Fills the masks of a text that passed `check`."""
         ids = torch.tensor(self._tokens(text), device=self._model.device)
-        places = (ids == self._tokenizer.mask_token_id).nonzero()[:, 0]
-        logits = full_precision(self._model(input_ids=ids[None]).logits[0, places])
-        likely = logits.softmax(dim=-1).topk(min(GUESSES, logits.shape[-1]))
+        positions = (ids == self._tokenizer.mask_token_id).nonzero()[:, 0]
+        logits = full_precision(self._model(input_ids=ids[None]).logits[0, positions])
+        likely = logits.softmax(dim=-1).topk(min(NUM_GUESSES, logits.shape[-1]))
         masks = [
-            [(self._word(token), value) for token, value in zip(*pair, strict=True)]
+            [(self._decode_token(token), value) for token, value in zip(*pair, strict=True)]
             for pair in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
         ]
-        ids[places] = likely.indices[:, 0]
-        return Filled(str(self._tokenizer.decode(ids, skip_special_tokens=True)), masks)
+        ids[positions] = likely.indices[:, 0]
+        return FilledText(str(self._tokenizer.decode(ids, skip_special_tokens=True)), masks)
 
     def _tokens(self, text: str) -> list[int]:
-        # A tokenizer that was trained here takes the mask token for plain text otherwise.
+        # Without split_special_tokens=False, a tokenizer that dtrain trained reads the mask token as plain text.
         ids: list[int] = self._tokenizer(text, split_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _word(self, token: int) -> str:
-        """A token alone, without the blank before it; a blank or line break itself in quotation marks."""
+    def _decode_token(self, token: int) -> str:
+        """Returns one token without surrounding spaces. A token that is only white space is returned in quotation marks."""
         text = str(self._tokenizer.decode([token]))
         return text.strip() or repr(text)

@@ -1,4 +1,4 @@
-"""The generate command: text from a causal language model, drawn with the run's seed."""
+"""The generate command: text from a causal language model, sampled with the run's seed."""
 
 from __future__ import annotations
 
@@ -24,32 +24,45 @@ from dtrain.training.build import refuse_custom_models
 
 
 def run_generate(config: Config, context: RankContext) -> str:
-    """Goes on from `generate.prompt`; the same settings give the same text. Prints and returns prompt and continuation."""
+    """Continues `generate.prompt`. Logs and returns the prompt with its continuation; the same settings give the same text.
+
+    Raises:
+        ConfigError: the model is not a language model, or the prompt has no tokens.
+    """
     prompt = config.generate.prompt if config.generate.prompt is not None else "\n"
-    writer = Writer(config, context, command="generate")
-    if not writer.has_tokens(prompt):
+    generator = TextGenerator(config, context, command="generate")
+    if not generator.has_tokens(prompt):
         raise ConfigError("generate.prompt is empty for this tokenizer: give at least one token.")
-    text = writer.write(prompt, number=0).whole
+    text = generator.generate(prompt, number=0).full
     log.info("%s", text)
     return text
 
 
 @dataclass(frozen=True)
-class Written:
-    """whole: the prompt and what the model went on with, decoded together. added: the latter alone."""
+class GeneratedText:
+    """A prompt and its continuation.
 
-    whole: str
-    added: str
-
-
-class Writer:
-    """A language model that goes on from texts, as `generate` says.
-
-    Raises:
-        ConfigError: the settings name no language model.
+    Attributes:
+        full: both, decoded together.
+        continuation: the continuation alone.
     """
 
+    full: str
+    continuation: str
+
+
+class TextGenerator:
+    """A language model that continues texts with the settings of `generate`."""
+
     def __init__(self, config: Config, context: RankContext, *, command: str) -> None:
+        """Loads the model.
+
+        Args:
+            command: for the error message.
+
+        Raises:
+            ConfigError: the settings do not name a language model.
+        """
         if config.task.name != "causal_lm":
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
@@ -63,38 +76,44 @@ class Writer:
         self._model = model.to(device_of(context.topology)).eval()
 
     def has_tokens(self, prompt: str) -> bool:
-        """Whether the tokenizer makes a token of it at least, which a model has to go on from."""
+        """Returns whether the prompt has at least one token. A model cannot continue an empty prompt."""
         return bool(self._tokens(prompt))
 
-    def write(self, prompt: str, *, number: int) -> Written:
-        """The prompt's continuation, drawn with its number among several; the first one's is what `generate` gives."""
+    def generate(self, prompt: str, *, number: int) -> GeneratedText:
+        """Continues a prompt.
+
+        Args:
+            number: index of the prompt among several, part of the random seed. Prompt 0 gets the text that the generate
+                command returns.
+        """
         ids = torch.tensor(self._tokens(prompt), device=self._model.device)
         seed_all(self._config.run.seed, "generate", *([number] if number else []))
-        whole = continuation(self._model, ids, self._config, heartbeat=self._heartbeat)
-        before, after = self._text(ids), self._text(whole)
-        # Alone, the added tokens would lose the blank that they begin with.
-        is_begun = after.startswith(before)
-        return Written(after, after[len(before) :] if is_begun else self._text(whole[len(ids) :]))
+        all_ids = continue_tokens(self._model, ids, self._config, heartbeat=self._heartbeat)
+        decoded_prompt, full = self._decode(ids), self._decode(all_ids)
+        # Decoded alone, the new tokens would lose the space that they begin with.
+        if full.startswith(decoded_prompt):
+            return GeneratedText(full, full[len(decoded_prompt) :])
+        return GeneratedText(full, self._decode(all_ids[len(ids) :]))
 
     def _tokens(self, prompt: str) -> list[int]:
         ids: list[int] = self._tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _text(self, ids: torch.Tensor) -> str:
+    def _decode(self, ids: torch.Tensor) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def ends_of(model: PreTrainedModel) -> frozenset[int]:
-    """What the model's own files say ends a text: one token, several, or none."""
-    found: set[int] = set()
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Returns the tokens that end a text according to the model's config files: one, several, or none."""
+    tokens: set[int] = set()
     for config in (model.config, getattr(model, "generation_config", None)):
-        ends = getattr(config, "eos_token_id", None)
-        found |= {ends} if isinstance(ends, int) else set(ends or ())
-    return frozenset(found)
+        eos = getattr(config, "eos_token_id", None)
+        tokens |= {eos} if isinstance(eos, int) else set(eos or ())
+    return frozenset(tokens)
 
 
 @torch.no_grad()
-def continuation(
+def continue_tokens(
     model: PreTrainedModel,
     ids: torch.Tensor,
     config: Config,
@@ -102,36 +121,49 @@ def continuation(
     stops: Collection[int] | None = None,
     heartbeat: Heartbeat | None = None,
 ) -> torch.Tensor:
-    """The prompt and max_new_tokens more, or fewer where the text ends.
+    """Appends up to max_new_tokens tokens to a prompt; fewer if the text ends before.
 
-    Where all of it fits the model's positions, keys and values are kept, and each token is computed once. Beyond them
-    the model sees the last ones only: the window moves, so that nothing kept would be right.
+    If the full text fits into the model's positions, keys and values are cached and each token is computed once. A longer
+    text is seen through a window of the last tokens. The window moves, which would make cached values wrong, so nothing
+    is cached.
 
     Args:
-        ids: (length,) int64.
-        stops: tokens that end the text; None: those that the model's own files name. heartbeat: told of each token.
+        ids: the prompt, (length,) int64.
+        stops: tokens that end the text; None: those in the model's config files.
+        heartbeat: gets a tick for each token.
+
+    Returns:
+        Prompt and new tokens, (length + new tokens,) int64.
     """
-    ends = ends_of(model) if stops is None else stops
+    stops = end_tokens(model) if stops is None else stops
     settings = config.generate
     window = longest_input(model) or 2**31
-    keeps = len(ids) + settings.max_new_tokens <= window
+    use_cache = len(ids) + settings.max_new_tokens <= window
     cache: dict[str, Any] = {}
     heartbeat = heartbeat if heartbeat is not None else Heartbeat()
     with heartbeat.within(Phase.ANSWERING):
         for _ in range(settings.max_new_tokens):
-            seen = ids[-1:] if cache else ids[-window:]
-            output = model(input_ids=seen[None], use_cache=keeps, **cache)
-            if keeps and getattr(output, "past_key_values", None) is not None:  # recurrent models keep something else
+            inputs = ids[-1:] if cache else ids[-window:]
+            output = model(input_ids=inputs[None], use_cache=use_cache, **cache)
+            # Recurrent models have another kind of cache, which is not used here.
+            if use_cache and getattr(output, "past_key_values", None) is not None:
                 cache = {"past_key_values": output.past_key_values}
-            ids = torch.cat([ids, draw(output.logits[:, -1].float(), settings)])
+            ids = torch.cat([ids, sample_token(output.logits[:, -1].float(), settings)])
             heartbeat.tick()
-            if int(ids[-1]) in ends:
+            if int(ids[-1]) in stops:
                 break
     return ids
 
 
-def draw(logits: torch.Tensor, settings: Generate) -> torch.Tensor:
-    """One token id, (1,), from logits (1, vocabulary), filtered as transformers' own generate does it."""
+def sample_token(logits: torch.Tensor, settings: Generate) -> torch.Tensor:
+    """Samples one token id. Filters the logits like `generate` in transformers.
+
+    Args:
+        logits: (1, vocabulary) float32.
+
+    Returns:
+        (1,) int64.
+    """
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     filters: list[Any] = [TemperatureLogitsWarper(float(settings.temperature))]

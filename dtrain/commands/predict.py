@@ -1,11 +1,12 @@
-"""The predict command: what a trained model answers, on test splits, on a file or to one text.
+"""The predict command: predictions of a trained model for test splits, for a file, or for one text.
 
     python dtrain/main.py predict model.name_or_path=runs/cola/model                        # the test split
     python dtrain/main.py predict model.name_or_path=runs/cola/model predict.file=new.csv
     python dtrain/main.py predict model.name_or_path=runs/cola/model predict.text="They drank the pub dry."
 
-What one text is for each task is said in answer.py; causal_lm, masked_lm and chat, whose rows have no answers, answer
-prompts (prompts.py). The answers come in the order of the rows and are the same at every world size, as those of evaluate.
+answer.py defines how each task reads one text. The rows of causal_lm, masked_lm and chat have no answers, so these tasks
+answer prompts instead (prompts.py). Predictions are in the order of the rows and, like those of evaluate, the same at
+every world size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from dtrain.commands import prompts
 from dtrain.commands.answer import run_answer
-from dtrain.commands.evaluate import wrap, write_down
+from dtrain.commands.evaluate import wrap, write_results
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
@@ -32,9 +33,13 @@ from dtrain.training.summary import Result
 
 
 def run_predict(config: Config, context: RankContext) -> Result:
-    """Collective. Writes predictions/, summary.json and, for a GLUE task, submission/ into a run folder of its own.
+    """Collective. Writes predictions/, summary.json and, for a GLUE task, submission/ into a new run folder.
 
-    With `predict.text` it prints the answer instead, and writes nothing.
+    With `predict.text` it logs the answer instead and writes nothing.
+
+    Raises:
+        ConfigError: there is nothing to predict, or the settings do not fit the task.
+        DataError: the file does not exist or cannot be read.
     """
     if config.predict.text is not None:
         return run_answer(config, context)
@@ -44,14 +49,14 @@ def run_predict(config: Config, context: RankContext) -> Result:
     if config.task.name in prompts.TASKS:
         if file is None:
             raise ConfigError(
-                f"task.name={config.task.name}: the rows of a split have no answers. Give a prompt as predict.text, or a "
-                "file of them as predict.file; evaluate tells how good the model is."
+                f"task.name={config.task.name}: the rows of a split have no answers to predict. Give a prompt as "
+                "predict.text, or a file of prompts as predict.file. To measure the model, use the evaluate command."
             )
         return prompts.run_prompts(config, file.expanduser(), context)
     begin = time.monotonic()
     name, why = engine_name(config, context)
-    config = config.model_copy(update={"data": what_to_predict(config, context)})
-    if config.task.name == "seq2seq":  # its answer is the text that it writes
+    config = config.model_copy(update={"data": data_to_predict(config, context)})
+    if config.task.name == "seq2seq":  # Its predictions are generated texts.
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     with run_claim.claimed(config, context, command="predict"):
         task = build_task(config, context)
@@ -67,46 +72,46 @@ def run_predict(config: Config, context: RankContext) -> Result:
         result = evaluate(
             forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
         )
-        write_down("predict", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
+        write_results("predict", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
         on_main(lambda: _write_submission(config, result), context)
         return Result(dict(result.metrics), config.run_dir)
 
 
 def _check_file(file: Path, context: RankContext) -> None:
-    """Collective. Says so at once where rank 0 has no such file."""
+    """Collective. Raises DataError if the file does not exist on rank 0."""
 
     def check() -> None:
         if not file.is_file():
-            raise DataError(f"predict.file={file}: there is no such file (seen from {Path.cwd()})")
+            raise DataError(f"predict.file={file}: there is no such file (working folder: {Path.cwd()})")
 
     on_main(check, context)
 
 
-def what_to_predict(config: Config, context: RankContext) -> Data:
-    """Collective. The data section with `predict.file`, or a GLUE task's test splits where none is named."""
+def data_to_predict(config: Config, context: RankContext) -> Data:
+    """Collective. Returns the data section for `predict.file`, or for a GLUE task's test splits if no split is named."""
     data, file = config.data, config.predict.file
     if file is not None:
-        own = {"name": None, "config": None, "path": file.parent, "splits": {"test": file.name}}
-        # An answer to each row of it, whatever the training was cut to.
-        return data.model_copy(update={**own, "validation_fraction": None, "limit": None, "max_bad_rows": 0})
+        source = {"name": None, "config": None, "path": file.parent, "splits": {"test": file.name}}
+        # Every row gets an answer, whatever limits the training run had.
+        return data.model_copy(update={**source, "validation_fraction": None, "limit": None, "max_bad_rows": 0})
     if data.name not in glue.NAMES:
         return data
     if data.max_bad_rows:
         raise ConfigError(
-            f"data.max_bad_rows={data.max_bad_rows} may pass rows over, but the GLUE server wants an answer to each. "
+            f"data.max_bad_rows={data.max_bad_rows} may skip rows, but the GLUE server needs an answer for each row. "
             "Set data.max_bad_rows=0."
         )
     if data.splits:
         return data
     files = glue.find_task(data.name).test_files
-    # The folder may be seen by rank 0 alone.
+    # Possibly only rank 0 sees the folder.
     is_files = on_main(lambda: form_of(data) == "glue", context)
     splits = dict(files) if is_files else {split: split for split in files}
     return data.model_copy(update={"splits": splits, "validation_fraction": None})
 
 
 def _write_submission(config: Config, result: EvaluationResult) -> None:
-    """The files of the GLUE server, for those splits that it has; nothing for other data."""
+    """Writes the submission files for the GLUE server's splits; nothing for other data."""
     name = config.data.name
     if name not in glue.NAMES or config.predict.file is not None:
         return
@@ -121,4 +126,4 @@ def _write_submission(config: Config, result: EvaluationResult) -> None:
         write_text_atomic(path, text)
         log.info("submission: %s", path)
     if config.data.limit is not None:
-        log.warning("data.limit=%d: the GLUE server refuses a submission that is cut", config.data.limit)
+        log.warning("data.limit=%d: the GLUE server rejects an incomplete submission", config.data.limit)

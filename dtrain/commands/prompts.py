@@ -1,7 +1,7 @@
-"""Answers to prompts, for the tasks whose examples have none: a text is gone on from, its masks are filled, a turn answered.
+"""Answers prompts, for the tasks whose examples have no answers: continues a text, fills its masks, or replies to a turn.
 
-Each prompt is answered by itself, by one rank, from a model that is whole there, and drawn with its number among the
-prompts: the answers are the same at every world size.
+One rank answers each prompt separately, with the complete model. The random seed includes the number of the prompt, so
+the answers are the same at every world size.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.commands.chat import begun_with, reply_record, speaker
-from dtrain.commands.evaluate import write_down
-from dtrain.commands.fill import Filler
-from dtrain.commands.generate import Writer
+from dtrain.commands.chat import build_reply_record, load_chat_model, with_system_message
+from dtrain.commands.evaluate import write_results
+from dtrain.commands.fill import MaskFiller
+from dtrain.commands.generate import TextGenerator
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
@@ -32,140 +32,146 @@ from dtrain.training.summary import Result
 TASKS = ("causal_lm", "masked_lm", "chat")
 
 Record = Mapping[str, Any]
+"""One line of predictions/test.jsonl."""
 
 
 @dataclass(frozen=True)
-class Respondent:
-    """A model and how it answers.
+class PromptResponder:
+    """A model and how it answers prompts.
 
-    check: raises DataError against a prompt that it has no answer to; given that and its place. answer: what is written
-    down of a prompt, given its number among them, its line and itself. worded: that, as a person reads it.
+    Attributes:
+        check: takes a prompt and its location; raises DataError if the prompt cannot be answered.
+        answer: takes a prompt's number, its line and the prompt; returns the record to write.
+        format: takes a record; returns it as text for the terminal.
     """
 
     check: Callable[[Any, str], None]
     answer: Callable[[int, int, Any], Record]
-    worded: Callable[[Record], str]
+    format: Callable[[Record], str]
 
 
 def run_prompts(config: Config, file: Path, context: RankContext) -> Result:
-    """Collective. Answers each prompt of the file, and writes predictions/test.jsonl in their order and summary.json.
+    """Collective. Answers each prompt of the file. Writes predictions/test.jsonl in their order, and summary.json.
 
     Raises:
-        DataError: a file that cannot be read as prompts, or a prompt that cannot be answered.
-        ConfigError: a model that cannot answer prompts.
+        DataError: the file cannot be read as prompts, or a prompt cannot be answered.
+        ConfigError: the model cannot answer prompts.
     """
     begin = time.monotonic()
     prompts = _read(config, file, context)
     with run_claim.claimed(config, context, command="predict"):
-        respondent = in_turn(lambda: _respondent(config, context), context)
-        _check(respondent, prompts, file, context)
+        responder = in_turn(lambda: _load_responder(config, context), context)
+        _check(responder, prompts, file, context)
         log.info(
-            "predict with %s on %s, the whole model on each rank",
+            "predict with %s on %s, the complete model on each rank",
             config.model.name_or_path,
             context.topology.describe(),
         )
-        own = [
-            respondent.answer(number, line, prompt)
+        local_records = [
+            responder.answer(number, line, prompt)
             for number, (line, prompt) in enumerate(prompts)
             if number % context.world_size == context.rank
         ]
-        gathered = [record for records in all_gather_object(own, context) for record in records]
+        gathered = [record for records in all_gather_object(local_records, context) for record in records]
         records = sorted(gathered, key=lambda record: int(record["example_index"]))
         assert [record["example_index"] for record in records] == list(range(len(prompts)))
         result = EvaluationResult({}, {"test": SplitResult({}, records)})
-        write_down("predict", result, config.run_dir, context, engine="single", seconds=time.monotonic() - begin)
+        write_results("predict", result, config.run_dir, context, engine="single", seconds=time.monotonic() - begin)
         return Result({}, config.run_dir)
 
 
-def answer_first(config: Config, file: Path, context: RankContext) -> str:
-    """Collective. The answer to the only prompt of a file, as a person reads it."""
+def answer_single_prompt(config: Config, file: Path, context: RankContext) -> str:
+    """Collective. Returns the answer to the only prompt of a file, as text for the terminal."""
     prompts = _read(config, file, context)
-    respondent = in_turn(lambda: _respondent(config, context), context)
-    _check(respondent, prompts, file, context)
+    responder = in_turn(lambda: _load_responder(config, context), context)
+    _check(responder, prompts, file, context)
     ((line, prompt),) = prompts
-    return respondent.worded(respondent.answer(0, line, prompt))
+    return responder.format(responder.answer(0, line, prompt))
 
 
 def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, Any]]:
-    """Collective. Line and content of each prompt; rank 0 alone need see the file."""
+    """Collective. Reads line number and content of each prompt. Only rank 0 has to see the file."""
 
     def read() -> list[tuple[int, Any]]:
         if config.task.name == "chat":
-            found: list[tuple[int, Any]] = list(read_prompts(file))
+            prompts: list[tuple[int, Any]] = list(read_prompts(file))
         elif file.suffix.lower() in TEXT_SUFFIXES:
-            found = [(line, text.rstrip("\r\n")) for line, text in text_lines(file) if text.strip()]
+            prompts = [(line, text.rstrip("\r\n")) for line, text in text_lines(file) if text.strip()]
         else:
-            found = list(_texts_of_table(file, config.data))
-        if not found:
-            raise DataError(f"{file} has no prompt: a line of text is one")
-        return found
+            prompts = list(_table_texts(file, config.data))
+        if not prompts:
+            raise DataError(f"{file} has no prompt: each line of text is one prompt")
+        return prompts
 
     return [(line, prompt) for line, prompt in on_main(read, context)]
 
 
-def _texts_of_table(file: Path, data: Data) -> Iterator[tuple[int, str]]:
+def _table_texts(file: Path, data: Data) -> Iterator[tuple[int, str]]:
+    """Yields line number and text of each row."""
     origin = Origin(str(file), unit_of(file), needs_label=False, given=data.columns)
     table = to_table(read_rows(file, delimiter=data.delimiter, header=data.header), TEXT, origin).rows
     return zip(table["line"], table["text"], strict=True)
 
 
-def _check(respondent: Respondent, prompts: list[tuple[int, Any]], file: Path, context: RankContext) -> None:
-    """Collective. All prompts before the first answer, which may take long."""
+def _check(responder: PromptResponder, prompts: list[tuple[int, Any]], file: Path, context: RankContext) -> None:
+    """Collective. Checks all prompts, before any is answered, because answering may take long."""
 
     def check() -> None:
         for line, prompt in prompts:
-            respondent.check(prompt, f"{file}, {unit_of(file)} {line}")
+            responder.check(prompt, f"{file}, {unit_of(file)} {line}")
 
     on_main(check, context)
 
 
-def _respondent(config: Config, context: RankContext) -> Respondent:
+def _load_responder(config: Config, context: RankContext) -> PromptResponder:
     match config.task.name:
         case "causal_lm":
-            return _continues(Writer(config, context, command="predict"))
+            return _text_responder(TextGenerator(config, context, command="predict"))
         case "masked_lm":
-            return _fills(Filler(config, context))
+            return _mask_responder(MaskFiller(config, context))
         case _:
-            return _replies(config, context)
+            return _chat_responder(config, context)
 
 
-def _continues(writer: Writer) -> Respondent:
-    def check(text: str, place: str) -> None:
-        if not writer.has_tokens(text):
-            raise DataError(f"{place}: the text is empty for this tokenizer: a model goes on from one token at least")
+def _text_responder(generator: TextGenerator) -> PromptResponder:
+    def check(text: str, location: str) -> None:
+        if not generator.has_tokens(text):
+            raise DataError(
+                f"{location}: the text is empty for this tokenizer: a model needs at least one token to continue from"
+            )
 
     def answer(number: int, line: int, text: str) -> Record:
         return {
             "example_index": number,
             "line": line,
             "text": text,
-            "prediction": writer.write(text, number=number).added,
+            "prediction": generator.generate(text, number=number).continuation,
         }
 
-    return Respondent(check, answer, lambda record: f"{record['text']}{record['prediction']}")
+    return PromptResponder(check, answer, lambda record: f"{record['text']}{record['prediction']}")
 
 
-def _fills(filler: Filler) -> Respondent:
+def _mask_responder(filler: MaskFiller) -> PromptResponder:
     def answer(number: int, line: int, text: str) -> Record:
         filled = filler.fill(text)
-        masks = [[{"token": token, "probability": value} for token, value in found] for found in filled.masks]
+        masks = [[{"token": token, "probability": value} for token, value in guesses] for guesses in filled.masks]
         return {"example_index": number, "line": line, "text": text, "prediction": filled.text, "masks": masks}
 
-    def worded(record: Record) -> str:
+    def as_text(record: Record) -> str:
         lines = [str(record["prediction"])]
-        for number, found in enumerate(record["masks"], start=1):
-            guesses = ", ".join(f"{one['token']} {one['probability']:.4f}" for one in found)
-            lines.append(f"{filler.token} {number}: {guesses}")
+        for number, guesses in enumerate(record["masks"], start=1):
+            listed = ", ".join(f"{guess['token']} {guess['probability']:.4f}" for guess in guesses)
+            lines.append(f"{filler.token} {number}: {listed}")
         return "\n".join(lines)
 
-    return Respondent(filler.check, answer, worded)
+    return PromptResponder(filler.check, answer, as_text)
 
 
-def _replies(config: Config, context: RankContext) -> Respondent:
+def _chat_responder(config: Config, context: RankContext) -> PromptResponder:
     system = config.talk.system
-    answer = speaker(config, context)
-    return Respondent(
-        lambda messages, place: answer.check(begun_with(system, messages), place),
-        lambda number, line, messages: reply_record(answer, number, line, messages, system=system),
+    model = load_chat_model(config, context)
+    return PromptResponder(
+        lambda messages, location: model.check(with_system_message(system, messages), location),
+        lambda number, line, messages: build_reply_record(model, number, line, messages, system=system),
         lambda record: str(record["prediction"]),
     )

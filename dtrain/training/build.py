@@ -91,7 +91,7 @@ def _from_shards(config: Config, make: Callable[[Model], nn.Module], context: Ra
     """Collective. Returns the model of a sharded checkpoint: makes it with new weights, then restores the shards."""
     module = in_turn(lambda: make(config.model.model_copy(update={"from_scratch": True})), context)
     restore_weights(
-        module, select.at(Path(str(config.model.name_or_path)), context, named_by="model.name_or_path"), context
+        module, select.at(Path(str(config.model.name_or_path)), context, setting="model.name_or_path"), context
     )
     return module
 
@@ -128,7 +128,7 @@ def verify_start(name: str | None) -> bool:
         return False
     try:
         saved = format.verify(folder)
-    except format.Damaged as error:
+    except format.DamagedCheckpointError as error:
         raise CheckpointError(
             f"model.name_or_path={folder} is a damaged checkpoint: {error}. Use another one of the run, or its model/."
         ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dtrain.checkpoint.saver import Outcome, Saver, Settings
+from dtrain.checkpoint.saver import Saver, SaveResult, SaverSettings
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -75,7 +75,7 @@ class CheckpointMonitor:
         return Saver(
             RunFolder(self._config.run_dir).checkpoints,
             self._context,
-            Settings(
+            SaverSettings(
                 sharded=settings.format == "sharded",
                 keep=settings.keep,
                 keeps_best=self._config.evaluation.best is not None,
@@ -85,14 +85,14 @@ class CheckpointMonitor:
             ),
             static=static,
             config_text=to_yaml(self._config),
-            about={"versions": versions()},
-            begun_at=self._saved,
+            manifest_fields={"versions": versions()},
+            resumed_step=self._saved,
         )
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which is at the same steps on every rank."""
         if self._saver is not None and self._every is not None:
-            self._report(self._saver.arrived())
+            self._report(self._saver.poll())
             is_best = record.metrics is not None and self._state.best_step == record.step
             if record.step % self._every == 0 or record.is_last or is_best:
                 self.save()
@@ -115,7 +115,7 @@ class CheckpointMonitor:
                 self._saver = self._make(engine.module)
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
             if not self._config.checkpoint.asynchronous:
-                self._report(self._saver.settle())
+                self._report(self._saver.wait())
         self._saved = self._state.step
 
     def finish(self) -> None:
@@ -136,7 +136,7 @@ class CheckpointMonitor:
         """Collective. Waits until all checkpoints are written; returns why the last one failed, if it did."""
         with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is not None:
-                self._report(self._saver.settle())
+                self._report(self._saver.wait())
             failed: str | None = all_gather_object(self._failed, self._context)[0]
         return failed
 
@@ -145,7 +145,7 @@ class CheckpointMonitor:
         if self._saver is not None:
             self._saver.close()
 
-    def _report(self, outcome: Outcome | None) -> None:
+    def _report(self, outcome: SaveResult | None) -> None:
         """Logs an outcome. A failed write is a fault but no reason to stop: the checkpoint before it is unchanged."""
         if outcome is None:
             return
@@ -159,9 +159,9 @@ class CheckpointMonitor:
         if outcome.error is not None:
             log.warning("%s. Training continues; earlier checkpoints are unchanged", outcome.error)
             self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.error, **stall)
-        elif outcome.missing is not None:
-            log.warning("%s. A copy of that checkpoint is missing", outcome.missing)
-            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing)
+        elif outcome.missing_copy is not None:
+            log.warning("%s. A copy of that checkpoint is missing", outcome.missing_copy)
+            self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing_copy)
 
 
 class StopOnRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
 from dtrain.errors import DataError
 from dtrain.tasks.protocol import Task
@@ -16,7 +16,7 @@ def fingerprints(task: Task) -> Mapping[str, str]:
     return hashes
 
 
-def check(task: Task, checkpoint: Chosen, config: Config) -> None:
+def check(task: Task, checkpoint: SelectedCheckpoint, config: Config) -> None:
     """Compares the data with the checkpoint's.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.format import folder_name
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
@@ -14,12 +14,12 @@ from dtrain.runs.folder import RunFolder
 from dtrain.training.monitors.protocol import RunState
 
 
-def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, context: RankContext) -> None:
+def forget_lost_best(state: RunState, checkpoint: SelectedCheckpoint, config: Config, context: RankContext) -> None:
     """Collective. Forgets the best step if no node has its weights, since the end of the run could not restore them."""
     best = state.best_step
     if config.evaluation.best is None or best is None or best == checkpoint.step:
         return
-    if not select.is_there(RunFolder(config.run_dir).checkpoints / folder_name(best), context):
+    if not select.is_available(RunFolder(config.run_dir).checkpoints / folder_name(best), context):
         log.warning(
             "the best step so far, %d, has no checkpoint (checkpoint.every keeps one): only steps from %d on count for "
             "the best",
@@ -29,11 +29,11 @@ def forget_lost_best(state: RunState, checkpoint: Chosen, config: Config, contex
         state.best, state.best_step, state.patience = None, None, 0
 
 
-def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> Chosen | None:
+def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> SelectedCheckpoint | None:
     """Collective. Returns the checkpoint of the best step; None, with a warning, if it is damaged."""
     path = RunFolder(config.run_dir).checkpoints / folder_name(step)
     try:
-        return select.at(path, context, named_by="the best step's checkpoint")
+        return select.at(path, context, setting="the best step's checkpoint")
     except CheckpointError as error:  # the same on every rank
         log.warning("%s The model of the last step is used instead of the best one", error)
         return None
@@ -46,7 +46,7 @@ class Rollback:
         self._config, self._context = config, context
         self._last: tuple[int, int] | None = None
 
-    def choose(self, step: int) -> Chosen | None:
+    def choose(self, step: int) -> SelectedCheckpoint | None:
         """Collective. Returns the newest checkpoint; None, with a warning, if there is none.
 
         A spike soon after the last one shows that the checkpoint already had bad weights: then the one before it is used.

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from dtrain.checkpoint.restore import restore_slots, restore_weights
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.order import StepPlan
@@ -49,7 +49,11 @@ from dtrain.training.thaw import thaw
 
 
 def prepare_run(
-    config: Config, context: RankContext, model: nn.Module | None, task: Task | None, checkpoint: Chosen | None
+    config: Config,
+    context: RankContext,
+    model: nn.Module | None,
+    task: Task | None,
+    checkpoint: SelectedCheckpoint | None,
 ) -> TrainingRun:
     """Collective. Prepares the data, loads and freezes the model, and restores its weights; builds no engine yet.
 
@@ -122,7 +126,7 @@ class TrainingRun:
     prepared: build.PreparedModel
     steps: StepPlan
     reported: Reported
-    checkpoint: Chosen | None
+    checkpoint: SelectedCheckpoint | None
     state: RunState
     began: float = field(default_factory=time.monotonic)
     engine: Engine = field(init=False)
@@ -320,7 +324,7 @@ class TrainingRun:
             self._export()
         self.tracker.event("export", step=self.last_step, seconds=time.monotonic() - begin)
 
-    def _load(self, chosen: Chosen) -> None:
+    def _load(self, chosen: SelectedCheckpoint) -> None:
         """Collective. Loads a checkpoint into a running engine, by rebuilding the engine around its module."""
         with self.context.heartbeat.within(Phase.LOADING):
             module = self.engine.release()

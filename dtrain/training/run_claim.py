@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.checkpoint import select
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -30,7 +30,7 @@ class RunClaim:
     """
 
     action: Action
-    checkpoint: Chosen | None
+    checkpoint: SelectedCheckpoint | None
 
 
 @contextmanager
@@ -95,17 +95,17 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     action: Action = told["action"]
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":
-        select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, context)
+        select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return RunClaim(action, chosen)
 
 
-def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, Checkpoints]:
+def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, Checkpoints]:
     """Collective. Returns the checkpoint that a training run would resume from, and what is known of all."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
         return None, Checkpoints()
     if resume != "auto":
-        chosen = select.at(Path(resume), context, named_by="checkpoint.resume")
+        chosen = select.at(Path(resume), context, setting="checkpoint.resume")
         return chosen, Checkpoints(chosen.step, given=True)
     found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
     return found, Checkpoints(found.step if found is not None else None, damaged)

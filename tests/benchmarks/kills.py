@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dtrain.checkpoint.format import found  # noqa: E402
+from dtrain.checkpoint.format import list_checkpoints  # noqa: E402
 from tests.support import jobs  # noqa: E402
 
 
@@ -30,8 +30,8 @@ def tensors(folder: Path, name: str, steps: int) -> dict[str, bytes]:
 
 def kill_one(job: jobs.Job, checkpoints: Path, rng: random.Random) -> int:
     """Kills a rank somewhere in the steps after the next checkpoint, in mid-save as likely as not; gives how many."""
-    before = max(found(checkpoints), default=0)
-    jobs.until(lambda: max(found(checkpoints), default=0) > before or job.process.poll() is not None)
+    before = max(list_checkpoints(checkpoints), default=0)
+    jobs.until(lambda: max(list_checkpoints(checkpoints), default=0) > before or job.process.poll() is not None)
     time.sleep(rng.uniform(0, 0.2))
     ranks = job.ranks()
     if len(ranks) != 2:

@@ -1,4 +1,4 @@
-"""Checkpoints on a disk that fills up, and without the process that writes them."""
+"""Checkpoints when the disk fills up or the writer process dies."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.checkpoint.format import found, verify
+from dtrain.checkpoint.format import list_checkpoints, verify
 from tests.support import jobs
 
 pytestmark = pytest.mark.launchers
 
 STEPS = {"train__max_steps": 100000, "train__log_every": 1, "checkpoint__every": 10, "checkpoint__keep": 1}
 DISK = 4 * 2**20
-"""Bytes. A checkpoint of the tiny model has 280,000."""
+"""Size in bytes. A checkpoint of the tiny model has 280,000."""
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small file system of its own."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """Mounts a small file system."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(mount)], capture_output=True, text=True
     )
     if made.returncode != 0:
         pytest.skip(f"needs the right to mount a small disk: {made.stderr.strip()}")
     try:
-        yield place
+        yield mount
     finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """A file that leaves so many bytes."""
+    """Writes a file that leaves that many bytes free."""
     filler = disk / "filler"
     stat = os.statvfs(disk)
     with filler.open("wb") as out:
@@ -47,28 +47,28 @@ def fill(disk: Path, *, leave: int) -> Path:
 
 
 def occupy(filler: Path) -> None:
-    """Takes what room there is now, also while others write and remove files there."""
+    """Fills all free space, even while others write and remove files."""
     with filler.open("ab", buffering=0) as out, suppress(OSError):
         while out.write(bytes(4096)) == 4096:
             pass
 
 
-def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(disk: Path) -> None:
+def test_a_full_disk_is_a_fault_and_training_continues_with_the_old_checkpoint(disk: Path) -> None:
     run = disk / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
-        assert jobs.until(lambda: bool(found(run / "checkpoints")) or job.has_ended()), job.text
+        assert jobs.until(lambda: bool(list_checkpoints(run / "checkpoints")) or job.has_ended()), job.text
         filler = disk / "filler"
 
         def has_failed() -> bool:
-            occupy(filler)  # again each time: an old checkpoint that is removed makes room for a new one
+            occupy(filler)  # Repeated, because removing an old checkpoint frees space for a new one.
             return "Training goes on" in job.text
 
         assert jobs.until(has_failed), job.text
-        at = max(found(run / "checkpoints"))
+        at = max(list_checkpoints(run / "checkpoints"))
         verify(run / "checkpoints" / f"step-{at:06d}")
         filler.unlink()
-        jobs.until(lambda: max(found(run / "checkpoints"), default=0) > at)
+        jobs.until(lambda: max(list_checkpoints(run / "checkpoints"), default=0) > at)
         os.kill(job.process.pid, signal.SIGTERM)
         job.end()
 
@@ -79,13 +79,13 @@ def test_a_full_disk_is_a_fault_and_training_goes_on_with_the_old_checkpoint(dis
     assert any(line.startswith("warning: step-") and "No space left on device" in line for line in job.said)
 
 
-def test_a_disk_without_room_for_checkpoints_is_found_before_the_first_step(disk: Path) -> None:
+def test_a_disk_without_room_for_checkpoints_is_reported_before_the_first_step(disk: Path) -> None:
     fill(disk, leave=500_000)
 
     job = jobs.run([*jobs.python(), *jobs.settings(disk / "runs", "run", **STEPS)])
 
     assert job.process.returncode == 6
-    assert "checkpoint.keep=1 checkpoints and the next one take" in job.said[-1]
+    assert "checkpoint.keep=1 checkpoints and the next one need" in job.said[-1]
     assert not any("  loss " in line for line in job.out)
 
 
@@ -93,9 +93,9 @@ FSYNC_FAILS = f"""
 import sys
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain import main
-from dtrain.checkpoint import writer_process as process
+from dtrain.checkpoint import writer_process
 
-process._START = '''
+writer_process._START = '''
 import os
 def fsync(handle):
     place = os.readlink("/proc/self/fd/%d" % handle)
@@ -103,7 +103,7 @@ def fsync(handle):
         raise OSError(5, "Input/output error")
     real(handle)
 real, os.fsync = os.fsync, fsync
-''' + process._START
+''' + writer_process._START
 main.console_script()
 """
 
@@ -129,8 +129,8 @@ def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_pat
     ]
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_any_work(disk: Path) -> None:
-    settings = jobs.settings(disk / "runs", "run", **STEPS)  # writes the data there
+def test_a_read_only_folder_is_reported_before_any_work(disk: Path) -> None:
+    settings = jobs.settings(disk / "runs", "run", **STEPS)  # Writes the data there.
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
     job = jobs.run([*jobs.torchrun(), *settings])
@@ -143,15 +143,15 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_work(disk: Path) ->
 
 
 @pytest.mark.slow
-def test_a_killed_writer_ends_the_run_with_its_name(tmp_path: Path) -> None:
+def test_a_killed_writer_ends_the_run_and_is_named(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
-        assert jobs.until(lambda: bool(found(run / "checkpoints")) or job.has_ended()), job.text
-        (writer,) = [pid for pid, words in job.members().items() if any("checkpoint.process" in word for word in words)]
+        assert jobs.until(lambda: bool(list_checkpoints(run / "checkpoints")) or job.has_ended()), job.text
+        (writer,) = [pid for pid, words in job.members().items() if any("writer_process" in word for word in words)]
         os.kill(writer, signal.SIGKILL)
         job.end()
 
     ended = jobs.exit_of(run)
     assert (ended["code"], ended["cause"], ended["rank"]) == (6, "CheckpointError", 0)
-    assert ended["message"].startswith(f"The process that writes checkpoints ended by SIGKILL (process {writer})")
+    assert ended["message"].startswith(f"The process that writes checkpoints was killed by SIGKILL (process {writer})")

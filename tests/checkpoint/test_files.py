@@ -1,4 +1,4 @@
-"""Checkpoint folders on the disk: written whole, found damaged where they are, old ones removed; no torch, no process."""
+"""Checkpoint folders on disk: written atomically, damage is detected, old ones are removed. No torch, no process."""
 
 from __future__ import annotations
 
@@ -14,26 +14,32 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoint import format
-from dtrain.checkpoint.format import Damaged, Unreadable, found, manifest_text, verify
-from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
-from dtrain.checkpoint.staging_buffer import _of_the_group
+from dtrain.checkpoint.format import (
+    DamagedCheckpointError,
+    UnreadableCheckpointError,
+    list_checkpoints,
+    manifest_text,
+    verify,
+)
+from dtrain.checkpoint.publish import StagedTensor, WriteRequest, clear_drafts, publish
+from dtrain.checkpoint.staging_buffer import _free_in_cgroups
 
-BLOCK = bytes(range(256)) * 4
-PIECES = [
-    Piece("model", "a", "F32", [4, 8], 0, 128),
-    Piece("model", "b", "F32", [16], 128, 64),
-    Piece("optimizer", "exp_avg/a", "F32", [4, 8], 192, 128),
+BUFFER = bytes(range(256)) * 4
+TENSORS = [
+    StagedTensor("model", "a", "F32", [4, 8], 0, 128),
+    StagedTensor("model", "b", "F32", [16], 128, 64),
+    StagedTensor("optimizer", "exp_avg/a", "F32", [4, 8], 192, 128),
 ]
 
 
-def order(checkpoints: Path, step: int, **changes: Any) -> Order:
-    made = Order(
+def build_request(checkpoints: Path, step: int, **changes: Any) -> WriteRequest:
+    made = WriteRequest(
         checkpoints=str(checkpoints),
         step=step,
         nonce="n",
-        pieces=PIECES,
+        tensors=TENSORS,
         texts={"state.json": json.dumps({"run": {"step": step}})},
-        about={"world_size": 1},
+        manifest_fields={"world_size": 1},
         max_file_bytes=10**9,
         keep=2,
         protected=[],
@@ -42,11 +48,11 @@ def order(checkpoints: Path, step: int, **changes: Any) -> Order:
 
 
 def write(checkpoints: Path, step: int, **changes: Any) -> Path:
-    publish(order(checkpoints, step, **changes), {"config.json": b"{}"}, memoryview(BLOCK))
+    publish(build_request(checkpoints, step, **changes), {"config.json": b"{}"}, memoryview(BUFFER))
     return checkpoints / f"step-{step:06d}"
 
 
-def test_what_was_written_is_read_by_the_safetensors_library(tmp_path: Path) -> None:
+def test_the_safetensors_library_reads_the_written_files(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     saved = verify(write(tmp_path, 7))
@@ -60,12 +66,12 @@ def test_what_was_written_is_read_by_the_safetensors_library(tmp_path: Path) -> 
     ]
     weights = load_file(saved.path / "model.safetensors")
     assert {name: value.shape for name, value in weights.items()} == {"a": (4, 8), "b": (16,)}
-    assert weights["b"].tobytes() == BLOCK[128:192]
-    assert load_file(saved.path / "optimizer.safetensors")["exp_avg/a"].tobytes() == BLOCK[192:320]
+    assert weights["b"].tobytes() == BUFFER[128:192]
+    assert load_file(saved.path / "optimizer.safetensors")["exp_avg/a"].tobytes() == BUFFER[192:320]
     assert (saved.path / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_files_are_split_where_they_would_get_too_large_and_transformers_finds_the_parts(tmp_path: Path) -> None:
+def test_large_files_are_split_and_an_index_lists_the_parts(tmp_path: Path) -> None:
     path = write(tmp_path, 1, max_file_bytes=150)
 
     assert sorted(file.name for file in path.glob("*.safetensors")) == [
@@ -88,14 +94,17 @@ def flip(path: Path, at: int) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped bit": (
         lambda path: flip(path / "model.safetensors", -1),
-        "model.safetensors has the right size but other",
+        "model.safetensors has the right size but its contents changed",
     ),
     "cut": (
         lambda path: os.truncate(path / "optimizer.safetensors", 99),
         "optimizer.safetensors has 99 bytes, expected",
     ),
     "missing": (lambda path: (path / "optimizer.safetensors").unlink(), "optimizer.safetensors is missing"),
-    "state flipped": (lambda path: flip(path / "state.json", 3), "state.json has the right size but other contents"),
+    "state flipped": (
+        lambda path: flip(path / "state.json", 3),
+        "state.json has the right size but its contents changed",
+    ),
     "manifest flipped": (lambda path: flip(path / "manifest.json", 40), "manifest.json is not as it was written"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "no JSON": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not as it was written"),
@@ -103,30 +112,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
+def test_damage_is_detected_and_the_file_is_named(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path, 3)
     damage, message = DAMAGES[kind]
 
     damage(path)
 
-    with pytest.raises(Damaged, match=message) as found:
+    with pytest.raises(DamagedCheckpointError, match=message) as raised:
         verify(path)
-    assert not isinstance(found.value, Unreadable)
+    assert not isinstance(raised.value, UnreadableCheckpointError)
 
 
-def test_a_checkpoint_under_another_steps_name_is_found(tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_steps_name_is_damaged(tmp_path: Path) -> None:
     moved = write(tmp_path, 3).rename(tmp_path / "step-000009")
 
-    with pytest.raises(Damaged, match="says that this is step 3"):
+    with pytest.raises(DamagedCheckpointError, match="says that this is step 3"):
         verify(moved)
 
 
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(errno.EACCES, Unreadable), (errno.EMFILE, Unreadable), (errno.ESTALE, Unreadable), (errno.EIO, Damaged)],
+    [
+        (errno.EACCES, UnreadableCheckpointError),
+        (errno.EMFILE, UnreadableCheckpointError),
+        (errno.ESTALE, UnreadableCheckpointError),
+        (errno.EIO, DamagedCheckpointError),
+    ],
 )
-def test_what_may_be_whole_is_told_from_what_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Damaged]
+def test_read_errors_that_may_be_temporary_do_not_count_as_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[DamagedCheckpointError]
 ) -> None:
     path = write(tmp_path, 3)
 
@@ -134,28 +148,30 @@ def test_what_may_be_whole_is_told_from_what_is_lost(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(format, "sha256", fails)
-    with pytest.raises(Damaged, match=os.strerror(number)) as found:
+    with pytest.raises(DamagedCheckpointError, match=os.strerror(number)) as raised:
         verify(path)
 
-    assert type(found.value) is kind
+    assert type(raised.value) is kind
 
 
-def test_every_single_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_manifest_is_detected(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
-    whole = (path / "manifest.json").read_bytes()
-    parsed = json.loads(whole)
+    intact = (path / "manifest.json").read_bytes()
+    parsed = json.loads(intact)
 
-    for at in range(len(whole)):
-        (path / "manifest.json").write_bytes(whole)
+    for at in range(len(intact)):
+        (path / "manifest.json").write_bytes(intact)
         flip(path / "manifest.json", at)
         try:
             verify(path)
-        except Damaged:
+        except DamagedCheckpointError:
             continue
-        assert json.loads((path / "manifest.json").read_bytes()) == parsed, f"byte {at} was changed and not seen"
+        assert json.loads((path / "manifest.json").read_bytes()) == parsed, (
+            f"byte {at} was changed without being detected"
+        )
 
 
-def test_another_files_place_is_not_looked_at(tmp_path: Path) -> None:
+def test_a_path_outside_the_folder_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "run", 3)
     outside = tmp_path / "secret"
     outside.write_text("x")
@@ -165,7 +181,9 @@ def test_another_files_place_is_not_looked_at(tmp_path: Path) -> None:
 
     (path / "manifest.json").write_text(manifest_text(manifest))
 
-    with pytest.raises(Damaged, match=r"names '\.\./\.\./secret', which is no file of a checkpoint"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"lists '\.\./\.\./secret', which is not a valid name of a checkpoint file"
+    ):
         verify(path)
 
 
@@ -174,7 +192,7 @@ class Bomb:
         return os.abort, ()
 
 
-def test_a_strangers_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
+def test_a_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
     path = write(tmp_path, 3)
     for name in ("optimizer.pt", "pytorch_model.bin", "state.pkl", ".metadata"):
         (path / name).write_bytes(pickle.dumps(Bomb()))
@@ -182,37 +200,39 @@ def test_a_strangers_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
     assert verify(path).step == 3
 
 
-def test_a_format_of_another_version_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, 3, about={"format": "dtrain-checkpoint-9"})
+def test_another_format_version_is_unreadable_and_named(tmp_path: Path) -> None:
+    path = write(tmp_path, 3, manifest_fields={"format": "dtrain-checkpoint-9"})
 
-    with pytest.raises(Unreadable, match="says 'dtrain-checkpoint-9', which this version of dtrain does not"):
+    with pytest.raises(
+        UnreadableCheckpointError, match="has format 'dtrain-checkpoint-9', which this version of dtrain does not"
+    ):
         verify(path)
 
 
-def test_the_newest_stay_and_the_best_besides(tmp_path: Path) -> None:
+def test_the_newest_and_the_protected_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         write(tmp_path, step, keep=2, protected=[2])
 
-    assert list(found(tmp_path)) == [6, 5, 2]
+    assert list(list_checkpoints(tmp_path)) == [6, 5, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000005", "step-000006"]
 
 
-def test_drafts_and_damaged_ones_are_no_checkpoints(tmp_path: Path) -> None:
+def test_drafts_and_damaged_folders_are_not_listed(tmp_path: Path) -> None:
     write(tmp_path, 1)
     for name in (".tmp-step-000002", "damaged-step-000003", ".old-step-000001", "step-x", "left-step-000009"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-000008").write_text("a file")
 
-    assert list(found(tmp_path)) == [1]
+    assert list(list_checkpoints(tmp_path)) == [1]
 
     clear_drafts(tmp_path)
     assert not (tmp_path / ".tmp-step-000002").exists()
     assert not (tmp_path / ".old-step-000001").exists()
     assert (tmp_path / "damaged-step-000003").exists()
-    assert list(found(tmp_path / "nothing")) == []
+    assert list(list_checkpoints(tmp_path / "nothing")) == []
 
 
-def test_what_cannot_be_written_leaves_nothing_and_the_older_one_as_it_was(
+def test_a_failed_write_leaves_no_draft_and_the_older_checkpoint_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, 1)
@@ -234,11 +254,11 @@ def test_what_cannot_be_written_leaves_nothing_and_the_older_one_as_it_was(
 
 
 def shard(part: int, **changes: Any) -> dict[str, Any]:
-    pieces = [Piece(f"shard-{part:05d}", f"value/a@{part}", "F32", [4, 8], 0, 128)]
-    return {"pieces": pieces, "part": part, "about": {"parts": [0, 1], "of": 2, "start": "n"}, **changes}
+    tensors = [StagedTensor(f"shard-{part:05d}", f"value/a@{part}", "F32", [4, 8], 0, 128)]
+    return {"tensors": tensors, "part": part, "manifest_fields": {"parts": [0, 1], "of": 2, "start": "n"}, **changes}
 
 
-def test_a_part_that_cannot_be_written_makes_room_says_so_and_ends_the_waiting(
+def test_a_failed_part_is_removed_and_its_error_reaches_the_publisher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, full = os.write, []
@@ -257,19 +277,19 @@ def test_a_part_that_cannot_be_written_makes_room_says_so_and_ends_the_waiting(
     assert [file.name for file in draft.iterdir()] == ["part-1"]
 
     with pytest.raises(OSError, match=r"rank 1 could not write its part: .*No space left on device"):
-        write(tmp_path, 2, **shard(0, of_here=[0, 1]))
+        write(tmp_path, 2, **shard(0, local_parts=[0, 1]))
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_whose_name_no_reader_takes_is_refused_by_the_writer(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="cannot have a file of that name"):
-        publish(order(tmp_path, 2), {".hidden": b""}, memoryview(BLOCK))
+def test_the_writer_refuses_a_file_name_that_no_reader_accepts(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="not a valid name of a checkpoint file"):
+        publish(build_request(tmp_path, 2), {".hidden": b""}, memoryview(BUFFER))
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_writes_give_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = verify(write(tmp_path / "one", 1))
     real = os.write
     monkeypatch.setattr("os.write", lambda handle, data: real(handle, data[:7]))
@@ -279,11 +299,11 @@ def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatc
     assert other.manifest == one.manifest
 
 
-# ---------------------------------------------------------------- memory
+# Memory
 
 
 @pytest.mark.parametrize(
-    ("told", "root", "limit", "used"),
+    ("membership", "root", "limit", "used"),
     [
         ("0::/slurm/job_7/step_0\n", "", "memory.max", "memory.current"),
         (
@@ -295,14 +315,14 @@ def test_writes_in_small_portions_give_the_same_files(tmp_path: Path, monkeypatc
     ],
     ids=["version 2", "version 1"],
 )
-def test_the_tightest_control_group_around_a_process_counts(
-    tmp_path: Path, told: str, root: str, limit: str, used: str
+def test_free_memory_of_every_control_group_is_reported(
+    tmp_path: Path, membership: str, root: str, limit: str, used: str
 ) -> None:
     groups = tmp_path / root
     for name, most in (("slurm", "max"), ("slurm/job_7", "1000"), ("slurm/job_7/step_0", "5000")):
         (groups / name).mkdir(parents=True, exist_ok=True)
         (groups / name / limit).write_text(most)
         (groups / name / used).write_text("400")
-    (tmp_path / "cgroup").write_text(told)
+    (tmp_path / "cgroup").write_text(membership)
 
-    assert sorted(_of_the_group(str(tmp_path / "cgroup"), tmp_path)) == [600, 4600]
+    assert sorted(_free_in_cgroups(str(tmp_path / "cgroup"), tmp_path)) == [600, 4600]

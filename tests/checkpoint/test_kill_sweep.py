@@ -1,7 +1,7 @@
-"""A writer killed at every write, flush and rename: afterwards there is the old checkpoint or the new one, never a mix.
+"""A writer killed at every write, flush and rename leaves the old checkpoint or the new one, never a mixture.
 
-A kill leaves what the system holds in memory; a power cut does not. Both are played: at the fatal moment what was
-written but not flushed is kept, or cut to half. Broken writers and readers have to be caught by the same sweep.
+A kill leaves what the system holds in memory; a power cut does not. The tests simulate both: at the fatal moment, data
+that was written but not flushed is kept, or cut to half. Broken writers and readers must fail the same sweep.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import Any
 
 import pytest
 
-from dtrain.checkpoint import publish as writing
-from dtrain.checkpoint.format import FORMAT, Damaged, Saved, found, manifest_text, verify
-from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
+from dtrain.checkpoint import publish as publish_module
+from dtrain.checkpoint.format import (
+    FORMAT,
+    DamagedCheckpointError,
+    SavedCheckpoint,
+    list_checkpoints,
+    manifest_text,
+    verify,
+)
+from dtrain.checkpoint.publish import StagedTensor, WriteRequest, clear_drafts, publish
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
@@ -28,22 +35,22 @@ OLD, NEW = 2, 4
 SIZE = 400
 
 
-def block_of(step: int) -> bytes:
+def buffer_of(step: int) -> bytes:
     return bytes([step]) * SIZE * 6
 
 
-def order(checkpoints: Path, step: int) -> Order:
-    return Order(
+def build_request(checkpoints: Path, step: int) -> WriteRequest:
+    return WriteRequest(
         checkpoints=str(checkpoints),
         step=step,
         nonce="n",
-        pieces=[
-            Piece(stem, f"{stem}-{n}", "U8", [SIZE], SIZE * n, SIZE)
+        tensors=[
+            StagedTensor(stem, f"{stem}-{n}", "U8", [SIZE], SIZE * n, SIZE)
             for n in range(3)
             for stem in ("model", "optimizer")
         ],
         texts={"state.json": json.dumps({"run": {"step": step}}), "config.yaml": f"step: {step}\n"},
-        about={"world_size": 1},
+        manifest_fields={"world_size": 1},
         max_file_bytes=SIZE,
         keep=1,
         protected=[],
@@ -51,12 +58,12 @@ def order(checkpoints: Path, step: int) -> Order:
 
 
 def write(checkpoints: Path, step: int) -> None:
-    publish(order(checkpoints, step), {"config.json": b"{}"}, memoryview(block_of(step)))
+    publish(build_request(checkpoints, step), {"config.json": b"{}"}, memoryview(buffer_of(step)))
 
 
 def write_after_the_rename(checkpoints: Path, step: int) -> None:
-    """Broken: the folder has its name before its contents are there, and nothing is flushed."""
-    wanted, target = order(checkpoints, step), checkpoints / f"step-{step:06d}"
+    """Broken: the folder gets its final name before its contents exist, and nothing is flushed."""
+    request, target = build_request(checkpoints, step), checkpoints / f"step-{step:06d}"
     target.mkdir()
 
     def put(name: str, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -69,15 +76,15 @@ def write_after_the_rename(checkpoints: Path, step: int) -> None:
         os.close(handle)
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
-    files = {name: put(name, [text.encode()]) for name, text in wanted.texts.items()}
-    for name, part in writing._files_of(wanted):
-        files[name] = put(name, writing._safetensors(part, memoryview(block_of(step))))
+    files = {name: put(name, [text.encode()]) for name, text in request.texts.items()}
+    for name, tensors in publish_module._tensor_files(request):
+        files[name] = put(name, publish_module._safetensors(tensors, memoryview(buffer_of(step))))
     put("manifest.json", [manifest_text({"format": FORMAT, "step": step, "files": files}).encode()])
-    writing.remove_old(checkpoints, keep=1, protected=[])
+    publish_module.remove_old(checkpoints, keep=1, protected=[])
 
 
 class Fatal:
-    """Counts what reaches the file system and ends the process, without another instruction, at the n-th."""
+    """Counts file system calls and ends the process immediately at the n-th."""
 
     def __init__(self, at: int, *, power_cut: bool) -> None:
         self._left, self._power_cut = at, power_cut
@@ -102,7 +109,7 @@ class Fatal:
                 self._die()
             if name == "write":
                 self._unflushed[arguments[0]] = str(Path(f"/proc/self/fd/{arguments[0]}").readlink())
-                arguments = (arguments[0], arguments[1][: max(1, len(arguments[1]) // 2)])  # in portions
+                arguments = (arguments[0], arguments[1][: max(1, len(arguments[1]) // 2)])  # Writes only a part of it.
             done = real(*arguments, **options)
             if name == "fsync":
                 self._unflushed.pop(arguments[0], None)
@@ -119,7 +126,7 @@ class Fatal:
 
 
 def killed(work: Callable[[], None], at: int, *, power_cut: bool) -> bool:
-    """Whether the work, in a process of its own, was killed at that moment; False where it ended before."""
+    """Runs `work` in a child process. Returns whether it was killed at that call; False if it ended before."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -135,38 +142,38 @@ def killed(work: Callable[[], None], at: int, *, power_cut: bool) -> bool:
     return code == KILLED
 
 
-def newest_whole(checkpoints: Path) -> Saved | None:
-    for path in found(checkpoints).values():
+def newest_intact(checkpoints: Path) -> SavedCheckpoint | None:
+    for path in list_checkpoints(checkpoints).values():
         try:
             return verify(path)
-        except Damaged:
+        except DamagedCheckpointError:
             continue
     return None
 
 
-def newest_unchecked(checkpoints: Path) -> Saved | None:
-    """Broken: takes the newest folder at its word."""
-    for step, path in found(checkpoints).items():
-        return Saved(path, step, {"files": [file.name for file in path.iterdir()]}, {"run": {"step": step}})
+def newest_unchecked(checkpoints: Path) -> SavedCheckpoint | None:
+    """Broken: trusts the newest folder without a check."""
+    for step, path in list_checkpoints(checkpoints).items():
+        return SavedCheckpoint(path, step, {"files": [file.name for file in path.iterdir()]}, {"run": {"step": step}})
     return None
 
 
-def is_of(saved: Saved, step: int) -> bool:
-    """Whether every byte is that step's."""
+def is_of(saved: SavedCheckpoint, step: int) -> bool:
+    """Returns whether every byte is of that step."""
     tensors = [name for name in saved.manifest["files"] if name.endswith(".safetensors")]
     contents = [(saved.path / name).read_bytes()[-SIZE:] for name in tensors]
     return len(tensors) == 6 and all(content == bytes([step]) * SIZE for content in contents)
 
 
 def sweep(
-    folder: Path, write: Callable[[Path, int], None], read: Callable[[Path], Saved | None], *, power_cut: bool
+    folder: Path, write: Callable[[Path, int], None], read: Callable[[Path], SavedCheckpoint | None], *, power_cut: bool
 ) -> tuple[int, list[str]]:
-    """Kills at every moment there is; gives how many there were, and what was wrong afterwards."""
+    """Kills at every call. Returns the number of calls, and what was wrong afterwards."""
     wrong = []
     for at in range(1, 1000):
         checkpoints = folder / f"{at}"
         checkpoints.mkdir(parents=True)
-        publish(order(checkpoints, OLD), {"config.json": b"{}"}, memoryview(block_of(OLD)))
+        publish(build_request(checkpoints, OLD), {"config.json": b"{}"}, memoryview(buffer_of(OLD)))
         was_killed = killed(partial(write, checkpoints, NEW), at, power_cut=power_cut)
         clear_drafts(checkpoints)
         saved = read(checkpoints)
@@ -182,21 +189,21 @@ def sweep(
 def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
     tmp_path: Path, power_cut: bool
 ) -> None:
-    moments, wrong = sweep(tmp_path, write, newest_whole, power_cut=power_cut)
+    num_calls, wrong = sweep(tmp_path, write, newest_intact, power_cut=power_cut)
 
     assert wrong == []
-    assert moments >= 40
+    assert num_calls >= 40
 
 
 @pytest.mark.slow
 def test_a_writer_that_renames_before_it_flushes_is_caught(tmp_path: Path) -> None:
-    _, wrong = sweep(tmp_path, write_after_the_rename, newest_whole, power_cut=True)
+    _, wrong = sweep(tmp_path, write_after_the_rename, newest_intact, power_cut=True)
 
     assert wrong
 
 
 @pytest.mark.slow
-def test_a_reader_that_looks_at_no_manifest_is_caught(tmp_path: Path) -> None:
+def test_a_reader_that_ignores_the_manifest_is_caught(tmp_path: Path) -> None:
     _, wrong = sweep(tmp_path, write_after_the_rename, newest_unchecked, power_cut=False)
 
     assert wrong

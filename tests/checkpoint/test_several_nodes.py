@@ -1,4 +1,4 @@
-"""Checkpoints on nodes that share no disk: copies, the loss of one node's disk, and parts that lie apart."""
+"""Checkpoints on nodes without a shared disk: copies, the loss of one node's disk, and parts on separate disks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoint import writer_process
-from dtrain.checkpoint.format import found, verify
+from dtrain.checkpoint.format import list_checkpoints, verify
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import RankContext
@@ -40,16 +40,16 @@ def write(handle, data):
     return real(handle, data)
 real, os.write = os.write, write
 """
-"""Put into a node's writing process: from step 5 on its disk is full."""
+"""Source text for a node's writer process: from step 5 on, its disk is full."""
 
 
 def one_rank_a_node(
     context: RankContext, folder: str, name: str, changes: dict[str, Any], die_in: int | None, full: int | None = None
 ) -> str:
-    """Collective. Every rank is a node, with a working folder, and so a run folder, of its own.
+    """Collective. Every rank is a node with a separate working folder, and so a separate run folder.
 
     Args:
-        full: the rank whose disk has no room from step 5 on.
+        full: rank whose disk is full from step 5 on.
     """
     if context.rank == full:
         writer_process._START = FULL_FROM + writer_process._START
@@ -89,7 +89,7 @@ def steady(folder: Path) -> dict[str, bytes]:
     return tensors(checkpoints(folder, 0, "steady"))
 
 
-def test_two_nodes_keep_a_copy_and_either_one_is_enough(folder: Path, steady: dict[str, bytes]) -> None:
+def test_two_nodes_keep_a_copy_and_one_of_them_is_enough(folder: Path, steady: dict[str, bytes]) -> None:
     assert start(folder, "lost", 3, {}, die_in=7) == ["died"] * 3
     for node in (0, 1):
         verify(checkpoints(folder, node, "lost") / "step-000006")
@@ -102,7 +102,7 @@ def test_two_nodes_keep_a_copy_and_either_one_is_enough(folder: Path, steady: di
     assert tensors(checkpoints(folder, 1, "lost")) == steady
 
 
-def test_a_copy_that_is_newer_than_rank_0s_is_the_one_to_go_on_from(folder: Path, steady: dict[str, bytes]) -> None:
+def test_a_run_resumes_from_a_copy_that_is_newer_than_rank_0s(folder: Path, steady: dict[str, bytes]) -> None:
     start(folder, "behind", 3, {}, die_in=7)
     for step in (5, 6):
         shutil.rmtree(checkpoints(folder, 0, "behind") / f"step-{step:06d}")
@@ -111,18 +111,18 @@ def test_a_copy_that_is_newer_than_rank_0s_is_the_one_to_go_on_from(folder: Path
     assert tensors(checkpoints(folder, 0, "behind")) == steady
 
 
-def test_what_no_node_has_any_more_stops_the_start_on_every_rank(folder: Path) -> None:
+def test_a_saved_step_that_no_node_has_any_more_is_an_error_on_every_rank(folder: Path) -> None:
     start(folder, "gone", 3, {}, die_in=7)
     for node in (0, 1):
         shutil.rmtree(checkpoints(folder, node, "gone") / "step-000006")
 
     ended = start(folder, "gone", 3, {})
 
-    assert all(words.startswith("CheckpointError: ") for words in ended)
+    assert all(end.startswith("CheckpointError: ") for end in ended)
     assert "has saved a checkpoint of step 6" in ended[0]
 
 
-def test_parts_that_lie_on_three_nodes_make_one_checkpoint(folder: Path) -> None:
+def test_parts_on_three_nodes_make_one_checkpoint(folder: Path) -> None:
     start(folder, "parts", 3, SHARDED, die_in=7)
     assert [len(list((checkpoints(folder, node, "parts") / "step-000006").glob("shard-*"))) for node in range(3)] == [
         1
@@ -135,7 +135,7 @@ def test_parts_that_lie_on_three_nodes_make_one_checkpoint(folder: Path) -> None
         assert tensors(checkpoints(folder, node, "parts")) == tensors(checkpoints(folder, node, "parts-steady"))
 
 
-def test_a_part_that_is_missing_makes_the_checkpoint_before_it_the_newest(folder: Path) -> None:
+def test_a_checkpoint_with_a_damaged_part_is_skipped(folder: Path) -> None:
     start(folder, "hole", 3, SHARDED, die_in=7)
     file = checkpoints(folder, 1, "hole") / "step-000006" / "shard-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
@@ -146,11 +146,11 @@ def test_a_part_that_is_missing_makes_the_checkpoint_before_it_the_newest(folder
     assert (checkpoints(folder, 1, "hole") / "damaged-step-000006").is_dir()
 
 
-def test_what_one_node_cannot_write_is_told_and_every_node_keeps_the_last_whole_one(folder: Path) -> None:
+def test_a_node_that_cannot_write_is_reported_and_every_node_keeps_the_last_complete_checkpoint(folder: Path) -> None:
     one = {**SHARDED, "checkpoint.keep": 1}
     assert start(folder, "full", 2, one, die_in=9, full=1) == ["died"] * 2
 
-    assert sorted(found(checkpoints(folder, 0, "full"))) == [4, 8]
+    assert sorted(list_checkpoints(checkpoints(folder, 0, "full"))) == [4, 8]
     assert sorted(path.name for path in checkpoints(folder, 1, "full").iterdir()) == ["step-000003", "step-000004"]
     lines = (folder / "node0" / "runs" / "full" / "metrics.jsonl").read_text().splitlines()
     faults = [event for event in map(json.loads, lines) if event["event"] == "fault"]
@@ -164,7 +164,7 @@ def test_what_one_node_cannot_write_is_told_and_every_node_keeps_the_last_whole_
         assert (checkpoints(folder, node, "full") / "left-step-000008").exists() == (node == 0)
 
 
-def test_parts_that_two_starts_wrote_are_not_put_together(folder: Path) -> None:
+def test_parts_of_two_starts_are_not_combined(folder: Path) -> None:
     start(folder, "two-lives", 2, SHARDED, die_in=7)
     aside = shutil.move(checkpoints(folder, 1, "two-lives") / "step-000006", folder / "first-life")
     shutil.rmtree(checkpoints(folder, 0, "two-lives") / "step-000006")
@@ -180,9 +180,13 @@ def test_parts_that_two_starts_wrote_are_not_put_together(folder: Path) -> None:
     assert (checkpoints(folder, 1, "two-lives") / "left-step-000006").is_dir()
 
 
-def test_an_overwritten_run_leaves_no_copy_that_a_later_start_goes_on_from(folder: Path) -> None:
-    start(folder, "anew", 2, {}, die_in=7)
+def test_an_overwritten_run_leaves_no_copy_to_resume_from(folder: Path) -> None:
+    start(folder, "redo", 2, {}, die_in=7)
 
-    assert start(folder, "anew", 2, {"run.overwrite": True, "optim.learning_rate": 1e-4}, die_in=3) == ["died"] * 2
+    assert start(folder, "redo", 2, {"run.overwrite": True, "optim.learning_rate": 1e-4}, die_in=3) == ["died"] * 2
 
-    assert max(found(checkpoints(folder, 0, "anew"))) == max(found(checkpoints(folder, 1, "anew"))) == 2
+    assert (
+        max(list_checkpoints(checkpoints(folder, 0, "redo")))
+        == max(list_checkpoints(checkpoints(folder, 1, "redo")))
+        == 2
+    )

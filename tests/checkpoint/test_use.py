@@ -1,4 +1,4 @@
-"""What a checkpoint is good for beside going on: a model to begin with, to measure, to export; and the best step's."""
+"""What checkpoints are used for besides resuming: start a run, evaluate, export, and restore the best step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.checkpoint.format import found, manifest_text
+from dtrain.checkpoint.format import list_checkpoints, manifest_text
 from dtrain.commands.evaluate import run_evaluate
 from dtrain.commands.export import run_export
 from dtrain.commands.train import run_train
@@ -41,36 +41,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(context: RankContext, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:
-    """Collective. (command, name, changes, step to die in) one after the other: metrics, or the error's kind and words.
+    """Collective. Runs each (command, name, changes, step to die in). Returns metrics, or the error's type and message.
 
-    A negative step: to ask for a stop in.
+    A negative step: the run is asked to stop in that step.
     """
-    found: list[Any] = []
+    results: list[Any] = []
     for command, name, changes, die_in in runs:
         config = load_config(None, settings(Path(folder), name, changes), command=command)
         monitors = [] if die_in is None else [DieIn(die_in) if die_in > 0 else AskIn(-die_in)]
         try:
             if command == "train":
-                found.append(run_train(config, context, monitors=monitors).metrics)
+                results.append(run_train(config, context, monitors=monitors).metrics)
             elif command == "evaluate":
-                found.append(run_evaluate(config, context).metrics)
+                results.append(run_evaluate(config, context).metrics)
             else:
                 run_export(config, context)
-                found.append({})
+                results.append({})
         except Died:
-            found.append("died")
+            results.append("died")
         except DtrainError as error:
-            found.append([type(error).__name__, str(error)])
-    return found
+            results.append([type(error).__name__, str(error)])
+    return results
 
 
 def run(folder: Path, world: int, *runs: tuple[str, str, Mapping[str, Any], int | None]) -> Any:
-    """What rank 0 found."""
+    """Returns the results of rank 0."""
     return run_ranks(commands, world, str(folder), [(c, n, dict(s), d) for c, n, s, d in runs])[0]
 
 
 def resumed_at(folder: Path, name: str) -> list[int]:
-    """The steps that the starts of a run went on from."""
+    """Returns the steps that the starts of a run resumed from."""
     lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [event["step"] for event in map(json.loads, lines) if event["event"] == "resume"]
 
@@ -80,18 +80,18 @@ def checkpoint(folder: Path, name: str, step: int) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_checkpoint_is_a_model_to_measure_and_to_begin_with(folder: Path, form: str) -> None:
+def test_a_checkpoint_can_be_evaluated_and_start_a_run(folder: Path, form: str) -> None:
     name = form.replace(" ", "-")
     last = {"train.eval_every": "epoch", **FORMS[form]}
     step = checkpoint(folder, name, resuming.STEPS)
-    beside = {"model.name_or_path": step, "run.name": f"{name}-measured"}
+    changes = {"model.name_or_path": step, "run.name": f"{name}-measured"}
 
     trained, measured, begun = run(
         folder,
         2,
         ("train", name, last, None),
-        ("evaluate", "", beside, None),
-        ("train", "", {**beside, "run.name": f"{name}-more", "train.max_steps": 1, "checkpoint.every": "null"}, None),
+        ("evaluate", "", changes, None),
+        ("train", "", {**changes, "run.name": f"{name}-more", "train.max_steps": 1, "checkpoint.every": "null"}, None),
     )
 
     assert measured == trained
@@ -100,7 +100,7 @@ def test_a_checkpoint_is_a_model_to_measure_and_to_begin_with(folder: Path, form
     assert begun == {}
 
 
-def test_plain_transformers_loads_a_checkpoint_and_export_makes_a_model_of_it(folder: Path) -> None:
+def test_transformers_loads_a_checkpoint_and_export_writes_it_as_a_model(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     step, out = checkpoint(folder, "exported", 3), folder / "out"
@@ -125,18 +125,18 @@ def test_plain_transformers_loads_a_checkpoint_and_export_makes_a_model_of_it(fo
         assert torch.allclose(logits[0], logits[other], rtol=1e-6, atol=1e-6)
 
 
-def test_a_damaged_checkpoint_is_not_begun_with(folder: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_as_a_model(folder: Path) -> None:
     run(folder, 1, ("train", "hurt", {"train.max_steps": 2}, None))
     step = checkpoint(folder, "hurt", 2)
     with (step / "model.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x77")
 
-    (told,) = run(folder, 2, ("evaluate", "", {"model.name_or_path": step, "run.name": "hurt-measured"}, None))
+    (error,) = run(folder, 2, ("evaluate", "", {"model.name_or_path": step, "run.name": "hurt-measured"}, None))
 
-    kind, message = told
+    kind, message = error
     assert kind == CheckpointError.__name__
-    assert "is a damaged checkpoint: model.safetensors has the right size but other contents" in message
+    assert "is a damaged checkpoint: model.safetensors has the right size but its contents changed" in message
 
 
 class Bomb:
@@ -155,10 +155,10 @@ HARM: dict[str, tuple[Callable[[Path], Any], int]] = {
     "missing": (lambda path: (path / "state.json").unlink(), 6),
     "pickled": (lambda path: (path / "optimizer.pt").write_bytes(pickle.dumps(Bomb())), 7),
 }
-"""What is done to the checkpoint of step 7, and the step that the next start goes on from."""
+"""What is done to the checkpoint of step 7, and the step that the next start resumes from."""
 
 
-def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_bits(folder: Path) -> None:
+def test_a_run_resumes_from_the_newest_intact_checkpoint_and_ends_with_the_same_bits(folder: Path) -> None:
     run(folder, 2, ("train", "unharmed", {}, None), *(("train", name, {}, 8) for name in [*HARM, "all"]))
     for name, (harm, _) in HARM.items():
         harm(checkpoint(folder, name, 7))
@@ -177,29 +177,29 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_and_ends_with_the_same_b
     assert "every checkpoint is damaged (step 5, 6, 7)" in refused[1]
 
 
-def test_the_best_step_of_an_earlier_start_is_the_runs_model_and_result(folder: Path) -> None:
+def test_the_best_step_of_an_earlier_start_gives_the_model_and_the_result(folder: Path) -> None:
     steady = run(folder, 2, ("train", "best-steady", BEST, None))[0]
     best = json.loads((folder / "runs" / "best-steady" / "summary.json").read_text())["best_step"]
     last = resuming.STEPS - 1
-    assert best < last, "the material does not show what it should"
+    assert best < last, "this data does not test the case"
 
-    died, went_on = run(folder, 2, ("train", "best", BEST, last), ("train", "best", BEST, None))
+    died, resumed = run(folder, 2, ("train", "best", BEST, last), ("train", "best", BEST, None))
 
     assert died == "died"
-    assert went_on == steady
+    assert resumed == steady
     one, other = (folder / "runs" / name / "model" / "model.safetensors" for name in ("best", "best-steady"))
     assert one.read_bytes() == other.read_bytes()
     assert checkpoint(folder, "best", best).is_dir()
 
 
-def test_a_best_step_whose_weights_nobody_has_is_looked_for_anew(folder: Path) -> None:
+def test_a_best_step_without_weights_is_searched_again(folder: Path) -> None:
     first_is_best = {**BEST, "evaluation.best": "{metric: loss, mode: max}", "train.max_steps": 10}
     unsaved = {**first_is_best, "checkpoint.every": "null"}
     saved = {**first_is_best, "checkpoint.every": 2}
 
     asked, died = run(folder, 2, ("train", "unsaved", unsaved, -5), ("train", "hurt-best", saved, 7))
     best = json.loads((checkpoint(folder, "unsaved", 6) / "state.json").read_text())["run"]["best_step"]
-    assert best < 6, "the material does not show what it should"
+    assert best < 6, "this data does not test the case"
     flip_last(checkpoint(folder, "hurt-best", best) / "model.safetensors")
     alone, hurt = run(folder, 2, ("train", "unsaved", unsaved, None), ("train", "hurt-best", saved, None))
 
@@ -242,10 +242,10 @@ def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     assert "data.limit: null -> 100" in refused[1]
     assert shorter[0] == ConfigError.__name__
     assert "The run is at step 3 already, and is to end at step 2" in shorter[1]
-    assert isinstance(mended, dict), mended  # what was refused has changed nothing
+    assert isinstance(mended, dict), mended  # The refused starts changed nothing.
 
 
-def test_a_named_checkpoint_is_gone_on_from_and_newer_ones_make_way_each_time(folder: Path) -> None:
+def test_a_run_resumes_from_a_named_checkpoint_and_renames_newer_ones(folder: Path) -> None:
     path = checkpoint(folder, "back", 4)
     keep = {"checkpoint.keep": 9}
     back = {**keep, "checkpoint.resume": path}
@@ -255,26 +255,26 @@ def test_a_named_checkpoint_is_gone_on_from_and_newer_ones_make_way_each_time(fo
     assert resumed_at(folder, "back") == [4, 4]
     left = sorted(entry.name for entry in path.parent.glob("left-*"))
     assert left == ["left-step-000005", "left-step-000005-2", "left-step-000006"]
-    assert max(found(path.parent)) == 4
+    assert max(list_checkpoints(path.parent)) == 4
 
 
-def test_one_that_cannot_be_read_is_not_taken_for_a_damaged_one(folder: Path) -> None:
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(folder: Path) -> None:
     run(folder, 1, ("train", "other-version", {}, 5))
     path = checkpoint(folder, "other-version", 4)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["self"]
     (path / "manifest.json").write_text(manifest_text({**manifest, "format": "dtrain-checkpoint-9"}))
 
-    (told,) = run(folder, 2, ("train", "other-version", {}, None))
+    (error,) = run(folder, 2, ("train", "other-version", {}, None))
 
-    assert told[0] == CheckpointError.__name__
-    assert "cannot be read, so that nobody knows whether it is whole" in told[1]
+    assert error[0] == CheckpointError.__name__
+    assert "cannot be read, so it is unknown whether it is intact" in error[1]
     assert path.is_dir()
 
 
-def test_a_path_that_is_no_checkpoint_is_refused_on_every_rank(folder: Path) -> None:
-    (told,) = run(folder, 2, ("train", "nowhere", {"checkpoint.resume": folder / "model"}, None))
+def test_a_path_without_a_checkpoint_is_refused_on_every_rank(folder: Path) -> None:
+    (error,) = run(folder, 2, ("train", "nowhere", {"checkpoint.resume": folder / "model"}, None))
 
-    assert told[0] == CheckpointError.__name__
-    assert "is no whole checkpoint: manifest.json is missing" in told[1]
+    assert error[0] == CheckpointError.__name__
+    assert "is not a complete checkpoint: manifest.json is missing" in error[1]
     assert not (folder / "runs" / "nowhere" / "config.yaml").exists()

@@ -1,4 +1,4 @@
-"""Talking: history, its end, what is forgotten, files of prompts, and what a reply stops at."""
+"""The chat command: history, reset, dropped turns, files of dialogues, and stop tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from dtrain.commands import chat
-from dtrain.commands.chat import Reply, run_chat, speaker, talk
-from dtrain.commands.generate import continuation
+from dtrain.commands.chat import Reply, converse, load_chat_model, run_chat
+from dtrain.commands.generate import continue_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import Message
@@ -29,56 +29,56 @@ from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
 
 
 class Echo:
-    """Answers with what was said last, and keeps what it was shown."""
+    """Repeats the last message, and records the messages that it got."""
 
-    def __init__(self, forgets_from: int = 99) -> None:
-        self.shown: list[list[str]] = []
+    def __init__(self, drops_from: int = 99) -> None:
+        self.received: list[list[str]] = []
         self.numbers: list[int] = []
-        self.forgets_from = forgets_from
+        self.drops_from = drops_from
 
     def __call__(self, messages: Sequence[Message], number: int) -> Reply:
-        self.shown.append([message["content"] for message in messages])
+        self.received.append([message["content"] for message in messages])
         self.numbers.append(number)
-        return Reply(f"<{messages[-1]['content']}>", max(0, len(messages) - self.forgets_from))
+        return Reply(f"<{messages[-1]['content']}>", max(0, len(messages) - self.drops_from))
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, logger="dtrain")
     return caplog
 
 
-def test_each_line_is_answered_with_all_that_was_said_before(said: pytest.LogCaptureFixture) -> None:
+def test_each_line_is_answered_with_the_history(logged: pytest.LogCaptureFixture) -> None:
     echo = Echo()
 
-    talk(echo, iter(["a\n", " b \n", "c"]), system=None)
+    converse(echo, iter(["a\n", " b \n", "c"]), system=None)
 
-    assert echo.shown == [["a"], ["a", "<a>", "b"], ["a", "<a>", "b", "<b>", "c"]]
-    assert said.messages == ["<a>", "<b>", "<c>"]
+    assert echo.received == [["a"], ["a", "<a>", "b"], ["a", "<a>", "b", "<b>", "c"]]
+    assert logged.messages == ["<a>", "<b>", "<c>"]
     assert echo.numbers == [0, 1, 2]
 
 
-def test_reset_forgets_all_but_the_system_message_and_an_empty_line_ends() -> None:
+def test_reset_keeps_the_system_message_and_an_empty_line_ends_the_conversation() -> None:
     echo = Echo()
 
-    talk(echo, iter(["a\n", "/reset\n", "b\n", "\n", "never\n"]), system="s")
+    converse(echo, iter(["a\n", "/reset\n", "b\n", "\n", "never\n"]), system="s")
 
-    assert echo.shown == [["s", "a"], ["s", "b"]]
-    assert echo.numbers == [0, 1]  # the same words draw another reply the second time
+    assert echo.received == [["s", "a"], ["s", "b"]]
+    assert echo.numbers == [0, 1]  # So the same text gets a different reply the second time.
 
 
-def test_turns_that_the_model_cannot_see_any_more_are_told_of(said: pytest.LogCaptureFixture) -> None:
-    talk(Echo(forgets_from=3), iter(["a", "b", "c"]), system=None)
+def test_dropped_turns_are_reported(logged: pytest.LogCaptureFixture) -> None:
+    converse(Echo(drops_from=3), iter(["a", "b", "c"]), system=None)
 
-    assert said.messages == ["<a>", "<b>", "(the first 2 turns are more than the model can look back on)", "<c>"]
+    assert logged.messages == ["<a>", "<b>", "(the first 2 turns no longer fit into the model's context)", "<c>"]
 
 
 # With a model
 
 
 class Always(torch.nn.Module):
-    """A language model that goes through a list of tokens, by position."""
+    """A language model that returns the tokens of a list one after the other."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         super().__init__()
@@ -106,12 +106,12 @@ def config(folder: Path, **sections: Any) -> Config:
     )
 
 
-def test_a_continuation_ends_with_a_stop_token_or_the_models_own(tmp_path: Path) -> None:
+def test_a_continuation_ends_at_a_stop_token_or_at_the_models_end_token(tmp_path: Path) -> None:
     ids, settings = torch.tensor([1, 2]), config(tmp_path, generate={"max_new_tokens": 4, "temperature": 0})
 
-    assert continuation(Always([5, 3, 7, 6]), ids, settings, stops={3}).tolist() == [1, 2, 5, 3]
-    assert continuation(Always([5, 3, 7, 6]), ids, settings).tolist() == [1, 2, 5, 3, 7]
-    assert continuation(Always([5, 3, 7, 6]), ids, settings, stops=()).tolist() == [1, 2, 5, 3, 7, 6]
+    assert continue_tokens(Always([5, 3, 7, 6]), ids, settings, stops={3}).tolist() == [1, 2, 5, 3]
+    assert continue_tokens(Always([5, 3, 7, 6]), ids, settings).tolist() == [1, 2, 5, 3, 7]
+    assert continue_tokens(Always([5, 3, 7, 6]), ids, settings, stops=()).tolist() == [1, 2, 5, 3, 7, 6]
 
 
 @pytest.fixture(scope="module")
@@ -122,33 +122,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_what_the_model_is_shown_is_the_encoding_of_training_and_fits_its_positions(
+def test_the_prompt_is_encoded_as_in_training_and_fits_the_positions(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: list[list[int]] = []
+    received: list[list[int]] = []
 
-    def drawn(
+    def fake_continue(
         _model: Any, ids: torch.Tensor, _config: Any, *, stops: frozenset[int], heartbeat: Heartbeat
     ) -> torch.Tensor:
         assert (stops, heartbeat) == ({SEP}, ONE_PROCESS.heartbeat)
-        shown.append(ids.tolist())
+        received.append(ids.tolist())
         return torch.tensor([*ids.tolist(), NI, HAO, SEP])
 
-    monkeypatch.setattr(chat, "continuation", drawn)
-    answer = speaker(config(folder), ONE_PROCESS)
+    monkeypatch.setattr(chat, "continue_tokens", fake_continue)
+    model = load_chat_model(config(folder), ONE_PROCESS)
     history = [{"role": role, "content": "\u4f60 \u597d"} for role in ("user", "assistant", "user")]
 
-    assert answer(history[:1], 0) == Reply("\u4f60\u597d", 0)
-    assert answer(history, 1) == Reply("\u4f60\u597d", 2)
-    # 12 positions less 4 for the reply are 8, and the whole would be 10
-    assert shown == [[CLS, NI, HAO, SEP], [CLS, NI, HAO, SEP]]
+    assert model(history[:1], 0) == Reply("\u4f60\u597d", 0)
+    assert model(history, 1) == Reply("\u4f60\u597d", 2)
+    # 12 positions minus 4 for the reply are 8. The full history would need 10.
+    assert received == [[CLS, NI, HAO, SEP], [CLS, NI, HAO, SEP]]
 
 
 def replies(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_file_of_prompts_is_answered_into_a_run_folder_or_a_file_the_same_each_time(folder: Path) -> None:
+def test_replies_to_a_file_are_the_same_in_a_run_folder_and_in_an_output_file(folder: Path) -> None:
     prompts = folder / "prompts.txt"
     prompts.write_text("\u4f60 \u597d\n\na\tb\t\u4f60\n", encoding="utf-8")
 
@@ -164,19 +164,19 @@ def test_a_file_of_prompts_is_answered_into_a_run_folder_or_a_file_the_same_each
     assert (summary["command"], summary["examples"]) == ("chat", 2)
 
 
-def test_the_terminal_may_be_a_pipe_and_bytes_that_are_no_text_do_not_stop_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+def test_input_may_be_a_pipe_and_invalid_bytes_do_not_stop_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, logged: pytest.LogCaptureFixture
 ) -> None:
     pipe = io.TextIOWrapper(io.BytesIO("\u4f60\n".encode() + b"\xff\xfe\n"), encoding="ascii")
     monkeypatch.setattr("sys.stdin", pipe)
 
     run_chat(config(folder), ONE_PROCESS)
 
-    assert len(said.messages) == 2
+    assert len(logged.messages) == 2
     assert not (folder / "runs" / "talk-none").exists()
 
 
-def test_what_chat_cannot_do_is_said(folder: Path, tmp_path: Path) -> None:
+def test_invalid_uses_of_chat_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
 
     with pytest.raises(ConfigError, match=r"chat needs a chat model \(task.name=chat\), not task.name=classification"):

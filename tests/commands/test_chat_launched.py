@@ -1,4 +1,4 @@
-"""A chat model from a vocabulary file and dialogues to replies in a pipe, through the command line alone."""
+"""Trains a chat model from a vocabulary file and dialogues, and gets replies, with the command line only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHARACTERS = [chr(0x4E00 + number) for number in range(20)]
 
 
 @pytest.mark.slow
-def test_a_model_that_was_trained_on_dialogues_answers_through_a_pipe_and_a_file(tmp_path: Path) -> None:
+def test_a_trained_chat_model_replies_to_a_pipe_and_to_a_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     lines = ["\t".join(" ".join(rng.choices(CHARACTERS, k=4)) for _ in range(2)) for _ in range(40)]
     (tmp_path / "train.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -26,9 +26,9 @@ def test_a_model_that_was_trained_on_dialogues_answers_through_a_pipe_and_a_file
     config = ["--config", "configs/chat_zh.yaml", f"run.output_dir={tmp_path / 'runs'}"]
     trained = [*config, f"model.name_or_path={tmp_path / 'runs' / 'chat_zh' / 'model'}", "generate.max_new_tokens=8"]
 
-    def dtrain(*arguments: str, said: str = "") -> str:
+    def dtrain(*arguments: str, stdin: str = "") -> str:
         command = [*jobs.python(), *arguments]
-        ended = subprocess.run(command, cwd=jobs.ROOT, input=said.encode(), capture_output=True, timeout=jobs.LIMIT_S)
+        ended = subprocess.run(command, cwd=jobs.ROOT, input=stdin.encode(), capture_output=True, timeout=jobs.LIMIT_S)
         assert ended.returncode == 0, ended.stdout.decode() + ended.stderr.decode()
         return ended.stdout.decode()
 
@@ -44,12 +44,12 @@ def test_a_model_that_was_trained_on_dialogues_answers_through_a_pipe_and_a_file
         "train.max_steps=4",
         "tracking.tensorboard=false",
     )
-    piped = dtrain("chat", *trained, said=f"{CHARACTERS[0]}\n/reset\n{CHARACTERS[2]}\n").splitlines()
+    piped = dtrain("chat", *trained, stdin=f"{CHARACTERS[0]}\n/reset\n{CHARACTERS[2]}\n").splitlines()
     dtrain("chat", *trained, f"talk.input={tmp_path / 'prompts.txt'}")
 
     replies = tmp_path / "runs" / "chat_zh-chat" / "predictions" / "replies.jsonl"
     found = [json.loads(line)["prediction"] for line in replies.read_text(encoding="utf-8").splitlines()]
-    assert piped == [found[0], "(forgotten)", piped[2]]  # the same first words, the same first reply
+    assert piped == [found[0], "(history cleared)", piped[2]]  # The same first message gets the same first reply.
     assert len(found) == 2
     assert " " not in "".join(found)
     summary = jobs.summary_of(tmp_path / "runs" / "chat_zh")

@@ -1,4 +1,4 @@
-"""The export command: what it copies, converts and refuses. Loading the result is tests/commands/test_export_launched.py."""
+"""The export command: what it copies, converts and refuses. test_export_launched.py loads the result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_model_is_copied_whole_with_a_card_and_no_other_weights(tmp_path: Path, model: Path) -> None:
+def test_a_model_is_copied_with_a_card_but_without_other_weight_formats(tmp_path: Path, model: Path) -> None:
     before = content(model)
 
     export(model, tmp_path / "out" / "mine")
@@ -57,7 +57,7 @@ def test_a_model_is_copied_whole_with_a_card_and_no_other_weights(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
-def test_weights_take_another_dtype_and_the_config_says_so(
+def test_weights_get_another_dtype_and_the_config_names_it(
     tmp_path: Path, model: Path, name: str, dtype: torch.dtype
 ) -> None:
     export(model, tmp_path / "out", f"export.dtype={name}")
@@ -70,7 +70,7 @@ def test_weights_take_another_dtype_and_the_config_says_so(
     assert f"stored in {name}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_parts_of_a_large_model_stay_parts_and_their_index_knows_the_new_size(tmp_path: Path, model: Path) -> None:
+def test_split_weights_stay_split_and_their_index_has_the_new_size(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").unlink()
     for number, name in enumerate(WEIGHTS, 1):
         save_file({name: WEIGHTS[name]}, model / f"model-0000{number}-of-00002.safetensors", metadata={"format": "pt"})
@@ -79,12 +79,12 @@ def test_the_parts_of_a_large_model_stay_parts_and_their_index_knows_the_new_siz
 
     export(model, tmp_path / "out", "export.dtype=bf16")
 
-    told = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert told == {**index, "metadata": {"total_size": 6 * 2 + 2 * 8}}
+    index_after = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index_after == {**index, "metadata": {"total_size": 6 * 2 + 2 * 8}}
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
 
 
-def test_weights_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path: Path, model: Path) -> None:
+def test_weights_that_fp16_cannot_hold_are_refused_and_leave_no_files(tmp_path: Path, model: Path) -> None:
     save_file({"layer.weight": torch.tensor([1.0, 70000.0])}, model / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(ConfigError, match=r"cannot hold layer.weight, whose largest value is 7e\+04: use bf16"):
@@ -92,22 +92,22 @@ def test_weights_that_fp16_cannot_hold_are_refused_and_nothing_is_left(tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_folder_that_is_there_stays_as_it_is_unless_told_otherwise(tmp_path: Path, model: Path) -> None:
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "notes.txt").write_text("mine")
+def test_an_existing_folder_is_replaced_only_with_overwrite(tmp_path: Path, model: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
 
-    with pytest.raises(ConfigError, match=r"export.to=.*there is there already.*run.overwrite=true"):
-        export(model, there)
-    assert content(there) == {"notes.txt": b"mine"}
+    with pytest.raises(ConfigError, match=r"export.to=.*target exists already.*run.overwrite=true"):
+        export(model, target)
+    assert content(target) == {"notes.txt": b"mine"}
 
-    export(model, there, "run.overwrite=true")
-    (old,) = tmp_path.glob("there.old-*")
+    export(model, target, "run.overwrite=true")
+    (old,) = tmp_path.glob("target.old-*")
     assert content(old) == {"notes.txt": b"mine"}
-    assert "notes.txt" not in content(there)
+    assert "notes.txt" not in content(target)
 
 
-def test_an_empty_folder_may_be_filled(tmp_path: Path, model: Path) -> None:
+def test_an_empty_folder_is_a_valid_target(tmp_path: Path, model: Path) -> None:
     (tmp_path / "empty").mkdir()
 
     export(model, tmp_path / "empty")
@@ -115,7 +115,7 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path, model: Path) -> None:
     assert (tmp_path / "empty" / "model.safetensors").is_file()
 
 
-def test_a_card_that_the_model_has_is_kept_where_no_run_is_known(tmp_path: Path, model: Path) -> None:
+def test_an_existing_card_is_kept_if_the_run_is_unknown(tmp_path: Path, model: Path) -> None:
     (model / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
 
     export(model, tmp_path / "out")
@@ -123,19 +123,19 @@ def test_a_card_that_the_model_has_is_kept_where_no_run_is_known(tmp_path: Path,
     assert (tmp_path / "out" / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
-def test_sources_that_cannot_be_exported_say_what_to_do(tmp_path: Path, model: Path) -> None:
+def test_a_source_that_cannot_be_exported_is_refused_with_advice(tmp_path: Path, model: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "step-000100"
     bare = tmp_path / "bare"
     for folder in (step, bare):
         folder.mkdir(parents=True)
     wrong = [
-        (Path("org/name"), r"is not a folder here.*download model.name_or_path=org/name"),
-        (step.parent, r"holds checkpoints: name one of them, or the run's model/"),
-        (tmp_path / "run", "is a run folder: its model is .*run/model"),
+        (Path("org/name"), r"is not a local folder.*download model.name_or_path=org/name"),
+        (step.parent, r"contains checkpoints: set it to one of them, or to the run's model/"),
+        (tmp_path / "run", "is a run folder: set it to its model, .*run/model"),
         (bare, "has no config.json"),
     ]
-    for source, said in wrong:
-        with pytest.raises(ConfigError, match=said):
+    for source, message in wrong:
+        with pytest.raises(ConfigError, match=message):
             export(source, tmp_path / "out")
     (model / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"has no \*.safetensors"):
@@ -143,16 +143,16 @@ def test_sources_that_cannot_be_exported_say_what_to_do(tmp_path: Path, model: P
     assert not (tmp_path / "out").exists()
 
 
-def test_targets_that_cannot_be_written_say_why(tmp_path: Path, model: Path) -> None:
+def test_a_target_that_cannot_be_written_is_refused_with_the_reason(tmp_path: Path, model: Path) -> None:
     (tmp_path / "file").write_text("")
-    for target, said in (
+    for target, message in (
         (None, "export.to is not set"),
         (tmp_path / "file", "export.to=.*file is a file"),
         (model, "overlaps model.name_or_path"),
         (model.parent, "overlaps model.name_or_path"),
         (model / "inside", "overlaps model.name_or_path"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             export(model, target, "run.overwrite=true")
     with pytest.raises(CheckpointError, match=r"cannot be written to .*file/below"):
         export(model, tmp_path / "file" / "below")
@@ -161,8 +161,8 @@ def test_targets_that_cannot_be_written_say_why(tmp_path: Path, model: Path) -> 
 
 @pytest.mark.parametrize("dtype", ["null", "bf16"])
 def test_damaged_weights_are_named(tmp_path: Path, model: Path, dtype: str) -> None:
-    whole = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(whole[:-4])
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-4])
 
     with pytest.raises(CheckpointError, match="a weights file is damaged"):
         export(model, tmp_path / "out", f"export.dtype={dtype}")

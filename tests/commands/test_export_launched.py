@@ -1,4 +1,4 @@
-"""The export command from outside: what it writes is what was trained, for transformers alone."""
+"""The export command as a process: transformers alone loads what was trained."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_an_exported_model_gives_the_same_logits_with_plain_transformers(tmp_pat
     rounded = logits(tmp_path / "half", kind)
     assert rounded.dtype == torch.bfloat16
     assert torch.allclose(rounded.float(), before, rtol=0, atol=5e-2)
-    assert "is there already" in twice.text
+    assert "exists already" in twice.text
     assert sorted(path.name for path in runs.iterdir()) == ["bert", "gpt2"], "export makes no run folder"
 
 
-def test_training_writes_a_card_and_export_takes_it_along(tmp_path: Path, runs: Path) -> None:
+def test_training_writes_a_card_and_export_copies_it(tmp_path: Path, runs: Path) -> None:
     ended = dtrain("export", f"model.name_or_path={runs / 'bert' / 'model'}", f"export.to={tmp_path / 'out'}")
 
     assert ended.code == 0, ended.text
@@ -75,7 +75,7 @@ def test_training_writes_a_card_and_export_takes_it_along(tmp_path: Path, runs: 
     assert str(runs.parent) not in trained
 
 
-def test_a_card_whose_run_was_changed_by_hand_is_not_trusted(tmp_path: Path, runs: Path) -> None:
+def test_an_invalid_run_folder_gives_a_minimal_card(tmp_path: Path, runs: Path) -> None:
     model = tiny.write_model(tmp_path / "run" / "model", layers=1)
     (tmp_path / "run" / "summary.json").write_text('{"command": "train"}')
     (tmp_path / "run" / "config.yaml").write_text("no: config\n")

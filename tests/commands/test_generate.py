@@ -1,4 +1,4 @@
-"""Text from a model: the cache changes the time and not the text, and any script goes in and comes out."""
+"""The generate command: the cache does not change the text, and any script can be input and output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.generate import continuation, ends_of, run_generate
+from dtrain.commands.generate import continue_tokens, end_tokens, run_generate
 from dtrain.config.schema import Config
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase, read
@@ -31,79 +31,79 @@ def gpt(*, positions: int, vocabulary: int = 11, seed: int = 0) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
-        for parameter in model.parameters():  # louder, so that what is said depends on what was read
+        for parameter in model.parameters():  # Larger weights, so that the output depends on the input.
             parameter.data.mul_(6.0)
         return model
 
 
-class Counts(torch.nn.Module):
-    """Passes everything on to a model, and keeps how many tokens each call was given."""
+class CallCounter(torch.nn.Module):
+    """Wraps a model and records the number of tokens of each call."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.config, self.given = model, model.config, []
+        self.model, self.config, self.lengths = model, model.config, []
 
     def forward(self, **inputs: Any) -> Any:
-        self.given: list[int]
-        self.given.append(inputs["input_ids"].shape[1])
+        self.lengths: list[int]
+        self.lengths.append(inputs["input_ids"].shape[1])
         return self.model(**inputs)
 
 
 def without_cache(model: Any, ids: torch.Tensor, settings: Config) -> list[int]:
-    """The same through no cache: each step computes the whole text."""
-    from dtrain.commands.generate import draw
+    """Returns the same without a cache: each step computes the complete text."""
+    from dtrain.commands.generate import sample_token
 
     with torch.no_grad():
         for _ in range(settings.generate.max_new_tokens):
             logits = model(input_ids=ids[None, -model.config.n_positions :], use_cache=False).logits[:, -1]
-            ids = torch.cat([ids, draw(logits, settings.generate)])
+            ids = torch.cat([ids, sample_token(logits, settings.generate)])
     return ids.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_the_cache_gives_the_text_that_is_computed_anew_for_each_token(temperature: float) -> None:
+def test_the_cache_does_not_change_the_text(temperature: float) -> None:
     model, settings = gpt(positions=40), config(max_new_tokens=35, temperature=temperature, top_k=8, top_p=0.95)
     prompt = torch.tensor([3, 1, 4, 1, 5])
 
     seed_all(0)
-    watched: Any = Counts(model)
-    found = continuation(watched, prompt, settings).tolist()
+    counted: Any = CallCounter(model)
+    found = continue_tokens(counted, prompt, settings).tolist()
     seed_all(0)
     expected = without_cache(model, prompt, settings)
 
     assert found == expected
-    assert len(set(found[5:])) > 3  # a text of one token would prove nothing
-    assert watched.given == [5] + [1] * 34
+    assert len(set(found[5:])) > 3  # A text of one repeated token would prove nothing.
+    assert counted.lengths == [5] + [1] * 34
 
 
-def test_a_text_that_outgrows_the_positions_sees_the_last_ones_and_keeps_nothing() -> None:
+def test_a_text_longer_than_the_positions_uses_a_window_without_a_cache() -> None:
     model, settings = gpt(positions=8), config(max_new_tokens=12, temperature=0.0)
     prompt = torch.tensor([3, 1, 4, 1, 5])
 
-    watched: Any = Counts(model)
-    found = continuation(watched, prompt, settings).tolist()
+    counted: Any = CallCounter(model)
+    found = continue_tokens(counted, prompt, settings).tolist()
 
     assert found == without_cache(model, prompt, settings)
-    assert watched.given == [5, 6, 7, *[8] * 9]
+    assert counted.lengths == [5, 6, 7, *[8] * 9]
 
 
-def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_writes() -> None:
+def test_each_token_ticks_the_heartbeat() -> None:
     memory = mmap.mmap(-1, SIZE)
     heartbeat = Heartbeat(memory)
     phases = []
 
-    class Model(Counts):
+    class Model(CallCounter):
         def forward(self, **inputs: Any) -> Any:
             phases.append((read(memory).phase, read(memory).number))
             return super().forward(**inputs)
 
-    watched: Any = Model(gpt(positions=40))
-    continuation(watched, torch.tensor([3, 1]), config(max_new_tokens=3, temperature=0.0), heartbeat=heartbeat)
+    counted: Any = Model(gpt(positions=40))
+    continue_tokens(counted, torch.tensor([3, 1]), config(max_new_tokens=3, temperature=0.0), heartbeat=heartbeat)
 
     numbers = [number for _, number in phases]
     assert [phase for phase, _ in phases] == [Phase.ANSWERING] * 3
     assert numbers == sorted(set(numbers))
-    assert read(memory).phase == Phase.STARTING, "a talk may wait for a person now"
+    assert read(memory).phase == Phase.STARTING, "a conversation may wait for input now"
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def generate(folder: Path, **settings: Any) -> str:
     )
 
 
-def test_chinese_goes_in_and_comes_out_character_by_character(folder: Path) -> None:
+def test_chinese_is_read_and_written_character_by_character(folder: Path) -> None:
     prompt = CHINESE[:4]
 
     text = generate(folder, prompt=prompt, max_new_tokens=20, temperature=1.0)
@@ -133,20 +133,20 @@ def test_chinese_goes_in_and_comes_out_character_by_character(folder: Path) -> N
     assert generate(folder, prompt=prompt, max_new_tokens=20, temperature=1.0) == text
 
 
-def test_a_prompt_of_no_token_is_refused(folder: Path) -> None:
+def test_a_prompt_without_tokens_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"generate\.prompt is empty"):
         generate(folder, prompt="")
 
 
-def test_a_model_may_name_several_tokens_that_end_a_text() -> None:
+def test_a_model_may_have_several_end_tokens() -> None:
     model = gpt(positions=16)
     model.generation_config.eos_token_id = [3, 5]
     model.config.eos_token_id = 7
 
-    assert ends_of(model) == {3, 5, 7}
+    assert end_tokens(model) == {3, 5, 7}
 
 
 @pytest.mark.parametrize("model", [{"factory": "own:build"}, {"head": {"pooling": "last"}, "name_or_path": "x"}])
-def test_a_model_that_is_not_of_transformers_is_refused(model: dict[str, Any]) -> None:
+def test_a_model_that_is_not_from_transformers_is_refused(model: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="generate needs a language model of transformers"):
         run_generate(Config.model_validate({"task": {"name": "causal_lm"}, "model": model}), ONE_PROCESS)

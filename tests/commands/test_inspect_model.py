@@ -1,4 +1,4 @@
-"""The inspect command: the numbers of plain transformers, in files of the run's own."""
+"""The inspect command: writes the same states that plain transformers computes."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def inspect(home: Path, name: str, model: Path, *more: str) -> Any:
     )
 
 
-def told(home: Path, name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((home / "runs" / name / "inspection" / "tokens.json").read_text())[
-        "examples"
-    ]
-    return found
+def examples_of(home: Path, name: str) -> list[dict[str, Any]]:
+    """Returns the entries of tokens.json."""
+    tokens = json.loads((home / "runs" / name / "inspection" / "tokens.json").read_text())
+    examples: list[dict[str, Any]] = tokens["examples"]
+    return examples
 
 
 def plain(model: Path, ids: list[int]) -> Any:
-    """The same by transformers alone."""
+    """Returns the outputs of transformers alone."""
     from transformers import AutoModel
 
     body = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
@@ -66,7 +66,7 @@ def test_a_text_gives_the_states_of_plain_transformers(
     ended = inspect(home, run, home / name, f"inspect.text={TEXT}")
 
     assert ended.code == 0, ended.text
-    (example,) = told(home, run)
+    (example,) = examples_of(home, run)
     found = load_file(home / "runs" / run / "inspection" / "text.safetensors")
     length = len(example["tokens"])
     assert example["tokens"] == ["[CLS]", *TEXT.split(), "[SEP]"]
@@ -78,11 +78,13 @@ def test_a_text_gives_the_states_of_plain_transformers(
     assert torch.allclose(found["attentions"], torch.cat(wanted.attentions), rtol=0, atol=1e-6)
     assert torch.allclose(found["attentions"].sum(-1), torch.ones(layers, heads, length), atol=1e-5)
     above = torch.triu(torch.ones(length, length), diagonal=1).bool()
-    assert bool((found["attentions"][..., above] == 0).all()) == (name == "gpt2"), "a language model looks back only"
+    assert bool((found["attentions"][..., above] == 0).all()) == (name == "gpt2"), (
+        "a language model attends to earlier tokens only"
+    )
     assert jobs.exit_of(home / "runs" / run)["code"] == 0
 
 
-def test_examples_of_a_split_are_what_the_model_is_given(home: Path) -> None:
+def test_examples_of_a_split_are_the_models_inputs(home: Path) -> None:
     settings = jobs.settings(home / "runs", "split", inspect__split="validation", inspect__examples="[5, 0, 5]")
 
     ended = dtrain("inspect", *settings)
@@ -91,7 +93,7 @@ def test_examples_of_a_split_are_what_the_model_is_given(home: Path) -> None:
     assert (ended.code, again.code) == (0, 0), ended.text + again.text
     files = {path.name for path in (home / "runs" / "split" / "inspection").iterdir()}
     assert files == {"tokens.json", "validation-000001.safetensors"}, "results of an earlier call are gone"
-    (example,) = told(home, "split")
+    (example,) = examples_of(home, "split")
     line = (home / "made" / "cola" / "dev.tsv").read_text().splitlines()[1]
     assert example["tokens"] == ["[CLS]", *line.split("\t")[3].split(), "[SEP]"]
     assert (example["split"], example["example_index"]) == ("validation", 1)
@@ -101,26 +103,26 @@ def test_examples_of_a_split_are_what_the_model_is_given(home: Path) -> None:
     assert "2 example(s)" in ended.text
 
 
-def test_what_cannot_be_looked_at_is_refused_and_a_training_run_is_left_alone(home: Path) -> None:
+def test_invalid_examples_are_refused_and_a_training_run_is_not_changed(home: Path) -> None:
     bert, gpt2 = home / "made" / "model", home / "gpt2"
     split = jobs.settings(home / "runs", "wrong")
     text = [f"run.output_dir={home / 'runs'}", "run.name=wrong", f"model.name_or_path={gpt2}"]
     wrong = {
         "inspect needs examples": text,
         "is empty for this tokenizer": [*text, "inspect.text=''", f"model.tokenizer={_characters(home)}"],
-        "text has 16 tokens, but the model has positions for 12 only": [*text, "inspect.text=" + "a " * 14],
+        "text has 16 tokens, but the model has only 12 positions": [*text, "inspect.text=" + "a " * 14],
         "inspect.split=dev is not a split of this data. It has train, validation": [*split, "inspect.split=dev"],
-        "validation has 7 examples, from 0 on; there is no 7": [
+        "validation has 7 examples, numbered from 0; there is no 7": [
             *split,
             "inspect.split=validation",
             "inspect.examples=[7]",
         ],
         "is neither a folder": ["run.name=wrong", "model.name_or_path=no/such/model", "inspect.text=a"],
     }
-    for said, settings in wrong.items():
+    for message, settings in wrong.items():
         ended = dtrain("inspect", *settings)
-        assert ended.code == 2, f"{said}: {ended.text}"
-        assert said in ended.text or "there is no such folder" in ended.text
+        assert ended.code == 2, f"{message}: {ended.text}"
+        assert message in ended.text or "there is no such folder" in ended.text
     (home / "runs" / "trained" / "model").mkdir(parents=True)
     ended = inspect(home, "trained", bert, "inspect.text=a")
     assert (ended.code, "holds a training run, which inspect must not touch" in ended.text) == (2, True)
@@ -128,14 +130,14 @@ def test_what_cannot_be_looked_at_is_refused_and_a_training_run_is_left_alone(ho
 
 
 def _characters(home: Path) -> Path:
-    """A tokenizer that adds nothing of its own."""
+    """A tokenizer that adds no special tokens."""
     from dtrain.models.tokenizer import build_char_tokenizer
 
     build_char_tokenizer(["abc"]).save_pretrained(home / "characters")
     return home / "characters"
 
 
-def test_weights_that_are_not_there_are_not_looked_at(home: Path) -> None:
+def test_a_model_with_missing_weights_is_refused(home: Path) -> None:
     from safetensors.torch import save_file
 
     model = tiny.write_model(home / "holes", layers=1)
@@ -150,7 +152,7 @@ def test_weights_that_are_not_there_are_not_looked_at(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (["inspect.text=a", "inspect.split=train"], "give inspect.text or inspect.split, not both"),
         (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples are of a split"),
@@ -159,7 +161,7 @@ def test_weights_that_are_not_there_are_not_looked_at(home: Path) -> None:
         ([], "set model.name_or_path"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused_before_anything_starts(settings: list[str], said: str) -> None:
-    model = [] if "model" in said else ["model.name_or_path=x"]
-    with pytest.raises(ConfigError, match=said):
+def test_contradictory_settings_are_refused_when_they_are_loaded(settings: list[str], message: str) -> None:
+    model = [] if "model" in message else ["model.name_or_path=x"]
+    with pytest.raises(ConfigError, match=message):
         load_config(None, [*model, *settings], command="inspect")

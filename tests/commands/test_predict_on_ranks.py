@@ -1,4 +1,4 @@
-"""predict writes the same files at every world size, also where ranks outnumber the rows."""
+"""predict writes the same files at every world size, even with more ranks than rows."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(context: RankContext, folder: str, name: str, text: str | None) -> list[str]:
-    """Collective. What the command writes or, with a text, says."""
-    said: list[str] = []
+    """Collective. Returns the files that the command writes or, with a text, its log message."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     sections: dict[str, Any] = {
@@ -52,7 +52,7 @@ def predicted(context: RankContext, folder: str, name: str, text: str | None) ->
     }
     run_predict(Config.model_validate(sections), context)
     if text is not None:
-        return said[-1:]
+        return messages[-1:]
     run = Path(folder) / name
     return [(run / file).read_text() for file in ("predictions/test.jsonl", "submission/CoLA.tsv")]
 
@@ -67,7 +67,7 @@ def test_every_world_size_writes_the_same_files(made: Path) -> None:
     assert len(alone[1].splitlines()) == ROWS + 1
 
 
-def test_one_text_is_answered_alike(made: Path) -> None:
+def test_one_text_gets_the_same_answer_on_every_rank(made: Path) -> None:
     (alone,) = run_ranks(predicted, 1, str(made), "text", "the cat sleeps")
 
     assert run_ranks(predicted, 2, str(made), "text", "the cat sleeps") == [alone, alone]

@@ -1,4 +1,4 @@
-"""predict for causal_lm, masked_lm and chat: a text gone on from, masks filled, a turn answered; files of them; wrong ones."""
+"""predict for causal_lm, masked_lm and chat: one text, files of prompts, and refused prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dtrain.commands.chat import run_chat
-from dtrain.commands.fill import Filler
+from dtrain.commands.fill import MaskFiller
 from dtrain.commands.generate import run_generate
 from dtrain.commands.predict import run_predict
 from dtrain.config.schema import Config
@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 2.0}
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.INFO, logger="dtrain")
     return caplog
@@ -76,7 +76,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(path: Path, folder: Path, task: str | None = None, **sections: Any) -> Config:
     return Config.model_validate(
         {
-            "run": {"name": "told", "output_dir": str(folder)},
+            "run": {"name": "predicted", "output_dir": str(folder)},
             "task": {"name": task or path.name},
             "model": {"name_or_path": str(path)},
             "generate": SETTINGS,
@@ -85,37 +85,37 @@ def config(path: Path, folder: Path, task: str | None = None, **sections: Any) -
     )
 
 
-def told(model: Path, folder: Path, said: pytest.LogCaptureFixture, text: str, **more: Any) -> str:
-    said.clear()
+def answer_to(model: Path, folder: Path, logged: pytest.LogCaptureFixture, text: str, **more: Any) -> str:
+    logged.clear()
     run_predict(config(model, folder, predict={"text": text}, **more), ONE_PROCESS)
-    (line,) = said.messages
+    (line,) = logged.messages
     assert list(folder.iterdir()) == []
     return line
 
 
 def written(model: Path, folder: Path, file: Path, **more: Any) -> list[dict[str, Any]]:
     run_predict(config(model, folder, predict={"file": file}, **more), ONE_PROCESS)
-    summary = json.loads((folder / "told" / "summary.json").read_text())
-    found = [json.loads(line) for line in (folder / "told" / "predictions" / "test.jsonl").read_text().splitlines()]
-    assert (summary["command"], summary["eval"], summary["examples"]) == ("predict", {}, len(found))
-    return found
+    summary = json.loads((folder / "predicted" / "summary.json").read_text())
+    lines = (folder / "predicted" / "predictions" / "test.jsonl").read_text().splitlines()
+    assert (summary["command"], summary["eval"], summary["examples"]) == ("predict", {}, len(lines))
+    return [json.loads(line) for line in lines]
 
 
 # A text
 
 
-def test_a_text_goes_on_as_generate_does(models: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    text = told(models / "causal_lm", tmp_path, said, "ab c")
+def test_a_text_is_continued_as_generate_does(models: Path, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    text = answer_to(models / "causal_lm", tmp_path, logged, "ab c")
 
     asked = {**SETTINGS, "prompt": "ab c"}
     assert text == run_generate(config(models / "causal_lm", tmp_path, generate=asked), ONE_PROCESS)
     assert text.startswith("ab c")
     assert len(text) == 4 + SETTINGS["max_new_tokens"]
-    assert told(models / "causal_lm", tmp_path, said, '{"text": "ab c"}') == text
+    assert answer_to(models / "causal_lm", tmp_path, logged, '{"text": "ab c"}') == text
 
 
-def test_a_turn_is_answered_as_chat_does(models: Path, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    reply = told(models / "chat", tmp_path, said, "\u4f60 \u597d")
+def test_a_turn_is_answered_as_chat_does(models: Path, tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+    reply = answer_to(models / "chat", tmp_path, logged, "\u4f60 \u597d")
 
     (tmp_path / "in.txt").write_text("\u4f60 \u597d\n", encoding="utf-8")
     talk = {"input": tmp_path / "in.txt", "output": tmp_path / "out.jsonl"}
@@ -124,15 +124,15 @@ def test_a_turn_is_answered_as_chat_does(models: Path, tmp_path: Path, said: pyt
     for file in tmp_path.iterdir():
         file.unlink()
     as_json = '{"messages": [{"role": "user", "content": "\u4f60 \u597d"}]}'
-    assert told(models / "chat", tmp_path, said, as_json) == reply
+    assert answer_to(models / "chat", tmp_path, logged, as_json) == reply
 
 
-def test_each_mask_has_its_five_likeliest_tokens_and_the_text_is_filled(
-    models: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+def test_each_mask_has_its_five_most_likely_tokens_and_the_text_is_filled(
+    models: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
     from transformers import AutoModelForMaskedLM
 
-    lines = told(models / "masked_lm", tmp_path, said, "the [MASK] sees [MASK] dog").splitlines()
+    lines = answer_to(models / "masked_lm", tmp_path, logged, "the [MASK] sees [MASK] dog").splitlines()
 
     tokenizer, model = tiny.tokenizer(), AutoModelForMaskedLM.from_pretrained(models / "masked_lm")
     inputs = tokenizer("the [MASK] sees [MASK] dog", return_tensors="pt")
@@ -146,11 +146,12 @@ def test_each_mask_has_its_five_likeliest_tokens_and_the_text_is_filled(
         expected.append(f"[MASK] {mask}: " + ", ".join(f"{word} {value:.4f}" for word, value in pairs))
     assert lines[1:] == expected
     assert lines[0] == f"the {best[0]} sees {best[1]} dog"
-    assert expected[0].partition(":")[2] != expected[1].partition(":")[2]  # or places could not be told apart
+    # Otherwise the test could not tell the masks apart.
+    assert expected[0].partition(":")[2] != expected[1].partition(":")[2]
 
 
-def test_the_mask_of_a_tokenizer_that_was_trained_here_is_no_plain_text(models: Path, tmp_path: Path) -> None:
-    filler = Filler(config(models / "trained", tmp_path, "masked_lm"), ONE_PROCESS)
+def test_the_mask_token_of_a_trained_tokenizer_is_not_plain_text(models: Path, tmp_path: Path) -> None:
+    filler = MaskFiller(config(models / "trained", tmp_path, "masked_lm"), ONE_PROCESS)
 
     filled = filler.fill("the <mask> sleeps")
 
@@ -172,10 +173,10 @@ def test_the_mask_of_a_tokenizer_that_was_trained_here_is_no_plain_text(models: 
         ("a.json", '[{"text": "ab c"}, {"text": "hi"}]', [1, 2]),
     ],
 )
-def test_each_prompt_of_a_file_goes_on_drawn_by_its_number(
-    models: Path, tmp_path: Path, said: pytest.LogCaptureFixture, name: str, content: str, lines: list[int]
+def test_each_prompt_of_a_file_is_continued_with_its_number_in_the_seed(
+    models: Path, tmp_path: Path, logged: pytest.LogCaptureFixture, name: str, content: str, lines: list[int]
 ) -> None:
-    first, second = (told(models / "causal_lm", tmp_path, said, text) for text in ("ab c", "hi"))
+    first, second = (answer_to(models / "causal_lm", tmp_path, logged, text) for text in ("ab c", "hi"))
     (tmp_path / name).write_text(content)
 
     found = written(models / "causal_lm", tmp_path, tmp_path / name)
@@ -185,10 +186,10 @@ def test_each_prompt_of_a_file_goes_on_drawn_by_its_number(
         (1, lines[1], "hi"),
     ]
     assert found[0]["text"] + found[0]["prediction"] == first
-    assert found[1]["text"] + found[1]["prediction"] != second  # another number draws another text
+    assert found[1]["text"] + found[1]["prediction"] != second  # Another number gives another text.
 
 
-def test_the_column_of_the_prompts_may_have_any_name(models: Path, tmp_path: Path) -> None:
+def test_the_prompt_column_may_have_any_name(models: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("start;n\nab;1\n")
 
     found = written(
@@ -199,9 +200,9 @@ def test_the_column_of_the_prompts_may_have_any_name(models: Path, tmp_path: Pat
 
 
 def test_the_masks_of_a_file_are_filled_line_by_line(
-    models: Path, tmp_path: Path, said: pytest.LogCaptureFixture
+    models: Path, tmp_path: Path, logged: pytest.LogCaptureFixture
 ) -> None:
-    alone = told(models / "masked_lm", tmp_path, said, "the [MASK] sees")
+    alone = answer_to(models / "masked_lm", tmp_path, logged, "the [MASK] sees")
     (tmp_path / "a.txt").write_text("a [MASK] [MASK]\nthe [MASK] sees\n")
 
     found = written(models / "masked_lm", tmp_path, tmp_path / "a.txt")
@@ -222,7 +223,7 @@ def test_a_file_of_dialogues_is_answered_as_chat_does(models: Path, tmp_path: Pa
     assert len(found) == 2
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_file_of_dialogues_is_answered_as_chat_does(models: Path, tmp_path: Pa
     [
         ("masked_lm", "the cat", DataError, r"^predict\.text has no \[MASK\]: put this tokenizer's mask token where"),
         ("masked_lm", "the [MASK]" + " cat" * 20, DataError,
-         r"^predict\.text: the text has 24 tokens, and the model takes 12 at most"),
+         r"^predict\.text: the text has 24 tokens, but the model takes at most 12"),
         ("masked_lm", '{"foo": "the [MASK]"}', DataError, r"^predict\.text has no column with a usual name for text"),
         ("causal_lm", '{"text": ""}', DataError, r"^predict\.text: the text is empty for this tokenizer"),
         ("causal_lm", '{"text": 3}', DataError, r"^predict\.text: text must be text, found 3"),
@@ -240,7 +241,7 @@ def test_a_file_of_dialogues_is_answered_as_chat_does(models: Path, tmp_path: Pa
          r"^predict\.text: the last turn is the assistant's"),
     ],
 )  # fmt: skip
-def test_a_text_that_has_no_answer_is_refused(
+def test_a_text_that_cannot_be_answered_is_refused(
     models: Path, tmp_path: Path, model: str, text: str, kind: type[DtrainError], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as raised:
@@ -253,8 +254,8 @@ def test_a_text_that_has_no_answer_is_refused(
 @pytest.mark.parametrize(
     ("model", "name", "content", "message"),
     [
-        ("causal_lm", "a.txt", None, r"predict\.file=.*a\.txt: there is no such file \(seen from "),
-        ("causal_lm", "a.txt", "\n\n", r"a\.txt has no prompt: a line of text is one"),
+        ("causal_lm", "a.txt", None, r"predict\.file=.*a\.txt: there is no such file \(working folder: "),
+        ("causal_lm", "a.txt", "\n\n", r"a\.txt has no prompt: each line of text is one prompt"),
         ("causal_lm", "a.jsonl", "\n\n", r"a\.jsonl has no rows"),
         ("causal_lm", "a.jsonl", '{"text": "a"}\n{"text": ""}\n', r"a\.jsonl, line 2: the text is empty for this"),
         ("causal_lm", "a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
@@ -265,7 +266,7 @@ def test_a_text_that_has_no_answer_is_refused(
         ("chat", "a.txt", "\n", r"a\.txt has no prompt"),
     ],
 )
-def test_a_file_with_a_prompt_that_has_no_answer_is_refused_before_the_first_is_answered(
+def test_a_file_with_an_invalid_prompt_is_refused_before_any_prompt_is_answered(
     models: Path, tmp_path: Path, model: str, name: str, content: str | None, message: str
 ) -> None:
     if content is not None:
@@ -274,10 +275,10 @@ def test_a_file_with_a_prompt_that_has_no_answer_is_refused_before_the_first_is_
     with pytest.raises(DataError, match=message):
         run_predict(config(models / model, tmp_path, predict={"file": tmp_path / name}), ONE_PROCESS)
 
-    assert not (tmp_path / "told" / "predictions").exists()
+    assert not (tmp_path / "predicted" / "predictions").exists()
 
 
-def test_a_dialogue_that_the_chat_template_refuses_is_named_before_the_first_is_answered(
+def test_a_dialogue_that_the_chat_template_refuses_is_named_before_any_prompt_is_answered(
     models: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "in.txt").write_text("a\nb\n")
@@ -294,7 +295,7 @@ def test_a_dialogue_that_the_chat_template_refuses_is_named_before_the_first_is_
 
 
 @pytest.mark.parametrize("task", ["causal_lm", "masked_lm", "chat"])
-def test_without_a_prompt_there_is_nothing_to_answer(models: Path, tmp_path: Path, task: str) -> None:
+def test_a_prompt_is_required(models: Path, tmp_path: Path, task: str) -> None:
     with pytest.raises(ConfigError, match=f"task.name={task}: the rows of a split have no answers"):
         run_predict(config(models / task, tmp_path), ONE_PROCESS)
 
@@ -305,10 +306,10 @@ def test_a_tokenizer_without_a_mask_token_is_refused(models: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("task", "what"), [("causal_lm", "a language model"), ("masked_lm", "a masked language model")]
+    ("task", "kind"), [("causal_lm", "a language model"), ("masked_lm", "a masked language model")]
 )
-def test_a_model_of_ones_own_is_refused(models: Path, tmp_path: Path, task: str, what: str) -> None:
+def test_a_model_that_is_not_from_transformers_is_refused(models: Path, tmp_path: Path, task: str, kind: str) -> None:
     model = {"name_or_path": str(models / task), "head": {"pooling": "mean"}}
 
-    with pytest.raises(ConfigError, match=f"predict needs {what} of transformers, not model.factory or model.head"):
+    with pytest.raises(ConfigError, match=f"predict needs {kind} of transformers, not model.factory or model.head"):
         run_predict(config(models / task, tmp_path, model=model, predict={"text": "a"}), ONE_PROCESS)

@@ -1,4 +1,4 @@
-"""Prompts are shared out among the ranks, and what is written is the same at every world size."""
+"""Prompts are distributed over the ranks, and the output is the same at every world size."""
 
 from __future__ import annotations
 
@@ -60,29 +60,29 @@ def settings(folder: str, task: str, run: str, **asked: str) -> Config:
 
 
 def predicted(context: RankContext, folder: str) -> list[str]:
-    """Collective. What is written for each task."""
-    found = []
+    """Collective. Returns the predictions of each task."""
+    predictions = []
     for task in PROMPTS:
         run = f"{task}-on-{context.world_size}"
         run_predict(settings(folder, task, run, file=f"{folder}/{task}.txt"), context)
-        found.append((Path(folder) / run / "predictions" / "test.jsonl").read_text(encoding="utf-8"))
-    return found
+        predictions.append((Path(folder) / run / "predictions" / "test.jsonl").read_text(encoding="utf-8"))
+    return predictions
 
 
 def answered(context: RankContext, folder: str) -> list[str]:
-    """Collective. What is said to one text; an example of token_classification is evaluated, by one rank."""
-    said: list[str] = []
+    """Collective. Returns the answers to one text per task. One rank evaluates the token_classification example."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     for task, text in (*((task, text.partition("\n")[0]) for task, text in PROMPTS.items()), (TAGS, "the cat sees")):
         run_predict(settings(folder, task, "text", text=text), context)
-    return said
+    return messages
 
 
 def refused(context: RankContext, folder: str) -> str:
-    """Collective. What is said of a file with a bad prompt."""
+    """Collective. Returns the error for a file with an invalid prompt."""
     try:
         run_predict(settings(folder, "masked_lm", "refused", file=f"{folder}/bad.txt"), context)
     except DataError as error:
@@ -90,19 +90,18 @@ def refused(context: RankContext, folder: str) -> str:
     return ""
 
 
-def test_every_world_size_writes_the_same_predictions_also_where_ranks_outnumber_the_prompts(made: Path) -> None:
+def test_every_world_size_writes_the_same_predictions_even_with_more_ranks_than_prompts(made: Path) -> None:
     (alone,) = run_ranks(predicted, 1, str(made))
 
     for world_size in (2, 6):
         assert run_ranks(predicted, world_size, str(made)) == [alone] * world_size
     for text in alone:
         assert len(text.splitlines()) == 5
-        assert (
-            len({line.partition('"prediction"')[2] for line in text.splitlines()}) > 1
-        )  # or their order could not show
+        # Otherwise the order of the predictions would not be tested.
+        assert len({line.partition('"prediction"')[2] for line in text.splitlines()}) > 1
 
 
-def test_one_text_is_answered_alike_by_all_ranks(made: Path) -> None:
+def test_one_text_gets_the_same_answer_on_every_rank(made: Path) -> None:
     (alone,) = run_ranks(answered, 1, str(made))
 
     assert run_ranks(answered, 2, str(made)) == [alone] * 2
@@ -111,7 +110,7 @@ def test_one_text_is_answered_alike_by_all_ranks(made: Path) -> None:
     assert not (made / "text").exists()
 
 
-def test_a_prompt_without_an_answer_is_found_by_all_ranks(made: Path) -> None:
+def test_an_invalid_prompt_is_reported_on_every_rank(made: Path) -> None:
     found = run_ranks(refused, 2, str(made))
 
     assert len(set(found)) == 1

@@ -151,6 +151,8 @@ def test_only_ranks_that_exchange_need_room_for_what_they_remember(
     config, nothing = load_config(None, ["engine.powersgd={}", "checkpoint.every=5"]), Any
     engine: Any = SimpleNamespace(module=None, extra_slots=extra)
 
-    checkpoints.CheckpointMonitor(config, ONE_PROCESS, nothing, state=RunState(), tracker=nothing, engine=lambda: engine)  # type: ignore[arg-type]
+    checkpoints.CheckpointMonitor(
+        config, ONE_PROCESS, nothing, state=RunState(), tracker=nothing, engine=lambda: engine
+    )  # type: ignore[arg-type]
 
     assert asked == [slots]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dtrain.checkpoint import select
-from dtrain.checkpoint.select import Chosen
+from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.training.rollback import Rollback
@@ -19,9 +19,9 @@ def test_a_spike_soon_after_a_rollback_takes_the_checkpoint_before_that(
 ) -> None:
     there = [4, 8, 12, 16]
 
-    def newest(_folder: Path, _context: Any, *, below: int | None) -> tuple[Chosen | None, frozenset[int]]:
+    def newest(_folder: Path, _context: Any, *, below: int | None) -> tuple[SelectedCheckpoint | None, frozenset[int]]:
         steps = [step for step in there if below is None or step < below]
-        return (Chosen(steps[-1], [0], {}, "", None) if steps else None), frozenset()
+        return (SelectedCheckpoint(steps[-1], [0], {}, "", None) if steps else None), frozenset()
 
     monkeypatch.setattr(select, "newest", newest)
     spike = "train.spike={factor: 3, window: 10, action: rollback}"

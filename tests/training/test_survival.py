@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.checkpoint.format import found, verify
+from dtrain.checkpoint.format import list_checkpoints, verify
 from tests.support import jobs
 from tests.support.jobs import Job
 
@@ -23,7 +23,7 @@ SHORT = {"train__max_steps": 300, "train__log_every": 1, "checkpoint__every": 20
 
 
 def newest(folder: Path) -> int:
-    return next(iter(found(folder / "run" / "checkpoints")), 0)
+    return next(iter(list_checkpoints(folder / "run" / "checkpoints")), 0)
 
 
 def tensors(folder: Path, name: str) -> dict[str, bytes]:
