@@ -33,7 +33,7 @@ def restore_weights(module: nn.Module, chosen: Chosen, topology: Topology) -> No
                 f"The checkpoint of step {chosen.step} does not fit this model: {wrong}. Use the model section that it was "
                 "trained with, or another run.name."
             )
-            failed.is_said_elsewhere = not topology.is_main
+            failed.is_reported_elsewhere = not topology.is_main
             raise failed
         for name, target in targets.items():
             with torch.no_grad():

@@ -159,7 +159,7 @@ class Saver:
         if told:
             self.close()
             failed = CheckpointError(told[0])
-            failed.is_said_elsewhere = not self._topology.is_main
+            failed.is_reported_elsewhere = not self._topology.is_main
             raise failed
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], *, protected: Sequence[int]) -> Outcome | None:

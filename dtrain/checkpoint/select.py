@@ -85,7 +85,7 @@ def _readers(saved: Saved | None, topology: Topology, trouble: str | None = None
     told = all_gather_object((saved.parts if saved is not None else None, trouble), topology)
     if troubles := [words for _, words in told if words is not None]:
         failed = CheckpointError(troubles[0])
-        failed.is_said_elsewhere = not topology.is_main
+        failed.is_reported_elsewhere = not topology.is_main
         raise failed
     lowest: dict[tuple[str, int], dict[int, int]] = {}
     for rank, (parts, _) in enumerate(told):
@@ -136,7 +136,7 @@ def at(path: Path, topology: Topology, *, named_by: str) -> Chosen:
         failed = CheckpointError(
             f"{named_by}={path} is no whole checkpoint: {reason}. Name a folder checkpoints/step-... of a run that is."
         )
-        failed.is_said_elsewhere = not topology.is_main
+        failed.is_reported_elsewhere = not topology.is_main
         raise failed
     return _told(readers, saved, topology)
 

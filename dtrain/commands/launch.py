@@ -32,7 +32,7 @@ from dtrain.cluster.hostfile import Host, choose, read_hostfile
 from dtrain.cluster.preflight import ROOT, Look, check, look_at, master_of
 from dtrain.cluster.run_job import Job, run_job
 from dtrain.cluster.ssh import is_here
-from dtrain.commands.arguments import Parser, options_of, parse
+from dtrain.commands.arguments import Parser, list_options, parse
 from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
@@ -76,7 +76,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         own, rest = own[:at], own[at + 1 :]
     found, unknown = parser.parse_known_args(own)
     found.rest = [*unknown, *rest]
-    found.program, found.options = parser.prog, options_of(parser)
+    found.program, found.options = parser.prog, list_options(parser)
     return found
 
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
-    console.set_up(rank=0, world_size=1)
+    console.configure_logging(rank=0, world_size=1)
     try:
         return launch(argv, env)
     except DtrainError as error:

@@ -132,7 +132,7 @@ class Checkpoints:
             error = CheckpointError(
                 f"{failed}. It was the last one of this start: the run goes on from the one before."
             )
-            error.is_said_elsewhere = not self._topology.is_main
+            error.is_reported_elsewhere = not self._topology.is_main
             raise error
 
     def settle(self) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import schema
-from dtrain.config.user_function import described, import_function
+from dtrain.config.user_function import describe_error, import_function
 from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Task
 
@@ -42,7 +42,7 @@ class OwnMetrics:
         try:
             found = self.function([record["prediction"] for record in judged], [r["reference"] for r in judged])
         except Exception as error:
-            cause = described(error, self.spec.partition(":")[0])
+            cause = describe_error(error, self.spec.partition(":")[0])
             raise ConfigError(f"{self._called} failed: {cause}. It is given two lists, in data order.") from error
         if not isinstance(found, Mapping):
             raise ConfigError(f"{self._called} returned {found!r:.100}: it must return a dict of names and numbers.")

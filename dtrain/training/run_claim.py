@@ -82,7 +82,7 @@ def _take(config: Config, topology: Topology, command: str, lock: ExitStack) -> 
         chosen, there = _checkpoints(asked, topology) if command == "train" else (None, Checkpoints())
         told = on_main(work, topology)
     except ConfigError as error:
-        error.is_noted = False
+        error.is_recorded = False
         raise
     for note in told["notes"]:
         log.info("%s", note)

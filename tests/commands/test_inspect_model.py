@@ -152,8 +152,8 @@ def test_weights_that_are_not_there_are_not_looked_at(home: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["inspect.text=a", "inspect.split=train"], "give inspect.text or inspect.split, not both"),
-        (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples are of a split"),
+        (["inspect.text=a", "inspect.split=train"], "set inspect.text or inspect.split, not both"),
+        (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples selects examples of a split"),
         (["inspect.split=train", "inspect.examples=[-1]"], "at least 0"),
         (["inspect.split=train", "inspect.examples=3"], "a list"),
         ([], "set model.name_or_path"),

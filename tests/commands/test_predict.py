@@ -283,7 +283,7 @@ def test_a_training_run_is_not_written_over(tmp_path: Path) -> None:
     ("given", "said"),
     [
         (["predict.text_pair=b"], "predict.text_pair is the second text of a pair"),
-        (["predict.text=a", "predict.file=b.csv"], "give predict.text or predict.file, not both"),
+        (["predict.text=a", "predict.file=b.csv"], "set predict.text or predict.file, not both"),
     ],
 )
 def test_one_thing_is_predicted_at_a_time(given: list[str], said: str) -> None:
@@ -315,7 +315,7 @@ def test_without_a_config_predict_takes_the_settings_of_the_models_run(
 def test_a_model_of_no_run_needs_its_task_said(tmp_path: Path) -> None:
     given = [f"model.name_or_path={tmp_path / 'model'}"]
 
-    with pytest.raises(ConfigError, match=r"does not know what model\.name_or_path=.* Say task\.name=\.\.\."):
+    with pytest.raises(ConfigError, match=r"does not know the task of model\.name_or_path=.* Set task\.name=\.\.\."):
         load_config(None, given, command="predict")
     found = load_config(None, [*given, "task.name=regression"], command="predict")
 

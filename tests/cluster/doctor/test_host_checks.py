@@ -310,9 +310,9 @@ def test_a_doctor_that_is_stopped_gives_no_verdict(number: int, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["train", "--hostfile", "f"], "--hostfile is of the doctor command"),
-        (["--exclude", "node1"], "--exclude is of the doctor command"),
-        (["evaluate", "--json"], "--json is of the commands goodput and doctor"),
+        (["train", "--hostfile", "f"], "--hostfile works only with doctor"),
+        (["--exclude", "node1"], "--exclude works only with doctor"),
+        (["evaluate", "--json"], "--json works only with goodput and doctor"),
     ],
 )
 def test_the_doctors_options_are_its_own(words: list[str], told: str) -> None:
