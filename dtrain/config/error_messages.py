@@ -119,7 +119,7 @@ def expected_value(annotation: Any, limits: str = "") -> str:
     """Describes what a setting takes: `a whole number, at least 1, or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        # A Field() holds its constraints in a list of its own.
+        # A Field() holds its constraints in a list.
         nested = [getattr(part, "metadata", [part]) for part in annotation.__metadata__]
         more = [
             text.format(getattr(constraint, name))

@@ -285,7 +285,7 @@ class Config(Section):
     def in_folder(self, folder: Path) -> Config:
         """Returns a copy that belongs to a config file in `folder`, where the user's modules are searched."""
         model, evaluation = self.model, self.evaluation
-        # Stored as settings, because the run's config.yaml lies in another folder.
+        # Stored as settings, because the config.yaml of the run is in another folder.
         if model.factory is not None and model.factory_folder is None:
             model = model.model_copy(update={"factory_folder": folder})
         if evaluation.factory is not None and evaluation.factory_folder is None:
@@ -341,7 +341,7 @@ class Config(Section):
             )
         if self.train.check_replicas is not None and sharded and stage == 3:
             conflicts.append(
-                "train.check_replicas compares complete weights, but with engine.zero_stage=3 each rank holds a "
+                "train.check_replicas compares complete weights, but with engine.zero_stage=3 each rank holds only a "
                 "shard: set it to null, or use stage 0, 1 or 2"
             )
         if self.engine.find_unused and self.engine.is_deepspeed:

@@ -14,10 +14,10 @@ def test_short_options_expand_to_their_settings() -> None:
     assert parse(["train.max_steps=3"]).overrides == ["train.max_steps=3"]
 
 
-@pytest.mark.parametrize("words", [["--text", "a"], ["evaluate", "--text", "a"], ["predict", "--merge"]])
-def test_a_short_option_of_another_command_is_refused(words: list[str]) -> None:
+@pytest.mark.parametrize("argv", [["--text", "a"], ["evaluate", "--text", "a"], ["predict", "--merge"]])
+def test_a_short_option_of_another_command_is_refused(argv: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"works only with (predict|export), not with"):
-        parse(words)
+        parse(argv)
 
 
 @pytest.mark.parametrize(

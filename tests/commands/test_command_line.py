@@ -52,8 +52,8 @@ def dtrain(*arguments: str) -> Ended:
 
 
 def metrics_of(run: Path) -> dict[str, float]:
-    found: dict[str, float] = jobs.summary_of(run)["eval"]
-    return found
+    metrics: dict[str, float] = jobs.summary_of(run)["eval"]
+    return metrics
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -102,9 +102,9 @@ def test_a_wrong_command_line_exits_with_2_and_names_the_nearest_word(tmp_path: 
         ("train.max_step=3",): "train.max_steps",
         ("train", "evaluate"): "evaluate",
     }
-    for arguments, words in wrong.items():
+    for arguments, message in wrong.items():
         ended = dtrain(*arguments)
-        assert (ended.code, words in ended.text) == (2, True), f"{arguments}: {ended.text}"
+        assert (ended.code, message in ended.text) == (2, True), f"{arguments}: {ended.text}"
         assert "Traceback" not in ended.text
 
 
@@ -302,9 +302,9 @@ def test_errors_have_their_exit_code_and_no_traceback(tmp_path: Path) -> None:
         ({"freeze__modules": "[encodr]"}, 2, "encoder"),
         ({"evaluation__best": "{metric: bleu}", "train__eval_every": "epoch"}, 2, "matthews_correlation"),
     ]
-    for number, (settings, code, words) in enumerate(wrong):
+    for number, (settings, code, message) in enumerate(wrong):
         ended = dtrain(*jobs.settings(tmp_path / "runs", f"run{number}", **settings))
-        assert (ended.code, words in ended.text) == (code, True), f"{settings}: {ended.text}"
+        assert (ended.code, message in ended.text) == (code, True), f"{settings}: {ended.text}"
         assert "Traceback" not in ended.text
 
 

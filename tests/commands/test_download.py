@@ -34,8 +34,8 @@ NOWHERE = "http://127.0.0.1:9"
 COMMANDS = """
 import json, sys
 from dtrain.main import main
-for words in json.loads(sys.argv[1]):
-    print("ended", main(words))
+for argv in json.loads(sys.argv[1]):
+    print("ended", main(argv))
 """
 
 
@@ -54,9 +54,9 @@ class Ended:
 def run(hub: str, home: Path, *commands: Sequence[str], offline: bool = False) -> list[Ended]:
     """Runs the commands one after the other, with that hub and that cache."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(words, cwd=ROOT, env={**kept, **own}, capture_output=True, text=True, timeout=240)
+    variables = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
+    done = subprocess.run(argv, cwd=ROOT, env={**kept, **variables}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     *parts, _ = re.split(r"^ended (\d+)\n", done.stdout, flags=re.MULTILINE)

@@ -41,9 +41,9 @@ PLAIN = [
 def categories(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Returns the categories that took time, and checks their sum."""
     report = build_report(lines)
-    found = {part: round(seconds, 6) for part, seconds in report.seconds.items() if round(seconds, 6)}
-    assert sum(found.values()) == pytest.approx(report.total)
-    return found
+    rounded = {category: round(seconds, 6) for category, seconds in report.seconds.items() if round(seconds, 6)}
+    assert sum(rounded.values()) == pytest.approx(report.total)
+    return rounded
 
 
 def test_a_run_of_one_start_has_its_start_up_training_evaluation_and_end() -> None:
@@ -220,7 +220,7 @@ def test_an_older_log_without_the_start_up_time_and_with_unknown_lines_is_read()
 def test_an_evaluation_that_reports_more_time_than_passed_gets_all_the_time_that_passed() -> None:
     lines = [at(0, "start"), train(1, 1), at(2, "eval", step=1, seconds=99.0), train(3, 2), train(4, 3)]
 
-    # Half a second a step, then: the first took a whole one.
+    # Later steps took half a second each, so half of the second before step 1 is start-up.
     assert categories(lines) == {"training": 1.5, "start_up": 0.5, "evaluation": 2.0}
 
 
@@ -275,13 +275,17 @@ def test_the_command_takes_a_folder_or_the_settings_of_the_run(
     assert codes == [0, 0, 0]
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line.startswith("goodput")] == ["goodput 80.0 %"] * 2
-    found = json.loads(printed[-1])
-    assert (found["goodput"], found["training_s"], found["generations"]) == (pytest.approx(0.8), pytest.approx(60.0), 1)
+    figures = json.loads(printed[-1])
+    assert (figures["goodput"], figures["training_s"], figures["generations"]) == (
+        pytest.approx(0.8),
+        pytest.approx(60.0),
+        1,
+    )
 
 
 def test_the_command_is_followed_by_a_folder_or_settings() -> None:
-    found = parse(["goodput", "runs/cola"])
-    assert (found.command, found.run, found.overrides) == ("goodput", Path("runs/cola"), [])
+    arguments = parse(["goodput", "runs/cola"])
+    assert (arguments.command, arguments.run, arguments.overrides) == ("goodput", Path("runs/cola"), [])
     assert parse(["goodput", "run.name=x"]).overrides == ["run.name=x"]
     assert parse(["train", "run.name=x"]).run is None
     with pytest.raises(ConfigError, match="--json works only with goodput and doctor, not with train"):

@@ -17,7 +17,7 @@ from dtrain.training.plan import exactness
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (
             ["engine.gradient_wire=bf16", "engine.zero_stage=1", "engine.precision=bf16"],
@@ -51,11 +51,11 @@ from dtrain.training.plan import exactness
         (["engine.powersgd={ranks: 1}"], ["engine.powersgd.ranks", "engine.powersgd.rank"]),
     ],
 )
-def test_conflicting_settings_are_refused(overrides: list[str], words: list[str]) -> None:
+def test_conflicting_settings_are_refused(overrides: list[str], phrases: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(None, overrides)
 
-    assert all(word in str(refused.value) for word in words), refused.value
+    assert all(phrase in str(refused.value) for phrase in phrases), refused.value
 
 
 def test_deepspeed_accepts_a_bf16_exchange_where_it_supports_it() -> None:
@@ -123,10 +123,10 @@ def test_the_plan_warns_of_settings_without_effect_and_of_their_cost(overrides: 
 def test_the_plan_counts_the_memory_of_the_exchange(overrides: list[str], exchange: str | None) -> None:
     config = load_config(None, overrides)
 
-    words = plan._memory(config, TWO, "ddp", 2**20, 2**20)
+    memory = plan._memory(config, TWO, "ddp", 2**20, 2**20)
 
-    assert ("exchange" in words) == (exchange is not None)
-    assert exchange is None or f"exchange {exchange} MiB" in words
+    assert ("exchange" in memory) == (exchange is not None)
+    assert exchange is None or f"exchange {exchange} MiB" in memory
     assert "exchange" not in plan._memory(config, SINGLE, "single", 2**20, 2**20)
 
 

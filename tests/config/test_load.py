@@ -25,13 +25,13 @@ TASKS = ", ".join(name for task in models_in(TaskSettings) for name in get_args(
 """Every task's name, in the order of the union."""
 
 
-def written(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
+def write_config(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def refusal(path: Path | None, *overrides: str) -> list[str]:
+def load_errors(path: Path | None, *overrides: str) -> list[str]:
     """Returns the lines of the error that loading must raise."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
@@ -81,7 +81,7 @@ def to_text(default: Any) -> str:
 
 
 def test_settings_missing_in_a_file_have_their_defaults(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, "task: {name: classification}\ntrain:\n  global_batch_size: 64\n"), [])
+    config = load_config(write_config(tmp_path, "task: {name: classification}\ntrain:\n  global_batch_size: 64\n"), [])
 
     assert config.train.global_batch_size == 64
     assert (config.train.micro_batch_size, config.train.epochs, config.train.max_steps) == (8, 3, None)
@@ -95,7 +95,7 @@ def test_settings_missing_in_a_file_have_their_defaults(tmp_path: Path) -> None:
     ("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), (".5e3", 500.0), ("2", 2.0), ("1.", 1.0), ("1_000", 1000.0)]
 )
 def test_numbers_are_read_in_every_notation(tmp_path: Path, text: str, value: float) -> None:
-    path = written(tmp_path, f"task: {{name: classification}}\noptim:\n  learning_rate: {text}\n")
+    path = write_config(tmp_path, f"task: {{name: classification}}\noptim:\n  learning_rate: {text}\n")
 
     assert load_config(path, []).optim.learning_rate == value
     assert load_config(None, [f"optim.learning_rate={text}"]).optim.learning_rate == value
@@ -105,7 +105,7 @@ def test_text_is_not_read_as_a_number_or_date(tmp_path: Path) -> None:
     text = "task: {name: classification}\nrun: {name: 001}\nmodel: {name_or_path: 1e3}\n"
     text += "data: {columns: {label: no, 2: 2020-01-01}}\n"
 
-    config = load_config(written(tmp_path, text), [])
+    config = load_config(write_config(tmp_path, text), [])
 
     assert (config.run.name, config.model.name_or_path) == ("001", "1e3")
     assert config.data.columns == {"label": "no", "2": "2020-01-01"}
@@ -113,7 +113,7 @@ def test_text_is_not_read_as_a_number_or_date(tmp_path: Path) -> None:
 
 def test_a_section_whose_lines_are_all_commented_out_is_a_section_of_defaults(tmp_path: Path) -> None:
     config = load_config(
-        written(tmp_path, "task: {name: classification}\ntrain:\n#  epochs: 5\nmodel:\n  config:\n"), []
+        write_config(tmp_path, "task: {name: classification}\ntrain:\n#  epochs: 5\nmodel:\n  config:\n"), []
     )
 
     assert (config.train.epochs, config.model.config) == (3, {})
@@ -127,7 +127,7 @@ def test_a_home_folder_is_expanded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "words"),
+    ("text", "line", "message"),
     [
         ("task:\n\tname: classification\n", 2, "not tabs"),
         ("task: {name: classification\ntrain: 3\n", 2, "not valid YAML"),
@@ -141,34 +141,34 @@ def test_a_home_folder_is_expanded() -> None:
     ],
 )
 def test_a_file_that_is_not_a_config_is_refused_with_its_line(
-    tmp_path: Path, text: str, line: int | None, words: str
+    tmp_path: Path, text: str, line: int | None, message: str
 ) -> None:
-    path = written(tmp_path, text)
+    path = write_config(tmp_path, text)
 
-    (first, *_) = refusal(path)
+    (first, *_) = load_errors(path)
 
     assert first.startswith(f"{path}, line {line}: " if line else f"{path}: ")
-    assert words in first
+    assert message in first
 
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
-    meant = written(tmp_path, "", "cola.yaml")
+    meant = write_config(tmp_path, "", "cola.yaml")
 
-    (line,) = refusal(tmp_path / "cols.yaml")
+    (line,) = load_errors(tmp_path / "cols.yaml")
 
     assert str(tmp_path / "cols.yaml") in line
     assert f"Did you mean {meant}?" in line
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    assert "directory" in refusal(tmp_path)[0]
+    assert "directory" in load_errors(tmp_path)[0]
 
 
 def test_the_error_for_bytes_that_are_not_utf8_has_their_line(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(b"task:\n  name: causal_lm\nrun:\n  name: caf\xe9\n")
 
-    assert refusal(path) == [f"{path}, line 4: byte 40 is not UTF-8: save the file as UTF-8"]
+    assert load_errors(path) == [f"{path}, line 4: byte 40 is not UTF-8: save the file as UTF-8"]
 
 
 def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
@@ -179,22 +179,22 @@ def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
 
 
 def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\ntrain:\n  epochs: 1\n  shuffle: true\n  epochs: 2\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\ntrain:\n  epochs: 1\n  shuffle: true\n  epochs: 2\n")
 
-    assert refusal(path) == [f"{path}, line 5: train.epochs is set twice (first: {path}, line 3). Keep one."]
+    assert load_errors(path) == [f"{path}, line 5: train.epochs is set twice (first: {path}, line 3). Keep one."]
 
 
 # ---------------------------------------------------------------- errors
 
 
 def test_all_errors_are_reported_together_each_with_its_line(tmp_path: Path) -> None:
-    path = written(
+    path = write_config(
         tmp_path,
         "task:\n  name: clasification\ntrian:\n  epochs: 1\ntrain:\n  micro_batchsize: 4\n  shuffle: 3\n"
         "optim:\n  learning_rate: fast\n",
     )
 
-    lines = refusal(path, "train.global_batch_size=0", "foo")
+    lines = load_errors(path, "train.global_batch_size=0", "foo")
 
     assert sorted(lines) == sorted(
         [
@@ -260,42 +260,42 @@ def test_all_errors_are_reported_together_each_with_its_line(tmp_path: Path) -> 
     ],
 )
 def test_a_wrong_setting_is_named_with_the_value_found_and_what_is_expected(override: str, message: str) -> None:
-    (line,) = refusal(None, override)
+    (line,) = load_errors(None, override)
 
     assert line.startswith(f"command line: {message}")
 
 
 def test_a_setting_of_several_types_reports_the_error_of_the_nearest_one() -> None:
-    assert refusal(None, *CLASSIFY, "task.class_weights=bal") == [
+    assert load_errors(None, *CLASSIFY, "task.class_weights=bal") == [
         "command line: task.class_weights=bal: it must be balanced, or a mapping {name: a number}, or null."
     ]
-    assert refusal(None, *CLASSIFY, "task.class_weights={a: x}") == [
+    assert load_errors(None, *CLASSIFY, "task.class_weights={a: x}") == [
         "command line: task.class_weights.a=x: it must be a number."
     ]
-    assert "label 'b' must be above 0" in refusal(None, *CLASSIFY, "task.class_weights={a: 1, b: 0}")[0]
+    assert "label 'b' must be above 0" in load_errors(None, *CLASSIFY, "task.class_weights={a: 1, b: 0}")[0]
     weights = load_config(None, [*CLASSIFY, "task.class_weights={0: 1, 1: 2.5}"]).task
     assert weights.name == "classification"
     assert weights.class_weights == {"0": 1.0, "1": 2.5}
 
 
 def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\ntrain.epochs: 3\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\ntrain.epochs: 3\n")
 
-    (line,) = refusal(path)
+    (line,) = load_errors(path)
 
     assert "write 'train:' and, indented below it, 'epochs: ...'" in line
 
 
 def test_a_file_without_a_task_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, "# nothing yet\n")
+    path = write_config(tmp_path, "# nothing yet\n")
 
-    assert refusal(path) == [f"{path}: task.name is not set: it must be one of {TASKS}."]
+    assert load_errors(path) == [f"{path}: task.name is not set: it must be one of {TASKS}."]
 
 
 def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\noptim: {betas: [0.9, 0.99]}\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\noptim: {betas: [0.9, 0.99]}\n")
 
-    assert refusal(path, "optim.betas.0=0.8") == [
+    assert load_errors(path, "optim.betas.0=0.8") == [
         "command line: optim.betas.0 cannot be set, because optim.betas is [0.9, 0.99]. Set optim.betas as one value."
     ]
 
@@ -304,7 +304,7 @@ def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (["optim.name=adafactor", "engine.zero_stage=1"], ["optim.name=adafactor", "engine.zero_stage=1"]),
         (["engine.precision=fp16", "engine.zero_stage=2"], ["engine.precision=fp16", "optim.max_grad_norm=null"]),
@@ -317,10 +317,10 @@ def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
         (["model.config={n_layer: 2}"], ["model.from_scratch", "model.config.model_type"]),
     ],
 )
-def test_settings_that_conflict_are_refused(overrides: list[str], words: list[str]) -> None:
-    lines = refusal(None, *overrides)
+def test_settings_that_conflict_are_refused(overrides: list[str], phrases: list[str]) -> None:
+    lines = load_errors(None, *overrides)
 
-    assert all(word in lines[0] for word in words)
+    assert all(phrase in lines[0] for phrase in phrases)
 
 
 def test_similar_combinations_that_are_valid_are_accepted() -> None:
@@ -332,24 +332,24 @@ def test_similar_combinations_that_are_valid_are_accepted() -> None:
 
 @pytest.mark.parametrize(("key", "owner"), OWNED_DEEPSPEED_KEYS.items())
 def test_a_deepspeed_key_that_dtrain_owns_is_refused_with_its_owner(key: str, owner: str) -> None:
-    (line,) = refusal(None, f"engine.deepspeed.{key}=3.0")
+    (line,) = load_errors(None, f"engine.deepspeed.{key}=3.0")
 
     assert f"engine.deepspeed.{key}" in line
     assert owner in line
 
 
 def test_the_error_for_two_conflicting_settings_has_both_locations(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\nschedule:\n  warmup_steps: 5\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\nschedule:\n  warmup_steps: 5\n")
 
-    (line,) = refusal(path, "schedule.warmup_ratio=0.1")
+    (line,) = load_errors(path, "schedule.warmup_ratio=0.1")
 
     assert line.startswith(f"{path}, line 3 and command line: set schedule.warmup_steps or schedule.warmup_ratio")
 
 
 def test_a_change_can_be_allowed_only_for_settings_that_exist() -> None:
-    (found,) = refusal(None, "checkpoint.allow_changes=[optim.learning_rat]")
+    (line,) = load_errors(None, "checkpoint.allow_changes=[optim.learning_rat]")
 
-    assert "checkpoint.allow_changes: optim.learning_rat is not a setting. Did you mean optim.learning_rate?" in found
+    assert "checkpoint.allow_changes: optim.learning_rat is not a setting. Did you mean optim.learning_rate?" in line
     assert load_config(None, ["checkpoint.allow_changes=[optim, data.path]"]).checkpoint.allow_changes
 
 
@@ -357,7 +357,9 @@ def test_a_change_can_be_allowed_only_for_settings_that_exist() -> None:
 
 
 def test_the_command_line_wins_over_the_file_and_a_later_override_over_an_earlier_one(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: classification, label_smoothing: 0.2}\ntrain: {epochs: 1, shuffle: false}\n")
+    path = write_config(
+        tmp_path, "task: {name: classification, label_smoothing: 0.2}\ntrain: {epochs: 1, shuffle: false}\n"
+    )
 
     config = load_config(path, ["train.epochs=2", "train.epochs=4"])
 
@@ -367,9 +369,9 @@ def test_the_command_line_wins_over_the_file_and_a_later_override_over_an_earlie
 
 
 def test_a_value_replaced_on_the_command_line_is_no_longer_located_in_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\nevaluation:\n  best:\n    mode: max\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\nevaluation:\n  best:\n    mode: max\n")
 
-    (line,) = refusal(path, "evaluation.best={metric: f1, mode: most}")
+    (line,) = load_errors(path, "evaluation.best={metric: f1, mode: most}")
 
     assert line.startswith("command line: evaluation.best.mode=most: it must be one of min, max.")
 
@@ -464,7 +466,10 @@ def test_naming_data_drops_the_quickstarts_data_and_keeps_what_fits_its_model() 
 
 def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_command(tmp_path: Path) -> None:
     text = "task: {name: causal_lm}\n"
-    own, named = written(tmp_path, text, "my cola.v2.yaml"), written(tmp_path, f"{text}run: {{name: given}}\n")
+    unnamed, named = (
+        write_config(tmp_path, text, "my cola.v2.yaml"),
+        write_config(tmp_path, f"{text}run: {{name: given}}\n"),
+    )
 
     def name(path: Path | None, *overrides: str, command: str = "train") -> str | None:
         model = () if command == "train" else ("model.name_or_path=some/model",)
@@ -475,9 +480,12 @@ def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_comman
         "classification",
         "classification-predict",
     )
-    assert (name(own), name(own, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
+    assert (name(unnamed), name(unnamed, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
     assert (name(named), name(named, command="evaluate")) == ("given", "given")
-    assert (name(own, "run.name=x", command="evaluate"), name(own, "run={name: x}", command="evaluate")) == ("x", "x")
+    assert (name(unnamed, "run.name=x", command="evaluate"), name(unnamed, "run={name: x}", command="evaluate")) == (
+        "x",
+        "x",
+    )
     assert name(named, "run.name=null") == "own"
 
 
@@ -511,7 +519,7 @@ def test_the_written_config_is_read_back_as_it_was(tmp_path: Path) -> None:
         ],
     )
 
-    path = written(tmp_path, to_yaml(config))
+    path = write_config(tmp_path, to_yaml(config))
 
     assert load_config(path, []) == config
     assert to_yaml(load_config(path, [])) == to_yaml(config)
@@ -529,9 +537,9 @@ def test_differences_name_each_setting_with_old_and_new_value_and_its_resume_rul
     old = to_yaml(load_config(None, ["model.config.n_layer=2", "train.log_every=5"]))
     new = load_config(None, ["engine.precision=bf16", "evaluation.best.metric=loss"])
 
-    found = {tuple(difference) for difference in differences(old, new)}
+    changes = {tuple(difference) for difference in differences(old, new)}
 
-    assert found == {
+    assert changes == {
         ("model.config.n_layer", "2", "4", "refuse"),
         ("train.log_every", "5", "20", "free"),
         ("engine.precision", "fp32", "bf16", "warn"),

@@ -26,9 +26,9 @@ def test_importing_a_function_from_the_folder_leaves_the_search_path_unchanged(t
     (tmp_path / "own_other.py").write_text("FACTOR = 2\n")
     before = list(sys.path)
 
-    found = import_function("own_part.inner:twice", folder=tmp_path, setting="evaluation.factory")
+    twice = import_function("own_part.inner:twice", folder=tmp_path, setting="evaluation.factory")
 
-    assert found(3) == 6
+    assert twice(3) == 6
     assert sys.path == before
 
 
