@@ -1,6 +1,6 @@
-"""What dtrain says on the terminal: logging set up once, the rank prefix, and the rule of who may speak.
+"""What dtrain prints on the terminal: logging setup, and a filter that adds the rank and decides which ranks log.
 
-Rank 0 reports; every rank may warn. Code calls `log.info(...)` plainly and the filter decides.
+Rank 0 logs everything; other ranks log warnings and errors. Code calls `log.info(...)` on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ log = logging.getLogger("dtrain")
 
 
 class RankFilter(logging.Filter):
-    """Lets rank 0 through at every level, other ranks from WARNING on, and names the rank where there are several."""
+    """Passes all records of rank 0 and those from WARNING up of other ranks, and adds the rank if there are several."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
@@ -26,8 +26,8 @@ class RankFilter(logging.Filter):
         return self._rank == 0 or record.levelno >= logging.WARNING
 
 
-def set_up(*, rank: int, world_size: int) -> None:
-    """Sends dtrain's log to standard output. Warnings and errors carry their level, plain reports do not."""
+def configure_logging(*, rank: int, world_size: int) -> None:
+    """Sends dtrain's log to standard output. Warnings and errors start with their level, other messages do not."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Formatter())
     handler.addFilter(RankFilter(rank, world_size))
@@ -38,7 +38,7 @@ def set_up(*, rank: int, world_size: int) -> None:
 
 @contextmanager
 def warnings_only() -> Iterator[None]:
-    """Keeps reports to itself, for a command that is asked one thing and answers it."""
+    """Hides messages below WARNING, for a command that prints a single answer."""
     level = log.level
     log.setLevel(logging.WARNING)
     try:

@@ -1,25 +1,23 @@
-"""The errors that users meet, each with the exit code of a process that ends with it.
+"""The errors that users see. Each has the exit code of the process that it ends.
 
-Raise these for what a user can mend; `assert` for what only we can break.
+Raise them for what a user can fix. Use `assert` for mistakes in dtrain itself.
 """
 
 from __future__ import annotations
 
 
 class DtrainError(Exception):
-    """Base of all errors with a message for the user. The message says what was found, why it is wrong and the fix.
-
-    is_said_elsewhere: another rank raises the very same and prints it, so that this one need not.
-    is_noted: exit.json may tell; not where the run folder is another run's.
-    """
+    """Base of all errors with a message for the user: what was found, why it is wrong, and the fix."""
 
     exit_code = 1
-    is_said_elsewhere = False
-    is_noted = True
+    is_reported_elsewhere = False
+    """Whether another rank raises and prints the same error, so that this rank need not print it."""
+    is_recorded = True
+    """Whether exit.json may record the error. False if the run folder belongs to another run."""
 
 
 class ConfigError(DtrainError):
-    """A setting, an argument, or a refused combination of them."""
+    """A wrong setting or argument, or settings that do not work together."""
 
     exit_code = 2
 
@@ -31,41 +29,41 @@ class DataError(DtrainError):
 
 
 class TopologyError(DtrainError):
-    """Ranks, launchers, addresses: the job as a whole cannot be formed or has fallen apart."""
+    """The ranks cannot form a job, or the job has lost ranks: launcher variables, addresses, connections."""
 
     exit_code = 4
 
 
 class NonFiniteError(DtrainError):
-    """A loss or gradient that is not finite, where `train.non_finite` says stop."""
+    """A loss or gradient that is not finite, with `train.non_finite=stop`."""
 
     exit_code = 5
 
 
 class CheckpointError(DtrainError):
-    """A model or checkpoint that cannot be written, or read where one is required."""
+    """A model or checkpoint that cannot be written, or cannot be read where one is required."""
 
     exit_code = 6
 
 
 class Preempted(DtrainError):
-    """Asked to stop (a signal, `train.max_minutes`), and stopped with a checkpoint: the same command goes on from it."""
+    """A signal or `train.max_minutes` stopped the run after it saved a checkpoint. The same command resumes it."""
 
     exit_code = 75
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the launcher asked the job to stop (SIGINT, SIGTERM) and nothing could be saved.
+    """The user or the launcher stopped the job (SIGINT, SIGTERM), and nothing could be saved.
 
-    A KeyboardInterrupt, which libraries let through; many swallow an Exception or wrap it in one of their own.
+    A KeyboardInterrupt, because libraries let it pass. Many of them catch an Exception or wrap it in one of their own.
     """
 
     exit_code = 1
 
 
-KINDS: dict[str, type[DtrainError]] = {
-    kind.__name__: kind
-    for kind in (
+ERROR_TYPES: dict[str, type[DtrainError]] = {
+    error_type.__name__: error_type
+    for error_type in (
         DtrainError,
         ConfigError,
         DataError,
@@ -75,4 +73,4 @@ KINDS: dict[str, type[DtrainError]] = {
         Preempted,
     )
 }
-"""By name, so that an error can cross ranks as JSON."""
+"""By name, so that ranks can exchange errors as JSON."""

@@ -59,10 +59,10 @@ GRACE_S = 8.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; every rank gives the exit code of the job's end as it saw it."""
     topology = SINGLE
-    console.set_up(rank=0, world_size=1)
+    console.configure_logging(rank=0, world_size=1)
     try:
         topology = Topology.from_env(os.environ)
-        console.set_up(rank=topology.rank, world_size=topology.world_size)
+        console.configure_logging(rank=topology.rank, world_size=topology.world_size)
         arguments = parse(sys.argv[1:] if argv is None else argv)
         if arguments.command == "goodput":
             return _goodput(arguments, topology)
@@ -123,7 +123,7 @@ def fit(
     begin = time.monotonic()
     topology = Topology.from_env(os.environ)
     context = RankContext(topology)
-    console.set_up(rank=topology.rank, world_size=topology.world_size)
+    console.configure_logging(rank=topology.rank, world_size=topology.world_size)
 
     def note(cause: str) -> None:
         write_down(end_of(Interrupted(cause), topology), config, context.heartbeat)
@@ -145,7 +145,7 @@ def fit(
                         raise lost from error
                     raise
         except BaseException as error:  # of before or after the run, too; what is written already stays
-            if getattr(error, "is_noted", True):
+            if getattr(error, "is_recorded", True):
                 write_down(end_of(error, topology), config, context.heartbeat)
             raise
     if topology.is_main:

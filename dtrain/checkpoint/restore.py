@@ -33,7 +33,7 @@ def restore_weights(module: nn.Module, checkpoint: SelectedCheckpoint, context: 
                 f"The checkpoint of step {checkpoint.step} does not fit this model: {difference}. Use the model section "
                 "that it was trained with, or another run.name."
             )
-            failed.is_said_elsewhere = not context.is_main
+            failed.is_reported_elsewhere = not context.is_main
             raise failed
         for name, target in targets.items():
             with torch.no_grad():

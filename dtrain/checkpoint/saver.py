@@ -171,7 +171,7 @@ class Saver:
         if messages:
             self.close()
             failed = CheckpointError(messages[0])
-            failed.is_said_elsewhere = not self._context.is_main
+            failed.is_reported_elsewhere = not self._context.is_main
             raise failed
 
     def save(

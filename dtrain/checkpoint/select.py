@@ -105,7 +105,7 @@ def _readers(saved: SavedCheckpoint | None, context: RankContext, error: str | N
     answers = all_gather_object((saved.stored_parts if saved is not None else None, error), context)
     if errors := [error for _, error in answers if error is not None]:
         failed = CheckpointError(errors[0])
-        failed.is_said_elsewhere = not context.is_main
+        failed.is_reported_elsewhere = not context.is_main
         raise failed
     readers_by_start: dict[tuple[str, int], dict[int, int]] = {}
     for rank, (stored_parts, _) in enumerate(answers):
@@ -159,7 +159,7 @@ def at(path: Path, context: RankContext, *, setting: str) -> SelectedCheckpoint:
             f"{setting}={path} is not a complete checkpoint: {reason}. Set it to a complete checkpoints/step-... folder "
             "of a run."
         )
-        failed.is_said_elsewhere = not context.is_main
+        failed.is_reported_elsewhere = not context.is_main
         raise failed
     return _broadcast_contents(readers, saved, context)
 

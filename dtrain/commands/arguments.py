@@ -1,4 +1,4 @@
-"""What may be written on dtrain's command line: commands, options, settings. They are taken apart here, and read elsewhere."""
+"""Parses dtrain's command line: commands, options, and settings, which load.py reads."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dtrain.config.yaml_dialect import quoted
+from dtrain.config.yaml_dialect import quote
 from dtrain.errors import ConfigError
 
 COMMANDS = {
     "train": "fine-tune a model (the default)",
-    "evaluate": "measure model.name_or_path on every split but train, exactly",
-    "predict": "what model.name_or_path answers: on test splits, on predict.file or to predict.text",
+    "evaluate": "measure model.name_or_path on every split except train, without approximation",
+    "predict": "write the answers of model.name_or_path: to test splits, predict.file or predict.text",
     "generate": "continue a text with a causal language model",
     "inspect": "write hidden states and attentions of a text or of examples",
-    "download": "fetch a model or data set of the hub, for nodes without a network",
-    "export": "write a run's model to a folder of its own, with a model card",
-    "chat": "talk with a chat model, or answer a file of dialogues",
-    "doctor": "look at this machine, or at all hosts of --hostfile, before a job does: ssh, versions, ports, rates",
-    "goodput": "where the wall time of a run went: goodput runs/cola",
+    "download": "download a model or data set from the hub, for nodes without internet access",
+    "export": "copy a run's model to a separate folder, with a model card",
+    "chat": "chat with a model, or answer a file of dialogues",
+    "doctor": "check this machine, or all hosts of --hostfile, before a job: ssh, versions, ports, network speed",
+    "goodput": "show how the wall time of a run was spent: goodput runs/cola",
 }
 
 EPILOG = """
@@ -32,15 +32,15 @@ settings are section.key=value, for example
     dtrain/main.py --print-config            every setting and its value
     dtrain/main.py --dry-run ...             what would happen: ranks, steps, memory, frozen parts
 
-With no arguments a small character GPT learns from Python's own documentation (configs/quickstart.yaml). Start it under
-torchrun, deepspeed, mpirun or srun and the same command runs on many ranks.
+Without arguments, a small character GPT is trained on Python's own documentation (configs/quickstart.yaml). Under
+torchrun, deepspeed, mpirun or srun, the same command runs on many ranks.
 
-exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 pre-empted, 1 anything else
+exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 preempted, 1 any other error
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as an error of dtrain's, rather than by leaving the process."""
+    """Raises a ConfigError for a wrong command line, where argparse would exit the process."""
 
     def error(self, message: str) -> NoReturn:
         """
@@ -53,88 +53,96 @@ class Parser(argparse.ArgumentParser):
 def parse(
     argv: Sequence[str], *, program: str = "dtrain/main.py", launcher_options: Sequence[str] = ()
 ) -> argparse.Namespace:
-    """Arguments as given; `command` and `overrides` apart.
+    """Returns the parsed options, with the command in `command` and the settings in `overrides`.
 
     Args:
-        program, launcher_options: for errors; what was called, and the options that it knows beside these.
+        argv: the arguments after the program's name.
+        program: the program that the user called, for error messages.
+        launcher_options: further options of that program, suggested for a mistyped one.
 
     Raises:
-        ConfigError: an unknown command or option.
+        ConfigError: an unknown command or option, or an option of another command.
     """
     parser = Parser(
         prog=program,
-        description="Fine-tunes Hugging Face models with the same answer on one process and on many ranks.",
+        description="Fine-tunes Hugging Face models, with the same results on one process and on many ranks.",
         epilog="commands:\n" + "\n".join(f"  {name:10s} {text}" for name, text in COMMANDS.items()) + "\n" + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "words", nargs="*", metavar="command | section.key=value", help="what to do, and settings over the file's"
+        "words", nargs="*", metavar="command | section.key=value", help="a command, and settings that override the file"
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
     parser.add_argument("--json", action="store_true", help="goodput, doctor: one JSON object instead of a table")
-    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: the hosts to look at")
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: file of the hosts to check")
     parser.add_argument("--include", metavar="HOST[:SLOT,..][@..]", help="doctor: only these hosts of the file")
-    parser.add_argument("--exclude", metavar="HOST[:SLOT,..][@..]", help="doctor: all but these")
+    parser.add_argument("--exclude", metavar="HOST[:SLOT,..][@..]", help="doctor: all hosts except these")
     parser.add_argument("--text", metavar="TEXT", help="predict: short for predict.text=TEXT")
     parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
-    # DeepSpeed's launcher inserts it; the environment says the same.
+    # DeepSpeed's launcher adds this option. dtrain reads the same value from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    found, unknown = parser.parse_known_intermixed_args(list(argv))
+    arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
+        known = [*list_options(parser), *launcher_options]
+        raise ConfigError(f"{_unknown_option(unknown[0], known)} See {program} --help.")
+    words: list[str] = arguments.words
+    arguments.command = command = words.pop(0) if words and "=" not in words[0] else "train"
+    arguments.run = Path(words.pop(0)) if command == "goodput" and words and "=" not in words[0] else None
+    arguments.overrides = [*words, *_expand_short_options(arguments)]
+    _refuse_options_of_other_commands(arguments)
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, 1)
         raise ConfigError(
-            f"{_not_an_option(unknown[0], [*options_of(parser), *launcher_options])} See {program} --help."
+            f"{command} is not a command. Did you mean {nearest[0]}?"
+            if nearest
+            else f"{command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
         )
-    words: list[str] = found.words
-    found.command = words.pop(0) if words and "=" not in words[0] else "train"
-    found.run = Path(words.pop(0)) if found.command == "goodput" and words and "=" not in words[0] else None
-    found.overrides = [*words, *_spelt_out(found)]
-    if found.json and found.command not in ("goodput", "doctor"):
-        raise ConfigError(
-            f"--json is of the commands goodput and doctor; {found.command} has no such output. Leave it out."
-        )
-    for option in ("hostfile", "include", "exclude"):
-        if getattr(found, option) is not None and found.command != "doctor":
-            raise ConfigError(
-                f"--{option} is of the doctor command; {found.command} takes its hosts from its launcher: launch/torchrun.sh."
-            )
-    if found.dry_run and found.command != "train":
-        raise ConfigError(f"--dry-run shows the plan of a training run; {found.command} has none. Leave it out.")
-    if found.command not in COMMANDS:
-        near = difflib.get_close_matches(found.command, COMMANDS, 1)
-        raise ConfigError(
-            f"{found.command} is not a command. Did you mean {near[0]}?"
-            if near
-            else f"{found.command} is not a command: expected one of {', '.join(COMMANDS)}, or section.key=value."
-        )
-    return found
+    return arguments
 
 
-def _not_an_option(word: str, known: Sequence[str]) -> str:
-    option, _, value = word.partition("=")
-    if "." in option:
-        return f"{option} is not an option. Settings have no dashes: {option.lstrip('-')}={value or 'VALUE'}."
-    near = difflib.get_close_matches(option, known, 1)
-    return f"{option} is not an option.{f' Did you mean {near[0]}?' if near else ''}"
-
-
-def options_of(parser: argparse.ArgumentParser) -> list[str]:
-    """The long options that its help shows."""
+def list_options(parser: argparse.ArgumentParser) -> list[str]:
+    """Returns the long options in the parser's help."""
     return re.findall(r"--[a-z_-]+", parser.format_usage())
 
 
-def _spelt_out(found: argparse.Namespace) -> list[str]:
-    """Short options as the settings that they stand for.
+def _unknown_option(word: str, known: Sequence[str]) -> str:
+    option, _, value = word.partition("=")
+    if "." in option:
+        return f"{option} is not an option. Settings have no dashes: {option.lstrip('-')}={value or 'VALUE'}."
+    nearest = difflib.get_close_matches(option, known, 1)
+    return f"{option} is not an option.{f' Did you mean {nearest[0]}?' if nearest else ''}"
+
+
+def _expand_short_options(arguments: argparse.Namespace) -> list[str]:
+    """Returns the settings that short options stand for.
 
     Raises:
-        ConfigError: one that belongs to another command.
+        ConfigError: an option of another command.
     """
     short = {
-        "--text": ("predict", None if found.text is None else f"predict.text={quoted(found.text)}"),
-        "--merge": ("export", "export.merge=true" if found.merge else None),
+        "--text": ("predict", None if arguments.text is None else f"predict.text={quote(arguments.text)}"),
+        "--merge": ("export", "export.merge=true" if arguments.merge else None),
     }
     for option, (command, setting) in short.items():
-        if setting is not None and found.command != command:
-            raise ConfigError(f"{option} belongs to the command {command}, not to {found.command}.")
+        if setting is not None and arguments.command != command:
+            raise ConfigError(f"{option} works only with {command}, not with {arguments.command}. Remove it.")
     return [setting for _, setting in short.values() if setting is not None]
+
+
+def _refuse_options_of_other_commands(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: an option that the command does not have.
+    """
+    command = arguments.command
+    if arguments.json and command not in ("goodput", "doctor"):
+        raise ConfigError(f"--json works only with goodput and doctor, not with {command}. Remove it.")
+    for option in ("hostfile", "include", "exclude"):
+        if getattr(arguments, option) is not None and command != "doctor":
+            raise ConfigError(
+                f"--{option} works only with doctor; {command} gets its hosts from its launcher: launch/torchrun.sh."
+            )
+    if arguments.dry_run and command != "train":
+        raise ConfigError(f"--dry-run shows the plan of a training run, and {command} has no plan. Remove it.")

@@ -1,4 +1,4 @@
-"""The download command: a model or data set of the hub, for nodes without a network."""
+"""The download command: fetches a model or data set from the hub, for nodes without internet access."""
 
 from __future__ import annotations
 
@@ -20,62 +20,64 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.hub_download import fetch_model
 from dtrain.runs.folder import move_away, replace_folder
 
-OF_A_DOWNLOAD = Path(".cache") / "huggingface"
-"""What huggingface_hub leaves in a folder that it has filled, to know what is there."""
+DOWNLOAD_MARKER = Path(".cache") / "huggingface"
+"""The folder in which huggingface_hub records what it has downloaded."""
 
 
 def run_download(config: Config, context: RankContext) -> None:
-    """Collective. One rank of each node fetches into the cache; rank 0 alone into `download.to`.
+    """Collective. Downloads on one rank of each node into the cache, or on rank 0 alone into `download.to`.
 
     Raises:
-        ConfigError: nothing to fetch, a name that the hub does not have, a folder that is there already.
+        ConfigError: nothing to download, a name that is not on the hub, or a target folder that already exists.
         DataError: the hub does not answer, or has no such data set.
     """
-    wanted = _wanted(config)
+    repositories = _repositories(config)
     to = config.download.to
-    if to is not None and len(wanted) > 1:
-        names = " and ".join(wanted)
+    if to is not None and len(repositories) > 1:
+        names = " and ".join(repositories)
         raise ConfigError(f"download.to={to} takes one repository, but {names} are set: download one at a time.")
-    if config.download.ignore and list(wanted) == ["data.name"]:
-        raise ConfigError(f"download.ignore={list(config.download.ignore)} is for models: a data set is fetched whole.")
+    if config.download.ignore and list(repositories) == ["data.name"]:
+        raise ConfigError(
+            f"download.ignore={list(config.download.ignore)} works only with models: data sets are downloaded completely."
+        )
 
-    def work() -> str:
+    def fetch_all() -> str:
         if to is not None and not context.is_main:
             return ""
-        offline = [_fetch(setting, name, config) for setting, name in wanted.items()]
+        offline = [_fetch(setting, name, config) for setting, name in repositories.items()]
         cache = "" if to is not None else "HF_HUB_OFFLINE=1 "
-        return f"To use it without a network: {cache}python dtrain/main.py {shlex.join(offline)}"
+        return f"To use it offline: {cache}python dtrain/main.py {shlex.join(offline)}"
 
-    log.info("%s", node_first(work, context))
+    log.info("%s", node_first(fetch_all, context))
 
 
-def _wanted(config: Config) -> dict[str, str]:
-    """Setting -> name, of everything that the config takes from the hub."""
+def _repositories(config: Config) -> dict[str, str]:
+    """Returns setting and name of everything that the config takes from the hub."""
     model, data = config.model, config.data
-    found = {}
+    repositories = {}
     if model.name_or_path is not None and not Path(model.name_or_path).is_dir():
-        found["model.name_or_path"] = model.name_or_path
+        repositories["model.name_or_path"] = model.name_or_path
     is_name = model.tokenizer not in (None, *BUILT_TOKENIZERS, model.name_or_path) and not str(
         model.tokenizer
     ).endswith(".txt")
     if is_name and not Path(str(model.tokenizer)).is_dir():
-        found["model.tokenizer"] = str(model.tokenizer)
+        repositories["model.tokenizer"] = str(model.tokenizer)
     if data.name is not None and data.path is None and form_of(data) == "hub":
-        found["data.name"] = data.name
-    if not found:
+        repositories["data.name"] = data.name
+    if not repositories:
         raise ConfigError(
             "There is nothing to download: set model.name_or_path=NAME or data.name=NAME to a name on the hub "
-            "(a folder here needs no download)."
+            "(a local folder needs no download)."
         )
-    return found
+    return repositories
 
 
 def _fetch(setting: str, name: str, config: Config) -> str:
-    """Fetches it; gives the setting that finds it offline."""
+    """Downloads a repository and returns the setting that uses it offline."""
     to = config.download.to
     if setting == "data.name":
         return _fetch_data(name, config)
-    if to is not None and _refuse_taken(to, config, is_ours=(to / OF_A_DOWNLOAD).is_dir()):
+    if to is not None and _must_move_away(to, config, is_download=(to / DOWNLOAD_MARKER).is_dir()):
         move_away(to)
     folder = fetch_model(name, to=to, ignore=config.download.ignore, setting=setting)
     log.info("%s: %d files in %s", name, sum(1 for file in folder.iterdir() if file.is_file()), folder)
@@ -83,10 +85,13 @@ def _fetch(setting: str, name: str, config: Config) -> str:
 
 
 def _fetch_data(name: str, config: Config) -> str:
-    """Every split. The data sets library reads its own cache and folders of its own offline, no copy of a repository."""
+    """Downloads every split and returns the setting that uses it offline.
+
+    Offline, the datasets library reads its cache and folders it has saved, but not a copy of the hub's repository.
+    """
     to = config.download.to
     if to is not None:
-        _refuse_taken(to, config, is_ours=False)
+        _must_move_away(to, config, is_download=False)
     splits = hub.load(*hub_name(config.data), {})
     rows = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     if to is None:
@@ -108,19 +113,24 @@ def _fetch_data(name: str, config: Config) -> str:
     return f"data.path={to}"
 
 
-def _refuse_taken(to: Path, config: Config, *, is_ours: bool) -> bool:
-    """Whether something is to be moved away first, as run.overwrite allows.
+def _must_move_away(to: Path, config: Config, *, is_download: bool) -> bool:
+    """Returns whether the existing content of `to` must be moved away first.
 
     Args:
-        is_ours: an earlier download into it, which is gone on with.
+        to: the target folder.
+        config: its run.overwrite allows moving.
+        is_download: `to` holds an earlier download, which continues.
+
+    Raises:
+        ConfigError: `to` is a file, or has other content and run.overwrite is not set.
     """
     if to.exists() and not to.is_dir():
-        raise ConfigError(f"download.to={to} is a file: name a folder.")
-    if is_ours or not to.exists() or not any(to.iterdir()):
+        raise ConfigError(f"download.to={to} is a file: set it to a folder.")
+    if is_download or not to.exists() or not any(to.iterdir()):
         return False
     if not config.run.overwrite:
         raise ConfigError(
-            f"download.to={to} is there already. Name another folder, or set run.overwrite=true to move it to "
+            f"download.to={to} already exists. Choose another folder, or set run.overwrite=true to move it to "
             f"{to.name}.old-<time>."
         )
     return True

@@ -1,7 +1,7 @@
-"""The goodput command: where the wall time of a run went, over all its starts, from metrics.jsonl alone.
+"""The goodput command: how the wall time of a run was spent, over all its starts, from metrics.jsonl alone.
 
-A generation is one start of the job. Inside one, time is measured by its monotonic clock; between two, by the wall
-clock. Every second of the run is in exactly one of the parts. Needs no torch.
+A generation is one start of the job. Time inside a generation comes from its monotonic clock, and time between two
+generations from the wall clock. Every second of the run belongs to exactly one category. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,46 +18,50 @@ from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
 from dtrain.runs.jsonl import events
 
-PARTS = {
+CATEGORIES = {
     "training": "steps that count",
-    "recomputed": "steps taken again after a crash",
-    "start_up": "imports, data, model, engine, restoring",
-    "checkpoint": "the loop stood still for a checkpoint",
+    "recomputed": "steps repeated after a crash",
+    "start_up": "imports, data, model, engine, restoring a checkpoint",
+    "checkpoint": "training waited for a checkpoint",
     "evaluation": "on the other splits",
-    "faults": "hangs, going back to a checkpoint, and steps whose update was dropped or undone",
-    "finishing": "export, last files, being stopped",
-    "down": "between two starts; also what a killed one had not yet written",
+    "faults": "hangs, rollbacks, and steps whose update was dropped or undone",
+    "finishing": "export, last files, stopping",
+    "down": "between two starts, with what a killed start had not written yet",
 }
-"""Where time goes, in the order in which it is shown."""
+"""The categories of time and their descriptions, in the order of the table."""
 
 Event = Mapping[str, Any]
 
 
 @dataclass
-class Account:
-    """seconds: by part; together they are the run's whole wall time. steps: taken for good. generations: starts."""
+class TimeReport:
+    """The wall time of a run by category."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CATEGORIES, 0.0))
+    """Seconds in each category. Their sum is the run's wall time."""
     steps: int = 0
+    """The last step reached."""
     recomputed_steps: int = 0
+    """Steps repeated after a crash."""
     generations: int = 0
+    """Starts of the job."""
 
     @property
     def total(self) -> float:
-        """Wall time from the first start to the last line, in seconds."""
+        """Seconds of wall time from the first start to the last line."""
         return sum(self.seconds.values())
 
     @property
     def goodput(self) -> float:
-        """The share of it that went into steps that count."""
+        """The share of the wall time spent in steps that count."""
         return self.seconds["training"] / self.total if self.total else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, flat."""
+        """Returns all figures in one flat object."""
         return {
             "goodput": self.goodput,
             "total_s": self.total,
-            **{f"{part}_s": seconds for part, seconds in self.seconds.items()},
+            **{f"{category}_s": seconds for category, seconds in self.seconds.items()},
             "steps": self.steps,
             "recomputed_steps": self.recomputed_steps,
             "generations": self.generations,
@@ -65,152 +69,158 @@ class Account:
 
 
 def run_goodput(run: Path, *, as_json: bool) -> None:
-    """Prints the account of a run.
+    """Prints the time report of a run.
 
     Raises:
-        ConfigError: there is no such folder, or no training run in it.
+        ConfigError: the folder does not exist or has no training run in it.
         DataError: its metrics.jsonl is damaged.
     """
     path = run / "metrics.jsonl"
     if not run.is_dir():
-        raise ConfigError(f"{run} is no folder. Name a run's: dtrain goodput runs/<name>")
+        raise ConfigError(f"{run} is not a folder. Name the folder of a run: dtrain goodput runs/<name>")
     if not path.is_file():
-        raise ConfigError(f"{run} holds no training run: there is no metrics.jsonl in it. Name the folder of one")
+        raise ConfigError(f"{run} has no training run: it contains no metrics.jsonl. Name the folder of a training run")
     try:
-        account = account_of(_checked(path))
+        report = build_report(_checked_events(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if not account.generations:
+    if not report.generations:
         raise ConfigError(
-            f"{path} holds no start of a run: it ended before it began, or the file is of another program"
+            f"{path} has no start of a run: the run ended before it started training, or another program wrote the file"
         )
     if as_json:
-        sys.stdout.write(json.dumps(account.as_json()) + "\n")
+        sys.stdout.write(json.dumps(report.as_json()) + "\n")
     else:
-        log.info("%s", describe(account))
+        log.info("%s", format_table(report))
 
 
-def describe(account: Account) -> str:
-    """The table: a line for each part that took time, and the goodput last."""
-    starts = "1 start" if account.generations == 1 else f"{account.generations} starts"
-    total = account.total
-    lines = [f"{account.steps} steps, {account.recomputed_steps} of them taken again, in {starts}"]
+def format_table(report: TimeReport) -> str:
+    """Returns the table: one line for each category that took time, and the goodput last."""
+    starts = "1 start" if report.generations == 1 else f"{report.generations} starts"
+    total = report.total
+    lines = [f"{report.steps} steps, {report.recomputed_steps} of them repeated, in {starts}"]
     lines += [
-        f"{part.replace('_', '-'):12s} {seconds:12.1f} s {100 * seconds / total if total else 0:6.1f} %   {PARTS[part]}"
-        for part, seconds in account.seconds.items()
-        if seconds or part == "training"
+        f"{category.replace('_', '-'):12s} {seconds:12.1f} s {100 * seconds / total if total else 0:6.1f} %"
+        f"   {CATEGORIES[category]}"
+        for category, seconds in report.seconds.items()
+        if seconds or category == "training"
     ]
     lines.append(f"{'total':12s} {total:12.1f} s")
-    lines.append(f"goodput {100 * account.goodput:.1f} %")
+    lines.append(f"goodput {100 * report.goodput:.1f} %")
     return "\n".join(lines)
 
 
-def account_of(lines: Iterable[Event]) -> Account:
-    """Adds up the lines of one metrics.jsonl."""
-    account, reached, end = Account(), 0, None
-    generations = [_Generation(members) for members in _generations(lines)]
+def build_report(lines: Iterable[Event]) -> TimeReport:
+    """Returns the time report of the lines of one metrics.jsonl."""
+    report, last_step, end = TimeReport(), 0, None
+    generations = [_Generation(members) for members in _split_by_start(lines)]
     paces = [pace for generation in generations if (pace := generation.pace()) is not None]
-    usual = sorted(paces)[len(paces) // 2] if paces else None
+    median_pace = sorted(paces)[len(paces) // 2] if paces else None
     for generation in generations:
         if end is not None:
-            account.seconds["down"] += max(generation.begin - end, 0.0)
-        reached = generation.add_to(account, reached, usual)
+            report.seconds["down"] += max(generation.begin - end, 0.0)
+        last_step = generation.add_to(report, last_step, median_pace)
         end = generation.begin + generation.seconds
-    account.steps, account.generations = reached, len(generations)
-    return account
+    report.steps, report.generations = last_step, len(generations)
+    return report
 
 
 class _Generation:
-    """The lines of one start, from `start` on."""
+    """The lines of one start, beginning with its `start` event."""
 
     def __init__(self, lines: Sequence[Event]) -> None:
         start = lines[0]
         self._lines = lines
         self._startup_s = _seconds(start.get("startup_s"))
         self.begin = start["time_s"] - self._startup_s
-        """Wall time at which the process began, in seconds since 1970."""
+        """Wall time at which the process started, in seconds since 1970."""
         self.seconds = self._startup_s + lines[-1]["monotonic_s"] - start["monotonic_s"]
-        """Until the last line, whether that is its `end` or it was killed after it."""
+        """Duration until the last line: its `end` event, or the last one before it was killed."""
         self._lost = {step for line in lines for step in _lost_steps(line)}
         self._stalls = [stall for line in lines if (stall := _stall(line)) is not None]
 
     def pace(self) -> float | None:
-        """Seconds a step between two train lines, without what else happened there; None with less than two lines."""
-        between = [stretch for stretch in self._stretches() if not (stretch.is_first or stretch.is_last)]
-        steps = sum(stretch.steps for stretch in between)
-        return sum(stretch.rest for stretch in between) / steps if steps else None
+        """Returns the seconds per step between two train lines, without other work; None with fewer than two lines."""
+        inner = [interval for interval in self._intervals() if not (interval.is_first or interval.is_last)]
+        steps = sum(interval.steps for interval in inner)
+        return sum(interval.rest for interval in inner) / steps if steps else None
 
-    def add_to(self, account: Account, reached: int, usual: float | None) -> int:
-        """Adds this generation's time; gives the last step that is reached after it.
+    def add_to(self, report: TimeReport, last_step: int, median_pace: float | None) -> int:
+        """Adds this generation's time to the report and returns the last step reached so far.
 
         Args:
-            reached: the last step that an earlier one took.
-            usual: seconds a step of the whole run, for a generation too short to tell; None where none is.
+            report: changed in place.
+            last_step: the last step that an earlier generation reached.
+            median_pace: seconds per step over all generations, for one that is too short to measure its own; None if
+                no generation is long enough.
         """
-        pace, seconds = self.pace() or usual, account.seconds
+        pace, seconds = self.pace() or median_pace, report.seconds
         seconds["start_up"] += self._startup_s
-        for stretch in self._stretches():
-            for part, taken in stretch.parts.items():
-                seconds[part] += taken
-            in_steps = stretch.in_steps(pace)
-            other = "faults" if stretch.hangs else "start_up" if stretch.is_first else "finishing"
-            seconds[other] += stretch.rest - in_steps
-            again = min(max(reached - stretch.first, 0), stretch.steps)
-            share = 1 / stretch.steps if stretch.steps else 0.0
-            dropped = in_steps * stretch.dropped * share
-            recomputed = (in_steps - dropped) * again * share
+        for interval in self._intervals():
+            for category, known in interval.known.items():
+                seconds[category] += known
+            in_steps = interval.in_steps(pace)
+            other = "faults" if interval.hangs else "start_up" if interval.is_first else "finishing"
+            seconds[other] += interval.rest - in_steps
+            repeated = min(max(last_step - interval.first, 0), interval.steps)
+            share = 1 / interval.steps if interval.steps else 0.0
+            dropped = in_steps * interval.dropped * share
+            recomputed = (in_steps - dropped) * repeated * share
             seconds["faults"] += dropped
             seconds["recomputed"] += recomputed
             seconds["training"] += in_steps - dropped - recomputed
-            account.recomputed_steps += again
-            reached = max(reached, stretch.first + stretch.steps)
-        return reached
+            report.recomputed_steps += repeated
+            last_step = max(last_step, interval.first + interval.steps)
+        return last_step
 
-    def _stretches(self) -> list[_Stretch]:
-        """The time from line to line of those that tell a step: `train`, and what ends the generation."""
-        start, found = self._lines[0], []
-        stretch = _Stretch(_step_before(self._lines), is_first=True)
-        since, latest = start["monotonic_s"], stretch.first
+    def _intervals(self) -> list[_Interval]:
+        """Returns the time between `train` lines, and up to the end of the generation."""
+        start, closed = self._lines[0], []
+        interval = _Interval(_step_before(self._lines), is_first=True)
+        since, latest = start["monotonic_s"], interval.first
 
-        def close(now: float) -> _Stretch:
+        def close(now: float) -> _Interval:
             for begin, end in self._stalls:
-                stretch.add("checkpoint", min(end, now) - max(begin, since))
-            stretch.dropped = sum(stretch.first < step <= latest for step in self._lost)
-            return stretch.close(latest, now - since)
+                interval.add("checkpoint", min(end, now) - max(begin, since))
+            interval.dropped = sum(interval.first < step <= latest for step in self._lost)
+            return interval.close(latest, now - since)
 
         for line in self._lines[1:]:
             kind, now = line.get("event"), line["monotonic_s"]
-            stretch.note(line)
-            if kind == "resume" and stretch.is_first:
-                # Restoring ends here: it is start-up in full.
-                stretch.parts["start_up"] = now - since
+            interval.note(line)
+            if kind == "resume" and interval.is_first:
+                # Restoring ends here. Everything before counts as start-up.
+                interval.known["start_up"] = now - since
             if isinstance(line.get("step"), int) and kind in ("train", "eval", "checkpoint", "preempt", "end"):
                 latest = max(latest, line["step"])
             if kind == "train":
-                found.append(close(now))
-                stretch, since = _Stretch(latest), now
-        stretch.is_last = True
-        return [*found, close(self._lines[-1]["monotonic_s"])]
+                closed.append(close(now))
+                interval, since = _Interval(latest), now
+        interval.is_last = True
+        return [*closed, close(self._lines[-1]["monotonic_s"])]
 
 
 @dataclass
-class _Stretch:
-    """Time between two lines. first: the step before it. parts: what is known of it. rest: what is not, in seconds.
-
-    steps: taken in it; dropped: those of them whose update is not in the weights. hangs: a hang ended it.
-    """
+class _Interval:
+    """The time between two lines."""
 
     first: int
+    """The last step before it."""
     is_first: bool = False
     is_last: bool = False
-    parts: dict[str, float] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
+    """Seconds by category, as far as the lines say."""
     rest: float = 0.0
+    """The remaining seconds."""
     steps: int = 0
+    """Steps taken in it."""
     dropped: int = 0
+    """Those of its steps whose update is not in the weights."""
     hangs: bool = False
+    """Whether a hang ended it."""
 
     def note(self, line: Event) -> None:
-        """Takes what a line says of this time."""
+        """Adds the time that a line reports."""
         match line.get("event"):
             case "eval":
                 self.add("evaluation", line.get("seconds"))
@@ -224,42 +234,46 @@ class _Stretch:
                 self.hangs = self.hangs or line.get("kind") == "hang"
 
     def in_steps(self, pace: float | None) -> float:
-        """How much of the rest went into steps, in seconds; at both ends of a generation it is more than that.
+        """Returns the seconds of the rest spent in steps. The first and last intervals also contain other work.
 
         Args:
-            pace: seconds a step; None where it is not known, and then all of it did.
+            pace: seconds per step; None if unknown, and then all of the rest counts as steps.
         """
         if not self.steps or not (self.is_first or self.is_last):
             return self.rest if self.steps else 0.0
         return self.rest if pace is None else min(self.rest, self.steps * pace)
 
-    def close(self, step: int, seconds: float) -> _Stretch:
-        """Ends it at a step, after so long."""
-        known = sum(self.parts.values())
-        if known > seconds:  # said to have taken longer than there was: rounding, or a clock that stood still
-            self.parts = {part: taken * max(seconds, 0.0) / known for part, taken in self.parts.items()}
+    def close(self, step: int, seconds: float) -> _Interval:
+        """Ends the interval at a step, after that many seconds."""
+        known = sum(self.known.values())
+        if known > seconds:
+            # The lines report more time than passed, by rounding or because a clock stopped: scale them down.
+            self.known = {category: value * max(seconds, 0.0) / known for category, value in self.known.items()}
         self.rest = max(seconds - known, 0.0)
         self.steps = step - self.first
         return self
 
-    def add(self, part: str, seconds: Any) -> None:
-        """So much of it is known to be of that part."""
-        self.parts[part] = self.parts.get(part, 0.0) + _seconds(seconds)
+    def add(self, category: str, seconds: Any) -> None:
+        """Adds known seconds to a category."""
+        self.known[category] = self.known.get(category, 0.0) + _seconds(seconds)
 
 
 def _seconds(value: Any) -> float:
-    """A duration as a line has it; nothing, where it says none."""
+    """Returns the duration in a line's field; 0 if the field is missing."""
     return max(float(value), 0.0) if isinstance(value, int | float) else 0.0
 
 
 def _stall(line: Event) -> tuple[float, float] | None:
-    """From when to when, in monotonic time, the loop stood still for a checkpoint; its line comes when that is written."""
+    """Returns the start and end of a wait for a checkpoint, in monotonic time.
+
+    Its line comes later, when the checkpoint is complete.
+    """
     begin = line.get("stall_began_s")
     return (begin, begin + _seconds(line.get("stall_s"))) if isinstance(begin, int | float) else None
 
 
 def _lost_steps(line: Event) -> Iterable[int]:
-    """The steps that a line says to have been in vain: dropped, or undone by going back to an older checkpoint."""
+    """Returns the steps whose update was lost, according to a line: dropped, or undone by a rollback."""
     step = line.get("step")
     if not isinstance(step, int):
         return ()
@@ -272,25 +286,25 @@ def _lost_steps(line: Event) -> Iterable[int]:
 
 
 def _step_before(lines: Iterable[Event]) -> int:
-    """The step at which a generation began: as its `resume` says, else 0."""
+    """Returns the step at which a generation started: that of its `resume` event, else 0."""
     before_training = takewhile(lambda line: line.get("event") != "train", lines)
     return next((line["step"] for line in before_training if line.get("event") == "resume" and "step" in line), 0)
 
 
-def _generations(lines: Iterable[Event]) -> list[list[Event]]:
-    """Lines by start. What stands before the first start belongs to none."""
-    found: list[list[Event]] = []
+def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
+    """Returns the lines of each start. Lines before the first start are ignored."""
+    generations: list[list[Event]] = []
     for line in lines:
         if line.get("event") == "start":
-            found.append([line])
-        elif found:
-            found[-1].append(line)
-    return found
+            generations.append([line])
+        elif generations:
+            generations[-1].append(line)
+    return generations
 
 
-def _checked(path: Path) -> Iterable[Event]:
+def _checked_events(path: Path) -> Iterable[Event]:
     for number, line in enumerate(events(path), 1):
         times = [line.get(name) for name in ("time_s", "monotonic_s")] if isinstance(line, dict) else [None]
         if not all(isinstance(value, int | float) for value in times):
-            raise DataError(f"{path}, line {number}: it has no time_s and monotonic_s; the file is damaged")
+            raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing; the file is damaged")
         yield line

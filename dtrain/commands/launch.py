@@ -33,7 +33,7 @@ from dtrain.cluster.launcher_commands import LaunchPlan
 from dtrain.cluster.preflight import ROOT, HostProbe, check_hosts, choose_master, probe_hosts
 from dtrain.cluster.run_job import MultiHostJob, run_job
 from dtrain.cluster.ssh import is_local
-from dtrain.commands.arguments import Parser, options_of, parse
+from dtrain.commands.arguments import Parser, list_options, parse
 from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
@@ -79,7 +79,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         launcher_words, rest = launcher_words[:at], launcher_words[at + 1 :]
     options, unknown = parser.parse_known_args(launcher_words)
     options.rest = [*unknown, *rest]
-    options.program, options.options = parser.prog, options_of(parser)
+    options.program, options.options = parser.prog, list_options(parser)
     return options
 
 
@@ -222,7 +222,7 @@ def main(argv: Sequence[str], env: Mapping[str, str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # text of a model may not fit the terminal's encoding
-    console.set_up(rank=0, world_size=1)
+    console.configure_logging(rank=0, world_size=1)
     try:
         return launch(argv, env)
     except DtrainError as error:

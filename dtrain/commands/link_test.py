@@ -160,7 +160,7 @@ def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
         return spawn(argv, env)
     torch.set_num_threads(1)
     topology = Topology.from_env(env)
-    console.set_up(rank=topology.rank, world_size=topology.world_size)
+    console.configure_logging(rank=topology.rank, world_size=topology.world_size)
     try:
         with process_group(topology, env, timeout_s=FORM_S, collective_timeout_s=COLLECTIVE_S) as complete:
             found = measure(RankContext(complete), asked)

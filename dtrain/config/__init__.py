@@ -1,1 +1,1 @@
-"""What a run is told: the settings, how they are read and how their errors are worded. Imports no torch."""
+"""The settings of a run: their schema, how they are read, and their error messages. Imports no torch."""

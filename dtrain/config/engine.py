@@ -1,6 +1,6 @@
-"""The engine's settings, and what crosses ranks in a step: its precision, its compression, how often.
+"""The engine's settings: back end, precision, and how ranks exchange their updates.
 
-See schema.py for how the sections come together. Nothing here touches a file.
+schema.py combines the sections. Nothing here reads or writes a file.
 """
 
 from __future__ import annotations
@@ -25,62 +25,71 @@ OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "scheduler": "schedule.name",
     "zero_optimization.stage": "engine.zero_stage",
 }
-"""DeepSpeed keys that must agree with a setting of dtrain, and the setting that owns each."""
+"""DeepSpeed keys that must agree with a setting of dtrain, and that setting."""
 
 
 class PowerSgd(Section):
-    """Gradients cross ranks as low-rank factors (Vogels et al. 2019, arXiv:1905.13727). Another algorithm."""
+    """Gradients exchanged as low-rank factors (Vogels et al. 2019, arXiv:1905.13727), which is another algorithm."""
 
-    rank: int = setting(4, "columns of each factor: more is nearer to the gradient, and more to send", ge=1)
+    rank: int = setting(4, "rank of the factors: a higher rank is closer to the gradient and sends more", ge=1)
     start_step: int = setting(
-        1000, "steps that exchange whole gradients first: about a tenth of the run, and the warm-up", ge=2
+        1000, "first steps, which exchange full gradients: about a tenth of the run, and the warm-up", ge=2
     )
-    min_rate: float = setting(2.0, "a parameter that would not shrink by this factor crosses whole", ge=1)
+    min_rate: float = setting(2.0, "a parameter that would not shrink by this factor is sent in full", ge=1)
 
 
-class Engine(Section):
-    """The back end that runs forward, backward and step."""
+class EngineSettings(Section):
+    """The back end that runs forward, backward and optimizer step."""
 
     name: Literal["auto", "single", "ddp", "deepspeed"] = setting(
         "auto", "auto: deepspeed if zero_stage or deepspeed is set, else single (one process) or ddp", resume="free"
     )
     precision: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "of the forward pass; weights stay fp32", resume="warn"
+        "fp32", "precision of the forward pass; weights stay in fp32", resume="warn"
     )
-    zero_stage: int | None = setting(None, "shards 1 moments, 2 + gradients, 3 + parameters", resume="free", ge=0, le=3)
-    deepspeed: dict[str, Any] = setting({}, "further keys of DeepSpeed's config, passed through", resume="free")
+    zero_stage: int | None = setting(
+        None,
+        "DeepSpeed ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also parameters",
+        resume="free",
+        ge=0,
+        le=3,
+    )
+    deepspeed: dict[str, Any] = setting({}, "other keys of DeepSpeed's config, passed through unchanged", resume="free")
     find_unused: bool = setting(
-        False, "ddp: models that use other parts in other steps; no probe (slower)", resume="free"
+        False, "ddp: for models that use different parameters in different steps (slower)", resume="free"
     )
 
     gradient_wire: Literal["fp32", "bf16"] = setting(
-        "fp32", "in what gradients cross ranks: bf16 halves their bytes (same method, other rounding)", resume="warn"
+        "fp32",
+        "data type in which ranks exchange gradients: bf16 halves the bytes (same method, other rounding)",
+        resume="warn",
     )
     powersgd: PowerSgd | None = setting(
-        None, "ddp: gradients cross ranks as low-rank factors (another algorithm); null: whole", resume="refuse"
+        None, "ddp: exchange gradients as low-rank factors (another algorithm); null: in full", resume="refuse"
     )
 
     bucket_mb: float | None = setting(
         None,
-        "ddp: MiB of gradients in one collective; null: torch's own, 25 with a first one of 1",
+        "ddp: MiB of gradients per collective; null: torch's default, 25 with a first bucket of 1",
         resume="free",
         gt=0,
     )
 
     @model_validator(mode="after")
-    def _deepspeed_keys_fit(self) -> Engine:
+    def _check_deepspeed_keys(self) -> EngineSettings:
         if self.name in ("single", "ddp") and (self.zero_stage is not None or self.deepspeed):
             key = "zero_stage" if self.zero_stage is not None else "deepspeed"
             raise ValueError(
                 f"engine.{key} belongs to DeepSpeed, but engine.name={self.name}: set engine.name=deepspeed, "
-                f"or drop engine.{key}"
+                f"or remove engine.{key}"
             )
         zero = self.deepspeed.get("zero_optimization")
-        given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in (zero if isinstance(zero, Mapping) else ()))}
+        zero_keys = zero if isinstance(zero, Mapping) else ()
+        keys = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero_keys)}
         owned = [
-            f"engine.deepspeed.{key} is decided by {owner}: set that instead"
+            f"engine.deepspeed.{key} is controlled by {owner}: set that instead"
             for key, owner in OWNED_DEEPSPEED_KEYS.items()
-            if key in given
+            if key in keys
         ]
         if owned:
             raise ValueError("\n".join(owned))
@@ -88,25 +97,24 @@ class Engine(Section):
 
     @property
     def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed will run, whatever the world size."""
-        asked_for = self.zero_stage is not None or bool(self.deepspeed)
-        return self.name == "deepspeed" or (self.name == "auto" and asked_for)
+        """Whether DeepSpeed runs, at any world size."""
+        has_deepspeed_keys = self.zero_stage is not None or bool(self.deepspeed)
+        return self.name == "deepspeed" or (self.name == "auto" and has_deepspeed_keys)
 
 
-def wire_conflicts(
-    engine: Engine, *, local_steps: int, loose_steps: Mapping[str, int], logs_gradients: bool
+def exchange_conflicts(
+    engine: EngineSettings, *, local_steps: int, sync_steps: Mapping[str, int], logs_gradients: bool
 ) -> list[str]:
-    """What is wrong about the settings of slow links together with others, a sentence each.
+    """Returns one message for each conflict between the settings for slow links, or with other settings.
 
-    They say what crosses ranks, so that on one process they change no number and are no error: the same config goes from a
-    laptop to a cluster and back.
+    On one process they are no error and change no number, so that one config works on a laptop and on a cluster.
 
     Args:
         local_steps: train.local_steps.
+        sync_steps: name and value of each setting that is a number of steps after which all ranks need equal weights.
         logs_gradients: whether train.log_gradients is set.
-        loose_steps: by its name, each setting that is a number of steps after which all ranks need the same weights.
     """
-    asked = [
+    methods = [
         name
         for name, is_set in {
             "engine.gradient_wire=bf16": engine.gradient_wire == "bf16",
@@ -115,57 +123,62 @@ def wire_conflicts(
         }.items()
         if is_set
     ]
-    factors_or_weights = [name for name in asked if not name.startswith("engine.gradient_wire")]
-    found = []
-    if len(asked) > 1:
-        found.append(f"{' and '.join(asked)} each say how ranks exchange what they learned: give one of them")
+    ddp_only = [name for name in methods if not name.startswith("engine.gradient_wire")]
+    conflicts = []
+    if len(methods) > 1:
+        conflicts.append(f"{' and '.join(methods)} each choose how ranks exchange their updates: set only one of them")
     if engine.is_deepspeed:
-        found += _deepspeed_conflicts(engine, factors_or_weights)
-    if engine.bucket_mb is not None and (factors_or_weights or engine.is_deepspeed):
-        other = "DeepSpeed" if engine.is_deepspeed else factors_or_weights[0]
-        found.append(f"engine.bucket_mb={engine.bucket_mb:g} is for ddp's whole gradients: {other} does without it")
+        conflicts += _deepspeed_conflicts(engine, ddp_only)
+    if engine.bucket_mb is not None and (ddp_only or engine.is_deepspeed):
+        other = "DeepSpeed" if engine.is_deepspeed else ddp_only[0]
+        conflicts.append(f"engine.bucket_mb={engine.bucket_mb:g} is for ddp's full gradients: {other} does not use it")
     if engine.precision == "fp16" and (engine.powersgd is not None or local_steps > 1):
-        found.append(
-            f"{asked[-1]} with engine.precision=fp16: a loss scale that changes would mix gradients of different scales. "
-            "Use bf16 or fp32"
+        conflicts.append(
+            f"{methods[-1]} with engine.precision=fp16: the loss scale changes, which would mix gradients of different "
+            "scales. Use bf16 or fp32"
         )
     if engine.powersgd is not None and engine.find_unused:
-        found.append(
-            "engine.powersgd with engine.find_unused: what earlier steps left over would move parameters that a step does "
-            "not use. Set one of them only"
+        conflicts.append(
+            "engine.powersgd with engine.find_unused: the approximation error kept from earlier steps would change "
+            "parameters that a step does not use. Set only one of them"
         )
     if local_steps > 1:
-        found += _local_conflicts(local_steps, loose_steps, logs_gradients=logs_gradients)
-    return found
+        conflicts += _local_steps_conflicts(local_steps, sync_steps, logs_gradients=logs_gradients)
+    return conflicts
 
 
-def _local_conflicts(local_steps: int, loose_steps: Mapping[str, int], *, logs_gradients: bool) -> list[str]:
-    """What cannot be had between two averages."""
-    found = [
-        f"{name}={steps} with train.local_steps={local_steps}: the ranks have one and the same model only after every "
+def _local_steps_conflicts(local_steps: int, sync_steps: Mapping[str, int], *, logs_gradients: bool) -> list[str]:
+    """Returns messages for settings that need equal weights or gradients between two averages."""
+    conflicts = [
+        f"{name}={steps} with train.local_steps={local_steps}: all ranks have the same weights only after every "
         f"{local_steps}th step and at the end of an epoch. Use a multiple of {local_steps}"
-        for name, steps in loose_steps.items()
+        for name, steps in sync_steps.items()
         if steps % local_steps
     ]
     if logs_gradients:
-        found.append(
-            f"train.log_gradients measures the gradient of all ranks together, which train.local_steps={local_steps} never "
-            "makes: set one of them to null or 1"
+        conflicts.append(
+            f"train.log_gradients measures the gradient over all ranks, which train.local_steps={local_steps} never "
+            "computes: set train.log_gradients=null or train.local_steps=1"
         )
-    return found
+    return conflicts
 
 
-def _deepspeed_conflicts(engine: Engine, factors_or_weights: Sequence[str]) -> list[str]:
-    """What DeepSpeed cannot do of it. Measured on 0.19.8: with torch_autocast, ZeRO >= 1 does not heed the setting."""
-    found = [
-        f"{setting} is ddp's, but DeepSpeed exchanges gradients in its own way: use engine.name=ddp, or leave it out"
-        for setting in factors_or_weights
+def _deepspeed_conflicts(engine: EngineSettings, ddp_only: Sequence[str]) -> list[str]:
+    """Returns messages for what DeepSpeed does not support.
+
+    Measured on DeepSpeed 0.19.8: with torch_autocast, ZeRO >= 1 ignores communication_data_type.
+    """
+    conflicts = [
+        f"{name} is for ddp, but DeepSpeed exchanges gradients itself: use engine.name=ddp, or remove the setting"
+        for name in ddp_only
     ]
     if engine.gradient_wire == "bf16" and engine.zero_stage and engine.precision != "fp32":
-        found.append(
-            f"engine.gradient_wire=bf16 with engine.precision={engine.precision} and engine.zero_stage={engine.zero_stage}: "
-            "DeepSpeed would send fp32 all the same. Use engine.precision=fp32, ZeRO stage 0, or ddp"
+        conflicts.append(
+            f"engine.gradient_wire=bf16 with engine.precision={engine.precision} and "
+            f"engine.zero_stage={engine.zero_stage}: DeepSpeed would still send fp32. Use engine.precision=fp32, ZeRO stage 0, or ddp"
         )
     if engine.gradient_wire == "bf16" and "communication_data_type" in engine.deepspeed:
-        found.append("engine.deepspeed.communication_data_type is decided by engine.gradient_wire: set that instead")
-    return found
+        conflicts.append(
+            "engine.deepspeed.communication_data_type is controlled by engine.gradient_wire: set that instead"
+        )
+    return conflicts

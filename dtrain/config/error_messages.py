@@ -1,6 +1,6 @@
-"""What a setting is called and what it takes, in plain words, read off the pydantic models that declare it.
+"""Names and error messages of settings in plain words, derived from the pydantic models that declare them.
 
-Knows no particular setting and no file format: config.py passes the models, the values and where each value stands.
+Depends on no particular setting and no file format: load.py passes the models, the values and their locations.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-Key = tuple[str | int, ...]
-"""The way to a setting: ("freeze", "thaw", 0, "epoch")."""
+KeyPath = tuple[str | int, ...]
+"""The path to a setting: ("freeze", "thaw", 0, "epoch")."""
 
 ABSENT = object()
-"""What `value_at` finds where nothing was written."""
+"""Returned by `value_at` where there is no value."""
 
 _NOUNS = {
     bool: "true or false",
@@ -34,55 +34,67 @@ _LIMITS = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "bel
 
 
 class Difference(NamedTuple):
-    """A setting that two configs disagree on; `old` and `new` as YAML shows them; `resume` as schema.py means it."""
+    """A setting on which two configs differ."""
 
     key: str
+    """Its dotted name."""
     old: str
+    """The old value as YAML."""
     new: str
+    """The new value as YAML."""
     resume: Literal["free", "warn", "refuse"]
+    """How a resumed run treats the change: see `fields.setting`."""
 
 
-def name_of(key: Key) -> str:
-    """`freeze.thaw[0].epoch`, as a user would write it."""
+def dotted_name(key: KeyPath) -> str:
+    """Returns the name as a user writes it: `freeze.thaw[0].epoch`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
 
 
-def value_at(values: Any, key: Key) -> Any:
-    """The value at `key` in nested mappings and lists, or `ABSENT`."""
+def value_at(values: Any, key: KeyPath) -> Any:
+    """Returns the value at `key` in nested mappings and lists, or `ABSENT`."""
     for part in key:
-        in_list = isinstance(values, list) and isinstance(part, int) and part < len(values)
-        if not in_list and not (isinstance(values, Mapping) and part in values):
+        is_list_item = isinstance(values, list) and isinstance(part, int) and part < len(values)
+        if not is_list_item and not (isinstance(values, Mapping) and part in values):
             return ABSENT
         values = values[part]
     return values
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models among the alternatives of an annotation."""
+    """Returns the pydantic models among the alternatives of an annotation."""
     return [kind for kind in _alternatives(annotation) if _is_model(kind)]
 
 
 def _is_model(kind: Any) -> bool:
-    # Python 3.10 takes dict[str, str] for a type, too.
+    # In Python 3.10, isinstance(dict[str, str], type) is true as well.
     return get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def inside(annotation: Any, part: str | int) -> Any:
-    """The annotation of what stands at `part` inside a value of this annotation; None where nothing may stand."""
-    found = []
+def child_annotation(annotation: Any, part: str | int) -> Any:
+    """Returns the annotation of the item or field `part` of such a value; None where there can be none."""
+    children = []
     for kind in _alternatives(annotation):
         arguments = get_args(kind)
         if get_origin(kind) is dict:
-            found.append(arguments[1])
+            children.append(arguments[1])
         elif get_origin(kind) is tuple:
-            found.append(arguments[0])
+            children.append(arguments[0])
         elif _is_model(kind) and part in kind.model_fields:
-            found.append(kind.model_fields[part].rebuild_annotation())
-    return Union[tuple(found)] if found else None  # noqa: UP007 - the members are only known here
+            children.append(kind.model_fields[part].rebuild_annotation())
+    return Union[tuple(children)] if children else None  # noqa: UP007 - the members are only known here
+
+
+def annotation_at(root: type[BaseModel], key: KeyPath) -> Any:
+    """Returns the annotation of the setting at `key`; None where there is none."""
+    annotation: Any = root
+    for part in key:
+        annotation = child_annotation(annotation, part)
+    return annotation
 
 
 def takes_text_only(annotation: Any) -> bool:
-    """Whether a setting takes text (or a path, or one of some words) and nothing else but null."""
+    """Returns whether a setting takes only text (or a path, or one of several words), or null."""
     kinds = [kind for kind in _alternatives(annotation) if kind is not NoneType and kind is not None]
     return bool(kinds) and all(
         kind in (str, Path) or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str)) for kind in kinds
@@ -90,7 +102,7 @@ def takes_text_only(annotation: Any) -> bool:
 
 
 def takes_mapping_only(annotation: Any) -> bool:
-    """Whether a setting is a section or a mapping, and may not be null."""
+    """Returns whether a setting is a section or a mapping that may not be null."""
     kinds = _alternatives(annotation)
     return all(get_origin(kind) is dict or _is_model(kind) for kind in kinds)
 
@@ -103,146 +115,146 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def expected(annotation: Any, limits: str = "") -> str:
-    """`a whole number, at least 1, or null`: what a setting of this annotation takes."""
+def expected_value(annotation: Any, limits: str = "") -> str:
+    """Describes what a setting takes: `a whole number, at least 1, or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        nested = [getattr(part, "metadata", [part]) for part in annotation.__metadata__]  # a Field() holds its own list
+        # A Field() holds its constraints in a list.
+        nested = [getattr(part, "metadata", [part]) for part in annotation.__metadata__]
         more = [
             text.format(getattr(constraint, name))
             for constraint in (part for parts in nested for part in parts)
             for name, text in _LIMITS.items()
             if hasattr(constraint, name)
         ]
-        return expected(arguments[0], "".join(f", {text}" for text in more))
+        return expected_value(arguments[0], "".join(f", {text}" for text in more))
     if origin in (Union, UnionType):
-        words = [text for member in arguments if get_origin(member) is Literal for text in get_args(member)]
-        others = [expected(member, limits) for member in arguments if get_origin(member) is not Literal]
-        return ", or ".join(dict.fromkeys([_one_of(words)] * bool(words) + others))
+        choices = [text for member in arguments if get_origin(member) is Literal for text in get_args(member)]
+        others = [expected_value(member, limits) for member in arguments if get_origin(member) is not Literal]
+        return ", or ".join(dict.fromkeys([_one_of(choices)] * bool(choices) + others))
     if origin is Literal:
         return _one_of(arguments)
     if origin is dict:
-        return f"a mapping {{name: {expected(arguments[1])}}}"
+        return f"a mapping {{name: {expected_value(arguments[1])}}}"
     if origin is tuple:
         size = "" if arguments[-1] is ... else f" of {len(arguments)}"
-        return f"a list{size}{limits}, each item {expected(arguments[0])}"
+        return f"a list{size}{limits}, each item {expected_value(arguments[0])}"
     if _is_model(annotation):
         return "a section with " + ", ".join(annotation.model_fields)
     return _NOUNS[annotation] + (limits if annotation is not NoneType else "")
 
 
-def _one_of(words: Any) -> str:
-    texts = [str(word) for word in dict.fromkeys(words)]
+def _one_of(choices: Any) -> str:
+    texts = [str(choice) for choice in dict.fromkeys(choices)]
     return texts[0] if len(texts) == 1 else f"one of {', '.join(texts)}"
 
 
-def complaints(
+def error_lines(
     error: ValidationError,
     root: type[BaseModel],
     values: Mapping[str, Any],
     *,
-    place: Callable[[Key], str],
+    locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
 ) -> list[str]:
-    """One line for each thing that pydantic found wrong: place, setting, value found, what is expected, nearest name.
+    """Returns one line per pydantic error: location, setting, value found, value expected, nearest valid name.
 
     Args:
         error: from validating `values` as `root`.
-        root: the outermost model. A union of models in it is told apart by the field `name`.
+        root: the outermost model. In a union of models, the field `name` selects the member.
         values: nested plain values.
-        place: says where a setting stands, for people.
-        show: words a value as the user would write it.
+        locate: returns the location of a setting, such as `cola.yaml, line 3`.
+        show: formats a value as the user would write it.
     """
-    found = [(_key(details["loc"], root, values), details) for details in error.errors(include_url=False)]
+    details_by_key = [(_key(details["loc"], root, values), details) for details in error.errors(include_url=False)]
     lines = []
-    for key, details in found:
-        # Of a union such as `balanced` or a mapping, the member that came furthest says what is wrong.
-        is_outer = any(len(other) > len(key) and other[: len(key)] == key for other, _ in found)
+    for key, details in details_by_key:
+        # For a union such as `balanced` or a mapping, only the member that matched deepest is reported.
+        is_outer = any(len(other) > len(key) and other[: len(key)] == key for other, _ in details_by_key)
         if is_outer and details["type"].endswith(("_type", "literal_error")):
             continue
-        lines += list(_lines(key, details, root, values, place=place, show=show))
+        lines += list(_lines(key, details, root, values, locate=locate, show=show))
     return list(dict.fromkeys(lines))
 
 
-def _key(loc: Key, root: type[BaseModel], values: Any) -> Key:
-    """pydantic's location without the labels of union members in it."""
-    key: Key = ()
+def _key(loc: KeyPath, root: type[BaseModel], values: Any) -> KeyPath:
+    """Returns pydantic's location without the labels of union members."""
+    key: KeyPath = ()
     annotation: Any = root
     for part in loc:
         is_field = any(part in model.model_fields for model in models_in(annotation))
         if is_field or value_at(values, (*key, part)) is not ABSENT:
-            key, annotation = (*key, part), inside(annotation, part)
+            key, annotation = (*key, part), child_annotation(annotation, part)
     return key
 
 
 def _lines(
-    key: Key,
+    key: KeyPath,
     details: ErrorDetails,
     root: type[BaseModel],
     values: Mapping[str, Any],
     *,
-    place: Callable[[Key], str],
+    locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
 ) -> Iterator[str]:
-    annotation = at(root, key)
+    annotation = annotation_at(root, key)
     if details["type"] == "extra_forbidden":
-        yield f"{place(key)}: {_unknown(key, root, values)}"
+        yield f"{locate(key)}: {_unknown(key, root, values)}"
         return
     if details["type"] == "value_error" and (key == () or models_in(annotation)):
         for text in str(details["ctx"]["error"]).splitlines():
             mentioned = [tuple(name.split(".")) for name in re.findall(r"[a-z_]+(?:\.\w+)+", text)]
-            places = [place(name) for name in mentioned if value_at(values, name) is not ABSENT] or [place(key)]
-            yield f"{' and '.join(dict.fromkeys(places))}: {text.removesuffix('.')}."
+            locations = [locate(name) for name in mentioned if value_at(values, name) is not ABSENT] or [locate(key)]
+            yield f"{' and '.join(dict.fromkeys(locations))}: {text.removesuffix('.')}."
         return
     if len(models_in(annotation)) > 1 and (
         value_at(values, key) is ABSENT or isinstance(value_at(values, key), Mapping)
     ):
         key = (*key, "name")
-        annotation = at(root, key)
+        annotation = annotation_at(root, key)
     value = value_at(values, key)
-    is_set = f"{name_of(key)} is not set" if value is ABSENT else f"{name_of(key)}={show(value)}"
-    why = str(details["ctx"]["error"]) if details["type"] == "value_error" else f"it must be {expected(annotation)}"
-    words = [str(word) for kind in _alternatives(annotation) if get_origin(kind) is Literal for word in get_args(kind)]
-    near = difflib.get_close_matches(str(value), words, 1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    yield f"{place(key)}: {is_set}: {why.removesuffix('.')}.{hint}"
+    found = f"{dotted_name(key)} is not set" if value is ABSENT else f"{dotted_name(key)}={show(value)}"
+    is_ours = details["type"] == "value_error"
+    reason = str(details["ctx"]["error"]) if is_ours else f"it must be {expected_value(annotation)}"
+    choices = [
+        str(text) for kind in _alternatives(annotation) if get_origin(kind) is Literal for text in get_args(kind)
+    ]
+    nearest = difflib.get_close_matches(str(value), choices, 1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    yield f"{locate(key)}: {found}: {reason.removesuffix('.')}.{hint}"
 
 
-def not_a_setting(name: str, root: type[BaseModel], values: Mapping[str, Any]) -> str:
-    """`optim.learning_rat is not a setting. Did you mean optim.learning_rate?`"""
+def unknown_setting(name: str, root: type[BaseModel], values: Mapping[str, Any]) -> str:
+    """Returns the message for a name without a setting: `train.epoch is not a setting. Did you mean train.epochs?`"""
     return _unknown(tuple(name.split(".")), root, values)
 
 
-def _unknown(key: Key, root: type[BaseModel], values: Mapping[str, Any]) -> str:
+def _unknown(key: KeyPath, root: type[BaseModel], values: Mapping[str, Any]) -> str:
     parent, last = key[:-1], str(key[-1])
     if "." in last:
         first, _, rest = last.partition(".")
-        return f"{last!r} is one key: in a file, write '{first}:' and, indented below it, '{rest}: ...'."
+        return f"{last!r} is a single key with a dot: write '{first}:' and, indented below it, '{rest}: ...'."
     siblings = _fields(parent, root, values)
     everywhere = [(section, field) for section in root.model_fields for field in _fields((section,), root, {})]
     if key in everywhere:
-        chosen = name_of((*parent, "name"))
-        value = value_at(values, (*parent, "name"))
-        return f"{name_of(key)} is not a setting of {chosen}={value}, which has {', '.join(siblings)}."
-    near = [(*parent, field) for field in difflib.get_close_matches(last, siblings, 1, 0.7)]
-    near = near or [pair for pair in everywhere if pair[1] == last]
-    near = near or [(*parent, field) for field in difflib.get_close_matches(last, siblings, 1)]
-    if near:
-        return f"{name_of(key)} is not a setting. Did you mean {name_of(near[0])}?"
-    return f"{name_of(key)} is not a setting: {name_of(parent) or 'the config'} has {', '.join(siblings)}."
+        selector = (*parent, "name")
+        value = value_at(values, selector)
+        return (
+            f"{dotted_name(key)} is not a setting of {dotted_name(selector)}={value}, which has {', '.join(siblings)}."
+        )
+    nearest = [(*parent, field) for field in difflib.get_close_matches(last, siblings, 1, 0.7)]
+    nearest = nearest or [pair for pair in everywhere if pair[1] == last]
+    nearest = nearest or [(*parent, field) for field in difflib.get_close_matches(last, siblings, 1)]
+    if nearest:
+        return f"{dotted_name(key)} is not a setting. Did you mean {dotted_name(nearest[0])}?"
+    return f"{dotted_name(key)} is not a setting: {dotted_name(parent) or 'the config'} has {', '.join(siblings)}."
 
 
-def _fields(key: Key, root: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that may stand at `key`; in a union of models, those of the one that `name` chooses."""
-    models = models_in(at(root, key))
+def _fields(key: KeyPath, root: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the settings at `key`; in a union of models, those of the member that `name` selects."""
+    models = models_in(annotation_at(root, key))
     name = value_at(values, (*key, "name"))
-    chosen = [model for model in models if len(models) > 1 and name in get_args(model.model_fields["name"].annotation)]
-    return list(dict.fromkeys(field for model in chosen or models for field in model.model_fields))
-
-
-def at(root: type[BaseModel], key: Key) -> Any:
-    """The annotation of the setting at `key`; None where there is none."""
-    annotation: Any = root
-    for part in key:
-        annotation = inside(annotation, part)
-    return annotation
+    selected = [
+        model for model in models if len(models) > 1 and name in get_args(model.model_fields["name"].annotation)
+    ]
+    return list(dict.fromkeys(field for model in selected or models for field in model.model_fields))

@@ -1,4 +1,4 @@
-"""What every section of the config is made of: frozen models, one way to declare a field, types that sections share."""
+"""The parts that every config section is built from: the frozen base model, the field declaration and shared types."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ OnResume = Literal["free", "warn", "refuse"]
 
 
 def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits: Any) -> Any:
-    """A config field. `resume` says what a resumed run may do with a changed value.
+    """Returns a config field.
 
-    free: may change. warn: may change, with a word about it. refuse: it changes the mathematics.
-    `...` as the default makes the field required.
+    Args:
+        default: its default value; `...` makes the field required.
+        meaning: one line for the reference in configs/README.md.
+        resume: how a resumed run treats a changed value. free: accepts it. warn: accepts it and logs a warning.
+            refuse: stops with an error, because the change would alter the results.
+        limits: pydantic constraints, such as `ge=1`.
     """
     if isinstance(default, tuple):
-        limits["strict"] = False  # YAML has lists, no tuples; the items stay strict
+        limits["strict"] = False  # YAML has lists but no tuples. The items stay strict.
     if isinstance(default, BaseModel):
         limits["default_factory"] = lambda: default
     else:
@@ -28,17 +32,17 @@ def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits
     return field
 
 
-def _below_home(path: str | Path) -> Any:
+def _expand_home(path: str | Path) -> Any:
     return type(path)(os.path.expanduser(path))  # noqa: PTH111 - a str may also be a name on the hub
 
 
-AnyPath = Annotated[Path, Strict(False), AfterValidator(_below_home)]
-NameOrPath = Annotated[str, AfterValidator(_below_home)]
+AnyPath = Annotated[Path, Strict(False), AfterValidator(_expand_home)]
+NameOrPath = Annotated[str, AfterValidator(_expand_home)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    """One section of the config, frozen. Unknown keys, `true` for 1, text for a number, and nan are errors."""
+    """Base class of a config section. Frozen; rejects unknown keys, `true` for 1, text for a number, and nan."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True

@@ -1,6 +1,6 @@
-"""Typed settings from a YAML file and `section.key=value` overrides, with every error at once, each with its place.
+"""Reads the settings of a run from a YAML file and `section.key=value` overrides. Reports all errors in one message.
 
-What settings there are is said in schema.py, what an error says in wording.py, what YAML is here in dialect.py.
+schema.py declares the settings, error_messages.py builds the messages, and yaml_dialect.py defines the YAML.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pydantic import ValidationError
 from dtrain.config.error_messages import (
     ABSENT,
     Difference,
-    Key,
-    at,
-    complaints,
-    inside,
+    KeyPath,
+    annotation_at,
+    child_annotation,
+    dotted_name,
+    error_lines,
     models_in,
-    name_of,
-    not_a_setting,
     takes_mapping_only,
     takes_text_only,
+    unknown_setting,
     value_at,
 )
 from dtrain.config.fields import OnResume
@@ -42,78 +42,83 @@ _COMMAND_LINE = "command line"
 
 
 @dataclass
-class _Settings:
-    """What was read so far: nested plain values, where each key stands, and what is wrong."""
+class _RawSettings:
+    """The settings as read so far, before validation."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)
+    """Nested plain values."""
+    locations: dict[KeyPath, str] = field(default_factory=dict)
+    """Where each key was set: `cola.yaml, line 3` or `command line`."""
     problems: list[str] = field(default_factory=list)
+    """Error messages, one line each."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "train") -> Config:
-    """Reads the settings of one run; without a file, those of the quickstart.
+    """Reads the settings of one run.
 
     Args:
-        path: a YAML file; None for the quickstart, of which an override drops what it makes meaningless, and for
-            predict the settings of the run that made model.name_or_path.
-        overrides: `section.key=value`, the value in YAML; later ones win, and all win over the file.
-        command: names the run's default folder for commands other than train (`cola-evaluate`).
+        path: a YAML file. None starts from the quickstart, without the parts that the overrides replace; for predict,
+            None starts from the settings of the run that trained model.name_or_path.
+        overrides: `section.key=value` with a YAML value. A later one wins over an earlier one and over the file.
+        command: names the default run folder of commands other than train (`cola-evaluate`).
 
     Raises:
-        ConfigError: one line for each thing that is wrong, with its place and the fix.
+        ConfigError: one line per problem, with its location and the fix.
     """
-    settings, stem = _Settings(), path.stem if path else None
+    settings, default_name = _RawSettings(), path.stem if path else None
     if path is not None:
         settings.values = _read_file(path, settings)
-    given = [pair for text in overrides if (pair := _read_override(text, settings)) is not None]
-    if path is None and command == "predict" and (path := _config_of_model(given)) is not None:
-        settings.values, stem = _read_file(path, settings), path.parent.name
-        settings.values["run"] = {"output_dir": str(path.parent.parent)}  # beside the run, wherever that lies now
+    pairs = [pair for text in overrides if (pair := _read_override(text, settings)) is not None]
+    if path is None and command == "predict" and (path := _config_of_model(pairs)) is not None:
+        settings.values, default_name = _read_file(path, settings), path.parent.name
+        # The run folder may have been moved since, so use its current place.
+        settings.values["run"] = {"output_dir": str(path.parent.parent)}
     elif path is None:
-        settings.values = _quickstart_under(given)
-    for key, value in given:
+        settings.values = _quickstart_without_replaced(pairs)
+    for key, value in pairs:
         _apply(key, value, settings)
-    _name_run(settings, stem=stem, command=command)
+    _name_run(settings, default_name=default_name, command=command)
 
-    def place(key: Key) -> str:
-        around = [settings.places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in settings.places]
-        below = [place for other, place in settings.places.items() if other[: len(key)] == key]
-        return [*around, *below, str(path) if path else _COMMAND_LINE][0]
+    def locate(key: KeyPath) -> str:
+        prefixes = [key[:n] for n in range(len(key), 0, -1)]
+        above = [settings.locations[prefix] for prefix in prefixes if prefix in settings.locations]
+        below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
+        return [*above, *below, str(path) if path else _COMMAND_LINE][0]
 
     problems = settings.problems
     try:
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
-        problems += _unknown_changes(config, place)
+        problems += _check_allowed_changes(config, locate)
     except ValidationError as error:
-        problems += complaints(error, Config, settings.values, place=place, show=show)
+        problems += error_lines(error, Config, settings.values, locate=locate, show=show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return config if command in ("train", "download") else _with_the_model_as_it_is(config, command)
+    return config if command in ("train", "download") else _for_trained_model(config, command)
 
 
-def _config_of_model(given: Sequence[tuple[Key, Any]]) -> Path | None:
-    """The config.yaml of the run whose model is named; None where the task is named instead, or no model.
+def _config_of_model(pairs: Sequence[tuple[KeyPath, Any]]) -> Path | None:
+    """Returns the config.yaml of the run that trained the model; None if the overrides name a task or no model.
 
     Raises:
-        ConfigError: the task cannot be known.
+        ConfigError: the task is unknown.
     """
-    values = dict(given)
+    values = dict(pairs)
     name = values.get(("model", "name_or_path"))
     if not isinstance(name, str):
         return None
     folder = Path(name).expanduser().absolute()
-    inside = folder / "config.yaml"  # a checkpoint has its settings with it, a model beside it
+    inside = folder / "config.yaml"  # A checkpoint contains its settings; those of a model are in the folder above.
     file = inside if inside.is_file() else folder.parent / "config.yaml"
     if not file.is_file() and values.keys().isdisjoint({("task", "name"), ("task",)}):
         raise ConfigError(
-            f"predict does not know what model.name_or_path={name} was trained for: it is not the model folder of a "
-            f"run ({file} is not there). Say task.name=..., or give the settings with --config."
+            f"predict does not know the task of model.name_or_path={name}: it is not the model folder of a run "
+            f"({file} does not exist). Set task.name=..., or pass the settings with --config."
         )
     return file if file.is_file() else None
 
 
-def _with_the_model_as_it_is(config: Config, command: str) -> Config:
-    """The settings of a training run, for a command that only uses its model: nothing new is made of it.
+def _for_trained_model(config: Config, command: str) -> Config:
+    """Returns the settings of a training run, changed for a command that only uses the trained model.
 
     Raises:
         ConfigError: no model is named.
@@ -122,108 +127,109 @@ def _with_the_model_as_it_is(config: Config, command: str) -> Config:
     if model.name_or_path is None:
         raise ConfigError(f"{command} uses a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
     changes: dict[str, Any] = {"from_scratch": False, "config": {}} if model.from_scratch else {}
-    if model.tokenizer in BUILT_TOKENIZERS:  # from the training text then, saved in the model's folder since
+    if model.tokenizer in BUILT_TOKENIZERS:  # Training built it from its text and saved it in the model's folder.
         changes["tokenizer"] = None
     return config.model_copy(update={"model": model.model_copy(update=changes)})
 
 
-def _unknown_changes(config: Config, place: Callable[[Key], str]) -> list[str]:
-    """Names in checkpoint.allow_changes that are no settings; what lies deeper may be in the older config only."""
+def _check_allowed_changes(config: Config, locate: Callable[[KeyPath], str]) -> list[str]:
+    """Returns a message for each name in checkpoint.allow_changes that is not a setting.
+
+    Checks two levels only: a deeper key may exist in the older config alone.
+    """
     values, key = config.model_dump(mode="json"), ("checkpoint", "allow_changes")
     allowed = config.checkpoint.allow_changes
     unknown = [name for name in allowed if value_at(values, tuple(name.split(".")[:2])) is ABSENT]
-    return [f"{place(key)}: checkpoint.allow_changes: {not_a_setting(name, Config, values)}" for name in unknown]
+    return [f"{locate(key)}: checkpoint.allow_changes: {unknown_setting(name, Config, values)}" for name in unknown]
 
 
 def to_yaml(config: Config) -> str:
-    """All settings as YAML in the order of the schema; `load_config` reads an equal config from it."""
+    """Returns all settings as YAML in the order of the schema. `load_config` reads an equal config from it."""
     return dump(config.model_dump(mode="json"))
 
 
 def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
-    """What `config` changes against the config.yaml of an earlier run.
+    """Returns the settings that differ from an earlier run's config.yaml.
 
-    Nothing, where there is no such file (None), or where `run.overwrite` makes it the past.
+    Empty without such a file (None), and with `run.overwrite`, which moves the earlier run away.
 
     Raises:
-        ConfigError: the text is no config at all.
+        ConfigError: the text is not a config.
     """
     if old_yaml_text is None or config.run.overwrite:
         return []
     try:
-        old: Any = _parse(old_yaml_text, _Settings(), file=str(config.run_dir / "config.yaml"))
+        old: Any = _parse(old_yaml_text, _RawSettings(), file=str(config.run_dir / "config.yaml"))
     except ConfigError as error:
-        raise ConfigError(f"{error} Set run.overwrite=true to move this run away and start anew.") from None
-    # A setting newer than the file gets its default; a file that only another version can read stays as it is.
+        raise ConfigError(f"{error} Set run.overwrite=true to move this run away and start a new one.") from None
+    # Validation fills in settings newer than the file. A file that only another version accepts stays as it is.
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")
     return list(_compare(old, config.model_dump(mode="json"), ()))
 
 
-def _compare(old: Any, new: Any, key: Key) -> Iterator[Difference]:
+def _compare(old: Any, new: Any, key: KeyPath) -> Iterator[Difference]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*new, *old]):
             yield from _compare(old.get(name, ABSENT), new.get(name, ABSENT), (*key, name))
     elif old != new:
-        yield Difference(name_of(key), show(old), show(new), _on_resume(key))
+        yield Difference(dotted_name(key), show(old), show(new), _on_resume(key))
 
 
-def _on_resume(key: Key) -> OnResume:
-    """What the setting at `key`, or the nearest one around it, lets a resumed run do."""
+def _on_resume(key: KeyPath) -> OnResume:
+    """Returns the resume rule of the setting at `key`, or of the nearest setting above it."""
     rule: Any = "refuse"
     for depth, part in enumerate(key):
-        for model in models_in(at(Config, key[:depth])):
+        for model in models_in(annotation_at(Config, key[:depth])):
             extra = model.model_fields[str(part)].json_schema_extra if part in model.model_fields else None
             rule = extra["resume"] if isinstance(extra, dict) else rule
-    chosen: OnResume = rule
-    return chosen
+    nearest: OnResume = rule
+    return nearest
 
 
-def _quickstart_under(given: Sequence[tuple[Key, Any]]) -> dict[str, Any]:
-    """The quickstart, less the parts that were made for what an override replaces."""
+def _quickstart_without_replaced(pairs: Sequence[tuple[KeyPath, Any]]) -> dict[str, Any]:
+    """Returns the quickstart's settings without those that belong to a part that an override replaces."""
 
-    def names(section: str, *settings: str) -> bool:
+    def is_set(section: str, *names: str) -> bool:
         return any(
-            key[0] == section and (len(key) == 1 or key[1] in settings) for key, value in given if value is not None
+            key[0] == section and (len(key) == 1 or key[1] in names) for key, value in pairs if value is not None
         )
 
-    if names("task", "name"):
+    if is_set("task", "name"):
         return {}
     base = copy.deepcopy(QUICKSTART)
-    del base["run"]  # its name is a default, not the user's choice: see _name_run
-    new_model, new_data = names("model", "name_or_path"), names("data", "name", "path")
+    del base["run"]  # Its name is a default, not the user's choice: see _name_run.
+    new_model, new_data = is_set("model", "name_or_path"), is_set("data", "name", "path")
     if new_model:
-        # Learning rate and decay suit a small new model, and would undo what a pretrained one has learned.
+        # Learning rate and decay suit a small new model. They would destroy what a pretrained one has learned.
         for section in ("model", "optim", "schedule"):
             del base[section]
     if new_data:
-        # A validation part is cut off any single file; the block length is bound to the model's positions.
+        # Any single file needs a validation split, but the block length belongs to the quickstart's model.
         kept = ("validation_fraction",) if new_model else ("validation_fraction", "max_length")
         base["data"] = {name: base["data"][name] for name in kept}
     return base
 
 
-def _name_run(settings: _Settings, *, stem: str | None, command: str) -> None:
-    """Names the run where the user did not: `stem`, else `quickstart` or the task, and the command."""
+def _name_run(settings: _RawSettings, *, default_name: str | None, command: str) -> None:
+    """Names an unnamed run after `default_name`, else after the task or the quickstart, and after the command."""
     run = settings.values.setdefault("run", {})
     if not isinstance(run, dict) or run.get("name") is not None:
         return
-    if stem is None:
-        task, is_named = (
-            settings.values.get("task"),
-            not settings.places.keys().isdisjoint({("task",), ("task", "name")}),
-        )
-        stem = str(task.get("name")) if isinstance(task, dict) and is_named else str(QUICKSTART["run"]["name"])
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip(".-_") or "run"
+    if default_name is None:
+        task = settings.values.get("task")
+        is_set = not settings.locations.keys().isdisjoint({("task",), ("task", "name")})
+        default_name = str(task.get("name")) if isinstance(task, dict) and is_set else str(QUICKSTART["run"]["name"])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", default_name).strip(".-_") or "run"
     run["name"] = name if command == "train" else f"{name}-{command}"
 
 
-def _read_file(path: Path, settings: _Settings) -> dict[str, Any]:
+def _read_file(path: Path, settings: _RawSettings) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [found.name for found in path.parent.glob("*.y*ml")], 1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        nearest = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], 1)
+        hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.{hint}") from None
     try:
         text = data.decode("utf-8-sig")
@@ -233,17 +239,17 @@ def _read_file(path: Path, settings: _Settings) -> dict[str, Any]:
     return _parse(text, settings, file=str(path))
 
 
-def _parse(text: str, settings: _Settings, *, file: str) -> dict[str, Any]:
-    """The mapping in a file's text. Syntax errors end it here: there is nothing to check further."""
+def _parse(text: str, settings: _RawSettings, *, file: str) -> dict[str, Any]:
+    """Returns the mapping in a file's text. Raises the first syntax error, since nothing can be checked after it."""
     try:
         node = yaml.compose(text, Loader=Loader)
         values = {} if node is None else _read(node, (), Config, settings, file=file)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        tab = " Indent with blanks, not tabs." if "\\t" in str(error.problem) else ""
-        raise ConfigError(f"{file}{line}: this is not YAML: {error.problem}.{tab}") from None
+        tab = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else ""
+        raise ConfigError(f"{file}{line}: this is not valid YAML: {error.problem}.{tab}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: this is not YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: this is not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
         raise ConfigError(f"{file}: an alias (*name) contains itself") from None
     if not isinstance(values, dict):
@@ -251,72 +257,76 @@ def _parse(text: str, settings: _Settings, *, file: str) -> dict[str, Any]:
     return values
 
 
-def _read(node: yaml.Node, key: Key, annotation: Any, settings: _Settings, *, file: str | None) -> Any:
-    """A node as plain values, each scalar read as what its setting takes: `name: 001` is the text 001.
+def _read(node: yaml.Node, key: KeyPath, annotation: Any, settings: _RawSettings, *, file: str | None) -> Any:
+    """Returns a node as plain values. The setting's type decides how a scalar is read: `name: 001` is the text 001.
 
-    Notes on the way where each key stands and which ones come twice. `file` is None on the command line.
+    Adds the location of each key and each duplicate key to `settings`. `file` is None on the command line.
     """
-    place = _place(node, file)
+    location = _location(node, file)
     if isinstance(node, yaml.MappingNode) and node.tag == f"{TAG}map":
         mapping: dict[str, Any] = {}
-        for name, inner in node.value:
-            below = (*key, name.value if isinstance(name, yaml.ScalarNode) else "?")
-            if below[-1] in mapping:
+        for name, child in node.value:
+            child_key = (*key, name.value if isinstance(name, yaml.ScalarNode) else "?")
+            last = child_key[-1]
+            if last in mapping:
                 settings.problems.append(
-                    f"{_place(name, file)}: {name_of(below)} is set twice (first: {settings.places[below]}). Keep one."
+                    f"{_location(name, file)}: {dotted_name(child_key)} is set twice (first: "
+                    f"{settings.locations[child_key]}). Keep one."
                 )
                 continue
-            settings.places[below] = _place(name, file)
-            mapping[str(below[-1])] = _read(inner, below, inside(annotation, below[-1]), settings, file=file)
+            settings.locations[child_key] = _location(name, file)
+            mapping[str(last)] = _read(child, child_key, child_annotation(annotation, last), settings, file=file)
         return mapping
     if isinstance(node, yaml.SequenceNode) and node.tag == f"{TAG}seq":
         items = enumerate(node.value)
-        return [_read(item, (*key, i), inside(annotation, i), settings, file=file) for i, item in items]
+        return [_read(item, (*key, i), child_annotation(annotation, i), settings, file=file) for i, item in items]
     is_null = node.tag == f"{TAG}null"
     if is_null and takes_mapping_only(annotation):
-        return {}  # a section whose every line is commented out
+        return {}  # A section whose lines are all commented out.
     if isinstance(node, yaml.ScalarNode) and takes_text_only(annotation) and not is_null:
         return node.value
     if node.tag in SCALARS:
-        with suppress(ValueError):  # !!int abc
+        with suppress(ValueError):  # For example `!!int abc`.
             return SCALARS[node.tag](node.value)
-    settings.problems.append(f"{place}: {name_of(key)} has the tag {node.tag}, which a config file has no use for.")
+    settings.problems.append(
+        f"{location}: {dotted_name(key)} has the YAML tag {node.tag}, which is not supported here. Remove it."
+    )
     return None
 
 
-def _place(node: yaml.Node, file: str | None) -> str:
+def _location(node: yaml.Node, file: str | None) -> str:
     return f"{file}, line {node.start_mark.line + 1}" if file else _COMMAND_LINE
 
 
-def _read_override(text: str, settings: _Settings) -> tuple[Key, Any] | None:
-    """`section.key=value` as key and value; None, with the problem noted, where it is not one."""
+def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | None:
+    """Returns `section.key=value` as key and value. If it is malformed, adds the problem and returns None."""
     dotted, equals, raw = text.partition("=")
     key = tuple(dotted.split("."))
     if not equals or not all(key):
         is_file = text.endswith((".yaml", ".yml"))
-        cure = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
-        settings.problems.append(f"{_COMMAND_LINE}: {text!r} sets nothing: {cure}.")
+        fix = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
+        settings.problems.append(f"{_COMMAND_LINE}: {text!r} is not a setting: {fix}.")
         return None
-    annotation = at(Config, key)
-    reading = _Settings()
+    annotation = annotation_at(Config, key)
+    value_settings = _RawSettings()
     try:
         node = yaml.compose(raw, Loader=Loader)
-        value = None if node is None else _read(node, key, annotation, reading, file=None)
+        value = None if node is None else _read(node, key, annotation, value_settings, file=None)
     except yaml.YAMLError as error:
         node, value = None, raw
         if not takes_text_only(annotation):
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-            settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not YAML: {problem}.")
+            settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not valid YAML: {problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
     if takes_text_only(annotation) and is_plain and (value is not None or (node is None and raw)):
-        value = raw  # not what YAML would make of a #, a colon or a bracket in it
-    settings.problems += reading.problems
+        value = raw  # Text keeps a #, a colon or a bracket that YAML would interpret.
+    settings.problems += value_settings.problems
     return key, value
 
 
-def _apply(key: Key, value: Any, settings: _Settings) -> None:
-    """Sets one override, and makes the command line the place of everything below it."""
+def _apply(key: KeyPath, value: Any, settings: _RawSettings) -> None:
+    """Sets one override. The command line becomes the location of this key and of everything below it."""
     *above, last = key
     target = settings.values
     for depth, part in enumerate(above, 1):
@@ -324,11 +334,12 @@ def _apply(key: Key, value: Any, settings: _Settings) -> None:
             target[str(part)] = {}
         target = target[str(part)]
         if not isinstance(target, dict):
+            parent = dotted_name(key[:depth])
             settings.problems.append(
-                f"{_COMMAND_LINE}: {name_of(key)} cannot be set: {name_of(key[:depth])} is {show(target)}. "
-                f"Give {name_of(key[:depth])} as a whole."
+                f"{_COMMAND_LINE}: {dotted_name(key)} cannot be set, because {parent} is {show(target)}. "
+                f"Set {parent} as one value."
             )
             return
     target[str(last)] = value
-    settings.places = {k: place for k, place in settings.places.items() if k[: len(key)] != key}
-    settings.places[key] = _COMMAND_LINE
+    settings.locations = {k: location for k, location in settings.locations.items() if k[: len(key)] != key}
+    settings.locations[key] = _COMMAND_LINE

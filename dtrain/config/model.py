@@ -1,4 +1,4 @@
-"""The settings of the model section: which model, which head, which adapters."""
+"""The settings of the model section: model, head, adapters."""
 
 from __future__ import annotations
 
@@ -10,53 +10,63 @@ from pydantic import field_validator, model_validator
 from dtrain.config.fields import AnyPath, NameOrPath, Section, setting
 
 BUILT_TOKENIZERS = ("char", "train-bpe")
-"""Values of model.tokenizer that make a tokenizer of the training text; it is saved with the model."""
+"""Values of model.tokenizer that build a tokenizer from the training text. It is saved with the model."""
 
 
 class NewHead(Section):
-    """A head of one's own on the bare backbone; how many outputs it has is the task's business."""
+    """A new head on the bare backbone. The task decides the number of outputs."""
 
-    kind: Literal["linear"] = setting("linear", "a linear layer, or two with tanh between them where hidden is set")
+    kind: Literal["linear"] = setting("linear", "one linear layer; if hidden is set, two with tanh between them")
     pooling: Literal["cls", "mean", "last"] = setting(
-        "cls", "the first token's state (encoders), the mean, or the last token's (decoders); padding does not count"
+        "cls", "cls: the first token's state (encoders); mean; last: the last token's (decoders); padding is ignored"
     )
-    hidden: int | None = setting(None, "width of a layer before the last", ge=1)
-    dropout: float = setting(0.0, "before each linear layer", ge=0, lt=1)
+    hidden: int | None = setting(None, "width of an extra layer before the output layer; null: none", ge=1)
+    dropout: float = setting(0.0, "dropout before each linear layer", ge=0, lt=1)
 
 
 class Lora(Section):
-    """Low-rank adapters beside the layers of a pretrained model, by peft."""
+    """Low-rank adapters for the layers of a pretrained model, by peft."""
 
     r: int = setting(8, "rank of the adapters", ge=1)
-    alpha: int = setting(16, "their output is multiplied by alpha / r", ge=1)
-    dropout: float = setting(0.0, "before each adapter", ge=0, lt=1)
+    alpha: int = setting(16, "the adapters' output is multiplied by alpha / r", ge=1)
+    dropout: float = setting(0.0, "dropout before each adapter", ge=0, lt=1)
     targets: tuple[str, ...] | None = setting(
-        None, "names of layers, e.g. [query, value]; default: those that peft knows for the model", strict=False
+        None, "names of the layers, e.g. [query, value]; default: peft's choice for the model", strict=False
     )
 
 
 class Model(Section):
-    """Which model and tokenizer, and how the model is run."""
+    """The model, its tokenizer, and how the model runs."""
 
-    name_or_path: NameOrPath | None = setting(None, "a Hugging Face name, or a folder that from_pretrained loads")
-    from_scratch: bool = setting(False, "new random weights (from model.config, on top of name_or_path's if given)")
-    config: dict[str, Any] = setting({}, "overrides of the model's own config; from scratch it needs model_type")
+    name_or_path: NameOrPath | None = setting(
+        None, "a model name on the Hugging Face hub, or a folder that from_pretrained loads"
+    )
+    from_scratch: bool = setting(
+        False, "start from random weights; model.config gives the architecture, or changes that of name_or_path"
+    )
+    config: dict[str, Any] = setting({}, "changes to the model's config; from_scratch without a name needs model_type")
     tokenizer: NameOrPath | None = setting(
         None, "name, folder, vocabulary file (.txt), char, or train-bpe; default: the model's"
     )
-    tokenizer_vocab_size: int = setting(8000, "tokens that train-bpe makes of the training text, at most", ge=260)
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model. Only for authors you trust")
+    tokenizer_vocab_size: int = setting(8000, "maximum number of tokens that train-bpe learns", ge=260)
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
     attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
-    gradient_checkpointing: bool = setting(False, "recompute activations in backward: less memory", resume="free")
-    compile: bool = setting(False, "torch.compile the model: faster steps after a slow first one", resume="warn")
-    batch_norm: Literal["eval", "train"] = setting("eval", "running statistics kept, or updated per rank (inexact)")
-    head: NewHead | None = setting(
-        None, "a new head on the bare backbone, e.g. {pooling: mean}; null: transformers' own"
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, more time", resume="free"
     )
-    lora: Lora | None = setting(None, "adapters that learn instead of the model, e.g. {r: 8, alpha: 16}; needs peft")
-    factory: str | None = setting(None, "package.module:function that makes your own torch module, instead of a name")
+    compile: bool = setting(False, "apply torch.compile: faster steps after a slow first one", resume="warn")
+    batch_norm: Literal["eval", "train"] = setting(
+        "eval", "eval: running statistics stay fixed; train: each rank updates its own, so results depend on the ranks"
+    )
+    head: NewHead | None = setting(
+        None, "a new head on the bare backbone, e.g. {pooling: mean}; null: the head of transformers"
+    )
+    lora: Lora | None = setting(None, "train adapters instead of the model, e.g. {r: 8, alpha: 16}; needs peft")
+    factory: str | None = setting(
+        None, "package.module:function that builds your own torch module, instead of a model by name"
+    )
     factory_folder: AnyPath | None = setting(
-        None, "where that module's file is; default: the config file's folder, or the current one", resume="free"
+        None, "folder of that module's file; default: the config file's folder, or the current one", resume="free"
     )
 
     @field_validator("factory")
@@ -69,27 +79,28 @@ class Model(Section):
         return factory
 
     @model_validator(mode="after")
-    def _factory_stands_alone(self) -> Model:
+    def _check_factory(self) -> Model:
         others = ("from_scratch", "head", "lora", "attn_implementation", "trust_remote_code")
-        if self.factory is not None and (set_too := [name for name in others if getattr(self, name)]):
+        if self.factory is not None and (conflicting := [name for name in others if getattr(self, name)]):
             raise ValueError(
-                f"model.{set_too[0]} has no effect on what model.factory={self.factory} makes: drop one of the two"
+                f"model.{conflicting[0]} has no effect on the module that model.factory={self.factory} builds: "
+                "remove one of the two"
             )
         return self
 
     @model_validator(mode="after")
-    def _adapters_need_a_pretrained_model(self) -> Model:
+    def _check_adapters(self) -> Model:
         if self.lora is not None and self.from_scratch:
             raise ValueError(
-                "model.lora adapts a pretrained model, but model.from_scratch=true makes a new one: drop one"
+                "model.lora adapts a pretrained model, but model.from_scratch=true creates a new one: remove one"
             )
         return self
 
     @model_validator(mode="after")
-    def _from_scratch_knows_what(self) -> Model:
+    def _check_from_scratch(self) -> Model:
         if self.from_scratch and self.name_or_path is None and "model_type" not in self.config:
             raise ValueError(
-                "model.from_scratch=true does not say what to make: set model.config.model_type (gpt2, bert, ...) "
-                "or model.name_or_path"
+                "model.from_scratch=true does not say which model to create: set model.config.model_type "
+                "(gpt2, bert, ...) or model.name_or_path"
             )
         return self

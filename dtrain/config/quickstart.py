@@ -1,4 +1,4 @@
-"""The settings of a run that is told nothing. configs/quickstart.yaml says the same with comments; a test holds them equal."""
+"""The built-in settings of a run without arguments. A test keeps them equal to configs/quickstart.yaml."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ QUICKSTART: dict[str, dict[str, Any]] = {
     "schedule": {"name": "cosine", "warmup_steps": 50},
     "train": {"max_steps": 400, "global_batch_size": 32, "micro_batch_size": 16, "eval_every": 200, "log_every": 20},
 }
-"""What dtrain trains when it is told nothing: a character GPT on the language reference in `pydoc_data.topics`."""
+"""A small character-level GPT on Python's language reference (`pydoc_data.topics`)."""

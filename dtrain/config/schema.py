@@ -1,7 +1,7 @@
-"""Every setting of dtrain: its name, type, default, meaning, and what a resume may do when it has changed.
+"""Every setting of dtrain: name, type, default, meaning, and how a resumed run treats a change.
 
-Only the models live here. config.py reads YAML and overrides into them and words the errors of single values; an error
-about a whole section is worded here, in full, one line for each. Nothing here touches a file.
+This module only declares the models. load.py reads YAML and overrides into them, and error_messages.py builds the
+errors of single values. Errors about a combination of settings are raised here, one complete line each.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, mode
 
 from dtrain.config.commands import Download, Export, Generate, Inspect, Predict, Talk
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
-from dtrain.config.engine import Engine as Engine
-from dtrain.config.engine import wire_conflicts
+from dtrain.config.engine import EngineSettings as EngineSettings
+from dtrain.config.engine import exchange_conflicts
 from dtrain.config.fields import AnyPath, Beta, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
@@ -25,38 +25,42 @@ from dtrain.config.task import CausalLm, TaskSettings
 
 
 class Run(Section):
-    """Where the run lives and what it is called."""
+    """Where the run is stored and what it is called."""
 
-    name: str | None = setting(None, "folder below output_dir; default: the config file's stem", resume="free")
+    name: str | None = setting(
+        None, "folder in output_dir; default: the config file's name without suffix", resume="free"
+    )
     output_dir: AnyPath = setting(Path("runs"), "parent folder of all runs", resume="free")
-    seed: int = setting(0, "the one seed: order, dropout, masking, new weights", ge=0, lt=2**32)
-    overwrite: bool = setting(False, "move an existing run folder to <name>.old-<time> and start anew", resume="free")
-    startup_timeout_s: float = setting(120.0, "seconds to wait for all ranks to arrive", resume="free", gt=0)
-    bind_cores: bool = setting(False, "on CPU: each rank of a node on cores of its own", resume="free")
+    seed: int = setting(0, "the only seed: data order, dropout, masking, new weights", ge=0, lt=2**32)
+    overwrite: bool = setting(False, "move an existing run folder to <name>.old-<time> and start over", resume="free")
+    startup_timeout_s: float = setting(120.0, "seconds to wait until all ranks have joined", resume="free", gt=0)
+    bind_cores: bool = setting(False, "on CPU: bind each rank of a node to separate cores", resume="free")
 
     @field_validator("name")
     @classmethod
     def _is_one_folder(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("a run name is one folder: letters, digits, '.', '_', '-', and a letter or digit first")
+            raise ValueError(
+                "a run name is one folder name: letters, digits, '.', '_', '-', and a letter or digit first"
+            )
         return name
 
 
 class ThawStage(Section):
-    """Modules that begin to learn when an epoch begins."""
+    """Modules that are unfrozen at the start of an epoch."""
 
     epoch: int = setting(1, "0-based epoch at whose start the modules are unfrozen", ge=1)
     modules: tuple[str, ...] = setting((), "paths as in freeze.modules", min_length=1)
 
 
 class Freeze(Section):
-    """What does not learn."""
+    """The modules that do not learn."""
 
     modules: tuple[str, ...] = setting((), "paths in the model or its base: embeddings, encoder.layer[:2], *.bias")
     method: Literal["requires_grad", "no_grad"] = setting(
-        "requires_grad", "no_grad: no gradient to anything below either"
+        "requires_grad", "no_grad: also stops gradients to everything below the frozen modules"
     )
-    thaw: tuple[ThawStage, ...] = setting((), "later unfreezing: [{epoch: 1, modules: [...]}]")
+    thaw: tuple[ThawStage, ...] = setting((), "modules to unfreeze later: [{epoch: 1, modules: [...]}]")
 
 
 class Data(Section):
@@ -66,20 +70,20 @@ class Data(Section):
     path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")
     config: str | None = setting(None, "configuration of a hub data set")
     splits: dict[str, str] = setting({}, "our split (train, validation) -> the source's split or file name")
-    validation_fraction: float | None = setting(None, "the end of a lone split, kept for validation", gt=0, lt=1)
+    validation_fraction: float | None = setting(None, "validation share of a single split, from its end", gt=0, lt=1)
     columns: dict[str, str] = setting({}, "our column (text, text_pair, label) -> the source's column")
-    delimiter: str | None = setting(None, "of CSV and TSV files; default by suffix")
+    delimiter: str | None = setting(None, "delimiter of CSV and TSV files; default: by file suffix")
     header: bool | None = setting(None, "whether the first line of a CSV or TSV names the columns; default: true")
     max_length: int | None = setting(
         None,
         "tokens per example (default 128), per block of a language model (256), per window of a context (384)",
         ge=2,
     )
-    limit: int | None = setting(None, "only the first n rows of each split, for a quick run", ge=1)
-    max_bad_rows: int = setting(0, "rows of a split that cannot be used and are passed over, each with a warning", ge=0)
+    limit: int | None = setting(None, "use only the first n rows of each split, for a quick run", ge=1)
+    max_bad_rows: int = setting(0, "unusable rows of a split that are skipped, each with a warning", ge=0)
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
-    num_proc: int = setting(1, "processes that tokenise rows, once per node", resume="free", ge=1)
-    cache_dir: AnyPath | None = setting(None, "of tokenised data; default: the datasets library's", resume="free")
+    num_proc: int = setting(1, "processes that tokenize rows, once per node", resume="free", ge=1)
+    cache_dir: AnyPath | None = setting(None, "cache of tokenized data; default: the datasets library's", resume="free")
 
 
 class Optim(Section):
@@ -87,26 +91,26 @@ class Optim(Section):
 
     name: Literal["adamw", "sgd", "adafactor"] = setting("adamw", "torch.optim's AdamW, SGD or Adafactor")
     learning_rate: float = setting(5e-5, "peak learning rate", gt=0)
-    weight_decay: float = setting(0.01, "decoupled decay; not applied to biases and norm layers", ge=0)
+    weight_decay: float = setting(0.01, "decoupled weight decay; not applied to biases and norm layers", ge=0)
     max_grad_norm: float | None = setting(1.0, "clip the gradient's global L2 norm to this; null: no clipping", gt=0)
-    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "of AdamW")
-    eps: float = setting(1e-8, "of AdamW", gt=0)
-    momentum: float = setting(0.0, "of SGD", ge=0, lt=1)
+    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "AdamW's betas")
+    eps: float = setting(1e-8, "AdamW's eps", gt=0)
+    momentum: float = setting(0.0, "SGD's momentum", ge=0, lt=1)
 
 
 class Schedule(Section):
-    """The learning rate over the run, by its Hugging Face name."""
+    """The learning rate schedule, by its Hugging Face name."""
 
     name: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = setting("linear", "shape after the warm-up")
-    warmup_steps: int | None = setting(None, "steps of the linear ramp from 0", ge=0)
-    warmup_ratio: float | None = setting(None, "the same as a share of all steps", ge=0, le=1)
+    warmup_steps: int | None = setting(None, "steps of the linear warm-up from 0", ge=0)
+    warmup_ratio: float | None = setting(None, "warm-up as a share of all steps", ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Schedule:
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("give schedule.warmup_steps or schedule.warmup_ratio, not both: set the other to null")
+            raise ValueError("set schedule.warmup_steps or schedule.warmup_ratio, not both: set the other to null")
         if self.name == "constant" and (self.warmup_steps or self.warmup_ratio):
             key = "warmup_steps" if self.warmup_steps else "warmup_ratio"
             raise ValueError(
@@ -117,128 +121,131 @@ class Schedule(Section):
 
 def _read_eval_every(value: Any) -> Any:
     if not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?|never", str(value)):
-        raise ValueError("it must be a number of steps from 1 on, epoch, 'N epochs' or never")
+        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or never")
     return int(value) if str(value).isdecimal() else value
 
 
 class Spike(Section):
-    """What is done about a loss far above those before it."""
+    """Detection of a loss far above the recent ones, and the response."""
 
     factor: float = setting(
-        3.0, "a loss above so many times the median of the last ones is a spike", resume="free", gt=1
+        3.0, "a loss above this multiple of the median of recent losses is a spike", resume="free", gt=1
     )
     action: Literal["warn", "skip", "rollback"] = setting(
-        "warn", "skip: leave its update out; rollback: go on with the weights of the newest checkpoint", resume="free"
+        "warn", "skip: drop the step's update; rollback: return to the weights of the newest checkpoint", resume="free"
     )
     window: int = setting(
-        50, "how many of the last losses the median is taken of, once there are ten", resume="free", ge=10
+        50, "number of recent losses in the median; spikes are detected once there are ten", resume="free", ge=10
     )
 
 
 class Train(Section):
-    """How long, in which portions, and what is watched."""
+    """Length of the run, batch sizes, and what is monitored."""
 
     epochs: int | None = setting(
-        None, "passes over the training data; default 3 where max_steps is not set", resume="warn", ge=1
+        None, "passes over the training data; default: 3 if max_steps is not set", resume="warn", ge=1
     )
     max_steps: int | None = setting(
-        None, "optimizer steps; the first of epochs and max_steps ends the run", resume="warn", ge=1
+        None, "optimizer steps; the run ends when it reaches epochs or max_steps", resume="warn", ge=1
     )
     max_minutes: float | None = setting(
-        None, "wall time of one start; then a checkpoint is saved and the exit code is 75", resume="free", gt=0
+        None, "wall time of one start; then the run saves a checkpoint and ends with exit code 75", resume="free", gt=0
     )
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
-    shuffle: bool = setting(True, "a new order each epoch; false: file order")
+    shuffle: bool = setting(True, "a new order in each epoch; false: file order")
     eval_every: Annotated[int | str, BeforeValidator(_read_eval_every)] = setting(
         "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
     )
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
     log_gradients: int | None = setting(
-        None, "steps between lines with the gradient's norm in each layer; null: none", resume="free", ge=1
+        None, "steps between lines with the gradient norm of each layer; null: none", resume="free", ge=1
     )
     non_finite: Literal["stop", "skip"] = setting(
-        "stop", "what a loss or gradient that is not finite does", resume="free"
+        "stop", "on a loss or gradient that is not finite: stop the run, or skip the update", resume="free"
     )
     hang_timeout: float | None = setting(
-        300.0, "seconds without progress until the job is ended as hung; null or 0: never", resume="free", ge=0
+        300.0, "seconds without progress until the job is stopped as hung; null or 0: never", resume="free", ge=0
     )
-    spike: Spike | None = setting(None, "what a loss far above those before it does; null: nothing", resume="free")
+    spike: Spike | None = setting(None, "response to a loss far above the recent ones; null: none", resume="free")
     check_replicas: int | None = setting(
-        None, "steps between comparisons of all ranks' weights, bit by bit; null: none", resume="free", ge=1
+        None, "steps between bit-for-bit comparisons of all ranks' weights; null: none", resume="free", ge=1
     )
-    early_stopping: int | None = setting(None, "stop after so many evaluations without a better", resume="free", ge=1)
+    early_stopping: int | None = setting(None, "stop after n evaluations without improvement", resume="free", ge=1)
     local_steps: int = setting(
-        1, "ddp: steps that each rank takes on its own share before the ranks average weights and moments", ge=1
+        1, "ddp: steps that each rank takes alone before the ranks average weights and moments", ge=1
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _three_epochs_unless_told(cls, values: Any) -> Any:
+    def _default_to_three_epochs(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and values.get("epochs") is None and values.get("max_steps") is None:
             return {**values, "epochs": 3}
         return values
 
 
 class Best(Section):
-    """By which metric the best step is chosen."""
+    """The metric that selects the best step."""
 
     metric: str = setting("loss", "a metric of the evaluation, e.g. matthews_correlation")
     mode: Literal["min", "max"] = setting("min", "which is better; default: min for a loss or perplexity, else max")
 
     @model_validator(mode="before")
     @classmethod
-    def _more_is_better_unless_a_loss(cls, values: Any) -> Any:
+    def _default_mode(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "mode" not in values and isinstance(values.get("metric"), str):
-            less_is_better = values["metric"].endswith(("loss", "perplexity", "bits_per_character"))
-            return {**values, "mode": "min" if less_is_better else "max"}
+            is_lower_better = values["metric"].endswith(("loss", "perplexity", "bits_per_character"))
+            return {**values, "mode": "min" if is_lower_better else "max"}
         return values
 
 
 class Evaluation(Section):
-    """The exact evaluation."""
+    """The evaluation."""
 
     micro_batch_size: int = setting(32, "examples per forward pass", resume="warn", ge=1)
-    best: Best | None = setting(None, "keep the best step's model and metrics instead of the last's")
+    best: Best | None = setting(None, "keep the model and metrics of the best step instead of the last")
     metrics: Annotated[tuple[str, ...], Strict(False)] | None = setting(
-        None, "which of the task's metrics are reported, beside loss; null: all", resume="free"
+        None, "which of the task's metrics to report besides the loss; null: all", resume="free"
     )
     factory: str | None = setting(
-        None, "package.module:function beside the config file: (predictions, references) -> metrics of your own"
+        None,
+        "package.module:function of your own metrics, beside the config file: (predictions, references) -> metrics",
     )
     factory_folder: AnyPath | None = setting(
-        None, "where that module's file is; default: the config file's folder, or the current one", resume="free"
+        None, "folder of that module's file; default: the config file's folder, or the current one", resume="free"
     )
-    generate: bool = setting(False, "seq2seq: write a text for every example and judge it (BLEU, ROUGE)", resume="warn")
-    num_beams: int = setting(1, "of generated texts; 1: always the likeliest token", resume="warn", ge=1)
+    generate: bool = setting(False, "seq2seq: generate a text per example and score it (BLEU, ROUGE)", resume="warn")
+    num_beams: int = setting(1, "beams for generated texts; 1: always the most likely token", resume="warn", ge=1)
     max_new_tokens: int | None = setting(
-        None, "tokens of a generated text; default: task.max_target_length", resume="warn", ge=1
+        None, "maximum tokens of a generated text; default: task.max_target_length", resume="warn", ge=1
     )
 
 
 class Checkpoint(Section):
-    """Durable state: weights, optimizer and place in the data, to go on from on any number of ranks and any engine."""
+    """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
     every: int | None = setting(
-        None, "steps between checkpoints, and after the last step; null: none", resume="free", ge=1
+        None, "steps between checkpoints; the last step is saved as well; null: no checkpoints", resume="free", ge=1
     )
-    keep: int = setting(2, "how many checkpoints to keep, beside that of the best step", resume="free", ge=1)
+    keep: int = setting(2, "number of checkpoints to keep, besides that of the best step", resume="free", ge=1)
     resume: str = setting(
-        "auto", "auto: from the newest whole one of this run; never; or the path of a checkpoint", resume="free"
+        "auto",
+        "auto: from the newest complete checkpoint of this run; never; or the path of a checkpoint",
+        resume="free",
     )
     allow_changes: Annotated[tuple[str, ...], Strict(False)] = setting(
-        (), "settings that may have changed although they change the mathematics: [optim.learning_rate]", resume="free"
+        (), "settings that may change on resume although they change the results: [optim.learning_rate]", resume="free"
     )
     format: Literal["portable", "sharded"] = setting(
-        "portable", "sharded: each rank writes what it keeps, for models too large to gather", resume="free"
+        "portable", "sharded: each rank writes its own part, for models too large to gather", resume="free"
     )
-    replicas: int = setting(2, "nodes that keep a copy, where run.output_dir is not shared", resume="free", ge=1)
-    max_file_gb: float = setting(5.0, "gigabytes of a file at most", resume="free", gt=0)
-    asynchronous: bool = setting(True, "write while training goes on; false: wait for the disk", resume="free")
+    replicas: int = setting(2, "nodes that keep a copy, if run.output_dir is not shared", resume="free", ge=1)
+    max_file_gb: float = setting(5.0, "maximum gigabytes per file", resume="free", gt=0)
+    asynchronous: bool = setting(True, "write while training continues; false: wait for the disk", resume="free")
 
 
 class Tracking(Section):
-    """Where the numbers go besides metrics.jsonl."""
+    """Logs besides metrics.jsonl."""
 
     tensorboard: bool = setting(True, "write event files to tensorboard/ in the run folder", resume="free")
 
@@ -249,14 +256,14 @@ class Config(Section):
     run: Run = setting(Run(), "the run folder", resume="free")
     task: TaskSettings = setting(..., "what is learned")
     model: Model = setting(Model(), "the model and its tokenizer")
-    freeze: Freeze = setting(Freeze(), "what does not learn")
+    freeze: Freeze = setting(Freeze(), "the modules that do not learn")
     data: Data = setting(Data(), "the examples")
     optim: Optim = setting(Optim(), "the optimizer")
-    schedule: Schedule = setting(Schedule(), "the learning rate")
-    train: Train = setting(Train(), "the loop")
-    engine: Engine = setting(Engine(), "the back end")
+    schedule: Schedule = setting(Schedule(), "the learning rate schedule")
+    train: Train = setting(Train(), "length, batch sizes and monitoring")
+    engine: EngineSettings = setting(EngineSettings(), "the back end")
     evaluation: Evaluation = setting(Evaluation(), "the evaluation")
-    checkpoint: Checkpoint = setting(Checkpoint(), "durable state")
+    checkpoint: Checkpoint = setting(Checkpoint(), "saved training state")
     tracking: Tracking = setting(Tracking(), "logs")
     generate: Generate = setting(Generate(), "the generate command")
     predict: Predict = setting(Predict(), "the predict command")
@@ -268,17 +275,17 @@ class Config(Section):
     _folder: Path = PrivateAttr(Path())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Config) and self.model_dump() == other.model_dump()  # wherever they were read from
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()  # The folder does not count.
 
     @property
     def folder(self) -> Path:
-        """Where the config file lies, and modules of the user's own beside it; without a file, the working folder."""
+        """The config file's folder, where the user's modules are searched; the current folder without a file."""
         return self._folder
 
     def in_folder(self, folder: Path) -> Config:
-        """The same settings, read from a file in that folder, where a module of the user's own is looked for."""
+        """Returns a copy that belongs to a config file in `folder`, where the user's modules are searched."""
         model, evaluation = self.model, self.evaluation
-        # Noted down, so that the run's config.yaml finds them too.
+        # Stored as settings, because the config.yaml of the run is in another folder.
         if model.factory is not None and model.factory_folder is None:
             model = model.model_copy(update={"factory_folder": folder})
         if evaluation.factory is not None and evaluation.factory_folder is None:
@@ -300,82 +307,90 @@ class Config(Section):
         return self.run.output_dir / (self.run.name or self.task.name)
 
     @model_validator(mode="after")
-    def _refused_combinations(self) -> Config:
-        """Settings that are right one by one and wrong together."""
-        found = [
+    def _check_combinations(self) -> Config:
+        """Rejects settings that are valid alone but not together."""
+        conflicts = [
             *self._engine_conflicts(),
-            *self._course_conflicts(),
+            *self._training_conflicts(),
             *self._task_conflicts(),
-            *wire_conflicts(
+            *exchange_conflicts(
                 self.engine,
                 local_steps=self.train.local_steps,
-                loose_steps=self._loose_steps(),
+                sync_steps=self._sync_steps(),
                 logs_gradients=self.train.log_gradients is not None,
             ),
         ]
-        if found:
-            raise ValueError("\n".join(found))
+        if conflicts:
+            raise ValueError("\n".join(conflicts))
         return self
 
     def _engine_conflicts(self) -> list[str]:
-        """What an engine cannot do with other settings."""
+        """Returns messages for settings that the chosen engine does not support."""
         stage, optim = self.engine.zero_stage, self.optim
         sharded = self.engine.is_deepspeed and stage is not None and stage >= 1
-        found = []
+        conflicts = []
         if optim.name == "adafactor" and sharded:
-            found.append(
-                f"optim.name=adafactor with engine.zero_stage={stage}: ZeRO hands Adafactor flat shards, whose row and "
-                "column statistics mean nothing. Use ZeRO stage 0, ddp, or AdamW"
+            conflicts.append(
+                f"optim.name=adafactor with engine.zero_stage={stage}: ZeRO passes flat shards to Adafactor, whose row "
+                "and column statistics would be meaningless. Use ZeRO stage 0, ddp, or AdamW"
             )
         if self.engine.precision == "fp16" and sharded and optim.max_grad_norm is not None:
-            found.append(
+            conflicts.append(
                 f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
-                "DeepSpeed clips gradients still multiplied by the loss scale. Use bf16, or optim.max_grad_norm=null"
+                "DeepSpeed clips gradients before it removes the loss scale. Use bf16, or optim.max_grad_norm=null"
             )
         if self.train.check_replicas is not None and sharded and stage == 3:
-            found.append(
-                "train.check_replicas compares whole weights, but with engine.zero_stage=3 each rank holds a part of its "
-                "own: set it to null, or use stage 0, 1 or 2"
+            conflicts.append(
+                "train.check_replicas compares complete weights, but with engine.zero_stage=3 each rank holds only a "
+                "shard: set it to null, or use stage 0, 1 or 2"
             )
         if self.engine.find_unused and self.engine.is_deepspeed:
-            found.append("engine.find_unused is ddp's: DeepSpeed would decay what is unused. Use engine.name=ddp")
-        return found
+            conflicts.append(
+                "engine.find_unused is for ddp: DeepSpeed would decay unused parameters. Use engine.name=ddp"
+            )
+        return conflicts
 
-    def _course_conflicts(self) -> list[str]:
-        """What evaluations, checkpoints and monitors need of each other."""
-        found = []
+    def _training_conflicts(self) -> list[str]:
+        """Returns messages for evaluations, checkpoints and monitors that need each other."""
+        conflicts = []
         if self.train.early_stopping is not None and self.evaluation.best is None:
-            found.append("train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know what better is")
+            conflicts.append(
+                "train.early_stopping needs evaluation.best: {metric: ..., mode: ...} to know which is better"
+            )
         if self.train.spike is not None and self.train.spike.action == "rollback" and self.checkpoint.every is None:
-            found.append(
-                "train.spike.action=rollback needs checkpoints to go back to: set checkpoint.every, or use skip"
+            conflicts.append(
+                "train.spike.action=rollback needs checkpoints to return to: set checkpoint.every, or use skip"
             )
         if self.run.overwrite and self.checkpoint.resume not in ("auto", "never"):
-            found.append("run.overwrite=true begins anew and checkpoint.resume=PATH goes on: give one of them")
+            conflicts.append(
+                "run.overwrite=true starts a new run, but checkpoint.resume=PATH resumes one: set only one of them"
+            )
         if self.evaluation.best is not None and self.train.eval_every == "never":
-            found.append(
+            conflicts.append(
                 "evaluation.best needs evaluations, but train.eval_every=never: set it to epoch or a number of steps"
             )
-        return found
+        return conflicts
 
     def _task_conflicts(self) -> list[str]:
-        """What a task needs, or cannot have."""
-        found = []
+        """Returns messages for settings that the task needs or does not support."""
+        conflicts = []
         if self.model.factory is not None and self.task.name == "seq2seq":
-            found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
+            conflicts.append("task.name=seq2seq needs an encoder-decoder model of transformers: remove model.factory")
         if self.evaluation.generate and self.task.name != "seq2seq":
-            found.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: leave it out")
+            conflicts.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: remove it")
         stride = self.task.stride if isinstance(self.task, CausalLm) else None
         if stride is not None and stride > self.max_length:
-            found.append(
-                f"task.stride={stride} leaves tokens out that no window of data.max_length={self.max_length} scores: "
+            conflicts.append(
+                f"task.stride={stride} skips tokens, because a window of data.max_length={self.max_length} is shorter: "
                 "set it to that or less (half is usual)"
             )
-        return found
+        return conflicts
 
-    def _loose_steps(self) -> dict[str, int]:
-        """Settings that name steps at which all ranks must hold the same weights."""
-        train = self.train
-        named = {"train.eval_every": train.eval_every, "train.check_replicas": train.check_replicas}
-        named |= {"checkpoint.every": self.checkpoint.every}
-        return {name: steps for name, steps in named.items() if isinstance(steps, int)}
+    def _sync_steps(self) -> dict[str, int]:
+        """Returns the intervals, by setting, after which all ranks need the same weights."""
+        intervals = {
+            "train.eval_every": self.train.eval_every,
+            "train.check_replicas": self.train.check_replicas,
+            "checkpoint.every": self.checkpoint.every,
+        }
+        return {name: steps for name, steps in intervals.items() if isinstance(steps, int)}

@@ -1,4 +1,4 @@
-"""The settings of each task: what `task.name` chooses between."""
+"""The settings of each task, selected by `task.name`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Head = Literal[
     "image_classification",
     "image_regression",
 ]
-"""What a task wants on top of a model: which AutoModel class carries it."""
+"""The head that a task needs on a model. It selects the AutoModel class."""
 
 
 class Classification(Section):
@@ -30,7 +30,9 @@ class Classification(Section):
     class_weights: Literal["balanced"] | dict[str, float] | None = setting(
         None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
     )
-    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
+    label_smoothing: float = setting(
+        0.0, "share of the target probability spread over all labels, in training only", ge=0, lt=1
+    )
 
     @field_validator("class_weights")
     @classmethod
@@ -45,22 +47,22 @@ class Regression(Section):
 
 
 class CausalLm(Section):
-    """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
+    """The next token of a text, in blocks of data.max_length. Every token of a split but the first is a target once."""
 
     name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
-    joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
+    joiner: str = setting("\n\n", "text inserted between two rows before they are cut into blocks")
     packing: Literal["stream", "documents"] = setting(
-        "stream", "documents: each row is one, and a token sees its own only; several share a block"
+        "stream", "stream: one text of all rows; documents: several rows share a block without seeing each other"
     )
     stride: int | None = setting(
-        None, "evaluate by a window of data.max_length that moves on by so many tokens; null: by blocks", ge=1
+        None, "evaluate with a sliding window of data.max_length that moves by this many tokens; null: in blocks", ge=1
     )
 
 
 class MultipleChoice(Section):
-    """Which of several endings goes on a text."""
+    """The ending, out of several, that continues a text."""
 
-    name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings goes on a text (SWAG)")
+    name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings continues a text (SWAG)")
 
 
 class QuestionAnswering(Section):
@@ -69,9 +71,9 @@ class QuestionAnswering(Section):
     name: Literal["question_answering"] = setting(
         ..., "question_answering: the answer to a question as a span of a text (SQuAD)"
     )
-    doc_stride: int = setting(128, "tokens that two neighbouring windows of a long context share", ge=0)
-    max_answer_length: int = setting(30, "tokens of a predicted answer at most", resume="warn", ge=1)
-    n_best: int = setting(20, "starts and ends of each window that are tried for the answer", resume="warn", ge=1)
+    doc_stride: int = setting(128, "tokens shared by two neighboring windows of a long context", ge=0)
+    max_answer_length: int = setting(30, "maximum tokens of a predicted answer", resume="warn", ge=1)
+    n_best: int = setting(20, "start and end positions per window that are considered", resume="warn", ge=1)
 
 
 class TokenClassification(Section):
@@ -83,20 +85,26 @@ class TokenClassification(Section):
 
 
 class Seq2Seq(Section):
-    """A text from a text: translation, summarisation, anything an encoder and a decoder learn together."""
+    """A text from a text with an encoder and a decoder, such as translation or summarization."""
 
     name: Literal["seq2seq"] = setting(..., "seq2seq: a text from a text, such as a translation or a summary")
     metric: Literal["translation", "summarization"] = setting(
-        "translation", "what judges generated texts: BLEU and chrF, or ROUGE", resume="free"
+        "translation", "metrics of generated texts. translation: BLEU and chrF; summarization: ROUGE", resume="free"
     )
-    source: str | None = setting(None, "side of `translation` (en) or column to read from; default: the usual names")
-    target: str | None = setting(None, "side of `translation` (ro) or column to write; default: the usual names")
-    prefix: str = setting("", "put before every source, blank included: T5 is told its task by one")
-    source_lang: str | None = setting(None, "language code of a multilingual tokenizer (mBART: en_XX, NLLB: eng_Latn)")
-    target_lang: str | None = setting(None, "the same of the targets; generation begins with it")
-    max_target_length: int = setting(128, "tokens of a target; longer ones are cut", ge=2)
+    source: str | None = setting(
+        None, "input: a side of the column `translation` (en), or a column; default: the usual names"
+    )
+    target: str | None = setting(
+        None, "output: a side of the column `translation` (ro), or a column; default: the usual names"
+    )
+    prefix: str = setting("", "text before every source, trailing space included; T5 needs it to select its task")
+    source_lang: str | None = setting(
+        None, "source language code for a multilingual tokenizer (mBART: en_XX, NLLB: eng_Latn)"
+    )
+    target_lang: str | None = setting(None, "target language code for such a tokenizer; generation starts with it")
+    max_target_length: int = setting(128, "maximum tokens of a target; longer ones are truncated", ge=2)
     label_smoothing: float = setting(
-        0.0, "share of the target spread over the vocabulary, in training only", ge=0, lt=1
+        0.0, "share of the target probability spread over the vocabulary, in training only", ge=0, lt=1
     )
 
     @model_validator(mode="after")
@@ -104,28 +112,29 @@ class Seq2Seq(Section):
         for one, other in (("source", "target"), ("source_lang", "target_lang")):
             if (getattr(self, one) is None) != (getattr(self, other) is None):
                 missing = one if getattr(self, one) is None else other
-                raise ValueError(f"task.{one} and task.{other} go together: set task.{missing} as well")
+                raise ValueError(f"task.{one} and task.{other} belong together: set task.{missing} as well")
         if self.source is not None and self.source == self.target:
-            raise ValueError(f"task.source and task.target are both {self.source}: a text is not learned from itself")
+            raise ValueError(f"task.source and task.target are both {self.source}: they must differ")
         return self
 
 
 class Chat(Section):
     """Dialogues: the next token of every turn, or of the assistant's turns only."""
 
-    name: Literal["chat"] = setting(..., "chat: dialogues, in turns or messages")
-    loss_on: Literal["all", "replies"] = setting("all", "which tokens are learnt: all turns', or the assistant's only")
+    name: Literal["chat"] = setting(..., "chat: dialogues, as turns or messages")
+    loss_on: Literal["all", "replies"] = setting("all", "targets: tokens of all turns, or of the assistant's only")
     format: Literal["auto", "turns", "template"] = setting(
-        "auto", "turns: [CLS] turn [SEP] turn [SEP]; template: the tokenizer's chat template; auto: that if it has one"
+        "auto",
+        "turns: [CLS] turn [SEP] turn [SEP]; template: the tokenizer's chat template; auto: template if there is one",
     )
 
 
 class MaskedLm(Section):
-    """Words hidden in a text, to be guessed from both sides. Rows longer than data.max_length go on in further examples."""
+    """Masked tokens of a text, predicted from both sides. Rows longer than data.max_length become several examples."""
 
-    name: Literal["masked_lm"] = setting(..., "masked_lm: hidden tokens of a text, guessed from both sides")
-    mask_probability: float = setting(0.15, "share of the tokens (or words) that are to be guessed", gt=0, le=1)
-    whole_word: bool = setting(False, "hide all tokens of a word or none")
+    name: Literal["masked_lm"] = setting(..., "masked_lm: masked tokens of a text, predicted from both sides")
+    mask_probability: float = setting(0.15, "share of the tokens (or words) to predict", gt=0, le=1)
+    whole_word: bool = setting(False, "mask all tokens of a word or none")
 
 
 class ImageClassification(Section):
@@ -135,9 +144,11 @@ class ImageClassification(Section):
     class_weights: Literal["balanced"] | dict[str, float] | None = setting(
         None, "weight of each label in the training loss, by label name; balanced: rows / (labels x rows of the label)"
     )
-    label_smoothing: float = setting(0.0, "share of the target spread over all labels, in training only", ge=0, lt=1)
+    label_smoothing: float = setting(
+        0.0, "share of the target probability spread over all labels, in training only", ge=0, lt=1
+    )
     image_size: int | None = setting(
-        None, "edge of the square that images are resized to; default: as the model says", ge=1
+        None, "side of the square that images are resized to; default: the model's image size", ge=1
     )
 
     @field_validator("class_weights")
@@ -154,7 +165,7 @@ class ImageRegression(Section):
         ..., "columns of the numbers, in the order of the model's outputs", min_length=1, strict=False
     )
     image_size: int | None = setting(
-        None, "edge of the square that images are resized to; default: as the model says", ge=1
+        None, "side of the square that images are resized to; default: the model's image size", ge=1
     )
 
 

@@ -1,4 +1,4 @@
-"""A function that a setting names as `package.module:function`."""
+"""Imports a user's function that a setting names as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from typing import Any
 from dtrain.errors import ConfigError
 
 NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-"""What such a setting looks like."""
+"""The form of such a setting."""
 
 
 def import_function(spec: str, *, folder: Path, setting: str) -> Callable[..., Any]:
-    """The function; its module is looked for in `folder` first, then where Python looks.
+    """Returns the function. Its module is searched in `folder` first, then on Python's search path.
 
-    Changes `sys.path` while the module is imported only, so that nothing in that folder hides a library later on.
+    Changes `sys.path` only during the import, so that no file in `folder` hides a library later.
 
     Args:
         spec: `package.module:function`.
-        folder: of the config file.
-        setting: the setting that gave it, for messages.
+        folder: the config file's folder.
+        setting: the setting that holds `spec`, for error messages.
 
     Raises:
-        ConfigError: no such module or function, or the module fails when it is imported.
+        ConfigError: no such module or function, or the import fails.
     """
-    named = NAME.fullmatch(spec)
-    if named is None:
-        raise ConfigError(f"{setting}={spec} names no function: write package.module:function.")
-    name, function = named.groups()
-    place = str(folder.resolve())
-    sys.path.insert(0, place)
+    match = NAME.fullmatch(spec)
+    if match is None:
+        raise ConfigError(f"{setting}={spec} is not the name of a function: write package.module:function.")
+    module_name, function_name = match.groups()
+    search_folder = str(folder.resolve())
+    sys.path.insert(0, search_folder)
     importlib.invalidate_caches()
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        is_itself = error.name is not None and f"{name}.".startswith(f"{error.name}.")
-        what = f"there is no module {error.name}" if is_itself else f"it imports {error.name}, which is not installed"
+        is_this_module = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
+        cause = (
+            f"there is no module {error.name}" if is_this_module else f"it imports {error.name}, which is not installed"
+        )
         raise ConfigError(
-            f"{setting}={spec} cannot be imported: {what} (looked in {place}, the config file's folder, then where "
-            "Python looks)."
+            f"{setting}={spec} cannot be imported: {cause} (searched {search_folder}, the config file's folder, and "
+            "then Python's search path)."
         ) from error
     except Exception as error:
-        raise ConfigError(f"{setting}={spec} cannot be imported: {described(error, name)}") from error
+        raise ConfigError(f"{setting}={spec} cannot be imported: {describe_error(error, module_name)}") from error
     finally:
-        sys.path.remove(place)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"{setting}={spec}: {module.__file__ or name} has no function {function}.")
-    wanted: Callable[..., Any] = found
-    return wanted
+        sys.path.remove(search_folder)
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"{setting}={spec}: {module.__file__ or module_name} has no function {function_name}.")
+    user_function: Callable[..., Any] = function
+    return user_function
 
 
-def described(error: BaseException, module: str) -> str:
-    """`ValueError: bad value (my_metrics.py, line 12)`: the error, and the last line of the user's own code in it."""
+def describe_error(error: BaseException, module: str) -> str:
+    """Returns the error and its last line in the user's module: `ValueError: bad value (my_metrics.py, line 12)`."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    where, trace = "", error.__traceback__
+    location, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
-        own = code.co_filename == file if file else trace.tb_frame.f_globals.get("__name__") == module
-        if own:
-            where = f" ({Path(code.co_filename).name}, line {trace.tb_lineno})"
+        is_user_code = code.co_filename == file if file else trace.tb_frame.f_globals.get("__name__") == module
+        if is_user_code:
+            location = f" ({Path(code.co_filename).name}, line {trace.tb_lineno})"
         trace = trace.tb_next
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}: {error}{location}"

@@ -1,4 +1,4 @@
-"""YAML as dtrain reads and writes it: scalars as YAML 1.2 has them, text quoted where another reader would misread it."""
+"""The YAML that dtrain reads and writes: scalars of YAML 1.2, with quotes where a YAML 1.1 reader needs them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TAG = "tag:yaml.org,2002:"
 
 
 class Loader(yaml.SafeLoader):
-    """For parsing only. Plain scalars are YAML 1.2's: `1e-4` is a number; `no`, `1:30` and dates are text."""
+    """Parses with the plain scalars of YAML 1.2: `1e-4` is a number; `no`, `1:30` and dates are text."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's class attribute
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would not read back as text; short lists stay on one line."""
+    """Quotes text that YAML 1.1 or 1.2 would not read back as text. Short lists stay on one line."""
 
 
 for _kind, _pattern, _first in (
@@ -57,19 +57,19 @@ SCALARS: dict[str, Callable[[str], Any]] = {
 
 
 def dump(values: Any) -> str:
-    """Plain values as a YAML file, mappings in their order."""
+    """Returns plain values as the text of a YAML file. Mappings keep their order."""
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
-def quoted(text: str) -> str:
-    """A text as a value that is read as that text however it looks: null, 'quoted', nothing at all."""
+def quote(text: str) -> str:
+    """Returns the text as a quoted YAML value, which is read back unchanged even if it is `null`, quoted or empty."""
     value: str = yaml.dump(text, default_style='"', allow_unicode=True, width=sys.maxsize)
     return value.removesuffix("\n")
 
 
 def show(value: Any) -> str:
-    """A value as one line of YAML, cut where it is long."""
+    """Returns a value as one line of YAML, shortened to 100 characters."""
     if value is ABSENT:
         return "(not set)"
     try:

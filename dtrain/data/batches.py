@@ -16,7 +16,7 @@ from dtrain.data.order import StepPlan, Turn, chunks, turns
 from dtrain.data.seeding import Place
 from dtrain.distributed.signals import leave_to_parent
 from dtrain.distributed.topology import Topology
-from dtrain.errors import KINDS, DtrainError
+from dtrain.errors import ERROR_TYPES, DtrainError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -98,7 +98,7 @@ def evaluation_batches(
 
 
 class Failed(NamedTuple):
-    """An error on its way out of a worker process. kind: its name in errors.KINDS."""
+    """An error on its way out of a worker process. kind: its name in errors.ERROR_TYPES."""
 
     kind: str
     message: str
@@ -151,5 +151,5 @@ def _leave_signals_to_rank(_worker: int) -> None:
 
 def _unless_failed(made: Tensors | Failed) -> Tensors:
     if isinstance(made, Failed):
-        raise KINDS[made.kind](made.message)
+        raise ERROR_TYPES[made.kind](made.message)
     return made

@@ -29,7 +29,7 @@ from dtrain.distributed.serialization import (
     padded,
     restore,
 )
-from dtrain.errors import KINDS, DtrainError
+from dtrain.errors import ERROR_TYPES, DtrainError
 
 JSON = Any
 
@@ -311,12 +311,12 @@ def on_main(work: Callable[[], JSON], context: RankContext) -> JSON:
         try:
             told = {"value": work()}
         except DtrainError as error:
-            kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in KINDS)
+            kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in ERROR_TYPES)
             told = {"error": kind, "message": str(error)}
     told = broadcast_object(told, context)
     if "error" in told:
-        failed = KINDS[told["error"]](told["message"])
-        failed.is_said_elsewhere = not context.is_main
+        failed = ERROR_TYPES[told["error"]](told["message"])
+        failed.is_reported_elsewhere = not context.is_main
         raise failed
     return told["value"]
 

@@ -16,7 +16,7 @@ from typing import Any
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.rendezvous import Board
-from dtrain.errors import KINDS, DtrainError
+from dtrain.errors import ERROR_TYPES, DtrainError
 
 JSON = Any
 LINGER_S = 2.0
@@ -69,8 +69,8 @@ def take_turn(turn: Turn, work: Callable[[], JSON] | None, *, progress_every_s: 
         return results[turn.node_rank]["value"]
     turn.board.add(f"{turn.name}/read", 1)
     _linger(turn)
-    error = KINDS[failed["error"]](failed["message"])
-    error.is_said_elsewhere = turn.rank != 0
+    error = ERROR_TYPES[failed["error"]](failed["message"])
+    error.is_reported_elsewhere = turn.rank != 0
     raise error
 
 
@@ -78,7 +78,7 @@ def _work_and_tell(turn: Turn, work: Callable[[], JSON]) -> None:
     try:
         text = json.dumps({"value": work()})
     except DtrainError as error:
-        kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in KINDS)
+        kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in ERROR_TYPES)
         text = json.dumps({"error": kind, "message": str(error)})
     except BaseException as error:
         # A mistake in the work, or Ctrl-C: the others must not wait for ever. Here it goes on as it is.

@@ -116,7 +116,7 @@ def call(
         ) from error
     if "problem" in verdict:
         failure = TopologyError(verdict["problem"])
-        failure.is_said_elsewhere = verdict["by"] != rank
+        failure.is_reported_elsewhere = verdict["by"] != rank
         raise failure
     return Admission(Seat(*verdict["seats"][rank]), verdict["meeting"])
 

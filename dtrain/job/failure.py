@@ -158,7 +158,7 @@ def report_alone(error: BaseException, config: Config, context: RankContext, *, 
     tell_launcher(end, topology)
     if is_noted:
         write_down(end, config, context.heartbeat)
-    if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_said_elsewhere", False):
+    if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_reported_elsewhere", False):
         log.error("%s", _title(error, topology) + _told(error, end))
     return end.code
 
@@ -184,7 +184,7 @@ def _settle(error: BaseException, config: Config, job: Job, *, follows: bool, is
         job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
     first = _in_time(lambda: _first_cause(own, job.board), own)
     tell_launcher(first, job.context.topology)
-    if is_noted and getattr(error, "is_noted", True):
+    if is_noted and getattr(error, "is_recorded", True):
         write_down(first, config, job.context.heartbeat)
     return own, first
 
@@ -227,7 +227,7 @@ def _say(words: str, job: Job, error: BaseException, *, follows: bool, title: st
         log.error("%s%s", title, words)
         _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)
     elif not is_hurried:
-        is_said = isinstance(error, DtrainError) and error.is_said_elsewhere
+        is_said = isinstance(error, DtrainError) and error.is_reported_elsewhere
         heard = _in_time(lambda: _listen(job.board, wait_s=0.0 if is_said else WAIT_S), None)
         if not (is_said or heard == words or (follows and heard is not None)):
             log.error("%s%s", title, words)

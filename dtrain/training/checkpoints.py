@@ -129,7 +129,7 @@ class CheckpointMonitor:
             error = CheckpointError(
                 f"{failed}. It was the last one of this start: the run will resume from the one before."
             )
-            error.is_said_elsewhere = not self._context.is_main
+            error.is_reported_elsewhere = not self._context.is_main
             raise error
 
     def settle(self) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import schema
-from dtrain.config.user_function import described, import_function
+from dtrain.config.user_function import describe_error, import_function
 from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Task
 
@@ -47,7 +47,7 @@ class UserMetrics:
         try:
             metrics = self.function([record["prediction"] for record in labeled], [r["reference"] for r in labeled])
         except Exception as error:
-            cause = described(error, self.spec.partition(":")[0])
+            cause = describe_error(error, self.spec.partition(":")[0])
             raise ConfigError(f"{self._setting} failed: {cause}. It gets two lists, in data order.") from error
         if not isinstance(metrics, Mapping):
             raise ConfigError(f"{self._setting} returned {metrics!r:.100}: it must return a dict of names and numbers.")

@@ -87,7 +87,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         chosen, there = _checkpoints(asked, context) if command == "train" else (None, Checkpoints())
         told = on_main(work, context)
     except ConfigError as error:
-        error.is_noted = False
+        error.is_recorded = False
         raise
     for note in told["notes"]:
         log.info("%s", note)

@@ -203,7 +203,7 @@ def main() -> int:
     topology = Topology.from_env(os.environ)
     if topology.world_size < 2:
         parser.error("one process sends nothing: start this by torchrun, deepspeed, mpirun or srun")
-    console.set_up(rank=topology.rank, world_size=topology.world_size)
+    console.configure_logging(rank=topology.rank, world_size=topology.world_size)
     from dtrain.job.session import session
 
     ways = {

@@ -1,6 +1,6 @@
-"""The command line from outside: arguments, what each command prints and leaves behind, run folders, exit codes.
+"""The command line: arguments, the output and files of each command, run folders, exit codes.
 
-What needs no process of its own runs `main` in this one, which saves the seconds of its imports.
+Most tests call `main` in this process, which saves the time of the imports.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Ended:
 
 
 def dtrain(*arguments: str) -> Ended:
-    """The command line in this process. A run sets variables for its libraries, which are taken back."""
+    """Runs a command line in this process. Restores the environment variables that a run sets for its libraries."""
     before, printed = dict(os.environ), io.StringIO()
     try:
         with redirect_stdout(printed):
@@ -52,19 +52,19 @@ def dtrain(*arguments: str) -> Ended:
 
 
 def metrics_of(run: Path) -> dict[str, float]:
-    found: dict[str, float] = jobs.summary_of(run)["eval"]
-    return found
+    metrics: dict[str, float] = jobs.summary_of(run)["eval"]
+    return metrics
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Returns the bytes of every file below a folder, by path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # Arguments
 
 
-def test_help_answers_in_half_a_second_of_work_without_a_heavy_import() -> None:
+def test_help_takes_half_a_second_of_cpu_time_and_no_heavy_import() -> None:
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -93,7 +93,7 @@ def test_help_answers_in_half_a_second_of_work_without_a_heavy_import() -> None:
     assert shown.returncode == 0
 
 
-def test_a_wrong_command_line_ends_with_2_and_a_near_name(tmp_path: Path) -> None:
+def test_a_wrong_command_line_exits_with_2_and_names_the_nearest_word(tmp_path: Path) -> None:
     wrong = {
         ("evalaute",): "evaluate",
         ("--dry-rnu",): "--dry-rnu",
@@ -102,13 +102,13 @@ def test_a_wrong_command_line_ends_with_2_and_a_near_name(tmp_path: Path) -> Non
         ("train.max_step=3",): "train.max_steps",
         ("train", "evaluate"): "evaluate",
     }
-    for arguments, words in wrong.items():
+    for arguments, message in wrong.items():
         ended = dtrain(*arguments)
-        assert (ended.code, words in ended.text) == (2, True), f"{arguments}: {ended.text}"
+        assert (ended.code, message in ended.text) == (2, True), f"{arguments}: {ended.text}"
         assert "Traceback" not in ended.text
 
 
-def test_what_print_config_shows_loads_again(tmp_path: Path) -> None:
+def test_the_output_of_print_config_is_a_config_file(tmp_path: Path) -> None:
     first = dtrain("--print-config", "--local_rank=1", "train.max_steps=7", "optim.learning_rate=1e-4")
     (tmp_path / "quickstart.yaml").write_text(first.text)
 
@@ -126,7 +126,7 @@ def test_what_print_config_shows_loads_again(tmp_path: Path) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2, but MASTER_ADDR is not set"),
     ],
 )
-def test_variables_that_contradict_each_other_are_shown_in_a_table(env: dict[str, str], cause: str) -> None:
+def test_contradictory_variables_are_shown_in_a_table(env: dict[str, str], cause: str) -> None:
     job = jobs.run(jobs.python(), env=env)
 
     assert job.process.returncode == 4
@@ -139,7 +139,7 @@ def test_variables_that_contradict_each_other_are_shown_in_a_table(env: dict[str
 # The plan
 
 
-def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     frozen = ["freeze.modules=[embeddings]", "data.limit=20", "train.epochs=2", "train.max_steps=null"]
 
     ended = dtrain("--dry-run", *jobs.settings(tmp_path / "runs", "plan"), *frozen)
@@ -163,7 +163,7 @@ def test_a_dry_run_shows_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_on_three_ranks_says_who_idles(tmp_path: Path) -> None:
+def test_a_dry_run_on_three_ranks_shows_the_idle_rank(tmp_path: Path) -> None:
     run = jobs.settings(tmp_path / "runs", "plan", train__global_batch_size=4)
 
     job = jobs.run([*jobs.torchrun(3), "--dry-run", *run])
@@ -192,7 +192,7 @@ def again(finished: Path, *more: str) -> Ended:
     return dtrain(*jobs.settings(finished.parent, "mine", train__eval_every="epoch", train__epochs=1), *more)
 
 
-def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
+def test_a_finished_run_is_not_changed(finished: Path) -> None:
     before = content(finished)
 
     same = again(finished)
@@ -234,7 +234,7 @@ def test_a_model_evaluated_twice_gives_the_digits_of_its_training_run(finished: 
     assert not (tmp_path / "check" / "model").exists()
 
 
-def test_an_unfinished_run_goes_on_or_is_refused_or_is_moved_away(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_resumed_or_refused_or_moved_away(tmp_path: Path) -> None:
     run = tmp_path / "mine"
     command = jobs.settings(tmp_path, "mine")
     assert dtrain(*command).code == 0
@@ -249,7 +249,7 @@ def test_an_unfinished_run_goes_on_or_is_refused_or_is_moved_away(tmp_path: Path
 
     assert (never.code, on.code, new.code) == (2, 0, 0)
     assert "holds an unfinished run, and checkpoint.resume=never" in never.text
-    assert "exit.json" not in left, "a refused start writes into nobody's folder"
+    assert "exit.json" not in left, "a refused start writes nothing"
     assert "holds an unfinished run" in on.text
     assert "summary.json" in finished
     (old,) = tmp_path.glob("mine.old-*")
@@ -258,7 +258,7 @@ def test_an_unfinished_run_goes_on_or_is_refused_or_is_moved_away(tmp_path: Path
     assert jobs.exit_of(run)["code"] == 0
 
 
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
     inside = dtrain(*jobs.settings(tmp_path, "mine"), f"run.output_dir={tmp_path / 'file'}")
@@ -271,10 +271,10 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-# Ends
+# Failures
 
 
-def test_a_loss_that_is_not_finite_ends_a_run_with_5_or_is_skipped(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_with_5_or_is_skipped(tmp_path: Path) -> None:
     bad = {"optim__learning_rate": "1e30", "optim__max_grad_norm": "null", "schedule__name": "constant"}
 
     stop = dtrain(*jobs.settings(tmp_path, "stop", **bad))
@@ -302,9 +302,9 @@ def test_errors_have_their_exit_code_and_no_traceback(tmp_path: Path) -> None:
         ({"freeze__modules": "[encodr]"}, 2, "encoder"),
         ({"evaluation__best": "{metric: bleu}", "train__eval_every": "epoch"}, 2, "matthews_correlation"),
     ]
-    for number, (settings, code, words) in enumerate(wrong):
+    for number, (settings, code, message) in enumerate(wrong):
         ended = dtrain(*jobs.settings(tmp_path / "runs", f"run{number}", **settings))
-        assert (ended.code, words in ended.text) == (code, True), f"{settings}: {ended.text}"
+        assert (ended.code, message in ended.text) == (code, True), f"{settings}: {ended.text}"
         assert "Traceback" not in ended.text
 
 
@@ -321,7 +321,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_trained_model_evaluates_under_a_name_of_its_own(written: Path) -> None:
+def test_an_evaluation_of_a_trained_model_has_its_own_run_name(written: Path) -> None:
     same = ["data.max_length=32", "data.limit=300", f"run.output_dir={written}"]
 
     ended = dtrain("evaluate", *same, f"model.name_or_path={written / 'quickstart' / 'model'}")
@@ -360,7 +360,7 @@ def test_generated_text_follows_the_seed_and_the_prompt(written: Path) -> None:
     assert not (written / "quickstart-generate").exists()
 
 
-def test_generate_without_a_trained_language_model_says_what_it_needs(finished: Path) -> None:
+def test_generate_without_a_trained_language_model_names_the_missing_setting(finished: Path) -> None:
     other = dtrain("generate", *jobs.settings(finished.parent, "text"))
     none = dtrain("generate")
 

@@ -1,6 +1,6 @@
-"""The download command against a hub of this machine, and what it fetched used without one.
+"""The download command with a local hub, and its downloads used offline.
 
-A hub's address is read once, at import: so the commands for one hub run one after the other in one process.
+The hub's address is read once, at import, so the commands for one hub run one after the other in one process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ NOWHERE = "http://127.0.0.1:9"
 COMMANDS = """
 import json, sys
 from dtrain.main import main
-for words in json.loads(sys.argv[1]):
-    print("ended", main(words))
+for argv in json.loads(sys.argv[1]):
+    print("ended", main(argv))
 """
 
 
@@ -52,11 +52,11 @@ class Ended:
 
 
 def run(hub: str, home: Path, *commands: Sequence[str], offline: bool = False) -> list[Ended]:
-    """The commands, one after the other, with that hub and that cache."""
+    """Runs the commands one after the other, with that hub and that cache."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    own = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    done = subprocess.run(words, cwd=ROOT, env={**kept, **own}, capture_output=True, text=True, timeout=240)
+    variables = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
+    done = subprocess.run(argv, cwd=ROOT, env={**kept, **variables}, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     *parts, _ = re.split(r"^ended (\d+)\n", done.stdout, flags=re.MULTILINE)
@@ -64,9 +64,7 @@ def run(hub: str, home: Path, *commands: Sequence[str], offline: bool = False) -
 
 
 @pytest.mark.slow
-def test_a_download_is_used_without_a_network_and_what_cannot_be_had_is_named(
-    tmp_path: Path, model: Path, data: Path
-) -> None:
+def test_a_download_works_offline_and_a_failed_one_names_its_cause(tmp_path: Path, model: Path, data: Path) -> None:
     (model / "old_weights.bin").write_text("large")
     home, taken = tmp_path / "home", tmp_path / "taken"
     taken.mkdir()
@@ -92,19 +90,19 @@ def test_a_download_is_used_without_a_network_and_what_cannot_be_had_is_named(
         )
         fetched = [request.rpartition("/")[2] for request in hub.requests if "GET /tester/tiny/" in request]
 
-    offline = "To use it without a network: HF_HUB_OFFLINE=1 python dtrain/main.py"
+    offline = "To use it offline: HF_HUB_OFFLINE=1 python dtrain/main.py"
     assert (cached.code, cached.last) == (0, f"{offline} {MODEL} {DATA}")
     assert "model.safetensors" in fetched
     assert fetched.count("old_weights.bin") == 1, "only where nothing is left out"
-    line = "To use it without a network: python dtrain/main.py"
+    line = "To use it offline: python dtrain/main.py"
     assert (in_folder.code, in_folder.last) == (0, f"{line} model.name_or_path={tmp_path / 'model'}")
     assert (again.code, (tmp_path / "model" / "old_weights.bin").is_file()) == (0, True), (
-        "it goes on with what is there"
+        "the download continues an earlier one"
     )
     assert (table.code, table.last) == (0, f"{line} data.path={tmp_path / 'data'}")
     assert "train 3, validation 1 rows" in table.text
     assert (refused.code, moved.code) == (2, 0)
-    assert "is there already" in refused.text
+    assert "already exists" in refused.text
     (old,) = tmp_path.glob("taken.old-*")
     assert (old / "notes.txt").read_text() == "mine"
     assert (torn.code, "could not be downloaded whole" in torn.text, "Call download again" in torn.text) == (3, 1, 1)
@@ -143,9 +141,9 @@ def test_settings_that_fetch_nothing_or_too_much_are_refused(tmp_path: Path, mod
         "There is nothing to download": [],
         "There is nothing to download: ": [f"model.name_or_path={model}"],
         "takes one repository, but model.name_or_path and data.name are set": [MODEL, DATA, "download.to=x"],
-        r"download.ignore=\['\*'\] is for models": [DATA, "download.ignore=['*']"],
-        "file is a file: name a folder": [MODEL, f"download.to={tmp_path / 'file'}"],
+        r"download.ignore=\['\*'\] works only with models": [DATA, "download.ignore=['*']"],
+        "file is a file: set it to a folder": [MODEL, f"download.to={tmp_path / 'file'}"],
     }
-    for said, settings in wrong.items():
-        with pytest.raises(ConfigError, match=said):
+    for message, settings in wrong.items():
+        with pytest.raises(ConfigError, match=message):
             run_download(load_config(None, settings, command="download"), ONE_PROCESS)

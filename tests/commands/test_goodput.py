@@ -1,4 +1,4 @@
-"""Where the wall time of a run went, on logs made up by hand: every second in one part, and the sums known before."""
+"""The categories of a run's wall time, on logs written by hand: every second in one category, and sums known before."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from dtrain.commands.arguments import parse
-from dtrain.commands.goodput import Account, account_of, describe, run_goodput
+from dtrain.commands.goodput import TimeReport, build_report, format_table, run_goodput
 from dtrain.errors import ConfigError, DataError
 from dtrain.main import main
 
 BOOT = 1000.0
-"""Wall time less monotonic time."""
+"""Wall time minus monotonic time."""
 
 
 def at(now: float, event: str, /, **values: Any) -> dict[str, Any]:
-    """A line written so many seconds after the machine's start."""
+    """Returns a line written `now` seconds after the machine's start."""
     return {"event": event, **values, "time_s": BOOT + now, "monotonic_s": now}
 
 
@@ -38,21 +38,21 @@ PLAIN = [
 ]
 
 
-def parts(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The parts that are not nothing; their sum is checked on the way."""
-    account = account_of(lines)
-    found = {part: round(seconds, 6) for part, seconds in account.seconds.items() if round(seconds, 6)}
-    assert sum(found.values()) == pytest.approx(account.total)
-    return found
+def categories(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns the categories that took time, and checks their sum."""
+    report = build_report(lines)
+    rounded = {category: round(seconds, 6) for category, seconds in report.seconds.items() if round(seconds, 6)}
+    assert sum(rounded.values()) == pytest.approx(report.total)
+    return rounded
 
 
 def test_a_run_of_one_start_has_its_start_up_training_evaluation_and_end() -> None:
-    account = account_of(PLAIN)
+    report = build_report(PLAIN)
 
-    assert parts(PLAIN) == {"start_up": 7.0, "training": 60.0, "evaluation": 5.0, "finishing": 3.0}
-    assert account.total == pytest.approx(75.0)
-    assert account.goodput == pytest.approx(0.8)
-    assert (account.steps, account.recomputed_steps, account.generations) == (30, 0, 1)
+    assert categories(PLAIN) == {"start_up": 7.0, "training": 60.0, "evaluation": 5.0, "finishing": 3.0}
+    assert report.total == pytest.approx(75.0)
+    assert report.goodput == pytest.approx(0.8)
+    assert (report.steps, report.recomputed_steps, report.generations) == (30, 0, 1)
 
 
 KILLED = [
@@ -71,10 +71,10 @@ KILLED = [
 ]
 
 
-def test_steps_taken_again_after_a_kill_and_the_time_between_are_lost() -> None:
-    account = account_of(KILLED)
+def test_steps_repeated_after_a_kill_and_the_time_between_are_not_training() -> None:
+    report = build_report(KILLED)
 
-    assert parts(KILLED) == {
+    assert categories(KILLED) == {
         "start_up": 4.0 + 0.0 + 9.0 + 4.0 + 2.0,
         "training": 50.0 + 10.0,  # 25 steps, then 26 to 30
         "recomputed": 30.0,  # 11 to 25
@@ -82,33 +82,33 @@ def test_steps_taken_again_after_a_kill_and_the_time_between_are_lost() -> None:
         "finishing": 3.0,
         "down": 100 - 9 - 61.0,
     }
-    assert (account.steps, account.recomputed_steps, account.generations) == (30, 15, 2)
+    assert (report.steps, report.recomputed_steps, report.generations) == (30, 15, 2)
 
 
-def test_a_run_that_began_again_at_step_1_took_all_steps_again() -> None:
+def test_a_run_that_restarted_at_step_1_repeats_all_steps() -> None:
     lines = [*KILLED[:6], at(100, "start"), train(102, 1), train(150, 25), train(160, 30)]
 
-    account = account_of(lines)
+    report = build_report(lines)
 
-    assert account.recomputed_steps == 25
-    assert account.seconds["recomputed"] == pytest.approx(50.0)
-    assert account.seconds["training"] == pytest.approx(50.0 + 10.0)
+    assert report.recomputed_steps == 25
+    assert report.seconds["recomputed"] == pytest.approx(50.0)
+    assert report.seconds["training"] == pytest.approx(50.0 + 10.0)
 
 
-def test_another_machine_has_another_monotonic_clock_and_the_wall_clock_joins_them() -> None:
+def test_generations_on_machines_with_different_monotonic_clocks_are_joined_by_the_wall_clock() -> None:
     moved = [*KILLED[:6], *({**line, "monotonic_s": line["monotonic_s"] + 5e6} for line in KILLED[6:])]
 
-    assert parts(moved) == parts(KILLED)
+    assert categories(moved) == categories(KILLED)
 
 
-def test_a_wall_clock_that_was_set_back_makes_no_time_negative() -> None:
+def test_a_wall_clock_that_was_set_back_gives_no_negative_time() -> None:
     back = [*KILLED[:6], *({**line, "time_s": line["time_s"] - 1000} for line in KILLED[6:])]
 
-    expected = parts(KILLED)
-    assert parts(back) == {part: seconds for part, seconds in expected.items() if part != "down"}
+    expected = categories(KILLED)
+    assert categories(back) == {part: seconds for part, seconds in expected.items() if part != "down"}
 
 
-def test_a_hang_is_the_time_from_the_last_step_to_its_fault() -> None:
+def test_a_hang_lasts_from_the_last_step_to_its_fault() -> None:
     lines = [
         at(0, "start"),
         train(2, 1),
@@ -117,10 +117,10 @@ def test_a_hang_is_the_time_from_the_last_step_to_its_fault() -> None:
         at(85, "end", step=12),
     ]
 
-    assert parts(lines) == {"training": 24.0, "faults": 61.0}
+    assert categories(lines) == {"training": 24.0, "faults": 61.0}
 
 
-def test_a_step_whose_update_was_dropped_is_lost() -> None:
+def test_a_step_whose_update_was_dropped_is_a_fault() -> None:
     lines = [
         at(0, "start"),
         train(2, 1),
@@ -130,10 +130,10 @@ def test_a_step_whose_update_was_dropped_is_lost() -> None:
         train(40, 20),
     ]
 
-    assert parts(lines) == {"training": 38.0, "faults": 2.0}
+    assert categories(lines) == {"training": 38.0, "faults": 2.0}
 
 
-def test_a_stall_is_of_the_time_when_it_was_though_its_line_comes_many_steps_later() -> None:
+def test_a_stall_counts_at_its_own_time_although_its_line_comes_many_steps_later() -> None:
     lines = [
         at(0, "start"),
         train(1, 1),
@@ -146,10 +146,10 @@ def test_a_stall_is_of_the_time_when_it_was_though_its_line_comes_many_steps_lat
         train(47, 40),
     ]
 
-    assert parts(lines) == {"training": 40.0, "checkpoint": 7.0}
+    assert categories(lines) == {"training": 40.0, "checkpoint": 7.0}
 
 
-def test_the_stall_of_a_checkpoint_that_could_not_be_written_is_one_too() -> None:
+def test_the_stall_of_a_checkpoint_that_failed_counts_as_well() -> None:
     lines = [
         at(0, "start"),
         train(1, 1),
@@ -159,10 +159,10 @@ def test_the_stall_of_a_checkpoint_that_could_not_be_written_is_one_too() -> Non
         train(32, 30),
     ]
 
-    assert parts(lines) == {"training": 30.0, "checkpoint": 2.0}
+    assert categories(lines) == {"training": 30.0, "checkpoint": 2.0}
 
 
-def test_the_export_of_a_new_best_model_and_going_back_to_a_checkpoint_are_no_training() -> None:
+def test_the_export_of_a_new_best_model_and_a_rollback_are_not_training() -> None:
     lines = [
         at(0, "start"),
         train(1, 1),
@@ -176,10 +176,10 @@ def test_the_export_of_a_new_best_model_and_going_back_to_a_checkpoint_are_no_tr
     ]
 
     # The updates of steps 18 to 20 are undone.
-    assert parts(lines) == {"training": 27.0, "evaluation": 2.0, "finishing": 4.0, "faults": 4.0 + 3.0}
+    assert categories(lines) == {"training": 27.0, "evaluation": 2.0, "finishing": 4.0, "faults": 4.0 + 3.0}
 
 
-def test_an_update_that_a_spike_has_cost_is_lost_whether_the_step_has_a_line_or_not() -> None:
+def test_an_update_dropped_after_a_spike_is_a_fault_with_or_without_a_line_for_its_step() -> None:
     def spike(now: float, step: int, action: str) -> dict[str, Any]:
         return at(now, "fault", kind="spike", step=step, action=action)
 
@@ -194,37 +194,37 @@ def test_an_update_that_a_spike_has_cost_is_lost_whether_the_step_has_a_line_or_
         train(30, 30),
     ]
 
-    assert parts(lines) == {"training": 28.0, "faults": 2.0}
+    assert categories(lines) == {"training": 28.0, "faults": 2.0}
 
 
-def test_a_start_that_never_came_to_a_step_is_start_up_and_one_line_alone_is_training() -> None:
-    assert parts([at(5, "start", startup_s=5.0), at(9, "end", step=0)]) == {"start_up": 9.0}
-    assert parts([at(5, "start", startup_s=5.0)]) == {"start_up": 5.0}
-    assert parts([at(5, "start"), train(8, 1)]) == {"training": 3.0}
-    assert parts([at(5, "start"), train(8, 1), at(10, "end", step=1)]) == {"training": 3.0, "finishing": 2.0}
+def test_a_start_without_a_step_is_start_up_and_a_single_train_line_is_training() -> None:
+    assert categories([at(5, "start", startup_s=5.0), at(9, "end", step=0)]) == {"start_up": 9.0}
+    assert categories([at(5, "start", startup_s=5.0)]) == {"start_up": 5.0}
+    assert categories([at(5, "start"), train(8, 1)]) == {"training": 3.0}
+    assert categories([at(5, "start"), train(8, 1), at(10, "end", step=1)]) == {"training": 3.0, "finishing": 2.0}
 
 
-def test_a_generation_too_short_for_a_pace_of_its_own_has_the_others() -> None:
+def test_a_generation_too_short_to_measure_its_pace_uses_that_of_the_others() -> None:
     lines = [*PLAIN[:-1], at(100, "start"), at(101, "resume", step=30), train(113, 31)]
 
-    assert parts(lines)["start_up"] == pytest.approx(7.0 + 1.0 + 10.0)
-    assert parts(lines)["training"] == pytest.approx(62.0)
+    assert categories(lines)["start_up"] == pytest.approx(7.0 + 1.0 + 10.0)
+    assert categories(lines)["training"] == pytest.approx(62.0)
 
 
-def test_an_older_log_without_the_start_up_time_and_one_with_other_lines_is_read() -> None:
+def test_an_older_log_without_the_start_up_time_and_with_unknown_lines_is_read() -> None:
     lines = [at(3, "thaw"), at(5, "start"), at(6, "gradients", step=1), train(7, 1), train(9, 2), at(9.5, "unheard of")]
 
-    assert parts(lines) == {"training": 4.0, "finishing": 0.5}
+    assert categories(lines) == {"training": 4.0, "finishing": 0.5}
 
 
-def test_an_evaluation_that_says_it_took_longer_than_there_was_takes_all_there_was() -> None:
+def test_an_evaluation_that_reports_more_time_than_passed_gets_all_the_time_that_passed() -> None:
     lines = [at(0, "start"), train(1, 1), at(2, "eval", step=1, seconds=99.0), train(3, 2), train(4, 3)]
 
-    # Half a second a step, then: the first took a whole one.
-    assert parts(lines) == {"training": 1.5, "start_up": 0.5, "evaluation": 2.0}
+    # Later steps took half a second each, so half of the second before step 1 is start-up.
+    assert categories(lines) == {"training": 1.5, "start_up": 0.5, "evaluation": 2.0}
 
 
-def test_going_back_to_a_checkpoint_in_the_middle_is_no_beginning() -> None:
+def test_a_rollback_in_the_middle_is_not_a_new_start() -> None:
     lines = [
         at(0, "start"),
         train(2, 1),
@@ -234,21 +234,21 @@ def test_going_back_to_a_checkpoint_in_the_middle_is_no_beginning() -> None:
         at(43, "end", step=20),
     ]
 
-    account = account_of(lines)
-    assert (account.steps, account.recomputed_steps) == (20, 0)
-    assert parts(lines) == {"training": 42.0, "finishing": 1.0}
+    report = build_report(lines)
+    assert (report.steps, report.recomputed_steps) == (20, 0)
+    assert categories(lines) == {"training": 42.0, "finishing": 1.0}
 
 
 def test_the_table_ends_with_the_goodput_and_leaves_out_what_took_no_time() -> None:
-    table = describe(account_of(PLAIN)).splitlines()
+    table = format_table(build_report(PLAIN)).splitlines()
 
-    assert table[0] == "30 steps, 0 of them taken again, in 1 start"
+    assert table[0] == "30 steps, 0 of them repeated, in 1 start"
     assert table[1].split()[:5] == ["training", "60.0", "s", "80.0", "%"]
     assert table[2].split()[:5] == ["start-up", "7.0", "s", "9.3", "%"]
     assert table[-2].split() == ["total", "75.0", "s"]
     assert table[-1] == "goodput 80.0 %"
     assert "down" not in "\n".join(table)
-    assert describe(Account()).endswith("goodput 0.0 %")
+    assert format_table(TimeReport()).endswith("goodput 0.0 %")
 
 
 # ---------------------------------------------------------------- the command
@@ -275,32 +275,36 @@ def test_the_command_takes_a_folder_or_the_settings_of_the_run(
     assert codes == [0, 0, 0]
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if line.startswith("goodput")] == ["goodput 80.0 %"] * 2
-    found = json.loads(printed[-1])
-    assert (found["goodput"], found["training_s"], found["generations"]) == (pytest.approx(0.8), pytest.approx(60.0), 1)
+    figures = json.loads(printed[-1])
+    assert (figures["goodput"], figures["training_s"], figures["generations"]) == (
+        pytest.approx(0.8),
+        pytest.approx(60.0),
+        1,
+    )
 
 
-def test_words_after_the_command_are_a_folder_and_settings() -> None:
-    found = parse(["goodput", "runs/cola"])
-    assert (found.command, found.run, found.overrides) == ("goodput", Path("runs/cola"), [])
+def test_the_command_is_followed_by_a_folder_or_settings() -> None:
+    arguments = parse(["goodput", "runs/cola"])
+    assert (arguments.command, arguments.run, arguments.overrides) == ("goodput", Path("runs/cola"), [])
     assert parse(["goodput", "run.name=x"]).overrides == ["run.name=x"]
     assert parse(["train", "run.name=x"]).run is None
-    with pytest.raises(ConfigError, match="--json is of the commands goodput and doctor; train has no such output"):
+    with pytest.raises(ConfigError, match="--json works only with goodput and doctor, not with train"):
         parse(["train", "--json"])
 
 
 @pytest.mark.parametrize(
-    ("lines", "kind", "said"),
+    ("lines", "error_type", "message"),
     [
-        (None, ConfigError, "is no folder"),
-        ("no file", ConfigError, "holds no training run: there is no metrics.jsonl"),
-        ([], ConfigError, "holds no start of a run"),
-        ([{"event": "start", "time_s": 1.0}], DataError, "line 1: it has no time_s and monotonic_s"),
-        ([at(0, "start"), [1]], DataError, "line 2: it has no time_s and monotonic_s"),
+        (None, ConfigError, "is not a folder"),
+        ("no file", ConfigError, "has no training run: it contains no metrics.jsonl"),
+        ([], ConfigError, "has no start of a run"),
+        ([{"event": "start", "time_s": 1.0}], DataError, "line 1: time_s or monotonic_s is missing"),
+        ([at(0, "start"), [1]], DataError, "line 2: time_s or monotonic_s is missing"),
         ([at(0, "start"), "DAMAGED", at(1, "end")], DataError, "line 2: this is not JSON; the file is damaged"),
     ],
 )
-def test_what_cannot_be_read_is_an_error_that_says_where_and_why(
-    tmp_path: Path, lines: Any, kind: type[Exception], said: str
+def test_an_unreadable_log_is_an_error_with_location_and_cause(
+    tmp_path: Path, lines: Any, error_type: type[Exception], message: str
 ) -> None:
     folder = tmp_path / "one"
     if lines == "no file":
@@ -310,16 +314,16 @@ def test_what_cannot_be_read_is_an_error_that_says_where_and_why(
         text = (folder / "metrics.jsonl").read_text()
         (folder / "metrics.jsonl").write_text(text.replace('"DAMAGED"', '{"event": "tr'))
 
-    with pytest.raises(kind, match=said):
+    with pytest.raises(error_type, match=message):
         run_goodput(folder, as_json=False)
 
 
-def test_the_command_line_says_the_same_once_and_gives_the_code(
+def test_the_command_line_prints_the_error_once_and_returns_its_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["goodput", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().out.splitlines() == [
-        f"error: {tmp_path / 'none'} is no folder. Name a run's: dtrain goodput runs/<name>"
+        f"error: {tmp_path / 'none'} is not a folder. Name the folder of a run: dtrain goodput runs/<name>"
     ]
     for more in ("runs/b", "run.name=x"):
         assert main(["goodput", "runs/a", more]) == 2

@@ -154,8 +154,8 @@ def test_a_model_with_missing_weights_is_refused(home: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["inspect.text=a", "inspect.split=train"], "give inspect.text or inspect.split, not both"),
-        (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples are of a split"),
+        (["inspect.text=a", "inspect.split=train"], "set inspect.text or inspect.split, not both"),
+        (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples selects examples of a split"),
         (["inspect.split=train", "inspect.examples=[-1]"], "at least 0"),
         (["inspect.split=train", "inspect.examples=3"], "a list"),
         ([], "set model.name_or_path"),

@@ -285,7 +285,7 @@ def test_a_training_run_is_not_overwritten(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["predict.text_pair=b"], "predict.text_pair is the second text of a pair"),
-        (["predict.text=a", "predict.file=b.csv"], "give predict.text or predict.file, not both"),
+        (["predict.text=a", "predict.file=b.csv"], "set predict.text or predict.file, not both"),
     ],
 )
 def test_contradictory_settings_are_refused(arguments: list[str], message: str) -> None:
@@ -317,7 +317,7 @@ def test_without_a_config_predict_uses_the_settings_of_the_models_run(
 def test_a_model_without_a_run_needs_a_task_name(tmp_path: Path) -> None:
     arguments = [f"model.name_or_path={tmp_path / 'model'}"]
 
-    with pytest.raises(ConfigError, match=r"does not know what model\.name_or_path=.* Say task\.name=\.\.\."):
+    with pytest.raises(ConfigError, match=r"does not know the task of model\.name_or_path=.* Set task\.name=\.\.\."):
         load_config(None, arguments, command="predict")
     found = load_config(None, [*arguments, "task.name=regression"], command="predict")
 

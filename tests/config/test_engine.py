@@ -1,4 +1,4 @@
-"""The settings of slow links: what goes together, and what a run with them is called."""
+"""The settings for slow links: their conflicts, and how the plan describes a run that uses them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ TWO = replace(SINGLE, world_size=2)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (
             ["engine.gradient_wire=bf16", "engine.zero_stage=1", "engine.precision=bf16"],
-            ["engine.gradient_wire=bf16", "engine.precision=bf16", "engine.zero_stage=1", "would send fp32"],
+            ["engine.gradient_wire=bf16", "engine.precision=bf16", "engine.zero_stage=1", "would still send fp32"],
         ),
         (
             ["engine.gradient_wire=bf16", "engine.deepspeed.communication_data_type=bf16"],
             ["engine.deepspeed.communication_data_type", "engine.gradient_wire"],
         ),
-        (["engine.powersgd={rank: 2}", "engine.name=deepspeed"], ["engine.powersgd is ddp's"]),
-        (["train.local_steps=4", "engine.deepspeed.steps_per_print=5"], ["train.local_steps=4 is ddp's"]),
+        (["engine.powersgd={rank: 2}", "engine.name=deepspeed"], ["engine.powersgd is for ddp"]),
+        (["train.local_steps=4", "engine.deepspeed.steps_per_print=5"], ["train.local_steps=4 is for ddp"]),
         (["train.local_steps=4", "engine.gradient_wire=bf16"], ["engine.gradient_wire=bf16 and train.local_steps=4"]),
         (["engine.powersgd={}", "engine.gradient_wire=bf16"], ["engine.gradient_wire=bf16 and engine.powersgd"]),
-        (["engine.powersgd={}", "train.local_steps=4"], ["engine.powersgd and train.local_steps=4", "give one"]),
+        (["engine.powersgd={}", "train.local_steps=4"], ["engine.powersgd and train.local_steps=4", "set only one"]),
         (["engine.powersgd={}", "engine.precision=fp16"], ["engine.powersgd with engine.precision=fp16"]),
         (["train.local_steps=4", "engine.precision=fp16"], ["train.local_steps=4 with engine.precision=fp16"]),
         (["engine.powersgd={}", "engine.find_unused=true"], ["engine.powersgd with engine.find_unused"]),
@@ -44,10 +44,10 @@ TWO = replace(SINGLE, world_size=2)
         (["train.local_steps=4", "checkpoint.every=10"], ["checkpoint.every=10", "multiple of 4"]),
         (["train.local_steps=4", "train.check_replicas=1"], ["train.check_replicas=1", "multiple of 4"]),
         (["train.local_steps=4", "train.log_gradients=4"], ["train.log_gradients", "train.local_steps=4"]),
-        (["engine.bucket_mb=5", "engine.powersgd={}"], ["engine.bucket_mb=5", "engine.powersgd does without"]),
-        (["engine.bucket_mb=5", "engine.zero_stage=1"], ["engine.bucket_mb=5", "DeepSpeed does without"]),
+        (["engine.bucket_mb=5", "engine.powersgd={}"], ["engine.bucket_mb=5", "engine.powersgd does not use it"]),
+        (["engine.bucket_mb=5", "engine.zero_stage=1"], ["engine.bucket_mb=5", "DeepSpeed does not use it"]),
         (["engine.bucket_mb=5", "engine.zero_stage=1", "engine.gradient_wire=bf16"], ["bucket_mb=5", "DeepSpeed does"]),
-        (["engine.bucket_mb=5", "train.local_steps=4"], ["bucket_mb=5", "train.local_steps=4 does without"]),
+        (["engine.bucket_mb=5", "train.local_steps=4"], ["bucket_mb=5", "train.local_steps=4 does not use it"]),
         (["engine.bucket_mb=0"], ["engine.bucket_mb=0", "0"]),
         (["train.local_steps=0"], ["train.local_steps=0", "at least 1"]),
         (["engine.gradient_wire=fp16"], ["engine.gradient_wire", "bf16"]),
@@ -56,29 +56,29 @@ TWO = replace(SINGLE, world_size=2)
         (["engine.powersgd={ranks: 1}"], ["engine.powersgd.ranks", "engine.powersgd.rank"]),
     ],
 )
-def test_what_does_not_go_together_is_refused(overrides: list[str], words: list[str]) -> None:
+def test_conflicting_settings_are_refused(overrides: list[str], phrases: list[str]) -> None:
     with pytest.raises(ConfigError) as refused:
         load_config(None, overrides)
 
-    assert all(word in str(refused.value) for word in words), refused.value
+    assert all(phrase in str(refused.value) for phrase in phrases), refused.value
 
 
-def test_deepspeed_takes_bf16_on_the_wire_where_it_heeds_it() -> None:
+def test_deepspeed_accepts_a_bf16_exchange_where_it_supports_it() -> None:
     load_config(None, ["engine.gradient_wire=bf16", "engine.zero_stage=3"])
     load_config(None, ["engine.gradient_wire=bf16", "engine.zero_stage=0", "engine.precision=bf16"])
 
 
-def test_ddps_buckets_may_be_rounded() -> None:
+def test_a_bucket_size_and_a_bf16_exchange_work_together() -> None:
     load_config(None, ["engine.bucket_mb=5", "engine.gradient_wire=bf16"])
 
 
-def test_one_config_goes_from_one_process_to_a_cluster_and_back() -> None:
+def test_settings_for_slow_links_are_accepted_for_one_process_and_for_a_cluster() -> None:
     for setting in ("engine.gradient_wire=bf16", "engine.powersgd={rank: 2}", "train.local_steps=4"):
         for engine in ("auto", "single", "ddp"):
             load_config(None, [setting, f"engine.name={engine}"])
 
 
-def test_multiples_of_the_local_steps_and_ends_of_epochs_are_good_places() -> None:
+def test_multiples_of_the_local_steps_and_ends_of_epochs_are_accepted() -> None:
     load_config(None, ["train.local_steps=4", "train.eval_every=8", "checkpoint.every=4", "train.check_replicas=12"])
     load_config(None, ["train.local_steps=4", "train.eval_every=2 epochs"])
     load_config(None, ["train.local_steps=4", "train.eval_every=never"])
@@ -93,7 +93,7 @@ def test_multiples_of_the_local_steps_and_ends_of_epochs_are_good_places() -> No
         (["train.local_steps=4"], "another algorithm: weights averaged every 4 steps"),
     ],
 )
-def test_a_run_says_how_exact_it_is(overrides: list[str], label: str) -> None:
+def test_the_plan_says_how_exact_a_run_is(overrides: list[str], label: str) -> None:
     config = load_config(None, overrides)
 
     assert exactness(config, engine_traits(config, RankContext(TWO))).startswith(label)
@@ -101,20 +101,20 @@ def test_a_run_says_how_exact_it_is(overrides: list[str], label: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "warning"),
     [
         (["engine.powersgd={start_step: 20}"], "no gradient will cross as factors, for engine.powersgd.start_step=20"),
         (["engine.powersgd={start_step: 19}"], ""),
         (["train.local_steps=4", "train.eval_every=never"], "waits for the next average of the weights, up to 4 steps"),
     ],
 )
-def test_the_banner_says_what_a_setting_does_not_do_or_costs(overrides: list[str], told: str) -> None:
+def test_the_plan_warns_of_settings_without_effect_and_of_their_cost(overrides: list[str], warning: str) -> None:
     config = load_config(None, [*overrides, "train.max_steps=20"])
 
     notes = "\n".join(engine_traits(config, RankContext(TWO), total_steps=20).notes)
 
-    assert told in notes
-    assert bool(told) == bool(notes)
+    assert warning in notes
+    assert bool(warning) == bool(notes)
     assert engine_traits(config, ONE_PROCESS, total_steps=20).notes == ()
 
 
@@ -125,7 +125,7 @@ def _memory(config: Config, context: RankContext) -> str:
 @pytest.mark.parametrize(
     ("overrides", "exchange"), [([], None), (["engine.gradient_wire=bf16"], "2.0"), (["engine.powersgd={}"], "12.0")]
 )
-def test_the_banner_counts_the_memory_that_the_exchange_takes(overrides: list[str], exchange: str | None) -> None:
+def test_the_plan_counts_the_memory_of_the_exchange(overrides: list[str], exchange: str | None) -> None:
     config = load_config(None, overrides)
 
     words = _memory(config, RankContext(TWO))
@@ -139,13 +139,13 @@ def test_the_banner_counts_the_memory_that_the_exchange_takes(overrides: list[st
 def test_only_ranks_that_exchange_need_room_for_what_they_remember(
     monkeypatch: pytest.MonkeyPatch, extra: int, slots: int
 ) -> None:
-    asked: list[int] = []
+    reserved: list[int] = []
 
     class Saver:
         def __init__(self, *_arguments: Any, **_more: Any) -> None: ...
 
         def prepare(self, _module: Any, *, slots: int) -> None:
-            asked.append(slots)
+            reserved.append(slots)
 
     monkeypatch.setattr(checkpoints, "Saver", Saver)
     config, nothing = load_config(None, ["engine.powersgd={}", "checkpoint.every=5"]), Any
@@ -155,4 +155,4 @@ def test_only_ranks_that_exchange_need_room_for_what_they_remember(
         config, ONE_PROCESS, nothing, state=RunState(), tracker=nothing, engine=lambda: engine
     )  # type: ignore[arg-type]
 
-    assert asked == [slots]
+    assert reserved == [slots]

@@ -1,4 +1,4 @@
-"""Settings: what file and command line say is what the run gets; what is wrong is said so that it can be mended."""
+"""Settings: a run gets the values from its file and command line, and an error says how to fix a wrong one."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from dtrain.config.task import TaskSettings
 from dtrain.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-TASKS = ", ".join(get_args(task.model_fields["name"].annotation)[0] for task in get_args(get_args(TaskSettings)[0]))
 CLASSIFY = ("task.name=classification",)
 TASKS = ", ".join(name for task in models_in(TaskSettings) for name in get_args(task.model_fields["name"].annotation))
 """Every task's name, in the order of the union."""
 
 
-def written(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
+def write_config(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def refusal(path: Path | None, *overrides: str) -> list[str]:
-    """The lines of the error that loading must raise."""
+def load_errors(path: Path | None, *overrides: str) -> list[str]:
+    """Returns the lines of the error that loading must raise."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, overrides)
     lines = str(caught.value).splitlines()
@@ -43,7 +42,7 @@ def refusal(path: Path | None, *overrides: str) -> list[str]:
 
 
 def fields(model: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below a model by its dotted name."""
+    """Yields every setting below a model with its dotted name."""
     for name, field in model.model_fields.items():
         inner = models_in(field.annotation)
         yield f"{prefix}{name}", field
@@ -52,7 +51,7 @@ def fields(model: type[Any], prefix: str = "") -> Iterator[tuple[str, FieldInfo]
 
 
 def reference_rows() -> list[str]:
-    """The table of configs/README.md: one row for each setting that is not a section."""
+    """Returns the table of configs/README.md: one row for each setting that is not a section."""
     rows: dict[str, None] = {}  # in order, and each once
     for name, field in fields(Config):
         if models_in(field.annotation) and field.is_required() is False and field.default_factory is not None:
@@ -81,8 +80,8 @@ def to_text(default: Any) -> str:
 # ---------------------------------------------------------------- the file
 
 
-def test_a_file_gives_what_it_says_and_the_defaults_for_the_rest(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, "task: {name: classification}\ntrain:\n  global_batch_size: 64\n"), [])
+def test_settings_missing_in_a_file_have_their_defaults(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, "task: {name: classification}\ntrain:\n  global_batch_size: 64\n"), [])
 
     assert config.train.global_batch_size == 64
     assert (config.train.micro_batch_size, config.train.epochs, config.train.max_steps) == (8, 3, None)
@@ -95,18 +94,18 @@ def test_a_file_gives_what_it_says_and_the_defaults_for_the_rest(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), (".5e3", 500.0), ("2", 2.0), ("1.", 1.0), ("1_000", 1000.0)]
 )
-def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str, value: float) -> None:
-    path = written(tmp_path, f"task: {{name: classification}}\noptim:\n  learning_rate: {text}\n")
+def test_numbers_are_read_in_every_notation(tmp_path: Path, text: str, value: float) -> None:
+    path = write_config(tmp_path, f"task: {{name: classification}}\noptim:\n  learning_rate: {text}\n")
 
     assert load_config(path, []).optim.learning_rate == value
     assert load_config(None, [f"optim.learning_rate={text}"]).optim.learning_rate == value
 
 
-def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
+def test_text_is_not_read_as_a_number_or_date(tmp_path: Path) -> None:
     text = "task: {name: classification}\nrun: {name: 001}\nmodel: {name_or_path: 1e3}\n"
     text += "data: {columns: {label: no, 2: 2020-01-01}}\n"
 
-    config = load_config(written(tmp_path, text), [])
+    config = load_config(write_config(tmp_path, text), [])
 
     assert (config.run.name, config.model.name_or_path) == ("001", "1e3")
     assert config.data.columns == {"label": "no", "2": "2020-01-01"}
@@ -114,7 +113,7 @@ def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_section_whose_lines_are_all_commented_out_is_a_section_of_defaults(tmp_path: Path) -> None:
     config = load_config(
-        written(tmp_path, "task: {name: classification}\ntrain:\n#  epochs: 5\nmodel:\n  config:\n"), []
+        write_config(tmp_path, "task: {name: classification}\ntrain:\n#  epochs: 5\nmodel:\n  config:\n"), []
     )
 
     assert (config.train.epochs, config.model.config) == (3, {})
@@ -128,74 +127,74 @@ def test_a_home_folder_is_expanded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "words"),
+    ("text", "line", "message"),
     [
         ("task:\n\tname: classification\n", 2, "not tabs"),
-        ("task: {name: classification\ntrain: 3\n", 2, "not YAML"),
+        ("task: {name: classification\ntrain: 3\n", 2, "not valid YAML"),
         ("- task\n- train\n", None, "expected sections"),
         ("classification\n", None, "found classification"),
-        ("a: 1\n---\nb: 2\n", 2, "not YAML"),
+        ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
         ("task: &again [*again]\n", None, "contains itself"),
         ("task: {name: classification}\nrun: {seed: !!python/object/apply:os.getpid []}\n", 2, "python/object"),
         ("task: {name: classification}\nrun: {seed: !!int seven}\n", 2, "run.seed"),
-        ("task: {name: 'classi\x01fication'}\n", None, "not YAML"),
+        ("task: {name: 'classi\x01fication'}\n", None, "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused_with_its_line(
-    tmp_path: Path, text: str, line: int | None, words: str
+def test_a_file_that_is_not_a_config_is_refused_with_its_line(
+    tmp_path: Path, text: str, line: int | None, message: str
 ) -> None:
-    path = written(tmp_path, text)
+    path = write_config(tmp_path, text)
 
-    (first, *_) = refusal(path)
+    (first, *_) = load_errors(path)
 
     assert first.startswith(f"{path}, line {line}: " if line else f"{path}: ")
-    assert words in first
+    assert message in first
 
 
-def test_a_file_that_is_not_there_is_named_with_the_one_that_was_meant(tmp_path: Path) -> None:
-    meant = written(tmp_path, "", "cola.yaml")
+def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
+    meant = write_config(tmp_path, "", "cola.yaml")
 
-    (line,) = refusal(tmp_path / "cols.yaml")
+    (line,) = load_errors(tmp_path / "cols.yaml")
 
     assert str(tmp_path / "cols.yaml") in line
     assert f"Did you mean {meant}?" in line
 
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
-    assert "directory" in refusal(tmp_path)[0]
+    assert "directory" in load_errors(tmp_path)[0]
 
 
-def test_bytes_that_are_not_utf8_are_placed(tmp_path: Path) -> None:
+def test_the_error_for_bytes_that_are_not_utf8_has_their_line(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(b"task:\n  name: causal_lm\nrun:\n  name: caf\xe9\n")
 
-    assert refusal(path) == [f"{path}, line 4: byte 40 is not UTF-8: save the file as UTF-8"]
+    assert load_errors(path) == [f"{path}, line 4: byte 40 is not UTF-8: save the file as UTF-8"]
 
 
-def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(b"\xef\xbb\xbftask: {name: causal_lm}\n")
 
     assert load_config(path, []).task.name == "causal_lm"
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\ntrain:\n  epochs: 1\n  shuffle: true\n  epochs: 2\n")
+def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "task: {name: causal_lm}\ntrain:\n  epochs: 1\n  shuffle: true\n  epochs: 2\n")
 
-    assert refusal(path) == [f"{path}, line 5: train.epochs is set twice (first: {path}, line 3). Keep one."]
+    assert load_errors(path) == [f"{path}, line 5: train.epochs is set twice (first: {path}, line 3). Keep one."]
 
 
 # ---------------------------------------------------------------- errors
 
 
-def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: Path) -> None:
-    path = written(
+def test_all_errors_are_reported_together_each_with_its_line(tmp_path: Path) -> None:
+    path = write_config(
         tmp_path,
         "task:\n  name: clasification\ntrian:\n  epochs: 1\ntrain:\n  micro_batchsize: 4\n  shuffle: 3\n"
         "optim:\n  learning_rate: fast\n",
     )
 
-    lines = refusal(path, "train.global_batch_size=0", "foo")
+    lines = load_errors(path, "train.global_batch_size=0", "foo")
 
     assert sorted(lines) == sorted(
         [
@@ -205,7 +204,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
             f"{path}, line 7: train.shuffle=3: it must be true or false.",
             f"{path}, line 9: optim.learning_rate=fast: it must be a number, above 0.",
             "command line: train.global_batch_size=0: it must be a whole number, at least 1.",
-            "command line: 'foo' sets nothing: write section.key=value, e.g. train.epochs=1.",
+            "command line: 'foo' is not a setting: write section.key=value, e.g. train.epochs=1.",
         ]
     )
 
@@ -232,7 +231,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
         ("optim.name=adam", "optim.name=adam: it must be one of adamw, sgd, adafactor. Did you mean adamw?"),
         (
             "train.eval_every=0",
-            "train.eval_every=0: it must be a number of steps from 1 on, epoch, 'N epochs' or never.",
+            "train.eval_every=0: it must be a number of steps, at least 1, or epoch, 'N epochs' or never.",
         ),
         ("train.eval_every=true", "train.eval_every=true: it must be a number of steps"),
         ("freeze.modules=embeddings", "freeze.modules=embeddings: it must be a list, each item text."),
@@ -242,7 +241,7 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
         ("train=3", "train=3: it must be a section with epochs"),
         ("task=classification", "task=classification: it must be a section with name"),
         ("task={}", f"task.name is not set: it must be one of {TASKS}."),
-        ("run.name=../outside", "run.name=../outside: a run name is one folder"),
+        ("run.name=../outside", "run.name=../outside: a run name is one folder name"),
         ("train.learning_rate=1", "train.learning_rate is not a setting. Did you mean optim.learning_rate?"),
         ("learning_rate=1", "learning_rate is not a setting. Did you mean optim.learning_rate?"),
         ("train.qqq=1", "train.qqq is not a setting: train has epochs, max_steps"),
@@ -251,50 +250,53 @@ def test_everything_that_is_wrong_is_said_at_once_each_with_its_line(tmp_path: P
             "task.label_smoothing=0.1",
             "task.label_smoothing is not a setting of task.name=causal_lm, which has name, joiner, packing, stride.",
         ),
-        ("optim.betas=[0.9", "optim.betas=[0.9: the value is not YAML"),
-        ("configs/cola.yaml", "'configs/cola.yaml' sets nothing: for a config file write --config configs/cola.yaml."),
-        ("train.=3", "'train.=3' sets nothing"),
+        ("optim.betas=[0.9", "optim.betas=[0.9: the value is not valid YAML"),
+        (
+            "configs/cola.yaml",
+            "'configs/cola.yaml' is not a setting: for a config file write --config configs/cola.yaml.",
+        ),
+        ("train.=3", "'train.=3' is not a setting: write section.key=value"),
         ("data={limit: 1, limit: 2}", "data.limit is set twice"),
     ],
 )
-def test_a_wrong_setting_is_named_with_what_was_found_and_what_is_expected(override: str, message: str) -> None:
-    (line,) = refusal(None, override)
+def test_a_wrong_setting_is_named_with_the_value_found_and_what_is_expected(override: str, message: str) -> None:
+    (line,) = load_errors(None, override)
 
     assert line.startswith(f"command line: {message}")
 
 
-def test_a_value_of_several_kinds_is_judged_by_the_nearest() -> None:
-    assert refusal(None, *CLASSIFY, "task.class_weights=bal") == [
+def test_a_setting_of_several_types_reports_the_error_of_the_nearest_one() -> None:
+    assert load_errors(None, *CLASSIFY, "task.class_weights=bal") == [
         "command line: task.class_weights=bal: it must be balanced, or a mapping {name: a number}, or null."
     ]
-    assert refusal(None, *CLASSIFY, "task.class_weights={a: x}") == [
+    assert load_errors(None, *CLASSIFY, "task.class_weights={a: x}") == [
         "command line: task.class_weights.a=x: it must be a number."
     ]
-    assert "label 'b' must be above 0" in refusal(None, *CLASSIFY, "task.class_weights={a: 1, b: 0}")[0]
+    assert "label 'b' must be above 0" in load_errors(None, *CLASSIFY, "task.class_weights={a: 1, b: 0}")[0]
     weights = load_config(None, [*CLASSIFY, "task.class_weights={0: 1, 1: 2.5}"]).task
     assert weights.name == "classification"
     assert weights.class_weights == {"0": 1.0, "1": 2.5}
 
 
 def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\ntrain.epochs: 3\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\ntrain.epochs: 3\n")
 
-    (line,) = refusal(path)
+    (line,) = load_errors(path)
 
     assert "write 'train:' and, indented below it, 'epochs: ...'" in line
 
 
-def test_a_file_without_a_task_is_told_so(tmp_path: Path) -> None:
-    path = written(tmp_path, "# nothing yet\n")
+def test_a_file_without_a_task_is_refused(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "# nothing yet\n")
 
-    assert refusal(path) == [f"{path}: task.name is not set: it must be one of {TASKS}."]
+    assert load_errors(path) == [f"{path}: task.name is not set: it must be one of {TASKS}."]
 
 
 def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\noptim: {betas: [0.9, 0.99]}\n")
+    path = write_config(tmp_path, "task: {name: causal_lm}\noptim: {betas: [0.9, 0.99]}\n")
 
-    assert refusal(path, "optim.betas.0=0.8") == [
-        "command line: optim.betas.0 cannot be set: optim.betas is [0.9, 0.99]. Give optim.betas as a whole."
+    assert load_errors(path, "optim.betas.0=0.8") == [
+        "command line: optim.betas.0 cannot be set, because optim.betas is [0.9, 0.99]. Set optim.betas as one value."
     ]
 
 
@@ -302,7 +304,7 @@ def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "phrases"),
     [
         (["optim.name=adafactor", "engine.zero_stage=1"], ["optim.name=adafactor", "engine.zero_stage=1"]),
         (["engine.precision=fp16", "engine.zero_stage=2"], ["engine.precision=fp16", "optim.max_grad_norm=null"]),
@@ -315,13 +317,13 @@ def test_a_setting_below_a_value_cannot_be_set(tmp_path: Path) -> None:
         (["model.config={n_layer: 2}"], ["model.from_scratch", "model.config.model_type"]),
     ],
 )
-def test_settings_that_are_wrong_together_are_refused(overrides: list[str], words: list[str]) -> None:
-    lines = refusal(None, *overrides)
+def test_settings_that_conflict_are_refused(overrides: list[str], phrases: list[str]) -> None:
+    lines = load_errors(None, *overrides)
 
-    assert all(word in lines[0] for word in words)
+    assert all(phrase in lines[0] for phrase in phrases)
 
 
-def test_combinations_that_only_look_refused_are_taken() -> None:
+def test_similar_combinations_that_are_valid_are_accepted() -> None:
     load_config(None, ["optim.name=adafactor", "engine.zero_stage=0"])
     load_config(None, ["optim.name=adafactor", "engine.name=deepspeed"])
     load_config(None, ["engine.precision=fp16", "engine.zero_stage=2", "optim.max_grad_norm=null"])
@@ -330,32 +332,34 @@ def test_combinations_that_only_look_refused_are_taken() -> None:
 
 @pytest.mark.parametrize(("key", "owner"), OWNED_DEEPSPEED_KEYS.items())
 def test_a_deepspeed_key_that_dtrain_owns_is_refused_with_its_owner(key: str, owner: str) -> None:
-    (line,) = refusal(None, f"engine.deepspeed.{key}=3.0")
+    (line,) = load_errors(None, f"engine.deepspeed.{key}=3.0")
 
     assert f"engine.deepspeed.{key}" in line
     assert owner in line
 
 
-def test_two_settings_that_contradict_each_other_are_both_placed(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\nschedule:\n  warmup_steps: 5\n")
+def test_the_error_for_two_conflicting_settings_has_both_locations(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "task: {name: causal_lm}\nschedule:\n  warmup_steps: 5\n")
 
-    (line,) = refusal(path, "schedule.warmup_ratio=0.1")
+    (line,) = load_errors(path, "schedule.warmup_ratio=0.1")
 
-    assert line.startswith(f"{path}, line 3 and command line: give schedule.warmup_steps or schedule.warmup_ratio")
+    assert line.startswith(f"{path}, line 3 and command line: set schedule.warmup_steps or schedule.warmup_ratio")
 
 
-def test_a_change_can_be_allowed_for_settings_that_exist_only() -> None:
-    (found,) = refusal(None, "checkpoint.allow_changes=[optim.learning_rat]")
+def test_a_change_can_be_allowed_only_for_settings_that_exist() -> None:
+    (line,) = load_errors(None, "checkpoint.allow_changes=[optim.learning_rat]")
 
-    assert "checkpoint.allow_changes: optim.learning_rat is not a setting. Did you mean optim.learning_rate?" in found
+    assert "checkpoint.allow_changes: optim.learning_rat is not a setting. Did you mean optim.learning_rate?" in line
     assert load_config(None, ["checkpoint.allow_changes=[optim, data.path]"]).checkpoint.allow_changes
 
 
 # ---------------------------------------------------------------- overrides
 
 
-def test_the_command_line_wins_over_the_file_and_a_later_word_over_an_earlier_one(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: classification, label_smoothing: 0.2}\ntrain: {epochs: 1, shuffle: false}\n")
+def test_the_command_line_wins_over_the_file_and_a_later_override_over_an_earlier_one(tmp_path: Path) -> None:
+    path = write_config(
+        tmp_path, "task: {name: classification, label_smoothing: 0.2}\ntrain: {epochs: 1, shuffle: false}\n"
+    )
 
     config = load_config(path, ["train.epochs=2", "train.epochs=4"])
 
@@ -364,15 +368,15 @@ def test_the_command_line_wins_over_the_file_and_a_later_word_over_an_earlier_on
     assert config.task.label_smoothing == 0.2
 
 
-def test_what_the_command_line_replaces_is_no_longer_placed_in_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, "task: {name: causal_lm}\nevaluation:\n  best:\n    mode: max\n")
+def test_a_value_replaced_on_the_command_line_is_no_longer_located_in_the_file(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "task: {name: causal_lm}\nevaluation:\n  best:\n    mode: max\n")
 
-    (line,) = refusal(path, "evaluation.best={metric: f1, mode: most}")
+    (line,) = load_errors(path, "evaluation.best={metric: f1, mode: most}")
 
     assert line.startswith("command line: evaluation.best.mode=most: it must be one of min, max.")
 
 
-def test_nested_settings_are_reached() -> None:
+def test_nested_settings_can_be_set() -> None:
     config = load_config(
         None,
         [
@@ -398,7 +402,7 @@ def test_nested_settings_are_reached() -> None:
 @pytest.mark.parametrize(
     ("metric", "mode"), [("accuracy", "max"), ("loss", "min"), ("mismatched_loss", "min"), ("perplexity", "min")]
 )
-def test_the_better_of_two_metrics_need_not_be_told(metric: str, mode: str) -> None:
+def test_whether_lower_or_higher_is_better_follows_from_the_metric(metric: str, mode: str) -> None:
     best = load_config(None, [f"evaluation.best.metric={metric}"]).evaluation.best
 
     assert best is not None
@@ -433,7 +437,7 @@ def test_without_a_file_the_quickstart_is_the_base() -> None:
     assert QUICKSTART["train"]["max_steps"] == 400, "the built-in default itself must not change"
 
 
-def test_the_quickstart_file_says_what_is_built_in() -> None:
+def test_the_quickstart_file_has_the_built_in_settings() -> None:
     assert load_config(ROOT / "configs" / "quickstart.yaml", []) == load_config(None, [])
 
 
@@ -460,9 +464,12 @@ def test_naming_data_drops_the_quickstarts_data_and_keeps_what_fits_its_model() 
     assert load_config(None, ["data.path=book.txt", "model.name_or_path=gpt2"]).max_length == 256
 
 
-def test_a_run_is_called_after_its_file_its_task_or_the_quickstart_and_its_command(tmp_path: Path) -> None:
+def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_command(tmp_path: Path) -> None:
     text = "task: {name: causal_lm}\n"
-    own, named = written(tmp_path, text, "my cola.v2.yaml"), written(tmp_path, f"{text}run: {{name: given}}\n")
+    unnamed, named = (
+        write_config(tmp_path, text, "my cola.v2.yaml"),
+        write_config(tmp_path, f"{text}run: {{name: given}}\n"),
+    )
 
     def name(path: Path | None, *overrides: str, command: str = "train") -> str | None:
         model = () if command == "train" else ("model.name_or_path=some/model",)
@@ -473,13 +480,16 @@ def test_a_run_is_called_after_its_file_its_task_or_the_quickstart_and_its_comma
         "classification",
         "classification-predict",
     )
-    assert (name(own), name(own, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
+    assert (name(unnamed), name(unnamed, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
     assert (name(named), name(named, command="evaluate")) == ("given", "given")
-    assert (name(own, "run.name=x", command="evaluate"), name(own, "run={name: x}", command="evaluate")) == ("x", "x")
+    assert (name(unnamed, "run.name=x", command="evaluate"), name(unnamed, "run={name: x}", command="evaluate")) == (
+        "x",
+        "x",
+    )
     assert name(named, "run.name=null") == "own"
 
 
-def test_commands_that_use_a_model_take_it_as_it_is_whatever_it_was_trained_from() -> None:
+def test_commands_that_use_a_model_do_not_build_a_new_model_or_tokenizer() -> None:
     quickstart = ["run.name=x", "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
 
     used = load_config(None, [*quickstart, "model.name_or_path=some/model"], command="evaluate").model
@@ -509,13 +519,13 @@ def test_the_written_config_is_read_back_as_it_was(tmp_path: Path) -> None:
         ],
     )
 
-    path = written(tmp_path, to_yaml(config))
+    path = write_config(tmp_path, to_yaml(config))
 
     assert load_config(path, []) == config
     assert to_yaml(load_config(path, [])) == to_yaml(config)
 
 
-def test_the_written_config_is_in_the_order_of_the_schema_and_whole() -> None:
+def test_the_written_config_is_complete_and_in_the_order_of_the_schema() -> None:
     lines = to_yaml(load_config(None, [])).splitlines()
 
     assert [line[:-1] for line in lines if not line.startswith(" ")] == list(Config.model_fields)
@@ -523,13 +533,13 @@ def test_the_written_config_is_in_the_order_of_the_schema_and_whole() -> None:
     assert "  output_dir: runs" in lines
 
 
-def test_differences_name_each_setting_with_old_and_new_value_and_what_a_resume_may_do() -> None:
+def test_differences_name_each_setting_with_old_and_new_value_and_its_resume_rule() -> None:
     old = to_yaml(load_config(None, ["model.config.n_layer=2", "train.log_every=5"]))
     new = load_config(None, ["engine.precision=bf16", "evaluation.best.metric=loss"])
 
-    found = {tuple(difference) for difference in differences(old, new)}
+    changes = {tuple(difference) for difference in differences(old, new)}
 
-    assert found == {
+    assert changes == {
         ("model.config.n_layer", "2", "4", "refuse"),
         ("train.log_every", "5", "20", "free"),
         ("engine.precision", "fp32", "bf16", "warn"),
@@ -539,7 +549,7 @@ def test_differences_name_each_setting_with_old_and_new_value_and_what_a_resume_
     assert differences(None, new) == []
 
 
-def test_a_config_of_another_version_is_compared_as_far_as_it_goes() -> None:
+def test_a_config_of_another_version_is_compared_as_far_as_possible() -> None:
     config = load_config(None, [])
     text = to_yaml(config)
 
@@ -551,7 +561,7 @@ def test_a_config_of_another_version_is_compared_as_far_as_it_goes() -> None:
 
 
 def test_an_old_config_that_cannot_be_read_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: this is not YAML.*run\.overwrite=true"):
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 1: this is not valid YAML.*run\.overwrite=true"):
         differences("{torn", load_config(None, []))
 
     assert differences("{torn", load_config(None, ["run.overwrite=true"])) == []
@@ -560,11 +570,11 @@ def test_an_old_config_that_cannot_be_read_is_an_error() -> None:
 # ---------------------------------------------------------------- the schema
 
 
-def test_every_setting_has_a_meaning_and_says_what_a_resume_may_do_with_it() -> None:
+def test_every_setting_has_a_meaning_and_a_resume_rule() -> None:
     for name, field in fields(Config):
         extra = field.json_schema_extra
         assert field.description, f"{name} has no meaning"
-        assert isinstance(extra, dict), f"{name} says nothing of resuming"
+        assert isinstance(extra, dict), f"{name} has no resume rule"
         assert extra["resume"] in get_args(OnResume), name
 
 

@@ -192,7 +192,7 @@ def test_a_saved_folder_without_the_factory_is_refused_with_its_name(folder: Pat
 @pytest.mark.parametrize(
     ("factory", "model", "message"),
     [
-        ("nothing:build", {}, r"there is no module nothing \(looked in .*config file"),
+        ("nothing:build", {}, r"there is no module nothing \(searched .*config file"),
         ("bag:biuld", {}, r"bag.py has no function biuld"),
         ("bag:SIZE", {}, "has no function SIZE"),
         ("bag:raises", {}, r"calling it raised RuntimeError: no such thing \(.*bag.py, line \d+\)"),
@@ -223,7 +223,9 @@ def test_a_factory_is_module_and_function(factory: str) -> None:
 
 
 def test_what_has_no_effect_on_an_own_module_is_refused() -> None:
-    with pytest.raises(ValidationError, match=r"model.head has no effect on what model.factory=own_model:build makes"):
+    with pytest.raises(
+        ValidationError, match=r"model.head has no effect on the module that model.factory=own_model:build builds"
+    ):
         schema.Model(factory="own_model:build", head=schema.NewHead())
 
 

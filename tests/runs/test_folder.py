@@ -410,7 +410,7 @@ def test_a_run_whose_config_is_damaged_is_refused_and_can_be_moved_away(tmp_path
     folder = begun(tmp_path)
     folder.config.write_bytes(b"{\xff\xfe")
 
-    with pytest.raises(ConfigError, match=r"one/config\.yaml.* is not YAML.*run\.overwrite=true"):
+    with pytest.raises(ConfigError, match=r"one/config\.yaml.* is not valid YAML.*run\.overwrite=true"):
         asked(config_for(tmp_path))
 
     assert asked(config_for(tmp_path, "run.overwrite=true")).set_aside

@@ -407,7 +407,7 @@ def test_a_second_start_of_any_command_changes_nothing_in_a_folder_in_use(tmp_pa
             pass
 
         assert refused.value.exit_code == 2
-        assert refused.value.is_noted is False
+        assert refused.value.is_recorded is False
         assert bytes_of(folder.path) == before
 
     assert [entry.name for entry in tmp_path.iterdir()] == ["one"]

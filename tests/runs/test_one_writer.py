@@ -56,7 +56,7 @@ def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_ki
     assert 0.1 < start["startup_s"] < jobs.LIMIT_S
     account = jobs.run([*jobs.python(), "goodput", str(run)])
     assert account.process.returncode == 0
-    assert account.said[0] == "3 steps, 0 of them taken again, in 1 start"
+    assert account.said[0] == "3 steps, 0 of them repeated, in 1 start"
     assert account.said[-1].startswith("goodput ")
 
 

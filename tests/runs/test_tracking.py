@@ -133,7 +133,7 @@ def test_on_a_terminal_there_is_a_bar_and_the_log_is_as_before_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = list(log.handlers)
-    console.set_up(rank=0, world_size=1)
+    console.configure_logging(rank=0, world_size=1)
     ours = list(log.handlers)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

@@ -292,7 +292,7 @@ def test_a_window_scores_each_token_as_the_model_does_with_that_context(
 
 
 def test_a_stride_that_would_leave_tokens_out_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"task\.stride=9 leaves tokens out .* data\.max_length=8"):
+    with pytest.raises(ValueError, match=r"task\.stride=9 skips tokens, .* data\.max_length=8"):
         Config.model_validate({"task": {"name": "causal_lm", "stride": 9}, "data": {"max_length": 8}})
 
 

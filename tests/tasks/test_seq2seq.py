@@ -253,8 +253,11 @@ def test_summaries_are_judged_by_rouge() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"source": "en"}, "task.source and task.target go together: set task.target as well"),
-        ({"target_lang": "ro_RO"}, "task.source_lang and task.target_lang go together: set task.source_lang as well"),
+        ({"source": "en"}, "task.source and task.target belong together: set task.target as well"),
+        (
+            {"target_lang": "ro_RO"},
+            "task.source_lang and task.target_lang belong together: set task.source_lang as well",
+        ),
         ({"source": "en", "target": "en"}, "task.source and task.target are both en"),
     ],
 )

@@ -54,7 +54,7 @@ def fit(context: RankContext, folder: str) -> dict[str, Any]:
     splits = {"train": tiny.sentences(24), "validation": tiny.sentences(5, seed=1)}
     options = Classification(name="classification")
     task = ClassificationTask(splits, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
-    console.set_up(rank=context.rank, world_size=world)
+    console.configure_logging(rank=context.rank, world_size=world)
     config = load_config(home / "own.yaml", [f"run.name=ranks-{world}"])
     try:
         found = run_train(config, context, model=tiny.bert(), task=task)

@@ -312,9 +312,9 @@ def test_a_stopped_doctor_reports_no_finding(number: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--hostfile", "f"], "--hostfile is of the doctor command"),
-        (["--exclude", "node1"], "--exclude is of the doctor command"),
-        (["evaluate", "--json"], "--json is of the commands goodput and doctor"),
+        (["train", "--hostfile", "f"], "--hostfile works only with doctor"),
+        (["--exclude", "node1"], "--exclude works only with doctor"),
+        (["evaluate", "--json"], "--json works only with goodput and doctor"),
     ],
 )
 def test_other_commands_refuse_the_doctors_options(words: list[str], message: str) -> None:
