@@ -21,7 +21,7 @@ from dtrain.data.seeding import Place
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.runs.jsonl import read_metrics
-from dtrain.tasks.classification import ClassificationTask
+from dtrain.tasks.classification import HEAD, ClassificationTask
 from dtrain.tasks.protocol import Batch, Scored, Targets
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.support import faults, tiny
@@ -132,7 +132,7 @@ def test_the_saved_model_loads_with_transformers_alone_and_predicts_what_was_wri
 class Lengths:
     """How long is the sentence? A regression that dtrain knows nothing of."""
 
-    name, head = "lengths", "sequence_classification"
+    name, head = "lengths", HEAD
     needs_padding = True
     head_config: Mapping[str, Any] = {"num_labels": 1}
     max_length = 32

@@ -33,6 +33,7 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
+from dtrain.tasks.causal_lm import HEAD
 from dtrain.training import run_claim
 from dtrain.training import summary as results
 from dtrain.training.build import refuse_own_parts
@@ -118,9 +119,7 @@ def speaker(config: Config, context: RankContext) -> Speaker:
     refuse_own_parts(config, "chat")
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
-    model = load_model(
-        config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
-    )
+    model = load_model(config.model, head=HEAD, head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed)
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
     return Speaker(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)
 

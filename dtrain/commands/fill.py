@@ -14,6 +14,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.tasks.masked_lm import HEAD
 from dtrain.tasks.tensors import full_precision
 from dtrain.training.build import refuse_own_parts
 
@@ -45,9 +46,7 @@ class Filler:
                 "was trained this way."
             )
         self.token = str(self._tokenizer.mask_token)
-        model = load_model(
-            config.model, head="masked_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
-        )
+        model = load_model(config.model, head=HEAD, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed)
         check_fit(model, self._tokenizer, max_length=1, needs_padding=False)
         self._longest = longest_input(model)
         self._model = model.to(device_of(context.topology)).eval()

@@ -8,20 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from dtrain.config.fields import Section, setting
 
-Head = Literal[
-    "sequence_classification",
-    "regression",
-    "multiple_choice",
-    "causal_lm",
-    "masked_lm",
-    "seq2seq_lm",
-    "question_answering",
-    "token_classification",
-    "image_classification",
-    "image_regression",
-]
-"""What a task wants on top of a model: which AutoModel class carries it."""
-
 
 class Classification(Section):
     """One label for a sentence or a pair of sentences."""

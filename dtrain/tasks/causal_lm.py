@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from dtrain.config.schema import Config
-from dtrain.config.task import CausalLm, Head
+from dtrain.config.task import CausalLm
 from dtrain.console import log
 from dtrain.data.packing import pieces_of, rows_of
 from dtrain.data.seeding import Place
@@ -28,18 +29,21 @@ from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
+from dtrain.models.heads import Head
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, perplexity
 
+HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabulary=True, is_causal=True)
+
 
 class CausalLmTask:
     """Cross entropy of each next token; perplexity per token and per word, bits per character where tokens are that."""
 
     name = "causal_lm"
-    head: Head = "causal_lm"
+    head = HEAD
     needs_padding = False
 
     def __init__(

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Chat, Head
+from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.data.dialogues import dialogue_shape
 from dtrain.data.seeding import Place
@@ -19,6 +19,7 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
+from dtrain.tasks.causal_lm import HEAD
 from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, perplexity
@@ -28,7 +29,7 @@ class ChatTask:
     """Cross entropy of each next token that is a target; perplexity, and the share of targets that come first."""
 
     name = "chat"
-    head: Head = "causal_lm"
+    head = HEAD
     needs_padding = False  # what stands after the end of a dialogue is masked and no target: any token will do
     metric_names: Sequence[str] = ("perplexity", "accuracy")
 

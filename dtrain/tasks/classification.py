@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Classification, Head, ImageClassification
+from dtrain.config.task import Classification, ImageClassification
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELLED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.tasks.prepare import (
     Meta,
     Recipe,
@@ -33,12 +35,19 @@ from dtrain.tasks.prepare import (
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import label_tensor, logits_of, padded
 
+HEAD = Head(
+    "sequence_classification",
+    AutoModelForSequenceClassification,
+    has_label_names=True,
+    problem_type="single_label_classification",
+)
+
 
 class ClassificationTask:
     """Cross entropy over the labels; accuracy, F1, precision, recall and Matthews by scikit-learn."""
 
     name = "classification"
-    head: Head = "sequence_classification"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 

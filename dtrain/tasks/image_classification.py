@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, ImageClassification
+from dtrain.config.task import ImageClassification
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.heads import Head
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
@@ -20,12 +22,19 @@ from dtrain.tasks.prepare import Meta, columns_of, known_labels, map_rows
 from dtrain.tasks.protocol import Batch, Split
 from dtrain.tasks.tensors import label_tensor
 
+HEAD = Head(
+    "image_classification",
+    AutoModelForImageClassification,
+    has_label_names=True,
+    problem_type="single_label_classification",
+)
+
 
 class ImageClassificationTask(ClassificationTask):
     """Loss and metrics of classification, over images."""
 
     name = "image_classification"
-    head: Head = "image_classification"
+    head = HEAD
     needs_padding = False
 
     def __init__(

@@ -10,25 +10,29 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, ImageRegression
+from dtrain.config.task import ImageRegression
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
 from dtrain.tasks.prepare import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 
+HEAD = Head("image_regression", AutoModelForImageClassification, problem_type="regression")
+
 
 class ImageRegressionTask:
     """Sum of squared errors over values; mean squared and mean absolute error by scikit-learn."""
 
     name = "image_regression"
-    head: Head = "image_regression"
+    head = HEAD
     needs_padding = False
     max_length = 0
     tokenizer = None

@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForMaskedLM
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, MaskedLm
+from dtrain.config.task import MaskedLm
 from dtrain.data.seeding import Place, derive
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.heads import Head
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, padded, perplexity
@@ -36,12 +38,14 @@ MASKED, REPLACED = 0.8, 0.1
 
 Ints = npt.NDArray[np.int64]
 
+HEAD = Head("masked_lm", AutoModelForMaskedLM, logits="token", is_over_vocabulary=True)
+
 
 class MaskedLmTask:
     """Cross entropy over the hidden tokens; how many of them are guessed right, and perplexity."""
 
     name = "masked_lm"
-    head: Head = "masked_lm"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("accuracy", "perplexity")
 

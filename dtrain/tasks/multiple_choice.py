@@ -10,23 +10,27 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForMultipleChoice
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, MultipleChoice
+from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.heads import Head
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded
+
+HEAD = Head("multiple_choice", AutoModelForMultipleChoice, logits="choice")
 
 
 class MultipleChoiceTask:
     """Cross entropy over the choices of each example, one target an example; accuracy."""
 
     name = "multiple_choice"
-    head: Head = "multiple_choice"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("accuracy",)
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dtrain.config.task import Head
 from dtrain.data.seeding import Place
+from dtrain.models.heads import Head
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus labels; every tensor's first dimension is the example, or a window of one."""
@@ -62,7 +62,7 @@ class Task(Protocol):
 
     name: str
     head: Head
-    """Which AutoModel class carries it."""
+    """The output layers that it needs on top of a model."""
     head_config: dict[str, Any]
     """What the head's config must say: number of labels and their names."""
     needs_padding: bool

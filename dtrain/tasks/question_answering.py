@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForQuestionAnswering
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, QuestionAnswering
+from dtrain.config.task import QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.heads import Head
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
@@ -31,12 +33,14 @@ from dtrain.tasks.tensors import full_precision, padded
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
+HEAD = Head("question_answering", AutoModelForQuestionAnswering, logits=None)
+
 
 class QuestionAnsweringTask:
     """Cross entropy of the answer's first and last token; SQuAD's exact match and F1, in percent."""
 
     name = "question_answering"
-    head: Head = "question_answering"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("exact_match", "f1")
 

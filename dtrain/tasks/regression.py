@@ -10,25 +10,28 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head
 from dtrain.data.glue import TASKS
 from dtrain.data.scores import SCORED
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
+
+HEAD = Head("regression", AutoModelForSequenceClassification, problem_type="regression")
 
 
 class RegressionTask:
     """Squared error of each number, so that the loss is their mean; Pearson and Spearman correlation by scipy."""
 
     name = "regression"
-    head: Head = "regression"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("pearson", "spearman")
 

@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
-from dtrain.config.task import Head, Seq2Seq
+from dtrain.config.task import Seq2Seq
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.models.seq2seq import (
     check_targets_end,
     decoder_inputs,
@@ -37,12 +39,14 @@ from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.tasks.text_metrics import TextMetrics
 
+HEAD = Head("seq2seq_lm", AutoModelForSeq2SeqLM, logits=None, has_decoder=True)
+
 
 class Seq2SeqTask:
     """Cross entropy of each token of the target; BLEU and chrF, or ROUGE, of generated texts."""
 
     name = "seq2seq"
-    head: Head = "seq2seq_lm"
+    head = HEAD
     needs_padding = True
 
     def __init__(

@@ -16,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForTokenClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, TokenClassification
+from dtrain.config.task import TokenClassification
 from dtrain.console import log
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
@@ -32,12 +34,14 @@ from dtrain.tasks.tensors import counted, logits_of, padded
 NO_TOKEN = -1
 """The place of a word that no token stands for."""
 
+HEAD = Head("token_classification", AutoModelForTokenClassification, logits="token", has_label_names=True)
+
 
 class TokenClassificationTask:
     """Cross entropy over the tags of each word; F1, precision and recall of whole entities, and accuracy, by seqeval."""
 
     name = "token_classification"
-    head: Head = "token_classification"
+    head = HEAD
     needs_padding = True
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, labels: Sequence[str], *, max_length: int) -> None:
