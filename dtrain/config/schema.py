@@ -21,7 +21,7 @@ from dtrain.config.fields import AnyPath, Beta, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
-from dtrain.config.task import CausalLm, TaskSettings
+from dtrain.config.task import TaskSettings
 
 
 class Run(Section):
@@ -290,9 +290,7 @@ class Config(Section):
     @property
     def max_length(self) -> int:
         """Tokens per example (classification), per block (causal language model) or per window (question answering)."""
-        return self.data.max_length or {"causal_lm": 256, "chat": 256, "question_answering": 384}.get(
-            self.task.name, 128
-        )
+        return self.data.max_length or self.task.default_max_length
 
     @property
     def run_dir(self) -> Path:
@@ -361,17 +359,11 @@ class Config(Section):
     def _task_conflicts(self) -> list[str]:
         """What a task needs, or cannot have."""
         found = []
-        if self.model.factory is not None and self.task.name == "seq2seq":
-            found.append("task.name=seq2seq needs an encoder-decoder of transformers: drop model.factory")
-        if self.evaluation.generate and self.task.name != "seq2seq":
-            found.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: leave it out")
-        stride = self.task.stride if isinstance(self.task, CausalLm) else None
-        if stride is not None and stride > self.max_length:
-            found.append(
-                f"task.stride={stride} leaves tokens out that no window of data.max_length={self.max_length} scores: "
-                "set it to that or less (half is usual)"
-            )
-        return found
+        if self.model.factory is not None and not self.task.allows_factory:
+            found.append(f"task.name={self.task.name} needs an encoder-decoder of transformers: drop model.factory")
+        if self.evaluation.generate and not self.task.generates_texts:
+            found.append(f"evaluation.generate: task.name={self.task.name} generates no texts: leave it out")
+        return [*found, *self.task.conflicts(max_length=self.max_length)]
 
     def _loose_steps(self) -> dict[str, int]:
         """Settings that name steps at which all ranks must hold the same weights."""

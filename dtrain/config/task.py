@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dtrain.config.fields import Section, setting
 
 
-class Classification(Section):
+class TaskOptions(Section):
+    """The settings of one task. The class attributes are no settings: they say what the config has to know of the task."""
+
+    default_max_length: ClassVar[int] = 128
+    """Value of data.max_length where it is not set."""
+    generates_texts: ClassVar[bool] = False
+    """evaluation.generate makes the model write a text for each example, which the predict command always needs."""
+    allows_factory: ClassVar[bool] = True
+    """model.factory can make a model for this task."""
+
+    def conflicts(self, *, max_length: int) -> list[str]:
+        """Returns a message for each of these settings that does not fit data.max_length."""
+        return []
+
+
+class Classification(TaskOptions):
     """One label for a sentence or a pair of sentences."""
 
     name: Literal["classification"] = setting(..., "classification: one label for a sentence or a pair")
@@ -24,14 +39,16 @@ class Classification(Section):
         return _positive(weights)
 
 
-class Regression(Section):
+class Regression(TaskOptions):
     """One number for a sentence or a pair of sentences."""
 
     name: Literal["regression"] = setting(..., "regression: one number for a sentence or a pair")
 
 
-class CausalLm(Section):
+class CausalLm(TaskOptions):
     """The next token of a text, in blocks of data.max_length; every token but the first of a split is a target once."""
+
+    default_max_length = 256
 
     name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
     joiner: str = setting("\n\n", "text put between two rows before they are cut into blocks")
@@ -42,15 +59,25 @@ class CausalLm(Section):
         None, "evaluate by a window of data.max_length that moves on by so many tokens; null: by blocks", ge=1
     )
 
+    def conflicts(self, *, max_length: int) -> list[str]:
+        if self.stride is None or self.stride <= max_length:
+            return []
+        return [
+            f"task.stride={self.stride} leaves tokens out that no window of data.max_length={max_length} scores: "
+            "set it to that or less (half is usual)"
+        ]
 
-class MultipleChoice(Section):
+
+class MultipleChoice(TaskOptions):
     """Which of several endings goes on a text."""
 
     name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings goes on a text (SWAG)")
 
 
-class QuestionAnswering(Section):
+class QuestionAnswering(TaskOptions):
     """The answer to a question as a span of a text."""
+
+    default_max_length = 384
 
     name: Literal["question_answering"] = setting(
         ..., "question_answering: the answer to a question as a span of a text (SQuAD)"
@@ -60,7 +87,7 @@ class QuestionAnswering(Section):
     n_best: int = setting(20, "starts and ends of each window that are tried for the answer", resume="warn", ge=1)
 
 
-class TokenClassification(Section):
+class TokenClassification(TaskOptions):
     """A tag for each word of a sentence."""
 
     name: Literal["token_classification"] = setting(
@@ -68,8 +95,11 @@ class TokenClassification(Section):
     )
 
 
-class Seq2Seq(Section):
+class Seq2Seq(TaskOptions):
     """A text from a text: translation, summarisation, anything an encoder and a decoder learn together."""
+
+    generates_texts = True
+    allows_factory = False  # the loss needs transformers' own encoder and decoder
 
     name: Literal["seq2seq"] = setting(..., "seq2seq: a text from a text, such as a translation or a summary")
     metric: Literal["translation", "summarization"] = setting(
@@ -96,8 +126,10 @@ class Seq2Seq(Section):
         return self
 
 
-class Chat(Section):
+class Chat(TaskOptions):
     """Dialogues: the next token of every turn, or of the assistant's turns only."""
+
+    default_max_length = 256
 
     name: Literal["chat"] = setting(..., "chat: dialogues, in turns or messages")
     loss_on: Literal["all", "replies"] = setting("all", "which tokens are learnt: all turns', or the assistant's only")
@@ -106,7 +138,7 @@ class Chat(Section):
     )
 
 
-class MaskedLm(Section):
+class MaskedLm(TaskOptions):
     """Words hidden in a text, to be guessed from both sides. Rows longer than data.max_length go on in further examples."""
 
     name: Literal["masked_lm"] = setting(..., "masked_lm: hidden tokens of a text, guessed from both sides")
@@ -114,7 +146,7 @@ class MaskedLm(Section):
     whole_word: bool = setting(False, "hide all tokens of a word or none")
 
 
-class ImageClassification(Section):
+class ImageClassification(TaskOptions):
     """One label for an image."""
 
     name: Literal["image_classification"] = setting(..., "image_classification: one label for an image")
@@ -132,7 +164,7 @@ class ImageClassification(Section):
         return _positive(weights)
 
 
-class ImageRegression(Section):
+class ImageRegression(TaskOptions):
     """Numbers for an image: landmarks, a size, an age."""
 
     name: Literal["image_regression"] = setting(..., "image_regression: numbers for an image, e.g. landmarks")
