@@ -20,7 +20,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
-from dtrain.tasks.causal_lm import HEAD
+from dtrain.tasks.build import task_info
 from dtrain.training.build import refuse_own_parts
 
 
@@ -51,14 +51,17 @@ class Writer:
     """
 
     def __init__(self, config: Config, context: RankContext, *, command: str) -> None:
-        if config.task.name != "causal_lm":
+        info = task_info(config.task)
+        if info.prompt != "continue":
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
         refuse_own_parts(config, command)
         self._config, self._heartbeat = config, context.heartbeat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
-        model = load_model(config.model, head=HEAD, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed)
+        model = load_model(
+            config.model, head=info.head, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
+        )
         self._model = model.to(device_of(context.topology)).eval()
 
     def has_tokens(self, prompt: str) -> bool:

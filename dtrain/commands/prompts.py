@@ -24,12 +24,11 @@ from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
+from dtrain.tasks.build import task_info
 from dtrain.training import run_claim
 from dtrain.training.build import in_turn
 from dtrain.training.evaluation import EvaluationResult, SplitResult
 from dtrain.training.summary import Result
-
-TASKS = ("causal_lm", "masked_lm", "chat")
 
 Record = Mapping[str, Any]
 
@@ -90,7 +89,7 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
     """Collective. Line and content of each prompt; rank 0 alone need see the file."""
 
     def read() -> list[tuple[int, Any]]:
-        if config.task.name == "chat":
+        if task_info(config.task).prompt == "reply":
             found: list[tuple[int, Any]] = list(read_prompts(file))
         elif file.suffix.lower() in TEXT_SUFFIXES:
             found = [(line, text.rstrip("\r\n")) for line, text in text_lines(file) if text.strip()]
@@ -120,10 +119,10 @@ def _check(respondent: Respondent, prompts: list[tuple[int, Any]], file: Path, c
 
 
 def _respondent(config: Config, context: RankContext) -> Respondent:
-    match config.task.name:
-        case "causal_lm":
+    match task_info(config.task).prompt:
+        case "continue":
             return _continues(Writer(config, context, command="predict"))
-        case "masked_lm":
+        case "fill":
             return _fills(Filler(config, context))
         case _:
             return _replies(config, context)

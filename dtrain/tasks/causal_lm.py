@@ -32,11 +32,24 @@ from dtrain.errors import DataError
 from dtrain.models.heads import Head
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.tasks.documents import check_keeps_apart, own_document_only
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, perplexity
 
 HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabulary=True, is_causal=True)
+
+
+def info(settings: CausalLm) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_causal_lm(config, settings, context),
+        head=HEAD,
+        example_row={"text": "A cat sleeps."},
+        prompt="continue",
+        chat_format="auto",
+        pipeline_tag="text-generation",
+    )
 
 
 class CausalLmTask:

@@ -20,9 +20,23 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
 from dtrain.tasks.causal_lm import HEAD
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, perplexity
+
+
+def info(settings: Chat) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_chat(config, settings, context),
+        head=HEAD,
+        example_row={"prompt": "Where is the cat?"},
+        text_columns=("prompt",),
+        prompt="reply",
+        chat_format=settings.format,
+        pipeline_tag="text-generation",
+    )
 
 
 class ChatTask:

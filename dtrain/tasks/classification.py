@@ -21,6 +21,7 @@ from dtrain.data.tables import LABELLED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import (
     Meta,
     Recipe,
@@ -41,6 +42,17 @@ HEAD = Head(
     has_label_names=True,
     problem_type="single_label_classification",
 )
+
+
+def info(settings: Classification) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_classification(config, settings, context),
+        head=HEAD,
+        example_row={"text": "A cat sleeps."},
+        text_columns=("text", "text_pair"),
+        pipeline_tag="text-classification",
+    )
 
 
 class ClassificationTask:

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import ImageClassification
+from dtrain.data.images import IMAGES
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
@@ -18,6 +19,7 @@ from dtrain.models.heads import Head
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.classification import ClassificationTask, ordered_labels
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, columns_of, known_labels, map_rows
 from dtrain.tasks.protocol import Batch, Split
 from dtrain.tasks.tensors import label_tensor
@@ -28,6 +30,18 @@ HEAD = Head(
     has_label_names=True,
     problem_type="single_label_classification",
 )
+
+
+def info(settings: ImageClassification) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_image_classification(config, settings, context),
+        head=HEAD,
+        example_row={"image": "cat.png"},
+        text_columns=("image",),
+        path_columns=IMAGES,
+        pipeline_tag="image-classification",
+    )
 
 
 class ImageClassificationTask(ClassificationTask):

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import ImageRegression
+from dtrain.data.images import IMAGES
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
@@ -21,11 +22,28 @@ from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
 from dtrain.models.image_processor import PixelProcessor, load_processor
 from dtrain.tasks.image_folders import folder_of, pixels, prepare_images
+from dtrain.tasks.info import TaskInfo, format_value
 from dtrain.tasks.prepare import Meta, columns_of, known_labels, label_outputs, map_rows
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision
 
 HEAD = Head("image_regression", AutoModelForImageClassification, problem_type="regression")
+
+
+def info(settings: ImageRegression) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_image_regression(config, settings, context),
+        head=HEAD,
+        example_row={"image": "cat.png"},
+        text_columns=("image",),
+        path_columns=IMAGES,
+        format_prediction=lambda values, _row, _columns: _format_values(settings.targets, values),
+    )
+
+
+def _format_values(names: Sequence[str], values: Sequence[float]) -> str:
+    return ", ".join(f"{name} {format_value(value)}" for name, value in zip(names, values, strict=True))
 
 
 class ImageRegressionTask:

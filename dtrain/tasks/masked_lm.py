@@ -29,6 +29,7 @@ from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, full_precision, padded, perplexity
@@ -39,6 +40,17 @@ MASKED, REPLACED = 0.8, 0.1
 Ints = npt.NDArray[np.int64]
 
 HEAD = Head("masked_lm", AutoModelForMaskedLM, logits="token", is_over_vocabulary=True)
+
+
+def info(settings: MaskedLm) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_masked_lm(config, settings, context),
+        head=HEAD,
+        example_row={"text": "A cat [MASK]."},
+        prompt="fill",
+        pipeline_tag="fill-mask",
+    )
 
 
 class MaskedLmTask:

@@ -19,11 +19,34 @@ from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, label_tensor, logits_of, padded
 
 HEAD = Head("multiple_choice", AutoModelForMultipleChoice, logits="choice")
+
+
+def info(settings: MultipleChoice) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_multiple_choice(config, settings, context),
+        head=HEAD,
+        example_row={
+            "sent1": "She opens the door.",
+            "sent2": "She",
+            "ending0": "goes in.",
+            "ending1": "is a door.",
+        },
+        text_columns=(),
+        format_prediction=_format_prediction,
+        pipeline_tag="multiple-choice",
+    )
+
+
+def _format_prediction(choice: int, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    name = f"ending{choice}"
+    return f"{name}: {row[columns.get(name, name)]}"
 
 
 class MultipleChoiceTask:

@@ -27,6 +27,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
 from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
@@ -34,6 +35,19 @@ from dtrain.tasks.tensors import full_precision, padded
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 HEAD = Head("question_answering", AutoModelForQuestionAnswering, logits=None)
+
+
+def info(settings: QuestionAnswering) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_question_answering(config, settings, context),
+        head=HEAD,
+        example_row={"question": "Who came?", "context": "Ann came late."},
+        text_columns=("question", "context"),
+        needs_text_pair=True,
+        format_prediction=lambda text, _row, _columns: text or "(no answer in this text)",
+        pipeline_tag="question-answering",
+    )
 
 
 class QuestionAnsweringTask:

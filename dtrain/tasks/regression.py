@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
+from dtrain.config.task import Regression
 from dtrain.data.glue import TASKS
 from dtrain.data.scores import SCORED
 from dtrain.data.seeding import Place
@@ -20,11 +21,23 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, columns_of, encode_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import full_precision, padded
 
 HEAD = Head("regression", AutoModelForSequenceClassification, problem_type="regression")
+
+
+def info(settings: Regression) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_regression(config, context),
+        head=HEAD,
+        example_row={"text": "A cat sleeps."},
+        text_columns=("text", "text_pair"),
+        pipeline_tag="text-classification",
+    )
 
 
 class RegressionTask:

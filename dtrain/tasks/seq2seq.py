@@ -34,12 +34,25 @@ from dtrain.models.seq2seq import (
     generation_of_language,
     set_languages,
 )
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
 from dtrain.tasks.text_metrics import TextMetrics
 
 HEAD = Head("seq2seq_lm", AutoModelForSeq2SeqLM, logits=None, has_decoder=True)
+
+
+def info(settings: Seq2Seq) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    source = settings.source or "source"
+    return TaskInfo(
+        prepare=lambda config, context: prepare_seq2seq(config, settings, context),
+        head=HEAD,
+        example_row={source: "A cat sleeps."},
+        text_columns=(source,),
+        pipeline_tag=settings.metric,  # the hub's names for both
+    )
 
 
 class Seq2SeqTask:

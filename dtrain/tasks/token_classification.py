@@ -23,10 +23,11 @@ from dtrain.config.task import TokenClassification
 from dtrain.console import log
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.data.token_tags import TAGGED, check_tags, tag_names
+from dtrain.data.token_tags import TAGGED, TOKENS, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
 from dtrain.tasks.tensors import counted, logits_of, padded
@@ -35,6 +36,24 @@ NO_TOKEN = -1
 """The place of a word that no token stands for."""
 
 HEAD = Head("token_classification", AutoModelForTokenClassification, logits="token", has_label_names=True)
+
+
+def info(settings: TokenClassification) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_token_classification(config, settings, context),
+        head=HEAD,
+        example_row={"tokens": ["A", "cat", "sleeps", "."]},
+        text_columns=("tokens",),
+        parse_text=str.split,
+        format_prediction=_format_tags,
+        pipeline_tag="token-classification",
+    )
+
+
+def _format_tags(tags: Sequence[str | None], row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    words = next(row[name] for name in (columns.get("tokens", ""), *TOKENS) if name in row)
+    return " ".join(word if tag is None else f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
 
 
 class TokenClassificationTask:

@@ -17,27 +17,14 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dtrain.config import schema
 from dtrain.config.schema import Config
-from dtrain.config.task import Seq2Seq
 from dtrain.data import glue
 from dtrain.data.resolve_source import PYTHON_DOCS
 from dtrain.data.split_readers import hub_name
 from dtrain.models.adapters import CONFIG as ADAPTERS
 from dtrain.runs.folder import write_text_atomic
+from dtrain.tasks.build import task_info
 
 CARD = "README.md"
-
-PIPELINES = {
-    "classification": "text-classification",
-    "regression": "text-classification",
-    "multiple_choice": "multiple-choice",
-    "causal_lm": "text-generation",
-    "chat": "text-generation",
-    "masked_lm": "fill-mask",
-    "question_answering": "question-answering",
-    "token_classification": "token-classification",
-    "image_classification": "image-classification",
-}
-"""What the hub calls a task, where it has one name for it (seq2seq: see `_pipeline`)."""
 
 NOT_TOLD = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
 """Settings that say nothing about the model."""
@@ -193,10 +180,8 @@ def _data(config: Config) -> str:
 
 
 def _pipeline(config: Config, task: str) -> str | None:
-    """What the hub calls the task. It tells translation and summarization apart, as the metric does."""
-    if isinstance(config.task, Seq2Seq) and task == config.task.name:
-        return config.task.metric
-    return PIPELINES.get(task)
+    """Returns what the hub calls the task. None for a task that came from Python, of which only the name is known."""
+    return task_info(config.task).pipeline_tag if task == config.task.name else None
 
 
 def _library(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str | None:

@@ -216,7 +216,7 @@ def test_a_file_of_dialogues_and_a_vocabulary_become_turns(tmp_path: Path) -> No
         [CLS, NI, HAO, MA, ASKS, SEP, HAO, SEP, B, SEP],
     ]
     assert made.head_config == {"bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": 0}
-    assert made.head == "causal_lm"
+    assert made.head.name == "causal_lm"
 
 
 def test_only_replies_are_learnt_where_the_settings_say_so(tmp_path: Path) -> None:
