@@ -24,7 +24,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.build import build_task, task_info
 from dtrain.tasks.info import TaskInfo, format_value
-from dtrain.tasks.protocol import Answers
+from dtrain.tasks.protocol import HasAnswers
 from dtrain.training import build
 from dtrain.training.evaluation import evaluate, to_device
 from dtrain.training.summary import Result
@@ -130,7 +130,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     task = build_task(config, context)
     forward = wrap(build.load(config, task, context), config, context)
-    if not isinstance(task, Answers):
+    if not isinstance(task, HasAnswers):
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return format_answer({"prediction": record["prediction"]}, row, config)
     forward.module.eval()

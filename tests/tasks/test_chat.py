@@ -265,7 +265,7 @@ def test_the_log_says_at_every_start_how_many_dialogues_did_not_fit(
             made = prepare(tmp_path, max_length=6, loss_on="replies")
         assert (
             "train: 2 of 3 dialogues have more than data.max_length=6 tokens: only their first turns are used, and 1 of "
-            "them are left without a target" in caplog.text
+            "them have no target left" in caplog.text
         )
     assert [ids for ids, _ in rows_of(made)] == [
         [CLS, NI, HAO, SEP, A, SEP],
