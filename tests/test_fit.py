@@ -21,8 +21,8 @@ from dtrain.data.seeding import Place
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.runs.jsonl import read_metrics
-from dtrain.tasks.classification import ClassificationTask
-from dtrain.tasks.protocol import Batch, Scored, Targets
+from dtrain.tasks.classification import HEAD, ClassificationTask
+from dtrain.tasks.protocol import Batch, ScoredBatch, Targets
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.support import faults, tiny
 from tests.support.faults import Journal
@@ -132,7 +132,7 @@ def test_the_saved_model_loads_with_transformers_alone_and_predicts_what_was_wri
 class Lengths:
     """How long is the sentence? A regression that dtrain knows nothing of."""
 
-    name, head = "lengths", "sequence_classification"
+    name, head = "lengths", HEAD
     needs_padding = True
     head_config: Mapping[str, Any] = {"num_labels": 1}
     max_length = 32
@@ -157,9 +157,9 @@ class Lengths:
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
         return self._squares(model, batch)[1].sum()
 
-    def score(self, module: Any, batch: Batch, *, lock_step: bool) -> Scored:
+    def score(self, module: Any, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         found, squares = self._squares(module, batch)
-        return Scored(squares.double(), torch.ones(len(squares), dtype=torch.int64), found.double())
+        return ScoredBatch(squares.double(), torch.ones(len(squares), dtype=torch.int64), found.double())
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         truth = [len(ids) / 20 for ids in self.splits[split][[*range(len(self.splits[split]))]]["input_ids"]]

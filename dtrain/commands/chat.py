@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from dtrain.commands.generate import continue_tokens, end_tokens
 from dtrain.config.schema import Config
-from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
 from dtrain.data.dialogues import Message, read_prompts
 from dtrain.data.readers import unit_of
@@ -33,6 +32,7 @@ from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
+from dtrain.tasks.build import task_info
 from dtrain.training import run_claim
 from dtrain.training import summary as results
 from dtrain.training.build import refuse_custom_models
@@ -65,7 +65,7 @@ def run_chat(config: Config, context: RankContext) -> None:
         raise ConfigError(
             f"chat runs as one process, not {context.world_size}: start it with python, not with a launcher."
         )
-    if not isinstance(config.task, Chat | CausalLm):
+    if task_info(config.task).chat_format is None:
         raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
     begin = time.monotonic()
     file, system = config.talk.input, config.talk.system
@@ -130,10 +130,12 @@ class ChatModel:
 def load_chat_model(config: Config, context: RankContext) -> ChatModel:
     """Loads the model with its tokenizer and chat format."""
     refuse_custom_models(config, "chat")
+    info = task_info(config.task)
+    assert info.chat_format is not None
     tokenizer = load_tokenizer(config.model, training_texts=list)
-    chat = choose_format(tokenizer, config.task.format if isinstance(config.task, Chat) else "auto")
+    chat = choose_format(tokenizer, info.chat_format)
     model = load_model(
-        config.model, head="causal_lm", head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
+        config.model, head=info.head, head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
     return ChatModel(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)

@@ -14,6 +14,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.tasks.build import task_info
 from dtrain.tasks.tensors import full_precision
 from dtrain.training.build import refuse_custom_models
 
@@ -47,12 +48,16 @@ class MaskFiller:
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         if self._tokenizer.mask_token is None:
             raise ConfigError(
-                "task.name=masked_lm needs a tokenizer with a mask token, and this one has none. Use the tokenizer of a "
+                f"task.name={config.task.name} needs a tokenizer with a mask token, and this one has none. Use the tokenizer of a "
                 "masked language model."
             )
         self.token = str(self._tokenizer.mask_token)
         model = load_model(
-            config.model, head="masked_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
+            config.model,
+            head=task_info(config.task).head,
+            head_config={},
+            tokenizer=self._tokenizer,
+            seed=config.run.seed,
         )
         check_fit(model, self._tokenizer, max_length=1, needs_padding=False)
         self._longest = longest_input(model)

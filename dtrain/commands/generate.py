@@ -20,6 +20,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
+from dtrain.tasks.build import task_info
 from dtrain.training.build import refuse_custom_models
 
 
@@ -63,7 +64,8 @@ class TextGenerator:
         Raises:
             ConfigError: the settings do not name a language model.
         """
-        if config.task.name != "causal_lm":
+        info = task_info(config.task)
+        if info.prompt != "continue":
             raise ConfigError(
                 f"{command} needs a language model (task.name=causal_lm), not task.name={config.task.name}."
             )
@@ -71,7 +73,7 @@ class TextGenerator:
         self._config, self._heartbeat = config, context.heartbeat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(
-            config.model, head="causal_lm", head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
+            config.model, head=info.head, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
         )
         self._model = model.to(device_of(context.topology)).eval()
 

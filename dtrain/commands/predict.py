@@ -26,7 +26,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
 from dtrain.errors import ConfigError, DataError
 from dtrain.runs.folder import RunFolder, write_text_atomic
-from dtrain.tasks.build import build_task
+from dtrain.tasks.build import build_task, task_info
 from dtrain.training import build, run_claim
 from dtrain.training.evaluation import EvaluationResult, evaluate
 from dtrain.training.summary import Result
@@ -46,7 +46,7 @@ def run_predict(config: Config, context: RankContext) -> Result:
     file = config.predict.file
     if file is not None:
         _check_file(file.expanduser(), context)
-    if config.task.name in prompts.TASKS:
+    if task_info(config.task).prompt is not None:
         if file is None:
             raise ConfigError(
                 f"task.name={config.task.name}: the rows of a split have no answers to predict. Give a prompt as "
@@ -56,7 +56,7 @@ def run_predict(config: Config, context: RankContext) -> Result:
     begin = time.monotonic()
     name, why = engine_name(config, context)
     config = config.model_copy(update={"data": data_to_predict(config, context)})
-    if config.task.name == "seq2seq":  # Its predictions are generated texts.
+    if config.task.generates_texts:  # Its predictions are generated texts.
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     with run_claim.claimed(config, context, command="predict"):
         task = build_task(config, context)

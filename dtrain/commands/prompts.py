@@ -24,12 +24,11 @@ from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
+from dtrain.tasks.build import task_info
 from dtrain.training import run_claim
 from dtrain.training.build import in_turn
 from dtrain.training.evaluation import EvaluationResult, SplitResult
 from dtrain.training.summary import Result
-
-TASKS = ("causal_lm", "masked_lm", "chat")
 
 Record = Mapping[str, Any]
 """One line of predictions/test.jsonl."""
@@ -93,7 +92,7 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
     """Collective. Reads line number and content of each prompt. Only rank 0 has to see the file."""
 
     def read() -> list[tuple[int, Any]]:
-        if config.task.name == "chat":
+        if task_info(config.task).prompt == "reply":
             prompts: list[tuple[int, Any]] = list(read_prompts(file))
         elif file.suffix.lower() in TEXT_SUFFIXES:
             prompts = [(line, text.rstrip("\r\n")) for line, text in text_lines(file) if text.strip()]
@@ -124,10 +123,10 @@ def _check(responder: PromptResponder, prompts: list[tuple[int, Any]], file: Pat
 
 
 def _load_responder(config: Config, context: RankContext) -> PromptResponder:
-    match config.task.name:
-        case "causal_lm":
+    match task_info(config.task).prompt:
+        case "continue":
             return _text_responder(TextGenerator(config, context, command="predict"))
-        case "masked_lm":
+        case "fill":
             return _mask_responder(MaskFiller(config, context))
         case _:
             return _chat_responder(config, context)

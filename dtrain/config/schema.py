@@ -21,7 +21,7 @@ from dtrain.config.fields import AnyPath, Beta, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
-from dtrain.config.task import CausalLm, TaskSettings
+from dtrain.config.task import TaskSettings
 
 
 class Run(Section):
@@ -297,9 +297,7 @@ class Config(Section):
     @property
     def max_length(self) -> int:
         """Tokens per example (classification), per block (causal language model) or per window (question answering)."""
-        return self.data.max_length or {"causal_lm": 256, "chat": 256, "question_answering": 384}.get(
-            self.task.name, 128
-        )
+        return self.data.max_length or self.task.default_max_length
 
     @property
     def run_dir(self) -> Path:
@@ -374,17 +372,13 @@ class Config(Section):
     def _task_conflicts(self) -> list[str]:
         """Returns messages for settings that the task needs or does not support."""
         conflicts = []
-        if self.model.factory is not None and self.task.name == "seq2seq":
-            conflicts.append("task.name=seq2seq needs an encoder-decoder model of transformers: remove model.factory")
-        if self.evaluation.generate and self.task.name != "seq2seq":
-            conflicts.append(f"evaluation.generate is for task.name=seq2seq, but task.name={self.task.name}: remove it")
-        stride = self.task.stride if isinstance(self.task, CausalLm) else None
-        if stride is not None and stride > self.max_length:
+        if self.model.factory is not None and not self.task.allows_factory:
             conflicts.append(
-                f"task.stride={stride} skips tokens, because a window of data.max_length={self.max_length} is shorter: "
-                "set it to that or less (half is usual)"
+                f"task.name={self.task.name} needs an encoder-decoder model of transformers: remove model.factory"
             )
-        return conflicts
+        if self.evaluation.generate and not self.task.generates_texts:
+            conflicts.append(f"evaluation.generate: task.name={self.task.name} generates no texts: remove it")
+        return [*conflicts, *self.task.conflicts(max_length=self.max_length)]
 
     def _sync_steps(self) -> dict[str, int]:
         """Returns the intervals, by setting, after which all ranks need the same weights."""

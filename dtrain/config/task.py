@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dtrain.config.fields import Section, setting
 
-Head = Literal[
-    "sequence_classification",
-    "regression",
-    "multiple_choice",
-    "causal_lm",
-    "masked_lm",
-    "seq2seq_lm",
-    "question_answering",
-    "token_classification",
-    "image_classification",
-    "image_regression",
-]
-"""The head that a task needs on a model. It selects the AutoModel class."""
+
+class TaskOptions(Section):
+    """The settings of one task. Its class attributes are not settings: they tell the config what it must know of the task."""
+
+    default_max_length: ClassVar[int] = 128
+    """data.max_length if it is not set."""
+    generates_texts: ClassVar[bool] = False
+    """Whether evaluation.generate can make the model write a text for each example. The predict command always needs it."""
+    allows_factory: ClassVar[bool] = True
+    """Whether model.factory can make a model for this task."""
+
+    def conflicts(self, *, max_length: int) -> list[str]:
+        """Returns a message for each of these settings that does not fit data.max_length."""
+        return []
 
 
-class Classification(Section):
+class Classification(TaskOptions):
     """One label for a sentence or a pair of sentences."""
 
     name: Literal["classification"] = setting(..., "classification: one label for a sentence or a pair")
@@ -40,14 +41,16 @@ class Classification(Section):
         return _positive(weights)
 
 
-class Regression(Section):
+class Regression(TaskOptions):
     """One number for a sentence or a pair of sentences."""
 
     name: Literal["regression"] = setting(..., "regression: one number for a sentence or a pair")
 
 
-class CausalLm(Section):
+class CausalLm(TaskOptions):
     """The next token of a text, in blocks of data.max_length. Every token of a split but the first is a target once."""
+
+    default_max_length = 256
 
     name: Literal["causal_lm"] = setting(..., "causal_lm: the next token of a text")
     joiner: str = setting("\n\n", "text inserted between two rows before they are cut into blocks")
@@ -58,15 +61,25 @@ class CausalLm(Section):
         None, "evaluate with a sliding window of data.max_length that moves by this many tokens; null: in blocks", ge=1
     )
 
+    def conflicts(self, *, max_length: int) -> list[str]:
+        if self.stride is None or self.stride <= max_length:
+            return []
+        return [
+            f"task.stride={self.stride} skips tokens, because a window of data.max_length={max_length} is shorter: "
+            "set it to that or less (half is usual)"
+        ]
 
-class MultipleChoice(Section):
+
+class MultipleChoice(TaskOptions):
     """The ending, out of several, that continues a text."""
 
     name: Literal["multiple_choice"] = setting(..., "multiple_choice: which of several endings continues a text (SWAG)")
 
 
-class QuestionAnswering(Section):
+class QuestionAnswering(TaskOptions):
     """The answer to a question as a span of a text."""
+
+    default_max_length = 384
 
     name: Literal["question_answering"] = setting(
         ..., "question_answering: the answer to a question as a span of a text (SQuAD)"
@@ -76,7 +89,7 @@ class QuestionAnswering(Section):
     n_best: int = setting(20, "start and end positions per window that are considered", resume="warn", ge=1)
 
 
-class TokenClassification(Section):
+class TokenClassification(TaskOptions):
     """A tag for each word of a sentence."""
 
     name: Literal["token_classification"] = setting(
@@ -84,8 +97,11 @@ class TokenClassification(Section):
     )
 
 
-class Seq2Seq(Section):
+class Seq2Seq(TaskOptions):
     """A text from a text with an encoder and a decoder, such as translation or summarization."""
+
+    generates_texts = True
+    allows_factory = False  # the loss needs transformers' own encoder and decoder
 
     name: Literal["seq2seq"] = setting(..., "seq2seq: a text from a text, such as a translation or a summary")
     metric: Literal["translation", "summarization"] = setting(
@@ -118,8 +134,10 @@ class Seq2Seq(Section):
         return self
 
 
-class Chat(Section):
+class Chat(TaskOptions):
     """Dialogues: the next token of every turn, or of the assistant's turns only."""
+
+    default_max_length = 256
 
     name: Literal["chat"] = setting(..., "chat: dialogues, as turns or messages")
     loss_on: Literal["all", "replies"] = setting("all", "targets: tokens of all turns, or of the assistant's only")
@@ -129,7 +147,7 @@ class Chat(Section):
     )
 
 
-class MaskedLm(Section):
+class MaskedLm(TaskOptions):
     """Masked tokens of a text, predicted from both sides. Rows longer than data.max_length become several examples."""
 
     name: Literal["masked_lm"] = setting(..., "masked_lm: masked tokens of a text, predicted from both sides")
@@ -137,7 +155,7 @@ class MaskedLm(Section):
     whole_word: bool = setting(False, "mask all tokens of a word or none")
 
 
-class ImageClassification(Section):
+class ImageClassification(TaskOptions):
     """One label for an image."""
 
     name: Literal["image_classification"] = setting(..., "image_classification: one label for an image")
@@ -157,7 +175,7 @@ class ImageClassification(Section):
         return _positive(weights)
 
 
-class ImageRegression(Section):
+class ImageRegression(TaskOptions):
     """Numbers for an image: landmarks, a size, an age."""
 
     name: Literal["image_regression"] = setting(..., "image_regression: numbers for an image, e.g. landmarks")

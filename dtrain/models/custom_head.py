@@ -21,21 +21,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 
 from dtrain.config import schema
-from dtrain.config.task import Head
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.compatibility import learned_positions
+from dtrain.models.heads import Head
 from dtrain.models.pooling import pool
 
 KEY = "dtrain_head"
 """In the backbone's config.json: the settings of the head beside it, the task it was made for, and its outputs."""
 
 FILE = "head.safetensors"
-
-PER_TOKEN: frozenset[Head] = frozenset({"causal_lm", "masked_lm", "token_classification"})
-"""Tasks with logits for every token; the others have logits for the pooled whole."""
-
-WITHOUT: frozenset[Head] = frozenset({"seq2seq_lm", "question_answering"})
-"""Tasks whose outputs are more than logits of one backbone."""
 
 
 class HeadedModel(nn.Module):
@@ -69,7 +63,7 @@ class HeadedModel(nn.Module):
         numbers_by_padding = any(table.padding_idx is not None for table in learned_positions(backbone))
         # RoBERTa and its kin count from the pad tokens themselves, and from another number.
         self._counts_positions = pads_left and takes_positions and not numbers_by_padding
-        setattr(backbone.config, KEY, {**settings.model_dump(mode="json"), "task": task_head, "outputs": outputs})
+        setattr(backbone.config, KEY, {**settings.model_dump(mode="json"), "task": task_head.name, "outputs": outputs})
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
         """The backbone's inputs.
@@ -78,14 +72,14 @@ class HeadedModel(nn.Module):
             logits: (batch, outputs); (batch, length, outputs) for a task of tokens; (batch, choices) for choices.
         """
         choices = None
-        if self._task_head == "multiple_choice":
+        if self._task_head.logits == "choice":
             choices = next(iter(inputs.values())).shape[1]
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
         mask = inputs.get("attention_mask")
         if self._counts_positions and mask is not None and "position_ids" not in inputs:
             inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         hidden = self.backbone(**inputs).last_hidden_state
-        if self._task_head not in PER_TOKEN:
+        if self._task_head.logits != "token":
             hidden = pool(hidden, mask, self._pooling)
         logits = self.head(hidden)
         return SequenceClassifierOutput(logits=logits if choices is None else logits.view(-1, choices))
@@ -186,20 +180,20 @@ def add_head(
         CheckpointError: the saved head is missing or damaged.
     """
     config = backbone.config
-    if task_head in WITHOUT or config.is_encoder_decoder:
-        what = f"a {config.model_type} model" if config.is_encoder_decoder else f"{task_head.replace('_', ' ')}"
+    if task_head.logits is None or config.is_encoder_decoder:
+        what = f"a {config.model_type} model" if config.is_encoder_decoder else f"{task_head.name.replace('_', ' ')}"
         raise ConfigError(
             f"model.head puts logits on the states of one encoder or decoder, which does not serve {what}. Leave "
             "model.head out: transformers has a head for it."
         )
     saved = None if model.from_scratch else _saved(config)
-    outputs = config.vocab_size if task_head in ("causal_lm", "masked_lm") else int(config.num_labels)
-    if task_head == "multiple_choice":
+    outputs = config.vocab_size if task_head.is_over_vocabulary else int(config.num_labels)
+    if task_head.logits == "choice":
         outputs = 1
-    if saved is not None and (saved["task"], saved["outputs"]) != (task_head, outputs):
+    if saved is not None and (saved["task"], saved["outputs"]) != (task_head.name, outputs):
         raise ConfigError(
             f"model.name_or_path={model.name_or_path} has a head for {saved['task']} with {saved['outputs']} outputs; "
-            f"this task wants {task_head} with {outputs}. {_take_off(str(model.name_or_path))}"
+            f"this task wants {task_head.name} with {outputs}. {_take_off(str(model.name_or_path))}"
         )
     width = _check(backbone, settings, task_head)
     headed = HeadedModel(
@@ -255,12 +249,12 @@ def _check(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head)
         return int(states.shape[1])
     if backbone.main_input_name == "input_ids":
         looks_ahead = not torch.allclose(states[0, 0], states[1, 0], rtol=1e-4, atol=1e-6)
-        if task_head == "causal_lm" and looks_ahead:
+        if task_head.is_causal and looks_ahead:
             raise ConfigError(
-                f"task.name=causal_lm: this {kind} model sees the tokens that it would have to predict. Set "
+                f"The task predicts the next token: this {kind} model sees the tokens that it would have to predict. Set "
                 "model.config={is_decoder: true} where it has that, or use a decoder such as gpt2."
             )
-        if task_head not in PER_TOKEN and settings.pooling == "cls" and not looks_ahead:
+        if task_head.logits != "token" and settings.pooling == "cls" and not looks_ahead:
             raise ConfigError(
                 f"model.head.pooling=cls: the first token of a {kind} model sees nothing but itself. Set "
                 "model.head.pooling=last (or mean)."

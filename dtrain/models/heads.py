@@ -1,40 +1,32 @@
-"""Which class of transformers carries which head, and what its config has to say for it."""
+"""The output layers that a task needs on top of a model. Each task defines its head in its own file in dtrain/tasks/."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import transformers
-
-from dtrain.config.task import Head
-
-CLASSES: dict[Head, str] = {
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "multiple_choice": "AutoModelForMultipleChoice",
-    "causal_lm": "AutoModelForCausalLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "question_answering": "AutoModelForQuestionAnswering",
-    "token_classification": "AutoModelForTokenClassification",
-    "image_classification": "AutoModelForImageClassification",
-    "image_regression": "AutoModelForImageClassification",
-}
-
-PROBLEM_TYPES: dict[Head, str] = {
-    "sequence_classification": "single_label_classification",
-    "regression": "regression",
-    "image_classification": "single_label_classification",
-    "image_regression": "regression",
-}
-"""How from_pretrained's own loss reads the labels, for those who use the exported model with it."""
+from dataclasses import dataclass
+from typing import Any, Literal
 
 
-def auto_class(head: Head) -> Any:
-    """The AutoModel class."""
-    return getattr(transformers, CLASSES[head])
+@dataclass(frozen=True)
+class Head:
+    """A head of transformers, and what is needed to put a head of `model.head` in its place.
 
+    Attributes:
+        name: Passed to `model.factory` as `head` and saved in config.json by models with `model.head`.
+        auto_class: AutoModel class of transformers that loads a model with this head.
+        logits: What the model has logits for: each example, each token, or each choice of an example. None if its outputs
+            are more than logits of one backbone, so that `model.head` cannot replace the head.
+        is_over_vocabulary: One output per token of the vocabulary instead of `num_labels` outputs.
+        has_label_names: Each output is a label, with a name in config.json.
+        problem_type: How the loss of transformers reads the labels of an exported model. None: not set.
+        is_causal: The logits of a token may depend on earlier tokens only.
+        has_decoder: The model is an encoder and a decoder.
+    """
 
-def has_labels(head: Head) -> bool:
-    """Whether the head has an output for each label, with names that the config keeps."""
-    return head in ("sequence_classification", "token_classification", "image_classification")
+    name: str
+    auto_class: Any
+    logits: Literal["example", "token", "choice"] | None = "example"
+    is_over_vocabulary: bool = False
+    has_label_names: bool = False
+    problem_type: str | None = None
+    is_causal: bool = False
+    has_decoder: bool = False

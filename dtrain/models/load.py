@@ -19,13 +19,12 @@ from transformers import (
 )
 
 from dtrain.config import schema
-from dtrain.config.task import Head
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters, user_module
 from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
 from dtrain.models.custom_head import KEY, add_head, settings_of
-from dtrain.models.heads import PROBLEM_TYPES, auto_class, has_labels
+from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 from dtrain.models.seq2seq import fit_decoder
 
@@ -75,18 +74,18 @@ def load_model(
     if model.from_scratch and tokenizer is not None:
         born_pad = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)
-        if head == "seq2seq_lm":
+        if head.has_decoder:
             fit_decoder(config, model, tokenizer, born_pad=born_pad)
     for key, value in head_config.items():
         setattr(config, key, value)
-    if tokenizer is not None and head != "causal_lm" and getattr(config, "pad_token_id", None) is None:
+    if tokenizer is not None and not head.is_causal and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
-    if head in PROBLEM_TYPES:
-        config.problem_type = PROBLEM_TYPES[head]
+    if head.problem_type is not None:
+        config.problem_type = head.problem_type
     with quiet(), _drawn_from(seed):
         loaded = _with_its_parts(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
     names = real_label_names(loaded.config)
-    if has_labels(head) and not model.from_scratch and own_labels not in (None, names):
+    if head.has_label_names and not model.from_scratch and own_labels not in (None, names):
         log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
     if model.gradient_checkpointing:
         _checkpoint_activations(loaded)
@@ -120,7 +119,7 @@ def _with_its_parts(
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
         local_only = locate(model)
     new_head = settings_of(model, config)
-    kind = auto_class(head) if new_head is None else AutoModel
+    kind = head.auto_class if new_head is None else AutoModel
     new: list[str] = []
     if model.from_scratch:
         loaded = _new(kind, model, config, head)
@@ -220,7 +219,7 @@ def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedCon
     """The refusals that transformers words in its own terms: an architecture without that head, and the attention."""
     if "Unrecognized configuration class" in str(error):
         return ConfigError(
-            f"A {config.model_type} model has no {head.replace('_', ' ')} head in transformers. Choose another model "
+            f"A {config.model_type} model has no {head.name.replace('_', ' ')} head in transformers. Choose another model "
             "or another task."
         )
     if model.attn_implementation and ("attn_implementation" in str(error) or isinstance(error, ImportError)):

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dtrain.config import schema
-from dtrain.config.task import Head
 from dtrain.config.user_function import import_function
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.heads import Head
 
 KEY = "dtrain_factory"
 """In config.json of a saved folder: which factory made the module."""
@@ -116,7 +116,7 @@ def _call(
         "num_labels": head_config.get("num_labels"),
         "vocab_size": None if tokenizer is None else max(tokenizer.get_vocab().values()) + 1,
         "tokenizer": tokenizer,
-        "head": head,
+        "head": head.name,
     }
     try:
         signature = inspect.signature(function)

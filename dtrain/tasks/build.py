@@ -5,53 +5,59 @@ from __future__ import annotations
 from dtrain.config import task
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.protocol import Task
 
 
 def build_task(config: Config, context: RankContext) -> Task:
-    """Collective. Reads and tokenises the data, once per node, and gives the task that explains it."""
-    match config.task:
+    """Collective. Reads and encodes the data, once per node, and returns the task with its splits."""
+    return task_info(config.task).prepare(config, context)
+
+
+def task_info(options: task.TaskSettings) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of the task with these settings."""
+    match options:
         case task.Classification():
-            from dtrain.tasks.classification import prepare_classification
+            from dtrain.tasks import classification
 
-            return prepare_classification(config, config.task, context)
+            return classification.info(options)
         case task.Regression():
-            from dtrain.tasks.regression import prepare_regression
+            from dtrain.tasks import regression
 
-            return prepare_regression(config, context)
+            return regression.info(options)
         case task.CausalLm():
-            from dtrain.tasks.causal_lm import prepare_causal_lm
+            from dtrain.tasks import causal_lm
 
-            return prepare_causal_lm(config, config.task, context)
-        case task.MultipleChoice():
-            from dtrain.tasks.multiple_choice import prepare_multiple_choice
-
-            return prepare_multiple_choice(config, config.task, context)
-        case task.QuestionAnswering():
-            from dtrain.tasks.question_answering import prepare_question_answering
-
-            return prepare_question_answering(config, config.task, context)
-        case task.TokenClassification():
-            from dtrain.tasks.token_classification import prepare_token_classification
-
-            return prepare_token_classification(config, config.task, context)
-        case task.Seq2Seq():
-            from dtrain.tasks.seq2seq import prepare_seq2seq
-
-            return prepare_seq2seq(config, config.task, context)
-        case task.Chat():
-            from dtrain.tasks.chat import prepare_chat
-
-            return prepare_chat(config, config.task, context)
+            return causal_lm.info(options)
         case task.MaskedLm():
-            from dtrain.tasks.masked_lm import prepare_masked_lm
+            from dtrain.tasks import masked_lm
 
-            return prepare_masked_lm(config, config.task, context)
+            return masked_lm.info(options)
+        case task.MultipleChoice():
+            from dtrain.tasks import multiple_choice
+
+            return multiple_choice.info(options)
+        case task.QuestionAnswering():
+            from dtrain.tasks import question_answering
+
+            return question_answering.info(options)
+        case task.TokenClassification():
+            from dtrain.tasks import token_classification
+
+            return token_classification.info(options)
+        case task.Seq2Seq():
+            from dtrain.tasks import seq2seq
+
+            return seq2seq.info(options)
+        case task.Chat():
+            from dtrain.tasks import chat
+
+            return chat.info(options)
         case task.ImageClassification():
-            from dtrain.tasks.image_classification import prepare_image_classification
+            from dtrain.tasks import image_classification
 
-            return prepare_image_classification(config, config.task, context)
+            return image_classification.info(options)
         case task.ImageRegression():
-            from dtrain.tasks.image_regression import prepare_image_regression
+            from dtrain.tasks import image_regression
 
-            return prepare_image_regression(config, config.task, context)
+            return image_regression.info(options)

@@ -1,10 +1,10 @@
 """The next token of a text.
 
-A split is one stream of tokens, cut into blocks of `data.max_length` inputs that overlap by one token, so that every
-token but the very first is a target exactly once and none is dropped. The last block is shorter. With `task.stride` what
-is evaluated is cut into overlapping windows instead, which give a token more context and score it once all the same.
-With `task.packing: documents` each row of the data is a stream of its own; several share a block and see nothing of each
-other, so that the loss of a document does not depend on its neighbours. A document's first token is no target then.
+A split is one stream of tokens. It is cut into blocks of `data.max_length` inputs that overlap by one token, so that every
+token but the very first is a target exactly once and none is dropped. The last block may be shorter. With `task.stride`
+the splits to evaluate are cut into overlapping windows instead, which give a token more context and still score it once.
+With `task.packing: documents` each row of the data is a stream of its own. Several rows share a block without seeing each
+other, so that the loss of a document does not depend on its neighbors. The first token of a document is not a target then.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from dtrain.config.schema import Config
-from dtrain.config.task import CausalLm, Head
+from dtrain.config.task import CausalLm
 from dtrain.console import log
 from dtrain.data.packing import pieces_of, rows_of
 from dtrain.data.seeding import Place
@@ -28,18 +29,34 @@ from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
+from dtrain.models.heads import Head
 from dtrain.models.tokenizer import has_characters_only
-from dtrain.tasks.documents import check_keeps_apart, own_document_only
+from dtrain.tasks.documents import check_separates_documents, document_inputs
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import counted, full_precision, perplexity
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import count_targets, full_precision, perplexity
+
+HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabulary=True, is_causal=True)
+
+
+def info(settings: CausalLm) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_causal_lm(config, settings, context),
+        head=HEAD,
+        example_row={"text": "A cat sleeps."},
+        prompt="continue",
+        chat_format="auto",
+        pipeline_tag="text-generation",
+    )
 
 
 class CausalLmTask:
-    """Cross entropy of each next token; perplexity per token and per word, bits per character where tokens are that."""
+    """Cross entropy of each next token. Metrics: perplexity per token and per word; bits per character."""
 
     name = "causal_lm"
-    head: Head = "causal_lm"
+    head = HEAD
     needs_padding = False
 
     def __init__(
@@ -54,11 +71,12 @@ class CausalLmTask:
     ) -> None:
         """
         Args:
-            splits: rows with `input_ids`, at most max_length + 1 of them; with `lengths` and `scored` (see data.blocks)
-                several pieces, of which not all targets count.
-            is_char: every token is one character.
-            words: white-space-separated words of each split's text, for a perplexity per word; None: there is none.
-            settings: how the splits were made of a text; None: not from here.
+            splits: Rows with `input_ids`, at most max_length + 1 of them. With `lengths` and `scored` (see data.packing)
+                a row is several pieces, and not all of their tokens are targets.
+            is_char: Every token is one character.
+            words: Number of white-space-separated words in each split's text, for the perplexity per word. None: no such
+                metric.
+            settings: The settings that made the splits of a text. None: they were made elsewhere.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
@@ -94,67 +112,67 @@ class CausalLmTask:
                 start = stop
         if self._is_packed:
             return {"input_ids": inputs, "document_ids": documents, "labels": labels}
-        if documents.all():  # full blocks need no mask, and attention is faster without one
+        if documents.all():  # full blocks need no mask, and attention is faster without a mask
             return {"input_ids": inputs, "labels": labels}
         return {"input_ids": inputs, "attention_mask": (documents != 0).long(), "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
-        return counted(batch["labels"])
+        return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = self._logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         logits, labels = self._logits(module, batch)
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
+        return ScoredBatch(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        found = {"perplexity": perplexity(loss)}
+        values = {"perplexity": perplexity(loss)}
         tokens = self._scored_tokens(split)
         if self._words is not None:
-            found["word_perplexity"] = perplexity(loss * tokens / max(self._words[split], 1))
+            values["word_perplexity"] = perplexity(loss * tokens / max(self._words[split], 1))
         if self._is_char:
-            found["bits_per_character"] = loss / math.log(2)
-        log.info("%s", self._account(split, loss * tokens, tokens, found))
-        return found
+            values["bits_per_character"] = loss / math.log(2)
+        log.info("%s", self._describe(split, loss * tokens, tokens, values))
+        return values
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         return [{"prediction": None, "reference": None} for _ in range(len(self.splits[split]))]
 
     def _scored_tokens(self, split: str) -> int:
         rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # without the tokens of the whole split
+        if isinstance(rows, Dataset):  # without loading columns that are not needed
             rows = rows.select_columns([name for name in ("scored", "input_ids") if name in rows.column_names][:1])
         columns = rows[list(range(len(rows)))]
         if "scored" in columns:
             return sum(map(sum, columns["scored"]))
         return sum(len(ids) - 1 for ids in columns["input_ids"])
 
-    def _account(self, split: str, nll: float, tokens: int, found: Mapping[str, float]) -> str:
-        """Everything that two perplexities must have in common to be compared, in one line."""
+    def _describe(self, split: str, nll: float, tokens: int, metrics: Mapping[str, float]) -> str:
+        """Returns a line with everything that must be equal for two perplexities to be comparable."""
         words = f" and {self._words[split]} words" if self._words is not None else ""
-        made = [f"blocks of {self.max_length}"]
+        how = [f"blocks of {self.max_length}"]
         if self._settings is not None:
             joined = f"rows joined by {self._settings.joiner!r}"
             stride = self._settings.stride or self.max_length
-            made = ["each row a document" if self._is_packed else joined, *made, f"stride {stride}", "no BOS"]
-        values = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
-        return f"{split}: {values} (nll {nll:.6f} nats over {tokens} tokens{words}; {', '.join(made)})"
+            how = ["each row a document" if self._is_packed else joined, *how, f"stride {stride}", "no BOS"]
+        values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        return f"{split}: {values} (nll {nll:.6f} nats over {tokens} tokens{words}; {', '.join(how)})"
 
     def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._is_checked:
-            check_keeps_apart(model, max_length=self.max_length)
+            check_separates_documents(model, max_length=self.max_length)
             self._is_checked = True
         inputs = {key: value for key, value in batch.items() if key not in ("labels", "document_ids")}
         if self._is_packed:
-            inputs.update(own_document_only(batch["document_ids"], next(model.parameters()).dtype))
+            inputs.update(document_inputs(batch["document_ids"], next(model.parameters()).dtype))
         return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
 
 
 def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) -> CausalLmTask:
-    """Collective. Tokenises each split into blocks or windows, once per node."""
+    """Collective. Tokenizes each split into blocks or windows, once per node."""
     is_packed = settings.packing == "documents"
 
     def texts(source: Source) -> Iterable[str]:
@@ -162,7 +180,7 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
         return rows if is_packed else [settings.joiner.join(rows)]
 
     def describe(sources: Mapping[str, Source], tokenizer: Any) -> Meta:
-        if has_characters_only(tokenizer):  # bits per character say it without a notion of words
+        if has_characters_only(tokenizer):  # bits per character need no definition of a word
             return {"words": None}
         return {"words": {split: sum(map(_count_words, texts(source))) for split, source in sources.items()}}
 
@@ -175,8 +193,8 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
         streams = _documents(source, tokenizer, config) if is_packed else [_ids(next(iter(texts(source))), tokenizer)]
         pieces = [piece for ids in streams for piece in pieces_of(ids, max_length=config.max_length, stride=stride)]
         if not pieces:
-            found = "documents of at most one token" if is_packed else f"{len(streams[0])} token(s)"
-            raise DataError(f"{source.origin} holds {found}: a next token needs at least two. Give a longer text.")
+            content = "documents of at most one token" if is_packed else f"{len(streams[0])} token(s)"
+            raise DataError(f"{source.origin} has {content}, but a next token needs at least two: use a longer text.")
         return Dataset.from_dict(rows_of(pieces, room=config.max_length if is_packed else None))
 
     recipe = Recipe(
@@ -205,16 +223,16 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
 
 
 def _documents(source: Source, tokenizer: Any, config: Config) -> Sequence[list[int]]:
-    """The tokens of each row."""
+    """Returns the tokens of each row."""
 
-    def tokenise(rows: Mapping[str, Any]) -> Mapping[str, Any]:
+    def tokenize(rows: Mapping[str, Any]) -> Mapping[str, Any]:
         return {
             "input_ids": tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         }
 
-    documents: Sequence[list[int]] = map_rows(source, tokenise, config)["input_ids"]
+    documents: Sequence[list[int]] = map_rows(source, tokenize, config)["input_ids"]
     return documents
 
 
 def _count_words(text: str) -> int:
-    return sum(1 for _ in re.finditer(r"\S+", text))  # as str.split() counts, without the list
+    return sum(1 for _ in re.finditer(r"\S+", text))  # equals len(text.split()) without making the list

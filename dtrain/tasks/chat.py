@@ -1,4 +1,4 @@
-"""Dialogues: the next token of every turn, or of the assistant's only."""
+"""Dialogues: the next token of every turn, or of the assistant's turns only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Chat, Head
+from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.data.dialogues import dialogue_shape
 from dtrain.data.seeding import Place
@@ -19,24 +19,39 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, fit
+from dtrain.tasks.causal_lm import HEAD
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import counted, logits_of, perplexity
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import compute_logits, count_targets, perplexity
+
+
+def info(settings: Chat) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_chat(config, settings, context),
+        head=HEAD,
+        example_row={"prompt": "Where is the cat?"},
+        text_columns=("prompt",),
+        prompt="reply",
+        chat_format=settings.format,
+        pipeline_tag="text-generation",
+    )
 
 
 class ChatTask:
-    """Cross entropy of each next token that is a target; perplexity, and the share of targets that come first."""
+    """Cross entropy of each next token that is a target. Metrics: perplexity, and accuracy of the most likely token."""
 
     name = "chat"
-    head: Head = "causal_lm"
-    needs_padding = False  # what stands after the end of a dialogue is masked and no target: any token will do
+    head = HEAD
+    needs_padding = False  # padding is masked and is no target, so that any token can be used for it
     metric_names: Sequence[str] = ("perplexity", "accuracy")
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, chat: ChatFormat, *, max_length: int) -> None:
         """
         Args:
-            splits: rows with `input_ids`, at most max_length of them, and `is_target` for each.
-            chat: the format that the rows were encoded in.
+            splits: Rows with `input_ids`, at most max_length of them, and `is_target` for each token.
+            chat: The format that the rows were encoded in.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
@@ -51,39 +66,39 @@ class ChatTask:
         mask = torch.zeros(shape, dtype=torch.int64)
         for row, (tokens, is_target) in enumerate(zip(rows["input_ids"], rows["is_target"], strict=True)):
             ids = torch.tensor(tokens, dtype=torch.int64)
-            used = len(ids) - 1  # the last token has no next one
+            used = len(ids) - 1  # the last token has no next token
             inputs[row, :used] = ids[:-1]
             labels[row, :used] = ids[1:].masked_fill(~torch.tensor(is_target[1:], dtype=torch.bool), IGNORED)
-            mask[row, : max(used, 1)] = 1  # attention to nothing at all is not a number
+            mask[row, : max(used, 1)] = 1  # attention to no token at all is nan
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
-        return counted(batch["labels"])
+        return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = logits_of(model, batch, use_cache=False), batch["labels"]
+        logits, labels = compute_logits(model, batch, use_cache=False), batch["labels"]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        """The prediction of a dialogue: how many of its targets were the likeliest token, and how many there are."""
-        logits, labels = logits_of(module, batch, use_cache=False), batch["labels"]
-        # Not (batch, vocabulary, length), which takes several times as long on a CPU.
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
+        """The prediction of a dialogue is how many of its targets were the most likely token, and its number of targets."""
+        logits, labels = compute_logits(module, batch, use_cache=False), batch["labels"]
+        # The layout (batch, vocabulary, length) takes several times as long on a CPU.
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
         count = (labels != IGNORED).sum(dim=1)
-        right = (logits.argmax(dim=-1) == labels).sum(dim=1)
-        return Scored(losses.view_as(labels).double().sum(dim=1), count, torch.stack([right, count], dim=1))
+        correct = (logits.argmax(dim=-1) == labels).sum(dim=1)
+        return ScoredBatch(losses.view_as(labels).double().sum(dim=1), count, torch.stack([correct, count], dim=1))
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        right, count = (sum(column) for column in zip(*predictions, strict=True))
-        return {"perplexity": perplexity(loss), "accuracy": right / count}
+        correct, count = (sum(column) for column in zip(*predictions, strict=True))
+        return {"perplexity": perplexity(loss), "accuracy": correct / count}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        """Nothing is written here: `correct` of a dialogue's targets were the likeliest token."""
-        return [{"prediction": None, "reference": None, "correct": int(right)} for right, _ in predictions]
+        """Returns records without texts: `correct` is the number of targets that were the most likely token."""
+        return [{"prediction": None, "reference": None, "correct": int(correct)} for correct, _ in predictions]
 
 
 def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTask:
-    """Collective. Encodes each dialogue, once per node; says how many did not fit data.max_length."""
+    """Collective. Encodes each dialogue, once per node, and logs how many were truncated to data.max_length."""
     replies_only = settings.loss_on == "replies"
 
     def describe(_sources: Mapping[str, Source], tokenizer: Any) -> Meta:
@@ -92,18 +107,18 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
     def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
         chat = choose_format(tokenizer, meta["format"])
 
-        def tokenise(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
-            found: dict[str, list[Any]] = {"input_ids": [], "is_target": [], "is_cut": []}
+        def tokenize(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
+            columns: dict[str, list[Any]] = {"input_ids": [], "is_target": [], "is_cut": []}
             for line, messages in zip(rows["line"], rows["turns"], strict=True):
                 try:
                     encoded, is_cut = fit(chat, messages, max_length=config.max_length, replies_only=replies_only)
                 except DataError as error:
                     raise DataError(f"{source.origin}, {source.unit} {line}: {error}") from None
-                for column, value in zip(found, (encoded.ids, encoded.is_target, is_cut), strict=True):
-                    found[column].append(value)
-            return found
+                for column, value in zip(columns, (encoded.ids, encoded.is_target, is_cut), strict=True):
+                    columns[column].append(value)
+            return columns
 
-        return map_rows(source, tokenise, config)
+        return map_rows(source, tokenize, config)
 
     recipe = Recipe(
         "chat",
@@ -115,7 +130,7 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
         needs_padding=False,
     )
     examples = prepare_examples(recipe, config, context)
-    _tell_cuts(examples, config.max_length)
+    _log_truncated(examples, config.max_length)
     chat = choose_format(examples.tokenizer, examples.meta["format"])
     return ChatTask(examples.splits, examples.tokenizer, chat, max_length=config.max_length)
 
@@ -126,9 +141,9 @@ def _texts(source: Source) -> Iterator[str]:
             yield turn["content"]
 
 
-def _tell_cuts(examples: Examples, max_length: int) -> None:
+def _log_truncated(examples: Examples, max_length: int) -> None:
     for split, rows in examples.splits.items():
-        marks = rows.select_columns("is_cut").with_format("arrow")[:]["is_cut"].to_pylist()  # row by row takes long
+        marks = rows.select_columns("is_cut").with_format("arrow")[:]["is_cut"].to_pylist()  # row by row is slow
         cut = [index for index, is_cut in enumerate(marks) if is_cut]
         if not cut:
             continue
@@ -136,5 +151,5 @@ def _tell_cuts(examples: Examples, max_length: int) -> None:
         log.info(
             "data: %s: %d of %d dialogues have more than data.max_length=%d tokens: only their first turns are used%s",
             *(split, len(cut), len(rows), max_length),
-            f", and {without} of them are left without a target" if without else "",
+            f", and {without} of them have no target left" if without else "",
         )

@@ -11,34 +11,55 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Classification, Head, ImageClassification
+from dtrain.config.task import Classification, ImageClassification
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELLED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import (
     Meta,
     Recipe,
     all_texts,
-    columns_of,
     encode_texts,
-    known_labels,
-    label_outputs,
+    label_config,
     map_rows,
     prepare_examples,
+    pretrained_labels,
+    read_columns,
 )
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import label_tensor, logits_of, padded
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import compute_logits, label_tensor, pad_rows
+
+HEAD = Head(
+    "sequence_classification",
+    AutoModelForSequenceClassification,
+    has_label_names=True,
+    problem_type="single_label_classification",
+)
+
+
+def info(settings: Classification) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_classification(config, settings, context),
+        head=HEAD,
+        example_row={"text": "A cat sleeps."},
+        text_columns=("text", "text_pair"),
+        pipeline_tag="text-classification",
+    )
 
 
 class ClassificationTask:
-    """Cross entropy over the labels; accuracy, F1, precision, recall and Matthews by scikit-learn."""
+    """Cross entropy over the labels. Metrics: accuracy, F1, precision, recall and Matthews from scikit-learn."""
 
     name = "classification"
-    head: Head = "sequence_classification"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 
@@ -53,21 +74,21 @@ class ClassificationTask:
     ) -> None:
         """
         Args:
-            splits: rows with `input_ids`, further model inputs, and `label`, an index into `labels`.
-            tokenizer: None where a subclass collates what is no text.
-            labels: label names in the order of the model's outputs.
+            splits: Rows with `input_ids`, further model inputs, and `label`, an index into `labels`.
+            tokenizer: None for a subclass whose examples are not texts.
+            labels: Label names in the order of the model's outputs.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
-        self.head_config: dict[str, Any] = label_outputs(labels)
+        self.head_config: dict[str, Any] = label_config(labels)
         self._smoothing = settings.label_smoothing
         self._weights = self._class_weights(settings)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
-        return {**padded(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
+        return {**pad_rows(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
 
     def targets(self, batch: Batch) -> Targets:
         labels = batch["labels"][batch["labels"] != IGNORED]
@@ -75,101 +96,101 @@ class ClassificationTask:
         return Targets(weight, len(labels))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = logits_of(model, batch), batch["labels"]
+        logits, labels = compute_logits(model, batch), batch["labels"]
         weights = None if self._weights is None else self._weights.to(logits)
         return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        logits, labels = logits_of(module, batch), batch["labels"]
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
+        logits, labels = compute_logits(module, batch), batch["labels"]
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
-        return Scored(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
+        return ScoredBatch(loss.double(), (labels != IGNORED).long(), logits.argmax(dim=-1))
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precision_score, recall_score
 
-        judged = [
-            (label, int(found))
-            for label, found in zip(self._truth(split), predictions, strict=True)
+        pairs = [
+            (label, int(prediction))
+            for label, prediction in zip(self._references(split), predictions, strict=True)
             if label is not None
         ]
-        if not judged:
+        if not pairs:
             return {}
-        truth, found = zip(*judged, strict=True)
+        expected, predicted = zip(*pairs, strict=True)
         if len(self.labels) == 2:
             average: dict[str, Any] = {"average": "binary", "pos_label": 1}
         else:
-            average = {"average": "macro"}  # over the labels that occur, as scikit-learn does
+            average = {"average": "macro"}  # over the labels that occur, as in scikit-learn
         with warnings.catch_warnings():
-            # Matthews of a single class is 0 by definition; every rank would print scikit-learn's remark about it.
+            # Matthews of a single class is 0 by definition. Every rank would print scikit-learn's warning.
             warnings.filterwarnings("ignore", message="A single label was found in", category=UserWarning)
-            matthews = float(matthews_corrcoef(truth, found))
+            matthews = float(matthews_corrcoef(expected, predicted))
         return {
-            "accuracy": float(accuracy_score(truth, found)),
-            "f1": float(f1_score(truth, found, zero_division=0.0, **average)),
-            "precision": float(precision_score(truth, found, zero_division=0.0, **average)),
-            "recall": float(recall_score(truth, found, zero_division=0.0, **average)),
+            "accuracy": float(accuracy_score(expected, predicted)),
+            "f1": float(f1_score(expected, predicted, zero_division=0.0, **average)),
+            "precision": float(precision_score(expected, predicted, zero_division=0.0, **average)),
+            "recall": float(recall_score(expected, predicted, zero_division=0.0, **average)),
             "matthews_correlation": matthews,
         }
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         return [
-            {"prediction": self.labels[int(found)], "reference": None if label is None else self.labels[label]}
-            for found, label in zip(predictions, self._truth(split), strict=True)
+            {"prediction": self.labels[int(prediction)], "reference": None if label is None else self.labels[label]}
+            for prediction, label in zip(predictions, self._references(split), strict=True)
         ]
 
     def answers(self, module: nn.Module, batch: Batch) -> list[Mapping[str, Any]]:
-        probabilities = logits_of(module, batch).softmax(dim=-1)
+        probabilities = compute_logits(module, batch).softmax(dim=-1)
         best = probabilities.max(dim=-1)
         return [
             {"prediction": self.labels[index], "probability": probability}
             for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
-    def _truth(self, split: str) -> Sequence[int | None]:
-        """The labels of a split in data order; None for an example that has none."""
-        return columns_of(self.splits[split], "label")["label"]
+    def _references(self, split: str) -> Sequence[int | None]:
+        """Returns the labels of a split in data order. None for an example without a label."""
+        return read_columns(self.splits[split], "label")["label"]
 
     def _class_weights(self, settings: Classification | ImageClassification) -> torch.Tensor | None:
         if settings.class_weights is None:
             return None
         if settings.class_weights == "balanced" and "train" not in self.splits:
-            return None  # nothing learns here, and evaluation is unweighted
+            return None  # there is no training here, and evaluation is unweighted
         if settings.class_weights == "balanced":
             rows = self.splits["train"]
-            counts = Counter(self._truth("train"))
+            counts = Counter(self._references("train"))
             return torch.tensor(
                 [len(rows) / (len(self.labels) * max(counts[index], 1)) for index in range(len(self.labels))]
             )
         if set(settings.class_weights) != set(self.labels):
             raise ConfigError(
                 f"task.class_weights names {sorted(settings.class_weights)}, but the labels are {sorted(self.labels)}: "
-                "give one weight for each."
+                "set one weight for each label."
             )
         return torch.tensor([settings.class_weights[label] for label in self.labels])
 
 
 def prepare_classification(config: Config, settings: Classification, context: RankContext) -> ClassificationTask:
-    """Collective. Tokenises each split once per node and fixes the order of the labels."""
+    """Collective. Tokenizes each split once per node and fixes the order of the labels."""
     if config.data.name == "stsb":
-        raise ConfigError("data.name=stsb has scores from 0 to 5 for labels, no classes: set task.name=regression.")
-    order = known_labels(config, context)
+        raise ConfigError("The labels of data.name=stsb are scores from 0 to 5, not classes: set task.name=regression.")
+    order = pretrained_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
-        return {"labels": ordered_labels(sources, order, config.model.name_or_path)}
+        return {"labels": choose_label_order(sources, order, config.model.name_or_path)}
 
     def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
         identity = {name: index for index, name in enumerate(meta["labels"])}
 
-        def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
+        def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             labels = rows.get("label") or [None] * len(rows["text"])
             return {
                 **encode_texts(rows, tokenizer, max_length=config.max_length),
                 "label": [None if label is None else identity[label] for label in labels],
             }
 
-        return map_rows(source, tokenise, config)
+        return map_rows(source, tokenize, config)
 
     recipe = Recipe(
         "classification",
@@ -184,25 +205,26 @@ def prepare_classification(config: Config, settings: Classification, context: Ra
     return ClassificationTask(examples.splits, examples.tokenizer, labels, settings, max_length=config.max_length)
 
 
-def ordered_labels(sources: Mapping[str, Source], known: tuple[str, ...] | None, name: str | None) -> list[str]:
-    """The labels in the order of the model's outputs: those that it knows, where they are the data's.
+def choose_label_order(sources: Mapping[str, Source], known: tuple[str, ...] | None, name: str | None) -> list[str]:
+    """Returns the labels in the order of the model's outputs: the model's own labels if the data has the same.
 
     Args:
-        name: of the model, for the message.
+        known: Label names of the pretrained model. None: it has none.
+        name: Name of the model, for the message.
 
     Raises:
-        ConfigError: nothing says what the labels are called.
-        DataError: a label that is not one of them.
+        ConfigError: neither the data nor the model has label names.
+        DataError: a label is not one of the model's.
     """
     if "train" not in sources and known is not None:
-        check_labels(sources, names := known)  # an evaluation: the model knows its labels
+        check_labels(sources, names := known)  # an evaluation: the labels are the model's
     elif "train" not in sources and all(source.label_names is None for source in sources.values()):
         raise ConfigError(
-            f"What the labels are called is said nowhere: there is no train split, and model.name_or_path={name} has no "
-            "id2label in its config.json. Name a trained classifier, or a train split in data.splits."
+            f"No label names found: there is no train split, and model.name_or_path={name} has no id2label in its "
+            "config.json. Use a trained classifier, or name a train split in data.splits."
         )
     else:
         names = label_names(sources)
     if known is not None and set(known) == set(names):
-        names = known  # the model's outputs keep their meaning
+        names = known  # so that the model's outputs keep their meaning
     return list(names)

@@ -1,4 +1,4 @@
-"""What the tasks of images share: where their files are, their rows, and batches of pixels."""
+"""Functions that image tasks share: the folder of the files, their rows, and batches of pixels."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dtrain.tasks.prepare import Examples, Meta, Recipe, prepare_examples
 from dtrain.tasks.protocol import Batch
 
 
-def folder_of(config: Config) -> Path:
-    """The folder that kept paths are relative to.
+def image_folder(config: Config) -> Path:
+    """Returns the folder that the paths in rows are relative to.
 
     Raises:
-        ConfigError: the data is not of a kind that can name image files.
+        ConfigError: the data cannot name image files.
     """
     if config.data.path is None or form_of(config.data) not in ("class_folders", "files"):
         raise ConfigError(
             f"task.name={config.task.name} reads images from data.path: a folder with train/<class>/*.png, or a table "
-            "(CSV, ...) with a column of paths. Set it, without data.name"
+            "(CSV, ...) with a column of paths. Set data.path and remove data.name."
         )
     place = place_of(config.data)
     return place if place.is_dir() else place.parent
@@ -37,10 +37,10 @@ def folder_of(config: Config) -> Path:
 def prepare_images(
     config: Config, context: RankContext, *, targets: Sequence[str], encode: Any, describe: Any, options: Meta
 ) -> Examples:
-    """Collective. Paths, digests and what `encode` makes of labels or values; each file is looked at once per node."""
+    """Collective. Prepares rows with paths, digests, and labels or values. One rank per node checks each file once."""
     recipe = Recipe(
         config.task.name,
-        images_shape(folder_of(config), targets),
+        images_shape(image_folder(config), targets),
         texts=lambda _source: (),
         encode=encode,
         describe=describe,
@@ -51,10 +51,10 @@ def prepare_images(
     return prepare_examples(recipe, config, context)
 
 
-def pixels(rows: Mapping[str, Sequence[Any]], folder: Path, processor: PixelProcessor) -> Batch:
-    """The images of these rows, read now: pixel_values (batch, channels, height, width) float32.
+def read_pixels(rows: Mapping[str, Sequence[Any]], folder: Path, processor: PixelProcessor) -> Batch:
+    """Reads the images of these rows: pixel_values (batch, channels, height, width) float32.
 
     Raises:
-        DataError: an image that is gone or cannot be decoded.
+        DataError: an image is missing or cannot be decoded.
     """
     return {"pixel_values": torch.from_numpy(np.stack([processor(folder / path) for path in rows["image"]]))}

@@ -1,4 +1,4 @@
-"""What tasks have in common before the first batch: rows of a shape, tokenised once per node, the tokenizer beside them."""
+"""Data preparation that tasks share: rows are read and encoded once per node and cached with their tokenizer."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ from dtrain.tasks.protocol import Split
 Meta = Mapping[str, Json]
 
 Encode = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""Columns of some rows to columns of examples; a row that it cannot encode is a DataError that says which."""
+"""Converts columns of rows to columns of examples. Raises a DataError that names a row that it cannot encode."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one task makes its examples. Called on one rank of each node, and only where the result is not kept yet.
+    """How a task makes its examples. The functions run on one rank of each node, and only if the result is not cached.
 
-    Args:
-        task: name, for the cache; with a number behind it when the meaning of the other parts changes.
-        shape: of a row.
-        texts: of the training split, for a tokenizer that is built from them.
-        encode: a split's examples; its columns are what `Task.collate` is given.
-        describe: what the ranks have to know besides, from all splits, before any is encoded (the labels' names).
-        options: what else the result depends on, e.g. settings of the task.
-        needs_padding: whether batches hold examples of different lengths.
-        has_text: False where there is nothing to tokenise, and no tokenizer.
+    Attributes:
+        task: Name for the cache. A number is appended when the meaning of the other parts changes.
+        shape: What a row of the data consists of.
+        texts: Returns the texts of the training split, for a tokenizer that is built from them.
+        encode: Returns the examples of a split. `Task.collate` gets their columns.
+        describe: Returns further values that all ranks need, from all splits, before any split is encoded, e.g. the
+            label names.
+        options: Other values that the result depends on, such as settings of the task.
+        needs_padding: Whether batches hold examples of different lengths.
+        has_text: False for a task without text, and so without a tokenizer.
     """
 
     task: str
@@ -58,7 +59,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Examples:
-    """splits: memory-mapped examples. tokenizer: the one that made them, if any. meta: what `Recipe.describe` gave."""
+    """The examples of all splits.
+
+    Attributes:
+        splits: Memory-mapped examples.
+        tokenizer: The tokenizer that encoded them. None for a task without text.
+        meta: The values that `Recipe.describe` returned.
+    """
 
     splits: Mapping[str, datasets.Dataset]
     tokenizer: Any
@@ -66,15 +73,15 @@ class Examples:
 
 
 def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Examples:
-    """Collective. The examples of all splits, from the cache or made now, equal on all nodes.
+    """Collective. Returns the examples of all splits, equal on all nodes, from the cache if they are there.
 
     Raises:
-        DataError: on every rank: what reading raises, or nodes that hold different data.
-        ConfigError: settings that do not fit the data.
+        DataError: on every rank, if the data cannot be read or nodes hold different data.
+        ConfigError: settings do not fit the data.
     """
 
     @cache
-    def made_tokenizer() -> PreTrainedTokenizerBase | None:
+    def built_tokenizer() -> PreTrainedTokenizerBase | None:
         if not recipe.has_text:
             return None
         return load_tokenizer(
@@ -84,9 +91,9 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         )
 
     def tokenizer_key() -> Json:
-        if config.model.tokenizer == "train-bpe":  # told apart by what makes it, so that it is trained once
+        if config.model.tokenizer == "train-bpe":  # its settings are the key, so that it is trained only once
             return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding}
-        tokenizer = made_tokenizer()
+        tokenizer = built_tokenizer()
         return None if tokenizer is None else fingerprint(tokenizer)
 
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
@@ -100,7 +107,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         }
 
         def build(folder: Path) -> Meta:
-            tokenizer = made_tokenizer()
+            tokenizer = built_tokenizer()
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, recipe.shape, scratch=Path(scratch))
                 meta = dict(recipe.describe(sources, tokenizer))
@@ -114,46 +121,46 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
 
     prepared = prepare(plan, cache_dir=config.data.cache_dir, context=context)
     for split, number in prepared.meta["skipped"].items():
-        log.warning("data: %s lacks %d bad row(s), passed over as data.max_bad_rows allows", split, number)
+        log.warning("data: %s: skipped %d bad row(s), as data.max_bad_rows allows", split, number)
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
 
-def known_labels(config: Config, context: RankContext) -> tuple[str, ...] | None:
-    """Collective. The label names that a trained model brings; one rank of each node asks a hub."""
+def pretrained_labels(config: Config, context: RankContext) -> tuple[str, ...] | None:
+    """Collective. Returns the label names of a trained model. One rank per node reads them, perhaps from the hub."""
     names: list[str] | None = node_first(lambda: label_names_of(config.model), context)
     return None if names is None else tuple(names)
 
 
 def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset:
-    """The source's rows, batch by batch through `encode` (columns in, columns out), by `data.num_proc` processes.
+    """Encodes the source's rows in batches, in `data.num_proc` processes.
 
-    A row that `encode` refuses with a DataError is a bad row: as many as data.max_bad_rows still allows are passed over.
+    A row that `encode` refuses with a DataError is a bad row. At most data.max_bad_rows of them are skipped.
 
     Raises:
-        DataError: more rows than that are refused, or all.
+        DataError: there are more bad rows, or no others.
     """
     try:
-        return _mapped(source.rows, encode, config)
+        return _encode_rows(source.rows, encode, config)
     except DataError:
         if config.data.max_bad_rows == 0:
             raise
-    # Bad rows are few: all are looked at again only where there is one, and told in their order by this process.
-    faults = _mapped(source.rows, partial(_faults, encode), config, features=_FAULT)["fault"][:]
+    # Bad rows are rare: only if there is one, all rows are checked again, and this process reports them in order.
+    faults = _encode_rows(source.rows, partial(_find_faults, encode), config, features=_FAULT)["fault"][:]
     for fault in faults:
         if fault is not None:
             source.bad.add(DataError(fault))
     kept = [number for number, fault in enumerate(faults) if fault is None]
     if not kept:
         raise DataError(f"{source.origin} has no rows that can be used: a split needs at least one")
-    return _mapped(source.rows.select(kept), encode, config)
+    return _encode_rows(source.rows.select(kept), encode, config)
 
 
 _FAULT = datasets.Features({"fault": datasets.Value("string")})
 
 
-def _faults(encode: Encode, rows: Mapping[str, Any]) -> dict[str, list[str | None]]:
-    """What `encode` says against each row; None: nothing."""
+def _find_faults(encode: Encode, rows: Mapping[str, Any]) -> dict[str, list[str | None]]:
+    """Returns the error message of `encode` for each row. None: no error."""
     names, number = list(rows), len(next(iter(rows.values())))
     faults: list[str | None] = [None] * number
     try:
@@ -167,10 +174,10 @@ def _faults(encode: Encode, rows: Mapping[str, Any]) -> dict[str, list[str | Non
     return {"fault": faults}
 
 
-def _mapped(
+def _encode_rows(
     rows: datasets.Dataset, encode: Encode, config: Config, *, features: datasets.Features | None = None
 ) -> datasets.Dataset:
-    # The result is kept under our own key, so the library need not hash the function.
+    # The result is cached under dtrain's own key, so that the library does not need to hash the function.
     return rows.map(
         encode,
         batched=True,
@@ -183,20 +190,20 @@ def _mapped(
 
 
 def all_texts(source: Source) -> Iterator[str]:
-    """Both texts of every row."""
+    """Returns the text, or both texts, of every row."""
     rows = source.rows
     return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
 
 
-def columns_of(rows: Split, *names: str) -> Mapping[str, Sequence[Any]]:
-    """Those columns of a split in data order, without the tokens of the whole split."""
-    whole: Any = rows.select_columns(list(names)) if isinstance(rows, datasets.Dataset) else rows
-    columns: Mapping[str, Sequence[Any]] = whole[list(range(len(whole)))]
+def read_columns(rows: Split, *names: str) -> Mapping[str, Sequence[Any]]:
+    """Reads some columns of a split in data order, without loading its tokens."""
+    selected: Any = rows.select_columns(list(names)) if isinstance(rows, datasets.Dataset) else rows
+    columns: Mapping[str, Sequence[Any]] = selected[list(range(len(selected)))]
     return columns
 
 
-def label_outputs(labels: Sequence[str]) -> dict[str, Any]:
-    """What the config of a head with an output for each label says."""
+def label_config(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the values for the model's config that give each label an output."""
     return {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
@@ -205,7 +212,7 @@ def label_outputs(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:
-    """`text`, or `text` and `text_pair`, as the tokenizer joins them, cut to max_length."""
+    """Encodes `text`, or `text` and `text_pair` joined by the tokenizer, truncated to max_length tokens."""
     encoded: Mapping[str, Any] = tokenizer(
         rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
     )

@@ -1,6 +1,7 @@
-"""What makes one task different from another, and nothing else.
+"""What a task must provide: splits, batches, a loss, predictions and metrics.
 
-A new task is one file beside this one, one option class in task_settings.py and one `case` in build.py.
+A new task is one file in this folder, one option class in config/task.py and one `case` in build.py.
+docs/new-task.md explains it step by step.
 """
 
 from __future__ import annotations
@@ -12,21 +13,23 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dtrain.config.task import Head
 from dtrain.data.seeding import Place
+from dtrain.models.heads import Head
 
 Batch = dict[str, torch.Tensor]
-"""What the model takes, plus labels; every tensor's first dimension is the example, or a window of one."""
+"""The model's inputs and the labels. The first dimension of every tensor is the example, or a window of an example."""
 
 IGNORED = -100
-"""A label that is not a target (padding)."""
+"""The label of a position that is not a target, such as padding."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch contributes to a step, known from its labels alone, before any forward pass.
+    """What a batch contributes to a step, known from its labels before any forward pass.
 
-    weight: summed weight of its targets, what the step's summed loss is divided by. count: their number.
+    Attributes:
+        weight: Summed weight of the batch's targets. The summed loss of a step is divided by the summed weight.
+        count: Number of targets.
     """
 
     weight: float
@@ -34,12 +37,14 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Plain per-example results of an evaluation batch, unweighted, unsmoothed; first dimension: example.
+class ScoredBatch:
+    """Results of an evaluation batch for each example, without class weights or label smoothing.
 
-    loss: (batch,) float64, summed over the example's targets, in nats.
-    targets: (batch,) int64, number of targets.
-    prediction: (batch, ...) what is judged, e.g. the predicted label; None where loss is all there is.
+    Attributes:
+        loss: (batch,) float64, summed over the example's targets, in nats.
+        targets: (batch,) int64, number of targets.
+        prediction: (batch, ...) the value that the metrics judge, e.g. the predicted label. None for a task that has only
+            a loss.
     """
 
     loss: torch.Tensor
@@ -48,75 +53,86 @@ class Scored:
 
 
 class Split(Protocol):
-    """Examples by index, each a mapping of columns (a `datasets.Dataset` is one)."""
+    """Examples by index, each a mapping of columns. A `datasets.Dataset` is a split."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int]) -> Mapping[str, Sequence[Any]]:
-        """The columns of those rows, in that order."""
+        """Returns the columns of these rows, in this order."""
         ...
 
 
 class Task(Protocol):
-    """Splits, batches, loss and metrics of one kind of learning. Nothing here is a collective."""
+    """Splits, batches, loss and metrics of one kind of learning. No method is a collective."""
 
     name: str
     head: Head
-    """Which AutoModel class carries it."""
+    """The output layers that the task needs on top of a model."""
     head_config: dict[str, Any]
-    """What the head's config must say: number of labels and their names."""
+    """Values that the task sets in the model's config, such as the number of labels and their names."""
     needs_padding: bool
-    """Batches hold examples of different lengths, so that the tokenizer needs a pad token."""
+    """Whether batches hold examples of different lengths, so that the tokenizer needs a pad token."""
     max_length: int
-    """Longest sequence of tokens that the model is given."""
+    """Maximum number of tokens in one sequence of model inputs."""
     tokenizer: Any
-    """A Hugging Face tokenizer."""
+    """A Hugging Face tokenizer. None for a task without text."""
     metric_names: Sequence[str]
-    """What `metrics` gives, `loss` apart: known before the first evaluation, so that a mistyped one is refused at once."""
+    """Names that `metrics` returns, without `loss`. A misspelled name in the config is refused before training starts."""
     splits: Mapping[str, Split]
-    """Tokenised: train, validation, and further ones to evaluate."""
+    """Encoded splits: train, validation, and further ones to evaluate."""
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        """Columns of some examples into padded tensors on the host.
+        """Converts columns of some examples to padded tensors on the host.
 
-        Pure: what it draws at random, it draws from the place (law 5), with `dtrain.data.seeding.derive`.
+        Pure. Random numbers are drawn from the place only, with `dtrain.data.seeding.derive` (law 5).
         """
         ...
 
     def targets(self, batch: Batch) -> Targets:
-        """Summed weight and number of targets, from the labels."""
+        """Returns the summed weight and the number of the targets, from the labels."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The training loss, from logits, with class weights and smoothing: () in float32 (float64 for a float64 model).
+        """Computes the training loss from logits, with class weights and label smoothing.
 
-        Summed over the batch's targets, in nats, never a mean; `targets` gives the weight of that sum.
+        Returns:
+            () float32 (float64 for a float64 model): the sum over the batch's targets, in nats. Never a mean: `targets`
+            gives the weight of this sum.
         """
         ...
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        """The plain loss and the prediction of each example.
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
+        """Computes the plain loss and the prediction of each example.
 
-        lock_step: every forward is a collective (ZeRO 3), so that generation has to run in step with the other ranks.
+        Args:
+            lock_step: Every forward pass is a collective (ZeRO 3), so that all ranks must run the same number of them,
+                also while they generate text.
         """
         ...
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        """The metrics of a split beside `loss` (per target, in nats), computed once, on gathered data in data order."""
+        """Computes the metrics of a split besides `loss`. Called once, on gathered predictions in data order.
+
+        Args:
+            loss: Per target, in nats.
+        """
         ...
 
     def records(self, split: str, predictions: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
-        """One mapping per example in data order with `prediction` and `reference`, for predictions/<split>.jsonl."""
+        """Returns a mapping for each example in data order, with `prediction` and `reference`.
+
+        They become the lines of predictions/<split>.jsonl.
+        """
         ...
 
 
 @runtime_checkable
-class Answers(Protocol):
-    """What a task may have besides: an answer to `predict.text` that tells more than the prediction of a record."""
+class HasAnswers(Protocol):
+    """An optional part of a task: an answer to `predict.text` with more than the prediction of a record."""
 
     def answers(self, module: nn.Module, batch: Batch) -> Sequence[Mapping[str, Any]]:
-        """One mapping per example: `prediction`, then by name what tells more of it, e.g. its `probability`.
+        """Returns a mapping for each example: `prediction`, then further values by name, e.g. its `probability`.
 
-        Collective where the model is sharded (ZeRO 3): every rank asks for the same batch.
+        Collective if the model is sharded (ZeRO 3): every rank calls it with the same batch.
         """
         ...

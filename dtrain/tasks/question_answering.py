@@ -1,9 +1,9 @@
 """The answer to a question as a span of a text (SQuAD).
 
-An example is one question. What of its context does not fit into data.max_length is cut into windows, of which two
-neighbours share task.doc_stride tokens; a batch holds all windows of its examples. Each window is one target: where the
-answer begins and ends in it, or position 0, the [CLS] token, for both where it does not hold the whole answer. The loss is
-the sum over windows of (start + end) / 2, cross entropies over the window's tokens.
+An example is one question. A context longer than data.max_length is cut into windows, and neighboring windows share
+task.doc_stride tokens. A batch holds all windows of its examples. Each window is one target: the positions at which the
+answer starts and ends, or position 0 (the [CLS] token) for both if the window does not contain the complete answer. The
+loss is the sum over windows of (start + end) / 2, each a cross entropy over the window's tokens.
 """
 
 from __future__ import annotations
@@ -16,27 +16,45 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForQuestionAnswering
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, QuestionAnswering
+from dtrain.config.task import QuestionAnswering
 from dtrain.data.questions import QUESTIONS
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
-from dtrain.tasks.answers import NOWHERE, best_spans, squad_scores
-from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import full_precision, padded
+from dtrain.models.heads import Head
+from dtrain.tasks.answers import NOT_IN_CONTEXT, best_spans, squad_scores
+from dtrain.tasks.info import TaskInfo
+from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import full_precision, pad_rows
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
+HEAD = Head("question_answering", AutoModelForQuestionAnswering, logits=None)
+
+
+def info(settings: QuestionAnswering) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_question_answering(config, settings, context),
+        head=HEAD,
+        example_row={"question": "Who came?", "context": "Ann came late."},
+        text_columns=("question", "context"),
+        needs_text_pair=True,
+        format_prediction=lambda text, _row, _columns: text or "(no answer in this text)",
+        pipeline_tag="question-answering",
+    )
+
 
 class QuestionAnsweringTask:
-    """Cross entropy of the answer's first and last token; SQuAD's exact match and F1, in percent."""
+    """Cross entropy of the answer's first and last token. Metrics: SQuAD's exact match and F1, in percent."""
 
     name = "question_answering"
-    head: Head = "question_answering"
+    head = HEAD
     needs_padding = True
     metric_names: Sequence[str] = ("exact_match", "f1")
 
@@ -45,9 +63,9 @@ class QuestionAnsweringTask:
     ) -> None:
         """
         Args:
-            splits: rows with a list for each window in `input_ids`, `token_type_ids`, `offset_starts` and
-                `offset_ends` (characters of the context; -1 for other tokens), a number for each window in
-                `start_positions` and `end_positions` (None: no label), and `context`, `answers` (None: unknown), `id`.
+            splits: Rows with `input_ids`, `token_type_ids`, `offset_starts` and `offset_ends` (characters of the context;
+                -1 for other tokens), a list for each window; `start_positions` and `end_positions`, a number for each
+                window (None: no label); and `context`, `answers` (None: unknown), `id`.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
@@ -56,33 +74,33 @@ class QuestionAnsweringTask:
         self._settings = settings
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        """All windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
+        """Returns all windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
 
-        `example`: (windows,) the row of this batch that a window belongs to, in order; each has at least one.
+        `example`, (windows,), is the row of this batch that a window belongs to, in order. Each row has a window.
         """
         flat = {key: list(chain.from_iterable(rows[key])) for key in rows if key in (*INPUTS, *_PLACES)}
-        # On the right whatever the tokenizer is used to: positions count from the window's begin.
-        batch = padded(self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, side="right")
-        batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOWHERE)
+        # Always on the right: positions count from the start of the window.
+        batch = pad_rows(self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, side="right")
+        batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOT_IN_CONTEXT)
         for side, key in enumerate(("offset_starts", "offset_ends")):
             for window, offsets in enumerate(flat[key]):
                 batch["offsets"][window, : len(offsets), side] = torch.tensor(offsets, dtype=torch.int64)
         for key in ("start_positions", "end_positions"):
-            batch[key] = torch.tensor([IGNORED if place is None else place for place in flat[key]])
+            batch[key] = torch.tensor([IGNORED if position is None else position for position in flat[key]])
         windows = torch.tensor([len(ids) for ids in rows["input_ids"]])
         batch["example"] = torch.arange(len(windows)).repeat_interleave(windows)
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        """A target for each window."""
+        """Returns the targets: one for each window."""
         count = int((batch["start_positions"] != IGNORED).sum())
         return Targets(float(count), count)
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return _losses(*_logits(model, batch), batch).sum()
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        """prediction: (batch, 2) where the answer begins and ends in the context, in characters."""
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
+        """Returns as prediction (batch, 2) the characters of the context where the answer starts and ends."""
         start, end = _logits(module, batch)
         windows = torch.unique_consecutive(batch["example"], return_counts=True)[1].tolist()
         targets = (batch["start_positions"] != IGNORED).long()
@@ -95,20 +113,20 @@ class QuestionAnsweringTask:
             max_answer_length=self._settings.max_answer_length,
         )
         losses = _losses(start, end, batch).double()
-        return Scored(_by_example(losses, windows), _by_example(targets, windows), spans)
+        return ScoredBatch(_by_example(losses, windows), _by_example(targets, windows), spans)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
-        judged = [record for record in self.records(split, predictions) if record["reference"] is not None]
-        if not judged:
+        labeled = [record for record in self.records(split, predictions) if record["reference"] is not None]
+        if not labeled:
             return {}
-        return squad_scores([record["prediction"] for record in judged], [record["reference"] for record in judged])
+        return squad_scores([record["prediction"] for record in labeled], [record["reference"] for record in labeled])
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        """prediction: the text of the span. reference: all answers that count as right."""
-        columns = columns_of(self.splits[split], "context", "answers", "id")
+        """Returns records. `prediction` is the text of the span, `reference` all answers that count as correct."""
+        columns = read_columns(self.splits[split], "context", "answers", "id")
         return [
             {
-                "prediction": context[begin:stop] if begin != NOWHERE else "",
+                "prediction": context[begin:stop] if begin != NOT_IN_CONTEXT else "",
                 "reference": answers,
                 **({} if identity is None else {"id": identity}),
             }
@@ -124,14 +142,14 @@ _PLACES = ("offset_starts", "offset_ends", "start_positions", "end_positions")
 def prepare_question_answering(
     config: Config, settings: QuestionAnswering, context: RankContext
 ) -> QuestionAnsweringTask:
-    """Collective. Tokenises each split into windows, once per node."""
+    """Collective. Tokenizes each split into windows, once per node."""
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
-        _check(tokenizer, settings, config.max_length)
-        place = f"{source.origin}, {source.unit}"
+        _check_tokenizer(tokenizer, settings, config.max_length)
+        file = f"{source.origin}, {source.unit}"
 
         def windows(rows: Mapping[str, Any]) -> dict[str, Any]:
-            places = [f"{place} {line}" for line in rows["line"]]
+            places = [f"{file} {line}" for line in rows["line"]]
             return encode_windows(rows, tokenizer, places, max_length=config.max_length, doc_stride=settings.doc_stride)
 
         return map_rows(source, windows, config)
@@ -146,14 +164,14 @@ def prepare_question_answering(
 def encode_windows(
     rows: Mapping[str, Any], tokenizer: Any, places: Sequence[str], *, max_length: int, doc_stride: int
 ) -> dict[str, Any]:
-    """The rows of QuestionAnsweringTask's splits.
+    """Returns the rows of QuestionAnsweringTask's splits.
 
     Args:
-        rows: columns context, question, id and, where they are known, answers and answer_starts.
+        rows: Columns context, question, id and, if they are known, answers and answer_starts.
         places: "file, row 3" of each row, for messages.
 
     Raises:
-        DataError: a question that leaves too little of max_length to the context.
+        DataError: a question leaves too little of max_length for the context.
     """
     _check_questions(rows["question"], tokenizer, places, max_length=max_length, doc_stride=doc_stride)
     encoded = tokenizer(
@@ -170,63 +188,67 @@ def encode_windows(
     answers = rows.get("answers") or [None] * number
     starts = rows.get("answer_starts") or [None] * number
     tokens = [key for key in INPUTS if key in encoded]
-    made: dict[str, list[list[Any]]] = {key: [[] for _ in range(number)] for key in (*tokens, *_PLACES)}
+    columns: dict[str, list[list[Any]]] = {key: [[] for _ in range(number)] for key in (*tokens, *_PLACES)}
     for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
         for key in tokens:
-            made[key][row].append(encoded[key][window])
+            columns[key][row].append(encoded[key][window])
         offsets = [
-            pair if part == 1 else (NOWHERE, NOWHERE)
+            pair if part == 1 else (NOT_IN_CONTEXT, NOT_IN_CONTEXT)
             for pair, part in zip(encoded["offset_mapping"][window], encoded.sequence_ids(window), strict=True)
         ]
-        made["offset_starts"][row].append([begin for begin, _ in offsets])
-        made["offset_ends"][row].append([stop for _, stop in offsets])
+        columns["offset_starts"][row].append([begin for begin, _ in offsets])
+        columns["offset_ends"][row].append([stop for _, stop in offsets])
         first, last = None, None
-        if answers[row] is not None:  # of several answers the first is learned
+        if answers[row] is not None:  # of several answers the first one is the target
             begin = starts[row][0]
-            first, last = positions(offsets, begin, begin + len(answers[row][0]))
-        made["start_positions"][row].append(first)
-        made["end_positions"][row].append(last)
-    return {**made, "context": rows["context"], "answers": answers, "id": rows["id"]}
+            first, last = token_positions(offsets, begin, begin + len(answers[row][0]))
+        columns["start_positions"][row].append(first)
+        columns["end_positions"][row].append(last)
+    return {**columns, "context": rows["context"], "answers": answers, "id": rows["id"]}
 
 
-def positions(offsets: Sequence[tuple[int, int]], begin: int, stop: int) -> tuple[int, int]:
-    """First and last of the window's tokens that share a character with the answer; (0, 0) if it is not all there.
+def token_positions(offsets: Sequence[tuple[int, int]], begin: int, stop: int) -> tuple[int, int]:
+    """Returns the first and last token of a window that share a character with the answer.
 
     Args:
-        offsets: first character of each token in the context and the one behind it; NOWHERE for other tokens.
-        begin: the answer's first character. stop: the one behind its last.
+        offsets: First character of each token in the context and the one after its last; NOT_IN_CONTEXT for other tokens.
+        begin: The answer's first character.
+        stop: The character after the answer's last.
+
+    Returns:
+        (0, 0) if the window does not contain the complete answer.
     """
-    inside = [token for token, (first, _) in enumerate(offsets) if first != NOWHERE]
+    inside = [token for token, (first, _) in enumerate(offsets) if first != NOT_IN_CONTEXT]
     if not inside or offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < stop:
         return 0, 0
     touched = [token for token in inside if offsets[token][1] > begin and offsets[token][0] < stop]
     return (touched[0], touched[-1]) if touched else (0, 0)
 
 
-def _check(tokenizer: Any, settings: QuestionAnswering, max_length: int) -> None:
+def _check_tokenizer(tokenizer: Any, settings: QuestionAnswering, max_length: int) -> None:
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"{type(tokenizer).__name__} does not say which characters a token stands for, which answers are cut out "
-            "by. Set model.tokenizer to one with a tokenizer.json (a fast tokenizer)."
+            f"{type(tokenizer).__name__} does not map tokens to characters, which locate an answer in its text. Set "
+            "model.tokenizer to a tokenizer with a tokenizer.json (a fast tokenizer)."
         )
     if settings.doc_stride + tokenizer.num_special_tokens_to_add(pair=True) >= max_length:
         raise ConfigError(
-            f"task.doc_stride={settings.doc_stride} leaves no room in data.max_length={max_length}: it is how many "
-            "tokens of the context two neighbouring windows share. Lower it, or raise data.max_length (384 is usual)."
+            f"task.doc_stride={settings.doc_stride} leaves no room in data.max_length={max_length}: it is the number of "
+            "tokens that two neighboring windows share. Decrease it, or increase data.max_length (384 is usual)."
         )
 
 
 def _check_questions(
     questions: Sequence[str], tokenizer: Any, places: Sequence[str], *, max_length: int, doc_stride: int
 ) -> None:
-    most = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride - 1
+    longest = max_length - tokenizer.num_special_tokens_to_add(pair=True) - doc_stride - 1
     tokens = tokenizer(list(questions), add_special_tokens=False, return_attention_mask=False, verbose=False)
     for place, ids in zip(places, tokens["input_ids"], strict=True):
-        if len(ids) > most:
+        if len(ids) > longest:
             raise DataError(
-                f"{place}: the question has {len(ids)} tokens, expected {most} at most: data.max_length={max_length} "
-                f"holds it beside more than task.doc_stride={doc_stride} tokens of the context. Change one of them, "
-                "shorten the question, or pass over so many of them: data.max_bad_rows"
+                f"{place}: the question has {len(ids)} tokens, expected at most {longest}: data.max_length={max_length} "
+                f"must hold it and more than task.doc_stride={doc_stride} tokens of the context. Change one of the two "
+                "settings, shorten the question, or skip such rows with data.max_bad_rows"
             )
 
 
@@ -237,27 +259,27 @@ def _texts(source: Source) -> Iterator[str]:
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the start and of the end, (windows, length) each; padding is out of the question."""
-    found = model(**{key: batch[key] for key in INPUTS if key in batch})
-    if getattr(found, "end_logits", None) is None:
+    """Returns logits of the start and of the end, (windows, length) each. Padding gets the lowest value."""
+    output = model(**{key: batch[key] for key in INPUTS if key in batch})
+    if getattr(output, "end_logits", None) is None:
         raise ConfigError(
-            f"{type(model).__name__} gives no start and end for each token (it searches spans by itself), which this "
-            "task learns from. Choose another model, such as BERT."
+            f"{type(model).__name__} has no start and end logits for each token (it searches spans itself), which this "
+            "task needs. Use another model, such as BERT."
         )
     padding = batch["attention_mask"] == 0
-    start, end = full_precision(found.start_logits), full_precision(found.end_logits)
-    # Else a window's loss would depend on the longest window beside it.
+    start, end = full_precision(output.start_logits), full_precision(output.end_logits)
+    # Otherwise the loss of a window would depend on the longest window in its batch.
     lowest = torch.finfo(start.dtype).min
     return start.masked_fill(padding, lowest), end.masked_fill(padding, lowest)
 
 
 def _losses(start: torch.Tensor, end: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """(windows,) in nats, 0 where there is no label."""
+    """Returns (windows,) losses in nats, 0 without a label."""
     first = F.cross_entropy(start, batch["start_positions"], ignore_index=IGNORED, reduction="none")
     last = F.cross_entropy(end, batch["end_positions"], ignore_index=IGNORED, reduction="none")
     return (first + last) / 2
 
 
 def _by_example(values: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
-    """Sums over each example's windows, always added in the same order."""
+    """Returns the sum over each example's windows, always added in the same order."""
     return torch.stack([part.sum() for part in torch.split(values, list(windows))])

@@ -1,9 +1,9 @@
-"""A text from a text: translation, summarisation.
+"""A text from a text: translation, summarization.
 
-The loss is over the tokens of the target given those before (teacher forcing). With `evaluation.generate` a text is
-written for every example as well, and judged by sacrebleu or rouge-score (text_metrics.py). A micro-batch of an
-evaluation is the same list of examples at every world size, so the padding that an example is generated with is the
-same too, and with it every token.
+The loss is over the tokens of the target, each given the target's tokens before it (teacher forcing). With
+`evaluation.generate` a text is also generated for every example, and sacrebleu or rouge-score compares it with the target
+(text_metrics.py). A micro-batch of an evaluation has the same examples at every world size. An example is therefore
+generated with the same padding, and gets the same tokens.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
-from dtrain.config.task import Head, Seq2Seq
+from dtrain.config.task import Seq2Seq
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.data.translations import translations
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
+from dtrain.models.heads import Head
 from dtrain.models.seq2seq import (
     check_targets_end,
     decoder_inputs,
@@ -32,17 +34,32 @@ from dtrain.models.seq2seq import (
     generation_of_language,
     set_languages,
 )
-from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import counted, logits_of, padded
+from dtrain.tasks.info import TaskInfo
+from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
+
+HEAD = Head("seq2seq_lm", AutoModelForSeq2SeqLM, logits=None, has_decoder=True)
+
+
+def info(settings: Seq2Seq) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    source = settings.source or "source"
+    return TaskInfo(
+        prepare=lambda config, context: prepare_seq2seq(config, settings, context),
+        head=HEAD,
+        example_row={source: "A cat sleeps."},
+        text_columns=(source,),
+        pipeline_tag=settings.metric,  # the hub's names for both
+    )
 
 
 class Seq2SeqTask:
-    """Cross entropy of each token of the target; BLEU and chrF, or ROUGE, of generated texts."""
+    """Cross entropy of each token of the target. Metrics of generated texts: BLEU and chrF, or ROUGE."""
 
     name = "seq2seq"
-    head: Head = "seq2seq_lm"
+    head = HEAD
     needs_padding = True
 
     def __init__(
@@ -57,23 +74,23 @@ class Seq2SeqTask:
     ) -> None:
         """
         Args:
-            splits: rows with `input_ids`, `labels` (token ids of the target) and `reference` (its text); the last two
-                are None where the example has no target.
-            max_length: tokens of a source.
-            language: token of the target language, of a multilingual tokenizer.
+            splits: Rows with `input_ids`, `labels` (token ids of the target) and `reference` (its text). The last two are
+                None for an example without a target.
+            max_length: Maximum tokens of a source.
+            language: Token of the target language, with a multilingual tokenizer.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
         self._smoothing = settings.label_smoothing
-        self._judge = TextMetrics(settings.metric)
-        self.metric_names: Sequence[str] = self._judge.names if evaluation.generate else ()
+        self._text_metrics = TextMetrics(settings.metric)
+        self.metric_names: Sequence[str] = self._text_metrics.names if evaluation.generate else ()
         self.max_new_tokens = evaluation.max_new_tokens or settings.max_target_length
         self._generates = evaluation.generate
-        # Never transformers' own default of 20 tokens, and never sampling; the rest (length penalty, no repeated
-        # n-grams, forced tokens) is the model's own generation_config.
-        self._how = {
+        # Overrides transformers' default of 20 tokens, and never samples. The other options (length penalty, no repeated
+        # n-grams, forced tokens) come from the model's generation_config.
+        self._generation_options = {
             "max_new_tokens": self.max_new_tokens,
             "max_length": None,
             "num_beams": evaluation.num_beams,
@@ -82,13 +99,13 @@ class Seq2SeqTask:
         }
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        batch = padded(self.tokenizer, {"input_ids": rows["input_ids"]})
+        batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]})
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
         batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        return counted(batch["labels"])
+        return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         return F.cross_entropy(
@@ -99,34 +116,39 @@ class Seq2SeqTask:
             reduction="sum",
         )
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         labels = batch["labels"]
         targets = (labels != IGNORED).sum(dim=1)
         losses = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
-        if int(targets.sum()):  # all examples of a split have a target or none has: every rank decides alike
+        if int(
+            targets.sum()
+        ):  # all examples of a split have a target or none has, so that every rank takes the same path
             logits = _logits(module, batch).transpose(1, 2)
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum(dim=1)
-        written = self._generate(module, batch, lock_step=lock_step) if self._generates else None
-        return Scored(losses, targets, written)
+        generated = self._generate(module, batch, lock_step=lock_step) if self._generates else None
+        return ScoredBatch(losses, targets, generated)
 
     def _generate(self, module: Any, batch: Batch, *, lock_step: bool) -> torch.Tensor:
-        """(batch, max_new_tokens) int64: what the module writes up to its end token, then pad tokens.
+        """Returns (batch, max_new_tokens) int64: the generated tokens up to the end token, then pad tokens.
 
-        Under lock_step every rank calls this equally often, and a rank whose texts have ended goes on with the others.
+        With lock_step every rank calls this equally often, and a rank whose texts have ended continues with the others.
         """
-        made = module.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], synced_gpus=lock_step, **self._how
-        )[:, 1:]  # without the token that the decoder starts with
-        ended = (made == end_token_id(self.tokenizer)).cumsum(dim=1)
-        after_end = (ended - (made == end_token_id(self.tokenizer)).long()) > 0
+        tokens = module.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            synced_gpus=lock_step,
+            **self._generation_options,
+        )[:, 1:]  # without the decoder's start token
+        is_end = tokens == end_token_id(self.tokenizer)
+        after_end = (is_end.cumsum(dim=1) - is_end.long()) > 0
         pad = self.tokenizer.pad_token_id
-        return F.pad(made.masked_fill(after_end, pad), (0, self.max_new_tokens - made.shape[1]), value=pad)
+        return F.pad(tokens.masked_fill(after_end, pad), (0, self.max_new_tokens - tokens.shape[1]), value=pad)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         if not self._generates:
             return {}
         lengths = [self._length(ids) for ids in predictions]
-        return self._judge(self._texts(predictions), self._references(split), lengths)
+        return self._text_metrics(self._texts(predictions), self._references(split), lengths)
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         references = self._references(split)
@@ -138,26 +160,26 @@ class Seq2SeqTask:
         return [text.strip() for text in texts]
 
     def _length(self, ids: Sequence[int]) -> int:
-        """Tokens up to the end token, which counts."""
+        """Returns the number of tokens up to and including the end token."""
         end = end_token_id(self.tokenizer)
         if end in ids:
             return ids.index(end) + 1
         return len(ids)
 
     def _references(self, split: str) -> Sequence[str | None]:
-        """The targets' texts as they were given, in data order."""
-        return columns_of(self.splits[split], "reference")["reference"]
+        """Returns the original texts of the targets in data order."""
+        return read_columns(self.splits[split], "reference")["reference"]
 
 
 def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> Seq2SeqTask:
-    """Collective. Tokenises sources and targets, once per node."""
+    """Collective. Tokenizes sources and targets, once per node."""
     _check_positions(config, settings, context)
 
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         set_languages(tokenizer, settings.source_lang, settings.target_lang)
         check_targets_end(tokenizer)
 
-        def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
+        def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             sources = [settings.prefix + text for text in rows["source"]]
             targets = rows.get("target")
             inputs = tokenizer(sources, truncation=True, max_length=config.max_length)["input_ids"]
@@ -166,7 +188,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
             labels = tokenizer(text_target=targets, truncation=True, max_length=settings.max_target_length)
             return {"input_ids": inputs, "labels": labels["input_ids"], "reference": targets}
 
-        return map_rows(source, tokenise, config)
+        return map_rows(source, tokenize, config)
 
     recipe = Recipe(
         "seq2seq",
@@ -188,7 +210,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
 
 
 def _check_positions(config: Config, settings: Seq2Seq, context: RankContext) -> None:
-    """Collective. The decoder's side of what models.checks asks of the encoder."""
+    """Collective. Raises ConfigError if targets exceed the decoder's positions. The encoder is checked in models/."""
     bound = node_first(lambda: decoder_positions(config.model), context)
     longest = {"task.max_target_length": settings.max_target_length}
     if config.evaluation.generate:
@@ -202,5 +224,5 @@ def _check_positions(config: Config, settings: Seq2Seq, context: RankContext) ->
 
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """(batch, length, vocabulary) in full precision, for each token of the target given those before it."""
-    return logits_of(model, batch, decoder_input_ids=decoder_inputs(model, batch["labels"]), use_cache=False)
+    """Returns logits (batch, length, vocabulary) in full precision, for each token of the target given those before it."""
+    return compute_logits(model, batch, decoder_input_ids=decoder_inputs(model, batch["labels"]), use_cache=False)

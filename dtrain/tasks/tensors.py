@@ -1,4 +1,4 @@
-"""Small rules that tasks share: rows to padded tensors, targets from labels, logits in full precision."""
+"""Small functions that tasks share: padded tensors from rows, targets from labels, logits in full precision."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from torch import nn
 from dtrain.tasks.protocol import IGNORED, Batch, Targets
 
 
-def padded(tokenizer: Any, columns: Mapping[str, Sequence[Any]], *, side: str | None = None) -> Batch:
-    """Columns of token lists as (rows, longest) tensors, with `attention_mask`.
+def pad_rows(tokenizer: Any, columns: Mapping[str, Sequence[Any]], *, side: str | None = None) -> Batch:
+    """Returns columns of token lists as (rows, longest) tensors, with `attention_mask`.
 
-    side: where the padding goes; None: where the tokenizer puts it.
+    Args:
+        side: The side that padding goes to. None: the tokenizer's setting.
     """
-    # The tokenizer advises calling it once for text and padding; here the text was tokenised long before.
+    # A fast tokenizer warns that one call for text and padding is faster. Here the text was encoded long before.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     return dict(tokenizer.pad(columns, padding=True, padding_side=side, return_tensors="pt"))
 
 
 def label_tensor(labels: Sequence[int | None]) -> torch.Tensor:
-    """(rows,) int64, IGNORED for a row without a label."""
+    """Returns (rows,) int64 labels, IGNORED for a row without a label."""
     return torch.tensor([IGNORED if label is None else label for label in labels], dtype=torch.int64)
 
 
-def counted(labels: torch.Tensor) -> Targets:
-    """Every label but IGNORED is a target of weight 1."""
+def count_targets(labels: torch.Tensor) -> Targets:
+    """Returns the targets of labels of which each one but IGNORED has weight 1."""
     count = int((labels != IGNORED).sum())
     return Targets(float(count), count)
 
 
-def logits_of(model: nn.Module, batch: Batch, **options: Any) -> torch.Tensor:
-    """What the model gives for all of the batch but its labels, in full precision."""
+def compute_logits(model: nn.Module, batch: Batch, **options: Any) -> torch.Tensor:
+    """Returns the model's logits for everything in the batch but its labels, in full precision."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     return full_precision(model(**inputs, **options).logits)
 
 
 def full_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, where losses are summed (law 4); float64 stays."""
+    """Returns logits in float32, in which losses are summed (law 4). float64 is kept."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per target; infinite where no float holds it."""
+    """Returns the perplexity of a loss in nats per target, infinity if it exceeds a float."""
     return math.inf if loss > 700 else math.exp(loss)

@@ -1,4 +1,4 @@
-"""Generated texts judged by the reference libraries: sacrebleu for translations, rouge-score for summaries."""
+"""Metrics of generated texts from the reference libraries: sacrebleu for translations, rouge-score for summaries."""
 
 from __future__ import annotations
 
@@ -9,49 +9,52 @@ from typing import Literal
 from dtrain.console import log
 
 ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL", "rouge_lsum": "rougeLsum"}
-"""Our names and rouge-score's."""
+"""Metric names of dtrain and of rouge-score."""
 
 
 class TextMetrics:
-    """Metrics of whole splits; says once how it computes them.
+    """Metrics of all texts of a split. Logs once how they are computed.
 
-    translation: bleu and chrf in [0, 100], sacrebleu's defaults (13a, mixed case, no smoothing across the corpus).
-    summarization: rouge_* in [0, 1], F measures with stemming, averaged over the examples; rouge_lsum takes the lines
-    of a text for its sentences. Both: exact_match (share of texts that are the reference) and generated_length (mean
-    number of tokens, the end token included).
+    translation: bleu and chrf in [0, 100], with sacrebleu's defaults (13a tokenizer, mixed case, no smoothing across the
+    corpus). summarization: rouge_* in [0, 1], F measures with stemming, averaged over the examples; rouge_lsum takes the
+    lines of a text as its sentences. Both: exact_match (share of texts that equal the reference) and generated_length
+    (mean number of tokens, including the end token).
     """
 
     def __init__(self, kind: Literal["translation", "summarization"]) -> None:
         self._kind = kind
-        own = ("bleu", "chrf") if kind == "translation" else tuple(ROUGE)
-        self.names: Sequence[str] = (*own, "exact_match", "generated_length")
+        of_kind = ("bleu", "chrf") if kind == "translation" else tuple(ROUGE)
+        self.names: Sequence[str] = (*of_kind, "exact_match", "generated_length")
         self._is_explained = False
 
     def __call__(
         self, texts: Sequence[str], references: Sequence[str | None], lengths: Sequence[int]
     ) -> dict[str, float]:
-        """
+        """Returns the metrics by name, or nothing if no example has a reference.
+
         Args:
-            texts: generated, in data order.
-            references: None for an example that has none, which is not judged.
-            lengths: tokens of each text.
+            texts: Generated texts in data order.
+            references: None for an example without a reference. The metrics leave it out.
+            lengths: Tokens of each text.
         """
-        judged = [
+        complete = [
             (text, reference, length)
             for text, reference, length in zip(texts, references, lengths, strict=True)
             if reference is not None
         ]
-        if not judged:
+        if not complete:
             return {}
-        found, wanted, sizes = zip(*judged, strict=True)
-        own = _bleu_and_chrf(found, wanted) if self._kind == "translation" else _rouge(found, wanted)
+        texts, expected, sizes = zip(*complete, strict=True)
+        scores, explanation = (
+            _bleu_and_chrf(texts, expected) if self._kind == "translation" else _rouge(texts, expected)
+        )
         if not self._is_explained:
-            log.info("%s", own[1])
+            log.info("%s", explanation)
             self._is_explained = True
         return {
-            **own[0],
-            "exact_match": sum(text == reference.strip() for text, reference in zip(found, wanted, strict=True))
-            / len(found),
+            **scores,
+            "exact_match": sum(text == reference.strip() for text, reference in zip(texts, expected, strict=True))
+            / len(texts),
             "generated_length": sum(sizes) / len(sizes),
         }
 
@@ -74,6 +77,7 @@ def _rouge(texts: Sequence[str], references: Sequence[str]) -> tuple[dict[str, f
     scorer = RougeScorer(list(ROUGE.values()), use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     means = {
-        ours: math.fsum(score[theirs].fmeasure for score in scores) / len(scores) for ours, theirs in ROUGE.items()
+        name: math.fsum(score[library_name].fmeasure for score in scores) / len(scores)
+        for name, library_name in ROUGE.items()
     }
-    return means, "rouge: rouge-score, F measure with stemming, mean over the examples; sentences of lsum are lines"
+    return means, "rouge: rouge-score, F measure with stemming, mean over the examples; lines are the sentences of lsum"

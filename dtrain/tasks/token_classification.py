@@ -1,8 +1,8 @@
-"""A tag for each word of a sentence, such as the names of persons and places in it.
+"""A tag for each word of a sentence, e.g. to find the names of persons and places.
 
-The first token of a word carries the word's tag and says what is predicted for it; its other tokens are no targets.
-Words beyond data.max_length, and those that the tokenizer makes nothing of, are neither learned nor judged; how many
-there are is said.
+The tag of a word is the target of its first token, which also gives the prediction. Its other tokens are not targets. Words
+beyond data.max_length, and words for which the tokenizer has no token, are not trained on and not evaluated. A warning
+says how many there are.
 """
 
 from __future__ import annotations
@@ -16,140 +16,163 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
+from transformers import AutoModelForTokenClassification
 
 from dtrain.config.schema import Config
-from dtrain.config.task import Head, TokenClassification
+from dtrain.config.task import TokenClassification
 from dtrain.console import log
 from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
-from dtrain.data.token_tags import TAGGED, check_tags, tag_names
+from dtrain.data.token_tags import TAGGED, TOKENS, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
-from dtrain.tasks.prepare import Meta, Recipe, columns_of, known_labels, label_outputs, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, Scored, Split, Targets
-from dtrain.tasks.tensors import counted, logits_of, padded
+from dtrain.models.heads import Head
+from dtrain.tasks.info import TaskInfo
+from dtrain.tasks.prepare import Meta, Recipe, label_config, map_rows, prepare_examples, pretrained_labels, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 
 NO_TOKEN = -1
-"""The place of a word that no token stands for."""
+"""The place of a word without a token."""
+
+HEAD = Head("token_classification", AutoModelForTokenClassification, logits="token", has_label_names=True)
+
+
+def info(settings: TokenClassification) -> TaskInfo:
+    """Returns what the rest of dtrain has to know of this task."""
+    return TaskInfo(
+        prepare=lambda config, context: prepare_token_classification(config, settings, context),
+        head=HEAD,
+        example_row={"tokens": ["A", "cat", "sleeps", "."]},
+        text_columns=("tokens",),
+        parse_text=str.split,
+        format_prediction=_format_tags,
+        pipeline_tag="token-classification",
+    )
+
+
+def _format_tags(tags: Sequence[str | None], row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    words = next(row[name] for name in (columns.get("tokens", ""), *TOKENS) if name in row)
+    return " ".join(word if tag is None else f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
 
 
 class TokenClassificationTask:
-    """Cross entropy over the tags of each word; F1, precision and recall of whole entities, and accuracy, by seqeval."""
+    """Cross entropy over the tags of each word. Metrics from seqeval: F1, precision and recall of entities; accuracy."""
 
     name = "token_classification"
-    head: Head = "token_classification"
+    head = HEAD
     needs_padding = True
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, labels: Sequence[str], *, max_length: int) -> None:
         """
         Args:
-            splits: rows with `input_ids`, `token_type_ids`, `places` (each word's first token, or NO_TOKEN) and `tags`
-                (each word's, an index into `labels`; None where they are unknown).
-            labels: tags in the order of the model's outputs. Where they are no beginnings and insides of entities
+            splits: Rows with `input_ids`, `token_type_ids`, `places` (the first token of each word, or NO_TOKEN) and
+                `tags` (for each word an index into `labels`; None: unknown).
+            labels: Tags in the order of the model's outputs. If they do not mark the beginnings and insides of entities
                 (B-PER, I-PER, O), accuracy is the only metric.
         """
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.labels = tuple(labels)
         self.max_length = max_length
-        self.head_config: dict[str, Any] = label_outputs(labels)
+        self.head_config: dict[str, Any] = label_config(labels)
         self._has_entities = all(re.fullmatch(r"O|[BIES](-.+)?", label) for label in labels)
         self.metric_names: Sequence[str] = (
             ("f1", "precision", "recall", "accuracy") if self._has_entities else ("accuracy",)
         )
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
-        """Inputs and labels (batch, length); a label stands at each word's first token."""
+        """Returns inputs and labels (batch, length). The label of a word is at its first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
-        # On the right whatever the tokenizer is used to: places count from the first token.
-        batch: Batch = padded(self.tokenizer, inputs, side="right")
+        # Always on the right: places count from the first token.
+        batch: Batch = pad_rows(self.tokenizer, inputs, side="right")
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for row, (places, tags) in enumerate(zip(rows["places"], rows["tags"], strict=True)):
-            for where, tag in zip(places, tags or [], strict=False):
-                if where != NO_TOKEN:
-                    batch["labels"][row, where] = tag
+            for token, tag in zip(places, tags or [], strict=False):
+                if token != NO_TOKEN:
+                    batch["labels"][row, token] = tag
         return batch
 
     def targets(self, batch: Batch) -> Targets:
-        return counted(batch["labels"])
+        return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = logits_of(model, batch), batch["labels"]
+        logits, labels = compute_logits(model, batch), batch["labels"]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
-    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> Scored:
-        """prediction: (batch, max_length) the likeliest tag of every token, IGNORED behind a row's last."""
-        logits, labels = logits_of(module, batch), batch["labels"]
+    def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
+        """Returns as prediction (batch, max_length) the most likely tag of every token, IGNORED for padding."""
+        logits, labels = compute_logits(module, batch), batch["labels"]
         losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        found = logits.argmax(dim=-1).masked_fill(batch["attention_mask"] == 0, IGNORED)
-        found = F.pad(found, (0, self.max_length - found.shape[1]), value=IGNORED)
-        return Scored(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), found)
+        tags = logits.argmax(dim=-1).masked_fill(batch["attention_mask"] == 0, IGNORED)
+        tags = F.pad(tags, (0, self.max_length - tags.shape[1]), value=IGNORED)
+        return ScoredBatch(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), tags)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-        truth, found = [], []
+        expected, predicted = [], []
         for record in self.records(split, predictions):
             if record["reference"] is not None:
                 pairs = zip(record["reference"], record["prediction"], strict=True)
-                judged = [(tag, guess) for tag, guess in pairs if guess is not None]
-                truth.append([tag for tag, _ in judged])
-                found.append([guess for _, guess in judged])
-        if not any(truth):
+                known = [(tag, prediction) for tag, prediction in pairs if prediction is not None]
+                expected.append([tag for tag, _ in known])
+                predicted.append([prediction for _, prediction in known])
+        if not any(expected):
             return {}
-        accuracy = {"accuracy": float(accuracy_score(truth, found))}
+        accuracy = {"accuracy": float(accuracy_score(expected, predicted))}
         if not self._has_entities:
             return accuracy
         return {
-            "f1": float(f1_score(truth, found, zero_division=0)),
-            "precision": float(precision_score(truth, found, zero_division=0)),
-            "recall": float(recall_score(truth, found, zero_division=0)),
+            "f1": float(f1_score(expected, predicted, zero_division=0)),
+            "precision": float(precision_score(expected, predicted, zero_division=0)),
+            "recall": float(recall_score(expected, predicted, zero_division=0)),
             **accuracy,
         }
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
-        """A tag for each word of the sentence; None in `prediction` for a word that no token stands for."""
-        columns = columns_of(self.splits[split], "places", "tags")
+        """Returns a tag for each word of a sentence. None in `prediction` for a word without a token."""
+        columns = read_columns(self.splits[split], "places", "tags")
         return [
             {
-                "prediction": [None if where == NO_TOKEN else self.labels[found[where]] for where in places],
+                "prediction": [None if token == NO_TOKEN else self.labels[predicted[token]] for token in places],
                 "reference": None if tags is None else [self.labels[tag] for tag in tags],
             }
-            for found, places, tags in zip(predictions, columns["places"], columns["tags"], strict=True)
+            for predicted, places, tags in zip(predictions, columns["places"], columns["tags"], strict=True)
         ]
 
 
 def prepare_token_classification(
     config: Config, settings: TokenClassification, context: RankContext
 ) -> TokenClassificationTask:
-    """Collective. Tokenises each split once per node and fixes the order of the tags."""
-    order = known_labels(config, context)
+    """Collective. Tokenizes each split once per node and fixes the order of the tags."""
+    order = pretrained_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
         if "train" not in sources and order is not None:
-            check_tags(sources, names := order)  # an evaluation: the model knows its tags
+            check_tags(sources, names := order)  # an evaluation: the tags are the model's
         else:
             names = tag_names(sources)
         if order is not None and set(order) == set(names):
-            names = order  # the model's outputs keep their meaning
+            names = order  # so that the model's outputs keep their meaning
         return {"labels": list(names)}
 
     def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
         if not tokenizer.is_fast:
             raise ConfigError(
-                f"{type(tokenizer).__name__} does not say which word a token belongs to. Set model.tokenizer to one "
-                "with a tokenizer.json (a fast tokenizer)."
+                f"{type(tokenizer).__name__} does not map tokens to words. Set model.tokenizer to a tokenizer with a "
+                "tokenizer.json (a fast tokenizer)."
             )
         identity = {name: index for index, name in enumerate(meta["labels"])}
 
-        def tokenise(rows: Mapping[str, Any]) -> dict[str, Any]:
+        def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             tags = rows.get("tags") or [None] * len(rows["tokens"])
             return {
                 **encode_words(rows["tokens"], tokenizer, max_length=config.max_length),
                 "tags": [None if row is None else [identity[tag] for tag in row] for row in tags],
             }
 
-        return map_rows(source, tokenise, config)
+        return map_rows(source, tokenize, config)
 
     recipe = Recipe(
         "token_classification",
@@ -165,17 +188,18 @@ def prepare_token_classification(
     task = TokenClassificationTask(examples.splits, examples.tokenizer, labels, max_length=config.max_length)
     if "f1" not in task.metric_names:
         log.info(
-            "data: the tags (%s) are no beginnings and insides of entities (B-PER, I-PER, O): accuracy is the only metric",
+            "data: the tags (%s) do not mark the beginnings and insides of entities (B-PER, I-PER, O): accuracy is the "
+            "only metric",
             ", ".join(labels[:10]),
         )
     return task
 
 
 def encode_words(sentences: Sequence[Sequence[str]], tokenizer: Any, *, max_length: int) -> dict[str, Any]:
-    """Sentences of words as the tokenizer's columns, and `places`: the first token of each word, or NO_TOKEN."""
-    blank = _blank(tokenizer)
+    """Returns the tokenizer's columns of sentences, and `places`: the first token of each word, or NO_TOKEN."""
+    space = _space_before_words(tokenizer)
     encoded = tokenizer(
-        [[blank + word for word in words] for words in sentences],
+        [[space + word for word in words] for words in sentences],
         is_split_into_words=True,
         truncation=True,
         max_length=max_length,
@@ -191,10 +215,10 @@ def encode_words(sentences: Sequence[Sequence[str]], tokenizer: Any, *, max_leng
     return {**encoded, "places": places}
 
 
-def _blank(tokenizer: Any) -> str:
-    """What stands before a word: a blank for tokenizers that have it in a word's first token (GPT-2's, RoBERTa's)."""
-    alone, behind = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-    return " " if alone != behind and len(alone) == len(behind) else ""
+def _space_before_words(tokenizer: Any) -> str:
+    """Returns a space for tokenizers whose tokens include the space before a word (GPT-2, RoBERTa), else no text."""
+    without, with_space = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+    return " " if without != with_space and len(without) == len(with_space) else ""
 
 
 def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
@@ -202,8 +226,8 @@ def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
         lost = [places.count(NO_TOKEN) for places in rows["places"]]
         if any(lost):
             log.warning(
-                "data: %s: %d words of %d sentences are neither learned nor judged, for they stand beyond "
-                "data.max_length=%d or the tokenizer makes nothing of them",
+                "data: %s: %d words of %d sentences are not trained on and not evaluated: they are beyond "
+                "data.max_length=%d, or the tokenizer has no token for them",
                 *(split, sum(lost), sum(map(bool, lost)), max_length),
             )
 

@@ -18,7 +18,7 @@ from dtrain.distributed.collectives import gather_for_metrics, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
-from dtrain.tasks.protocol import Batch, Scored, Task
+from dtrain.tasks.protocol import Batch, ScoredBatch, Task
 from dtrain.training.metric_selection import Reported
 from dtrain.training.out_of_memory import explain_in_evaluation
 
@@ -99,7 +99,7 @@ def evaluate_split(
     rows = task.splits[split]
     device = next(forward.module.parameters()).device
     forward.module.eval()
-    done: list[tuple[MicroBatch, Scored]] = []
+    done: list[tuple[MicroBatch, ScoredBatch]] = []
     batches = evaluation_batches(
         rows,
         task.collate,
@@ -140,7 +140,7 @@ def to_device(tensors: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def _values(done: Sequence[tuple[MicroBatch, Scored]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _values(done: Sequence[tuple[MicroBatch, ScoredBatch]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Returns this rank's results, one row per example, and the examples' indices. A rank may have none."""
     index = torch.tensor([i for batch, _ in done for i in batch.example_index], dtype=torch.int64)
     if not done:

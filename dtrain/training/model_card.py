@@ -1,6 +1,6 @@
-"""The model card, README.md beside the weights: what the model was trained on and how, in the form that the hub reads.
+"""The model card: README.md in the model's folder, which says what the model was trained on and how, for the hub.
 
-Nothing of one machine is in it: a path is cut to its last part.
+It does not mention this machine: only the last part of a path is kept.
 """
 
 from __future__ import annotations
@@ -17,43 +17,32 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dtrain.config import schema
 from dtrain.config.schema import Config
-from dtrain.config.task import Seq2Seq
 from dtrain.data import glue
 from dtrain.data.resolve_source import PYTHON_DOCS
 from dtrain.data.split_readers import hub_name
 from dtrain.models.adapters import CONFIG as ADAPTERS
 from dtrain.runs.folder import write_text_atomic
+from dtrain.tasks.build import task_info
 
 CARD = "README.md"
 
-PIPELINES = {
-    "classification": "text-classification",
-    "regression": "text-classification",
-    "multiple_choice": "multiple-choice",
-    "causal_lm": "text-generation",
-    "chat": "text-generation",
-    "masked_lm": "fill-mask",
-    "question_answering": "question-answering",
-    "token_classification": "token-classification",
-    "image_classification": "image-classification",
-}
-"""What the hub calls a task, where it has one name for it (seq2seq: see `_pipeline`)."""
+OMITTED = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
+"""Prefixes of settings that do not describe the model."""
 
-NOT_TOLD = ("run.output_dir", "run.overwrite", "run.startup_timeout_s", "data.cache_dir", "checkpoint.", "tracking.")
-"""Settings that say nothing about the model."""
-
-NOT_OF_TRAINING = ("generate", "talk", "export", "inspect", "download")
+OTHER_COMMANDS = ("generate", "talk", "export", "inspect", "download")
+"""Sections of commands that do not train."""
 
 TOKEN = re.compile(r"hf_\w{8,}")
+"""An access token of the hub."""
 
 
 def write_card(folder: Path, config: Config, summary: Mapping[str, Any], *, task: str) -> None:
     """Writes the card of a finished training run into the model's folder.
 
     Args:
-        config: of the training run.
-        summary: its summary.json.
-        task: its name; not the config's, where the task came from Python.
+        config: Config of the training run.
+        summary: Its summary.json.
+        task: Name of the task. It is not the config's if the task came from Python.
 
     Raises:
         DtrainError: the file cannot be written.
@@ -62,54 +51,62 @@ def write_card(folder: Path, config: Config, summary: Mapping[str, Any], *, task
 
 
 def trained_card(config: Config, summary: Mapping[str, Any], *, task: str, folder: Path) -> str:
-    """The card of a training run. folder: of the model, for its config.json and, of adapters, adapter_config.json."""
-    name, model, adapters = str(config.run.name or task), _json_of(folder / "config.json"), _json_of(folder / ADAPTERS)
+    """Returns the card of a training run.
+
+    Args:
+        folder: The model's folder, for its config.json and, with adapters, adapter_config.json.
+    """
+    name, model, adapters = (
+        str(config.run.name or task),
+        _read_json(folder / "config.json"),
+        _read_json(folder / ADAPTERS),
+    )
     parts = [
         _front_matter(config, summary, task=task, library=_library(model, adapters), name=name),
-        f"# {name}\n\n{_origin(config, model)}, fine-tuned by dtrain for `{task}`.",
+        f"# {name}\n\n{_describe_model(config, model)}, fine-tuned by dtrain for `{task}`.",
         _usage(model, adapters),
         "## Results\n\n" + (_table(("metric", "value"), summary["eval"]) if summary["eval"] else "Not evaluated."),
-        f"## Data\n\n{_data(config)}\n\n" + _table(("split", "rows"), summary.get("rows", {})),
-        "## Training\n\n```\n" + command_line(config) + "\n```\n\n" + _circumstances(summary),
-        _table(("setting", "value"), dict(_hyper_parameters(config))),
+        f"## Data\n\n{_describe_data(config)}\n\n" + _table(("split", "rows"), summary.get("rows", {})),
+        "## Training\n\n```\n" + command_line(config) + "\n```\n\n" + _describe_run(summary),
+        _table(("setting", "value"), dict(_hyperparameters(config))),
         "## Versions\n\n" + _table(("package", "version"), summary["versions"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def bare_card(name: str, folder: Path) -> str:
-    """The card of a model of which no training run is known."""
-    model, adapters = _json_of(folder / "config.json"), _json_of(folder / ADAPTERS)
+    """Returns the card of a model without a known training run."""
+    model, adapters = _read_json(folder / "config.json"), _read_json(folder / ADAPTERS)
     data = ModelCardData(library_name=_library(model, adapters), tags=["dtrain"])
     head = f"---\n{data.to_yaml()}\n---"
     return "\n\n".join(part for part in (head, f"# {name}", _usage(model, adapters)) if part) + "\n"
 
 
 def command_line(config: Config) -> str:
-    """The training command with every setting that is not the default's."""
-    changed = _changes(config.model_dump(mode="json"), _defaults(config))
+    """Returns the training command with every setting that differs from its default."""
+    changed = _changed_settings(config.model_dump(mode="json"), _defaults(config))
     words = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in changed
-        if not key.startswith(NOT_TOLD) and key.split(".")[0] not in NOT_OF_TRAINING
+        if not key.startswith(OMITTED) and key.split(".")[0] not in OTHER_COMMANDS
     ]
     return shlex.join(["dtrain", "train", *words])
 
 
 def _defaults(config: Config) -> dict[str, dict[str, Any]]:
-    """What each setting is where nobody sets it; a setting without a default is left out."""
+    """Returns the default of each setting by section, without settings that have no default."""
     sections = {name: getattr(config, name) for name in Config.model_fields}
     bare = {name: type(section).model_construct() for name, section in sections.items()}
-    found = {name: section.model_dump(mode="json", warnings=False) for name, section in bare.items()}
-    return {**found, "train": schema.Train().model_dump(mode="json")}
+    defaults = {name: section.model_dump(mode="json", warnings=False) for name, section in bare.items()}
+    return {**defaults, "train": schema.Train().model_dump(mode="json")}
 
 
-def without_places(value: Any) -> Any:
-    """Text that is a path of this machine, or holds a token of the hub, becomes one that tells neither."""
+def redact_paths(value: Any) -> Any:
+    """Returns the value without paths of this machine and without access tokens of the hub."""
     if isinstance(value, Mapping):
-        return {key: without_places(inner) for key, inner in value.items()}
+        return {key: redact_paths(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without_places(inner) for inner in value]
+        return [redact_paths(inner) for inner in value]
     if not isinstance(value, str):
         return value
     if value.startswith(("/", "~", "..")) or "://" in value:
@@ -117,21 +114,23 @@ def without_places(value: Any) -> Any:
     return TOKEN.sub("hf_...", value)
 
 
-def _changes(values: Mapping[str, Any], defaults: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.key` and value of each setting that is not its default."""
+def _changed_settings(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], above: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yields `section.key` and value of each setting that differs from its default."""
     for key, value in values.items():
         default = defaults.get(key)
         if isinstance(value, Mapping) and isinstance(default, Mapping) and not above:
-            yield from _changes(value, default, f"{key}.")
+            yield from _changed_settings(value, default, f"{key}.")
         elif value != default:
-            yield above + key, without_places(value)
+            yield above + key, redact_paths(value)
 
 
 def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, library: str | None, name: str) -> str:
-    """YAML between two lines of dashes, from huggingface_hub, which checks it."""
+    """Returns YAML between two lines of dashes. huggingface_hub makes and checks it."""
     pipeline, dataset = _pipeline(config, task), _hub_data(config)
-    # The hub compares results on one split; a part of it, or another under its name, is not to be compared.
-    is_whole = (config.data.limit, config.data.validation_fraction, config.data.splits) == (None, None, {})
+    # The hub compares results on one split, so that results on a part of it or on another split are left out.
+    is_complete = (config.data.limit, config.data.validation_fraction, config.data.splits) == (None, None, {})
     metrics = {key: float(value) for key, value in summary["eval"].items() if _is_finite(value)}
     results = [
         EvalResult(
@@ -144,7 +143,7 @@ def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, libr
             metric_value=value,
         )
         for metric, value in metrics.items()
-        if pipeline is not None and dataset is not None and is_whole
+        if pipeline is not None and dataset is not None and is_complete
     ]
     data = ModelCardData(
         base_model=_base_model(config),
@@ -160,16 +159,16 @@ def _front_matter(config: Config, summary: Mapping[str, Any], *, task: str, libr
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _origin(config: Config, model: Mapping[str, Any]) -> str:
+def _describe_model(config: Config, model: Mapping[str, Any]) -> str:
     kind = model.get("model_type", "own")
     if config.model.name_or_path is None:
         return f"A new {kind} model"
-    what = f"`{without_places(config.model.name_or_path)}`"
-    return f"A new {kind} model made like {what}" if config.model.from_scratch else what
+    name = f"`{redact_paths(config.model.name_or_path)}`"
+    return f"A new {kind} model with the architecture of {name}" if config.model.from_scratch else name
 
 
 def _base_model(config: Config) -> str | None:
-    """The name on the hub of the model that this one began as; None for a folder and for new weights."""
+    """Returns the hub's name of the model that was fine-tuned. None for a folder and for new weights."""
     name = config.model.name_or_path
     if name is None or config.model.from_scratch or Path(name).exists():
         return None
@@ -177,26 +176,24 @@ def _base_model(config: Config) -> str | None:
 
 
 def _hub_data(config: Config) -> tuple[str, str | None] | None:
-    """Name and configuration on the hub of the data; None for files of the user's own."""
+    """Returns the hub's name and configuration of the data. None for the user's files."""
     data = config.data
     if data.name is None or data.name == PYTHON_DOCS or (data.path is not None and data.name not in glue.NAMES):
         return None
     return hub_name(data)
 
 
-def _data(config: Config) -> str:
+def _describe_data(config: Config) -> str:
     data = config.data
     if data.name == PYTHON_DOCS:
-        return "The language reference that every Python installation carries."
+        return "The language reference that is part of every Python installation."
     named = [f"`{part}`" for part in (data.name, data.config, data.path and data.path.name) if part]
-    return ", ".join(without_places(named)) if named else "Given from Python."
+    return ", ".join(redact_paths(named)) if named else "Passed from Python."
 
 
 def _pipeline(config: Config, task: str) -> str | None:
-    """What the hub calls the task. It tells translation and summarization apart, as the metric does."""
-    if isinstance(config.task, Seq2Seq) and task == config.task.name:
-        return config.task.metric
-    return PIPELINES.get(task)
+    """Returns what the hub calls the task. None for a task from Python, of which only the name is known."""
+    return task_info(config.task).pipeline_tag if task == config.task.name else None
 
 
 def _library(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str | None:
@@ -206,21 +203,26 @@ def _library(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str | Non
 
 
 def _usage(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
-    """How the folder is loaded. adapters: their config, where it holds nothing else."""
+    """Returns code that loads the folder.
+
+    Args:
+        model: The folder's config.json.
+        adapters: Its adapter_config.json, if it holds only adapters.
+    """
     names = model.get("architectures") or []
     if not names or "model_type" not in model:
         return ""
-    beside = "AutoImageProcessor" if "ForImageClassification" in names[0] else "AutoTokenizer"
-    called = "processor" if beside == "AutoImageProcessor" else "tokenizer"
-    imports, lines = [beside, names[0]], [f'model = {names[0]}.from_pretrained("FOLDER")']
+    is_for_images = "ForImageClassification" in names[0]
+    input_class, variable = ("AutoImageProcessor", "processor") if is_for_images else ("AutoTokenizer", "tokenizer")
+    imports, lines = [input_class, names[0]], [f'model = {names[0]}.from_pretrained("FOLDER")']
     if adapters:
         imports.append("AutoConfig")
-        base = without_places(str(adapters.get("base_model_name_or_path")))
-        # A head of another size in the base model is no fault: the folder brings the one that was trained.
-        other = ", ignore_mismatched_sizes=True" if adapters.get("modules_to_save") else ""
+        base = redact_paths(str(adapters.get("base_model_name_or_path")))
+        # The base model may have a head of another size: the folder has the trained one.
+        mismatch = ", ignore_mismatched_sizes=True" if adapters.get("modules_to_save") else ""
         lines = [
             'config = AutoConfig.from_pretrained("FOLDER")',
-            f'base = {names[0]}.from_pretrained("{base}", config=config{other})',
+            f'base = {names[0]}.from_pretrained("{base}", config=config{mismatch})',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     code = [
@@ -228,28 +230,28 @@ def _usage(model: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
         f"from transformers import {', '.join(sorted(imports))}",
         "",
         *lines,
-        f'{called} = {beside}.from_pretrained("FOLDER")',
+        f'{variable} = {input_class}.from_pretrained("FOLDER")',
     ]
-    told = (
-        "The folder holds LoRA adapters alone, which go on their base model; `dtrain export ... export.merge=true` makes\n"
-        "one model of both.\n\n"
+    note = (
+        "The folder holds only LoRA adapters for the base model. `dtrain export ... export.merge=true` merges both into\n"
+        "one model.\n\n"
     )
-    return (told if adapters else "") + "\n".join(["```python", *code, "```"])
+    return (note if adapters else "") + "\n".join(["```python", *code, "```"])
 
 
-def _circumstances(summary: Mapping[str, Any]) -> str:
+def _describe_run(summary: Mapping[str, Any]) -> str:
     world = summary["world_size"]
     ranks = "one process" if world == 1 else f"{world} processes, started by {summary['launcher']}"
     return f"Ran on {ranks}, engine {summary['engine']}: {summary['step']} steps over {summary['examples']} examples."
 
 
-def _hyper_parameters(config: Config) -> Iterator[tuple[str, Any]]:
+def _hyperparameters(config: Config) -> Iterator[tuple[str, Any]]:
     dumped = config.model_dump(mode="json")
     yield "seed", config.run.seed
     yield "max_length", config.max_length
     yield "precision", config.engine.precision
     for section in ("task", "optim", "schedule", "train", "freeze"):
-        for key, value in without_places(dumped[section]).items():
+        for key, value in redact_paths(dumped[section]).items():
             if value not in (None, [], {}) and key not in ("eval_every", "log_every", "log_gradients"):
                 yield f"{section}.{key}", value if isinstance(value, str) else json.dumps(value)
 
@@ -269,10 +271,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _json_of(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing where there is none."""
+def _read_json(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file, or an empty one if there is none."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

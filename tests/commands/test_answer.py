@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.answer import row_of, worded
+from dtrain.commands.answer import format_answer, read_row
 from dtrain.commands.predict import run_predict
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
@@ -178,32 +178,35 @@ def test_a_row_has_the_users_own_columns_and_an_image_in_it_is_looked_for_from_h
 def test_words_that_the_model_cannot_see_have_no_tag() -> None:
     made = Config.model_validate({"task": {"name": "token_classification"}})
 
-    assert worded({"prediction": ["O", None]}, {"tokens": ["a", "b"]}, made) == "a/O b"
+    assert format_answer({"prediction": ["O", None]}, {"tokens": ["a", "b"]}, made) == "a/O b"
 
 
 def test_a_question_without_an_answer_says_so() -> None:
     made = Config.model_validate({"task": {"name": "question_answering"}})
 
-    assert worded({"prediction": ""}, {}, made) == "(no answer in this text)"
+    assert format_answer({"prediction": ""}, {}, made) == "(no answer in this text)"
 
 
 def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
     made = Config.model_validate({"task": {"name": "classification"}})
 
-    assert worded({"prediction": "yes", "probability": 0.75, "rank": 1}, {}, made) == "yes (probability 0.7500, rank 1)"
-    assert worded({"prediction": 3.14159}, {}, made) == "3.1416"
+    assert (
+        format_answer({"prediction": "yes", "probability": 0.75, "rank": 1}, {}, made)
+        == "yes (probability 0.7500, rank 1)"
+    )
+    assert format_answer({"prediction": 3.14159}, {}, made) == "3.1416"
 
 
 def test_the_source_of_a_translation_stands_where_the_settings_look_for_it() -> None:
     given = ["task.name=seq2seq", "task.source=en", "task.target=ro", "model.name_or_path=m", "predict.text=a cat"]
 
-    assert row_of(load_config(None, given, command="predict")) == {"en": "a cat"}
+    assert read_row(load_config(None, given, command="predict")) == {"en": "a cat"}
 
 
 def test_json_on_the_command_line_stays_text() -> None:
     given = ["task.name=multiple_choice", "model.name_or_path=m", 'predict.text={"sent1": "a: b #c", "sent2": ""}']
 
-    assert row_of(load_config(None, given, command="predict")) == {"sent1": "a: b #c", "sent2": ""}
+    assert read_row(load_config(None, given, command="predict")) == {"sent1": "a: b #c", "sent2": ""}
 
 
 # Wrong texts
@@ -217,13 +220,14 @@ def test_json_on_the_command_line_stays_text() -> None:
          r"predict\.text has no column ending1\."),
         ("multiple_choice", '{"sent1": 3, "sent2": "b", "ending0": "c", "ending1": "d"}', None, DataError,
          r"^predict\.text: sent1 must be text, found 3"),
-        ("question_answering", "cat", None, ConfigError, "give the text that answers it as predict.text_pair, or both"),
+        ("question_answering", "cat", None, ConfigError,
+         "predict.text is the question here: set predict.text_pair to the context, or write both as JSON"),
         ("question_answering", '{"question": "cat"}', None, DataError, r"predict\.text has no column context"),
         ("question_answering", "cat " * 30, "the dog", DataError, r"^predict\.text: the question has 30 tokens"),
         ("token_classification", "the cat", "x", ConfigError, "task.name=token_classification reads no second text"),
         ("token_classification", " ", None, DataError, r"^predict\.text: tokens is empty"),
         ("seq2seq", "the cat", "x", ConfigError, "task.name=seq2seq reads no second text"),
-        ("classification", '{"text": ', None, ConfigError, r"read as JSON, the columns of a row, but: Expecting value.* "
+        ("classification", '{"text": ', None, ConfigError, r"read as JSON, as the columns of a row, but: Expecting value.* "
          r"Write it like '\{\"text\": \"A cat sleeps\.\"\}'"),
         ("classification", '{"text": "a"} b', None, ConfigError, "but: Extra data"),
         ("classification", '{"foo": "a"}', None, DataError, r"^predict\.text has no column with a usual name for text"),

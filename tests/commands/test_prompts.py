@@ -235,7 +235,7 @@ def test_a_file_of_dialogues_is_answered_as_chat_does(models: Path, tmp_path: Pa
         ("masked_lm", '{"foo": "the [MASK]"}', DataError, r"^predict\.text has no column with a usual name for text"),
         ("causal_lm", '{"text": ""}', DataError, r"^predict\.text: the text is empty for this tokenizer"),
         ("causal_lm", '{"text": 3}', DataError, r"^predict\.text: text must be text, found 3"),
-        ("causal_lm", "{ab", ConfigError, "predict.text begins with { and so is read as JSON"),
+        ("causal_lm", "{ab", ConfigError, "predict.text starts with { and is therefore read as JSON"),
         ("chat", " ", DataError, r"^predict\.text, turn 1: an empty turn"),
         ("chat", '{"messages": [{"role": "assistant", "content": "a"}]}', DataError,
          r"^predict\.text: the last turn is the assistant's"),

@@ -27,6 +27,7 @@ from dtrain.models.load import label_names_of, load_model
 from dtrain.training.export import save
 from dtrain.training.model_card import bare_card
 from tests.support import tiny
+from tests.support.heads import HEADS
 from tests.support.multirank import run_ranks
 from tests.support.whole_runs import commands
 
@@ -48,7 +49,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(seed: int = 0, **model: Any) -> Any:
     return load_model(
         schema.Model(**model),
-        head="sequence_classification",
+        head=HEADS["sequence_classification"],
         head_config=LABELS,
         tokenizer=tiny.tokenizer(),
         seed=seed,

@@ -20,6 +20,7 @@ from dtrain.models.pooling import pool
 from dtrain.training import build
 from dtrain.training.export import save
 from tests.support import tiny, training
+from tests.support.heads import HEADS
 from tests.support.tiny import SPECIAL, WORDS
 
 VOCABULARY = len(SPECIAL) + len(WORDS)
@@ -55,11 +56,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(model: schema.Model, *, head: Any = "sequence_classification", seed: int = 0, side: str = "right") -> Any:
+def load(model: schema.Model, *, head: str = "sequence_classification", seed: int = 0, side: str = "right") -> Any:
     tokenizer = tiny.tokenizer()
     tokenizer.padding_side = side
     settings = {} if head in ("causal_lm", "masked_lm") else LABELS
-    return load_model(model, head=head, head_config=settings, tokenizer=tokenizer, seed=seed).eval()
+    return load_model(model, head=HEADS[head], head_config=settings, tokenizer=tokenizer, seed=seed).eval()
 
 
 def on(folder: Path | str, **head: Any) -> schema.Model:

@@ -16,6 +16,7 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.load import label_names_of, load_model
 from dtrain.models.tokenizer import build_char_tokenizer
 from tests.support import tiny
+from tests.support.heads import HEADS
 
 CHARACTERS = "abcdef"
 GPT = {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 16}
@@ -30,12 +31,12 @@ def classifier(
         "label2id": {n: i for i, n in enumerate(labels)},
     }
     tokenizer = tokenizer or tiny.tokenizer()
-    return load_model(model, head="sequence_classification", head_config=head, tokenizer=tokenizer, seed=seed)
+    return load_model(model, head=HEADS["sequence_classification"], head_config=head, tokenizer=tokenizer, seed=seed)
 
 
 def language_model(model: schema.Model, *, tokenizer: Any = None) -> Any:
     tokenizer = tokenizer or build_char_tokenizer([CHARACTERS])
-    return load_model(model, head="causal_lm", head_config={}, tokenizer=tokenizer, seed=0)
+    return load_model(model, head=HEADS["causal_lm"], head_config={}, tokenizer=tokenizer, seed=0)
 
 
 def new(**config: Any) -> schema.Model:
@@ -283,7 +284,7 @@ def test_loaded_weights_lie_where_pytorch_puts_new_ones(tmp_path: Path) -> None:
 
     loaded = load_model(
         schema.Model(name_or_path=str(folder)),
-        head="sequence_classification",
+        head=HEADS["sequence_classification"],
         head_config={"num_labels": 2},
         tokenizer=tiny.tokenizer(),
         seed=0,

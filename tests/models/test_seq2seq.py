@@ -21,6 +21,7 @@ from dtrain.models.seq2seq import (
     set_languages,
 )
 from tests.support import tiny
+from tests.support.heads import HEADS
 from tests.support.tiny_seq2seq import END, PAD
 
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "a"]
@@ -143,7 +144,7 @@ SIZES["marian"] = SIZES["mbart"] = SIZES["bart"]
 
 def new_model(kind: str, **config: Any) -> tuple[schema.Model, Any]:
     settings = schema.Model(from_scratch=True, config={"model_type": kind, **SIZES[kind], **config})
-    return settings, load_model(settings, head="seq2seq_lm", head_config={}, tokenizer=tiny.tokenizer(), seed=0)
+    return settings, load_model(settings, head=HEADS["seq2seq_lm"], head_config={}, tokenizer=tiny.tokenizer(), seed=0)
 
 
 @pytest.mark.parametrize(

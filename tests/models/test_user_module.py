@@ -21,6 +21,7 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.load import label_names_of, load_model
 from dtrain.training.export import save
 from tests.support import tiny
+from tests.support.heads import HEADS
 
 LABELS = {"num_labels": 2, "id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, factory: str = "bag:build", *, seed: int = 0, **model: Any) -> Any:
     settings = schema.Model(factory=factory, factory_folder=folder, **model)
     return load_model(
-        settings, head="sequence_classification", head_config=LABELS, tokenizer=tiny.tokenizer(), seed=seed
+        settings, head=HEADS["sequence_classification"], head_config=LABELS, tokenizer=tiny.tokenizer(), seed=seed
     )
 
 
@@ -179,7 +180,7 @@ def test_a_saved_folder_without_the_factory_is_refused_with_its_name(folder: Pat
     with pytest.raises(ConfigError, match=r"set model.factory to it as well"):
         load_model(
             schema.Model(name_or_path=str(place)),
-            head="sequence_classification",
+            head=HEADS["sequence_classification"],
             head_config=LABELS,
             tokenizer=tiny.tokenizer(),
             seed=0,

@@ -20,7 +20,7 @@ from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer
 from dtrain.tasks.causal_lm import CausalLmTask, prepare_causal_lm
-from dtrain.tasks.documents import own_document_only
+from dtrain.tasks.documents import document_inputs
 from dtrain.tasks.protocol import Targets
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny
@@ -243,7 +243,7 @@ def test_a_split_of_one_character_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcabc")
     (tmp_path / "validation.txt").write_text("a")
 
-    with pytest.raises(DataError, match=r"validation.txt holds 1 token\(s\)"):
+    with pytest.raises(DataError, match=r"validation.txt has 1 token\(s\), but a next token needs at least two"):
         prepare(tmp_path)
 
 
@@ -321,7 +321,7 @@ def test_documents_share_a_block_whole_and_their_positions_restart(tmp_path: Pat
     assert rows["lengths"] == [[2, 4, 3], [7], [3, 2]]
     batch = made.collate(rows, tiny.HERE)
     assert batch["document_ids"].tolist() == [[1, 2, 2, 2, 3, 3], [1] * 6, [1, 1, 2, 0, 0, 0]]
-    given = own_document_only(batch["document_ids"], torch.float32)
+    given = document_inputs(batch["document_ids"], torch.float32)
     assert given["position_ids"].tolist() == [[0, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5], [0, 1, 0, 0, 1, 2]]
     sees = (given["attention_mask"][0, 0] == 0).int().tolist()
     assert sees == [
@@ -401,9 +401,9 @@ class HasAWindow(TakesNoMask):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (LooksBack(), "LooksBack mixes documents all the same"),
-        (TakesNoMask(), "refuses that"),
-        (HasAWindow(), "a short model looks back 3 tokens only, fewer than data.max_length=6"),
+        (LooksBack(), "LooksBack still mixes documents"),
+        (TakesNoMask(), "refuses them"),
+        (HasAWindow(), "a short model has a sliding window of 3 tokens, less than data.max_length=6"),
     ],
 )
 def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, model: nn.Module, says: str) -> None:
@@ -428,7 +428,7 @@ def test_the_question_whether_documents_stay_apart_leaves_a_models_modes_alone(t
 
 
 def test_documents_without_a_next_token_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"saved.*holds documents of at most one token"):
+    with pytest.raises(DataError, match=r"saved.*has documents of at most one token"):
         packed(tmp_path, ["a", "b"])
 
 

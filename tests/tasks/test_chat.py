@@ -216,7 +216,7 @@ def test_a_file_of_dialogues_and_a_vocabulary_become_turns(tmp_path: Path) -> No
         [CLS, NI, HAO, MA, ASKS, SEP, HAO, SEP, B, SEP],
     ]
     assert made.head_config == {"bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": 0}
-    assert made.head == "causal_lm"
+    assert made.head.name == "causal_lm"
 
 
 def test_only_replies_are_learnt_where_the_settings_say_so(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_the_log_says_at_every_start_how_many_dialogues_did_not_fit(
             made = prepare(tmp_path, max_length=6, loss_on="replies")
         assert (
             "train: 2 of 3 dialogues have more than data.max_length=6 tokens: only their first turns are used, and 1 of "
-            "them are left without a target" in caplog.text
+            "them have no target left" in caplog.text
         )
     assert [ids for ids, _ in rows_of(made)] == [
         [CLS, NI, HAO, SEP, A, SEP],

@@ -273,7 +273,7 @@ def test_a_tokenizer_without_a_mask_token_is_refused(folder: Path) -> None:
 
 
 def test_a_length_without_room_for_text_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.max_length=2 leaves no room for text beside 2 special tokens"):
+    with pytest.raises(ConfigError, match=r"data\.max_length=2 leaves no room for text besides 2 special tokens"):
         prepare(folder, max_length=2)
 
 
@@ -309,5 +309,5 @@ def test_a_slow_tokenizer_cuts_long_rows_alike() -> None:
 def test_a_split_of_empty_rows_is_refused(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["", " "]}).save_to_disk(str(tmp_path / "data"))
 
-    with pytest.raises(DataError, match="holds no token that could be hidden"):
+    with pytest.raises(DataError, match="only special tokens, and no token that can be masked"):
         prepare(tmp_path)

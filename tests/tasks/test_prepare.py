@@ -114,7 +114,7 @@ def test_a_dialogue_that_the_template_refuses_is_a_bad_row(tmp_path: Path, said:
 
     assert len(found.splits["train"]) == 2
     assert sum("rows.jsonl, line 2: the tokenizer's chat template refuses" in text for text in said.messages) == 1
-    assert said.messages.count("data: train lacks 1 bad row(s), passed over as data.max_bad_rows allows") == 2
+    assert said.messages.count("data: train: skipped 1 bad row(s), as data.max_bad_rows allows") == 2
 
 
 def test_a_question_that_leaves_no_room_is_a_bad_row(tmp_path: Path) -> None:

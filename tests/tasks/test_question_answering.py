@@ -25,8 +25,8 @@ from dtrain.tasks.protocol import Targets
 from dtrain.tasks.question_answering import (
     QuestionAnsweringTask,
     encode_windows,
-    positions,
     prepare_question_answering,
+    token_positions,
 )
 from tests.support import tiny
 from tests.support.tiny import Table
@@ -138,16 +138,16 @@ def test_positions_are_the_tokens_that_share_a_character_with_the_answer(
 ) -> None:
     offsets = [(-1, -1), (0, 3), (4, 7), (10, 12), (10, 12), (-1, -1)]
 
-    assert positions(offsets, begin, stop) == expected
+    assert token_positions(offsets, begin, stop) == expected
 
 
 def test_a_window_that_begins_behind_the_answers_first_character_does_not_hold_it() -> None:
-    assert positions([(-1, -1), (4, 7), (8, 9)], 2, 7) == (0, 0)
-    assert positions([(-1, -1), (-1, -1)], 0, 1) == (0, 0)
+    assert token_positions([(-1, -1), (4, 7), (8, 9)], 2, 7) == (0, 0)
+    assert token_positions([(-1, -1), (-1, -1)], 0, 1) == (0, 0)
 
 
 def test_a_question_that_leaves_the_context_no_room_is_named() -> None:
-    with pytest.raises(DataError, match=r"train.json, row 1: the question has 1 tokens, expected 0 at most: data.max"):
+    with pytest.raises(DataError, match=r"train.json, row 1: the question has 1 tokens, expected at most 0: data.max"):
         encoded(max_length=6)
 
     assert len(encoded(max_length=7)["input_ids"][0]) == 7
@@ -233,7 +233,7 @@ def test_a_head_without_a_start_and_an_end_for_each_token_is_refused() -> None:
         def forward(self, **_inputs: torch.Tensor) -> Any:
             return SimpleNamespace(start_top_index=torch.zeros(1))
 
-    with pytest.raises(ConfigError, match="Searches gives no start and end for each token"):
+    with pytest.raises(ConfigError, match="Searches has no start and end logits for each token"):
         task().loss(Searches(), batch())
 
 
@@ -487,5 +487,5 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path, monkeypatch: pyt
     write(tmp_path, train=squad((CONTEXT, [question("a dog", 13)])))
     monkeypatch.setattr(type(tiny.tokenizer()), "is_fast", False)
 
-    with pytest.raises(ConfigError, match=r"does not say which characters a token stands for"):
+    with pytest.raises(ConfigError, match=r"does not map tokens to characters"):
         prepare(tmp_path)

@@ -222,5 +222,7 @@ def test_a_test_split_without_numbers_is_predicted(folder: Path) -> None:
 
 
 def test_a_glue_task_of_classes_is_refused_with_the_task_it_wants(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.name=sst2 has the labels negative, positive.*classification"):
+    with pytest.raises(
+        ConfigError, match=r"labels of data\.name=sst2 are negative, positive, not numbers.*classification"
+    ):
         prepare(folder, name="sst2")

@@ -374,12 +374,12 @@ def test_words_that_are_cut_off_are_counted_in_a_warning(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING, logger="dtrain"):
         prepare(tmp_path)
 
-    assert "train: 3 words of 1 sentences are neither learned nor judged" in caplog.text
+    assert "train: 3 words of 1 sentences are not trained on and not evaluated" in caplog.text
 
 
 def test_a_tokenizer_without_words_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, train="cat O\n")
     monkeypatch.setattr(type(tiny.tokenizer()), "is_fast", False)
 
-    with pytest.raises(ConfigError, match="does not say which word a token belongs to"):
+    with pytest.raises(ConfigError, match="does not map tokens to words"):
         prepare(tmp_path)

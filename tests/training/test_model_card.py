@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
-from dtrain.training.model_card import bare_card, command_line, trained_card, without_places, write_card
+from dtrain.training.model_card import bare_card, command_line, redact_paths, trained_card, write_card
 
 SUMMARY: dict[str, Any] = {
     "eval": {"loss": 0.51234567, "accuracy": 0.75, "odd": float("nan")},
@@ -132,7 +132,7 @@ def test_data_and_models_of_ones_own_have_no_name_on_the_hub() -> None:
 
     assert not {"datasets", "base_model", "model-index"} & set(data)
     assert "`reviews.csv`" in card
-    assert "A new bert model made like `bert-base-uncased`" in card
+    assert "A new bert model with the architecture of `bert-base-uncased`" in card
 
 
 @pytest.mark.parametrize("part", ["data.limit=100", "data.splits={train: train, validation: test}"])
@@ -170,7 +170,7 @@ def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too(tmp
     ],
 )
 def test_only_the_last_part_of_a_path_is_told(value: Any, told: Any) -> None:
-    assert without_places(value) == told
+    assert redact_paths(value) == told
 
 
 def test_a_bar_in_a_value_does_not_break_a_table() -> None:
