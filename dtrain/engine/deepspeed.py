@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = context.world_size == 1  # DeepSpeed's own collectives pass us by
+        context.traffic.is_complete = context.world_size == 1  # DeepSpeed's own collectives pass us by
         self.stage = config.engine.zero_stage or 0
         # ZeRO 2 sends gradients in every backward pass, ZeRO 3 parameters in every forward pass as well.
         self.lock_step = self.stage >= 2

@@ -37,7 +37,7 @@ class SingleEngine:
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = True  # whatever engine was there before
+        context.traffic.is_complete = True  # whatever engine was there before
         self.module = module
         self.model = module
         self._optimizer = optimizer

@@ -18,7 +18,7 @@ from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.signals import SIGNALS, Asked, deferred
+from dtrain.distributed.signals import SIGNALS, StopRequest, deferred
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
 from dtrain.runs.folder import RunFolder
@@ -170,7 +170,7 @@ class Checkpoints:
 class StopOnRequest:
     """Answers a signal, or the end of `train.max_minutes`, with the wish to stop with a checkpoint."""
 
-    def __init__(self, asked: Asked, max_minutes: float | None, *, began: float) -> None:
+    def __init__(self, asked: StopRequest, max_minutes: float | None, *, began: float) -> None:
         """
         Args:
             began: time.monotonic() when this start began.
@@ -187,7 +187,7 @@ class StopOnRequest:
         return Decision.CONTINUE if self.why is None else Decision.PREEMPT
 
 
-def deferring(config: Config) -> AbstractContextManager[Asked]:
+def deferring(config: Config) -> AbstractContextManager[StopRequest]:
     """Signals that a run answers with a checkpoint: SIGUSR1 always, the others where it makes checkpoints anyway."""
     signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
     return deferred(signals)

@@ -188,7 +188,7 @@ def take_step(
         is_last=is_last,
         gradient_norms=gradient_norms,
         averaged=averaged,
-        traffic=traffic if traffic.is_whole else None,
+        traffic=traffic if traffic.is_complete else None,
     )
     return record, sums, coming
 

@@ -12,7 +12,7 @@ import torch
 from dtrain.commands.generate import continuation, ends_of, run_generate
 from dtrain.config.schema import Config
 from dtrain.data.seeding import seed_all
-from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase, read
+from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase, read_heartbeat
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
@@ -88,13 +88,13 @@ def test_a_text_that_outgrows_the_positions_sees_the_last_ones_and_keeps_nothing
 
 
 def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_writes() -> None:
-    memory = mmap.mmap(-1, SIZE)
+    memory = mmap.mmap(-1, HEARTBEAT_BYTES)
     heartbeat = Heartbeat(memory)
     phases = []
 
     class Model(Counts):
         def forward(self, **inputs: Any) -> Any:
-            phases.append((read(memory).phase, read(memory).number))
+            phases.append((read_heartbeat(memory).phase, read_heartbeat(memory).writes))
             return super().forward(**inputs)
 
     watched: Any = Model(gpt(positions=40))
@@ -103,7 +103,7 @@ def test_each_token_is_a_beat_so_that_a_model_that_stalls_is_told_from_one_that_
     numbers = [number for _, number in phases]
     assert [phase for phase, _ in phases] == [Phase.ANSWERING] * 3
     assert numbers == sorted(set(numbers))
-    assert read(memory).phase == Phase.STARTING, "a talk may wait for a person now"
+    assert read_heartbeat(memory).phase == Phase.STARTING, "a talk may wait for a person now"
 
 
 @pytest.fixture
