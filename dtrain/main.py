@@ -1,9 +1,9 @@
-"""dtrain's command line: order of construction, exit codes.
+"""dtrain's command line: runs one command and returns its exit code.
 
     python dtrain/main.py --config configs/cola.yaml
     torchrun --nproc-per-node 2 dtrain/main.py --config configs/cola.yaml train.max_steps=100
 
-Nothing heavy is imported before a command really runs: `--help` and a config error answer without torch.
+Heavy libraries are imported only when a command runs: `--help` and config errors need no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run by path, Python puts dtrain/ itself first on its search path; the checkout belongs there instead.
+    # When this file is run by path, Python puts dtrain/ first on its search path. The checkout belongs there instead.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
@@ -28,13 +28,21 @@ from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
-from dtrain.distributed.process_info import age_s, began
+from dtrain.distributed.process_info import age_s, process_start
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import interruptible
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
-from dtrain.job.failure import done, end_of, hand_over, report, report_alone, tell_launcher, write_down
-from dtrain.job.launcher_watch import end_with_launcher
+from dtrain.job.failure import (
+    error_record,
+    record_failure,
+    report_failure,
+    report_failure_alone,
+    success_record,
+    write_exit_file,
+    write_exit_json,
+)
+from dtrain.job.launcher_watch import exit_with_launcher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,21 +51,21 @@ if TYPE_CHECKING:
     from dtrain.training.monitors.protocol import Monitor
     from dtrain.training.summary import Result
 
-ALIKE_S = 1.0
-"""Head start for rank 0 with an error that every rank finds: a launcher that sees another end first ends rank 0 too."""
+RANK0_HEAD_START_S = 1.0
+"""How much later other ranks end after an error that all have: a launcher that sees one end also ends rank 0."""
 
-WITHOUT_RUN_FOLDER = ("generate", "export", "download")
-"""Commands that leave nothing below run.output_dir."""
+WITHOUT_RUN_DIR = ("generate", "export", "download")
+"""Commands that write nothing below run.output_dir."""
 
-HOPELESS = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
-"""Ends that another start of the same command does not mend."""
+NON_RETRYABLE_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
+"""Exit codes of errors that the same command would run into again."""
 
 GRACE_S = 8.0
-"""How long a rank may take to stop when it is told to; all ranks are gone 10 s after Ctrl-C."""
+"""How long a rank may take to stop after a signal. All ranks are gone 10 s after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; every rank gives the exit code of the job's end as it saw it."""
+    """Runs one command. Returns the exit code of the job, as this rank saw its end."""
     topology = SINGLE
     console.configure_logging(rank=0, world_size=1)
     try:
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _doctor(arguments, topology)
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
     except DtrainError as error:
-        return _report_alike(error, topology)
+        return _report_common_error(error, topology)
     if arguments.print_config:
         if topology.is_main:
             sys.stdout.write(to_yaml(config))
@@ -79,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
-    """The one command that reads files alone: no model, no ranks, no torch."""
+    """Runs goodput, which only reads files: no model, no ranks, no torch."""
     from dtrain.commands.goodput import run_goodput
 
     if arguments.run is not None and (arguments.overrides or arguments.config):
@@ -93,12 +101,13 @@ def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
 
 
 def _doctor(arguments: argparse.Namespace, topology: Topology) -> int:
-    """Starts its own ranks where it needs some, and no torch here."""
+    """Runs the doctor, which starts its own ranks if it needs some. This process needs no torch."""
     from dtrain.commands.doctor import DoctorOptions, run_doctor
 
     if topology.world_size > 1:
         raise ConfigError(
-            f"doctor is one process that goes to all hosts itself, and this is {topology.describe()}. Start it without."
+            f"doctor is one process that connects to all hosts, and this is {topology.describe()}. "
+            "Start it without a launcher."
         )
     config = load_config(arguments.config, arguments.overrides)
     options = DoctorOptions(
@@ -119,42 +128,42 @@ def _doctor(arguments: argparse.Namespace, topology: Topology) -> int:
 def fit(
     config: Config, *, model: nn.Module | None = None, task: Task | None = None, monitors: Sequence[Monitor] = ()
 ) -> Result:
-    """Collective. Trains as the command line does, from Python: see dtrain.fit."""
+    """Collective. Trains from Python as the command line does: see dtrain.fit."""
     begin = time.monotonic()
     topology = Topology.from_env(os.environ)
     context = RankContext(topology)
     console.configure_logging(rank=topology.rank, world_size=topology.world_size)
 
-    def note(cause: str) -> None:
-        write_down(end_of(Interrupted(cause), topology), config, context.heartbeat)
+    def record_cause(cause: str) -> None:
+        write_exit_json(error_record(Interrupted(cause), topology), config, context.heartbeat)
 
-    with interruptible(grace_s=GRACE_S, before_exit=note):
-        end_with_launcher(topology, note)
+    with interruptible(grace_s=GRACE_S, before_exit=record_cause):
+        exit_with_launcher(topology, record_cause)
         from dtrain.job.session import session
 
         try:
             with session(config, topology, os.environ) as job:
                 from dtrain.commands.train import run_train
 
-                context = job.context  # for note, too: its heartbeat knows whose the folder is
+                context = job.context  # record_cause needs its heartbeat, which has the id of the lock
                 try:
                     result = run_train(config, context, model=model, task=task, monitors=monitors, began=begin)
                 except BaseException as error:
-                    lost = hand_over(error, config, job)
-                    if lost is not None:
-                        raise lost from error
+                    lost_peer = record_failure(error, config, job)
+                    if lost_peer is not None:
+                        raise lost_peer from error
                     raise
-        except BaseException as error:  # of before or after the run, too; what is written already stays
+        except BaseException as error:  # also from before or after the run; an existing exit.json is not replaced
             if getattr(error, "is_recorded", True):
-                write_down(end_of(error, topology), config, context.heartbeat)
+                write_exit_json(error_record(error, topology), config, context.heartbeat)
             raise
     if topology.is_main:
-        write_down(done(topology), config, context.heartbeat)
+        write_exit_json(success_record(topology), config, context.heartbeat)
     return result
 
 
-class _Ended(Exception):
-    """A command failed and has been reported; leaves the process group without another collective."""
+class _ReportedFailure(Exception):
+    """A command failed and the error has been reported. Leaves the process group without another collective."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -162,78 +171,79 @@ class _Ended(Exception):
 
 
 def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
-    """Runs the command. What may end it from outside is watched from the start: imports alone take seconds."""
-
+    """Runs the command. Signals and the launcher are watched from the start, since imports take seconds."""
     context = RankContext(topology)
-    # One text is answered on the spot, as those commands do; a talk may be, too.
-    on_the_spot = (command == "predict" and config.predict.text is not None) or (
+    # These have no run folder: one text to predict, and a chat unless a setting says otherwise.
+    answers_directly = (command == "predict" and config.predict.text is not None) or (
         command == "chat" and not config.talk.makes_run_folder
     )
-    is_noted = not (dry_run or on_the_spot or command in WITHOUT_RUN_FOLDER)
-    if is_noted and (before := _hopeless(config, topology, os.environ)) is not None:
+    has_exit_json = not (dry_run or answers_directly or command in WITHOUT_RUN_DIR)
+    if has_exit_json and (previous := _non_retryable_failure(config, topology, os.environ)) is not None:
         if topology.is_main:
-            log.error("%s", before["message"])
-        return int(before["code"])
+            log.error("%s", previous["message"])
+        return int(previous["code"])
 
-    def note(cause: str) -> None:
-        if is_noted:
-            write_down(end_of(Interrupted(cause), topology), config, context.heartbeat)
+    def record_cause(cause: str) -> None:
+        if has_exit_json:
+            write_exit_json(error_record(Interrupted(cause), topology), config, context.heartbeat)
 
-    def note_and_say(cause: str) -> None:
-        note(cause)
+    def report_cause(cause: str) -> None:
+        record_cause(cause)
         if topology.is_main:
             log.error("%s", cause)
 
-    with interruptible(grace_s=GRACE_S, before_exit=note_and_say):
+    with interruptible(grace_s=GRACE_S, before_exit=report_cause):
         try:
-            launcher_lives = end_with_launcher(topology, note)
+            is_launcher_alive = exit_with_launcher(topology, record_cause)
             from dtrain.job.session import session
 
             with session(config, topology, os.environ, command=command) as job:
-                context = job.context  # for note, too: its heartbeat knows whose the folder is
+                context = job.context  # record_cause needs its heartbeat, which has the id of the lock
                 try:
-                    _command(command, config, context, dry_run=dry_run)
+                    _run_command(command, config, context, dry_run=dry_run)
                 except BaseException as error:
-                    code = report(error, config, job, is_noted=is_noted, launcher_lives=launcher_lives)
-                    raise _Ended(code) from error
-        except _Ended as ended:
-            return ended.code
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nobody is above us
-            return report_alone(error, config, context, is_noted=is_noted)
-    if topology.is_main and is_noted:
-        write_down(done(topology), config, context.heartbeat)
+                    code = report_failure(
+                        error, config, job, has_exit_json=has_exit_json, is_launcher_alive=is_launcher_alive
+                    )
+                    raise _ReportedFailure(code) from error
+        except _ReportedFailure as failure:
+            return failure.code
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - this is the outermost handler
+            return report_failure_alone(error, config, context, has_exit_json=has_exit_json)
+    if topology.is_main and has_exit_json:
+        write_exit_json(success_record(topology), config, context.heartbeat)
     return 0
 
 
-def _hopeless(config: Config, topology: Topology, env: Mapping[str, str]) -> dict[str, Any] | None:
-    """How this job's last start ended, where torchrun starts ranks again that would only find the same: exit.json of then."""
+def _non_retryable_failure(config: Config, topology: Topology, env: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns exit.json of this job's last start, if torchrun restarts ranks that would meet the same error again."""
     if topology.launcher != "torchrun" or env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     file, launcher_s = config.run_dir / "exit.json", age_s(os.getppid())
     try:
         is_of_this_job = launcher_s is not None and time.time() - file.stat().st_mtime < launcher_s
-        ended: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        previous: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return ended if is_of_this_job and ended.get("code") in HOPELESS else None
+    return previous if is_of_this_job and previous.get("code") in NON_RETRYABLE_CODES else None
 
 
-def _report_alike(error: DtrainError, topology: Topology) -> int:
-    """An error that every rank finds by itself, from the same arguments: said once per node, for files may differ."""
-    tell_launcher(end_of(error, topology), topology)
+def _report_common_error(error: DtrainError, topology: Topology) -> int:
+    """Reports an error that every rank has, from the same arguments: once per node, because files may differ."""
+    write_exit_file(error_record(error, topology), topology)
     if topology.is_node_main:
         log.error("%s", error)
     if not topology.is_main:
-        time.sleep(ALIKE_S)
+        time.sleep(RANK0_HEAD_START_S)
     return error.exit_code
 
 
-def _command(command: str, config: Config, context: RankContext, *, dry_run: bool) -> None:
+def _run_command(command: str, config: Config, context: RankContext, *, dry_run: bool) -> None:
     match command:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, context) if dry_run else run_train(config, context, began=began())
+            run_dry(config, context) if dry_run else run_train(config, context, began=process_start())
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 
@@ -265,12 +275,12 @@ def _command(command: str, config: Config, context: RankContext, *, dry_run: boo
 
 
 def console_script() -> None:
-    """Entry point of the `dtrain` command and of running this file."""
+    """Entry point of the `dtrain` command and of this file."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if "torch.distributed" in sys.modules:
-        # Interpreter shutdown with a gloo group that ever existed aborts now and then (SIGABRT in 3 of 24 runs measured).
+        # Interpreter shutdown after a gloo group existed sometimes aborts (SIGABRT in 3 of 24 measured runs).
         finalize_mpi()
         os._exit(code)
     sys.exit(code)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dtrain.distributed.cpu import allowed, cores_of, time_limit
+from dtrain.distributed.cpu import allowed_cpus, cpu_time_limit, physical_cores
 
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed", "numpy", "safetensors", "tokenizers")
 
@@ -101,8 +101,8 @@ def collect_basic_facts(request: dict[str, Any]) -> dict[str, Any]:
         "folder": Path(request["folder"]).is_dir(),
         "port": find_free_port(),
         "port_is_free": is_port_free(request.get("port")),
-        "cores": len(cores_of(allowed())),
-        "cpu_limit": time_limit(),
+        "cores": len(physical_cores(allowed_cpus())),
+        "cpu_limit": cpu_time_limit(),
         "addresses": resolve_names(request["hosts"]),
     }
 

@@ -1,7 +1,7 @@
-"""The heartbeat of a rank: where it is in its work, written to memory that another process reads.
+"""The heartbeat of a rank: its current phase and progress, written to memory that another process reads.
 
-One write of a few bytes for each change of phase and each portion of work; no call into the system. `watching/` reads
-it and judges; which phases are judged, and how, is said here.
+Each change of phase and each unit of work writes a few bytes, without a system call. `job/watchdog` reads them and
+decides whether the rank hangs. This file defines the phases and which idle rule applies to each.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from enum import Enum, IntEnum
 from mmap import mmap
 from typing import NamedTuple
 
-_MAIN = struct.Struct("<QqdQQBBQ")
-"""Count, step, median step, steps timed, evaluations, phase, whether the run folder is ours, and the count once more."""
+_MAIN_THREAD = struct.Struct("<QqdQQBBQ")
+"""Writes, step, median step, steps timed, evaluations, phase, whether the run folder is ours, and writes again."""
 
-_THREAD = struct.Struct("<dq")
-"""Of the helper thread: when it last had the interpreter lock, and the number of the last collective."""
+_HELPER_THREAD = struct.Struct("<dq")
+"""When the helper thread last held the interpreter lock (GIL), and the number of the last collective."""
 
-SIZE = _MAIN.size + _THREAD.size
+HEARTBEAT_BYTES = _MAIN_THREAD.size + _HELPER_THREAD.size
 
-TRIES = 1000
+MAX_READ_ATTEMPTS = 1000
 
-STEPS = 31
-"""How many of the last steps the median is taken over."""
+MEDIAN_WINDOW = 31
+"""Number of recent steps that the median is taken over."""
 
 
-class Rule(Enum):
-    """How silence in a phase is judged."""
+class IdleRule(Enum):
+    """How long a rank may be idle in a phase: without a heartbeat and without starting a collective."""
 
-    STEP = "train.hang_timeout, lowered to 10 median steps (at least 60 s) when steps have been taken"
+    STEP = "train.hang_timeout, lowered to 10 median steps (at least 60 s) once steps have been timed"
     TIMED = "train.hang_timeout"
-    SLOW = "not judged while it works, however long, nor are those who wait for it; when all wait, train.hang_timeout"
-    WAIT = "not judged: another rank is at work"
+    UNLIMITED = "no limit, also for ranks that wait for it; if all ranks wait for each other, train.hang_timeout"
+    WAITING = "no limit: another rank is at work"
 
 
 class Phase(IntEnum):
-    """What a rank is doing."""
+    """The kind of work that a rank is doing."""
 
     STARTING = 0
     PREPARING = 1
@@ -61,27 +61,27 @@ class Phase(IntEnum):
     ANSWERING = 16
 
 
-RULES = {
-    Phase.STARTING: Rule.SLOW,
-    Phase.PREPARING: Rule.SLOW,
-    Phase.LOADING: Rule.SLOW,
-    Phase.BUILDING: Rule.SLOW,
-    Phase.WAITING_FOR_NODE: Rule.WAIT,
-    Phase.DATA: Rule.STEP,
-    Phase.MICRO_BATCH: Rule.STEP,
-    Phase.SUMMING: Rule.STEP,
-    Phase.UPDATE: Rule.STEP,
-    Phase.MONITORS: Rule.TIMED,
-    Phase.EVALUATION: Rule.TIMED,
-    Phase.METRICS: Rule.SLOW,
-    Phase.EXPORT: Rule.SLOW,
-    Phase.CHECKPOINT: Rule.SLOW,
-    Phase.FINISHING: Rule.TIMED,
-    Phase.ENDING: Rule.SLOW,
-    Phase.ANSWERING: Rule.TIMED,
+IDLE_RULES = {
+    Phase.STARTING: IdleRule.UNLIMITED,
+    Phase.PREPARING: IdleRule.UNLIMITED,
+    Phase.LOADING: IdleRule.UNLIMITED,
+    Phase.BUILDING: IdleRule.UNLIMITED,
+    Phase.WAITING_FOR_NODE: IdleRule.WAITING,
+    Phase.DATA: IdleRule.STEP,
+    Phase.MICRO_BATCH: IdleRule.STEP,
+    Phase.SUMMING: IdleRule.STEP,
+    Phase.UPDATE: IdleRule.STEP,
+    Phase.MONITORS: IdleRule.TIMED,
+    Phase.EVALUATION: IdleRule.TIMED,
+    Phase.METRICS: IdleRule.UNLIMITED,
+    Phase.EXPORT: IdleRule.UNLIMITED,
+    Phase.CHECKPOINT: IdleRule.UNLIMITED,
+    Phase.FINISHING: IdleRule.TIMED,
+    Phase.ENDING: IdleRule.UNLIMITED,
+    Phase.ANSWERING: IdleRule.TIMED,
 }
 
-WORDS = {
+PHASE_DESCRIPTIONS = {
     Phase.STARTING: "starting",
     Phase.PREPARING: "preparing the data",
     Phase.LOADING: "loading the model",
@@ -93,120 +93,132 @@ WORDS = {
     Phase.UPDATE: "updating the weights",
     Phase.MONITORS: "in a monitor after a step",
     Phase.EVALUATION: "evaluating",
-    Phase.METRICS: "working out metrics",
+    Phase.METRICS: "computing metrics",
     Phase.EXPORT: "writing the model",
     Phase.CHECKPOINT: "saving a checkpoint",
-    Phase.FINISHING: "leaving",
-    Phase.ENDING: "ending",
-    Phase.ANSWERING: "writing an answer",
+    Phase.FINISHING: "leaving the process group",
+    Phase.ENDING: "exiting",
+    Phase.ANSWERING: "generating an answer",
 }
 
 
-class Pulse(NamedTuple):
-    """What was last written.
+class HeartbeatReading(NamedTuple):
+    """The last values that a rank wrote.
 
-    number: rises with every write. step: 0-based; -1 before the first. median_s: of the last steps; 0 before two began.
-    steps_timed, evaluations: how many have been done since the start. owns_folder: whether exit.json is ours to write.
-    lock_s: time.monotonic() at which a thread last had the interpreter lock. collective: number of the last, or -1.
+    Attributes:
+        writes: increases with every write.
+        step: 0-based; -1 before the first.
+        median_step_s: median duration of the last steps; 0 until two steps have started.
+        steps_timed: number of steps timed since the start.
+        evaluations: number of evaluations completed since the start.
+        phase: what the rank is doing.
+        owns_run_dir: whether this run may write exit.json.
+        gil_acquired_s: time.monotonic() when the helper thread last held the interpreter lock (GIL).
+        collective: number of the last collective; -1 for none.
     """
 
-    number: int
+    writes: int
     step: int
-    median_s: float
+    median_step_s: float
     steps_timed: int
     evaluations: int
     phase: Phase
-    owns_folder: bool
-    lock_s: float
+    owns_run_dir: bool
+    gil_acquired_s: float
     collective: int
 
 
 class Heartbeat:
-    """The pen of one rank. Without shared memory it writes where nobody reads."""
+    """Writes one rank's heartbeat; writes to a private buffer if there is no shared memory.
+
+    Attributes:
+        lock_id: id in the run.lock of this run's folder; empty if there is none.
+        on_run_dir_lost: called with the reason when another job has taken over the run folder.
+    """
 
     def __init__(self, memory: mmap | None = None) -> None:
-        self._memory: mmap | bytearray = memory if memory is not None else bytearray(SIZE)
-        self._count, self._step, self._timed, self._evaluations, self._median = 0, -1, 0, 0, 0.0
-        self._phase, self._owns_folder = Phase.STARTING, False
-        self._began: float | None = None
-        self._durations: deque[float] = deque(maxlen=STEPS)
-        self.lock = ""
-        self.on_disowned: Callable[[str], None] = lambda _words: None
+        self._memory: mmap | bytearray = memory if memory is not None else bytearray(HEARTBEAT_BYTES)
+        self._writes, self._step, self._steps_timed, self._evaluations, self._median_step_s = 0, -1, 0, 0, 0.0
+        self._phase, self._owns_run_dir = Phase.STARTING, False
+        self._step_start: float | None = None
+        self._step_durations: deque[float] = deque(maxlen=MEDIAN_WINDOW)
+        self.lock_id = ""
+        self.on_run_dir_lost: Callable[[str], None] = lambda _reason: None
         self.tick()
 
     def at(self, phase: Phase, *, step: int | None = None) -> None:
-        """Work of another kind begins, or the next portion of the same.
+        """Records the start of a phase, or of the next unit of work in the same phase.
 
         Args:
-            step: 0-based; None leaves it as it is.
+            step: 0-based; None keeps the current one.
         """
         self._phase = phase
         if step is not None and step != self._step:
-            self._begin(step)
+            self._start_step(step)
         self.tick()
 
     def tick(self) -> None:
-        """A portion of work is done."""
-        self._count += 1
-        _MAIN.pack_into(
+        """Records that a unit of work is done."""
+        self._writes += 1
+        _MAIN_THREAD.pack_into(
             self._memory,
             0,
-            self._count,
+            self._writes,
             self._step,
-            self._median,
-            self._timed,
+            self._median_step_s,
+            self._steps_timed,
             self._evaluations,
             self._phase,
-            self._owns_folder,
-            self._count,
+            self._owns_run_dir,
+            self._writes,
         )
 
     @contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
-        """Around work of another kind; what was before goes on after it."""
+        """Records a phase for the duration of the block, then restores the previous one."""
         before = self._phase
         self.at(phase)
         try:
             yield
         finally:
             self._evaluations += phase == Phase.EVALUATION
-            # An error on its way out has been reported as the end before it comes here, or will be.
+            # After an error the phase may be ENDING already, and must stay so.
             if self._phase != Phase.ENDING:
                 self.at(before)
 
-    def own_folder(self, lock: str = "") -> None:
-        """The run folder is this run's from here on, so that its end may be written there.
+    def claim_run_dir(self, lock_id: str = "") -> None:
+        """Records that the run folder belongs to this run from now on, so that its exit.json may be written.
 
         Args:
-            lock: the id in its run.lock; empty where there is none.
+            lock_id: the id in its run.lock; empty if there is none.
         """
-        self.lock, self._owns_folder = lock, True
+        self.lock_id, self._owns_run_dir = lock_id, True
         self.tick()
 
-    def disown_folder(self, words: str) -> None:
-        """From a helper thread: the folder is another job's now, which is why this one ends."""
-        self._owns_folder = False
+    def lose_run_dir(self, reason: str) -> None:
+        """Records that another job has taken over the run folder, which ends this one. Called by a helper thread."""
+        self._owns_run_dir = False
         self.tick()
-        self.on_disowned(words)
+        self.on_run_dir_lost(reason)
 
-    def thread(self, collective: int) -> None:
-        """From the helper thread: the interpreter lock can be had, and this is the last collective's number."""
-        _THREAD.pack_into(self._memory, _MAIN.size, time.monotonic(), collective)
+    def record_gil(self, collective: int) -> None:
+        """Records that the interpreter lock (GIL) is available, and the last collective. For the helper thread."""
+        _HELPER_THREAD.pack_into(self._memory, _MAIN_THREAD.size, time.monotonic(), collective)
 
-    def _begin(self, step: int) -> None:
+    def _start_step(self, step: int) -> None:
         now = time.monotonic()
-        if self._began is not None:
-            self._durations.append(now - self._began)
-            self._timed += 1
-            self._median = statistics.median(self._durations)
-        self._began, self._step = now, step
+        if self._step_start is not None:
+            self._step_durations.append(now - self._step_start)
+            self._steps_timed += 1
+            self._median_step_s = statistics.median(self._step_durations)
+        self._step_start, self._step = now, step
 
 
-def read(memory: mmap | bytearray) -> Pulse:
-    """What a rank wrote last, from the memory that it shares."""
-    for _ in range(TRIES):
-        count, step, median_s, timed, evaluations, phase, owns_folder, again = _MAIN.unpack_from(memory, 0)
-        if count == again:  # else the rank writes just now, or was stopped while it wrote
+def read_heartbeat(memory: mmap | bytearray) -> HeartbeatReading:
+    """Reads what a rank wrote last, from the memory that it shares."""
+    for _ in range(MAX_READ_ATTEMPTS):
+        writes, step, median_s, timed, evaluations, phase, owns, writes_again = _MAIN_THREAD.unpack_from(memory, 0)
+        if writes == writes_again:  # else the rank is writing, or was stopped while it wrote
             break
-    lock_s, collective = _THREAD.unpack_from(memory, _MAIN.size)
-    return Pulse(count, step, median_s, timed, evaluations, Phase(phase), bool(owns_folder), lock_s, collective)
+    gil_s, collective = _HELPER_THREAD.unpack_from(memory, _MAIN_THREAD.size)
+    return HeartbeatReading(writes, step, median_s, timed, evaluations, Phase(phase), bool(owns), gil_s, collective)

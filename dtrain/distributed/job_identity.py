@@ -1,4 +1,4 @@
-"""Which job a process belongs to, as it says itself; and a table of where two of them disagree."""
+"""Which job a process belongs to, as it describes itself; and a table of what two processes disagree about."""
 
 from __future__ import annotations
 
@@ -8,38 +8,50 @@ from dataclasses import asdict, dataclass, field
 
 
 @dataclass(frozen=True)
-class Identity:
-    """What a process knows of the job that it belongs to.
+class JobIdentity:
+    """What a process knows about the job that it belongs to.
 
-    job: what the launcher calls it, by what that is called; empty where it has no name for it.
-    restart: how often it was started again. The first start is 0.
-    is_counted_alike: whether `restart` is the same on all nodes; each agent of torchrun counts for itself.
-    run: which run it works on; by the command line, so that a mistake there shows.
+    Attributes:
+        job: the launcher's names for the job, by kind of name; empty if it has none.
+        restart: how often the job was restarted. The first start is 0.
+        is_restart_global: whether `restart` is the same on all nodes; each agent of torchrun counts for itself.
+        run: which run the process works on; from the command line, so that a mistake there shows.
     """
 
     job: Mapping[str, str] = field(default_factory=dict)
     restart: int = 0
-    is_counted_alike: bool = True
+    is_restart_global: bool = True
     run: Mapping[str, str] = field(default_factory=dict)
 
-    def is_of_start(self, other: Identity) -> bool:
-        """Whether both belong to the same start of the same job, as far as the launcher tells."""
-        is_alike = not (self.is_counted_alike and other.is_counted_alike) or self.restart == other.restart
-        return self.job == other.job and is_alike
+    def is_same_start(self, other: JobIdentity) -> bool:
+        """Whether both belong to the same start of the same job, as far as the launcher shows it."""
+        return self.job == other.job and (not self._can_compare(other) or self.restart == other.restart)
 
-    def is_older_start(self, other: Identity) -> bool:
-        """Whether `other` is of a later start of the same job."""
-        are_comparable = self.is_counted_alike and other.is_counted_alike
-        return self.job == other.job and are_comparable and self.restart < other.restart
+    def is_older_start(self, other: JobIdentity) -> bool:
+        """Whether `other` belongs to a later start of the same job."""
+        return self.job == other.job and self._can_compare(other) and self.restart < other.restart
 
-    def rows(self) -> dict[str, str]:
-        """For a table."""
-        return {**self.job, **({"restart": str(self.restart)} if self.is_counted_alike else {}), **self.run}
+    def _can_compare(self, other: JobIdentity) -> bool:
+        return self.is_restart_global and other.is_restart_global
+
+    def table_rows(self) -> dict[str, str]:
+        """Returns names and values for a table."""
+        return {**self.job, **({"restart": str(self.restart)} if self.is_restart_global else {}), **self.run}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One process, as it names itself."""
+class Arrival:
+    """A process that arrived at the rendezvous, as it describes itself.
+
+    Attributes:
+        rank: its number among all processes.
+        world_size: the number of processes that it expects.
+        local_rank: its number among those of its node; None if its launcher does not set it.
+        node: equal for all processes of one node.
+        host: host name.
+        pid: process id there.
+        identity: the job that it belongs to.
+    """
 
     rank: int
     world_size: int
@@ -47,30 +59,30 @@ class Entry:
     node: str
     host: str
     pid: int
-    identity: Identity
+    identity: JobIdentity
 
     @classmethod
-    def from_text(cls, text: str | bytes) -> Entry:
-        """What `as_text` gave."""
+    def from_json(cls, text: str | bytes) -> Arrival:
+        """Reads what `to_json` returned."""
         record = json.loads(text)
-        return cls(**{**record, "identity": Identity(**record["identity"])})
+        return cls(**{**record, "identity": JobIdentity(**record["identity"])})
 
-    def as_text(self) -> str:
-        """As JSON."""
+    def to_json(self) -> str:
+        """Returns the arrival as JSON."""
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
     @property
-    def at_start(self) -> str:
-        """The same at the start of a sentence."""
+    def capitalized(self) -> str:
+        """The same for the start of a sentence."""
         return f"R{str(self)[1:]}"
 
 
-def difference(one: Entry, other: Entry) -> str:
-    """A table of what two processes say of their job, where they disagree; empty where they do not."""
-    mine, its = ({**each.identity.rows(), "world size": str(each.world_size)} for each in (one, other))
+def difference_table(one: Arrival, other: Arrival) -> str:
+    """Returns a table of what two processes disagree about; empty if they agree."""
+    mine, its = ({**arrival.identity.table_rows(), "world size": str(arrival.world_size)} for arrival in (one, other))
     rows = [(key, mine.get(key, "-"), its.get(key, "-")) for key in {**mine, **its} if mine.get(key) != its.get(key)]
     if not rows:
         return ""

@@ -1,7 +1,7 @@
-"""What each launcher says in the environment about this process's place in the job.
+"""Reads from the environment what the launcher says about this process in the job.
 
-Pure functions of an environment mapping: torchrun, DeepSpeed, Open MPI, MPICH, Intel MPI, Slurm, or variables set by
-hand. Nothing is opened or started here; topology.py forms the job from what this finds.
+Pure functions of an environment mapping, for torchrun, DeepSpeed, Open MPI, MPICH, Intel MPI, Slurm, and variables
+set by hand. topology.py turns the result into a Topology.
 """
 
 from __future__ import annotations
@@ -11,28 +11,29 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, NoReturn
 
+from dtrain.distributed.job_identity import JobIdentity
 from dtrain.errors import TopologyError
 
 JOB_ID = "DTRAIN_JOB_ID"
-"""Set by launch/*.sh to something that no other job has, so that no process of another is let in."""
+"""Set by launch/*.sh to a token that no other job has, so that the ranks reject processes of other jobs."""
 
 EXIT_FILE = "DTRAIN_EXIT_FILE"
-"""Set by launch/*.sh to a path of each host, where a rank writes why it ends, as into exit.json: a run that has no
-folder yet, or never gets one, has no exit.json."""
+"""Set by launch/*.sh to a path on each host, where a rank writes why it ends, in the format of exit.json. A run that
+has no folder yet, or never gets one, has no exit.json."""
 
 TORCHRUN = "torchrun"
-"""Begins the name of a job that torchrun started, in `launches_of`."""
+"""Prefix of the name of a job that torchrun started, in `count_launches`."""
 
-RELEVANT = re.compile(
+SHOWN_VARIABLES = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|MASTER_ADDR"
     r"|MASTER_PORT|TORCHELASTIC_RUN_ID|OMPI_COMM_WORLD_\w+|PMI_RANK|PMI_SIZE|PMI_LOCAL_RANK|PMI_LOCAL_SIZE|MPI_LOCALRANKID"
     r"|MPI_LOCALNRANKS|SLURM_(PROCID|LOCALID|NODEID|NTASKS|JOB_ID|STEP_NUM_TASKS|STEP_NUM_NODES|STEP_NODELIST)"
 )
-"""The variables that an error shows."""
+"""The variables that an error message shows."""
 
 
-class Place(NamedTuple):
-    """Where one process stands. The fields are those of topology.Topology, which says what they mean."""
+class LauncherPlacement(NamedTuple):
+    """One process in the job. The fields are those of topology.Topology, which documents them."""
 
     rank: int
     world_size: int
@@ -46,22 +47,22 @@ class Place(NamedTuple):
     is_complete: bool = True
 
 
-class Claim(NamedTuple):
-    """What one launcher's variables say: the rank and the size of the world."""
+class RankClaim(NamedTuple):
+    """The rank and world size according to one launcher's variables."""
 
     launcher: str
     rank: int
     world_size: int
 
 
-ONE_PROCESS = Place(0, 1, 0, 1, 0, 1, "none", None, None)
+NO_LAUNCHER = LauncherPlacement(0, 1, 0, 1, 0, 1, "none", None, None)
 
 
-def read_place(env: Mapping[str, str]) -> Place:
-    """The place of this process, checked.
+def read_placement(env: Mapping[str, str]) -> LauncherPlacement:
+    """Returns the rank, node and launcher of this process, checked.
 
-    A launcher may run inside another (`srun torchrun`, `mpirun` in a Slurm job): the inner one started this process,
-    so it counts. Variables that no nesting explains are an error.
+    A launcher may run inside another (`srun torchrun`, `mpirun` in a Slurm job): the inner one started this process, so
+    its variables count. Variables that no nesting explains are an error.
 
     Args:
         env: the process's environment.
@@ -71,71 +72,69 @@ def read_place(env: Mapping[str, str]) -> Place:
     """
     slurm, mpi, torch = _slurm(env), _mpi(env), _torch(env)
     if torch is not None:
-        _refuse_disagreement(env, torch, mpi, slurm)
-        place = _torch_place(env, torch)
+        _check_agreement(env, torch, mpi, slurm)
+        placement = _torch_placement(env, torch)
     elif mpi is not None and (slurm is None or mpi.launcher == "openmpi" or mpi[1:] != slurm[1:]):
         # Slurm's own PMI sets PMI_RANK too and then agrees with the step: that is srun, handled below.
-        place = _mpi_place(env, mpi)
+        placement = _mpi_placement(env, mpi)
     elif slurm is not None and slurm.world_size > 1:
-        place = _slurm_place(env, slurm)
+        placement = _slurm_placement(env, slurm)
     else:
-        place = ONE_PROCESS
-    _check(env, place)
-    return place
+        placement = NO_LAUNCHER
+    _check(env, placement)
+    return placement
 
 
-def job_of(env: Mapping[str, str], launcher: str) -> tuple[dict[str, str], int, bool]:
-    """What the launcher calls this job, equal on all its ranks and unlike other jobs' where the user has seen to that.
+def read_job_identity(env: Mapping[str, str], launcher: str, *, run: Mapping[str, str] | None = None) -> JobIdentity:
+    """Returns the job's identity: equal on all its ranks, and different from other jobs' if the launcher names them.
 
     Args:
-        launcher: the one that started this process; others' variables may be left over from around it.
-
-    Returns:
-        The names it has, by what they are called (none under deepspeed, which gives none); how often the job was started
-        again; and whether that number is the same on all nodes.
+        launcher: the one that started this process. Variables of other launchers may be left over from around it.
+        run: which run the job works on.
     """
-    given = {"job": _short(env[JOB_ID])} if env.get(JOB_ID) else {}
+    job = {"job": _fingerprint(env[JOB_ID])} if env.get(JOB_ID) else {}
+    restart, is_global = 0, True
     match launcher:
         case "torchrun":
-            # Each node's agent counts the failures of its own workers only.
-            is_one_node = env.get("GROUP_WORLD_SIZE", "1") == "1"
-            names = {"rdzv id": env["TORCHELASTIC_RUN_ID"]}
-            return {**given, **names}, _number(env, "TORCHELASTIC_RESTART_COUNT") or 0, is_one_node
+            job["rdzv id"] = env["TORCHELASTIC_RUN_ID"]
+            restart = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
+            # Each node's agent counts only the failures of its own workers.
+            is_global = env.get("GROUP_WORLD_SIZE", "1") == "1"
         case "openmpi" | "mpich" | "intelmpi" if env.get("PMIX_NAMESPACE"):
-            return {**given, "MPI job": env["PMIX_NAMESPACE"]}, 0, True
+            job["MPI job"] = env["PMIX_NAMESPACE"]
         case "slurm" if env.get("SLURM_JOB_ID"):
             step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", "0"))
-            names = {"Slurm step": f"{env['SLURM_JOB_ID']}.{step}"}
-            return {**given, **names}, _number(env, "SLURM_RESTART_COUNT") or 0, True
-    return given, 0, True
+            job["Slurm step"] = f"{env['SLURM_JOB_ID']}.{step}"
+            restart = _number(env, "SLURM_RESTART_COUNT") or 0
+    return JobIdentity(job, restart, is_global, run or {})
 
 
-def _short(secret: str) -> str:
-    """Tells two secrets apart, and tells neither: a process that is turned away is shown it."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:12]
+def _fingerprint(token: str) -> str:
+    """Returns a hash that distinguishes tokens without revealing them: a rejected process sees it in its error."""
+    return hashlib.sha256(token.encode()).hexdigest()[:12]
 
 
-def launches_of(env: Mapping[str, str], launcher: str) -> dict[str, int]:
-    """What may have started this job before, by names that stay the same then, and how often it did."""
-    found = {}
+def count_launches(env: Mapping[str, str], launcher: str) -> dict[str, int]:
+    """Returns how often each launcher that may restart this job has started it before, by a permanent name."""
+    launches = {}
     if launcher == "torchrun":
-        found[f"{TORCHRUN} {env['TORCHELASTIC_RUN_ID']}"] = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
+        launches[f"{TORCHRUN} {env['TORCHELASTIC_RUN_ID']}"] = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
     if "SLURM_JOB_ID" in env:
-        found[f"Slurm job {env['SLURM_JOB_ID']}"] = _number(env, "SLURM_RESTART_COUNT") or 0
-    return found
+        launches[f"Slurm job {env['SLURM_JOB_ID']}"] = _number(env, "SLURM_RESTART_COUNT") or 0
+    return launches
 
 
 def refuse(env: Mapping[str, str], problem: str) -> NoReturn:
-    """Raises the TopologyError: the problem, then a table of the variables that were found."""
-    found = sorted(name for name in env if RELEVANT.fullmatch(name))
-    width = max((len(name) for name in found), default=0)
-    table = "\n".join(f"  {name:{width}}  {env[name]}" for name in found) or "  (none of the launchers' variables)"
+    """Raises a TopologyError with the problem and a table of the launchers' variables in the environment."""
+    names = sorted(name for name in env if SHOWN_VARIABLES.fullmatch(name))
+    width = max((len(name) for name in names), default=0)
+    table = "\n".join(f"  {name:{width}}  {env[name]}" for name in names) or "  (none of the launchers' variables)"
     raise TopologyError(f"{problem}\nFound in the environment:\n{table}")
 
 
-def _refuse_disagreement(env: Mapping[str, str], torch: Claim, mpi: Claim | None, slurm: Claim | None) -> None:
+def _check_agreement(env: Mapping[str, str], torch: RankClaim, mpi: RankClaim | None, slurm: RankClaim | None) -> None:
     for other in (mpi, slurm):
-        # torchrun inside anything, and deepspeed inside srun, are nested launchers; a step of one task is no job.
+        # torchrun inside any launcher, and deepspeed inside srun, are nested launchers. A step of one task is no job.
         nested = torch.launcher == "torchrun" or (torch.launcher == "deepspeed" and other is slurm)
         if other is None or nested or (other is slurm and other.world_size == 1) or other[1:] == torch[1:]:
             continue
@@ -143,12 +142,12 @@ def _refuse_disagreement(env: Mapping[str, str], torch: Claim, mpi: Claim | None
             env,
             f"Two launchers disagree: by RANK and WORLD_SIZE this is rank {torch.rank} of {torch.world_size}, by the "
             f"variables of {other.launcher} it is rank {other.rank} of {other.world_size}. "
-            f"Unset RANK, WORLD_SIZE and LOCAL_RANK to go by {other.launcher}, or start with one launcher only.",
+            f"Unset RANK, WORLD_SIZE and LOCAL_RANK to use {other.launcher}'s, or start with one launcher only.",
         )
 
 
-def _torch(env: Mapping[str, str]) -> Claim | None:
-    """RANK and WORLD_SIZE: torchrun, deepspeed, or by hand."""
+def _torch(env: Mapping[str, str]) -> RankClaim | None:
+    """Reads RANK and WORLD_SIZE, set by torchrun, by deepspeed, or by hand."""
     if "TORCHELASTIC_RUN_ID" in env:
         launcher = "torchrun"
     elif "CROSS_SIZE" in env and "LOCAL_SIZE" in env:
@@ -157,17 +156,17 @@ def _torch(env: Mapping[str, str]) -> Claim | None:
         launcher = "env"
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
     if size is None and (rank is not None or launcher == "torchrun" or _number(env, "LOCAL_RANK")):
-        refuse(env, "A rank is set, but WORLD_SIZE is not: of how many processes? Set RANK and WORLD_SIZE, or neither.")
+        refuse(env, "A rank is set, but WORLD_SIZE is not. Set both RANK and WORLD_SIZE, or neither.")
     if size is None:
         return None
     if rank is None and size > 1:
-        refuse(env, f"WORLD_SIZE={size}, but RANK is not set: which of the {size} is this? Set RANK, from 0 on.")
-    return Claim(launcher, rank or 0, size)
+        refuse(env, f"WORLD_SIZE={size}, but RANK is not set. Set RANK to this process's number, from 0 to {size - 1}.")
+    return RankClaim(launcher, rank or 0, size)
 
 
-def _torch_place(env: Mapping[str, str], claim: Claim) -> Place:
+def _torch_placement(env: Mapping[str, str], claim: RankClaim) -> LauncherPlacement:
     if claim.world_size == 1:
-        return ONE_PROCESS._replace(rank=claim.rank, launcher=claim.launcher)
+        return NO_LAUNCHER._replace(rank=claim.rank, launcher=claim.launcher)
     names = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
     if claim.launcher == "deepspeed":
         names = ("LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
@@ -182,27 +181,27 @@ def _torch_place(env: Mapping[str, str], claim: Claim) -> Place:
     )
 
 
-def _mpi(env: Mapping[str, str]) -> Claim | None:
-    found = []
+def _mpi(env: Mapping[str, str]) -> RankClaim | None:
+    claims = []
     for launcher, prefix in (("openmpi", "OMPI_COMM_WORLD_"), ("mpich", "PMI_")):
         rank, size = _number(env, f"{prefix}RANK"), _number(env, f"{prefix}SIZE")
         if (rank is None) != (size is None):
             refuse(env, f"Only one of {prefix}RANK and {prefix}SIZE is set: was the environment copied in part?")
         if rank is not None and size is not None:
             intel = launcher == "mpich" and any(name.startswith("I_MPI_") for name in env)
-            found.append(Claim("intelmpi" if intel else launcher, rank, size))
-    if len(found) == 2 and found[0][1:] != found[1][1:]:
-        one, two = found
+            claims.append(RankClaim("intelmpi" if intel else launcher, rank, size))
+    if len(claims) == 2 and claims[0][1:] != claims[1][1:]:
+        one, two = claims
         refuse(
             env,
             f"Two launchers disagree: {one.launcher} says rank {one.rank} of {one.world_size}, {two.launcher} says "
             f"rank {two.rank} of {two.world_size}. Start with one of them only.",
         )
-    return found[0] if found else None
+    return claims[0] if claims else None
 
 
-def _mpi_place(env: Mapping[str, str], claim: Claim) -> Place:
-    # OMPI_COMM_WORLD_NODE_RANK is no number of a node: it is this process's place among those of its node.
+def _mpi_placement(env: Mapping[str, str], claim: RankClaim) -> LauncherPlacement:
+    # OMPI_COMM_WORLD_NODE_RANK is not the number of a node, but this process's number among those of its node.
     if claim.launcher == "openmpi":
         local_rank = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
         local_size = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -212,18 +211,18 @@ def _mpi_place(env: Mapping[str, str], claim: Claim) -> Place:
     return _assemble(env, claim, local_rank=local_rank, local_size=local_size, node_rank=None, num_nodes=None)
 
 
-def _slurm(env: Mapping[str, str]) -> Claim | None:
-    """A step of srun. The batch script itself has SLURM_NTASKS and SLURM_PROCID=0, but no SLURM_STEP_NUM_TASKS."""
+def _slurm(env: Mapping[str, str]) -> RankClaim | None:
+    """Reads a step of srun. The batch script has SLURM_NTASKS and SLURM_PROCID=0, but no SLURM_STEP_NUM_TASKS."""
     size, rank = _number(env, "SLURM_STEP_NUM_TASKS"), _number(env, "SLURM_PROCID")
-    return None if size is None or rank is None else Claim("slurm", rank, size)
+    return None if size is None or rank is None else RankClaim("slurm", rank, size)
 
 
-def _slurm_place(env: Mapping[str, str], claim: Claim) -> Place:
+def _slurm_placement(env: Mapping[str, str], claim: RankClaim) -> LauncherPlacement:
     node_rank = _number(env, "SLURM_NODEID")
     num_nodes = _first(env, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", ""))
     local_size = tasks[node_rank] if node_rank is not None and node_rank < len(tasks) else None
-    place = _assemble(
+    placement = _assemble(
         env,
         claim,
         local_rank=_number(env, "SLURM_LOCALID"),
@@ -231,38 +230,40 @@ def _slurm_place(env: Mapping[str, str], claim: Claim) -> Place:
         node_rank=node_rank,
         num_nodes=num_nodes,
     )
-    if place.master_addr is not None:
-        return place
+    if placement.master_addr is not None:
+        return placement
     host = first_host(env.get("SLURM_STEP_NODELIST", ""))
     if not host:
-        refuse(env, "SLURM_STEP_NODELIST is not set, so where is rank 0? Set MASTER_ADDR and MASTER_PORT.")
-    # From the job and step, so that all tasks agree without talking; below the ports that Linux hands out by itself.
+        refuse(
+            env, "SLURM_STEP_NODELIST is not set, so the host of rank 0 is unknown. Set MASTER_ADDR and MASTER_PORT."
+        )
+    # Derived from the job and step, so that all tasks agree without communication; below Linux's ephemeral ports.
     job, step = _number(env, "SLURM_JOB_ID") or 0, _first(env, "SLURM_STEP_ID", "SLURM_STEPID") or 0
-    return place._replace(master_addr=host, master_port=20000 + (job * 31 + step) % 10000)
+    return placement._replace(master_addr=host, master_port=20000 + (job * 31 + step) % 10000)
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `gpu[007-009,012],login1` -> `gpu007`; empty for an empty list."""
+    """Returns the first host of a Slurm node list: `gpu[007-009,012],login1` -> `gpu007`; empty for an empty list."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first.group() if first else "")
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's short form of tasks on each node: `4(x2),3` -> [4, 4, 3]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+    """Parses Slurm's short form of tasks on each node: `4(x2),3` -> [4, 4, 3]."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in groups for _ in range(int(times or 1))]
 
 
 def _assemble(
     env: Mapping[str, str],
-    claim: Claim,
+    claim: RankClaim,
     *,
     local_rank: int | None,
     local_size: int | None,
     node_rank: int | None,
     num_nodes: int | None,
-) -> Place:
-    """Fills in what follows from the rest. What does not is an estimate, marked by is_complete=False."""
+) -> LauncherPlacement:
+    """Derives missing numbers from the others. If some are only estimates, is_complete is False."""
     launcher, rank, size = claim
     if local_size is None and num_nodes == 1:
         local_size = size
@@ -271,7 +272,7 @@ def _assemble(
     is_complete = None not in (local_rank, local_size, node_rank, num_nodes)
     local_size = size if local_size is None else local_size
     address, port = _master(env, claim)
-    return Place(
+    return LauncherPlacement(
         rank,
         size,
         rank % max(local_size, 1) if local_rank is None else local_rank,
@@ -285,40 +286,41 @@ def _assemble(
     )
 
 
-def _master(env: Mapping[str, str], claim: Claim) -> tuple[str | None, int | None]:
+def _master(env: Mapping[str, str], claim: RankClaim) -> tuple[str | None, int | None]:
     address, port = env.get("MASTER_ADDR") or None, _number(env, "MASTER_PORT")
-    can_ask = claim.launcher in ("openmpi", "mpich", "intelmpi", "slurm")
-    if claim.world_size == 1 or (can_ask and address is None):
+    is_optional = claim.launcher in ("openmpi", "mpich", "intelmpi", "slurm")
+    if claim.world_size == 1 or (is_optional and address is None):
         return None, None
     if address is None or port is None:
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         refuse(
             env,
-            f"WORLD_SIZE={claim.world_size}, but {missing} is not set: where do the ranks meet? Set MASTER_ADDR to the "
-            "host of rank 0 and MASTER_PORT to a free port there, the same on every rank.",
+            f"WORLD_SIZE={claim.world_size}, but {missing} is not set, so the ranks cannot meet. Set MASTER_ADDR to "
+            "the host of rank 0 and MASTER_PORT to a free port there, the same on every rank.",
         )
     if not 0 < port < 65536:
-        refuse(env, f"MASTER_PORT={port} is not a port: it must lie between 1 and 65535.")
+        refuse(env, f"MASTER_PORT={port} is not a port: it must be between 1 and 65535.")
     return address, port
 
 
-def _check(env: Mapping[str, str], place: Place) -> None:
-    """Refuses numbers that cannot be true together."""
-    if place.world_size < 1:
-        refuse(env, f"A world of {place.world_size} processes: WORLD_SIZE must be at least 1.")
-    if not 0 <= place.rank < place.world_size:
-        refuse(env, f"Rank {place.rank} of {place.world_size} processes: ranks go from 0 to {place.world_size - 1}.")
-    if not 1 <= place.local_world_size <= place.world_size:
-        refuse(env, f"{place.local_world_size} processes on this node, {place.world_size} in all: that cannot be.")
-    if place.is_complete and not 0 <= place.local_rank < place.local_world_size:
-        refuse(env, f"Local rank {place.local_rank}, but {place.local_world_size} processes on this node: too high.")
-    if not 0 <= place.node_rank < place.num_nodes <= place.world_size:
-        refuse(env, f"Node {place.node_rank} of {place.num_nodes}, {place.world_size} processes: that cannot be.")
-    if place.is_complete and (place.num_nodes == 1) != (place.local_world_size == place.world_size):
+def _check(env: Mapping[str, str], placement: LauncherPlacement) -> None:
+    """Raises a TopologyError if the numbers contradict each other."""
+    rank, size, local_rank, local_size, node_rank, num_nodes = placement[:6]
+    if size < 1:
+        refuse(env, f"The world size is {size}, but it must be at least 1.")
+    if not 0 <= rank < size:
+        refuse(env, f"Rank {rank} of {size} processes: ranks go from 0 to {size - 1}.")
+    if not 1 <= local_size <= size:
+        refuse(env, f"{local_size} processes on this node, {size} in total: this is impossible.")
+    if placement.is_complete and not 0 <= local_rank < local_size:
+        refuse(env, f"Local rank {local_rank}, but {local_size} processes on this node: too high.")
+    if not 0 <= node_rank < num_nodes <= size:
+        refuse(env, f"Node {node_rank} of {num_nodes}, {size} processes: this is impossible.")
+    if placement.is_complete and (num_nodes == 1) != (local_size == size):
         refuse(
             env,
-            f"{place.num_nodes} node(s), {place.local_world_size} processes on this one, {place.world_size} in all: "
-            "that cannot be. Are variables of another launch left in the environment?",
+            f"{num_nodes} node(s), {local_size} processes on this one, {size} in total: this is impossible. "
+            "Are variables of another launch left in the environment?",
         )
 
 

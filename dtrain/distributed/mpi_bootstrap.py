@@ -1,4 +1,7 @@
-"""What only MPI can tell under mpirun: where rank 0 is, and which ranks share a node. mpi4py is imported when used."""
+"""Asks MPI for what mpirun's variables do not contain: where rank 0 is, and which ranks share a node.
+
+mpi4py is imported when used.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ from typing import NamedTuple
 from dtrain.distributed import launcher_env, network
 from dtrain.errors import TopologyError
 
-CURE = "or give the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
+FIX = "or set the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> ..."
 
 
-class Meeting(NamedTuple):
+class MpiRendezvous(NamedTuple):
     """Where all ranks meet.
 
-    address, port: rank 0's socket.
-    listener: that socket, open, on rank 0; None elsewhere.
-    node: what the ranks of one node have in common.
+    Attributes:
+        address: address of rank 0's socket.
+        port: its port.
+        listener: that socket, open, on rank 0; None elsewhere.
+        node: equal for all ranks of one node.
     """
 
     address: str
@@ -27,44 +32,46 @@ class Meeting(NamedTuple):
     node: str
 
 
-def meet(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -> Meeting:
-    """Collective. Lets rank 0 open the master's socket and tell all others where.
+def bootstrap(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -> MpiRendezvous:
+    """Collective. Opens the master's socket on rank 0 and broadcasts its address.
 
-    The socket stays open from here on, so that nobody else can take the port. MPI is over again when this returns: a
-    rank may then end by os._exit.
+    The socket stays open, so that no other process can take the port. MPI is finalized when this returns, so that a
+    rank may end with os._exit.
 
     Raises:
-        TopologyError: mpi4py is missing or of another MPI than the launcher, or rank 0 cannot tell its address.
+        TopologyError: mpi4py is missing or uses another MPI than the launcher, or the address of rank 0 is unknown.
     """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise TopologyError(f"Under {launcher} ranks meet by mpi4py ({error}): install it, {CURE}") from error
+        raise TopologyError(f"Under {launcher} the ranks meet through mpi4py ({error}): install it, {FIX}") from error
     comm = MPI.COMM_WORLD
     if (comm.rank, comm.size) != (rank, world_size):
         library = MPI.Get_library_version().splitlines()[0]
         launcher_env.refuse(
             env,
             f"By its variables this is rank {rank} of {world_size}, by mpi4py rank {comm.rank} of {comm.size}: mpi4py "
-            f"uses another MPI ({library}) than the launcher. Use the mpirun of that MPI, {CURE}",
+            f"uses another MPI ({library}) than the launcher. Use the mpirun of that MPI, {FIX}",
         )
     shared = comm.Split_type(MPI.COMM_TYPE_SHARED)
     node = f"mpi:{shared.bcast(comm.rank, root=0)}"
-    listener, where = None, None
+    listener, endpoint = None, None
     if comm.rank == 0:
         address = "127.0.0.1" if shared.size == comm.size else network.outward_address()
         if address is not None:
             listener = network.listen(address, 0)
-            where = (address, int(listener.getsockname()[1]))
-    where = comm.bcast(where, root=0)
+            endpoint = (address, int(listener.getsockname()[1]))
+    endpoint = comm.bcast(endpoint, root=0)
     finalize_mpi()
-    if where is None:
-        raise TopologyError(f"Rank 0 has no default route: which address do others reach? Set MASTER_ADDR, {CURE}")
-    return Meeting(where[0], where[1], listener, node)
+    if endpoint is None:
+        raise TopologyError(
+            f"Rank 0 has no default route, so the address that other nodes can reach is unknown. Set MASTER_ADDR, {FIX}"
+        )
+    return MpiRendezvous(endpoint[0], endpoint[1], listener, node)
 
 
 def finalize_mpi() -> None:
-    """Ends MPI if it was started: mpirun kills the job when a rank leaves by os._exit after MPI_Init without this."""
+    """Finalizes MPI if it was started. Without this, mpirun kills the job when a rank ends with os._exit."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()

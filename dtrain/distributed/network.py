@@ -1,4 +1,4 @@
-"""Addresses and network interfaces of this machine, and the master's socket. Nothing is sent."""
+"""Addresses and network interfaces of this machine, and the master's socket. Sends nothing."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dtrain.errors import TopologyError
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface."""
 
-ELSEWHERE = "192.0.2.1"
-"""An address kept for documentation (RFC 5737): the route to it is the route to the outside."""
+OUTSIDE_ADDRESS = "192.0.2.1"
+"""An address reserved for documentation (RFC 5737): the route to it is the default route."""
 
 
 def resolve(host: str, port: int) -> tuple[int, str]:
-    """The address family and the first address of a host, IPv4 first, since gloo and NCCL prefer it.
+    """Returns the address family and the first address of a host, IPv4 first, since gloo and NCCL prefer it.
 
     Raises:
         socket.gaierror: the name does not resolve.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = min(entries, key=lambda entry: entry[0] != socket.AF_INET)
     return family, str(address[0])
 
 
@@ -46,7 +46,7 @@ def is_literally_local(host: str) -> bool:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The local address from which this machine talks to `host`. Connecting a datagram socket sends nothing.
+    """Returns the local address on the route to `host`. Connecting a datagram socket sends nothing.
 
     Raises:
         OSError: the name does not resolve, or there is no route.
@@ -58,48 +58,50 @@ def address_towards(host: str, port: int) -> str:
 
 
 def outward_address() -> str | None:
-    """The address that others are likely to reach: on the default route, else of the only interface that has one."""
+    """Returns the address that others can probably reach: on the default route, else the only one not on loopback."""
     try:
-        return address_towards(ELSEWHERE, 9)
+        return address_towards(OUTSIDE_ADDRESS, 9)
     except OSError:
         others = [a for a in map(_ipv4_of, interfaces()) if a is not None and not is_loopback(a)]
         return others[0] if len(others) == 1 else None
 
 
 def choose_interface(env: MutableMapping[str, str], master: str, port: int, *, serves_other_nodes: bool) -> None:
-    """Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where not set, to the interface on the route to the master.
+    """Sets GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, if unset, to the interface on the route to the master.
 
-    Left alone, gloo resolves the host's own name, and where that gives 127.0.0.1 two nodes never connect.
+    By default gloo resolves the name of its host. If that gives 127.0.0.1, two nodes never connect.
     """
-    wanted = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if not env.get(name)]
+    unset = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if not env.get(name)]
     try:
         address: str | None = address_towards(master, port)
-    except OSError:  # whoever connects to the master waits for the name or the route, and says so if neither comes
+    except OSError:  # connecting to the master will wait for the name or the route, and report if neither appears
         return
     if address is not None and is_loopback(address) and serves_other_nodes:
-        address = outward_address()  # the master's own name means 127.0.1.1 to itself on many systems
+        address = outward_address()  # on many systems the master resolves its own name to 127.0.1.1
     interface = interface_of(address) if address is not None else None
-    if interface is None and wanted:
-        log.warning("No interface is known for address %s. If ranks cannot connect, set GLOO_SOCKET_IFNAME.", address)
+    if interface is None and unset:
+        log.warning(
+            "No network interface found for address %s. If ranks cannot connect, set GLOO_SOCKET_IFNAME.", address
+        )
         return
-    for name in wanted:
-        # "=" asks NCCL for exactly this name; it would take a prefix otherwise.
+    for name in unset:
+        # "=" makes NCCL match the exact name; otherwise it would match a prefix.
         env[name] = f"={interface}" if name.startswith("NCCL") else str(interface)
 
 
 def interfaces() -> list[str]:
-    """Names of all network interfaces."""
+    """Returns the names of all network interfaces."""
     return [name for _, name in socket.if_nameindex()]
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has this local address; None where that cannot be told (second addresses, not Linux)."""
+    """Returns the interface that has this local address; None if unknown (second addresses, not Linux)."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
         return _interface_of_ipv6(ip.packed.hex())
     for name in interfaces():
-        own = _ipv4_of(name)
-        if own == address or (own is not None and ip.is_loopback and is_loopback(own)):
+        ipv4 = _ipv4_of(name)
+        if ipv4 == address or (ipv4 is not None and ip.is_loopback and is_loopback(ipv4)):
             return name
     return None
 
@@ -117,18 +119,18 @@ def _ipv4_of(interface: str) -> str | None:
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            request = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:  # the interface has no IPv4 address
             return None
-    return socket.inet_ntoa(answer[20:24])
+    return socket.inet_ntoa(request[20:24])
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A listening socket on one address only (torch's own listens on all interfaces); port 0 takes a free one.
+    """Opens a listening socket on one address only (torch's listens on all interfaces); port 0 takes a free one.
 
     Raises:
         TopologyError: the port is taken.
-        OSError: the address is not this machine's.
+        OSError: this machine does not have the address.
     """
     family, _ = resolve(address, port)
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -141,52 +143,51 @@ def listen(address: str, port: int) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise TopologyError(
-            f"Port {port} on {address} is in use, so rank 0 cannot open the meeting point there. Is another job, or an "
+            f"Port {port} on {address} is in use, so rank 0 cannot open the rendezvous there. Is another job, or an "
             "old one, still running? Choose another port (MASTER_PORT, --master-port)."
         ) from error
     return listener
 
 
 def listen_as_master(address: str, port: int, *, serves_other_nodes: bool) -> socket.socket:
-    """The master's listening socket, on the interface of MASTER_ADDR; on all where that address cannot be bound.
+    """Opens the master's listening socket on the interface of MASTER_ADDR, or on all if it cannot bind that address.
 
     Args:
-        serves_other_nodes: other machines may come, so a name that means 127.0.1.1 here must not be taken at its word.
+        serves_other_nodes: other machines may connect, so a name that resolves to 127.0.1.1 here must not be bound.
 
     Raises:
         TopologyError: the name does not resolve, or the port is taken.
     """
     try:
-        _, own = resolve(address, port)
+        _, resolved = resolve(address, port)
     except socket.gaierror as error:
-        here = socket.gethostname()
         raise TopologyError(
-            f"MASTER_ADDR={address} does not resolve on {here}: {error}. Use its IP address."
+            f"MASTER_ADDR={address} does not resolve on {socket.gethostname()}: {error}. Use its IP address."
         ) from error
-    if serves_other_nodes and is_loopback(own):
+    if serves_other_nodes and is_loopback(resolved):
         return listen("0.0.0.0", port)
     try:
-        return listen(own, port)
-    except OSError:  # an address in front of this machine (a service, a NAT)
-        return listen("::" if ":" in own else "0.0.0.0", port)
+        return listen(resolved, port)
+    except OSError:  # the address belongs to something in front of this machine (a service, a NAT)
+        return listen("::" if ":" in resolved else "0.0.0.0", port)
 
 
-def reach(address: str, port: int, *, rank: int, deadline: float, timeout_s: float) -> None:
-    """Waits until the master answers.
+def wait_for_master(address: str, port: int, *, rank: int, deadline: float, timeout_s: float) -> None:
+    """Waits until the master accepts connections.
 
     Raises:
-        TopologyError: nobody answered until the deadline.
+        TopologyError: it did not until the deadline.
     """
     while True:
         try:
-            left = max(deadline - time.monotonic(), 0.1)
-            socket.create_connection((address, port), timeout=min(left, 5.0)).close()
+            remaining_s = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((address, port), timeout=min(remaining_s, 5.0)).close()
             return
         except OSError as error:
             if time.monotonic() > deadline:
                 raise TopologyError(
                     f"Rank {rank} on {socket.gethostname()} found no master at {address}:{port} within {timeout_s:g} s "
-                    f"({error}). Rank 0 opens it: is it running there, with the same MASTER_ADDR and MASTER_PORT, "
-                    "and does no firewall close the port?"
+                    f"({error}). Rank 0 opens it. Is it running there, with the same MASTER_ADDR and MASTER_PORT? "
+                    "Does a firewall block the port?"
                 ) from error
             time.sleep(0.1)

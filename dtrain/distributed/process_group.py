@@ -1,4 +1,4 @@
-"""The process group's life: ranks meet at the master's store, a rendezvous says who came, then torch's group starts.
+"""Creates and destroys the process group: all ranks meet in the master's store, then torch's group starts.
 
 Moves no tensors: see collectives.py. torch is imported when used.
 """
@@ -6,17 +6,15 @@ Moves no tensors: see collectives.py. torch is imported when used.
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 from dtrain.distributed import launcher_env, mpi_bootstrap, network, rendezvous
-from dtrain.distributed.job_identity import Identity
+from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
 
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 COLLECTIVE_TIMEOUT_S = 1800.0
-"""How long a collective waits for a rank that is alive but does not come."""
+"""How long a collective waits for a rank that is alive but does not join it."""
 
 
 @contextmanager
@@ -38,39 +36,40 @@ def process_group(
     store: Store | None = None,
     run: Mapping[str, str] | None = None,
 ) -> Iterator[Topology]:
-    """Collective. Forms torch's default process group and yields the complete topology; nothing at world size 1.
+    """Collective. Creates torch's default process group and yields the complete topology. No group at world size 1.
 
-    NCCL moves CUDA tensors, gloo those on the host. Leaving it normally, ranks wait for each other and destroy the
-    group. After an exception no rank waits for another; end with os._exit then, since torch's teardown can block.
+    NCCL moves CUDA tensors, gloo those on the host. On a normal exit the ranks wait for each other and destroy the
+    group. After an exception no rank waits for another; end the process with os._exit then, since torch's teardown can
+    block.
 
     Args:
-        topology: as `Topology.from_env` gave it.
-        env: os.environ; the socket interface on the route to the master is added where the user has chosen none.
+        topology: as `Topology.from_env` returned it.
+        env: os.environ; the socket interface on the route to the master is added unless the user has set one.
         timeout_s: how long to wait for all ranks to arrive.
-        collective_timeout_s: how long a collective waits later on.
-        store: where to meet instead of the master's address (tests use a file store).
-        run: what the ranks work on, in words that are the same on all: a process that says otherwise is not let in.
+        collective_timeout_s: how long a collective waits after that.
+        store: used for the rendezvous instead of one at the master's address (tests use a file store).
+        run: what the ranks work on, equal on all: a process with another value is rejected.
 
     Raises:
-        TopologyError: not all ranks came in time, or this one is of another job; the message says which.
+        TopologyError: ranks are missing, or this one belongs to another job; the message says which.
     """
     if topology.world_size == 1:
-        with _published(topology, env):
+        with _exported(topology, env):
             yield topology
         return
     import torch.distributed as dist
 
     deadline = time.monotonic() + timeout_s
-    topology, own = _meet(topology, env, deadline, timeout_s, store, run or {})
-    _start_group(topology, own, deadline, collective_timeout_s)
+    topology, group_store = _meet(topology, env, deadline, timeout_s, store, run or {})
+    _start_group(topology, group_store, deadline, collective_timeout_s)
     try:
-        with _published(topology, env):
+        with _exported(topology, env):
             yield topology
     except BaseException:
         _destroy_group()
         raise
-    # Rank 0 holds the store: nobody leaves while another still needs it.
-    dist.all_reduce(_nothing())
+    # Rank 0 hosts the store, so no rank leaves while another still needs it.
+    dist.all_reduce(_one_zero())
     _destroy_group()
 
 
@@ -82,43 +81,43 @@ def _meet(
     store: Store | None,
     run: Mapping[str, str],
 ) -> tuple[Topology, Store]:
-    """Collective. The complete topology and a store for this meeting alone, once all ranks are there."""
+    """Collective. Waits for all ranks; returns the complete topology and a store for this rendezvous only."""
     from torch.distributed.distributed_c10d import PrefixStore
 
     listener, node = None, None
     if store is None and topology.master_addr is None:
-        meeting = mpi_bootstrap.meet(
+        mpi = mpi_bootstrap.bootstrap(
             env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher
         )
-        topology = replace(topology, master_addr=meeting.address, master_port=meeting.port)
-        listener, node = meeting.listener, meeting.node
+        topology = replace(topology, master_addr=mpi.address, master_port=mpi.port)
+        listener, node = mpi.listener, mpi.node
     if store is None:
         store = _open_store(topology, env, listener, deadline, timeout_s)
     if topology.is_complete:
-        # The launcher knows its nodes; two of them may share a machine, as in tests.
+        # The launcher numbers the nodes. Two of them may share a machine, as in tests.
         node = f"node {topology.node_rank}"
-    admission = rendezvous.call(
-        PrefixStore("rollcall", store),
+    result = rendezvous.join(
+        PrefixStore("rendezvous", store),
         rank=topology.rank,
         world_size=topology.world_size,
         local_rank=topology.local_rank if topology.is_complete or "LOCAL_RANK" in env else None,
         node=node,
         deadline=deadline,
         timeout_s=timeout_s,
-        identity=Identity(*launcher_env.job_of(env, topology.launcher), run=run),
+        identity=launcher_env.read_job_identity(env, topology.launcher, run=run),
     )
     if not topology.is_complete:
-        topology = replace(topology, **admission.seat._asdict(), is_complete=True)
-    # Of its own in a store that an earlier start of this job has used: a restarted one must not read what that wrote.
-    return topology, PrefixStore(f"group/{admission.meeting}", store)
+        topology = replace(topology, **result.placement._asdict(), is_complete=True)
+    # An earlier start of this job may have used the store, and a restarted one must not read what that wrote.
+    return topology, PrefixStore(f"group/{result.round}", store)
 
 
 def _open_store(
     topology: Topology, env: MutableMapping[str, str], listener: socket.socket | None, deadline: float, timeout_s: float
 ) -> Store:
-    """The store where all ranks meet: torchrun's own, else one that rank 0 opens on the master's interface.
+    """Returns the store where all ranks meet: torchrun's, else one that rank 0 opens on the master's interface.
 
-    Chooses the socket interface on the way.
+    Also sets the socket interface in `env`.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
     from torch.distributed.distributed_c10d import PrefixStore
@@ -129,36 +128,32 @@ def _open_store(
     on_one_node = topology.is_complete and topology.num_nodes == 1
     serves_others = not on_one_node and not network.is_literally_local(address)
     network.choose_interface(env, address, port, serves_other_nodes=serves_others)
-    agent_has_it = topology.launcher == "torchrun" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    left = timedelta(seconds=timeout_s)
-    if topology.is_main and not agent_has_it:
+    agent_has_store = topology.launcher == "torchrun" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = timedelta(seconds=timeout_s)
+    if topology.is_main and not agent_has_store:
         if listener is None:
             listener = network.listen_as_master(address, port, serves_other_nodes=serves_others)
-        own = network.resolve(address, port)[1]
-        store: Store = TCPStore(own, port, size, True, left, False, master_listen_fd=listener.detach())
+        resolved = network.resolve(address, port)[1]
+        store: Store = TCPStore(resolved, port, size, True, timeout, False, master_listen_fd=listener.detach())
     else:
-        network.reach(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
-        store = _connect(lambda: TCPStore(address, port, size, False, left, False), f"{address}:{port}", deadline)
+        network.wait_for_master(address, port, rank=topology.rank, deadline=deadline, timeout_s=timeout_s)
+        store = _connect(lambda: TCPStore(address, port, size, False, timeout, False), f"{address}:{port}", deadline)
     return PrefixStore("dtrain", store)
 
 
-def _connect(client: Callable[[], Store], where: str, deadline: float) -> Store:
-    """The store's client, made in a thread: against a server that says nothing its constructor never returns."""
-    made: Queue[Store | RuntimeError] = Queue()
+def _connect(client: Callable[[], Store], endpoint: str, deadline: float) -> Store:
+    """Creates the store's client. Its constructor never returns if the server sends nothing, hence the time limit."""
 
-    def connect() -> None:
+    def connect() -> Store | RuntimeError:
         try:
-            made.put(client())
+            return client()
         except RuntimeError as error:
-            made.put(error)
+            return error
 
-    threading.Thread(target=connect, daemon=True).start()
-    try:
-        result = made.get(timeout=max(deadline - time.monotonic(), 1.0))
-    except Empty:
-        result = RuntimeError("it does not speak the protocol")
+    no_answer = RuntimeError("it does not speak the protocol")
+    result = call_with_timeout(connect, max(deadline - time.monotonic(), 1.0), no_answer)
     if isinstance(result, RuntimeError):
-        raise TopologyError(f"What answers at {where} is not this job's meeting point: {result}. Is MASTER_PORT right?")
+        raise TopologyError(f"The server at {endpoint} is not this job's rendezvous: {result}. Is MASTER_PORT correct?")
     return result
 
 
@@ -167,31 +162,34 @@ def _start_group(topology: Topology, store: Store, deadline: float, collective_t
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
-    # Connecting has the start-up time-out, work after it the longer one.
-    left = timedelta(seconds=max(deadline - time.monotonic(), 10.0))
+    # Connecting has the start-up time-out; later collectives have the longer one.
+    timeout = timedelta(seconds=max(deadline - time.monotonic(), 10.0))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=left)
-        dist.all_reduce(_nothing())
+        dist.init_process_group(
+            backend, store=store, rank=topology.rank, world_size=topology.world_size, timeout=timeout
+        )
+        dist.all_reduce(_one_zero())
     except RuntimeError as error:
         raise TopologyError(
-            f"All {topology.world_size} ranks came, but rank {topology.rank} on {socket.gethostname()} cannot connect "
-            f"to them: {error}\nDo the nodes reach each other on all ports? Is GLOO_SOCKET_IFNAME the right interface?"
+            f"All {topology.world_size} ranks arrived, but rank {topology.rank} on {socket.gethostname()} cannot "
+            f"connect to them: {error}\n"
+            "Can the nodes reach each other on all ports? Is GLOO_SOCKET_IFNAME the right interface?"
         ) from error
     _set_pg_timeout(timedelta(seconds=collective_timeout_s))
 
 
 @contextmanager
-def _published(topology: Topology, env: MutableMapping[str, str]) -> Iterator[None]:
-    """DeepSpeed takes its place from these variables alone, also under MPI, Slurm and no launcher at all."""
-    places = {
+def _exported(topology: Topology, env: MutableMapping[str, str]) -> Iterator[None]:
+    """Sets the variables that DeepSpeed reads the rank from, under every launcher, and restores them afterwards."""
+    variables = {
         "RANK": topology.rank,
         "WORLD_SIZE": topology.world_size,
         "LOCAL_RANK": topology.local_rank,
         "LOCAL_WORLD_SIZE": topology.local_world_size,
     }
-    before = {name: env.get(name) for name in places}
-    env.update({name: str(place) for name, place in places.items()})
+    before = {name: env.get(name) for name in variables}
+    env.update({name: str(value) for name, value in variables.items()})
     try:
         yield
     finally:
@@ -202,16 +200,14 @@ def _published(topology: Topology, env: MutableMapping[str, str]) -> Iterator[No
                 env[name] = value
 
 
-def _nothing() -> torch.Tensor:
+def _one_zero() -> torch.Tensor:
     import torch
 
     return torch.zeros(1)
 
 
 def _destroy_group() -> None:
-    """Destroys the group, in 5 s at most: with work pending, torch's teardown waits for peers that may be gone."""
+    """Destroys the group, within 5 s: with work pending, torch's teardown waits for peers that may be gone."""
     import torch.distributed as dist
 
-    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
-    worker.start()
-    worker.join(timeout=5.0)
+    call_with_timeout(dist.destroy_process_group, 5.0, None)

@@ -1,6 +1,6 @@
-"""Processes as one can tell them apart: this one, whether another still lives, and how long this one has run.
+"""Identifies processes: this one, whether another is still alive, and how long one has been running.
 
-Reads /proc; where there is none (macOS), a process is known by its number alone.
+Reads /proc. Without /proc (macOS), a process is known by its number alone.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Process(NamedTuple):
-    """One process among all that ever were. JSON types, so that it can be written down.
+class ProcessIdentity(NamedTuple):
+    """Identifies one process among all that ever ran, on any host. Holds JSON types, so that it can be stored or sent.
 
-    boot: tells machines of one host name apart, and a machine from itself before a restart; "" where there is no /proc.
-    pid_namespace: processes can be looked up in the same one only; containers have their own. 0 without /proc.
-    started: clock ticks from the machine's start to the process's; tells it from a later one with the same number.
+    Attributes:
+        host: host name.
+        boot: differs between machines of one host name, and between two boots of one machine; "" without /proc.
+        pid_namespace: a process can be looked up in its own namespace only; containers have one each. 0 without /proc.
+        pid: process id.
+        started: clock ticks from the boot to the start of the process; differs from a later process with the same id.
     """
 
     host: str
@@ -26,64 +29,84 @@ class Process(NamedTuple):
     pid: int
     started: str
 
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
-def this_process() -> Process:
-    """The one that asks."""
+
+def this_process() -> ProcessIdentity:
+    """Returns the identity of the calling process."""
     namespace = Path("/proc/self/ns/pid")
-    fields = fields_of(os.getpid())
-    return Process(
+    stat = read_stat(os.getpid())
+    return ProcessIdentity(
         host=socket.gethostname(),
-        boot=boot(),
+        boot=boot_id(),
         pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
         pid=os.getpid(),
-        started=fields[19] if fields is not None else "",
+        started=stat[19] if stat is not None else "",
     )
 
 
-def is_alive(process: Process) -> bool | None:
-    """Whether it still runs; None where that cannot be seen from here.
+def is_alive(process: ProcessIdentity, *, observer: ProcessIdentity | None = None) -> bool | None:
+    """Whether a process is still running; None if that cannot be seen from here.
 
-    One that has ended and waits to be collected does not run; a stopped one does.
+    A zombie is not running; a stopped process is.
+
+    Args:
+        observer: this process, if the caller has its identity already.
     """
-    if process[:3] != this_process()[:3] or not process.boot:
+    if process[:3] != (observer or this_process())[:3] or not process.boot:
         return None
-    fields = fields_of(process.pid)
-    if fields is not None:
-        return fields[0] not in "ZX" and fields[19] == process.started
+    stat = read_stat(process.pid)
+    if stat is not None:
+        return _shows_running(stat, process.started)
     try:
         os.kill(process.pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's, and /proc hides it
+    except PermissionError:  # it belongs to another user, and /proc hides it
         return None
-    return None  # it came up between the two looks
+    return None  # it started between the two looks
 
 
-def began() -> float:
-    """When this process began, as time.monotonic() counts; now, where there is no /proc."""
+def is_running(pid: int, started: str) -> bool:
+    """Whether the process with this id and start time, on this host, is running. A zombie is not.
+
+    Args:
+        started: as in ProcessIdentity.
+    """
+    stat = read_stat(pid)
+    return stat is not None and _shows_running(stat, started)
+
+
+def _shows_running(stat: list[str], started: str) -> bool:
+    return stat[0] not in "ZX" and stat[19] == started
+
+
+def process_start() -> float:
+    """Returns when this process started, as time.monotonic() counts; now, without /proc."""
     return time.monotonic() - (age_s(os.getpid()) or 0.0)
 
 
 def age_s(pid: int) -> float | None:
-    """For how many seconds a process has been there; None where that cannot be seen."""
-    fields = fields_of(pid)
-    if fields is None or not hasattr(time, "CLOCK_BOOTTIME"):
+    """Returns for how many seconds a process has been running; None if that cannot be seen."""
+    stat = read_stat(pid)
+    if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
         return None
-    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
+    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
-def boot() -> str:
-    """Tells machines of one host name apart, and a machine from itself before a restart; empty without /proc."""
+def boot_id() -> str:
+    """Returns the id of this boot, which differs between machines and between boots; empty without /proc."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-def fields_of(pid: int) -> list[str] | None:
-    """/proc's of a process, from the state on (0 state, 1 parent, 19 start); None where it is gone.
+def read_stat(pid: int) -> list[str] | None:
+    """Returns the fields of /proc/PID/stat from the state on (0 state, 1 parent, 19 start); None if there is none.
 
-    The name before them may hold anything.
+    The process name before them is skipped, since it may contain spaces and parentheses.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

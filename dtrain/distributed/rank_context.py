@@ -1,4 +1,4 @@
-"""One rank at work: its place in the job, and the services that go with it."""
+"""One rank at work: its place in the job, and the services beside it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dtrain.distributed.traffic import Traffic
 
 @dataclass(frozen=True)
 class RankContext:
-    """Passed to everything that talks to other ranks or reports progress.
+    """Passed to everything that communicates with other ranks or reports progress.
 
     Attributes:
         topology: this process's place among the ranks. Pure and comparable.
-        heartbeat: where this process reports how far it is; the watchdog reads it.
+        heartbeat: where this process reports its progress; the watchdog reads it.
         traffic: counts what this process hands to its process group.
     """
 
@@ -45,4 +45,4 @@ class RankContext:
 
 
 ONE_PROCESS = RankContext(SINGLE)
-"""One process without a launcher. Its services are shared by everything that uses this constant."""
+"""One process without a launcher. Everything that uses this constant shares its services."""

@@ -1,8 +1,8 @@
-"""Who came: the roll-call through a store before the process group starts, and who is turned away from it.
+"""Rendezvous: waits in a store for every rank before the process group starts, and rejects processes of other jobs.
 
-Every process that arrives leaves its name; rank 0 calls them, and who answers lives. So a restarted job may use a store
-that is full of what its dead left there, and a process of another job is told so instead of being let in. Knows torch's
-stores only by what they can do (`Board`), so that it needs no torch.
+Every process writes its arrival into the store. Rank 0, the leader, replies to each arrival, and a process that
+answers the reply is alive. So a restarted job may use a store that is full of entries of dead processes, and a process
+of another job gets an error. torch's stores are used through the protocol `KeyValueStore`, so this file needs no torch.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from dtrain.console import log
-from dtrain.distributed.job_identity import Entry, Identity, difference
-from dtrain.distributed.process_info import boot
+from dtrain.distributed.job_identity import Arrival, JobIdentity, difference_table
+from dtrain.distributed.process_info import boot_id
 from dtrain.errors import TopologyError
 
 PROGRESS_EVERY_S = 30.0
-LONGEST_PAUSE_S = 0.25
-"""Between two looks at the store."""
+MAX_POLL_S = 0.25
+"""Longest pause between two looks at the store."""
 
-NAMED = 8
-"""How many ranks a message lists before it says "and n more"."""
+MAX_LISTED = 8
+"""How many ranks a message lists before "and n more"."""
 
-Verdict = dict[str, Any]
+RoundResult = dict[str, Any]
+"""How a round ended, as JSON: `placements` of all ranks or a `problem`, and the rank that published it (`by`)."""
 
 
-class Board(Protocol):
-    """What the roll-call needs of a torch.distributed.Store."""
+class KeyValueStore(Protocol):
+    """The methods of torch.distributed.Store that are used here."""
 
     def check(self, keys: list[str]) -> bool: ...
 
@@ -45,8 +46,8 @@ class Board(Protocol):
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
 
 
-class Seat(NamedTuple):
-    """A rank's place on its node, found by comparing all ranks."""
+class RankPlacement(NamedTuple):
+    """A rank's place on its node, found by comparing all ranks. The fields are those of topology.Topology."""
 
     local_rank: int
     local_world_size: int
@@ -54,16 +55,21 @@ class Seat(NamedTuple):
     num_nodes: int
 
 
-class Admission(NamedTuple):
-    """What a rank goes on with. meeting: the number of this one, unlike that of any other in the same store."""
+class RendezvousResult(NamedTuple):
+    """The result for one rank.
 
-    seat: Seat
-    meeting: int
+    Attributes:
+        placement: this rank's place on its node.
+        round: number of this rendezvous; unique in its store.
+    """
+
+    placement: RankPlacement
+    round: int
 
 
 @dataclass
 class _Wait:
-    """Until when, and how long until the next look."""
+    """Polls until a deadline, less often while nothing happens, to spare the store."""
 
     deadline: float
     timeout_s: float
@@ -73,14 +79,13 @@ class _Wait:
     def is_over(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def look_again(self, *, progress: bool) -> None:
-        """Sleeps, longer and longer while nothing happens, to spare the store."""
-        self.pause_s = 0.01 if progress else min(self.pause_s * 1.5, LONGEST_PAUSE_S)
+    def pause(self, *, progress: bool) -> None:
+        self.pause_s = 0.01 if progress else min(self.pause_s * 1.5, MAX_POLL_S)
         time.sleep(self.pause_s)
 
 
-def call(
-    board: Board,
+def join(
+    store: KeyValueStore,
     *,
     rank: int,
     world_size: int,
@@ -88,297 +93,303 @@ def call(
     node: str | None,
     deadline: float,
     timeout_s: float,
-    identity: Identity | None = None,
-) -> Admission:
-    """Collective. Rank 0 calls the others; all go on when all are there, and all fail with one message otherwise.
+    identity: JobIdentity | None = None,
+) -> RendezvousResult:
+    """Collective. Waits for all ranks. Then all of them continue, or all raise the same message.
 
-    A process of another job, or of an older start of this one, is turned away with a message of its own, while rank 0
-    goes on waiting.
+    A process of another job, or of an older start of this one, is rejected with its own message, while rank 0 continues
+    to wait.
 
     Args:
-        local_rank: as the launcher gave it; None to be told.
-        node: what ranks of one node have in common; default: host name and boot.
+        local_rank: as the launcher set it; None to derive it.
+        node: equal for all ranks of one node; default: host name and boot id.
         deadline: time.monotonic() at which this rank stops waiting.
-        timeout_s: the whole time-out, for the message.
-        identity: of the job that this process believes it belongs to.
+        timeout_s: the time-out that led to this deadline, for the message.
+        identity: the job that this process belongs to.
 
     Raises:
-        TopologyError: ranks are missing, came twice, are another job's, or think of another world size.
+        TopologyError: ranks are missing, exist twice, belong to another job, or expect another world size.
     """
     host, pid = socket.gethostname(), os.getpid()
-    me = Entry(rank, world_size, local_rank, node or f"{host}/{boot()}", host, pid, identity or Identity())
+    me = Arrival(rank, world_size, local_rank, node or f"{host}/{boot_id()}", host, pid, identity or JobIdentity())
     wait = _Wait(deadline, timeout_s)
     try:
-        verdict = _preside(board, me, wait) if rank == 0 else _attend(board, me, wait)
-    except RuntimeError as error:  # torch's DistError: the store's host has gone
-        raise TopologyError(
-            f"Rank {rank} on {host} lost the meeting point while waiting for others: {error}"
-        ) from error
-    if "problem" in verdict:
-        failure = TopologyError(verdict["problem"])
-        failure.is_reported_elsewhere = verdict["by"] != rank
+        result = _lead(store, me, wait) if rank == 0 else _follow(store, me, wait)
+    except RuntimeError as error:  # torch's DistError: the host of the store is gone
+        raise TopologyError(f"Rank {rank} on {host} lost the rendezvous while waiting for others: {error}") from error
+    if "problem" in result:
+        failure = TopologyError(result["problem"])
+        failure.is_reported_elsewhere = result["by"] != rank
         raise failure
-    return Admission(Seat(*verdict["seats"][rank]), verdict["meeting"])
+    return RendezvousResult(RankPlacement(*result["placements"][rank]), result["round"])
 
 
-# ---------------------------------------------------------------- ranks that are called
+# ---------------------------------------------------------------- followers
 
 
-def _attend(board: Board, me: Entry, wait: _Wait) -> Verdict:
-    """Any rank but 0: arrives, answers when it is called, and hears what was found."""
-    number = board.add("arrived", 1)
-    board.set(f"arrival/{number}", me.as_text())
-    meeting = 0
+def _follow(store: KeyValueStore, me: Arrival, wait: _Wait) -> RoundResult:
+    """Joins as any rank but 0: writes its arrival, answers the leader's reply, returns the result."""
+    number = store.add("arrivals", 1)
+    store.set(f"arrival/{number}", me.to_json())
+    round_ = 0
     while True:
-        reply = _read(board, f"reply/{number}")
+        reply = _read_json(store, f"reply/{number}")
         if reply is not None and "problem" in reply:
             return reply
-        is_called = reply is not None and reply["meeting"] != meeting
-        if reply is not None and is_called:  # by a newer rank 0, perhaps
-            meeting = reply["meeting"]
-            board.set(f"here/{meeting}/{number}", "here")
-        verdict = _read(board, f"verdict/{meeting}") if meeting else None
-        if verdict is None and wait.is_over:
-            problem = _missing(me, _came(board, me, meeting), wait.timeout_s) + ("" if meeting else _too_late(board))
-            verdict = _say(board, meeting, {"problem": problem, "by": me.rank}, me.identity.restart)
-        if verdict is not None:
-            return _heard(board, me, number, verdict)
-        wait.look_again(progress=is_called)
+        is_new_round = reply is not None and reply["round"] != round_
+        if reply is not None and is_new_round:  # the second time it is by a newer rank 0
+            round_ = reply["round"]
+            store.set(f"present/{round_}/{number}", "present")
+        result = _read_json(store, f"result/{round_}") if round_ else None
+        if result is None and wait.is_over:
+            problem = _missing_ranks(me, _present(store, me, round_), wait.timeout_s)
+            problem += "" if round_ else _missed_round_hint(store)
+            result = _publish(store, round_, {"problem": problem, "by": me.rank}, me.identity.restart)
+        if result is not None:
+            store.add(f"read/{result['round']}", 1)
+            if "problem" in result or result["numbers"][me.rank] == number:
+                return result
+            return {"problem": _duplicate_rank(result["names"][me.rank], me), "by": me.rank}
+        wait.pause(progress=is_new_round)
 
 
-def _heard(board: Board, me: Entry, number: int, verdict: Verdict) -> Verdict:
-    board.add(f"read/{verdict['meeting']}", 1)
-    if "problem" in verdict or verdict["members"][me.rank] == number:
-        return verdict
-    return {"problem": _twice(verdict["names"][me.rank], me), "by": me.rank}
+def _present(store: KeyValueStore, me: Arrival, round_: int) -> list[Arrival]:
+    """Returns who has answered the leader; without a leader, who has arrived, which includes dead processes."""
+    leader = _read_text(store, f"leader/{round_}")
+    present = [Arrival.from_json(leader)] if leader is not None else []
+    for number in range(1, store.add("arrivals", 0) + 1):
+        arrival = _read_arrival(store, number)
+        has_answered = round_ == 0 or store.check([f"present/{round_}/{number}"])
+        if arrival is not None and has_answered and arrival.identity.is_same_start(me.identity):
+            present.append(arrival)
+    return present
 
 
-def _came(board: Board, me: Entry, meeting: int) -> list[Entry]:
-    """Who has answered rank 0; before it has called, who has left their name, the dead among them."""
-    leader = _text(board, f"meeting/{meeting}")
-    found = [Entry.from_text(leader)] if leader is not None else []
-    for number in range(1, board.add("arrived", 0) + 1):
-        entry = _entry(board, number)
-        is_here = meeting == 0 or board.check([f"here/{meeting}/{number}"])
-        if entry is not None and is_here and entry.identity.is_of_start(me.identity):
-            found.append(entry)
-    return found
+def _missed_round_hint(store: KeyValueStore) -> str:
+    """Returns a hint for a rank that was never contacted: the others may have formed the group already."""
+    leader = _read_text(store, f"leader/{store.add('rounds', 0)}")
+    if leader is None:
+        return ""
+    leads = Arrival.from_json(leader)
+    return f" The job of {leads} has started without this process: is it left over from an older start?"
 
 
-def _too_late(board: Board) -> str:
-    """For one whom nobody has called: perhaps the others have met long ago."""
-    text = _text(board, f"meeting/{board.add('meetings', 0)}")
-    leader = Entry.from_text(text) if text is not None else None
-    return (
-        "" if leader is None else f" The job of {leader} met without this process: is it left over from an older start?"
-    )
+# ---------------------------------------------------------------- the leader
 
 
-# ---------------------------------------------------------------- rank 0
-
-
-def _preside(board: Board, me: Entry, wait: _Wait) -> Verdict:
-    """Rank 0: calls everyone who has arrived, listens who answers, and says what it found."""
-    meeting = board.add("meetings", 1)
-    board.set(f"meeting/{meeting}", me.as_text())
-    hall = _Hall(board, me, meeting)
+def _lead(store: KeyValueStore, me: Arrival, wait: _Wait) -> RoundResult:
+    """Joins as rank 0: starts a round, replies to every arrival, collects the answers, publishes the result."""
+    round_ = store.add("rounds", 1)
+    store.set(f"leader/{round_}", me.to_json())
+    leader = _Leader(store, me, round_)
     next_report = time.monotonic() + PROGRESS_EVERY_S
     while True:
-        newer = hall.newer()
-        if newer is not None:  # without a word to the others, who may listen to that one by now
-            return {"problem": newer, "by": 0}
-        progress = hall.look()
-        found = hall.found()
-        if found is None and wait.is_over:
-            found = {
-                "problem": "\n".join([_missing(me, hall.seated.values(), wait.timeout_s), *hall.turned_away[:NAMED]])
-            }
-        verdict = _read(board, f"verdict/{meeting}")  # another's patience may have been over first
-        if verdict is None and found is not None:
-            verdict = _say(board, meeting, {**found, "by": 0}, 0)
-        if verdict is not None:
+        superseded = leader.superseded()
+        if superseded is not None:  # publishes nothing: the others may follow the newer rank 0 already
+            return {"problem": superseded, "by": 0}
+        progress = leader.poll()
+        outcome = leader.outcome()
+        if outcome is None and wait.is_over:
+            missing = _missing_ranks(me, leader.present.values(), wait.timeout_s)
+            outcome = {"problem": "\n".join([missing, *leader.rejections[:MAX_LISTED]])}
+        result = _read_json(store, f"result/{round_}")  # a follower's time may have run out first
+        if result is None and outcome is not None:
+            result = _publish(store, round_, {**outcome, "by": 0}, 0)
+        if result is not None:
             break
         if time.monotonic() > next_report:
-            log.info("Still waiting for %s", _listed(hall.absent()))
+            log.info("Still waiting for %s", _format_list(leader.missing()))
             next_report = time.monotonic() + PROGRESS_EVERY_S
-        wait.look_again(progress=progress)
-    board.set("settled", str(hall.last))
-    if "problem" in verdict:
-        _linger(board, meeting, hall)
-    return verdict
+        wait.pause(progress=progress)
+    store.set("processed", str(leader.last_arrival))
+    if "problem" in result:
+        _wait_for_readers(store, round_, leader)
+    return result
 
 
-class _Hall:
-    """What rank 0 sees of one meeting.
+class _Leader:
+    """Rank 0's state of one round.
 
-    seated: by rank, those who have answered. listeners: how many wait for a verdict. last: the arrival read last.
+    Attributes:
+        last_arrival: number of the arrival that was read last.
+        present: by rank, the processes that have answered.
+        num_followers: how many processes wait for the result.
+        rejections: messages about rejected processes.
     """
 
-    def __init__(self, board: Board, me: Entry, meeting: int) -> None:
-        self._board, self._me, self._meeting = board, me, meeting
-        # Who arrived earlier was heard by an earlier meeting.
-        self.last = int(board.get("settled")) if board.check(["settled"]) else 0
-        self.seated: dict[int, Entry] = {0: me}
-        self.turned_away: list[str] = []
+    def __init__(self, store: KeyValueStore, me: Arrival, round_: int) -> None:
+        self._store, self._me, self._round = store, me, round_
+        # An earlier round has handled the arrivals before these.
+        self.last_arrival = int(store.get("processed")) if store.check(["processed"]) else 0
+        self.present: dict[int, Arrival] = {0: me}
+        self.num_followers = 0
+        self.rejections: list[str] = []
         self._numbers = {0: 0}
         self._unread: list[int] = []
-        self._called: dict[int, Entry] = {}
+        self._unanswered: dict[int, Arrival] = {}
         self._problem: str | None = None
         self._superseded: str | None = None
-        self._meetings = 0
-        self.listeners = 0
+        self._rounds_seen = 0
 
-    def newer(self) -> str | None:
-        """Why this rank 0 is none any more, though its launcher has not ended it yet."""
+    def superseded(self) -> str | None:
+        """Returns a message if a newer start has replaced this rank 0, which its launcher has not ended yet."""
         if self._superseded is not None:
             return self._superseded
-        me, latest = self._me, self._board.add("meetings", 0)
-        for number in range(self._meetings + 1, latest + 1):
-            text = _text(self._board, f"meeting/{number}") if number != self._meeting else None
+        me, latest = self._me, self._store.add("rounds", 0)
+        for number in range(self._rounds_seen + 1, latest + 1):
+            text = _read_text(self._store, f"leader/{number}") if number != self._round else None
             if text is None:
                 continue
-            other = Entry.from_text(text)
-            is_later = (other.identity.restart, number) > (me.identity.restart, self._meeting)
+            other = Arrival.from_json(text)
+            is_later = (other.identity.restart, number) > (me.identity.restart, self._round)
             if other.identity.job == me.identity.job and is_later:
-                return f"{me.at_start} is left over from an older start of this job, which {other} leads now."
-        self._meetings = latest
+                return f"{me.capitalized} is left over from an older start of this job, which {other} leads now."
+        self._rounds_seen = latest
         return None
 
-    def look(self) -> bool:
-        """Calls who is new and hears who answers; gives whether anybody did."""
-        arrived = self._board.add("arrived", 0)
-        self._unread += range(self.last + 1, arrived + 1)
-        self.last = max(self.last, arrived)
+    def poll(self) -> bool:
+        """Replies to new arrivals and reads the answers; returns whether there was an answer."""
+        latest = self._store.add("arrivals", 0)
+        self._unread += range(self.last_arrival + 1, latest + 1)
+        self.last_arrival = max(self.last_arrival, latest)
         for number in list(self._unread):
-            entry = _entry(self._board, number)
-            if entry is not None:  # else it has its number, and writes its name in this moment
+            arrival = _read_arrival(self._store, number)
+            if arrival is not None:  # else the process has its number, but has not written its arrival yet
                 self._unread.remove(number)
-                self._called[number] = entry
-                self._board.set(f"reply/{number}", json.dumps({"meeting": self._meeting}))
-        answered = [n for n in self._called if self._board.check([f"here/{self._meeting}/{n}"])]
+                self._unanswered[number] = arrival
+                self._store.set(f"reply/{number}", json.dumps({"round": self._round}))
+        answered = [n for n in self._unanswered if self._store.check([f"present/{self._round}/{n}"])]
         for number in answered:
-            self._hear(number, self._called.pop(number))
+            self._admit(number, self._unanswered.pop(number))
         return bool(answered)
 
-    def _hear(self, number: int, entry: Entry) -> None:
-        """Seats one that lives, or turns it away, or finds that the job as a whole cannot be."""
-        me, mine, its = self._me, self._me.identity, entry.identity
-        has_other_size, has_other_run = entry.world_size != me.world_size, its.run != mine.run
-        # A launcher that has a name for the job gives all its ranks one size, but each node the command that it was
-        # told. Without one ranks are started by hand: another size is a slip then, another run is another job.
-        is_stranger = not mine.is_of_start(its) or (has_other_size if mine.job else has_other_run)
+    def _admit(self, number: int, arrival: Arrival) -> None:
+        """Admits a live process, or rejects it, or records why the job cannot start."""
+        me, mine, its = self._me, self._me.identity, arrival.identity
+        has_other_size, has_other_run = arrival.world_size != me.world_size, its.run != mine.run
+        # A launcher that names the job gives all its ranks one world size, but each node may be given another command.
+        # Without a launcher, ranks are started by hand: another size is a mistake then, another run is another job.
+        is_other_job = not mine.is_same_start(its) or (has_other_size if mine.job else has_other_run)
         if mine.is_older_start(its):
-            self._superseded = f"{me.at_start} is left over from an older start of this job, to which {entry} belongs."
+            self._superseded = (
+                f"{me.capitalized} is left over from an older start of this job, to which {arrival} belongs."
+            )
             return
-        if is_stranger:
-            self._turn_away(number, entry)
+        if is_other_job:
+            self._reject(number, arrival)
             return
-        self.listeners += 1
+        self.num_followers += 1
         if has_other_run:
-            table = difference(me, entry)
-            self._problem = f"{me.at_start} and {entry} work on different runs:\n{table}\nStart all with one command."
+            table = difference_table(me, arrival)
+            self._problem = (
+                f"{me.capitalized} and {arrival} work on different runs:\n{table}\nStart all with one command."
+            )
         elif has_other_size:
             self._problem = (
-                f"{entry.at_start} counts {entry.world_size} processes in all, rank 0 counts {me.world_size}: start "
+                f"{arrival.capitalized} expects {arrival.world_size} processes, rank 0 expects {me.world_size}: start "
                 "every rank with the same WORLD_SIZE."
             )
-        elif entry.rank in self.seated:
-            self._reply(number, {"problem": _twice(str(self.seated[entry.rank]), entry), "by": entry.rank})
+        elif arrival.rank in self.present:
+            problem = _duplicate_rank(str(self.present[arrival.rank]), arrival)
+            self._reply(number, {"problem": problem, "by": arrival.rank})
         else:
-            self.seated[entry.rank], self._numbers[entry.rank] = entry, number
+            self.present[arrival.rank], self._numbers[arrival.rank] = arrival, number
 
-    def _turn_away(self, number: int, entry: Entry) -> None:
+    def _reject(self, number: int, arrival: Arrival) -> None:
         text = (
-            f"{entry.at_start} is not of the job that {self._me} leads, and was turned away: left over from an older "
-            f"start, or led here by another job's address.\n{difference(self._me, entry)}"
+            f"{arrival.capitalized} does not belong to the job that {self._me} leads, and was rejected. It is left "
+            f"over from an older start, or uses the address of another job.\n{difference_table(self._me, arrival)}"
         )
-        self.turned_away.append(text)
+        self.rejections.append(text)
         log.warning("%s", text)
-        cure = (
-            "Stop it if it is an old one; else give each job a MASTER_PORT of its own, and all its ranks one command."
-        )
-        self._reply(number, {"problem": f"{text}\n{cure}", "by": entry.rank})
+        fix = "If it is an old process, stop it. Else use one MASTER_PORT per job, and one command for all its ranks."
+        self._reply(number, {"problem": f"{text}\n{fix}", "by": arrival.rank})
 
-    def _reply(self, number: int, reply: Verdict) -> None:
-        self._board.set(f"reply/{number}", json.dumps(reply))
+    def _reply(self, number: int, reply: RoundResult) -> None:
+        self._store.set(f"reply/{number}", json.dumps(reply))
 
-    def found(self) -> Verdict | None:
-        """What is wrong with the job; or the seats of all, once they are there."""
+    def outcome(self) -> RoundResult | None:
+        """Returns why the job cannot start, or the placements of all ranks once they are present; else None."""
         if self._problem is not None:
             return {"problem": self._problem}
-        if self.absent():
+        if self.missing():
             return None
-        ranks = [self.seated[rank] for rank in range(self._me.world_size)]
-        members = [self._numbers[entry.rank] for entry in ranks]
-        return {**_judge(ranks), "members": members, "names": [str(entry) for entry in ranks]}
+        ranks = [self.present[rank] for rank in range(self._me.world_size)]
+        numbers = [self._numbers[arrival.rank] for arrival in ranks]
+        return {**_place_ranks(ranks), "numbers": numbers, "names": [str(arrival) for arrival in ranks]}
 
-    def absent(self) -> list[str]:
-        """The ranks that have not answered."""
-        return [f"rank {rank}" for rank in range(self._me.world_size) if rank not in self.seated]
+    def missing(self) -> list[str]:
+        """Returns the ranks that have not answered."""
+        return [f"rank {rank}" for rank in range(self._me.world_size) if rank not in self.present]
 
 
-def _linger(board: Board, meeting: int, hall: _Hall) -> None:
-    """Keeps the store, which ends with rank 0, until those who came have read the verdict; 2 s at most."""
+def _wait_for_readers(store: KeyValueStore, round_: int, leader: _Leader) -> None:
+    """Keeps the store, which ends with rank 0, until all followers have read the result; 2 s at most."""
     begin = time.monotonic()
     while (waited_s := time.monotonic() - begin) < 2.0:
-        hall.look()
-        # Who was called may look only now.
-        if waited_s > 2 * LONGEST_PAUSE_S and board.add(f"read/{meeting}", 0) >= hall.listeners:
+        leader.poll()
+        # A process that has just got its reply may look only after its pause.
+        if waited_s > 2 * MAX_POLL_S and store.add(f"read/{round_}", 0) >= leader.num_followers:
             return
         time.sleep(0.02)
 
 
-def _judge(ranks: Sequence[Entry]) -> Verdict:
-    """The seats of all ranks, or what is wrong with them."""
-    nodes = list(dict.fromkeys(entry.node for entry in ranks))
-    members = {node: [rank for rank, entry in enumerate(ranks) if entry.node == node] for node in nodes}
-    seats = []
-    for rank, entry in enumerate(ranks):
-        here = members[entry.node]
-        local_rank = here.index(rank) if entry.local_rank is None else entry.local_rank
-        seats.append(Seat(local_rank, len(here), nodes.index(entry.node), len(nodes)))
-    for place, times in Counter((seat.node_rank, seat.local_rank) for seat in seats).items():
+def _place_ranks(ranks: Sequence[Arrival]) -> RoundResult:
+    """Returns the placements of all ranks, or the problem with them."""
+    nodes = list(dict.fromkeys(arrival.node for arrival in ranks))
+    members = {node: [rank for rank, arrival in enumerate(ranks) if arrival.node == node] for node in nodes}
+    placements = []
+    for rank, arrival in enumerate(ranks):
+        neighbors = members[arrival.node]
+        local_rank = neighbors.index(rank) if arrival.local_rank is None else arrival.local_rank
+        placements.append(RankPlacement(local_rank, len(neighbors), nodes.index(arrival.node), len(nodes)))
+    keys = [(placement.node_rank, placement.local_rank) for placement in placements]
+    for key, times in Counter(keys).items():
         if times > 1:
-            same = [str(ranks[r]) for r, seat in enumerate(seats) if (seat.node_rank, seat.local_rank) == place]
-            return {"problem": f"One node has local rank {place[1]} {times} times: {_listed(same)}. Drop LOCAL_RANK."}
-    return {"seats": seats}
+            same = [str(ranks[rank]) for rank, other in enumerate(keys) if other == key]
+            names = _format_list(same)
+            return {"problem": f"{times} ranks of one node have local rank {key[1]}: {names}. Unset LOCAL_RANK."}
+    return {"placements": placements}
 
 
-def _twice(one: str, other: Entry) -> str:
-    return f"Two processes are {one} and {other}: give each its own RANK."
+# ---------------------------------------------------------------- messages and the store
 
 
-def _missing(me: Entry, came: Iterable[Entry], timeout_s: float) -> str:
-    here = {entry.rank: str(entry) for entry in sorted([*came, me], key=lambda entry: entry.rank)}
-    gone = [f"rank {rank}" for rank in range(me.world_size) if rank not in here]
+def _duplicate_rank(one: str, other: Arrival) -> str:
+    return f"Two processes have the same rank: {one} and {other}. Give each its own RANK."
+
+
+def _missing_ranks(me: Arrival, present: Iterable[Arrival], timeout_s: float) -> str:
+    names = {arrival.rank: str(arrival) for arrival in sorted([*present, me], key=lambda arrival: arrival.rank)}
+    missing = [f"rank {rank}" for rank in range(me.world_size) if rank not in names]
     return (
-        f"{len(here)} of {me.world_size} ranks came within {timeout_s:g} s. Missing: {_listed(gone)}. "
-        f"Came: {_listed(list(here.values()))}. Start all {me.world_size} with the same MASTER_ADDR, MASTER_PORT and "
-        "WORLD_SIZE, or give them longer with run.startup_timeout_s."
+        f"{len(names)} of {me.world_size} ranks arrived within {timeout_s:g} s. Missing: {_format_list(missing)}. "
+        f"Arrived: {_format_list(list(names.values()))}. Start all {me.world_size} with the same MASTER_ADDR, "
+        "MASTER_PORT and WORLD_SIZE, or increase run.startup_timeout_s."
     )
 
 
-def _say(board: Board, meeting: int, verdict: Verdict, restart: int) -> Verdict:
-    """The first to speak is believed; of those who were never called, among themselves."""
-    place = f"verdict/{meeting}" if meeting else f"uncalled/{restart}"
-    said: Verdict = json.loads(board.compare_set(place, "", json.dumps({**verdict, "meeting": meeting})))
-    return said
+def _publish(store: KeyValueStore, round_: int, result: RoundResult, restart: int) -> RoundResult:
+    """Publishes a result unless there is one already; returns the first. Ranks without a round share a result."""
+    key = f"result/{round_}" if round_ else f"result_without_round/{restart}"
+    first: RoundResult = json.loads(store.compare_set(key, "", json.dumps({**result, "round": round_})))
+    return first
 
 
-def _entry(board: Board, number: int) -> Entry | None:
-    text = _text(board, f"arrival/{number}")
-    return Entry.from_text(text) if text is not None else None
+def _read_arrival(store: KeyValueStore, number: int) -> Arrival | None:
+    text = _read_text(store, f"arrival/{number}")
+    return Arrival.from_json(text) if text is not None else None
 
 
-def _read(board: Board, key: str) -> Verdict | None:
-    text = _text(board, key)
+def _read_json(store: KeyValueStore, key: str) -> RoundResult | None:
+    text = _read_text(store, key)
     return json.loads(text) if text is not None else None
 
 
-def _text(board: Board, key: str) -> str | None:
-    return board.get(key).decode() if board.check([key]) else None
+def _read_text(store: KeyValueStore, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+def _format_list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,4 +1,4 @@
-"""Where this process stands in the job, and its device. torch is imported when used."""
+"""The place of this process in the job, and its device. torch is imported when used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dtrain.distributed import launcher_env
-from dtrain.distributed.mpi_bootstrap import finalize_mpi as finalize_mpi
 from dtrain.errors import TopologyError
 
 if TYPE_CHECKING:
@@ -17,18 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Topology:
-    """Where one process stands among all processes of the job.
+    """The place of one process among all processes of the job.
 
-    rank, world_size: this process among all of them.
-    local_rank, local_world_size: among those of its node. Not always in the order of `rank`: DeepSpeed permutes them
-        where nodes have unequal slots.
-    node_rank, num_nodes: its node among all nodes.
-    launcher: none, torchrun, deepspeed, openmpi, mpich, intelmpi, slurm, or env (RANK and WORLD_SIZE set by hand).
-    master_addr, master_port: where the ranks meet; None for one process, and under MPI until the group has formed.
-    is_complete: False while the node's numbers are estimates, since the launcher does not give them; `process_group`
-        yields a complete one.
-    launches: what may have started this job before, by name, and how often it did.
-    exit_file: where to write why this process ends, besides exit.json; None where nobody asks.
+    Attributes:
+        rank: this process's number among all processes, from 0.
+        world_size: number of processes.
+        local_rank: this process's number among those of its node. The order may differ from that of `rank`: DeepSpeed
+            permutes local ranks if nodes have unequal slots.
+        local_world_size: number of processes on this node.
+        node_rank: number of this node, from 0.
+        num_nodes: number of nodes.
+        launcher: none, torchrun, deepspeed, openmpi, mpich, intelmpi, slurm, or env (RANK and WORLD_SIZE set by hand).
+        master_addr: host where the ranks meet; None for one process, and under MPI until the group has formed.
+        master_port: its port; None as above.
+        is_complete: False while the node's numbers are estimates because the launcher does not set them;
+            `process_group` yields a complete topology.
+        launches: how often each launcher that may restart this job has started it before, by the launcher's name.
+        exit_file: file that receives the reason why this process ends, in addition to exit.json; None for no such file.
     """
 
     rank: int
@@ -46,7 +50,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:
-        """Reads the launchers' variables; pure.
+        """Reads the launchers' variables. Pure.
 
         Args:
             env: the environment, e.g. os.environ.
@@ -54,9 +58,9 @@ class Topology:
         Raises:
             TopologyError: the variables are incomplete or contradict each other; the message has a table of them.
         """
-        place = launcher_env.read_place(env)
+        placement = launcher_env.read_placement(env)
         exit_file = Path(env[launcher_env.EXIT_FILE]) if env.get(launcher_env.EXIT_FILE) else None
-        return cls(*place, launches=launcher_env.launches_of(env, place.launcher), exit_file=exit_file)
+        return cls(*placement, launches=launcher_env.count_launches(env, placement.launcher), exit_file=exit_file)
 
     @property
     def is_main(self) -> bool:
@@ -69,22 +73,22 @@ class Topology:
         return self.local_rank == 0
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns one line for the log."""
         if self.world_size == 1:
             return "one process" if self.launcher == "none" else f"one process, started by {self.launcher}"
-        about = "" if self.is_complete else ", as far as the variables tell"
+        estimated = "" if self.is_complete else ", estimated"
         nodes = "1 node" if self.num_nodes == 1 else f"{self.num_nodes} nodes"
-        by = "variables set by hand" if self.launcher == "env" else self.launcher
-        local = f"local rank {self.local_rank} of {self.local_world_size}{about}"
-        return f"rank {self.rank} of {self.world_size} on {nodes} ({local}), by {by}"
+        launcher = "variables set by hand" if self.launcher == "env" else self.launcher
+        local = f"local rank {self.local_rank} of {self.local_world_size}{estimated}"
+        return f"rank {self.rank} of {self.world_size} on {nodes} ({local}), by {launcher}"
 
 
 SINGLE = Topology(0, 1, 0, 1, 0, 1, "none", None, None)
-"""One process on its own."""
+"""One process without a launcher."""
 
 
 def device_of(topology: Topology) -> torch.device:
-    """The device of this rank: its CUDA device, made the current one, or the CPU.
+    """Returns the device of this rank: its CUDA device, which becomes the current one, or the CPU.
 
     Raises:
         TopologyError: more ranks on this node than CUDA devices.
@@ -94,7 +98,7 @@ def device_of(topology: Topology) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # One visible device for several ranks: the launcher gives each rank its own (srun --gpus-per-task).
+    # One visible device for several ranks: the launcher assigns a device to each rank (srun --gpus-per-task).
     index = 0 if count == 1 else topology.local_rank
     if index >= count:
         raise TopologyError(

@@ -1,7 +1,7 @@
-"""How much a rank has handed to its process group: counted where a collective is begun.
+"""Counts what a rank hands to its process group, at the call of each collective.
 
-What torch begins by itself is counted by what its code does: PowerSGD's three collectives, and DDP's one about unused
-parameters. Not counted is what DDP sends once, when it is built and when it orders its buckets anew.
+Collectives that torch starts by itself are counted from knowledge of its code: PowerSGD's three, and DDP's one about
+unused parameters. What DDP sends once, when it is built and when it rebuilds its buckets, is not counted.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ from dataclasses import dataclass
 
 @dataclass
 class Traffic:
-    """Since this process began, on this rank.
+    """What this rank has sent since the process started.
 
-    collectives: that sent something. payload_bytes: of the tensors given to them; a ring sends each byte of an all-reduce
-    2(N-1)/N times over N ranks. is_whole: False where an engine sends what nobody counts here.
+    Attributes:
+        collectives: number of collectives that sent something.
+        payload_bytes: size of the tensors given to them. A ring sends each byte of an all-reduce 2(N-1)/N times over N
+            ranks.
+        is_complete: False if the engine uses collectives that are not counted here.
     """
 
     collectives: int = 0
     payload_bytes: int = 0
-    is_whole: bool = True
+    is_complete: bool = True
 
     def add(self, num_bytes: int, *, collectives: int = 1) -> None:
-        """Notes collectives down that have tensors of so many bytes together."""
+        """Counts collectives whose tensors have `num_bytes` in total."""
         self.collectives += collectives
         self.payload_bytes += num_bytes
 
     def copy(self) -> Traffic:
-        """As it is now."""
-        return Traffic(self.collectives, self.payload_bytes, self.is_whole)
+        """Returns a snapshot of the counters."""
+        return Traffic(self.collectives, self.payload_bytes, self.is_complete)
 
     def since(self, before: Traffic) -> Traffic:
-        """What came after that copy was made."""
+        """Returns what was sent after the snapshot `before`."""
         sent = self.collectives - before.collectives, self.payload_bytes - before.payload_bytes
-        return Traffic(*sent, self.is_whole)
+        return Traffic(*sent, self.is_complete)

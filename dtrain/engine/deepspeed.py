@@ -59,7 +59,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = context.world_size == 1  # DeepSpeed's collectives are not counted
+        context.traffic.is_complete = context.world_size == 1  # DeepSpeed's collectives are not counted
         self.stage = config.engine.zero_stage or 0
         self.lock_step = needs_lock_step(self.stage)
         self._max_grad_norm = config.optim.max_grad_norm

@@ -46,7 +46,7 @@ class SingleEngine(AveragesEveryStep):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         self.context = context
-        context.traffic.is_whole = True  # the engine before this one may have set it to False
+        context.traffic.is_complete = True  # the engine before this one may have set it to False
         self.module = module
         self.model = module
         self._optimizer = optimizer

@@ -1,4 +1,4 @@
-"""How the ranks of a node share its cores: threads always, binding where the user asks for it."""
+"""Shares a node's cores among its ranks: always the threads, and the binding of processes if the user asks for it."""
 
 from __future__ import annotations
 
@@ -14,58 +14,58 @@ from dtrain.distributed.topology import Topology
 
 
 def set_threads(topology: Topology, env: Mapping[str, str]) -> int:
-    """Shares the cores out among the node's ranks, unless OMP_NUM_THREADS is set (torchrun sets it to 1 by itself).
+    """Shares the cores among the node's ranks, unless OMP_NUM_THREADS is set (torchrun sets it to 1 by default).
 
-    Physical cores, for two hyper-threads share one unit for matrices; as many as a container's limit leaves. Where the
-    launcher has bound each rank to cores of its own, `share_cores` finds so once the ranks have met.
+    Counts physical cores, because two hyper-threads share one unit for matrices, and no more than a container's limit.
+    If the launcher has bound each rank to its own cores, `share_cores` finds that out once the ranks have met.
 
     Returns:
         The number of threads that torch uses inside one operation.
     """
     if not env.get("OMP_NUM_THREADS"):
-        mask = cpu.allowed()
+        mask = cpu.allowed_cpus()
         masks = dict.fromkeys(range(topology.local_world_size), mask)
-        torch.set_num_threads(cpu.share(0, masks, cpu.cores_of(mask), cpu.time_limit()).threads)
+        torch.set_num_threads(cpu.rank_share(0, masks, cpu.physical_cores(mask), cpu.cpu_time_limit()).threads)
     return torch.get_num_threads()
 
 
 def share_cores(context: RankContext, env: Mapping[str, str], *, bind: bool) -> None:
-    """Collective. Sets this rank's number of threads from what all ranks of its node may use; binds it if told to.
+    """Collective. Sets this rank's number of threads from the CPUs that the ranks of its node may use.
 
     Args:
-        env: the environment; OMP_NUM_THREADS in it (torchrun sets 1 by itself) decides the threads alone.
-        bind: run.bind_cores.
+        env: the environment; OMP_NUM_THREADS, if set, decides the number of threads (torchrun sets it to 1 by default).
+        bind: run.bind_cores: also bind this rank to its cores.
     """
-    own = cpu.allowed()
-    told = all_gather_object([context.topology.node_rank, context.topology.local_rank, sorted(own)], context)
-    masks = {local_rank: mask for node, local_rank, mask in told if node == context.topology.node_rank}
-    share = cpu.share(context.topology.local_rank, masks, cpu.cores_of(own), cpu.time_limit())
+    mine = cpu.allowed_cpus()
+    reports = all_gather_object([context.topology.node_rank, context.topology.local_rank, sorted(mine)], context)
+    masks = {local_rank: mask for node, local_rank, mask in reports if node == context.topology.node_rank}
+    share = cpu.rank_share(context.topology.local_rank, masks, cpu.physical_cores(mine), cpu.cpu_time_limit())
     if not env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(share.threads)
     if not bind:
         return
     if torch.cuda.is_available():
-        log.info("run.bind_cores is for ranks on CPU: a rank with a GPU belongs near it, which its launcher knows.")
+        log.info("run.bind_cores is for ranks on the CPU. With GPUs, let the launcher bind each rank near its GPU.")
     elif share.cpus is None:
-        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.as_text(own), share.why)
+        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.format_cpu_list(mine), share.reason)
     else:
         _bind(share, context)
 
 
-def _bind(share: cpu.Share, context: RankContext) -> None:
-    """Binds this rank, which goes on where it is if that is not allowed."""
+def _bind(share: cpu.CpuShare, context: RankContext) -> None:
+    """Binds this rank; leaves it where it is if that is not allowed."""
     assert share.cpus is not None
-    cpus, threads = cpu.as_text(share.cpus), torch.get_num_threads()
+    cpus, threads = cpu.format_cpu_list(share.cpus), torch.get_num_threads()
     try:
-        cpu.bind(share.cpus)
+        cpu.bind_process(share.cpus)
     except OSError as error:
         log.warning("run.bind_cores: rank %d cannot be bound to CPUs %s: %s.", context.rank, cpus, error.strerror)
         return
-    log.info("run.bind_cores: rank 0 runs on CPUs %s: %s.", cpus, share.why)
+    log.info("run.bind_cores: rank 0 runs on CPUs %s: %s.", cpus, share.reason)
     if threads < share.threads and context.is_node_main:
         log.warning(
-            "run.bind_cores: rank %d is bound to %d cores and uses %d: OMP_NUM_THREADS=%d decides, which torchrun sets by "
-            "itself. Set OMP_NUM_THREADS=%d, or start the job by a script of launch/.",
+            "run.bind_cores: rank %d is bound to %d cores but uses %d, because OMP_NUM_THREADS=%d is set (torchrun "
+            "does that by default). Set OMP_NUM_THREADS=%d, or start the job with a script of launch/.",
             context.rank,
             share.threads,
             threads,

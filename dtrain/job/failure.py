@@ -1,7 +1,7 @@
-"""How a rank ends when something went wrong: what it writes down, what it prints, and what it leaves to others to say.
+"""Ends a rank after an error: writes exit.json, prints the message, and lets other ranks print what they report alike.
 
-Ranks tell each other why they end through the job's store, never in a collective: one may be the only one that fails.
-The first cause is the job's: it goes into exit.json. What all ranks find alike is printed by rank 0 alone.
+Ranks tell each other why they end through the job's store, never in a collective: one rank may be the only one that
+fails. The first cause counts for the job and goes into exit.json. Rank 0 alone prints an error that all ranks have.
 """
 
 from __future__ import annotations
@@ -14,65 +14,71 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.heartbeat import Heartbeat, Phase
-from dtrain.distributed.process_info import fields_of, this_process
+from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.rendezvous import Board
+from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
-from dtrain.errors import DtrainError, TopologyError
+from dtrain.errors import DtrainError, Preempted, TopologyError
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_anothers
 
 if TYPE_CHECKING:
-    from dtrain.job.watchdog.client import Watch
+    from dtrain.job.watchdog.client import WatchdogClient
 
 T = TypeVar("T")
 
-WAIT_S = 2.0
-"""How long a rank waits for what rank 0 says, and rank 0 for the others to read it."""
+FINAL_MESSAGE_S = 2.0
+"""How long a rank waits for rank 0's final message, and rank 0 for the others to read it."""
 
-SEEN_S = 0.2
-"""How long after its sockets a killed process may still stand in /proc. mpirun kills the rest after 0.5 s."""
+PROC_ENTRY_S = 0.2
+"""How long a killed process may still be in /proc after its sockets are closed. mpirun kills the rest after 0.5 s."""
 
-NEWS_S = 0.5
-"""How long the monitors may take to tell of a rank that has died."""
+PEER_FAILURE_S = 0.5
+"""How long the monitors may take to report a rank that has died."""
 
-TOLD_S = 0.1
-"""The same where a launcher tells this rank to end: mpirun kills it 0.25 s later."""
-
-PREEMPTED = 75
-"""Exit code of an end that all ranks have agreed upon."""
+PEER_FAILURE_AT_SIGNAL_S = 0.1
+"""The same after a signal from the launcher: mpirun kills this rank 0.25 s later."""
 
 STORE_S = 3.0
-"""How long the store may take in all: its host may be gone without a word."""
-
-
-class Peer(NamedTuple):
-    """A rank's process. pid_namespace: processes can be looked up in the same one only; 0 where there is no /proc."""
-
-    host: str
-    pid_namespace: int
-    pid: int
+"""How long an exchange through the store may take in total: its host may be gone."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """All ranks together, once they have met. board: None for one process. watch: this rank's, by its monitor."""
+class JobSession:
+    """The job after all ranks have met.
+
+    Attributes:
+        context: this rank.
+        store: the store that all ranks share; None for one process.
+        processes: the ranks' processes, by rank.
+        watchdog: this rank's side of its monitor.
+    """
 
     context: RankContext
-    board: Board | None
-    peers: Sequence[Peer]
-    watch: Watch
+    store: KeyValueStore | None
+    processes: Sequence[ProcessIdentity]
+    watchdog: WatchdogClient
 
 
 @dataclass(frozen=True)
-class End:
-    """Why a rank ended, as exit.json has it. rank, host: where it happened."""
+class ExitRecord:
+    """Why a rank ended, with the fields of exit.json.
+
+    Attributes:
+        code: exit code.
+        cause: type of the error.
+        rank: where it happened.
+        host: host of that rank.
+        message: the message for the user.
+    """
 
     code: int
     cause: str
@@ -80,240 +86,240 @@ class End:
     host: str
     message: str
 
-
-def own_peer() -> Peer:
-    """This process."""
-    own = this_process()
-    return Peer(own.host, own.pid_namespace, own.pid)
-
-
-def write_down(end: End, config: Config, heartbeat: Heartbeat) -> None:
-    """Writes exit.json where the run's folder is there and no other job works in it; the first writer wins."""
-    if config.run_dir.is_dir() and not is_anothers(config.run_dir, heartbeat.lock):
-        write_exit(config.run_dir / "exit.json", **asdict(end))
+    @property
+    def first_line(self) -> str:
+        """The first line of the message."""
+        return (self.message.splitlines() or [self.cause])[0]
 
 
-def tell_launcher(end: End, topology: Topology) -> None:
-    """Writes an end where launch/*.sh looks for it when the run has no exit.json; the first rank of a node wins."""
+def success_record(topology: Topology) -> ExitRecord:
+    """Returns the record of a run that ended well."""
+    return ExitRecord(0, "done", topology.rank, socket.gethostname(), "done")
+
+
+def error_record(error: BaseException, topology: Topology) -> ExitRecord:
+    """Returns the record of an error on this rank."""
+    message = str(error) if _is_for_user(error) and str(error) else f"{type(error).__name__}: {error}"
+    code = error.exit_code if isinstance(error, DtrainError) else 1
+    return ExitRecord(code, type(error).__name__, topology.rank, socket.gethostname(), message)
+
+
+def write_exit_json(record: ExitRecord, config: Config, heartbeat: Heartbeat) -> None:
+    """Writes exit.json if the run's folder exists and no other job works in it. The first writer wins."""
+    if config.run_dir.is_dir() and not is_anothers(config.run_dir, heartbeat.lock_id):
+        write_exit(config.run_dir / "exit.json", **asdict(record))
+
+
+def write_exit_file(record: ExitRecord, topology: Topology) -> None:
+    """Writes the file that launch/*.sh reads if the run has no exit.json. The first rank of a node wins."""
     file = topology.exit_file
     if file is not None and file.parent.is_dir():
-        write_exit(file, **asdict(end))
+        write_exit(file, **asdict(record))
 
 
-def done(topology: Topology) -> End:
-    """The good end."""
-    return End(0, "done", topology.rank, socket.gethostname(), "done")
-
-
-def end_of(error: BaseException, topology: Topology) -> End:
-    """What an error of this rank is for exit.json."""
-    is_ours = isinstance(error, DtrainError | KeyboardInterrupt)
-    message = str(error) if is_ours and str(error) else f"{type(error).__name__}: {error}"
-    code = error.exit_code if isinstance(error, DtrainError) else 1
-    return End(code, type(error).__name__, topology.rank, socket.gethostname(), message)
-
-
-def report(
-    error: BaseException, config: Config, job: Job, *, is_noted: bool, launcher_lives: Callable[[], bool]
+def report_failure(
+    error: BaseException, config: Config, job: JobSession, *, has_exit_json: bool, is_launcher_alive: Callable[[], bool]
 ) -> int:
-    """Writes down and prints why this rank ends; gives the exit code.
+    """Writes and prints why this rank ends; returns the exit code.
 
     Args:
-        is_noted: whether the end goes into exit.json.
-        launcher_lives: where it does not, watch.py ends this process and says so.
+        has_exit_json: whether the command writes exit.json.
+        is_launcher_alive: if it is not, launcher_watch.py ends this process and reports why.
     """
-    ignore_further()  # a launcher that sees one rank end tells the others to end, too
+    ignore_further()  # a launcher that sees one rank end sends signals to the others
     topology = job.context.topology
-    job.watch.stay_quiet()
+    job.watchdog.wait_if_silenced()
     job.context.heartbeat.at(Phase.ENDING)
-    follows = _follows(error, job)
-    if follows and not launcher_lives():
-        threading.Event().wait(WAIT_S)
-    own, first = _settle(error, config, job, follows=follows, is_noted=is_noted)
+    follows = _follows_another(error, job)
+    if follows and not is_launcher_alive():
+        threading.Event().wait(FINAL_MESSAGE_S)
+    own, first = _settle(error, config, job, follows=follows, has_exit_json=has_exit_json)
     if follows:
-        _say(f"{_words_of(first, own)} Rank {topology.rank} ends as well.", job, error, follows=True)
+        _print(f"{_follower_message(first, own)} Rank {topology.rank} ends as well.", job, error, follows=True)
         return first.code
-    _say(_told(error, own), job, error, follows=False, title=_title(error, topology))
+    _print(_error_text(error, own), job, error, follows=False, title=_traceback_title(error, topology))
     return own.code
 
 
-def hand_over(error: BaseException, config: Config, job: Job) -> TopologyError | None:
-    """Writes down why a run that Python code has started ends; the code itself is to hear and say it.
+def record_failure(error: BaseException, config: Config, job: JobSession) -> TopologyError | None:
+    """Writes why a run that was started from Python code ends. Prints nothing: the code gets the error.
 
     Returns:
-        What to raise instead: who is gone, where the error says no more than that somebody is.
+        What to raise instead, if the error shows only that another rank is gone: an error that names it.
     """
-    ignore_further()  # until fit gives the signals back
+    ignore_further()  # until `fit` restores the signal handlers
     job.context.heartbeat.at(Phase.ENDING)
-    follows = _follows(error, job)
-    own, first = _settle(error, config, job, follows=follows, is_noted=True)
-    return None if not follows or isinstance(error, KeyboardInterrupt) else TopologyError(_words_of(first, own))
+    follows = _follows_another(error, job)
+    own, first = _settle(error, config, job, follows=follows, has_exit_json=True)
+    return None if not follows or isinstance(error, KeyboardInterrupt) else TopologyError(_follower_message(first, own))
 
 
-def report_alone(error: BaseException, config: Config, context: RankContext, *, is_noted: bool) -> int:
-    """What `report` does where the ranks have not met, or have parted: each knows its own side only."""
+def report_failure_alone(error: BaseException, config: Config, context: RankContext, *, has_exit_json: bool) -> int:
+    """Does what `report_failure` does, before the ranks have met or after they have parted."""
     ignore_further()
     topology = context.topology
-    end = end_of(error, topology)
-    tell_launcher(end, topology)
-    if is_noted:
-        write_down(end, config, context.heartbeat)
+    record = error_record(error, topology)
+    write_exit_file(record, topology)
+    if has_exit_json:
+        write_exit_json(record, config, context.heartbeat)
     if topology.is_main if isinstance(error, KeyboardInterrupt) else not getattr(error, "is_reported_elsewhere", False):
-        log.error("%s", _title(error, topology) + _told(error, end))
-    return end.code
+        log.error("%s", _traceback_title(error, topology) + _error_text(error, record))
+    return record.code
 
 
-def of_lost_peer(error: BaseException, topology: Topology, job: Job | None) -> TopologyError:
-    """What to raise for an error that says no more than that another rank is gone; without a job the ranks have just met."""
+def lost_peer_error(error: BaseException, topology: Topology, job: JobSession | None) -> TopologyError:
+    """Returns what to raise for an error that shows only that another rank is gone.
+
+    Args:
+        job: None if the ranks have not exchanged their processes yet.
+    """
     ignore_further()
-    end = _end_of_follower(error, job) if job is not None else _end_of_lost(error, topology.rank, socket.gethostname())
-    return TopologyError(end.message)
+    if job is None:
+        return TopologyError(_lost_connection_record(error, topology.rank, socket.gethostname()).message)
+    return TopologyError(_follower_record(error, job).message)
 
 
-def _follows(error: BaseException, job: Job) -> bool:
-    """Whether this rank ends since another one has."""
+def _follows_another(error: BaseException, job: JobSession) -> bool:
+    """Whether this rank ends because another one has ended."""
     from dtrain.distributed.collectives import is_lost_peer
 
-    return job.context.world_size > 1 and (is_lost_peer(error) or _is_told_for_another(error, job))
+    return job.context.world_size > 1 and (is_lost_peer(error) or _is_signal_after_failure(error, job))
 
 
-def _settle(error: BaseException, config: Config, job: Job, *, follows: bool, is_noted: bool) -> tuple[End, End]:
-    """Tells the others, unless this rank follows them, and writes down; gives this rank's end and the job's first."""
-    own = _end_of_follower(error, job) if follows else end_of(error, job.context.topology)
-    if not follows and own.code != PREEMPTED:
-        job.watch.failing(_first_line(own), own.code, by_signal=isinstance(error, KeyboardInterrupt))
-    first = _in_time(lambda: _first_cause(own, job.board), own)
-    tell_launcher(first, job.context.topology)
-    if is_noted and getattr(error, "is_recorded", True):
-        write_down(first, config, job.context.heartbeat)
+def _is_signal_after_failure(error: BaseException, job: JobSession) -> bool:
+    """Whether a launcher stops this rank because another one failed; its signal may precede the broken connection."""
+    if not isinstance(error, KeyboardInterrupt):
+        return False
+    failure = job.watchdog.peer_failure(PEER_FAILURE_AT_SIGNAL_S)
+    return failure is not None and not failure.by_signal
+
+
+def _settle(
+    error: BaseException, config: Config, job: JobSession, *, follows: bool, has_exit_json: bool
+) -> tuple[ExitRecord, ExitRecord]:
+    """Tells the others, unless this rank follows one of them, and writes the files.
+
+    Returns:
+        This rank's record, and the first record of the job.
+    """
+    own = _follower_record(error, job) if follows else error_record(error, job.context.topology)
+    if not follows and own.code != Preempted.exit_code:  # all ranks agree on a stop with a checkpoint
+        job.watchdog.report_failure(own.first_line, own.code, by_signal=isinstance(error, KeyboardInterrupt))
+    first = _with_store(partial(_publish_cause, own, job.store), own)
+    write_exit_file(first, job.context.topology)
+    if has_exit_json and getattr(error, "is_recorded", True):
+        write_exit_json(first, config, job.context.heartbeat)
     return own, first
 
 
-def _words_of(first: End, own: End) -> str:
-    """Of a rank that follows."""
-    return f"Rank {first.rank} on {first.host} ended: {_first_line(first)}" if first != own else own.message
+# ---------------------------------------------------------------- the message
 
 
-def _told(error: BaseException, own: End) -> str:
-    """The message of an error that has one for the user, else the traceback."""
-    is_ours = isinstance(error, DtrainError | KeyboardInterrupt)
-    return own.message if is_ours else "".join(traceback.format_exception(error)).rstrip()
+def _is_for_user(error: BaseException) -> bool:
+    return isinstance(error, DtrainError | KeyboardInterrupt)
 
 
-def _title(error: BaseException, topology: Topology) -> str:
-    """Where a traceback comes from, on a line above it."""
-    if isinstance(error, DtrainError | KeyboardInterrupt) or topology.world_size == 1:
+def _error_text(error: BaseException, own: ExitRecord) -> str:
+    """Returns the message of an error that has one for the user, else the traceback."""
+    return own.message if _is_for_user(error) else "".join(traceback.format_exception(error)).rstrip()
+
+
+def _traceback_title(error: BaseException, topology: Topology) -> str:
+    """Returns a line to print above a traceback: which rank it is from."""
+    if _is_for_user(error) or topology.world_size == 1:
         return ""
     return f"Rank {topology.rank} on {socket.gethostname()} failed:\n"
 
 
-def _is_told_for_another(error: BaseException, job: Job) -> bool:
-    """Whether a launcher stops this rank since another one has ended; it may be quicker than the broken connection."""
-    if not isinstance(error, KeyboardInterrupt):
-        return False
-    news = job.watch.news(TOLD_S)
-    return news is not None and not news.by_signal
+def _follower_message(first: ExitRecord, own: ExitRecord) -> str:
+    return f"Rank {first.rank} on {first.host} ended: {first.first_line}" if first != own else own.message
 
 
-def _say(words: str, job: Job, error: BaseException, *, follows: bool, title: str = "") -> None:
-    """Prints on rank 0, and where that says something else.
+def _print(message: str, job: JobSession, error: BaseException, *, follows: bool, title: str = "") -> None:
+    """Prints the message on rank 0, and on ranks whose message differs from rank 0's.
 
     Args:
-        title: stands above the words, and differs where they may be the same.
+        title: printed above the message; differs between ranks whose messages may be equal.
     """
-    # Then a rank that waits in a collective ends with the first that leaves; to wait for each other would take longer.
-    is_hurried = isinstance(error, KeyboardInterrupt) and not follows
+    # At Ctrl-C the ranks do not wait for each other: one that waits in a collective ends with the first that leaves.
+    is_urgent = isinstance(error, KeyboardInterrupt) and not follows
     if job.context.is_main:
-        log.error("%s%s", title, words)
-        _in_time(lambda: _tell(words, job, wait_s=0.0 if is_hurried else WAIT_S), None)
-    elif not is_hurried:
-        is_said = isinstance(error, DtrainError) and error.is_reported_elsewhere
-        heard = _in_time(lambda: _listen(job.board, wait_s=0.0 if is_said else WAIT_S), None)
-        if not (is_said or heard == words or (follows and heard is not None)):
-            log.error("%s%s", title, words)
+        log.error("%s%s", title, message)
+        _with_store(partial(_send_final_message, message, job, wait_s=0.0 if is_urgent else FINAL_MESSAGE_S), None)
+    elif not is_urgent:
+        is_printed = isinstance(error, DtrainError) and error.is_reported_elsewhere
+        wait_s = 0.0 if is_printed else FINAL_MESSAGE_S
+        final: str | None = _with_store(partial(_receive_final_message, job.store, wait_s=wait_s), None)
+        if not (is_printed or final == message or (follows and final is not None)):
+            log.error("%s%s", title, message)
 
 
-def _tell(words: str, job: Job, *, wait_s: float) -> None:
-    """Rank 0's words, and time for the others to read them: the store ends with rank 0."""
-    board, deadline = job.board, time.monotonic() + wait_s
-    if board is None:
+# ---------------------------------------------------------------- through the store
+
+
+def _send_final_message(message: str, job: JobSession, *, wait_s: float) -> None:
+    """Publishes rank 0's final message and waits until the others have read it: the store ends with rank 0."""
+    store, deadline = job.store, time.monotonic() + wait_s
+    if store is None:
         return
-    board.compare_set("end/words", "", words)
-    while board.add("end/heard", 0) < len(job.peers) - 1 - len(_gone(job)) and time.monotonic() < deadline:
+    store.compare_set("end/message", "", message)
+    while store.add("end/readers", 0) < len(job.processes) - 1 - len(_dead(job)) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
-def _listen(board: Board | None, *, wait_s: float) -> str | None:
-    """What rank 0 prints, if it ends too."""
-    if board is None:
+def _receive_final_message(store: KeyValueStore | None, *, wait_s: float) -> str | None:
+    """Returns the final message of rank 0, if that ends too."""
+    if store is None:
         return None
     deadline = time.monotonic() + wait_s
-    while not board.check(["end/words"]) and time.monotonic() < deadline:
+    while not store.check(["end/message"]) and time.monotonic() < deadline:
         time.sleep(0.02)
-    heard = board.get("end/words").decode() if board.check(["end/words"]) else None
-    board.add("end/heard", 1)
-    return heard
+    message = store.get("end/message").decode() if store.check(["end/message"]) else None
+    store.add("end/readers", 1)
+    return message
 
 
-def _first_cause(own: End, board: Board | None) -> End:
-    if board is None:
+def _publish_cause(own: ExitRecord, store: KeyValueStore | None) -> ExitRecord:
+    """Publishes why this rank ends, unless another one has; returns the first record."""
+    if store is None:
         return own
-    return End(**json.loads(board.compare_set("end/cause", "", json.dumps(asdict(own)))))
+    return ExitRecord(**json.loads(store.compare_set("end/cause", "", json.dumps(asdict(own)))))
 
 
-def _end_of_follower(error: BaseException, job: Job) -> End:
-    """Why a connection was lost, if no rank has said why it ended: who is gone, as the monitors or /proc tell."""
-    news = job.watch.news(NEWS_S)
-    if news is not None:
-        return End(news.code, TopologyError.__name__, news.rank, news.host, news.message)
-    deadline = time.monotonic() + SEEN_S
-    while not (gone := _gone(job)) and time.monotonic() < deadline:
+def _with_store(exchange: Callable[[], T], default: T) -> T:
+    """Returns the result of an exchange through the store, or `default`: without its host it fails or blocks."""
+    return call_with_timeout(exchange, STORE_S, default, ignore=(RuntimeError,))
+
+
+# ---------------------------------------------------------------- which rank is gone
+
+
+def _follower_record(error: BaseException, job: JobSession) -> ExitRecord:
+    """Returns the record of a lost connection: names the rank that is gone, from the monitors or from /proc."""
+    failure = job.watchdog.peer_failure(PEER_FAILURE_S)
+    if failure is not None:
+        return ExitRecord(failure.code, TopologyError.__name__, failure.rank, failure.host, failure.message)
+    deadline = time.monotonic() + PROC_ENTRY_S
+    while not (dead := _dead(job)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    if not gone:
-        return _end_of_lost(error, job.context.rank, job.peers[job.context.rank].host)
-    names = ", ".join(f"rank {rank} (process {job.peers[rank].pid} on {job.peers[rank].host})" for rank in gone[:8])
-    message = f"{names[:1].upper()}{names[1:]} died without a word: killed from outside, or for want of memory?"
-    return End(TopologyError.exit_code, TopologyError.__name__, gone[0], job.peers[gone[0]].host, message)
+    if not dead:
+        return _lost_connection_record(error, job.context.rank, job.processes[job.context.rank].host)
+    names = ", ".join(f"rank {rank} ({job.processes[rank]})" for rank in dead[:8])
+    message = f"{names[:1].upper()}{names[1:]} exited without an error message: killed by a signal, or out of memory?"
+    return ExitRecord(TopologyError.exit_code, TopologyError.__name__, dead[0], job.processes[dead[0]].host, message)
 
 
-def _end_of_lost(error: BaseException, rank: int, host: str) -> End:
-    """The end of that rank, which cannot see whom it has lost."""
+def _lost_connection_record(error: BaseException, rank: int, host: str) -> ExitRecord:
+    """Returns the record of `rank`, which cannot see which rank it has lost."""
     address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
     message = (
         f"Rank {rank} on {host} lost its connection to another rank{f' at {address[1]}' if address else ''}: that rank "
-        "has died, or its node or the network has."
+        "has died, or its node or the network is down."
     )
-    return End(TopologyError.exit_code, TopologyError.__name__, rank, host, message)
+    return ExitRecord(TopologyError.exit_code, TopologyError.__name__, rank, host, message)
 
 
-def _first_line(end: End) -> str:
-    return (end.message.splitlines() or [end.cause])[0]
-
-
-def _gone(job: Job) -> list[int]:
-    own = own_peer()
-    return [rank for rank, peer in enumerate(job.peers) if _is_gone(peer, own)]
-
-
-def _is_gone(peer: Peer, own: Peer) -> bool:
-    """Whether that process has ended; one on another machine cannot be seen and counts as there."""
-    if peer.pid_namespace == 0 or peer[:2] != own[:2]:
-        return False
-    fields = fields_of(peer.pid)
-    return fields is None or fields[0] in "ZX"
-
-
-def _in_time(work: Callable[[], T], otherwise: T) -> T:
-    """What `work` with the store gives, or `otherwise`: without its host it fails, or waits for long."""
-    result = [otherwise]
-
-    def try_it() -> None:
-        try:
-            result[0] = work()
-        except RuntimeError:  # the store ended with rank 0
-            return
-
-    worker = threading.Thread(target=try_it, daemon=True)
-    worker.start()
-    worker.join(STORE_S)
-    return result[0]
+def _dead(job: JobSession) -> list[int]:
+    """Returns the ranks whose process has ended, as far as it can be seen from this host."""
+    observer = this_process()
+    return [rank for rank, process in enumerate(job.processes) if is_alive(process, observer=observer) is False]

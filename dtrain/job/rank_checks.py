@@ -1,4 +1,4 @@
-"""What all ranks must have alike before a command runs: software, clocks and settings."""
+"""Checks that all ranks have the same software, time and settings before a command runs."""
 
 from __future__ import annotations
 
@@ -10,88 +10,92 @@ from dtrain.cluster.preflight import MAX_CLOCK_OFFSET_S, ROOT
 from dtrain.cluster.probe import hash_source
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.process_info import ProcessIdentity
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, TopologyError
-from dtrain.job.failure import Peer
 from dtrain.training.summary import versions
 
 
-def compare_software(context: RankContext, peers: list[Peer]) -> None:
-    """Collective. Another torch, or other code, on one node gives other numbers or a crash that explains nothing."""
+def compare_software(context: RankContext, processes: list[ProcessIdentity]) -> None:
+    """Collective. Raises if software differs: another torch, or other code, gives other numbers or an obscure crash.
+
+    Args:
+        processes: the ranks' processes, by rank.
+    """
     if context.world_size == 1:
         return
     mine = {**versions(), "dtrain's code": str(hash_source(ROOT))[:12]}
-    found = all_gather_object(mine, context)
+    all_versions = all_gather_object(mine, context)
 
-    def refuse_differences() -> None:
-        if differences := _differences("has other software", found, peers):
-            raise TopologyError(f"{differences}\nInstall the same on all, with constraints.txt.")
+    def check() -> None:
+        if differences := _differences("has other software", all_versions, processes):
+            raise TopologyError(f"{differences}\nInstall the same software on all, with constraints.txt.")
 
-    on_main(refuse_differences, context)
+    on_main(check, context)
 
 
-def compare_clocks(context: RankContext, peers: list[Peer]) -> None:
-    """Collective, right after another, so that all ranks are here at one time."""
+def compare_clocks(context: RankContext, processes: list[ProcessIdentity]) -> None:
+    """Collective. Raises if clocks differ. Call it right after another collective, when all ranks are together."""
     if context.world_size == 1:
         return
-    found = all_gather_object(time.time(), context)
+    times = all_gather_object(time.time(), context)
 
-    def refuse_differences() -> None:
-        rank = max(range(len(found)), key=lambda rank: abs(found[rank] - found[0]))
-        ahead = found[rank] - found[0]
+    def check() -> None:
+        rank = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))
+        ahead = times[rank] - times[0]
         if abs(ahead) > MAX_CLOCK_OFFSET_S:
+            direction = "ahead of" if ahead > 0 else "behind"
             raise TopologyError(
-                f"The clock of rank {rank} ({peers[rank].host}) is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
-                f"that of rank 0 ({peers[0].host}), so that the ages of shared files mislead. Set both by the network "
-                "(chrony, ntpd)."
+                f"The clock of rank {rank} ({processes[rank].host}) is {abs(ahead):.0f} s {direction} that of rank 0 "
+                f"({processes[0].host}), so the ages of shared files are wrong. Synchronize both clocks (chrony, ntpd)."
             )
 
-    on_main(refuse_differences, context)
+    on_main(check, context)
 
 
-def compare_configs(config: Config, context: RankContext, peers: list[Peer]) -> None:
-    """Collective. Two nodes started with different settings would train two halves of two runs."""
-    found = [_leaves(settings) for settings in all_gather_object(config.model_dump(mode="json"), context)]
+def compare_configs(config: Config, context: RankContext, processes: list[ProcessIdentity]) -> None:
+    """Collective. Raises if settings differ: the nodes would train parts of different runs."""
+    all_settings = [_flatten(settings) for settings in all_gather_object(config.model_dump(mode="json"), context)]
 
-    def refuse_differences() -> None:
-        if differences := _differences("was started with other settings", found, peers):
+    def check() -> None:
+        if differences := _differences("was started with other settings", all_settings, processes):
             raise ConfigError(f"{differences}\nStart all of them with the same command.")
 
-    on_main(refuse_differences, context)
+    on_main(check, context)
 
 
-def _differences(what: str, found: list[dict[str, Any]], peers: list[Peer]) -> str | None:
-    """The first rank that differs from rank 0, in a line of its own, then a line for each name with more than one value.
+def _differences(problem: str, by_rank: list[dict[str, Any]], processes: list[ProcessIdentity]) -> str | None:
+    """Returns a line with the first rank that differs from rank 0, and a line for each name with more than one value.
 
-    None where all ranks have the same.
+    None if all ranks have the same.
     """
-    texts = [{name: str(value) for name, value in values.items()} for values in found]
+    texts = [{name: str(value) for name, value in values.items()} for values in by_rank]
     odd = next((rank for rank, values in enumerate(texts) if values != texts[0]), None)
     if odd is None:
         return None
-    names = dict.fromkeys(name for values in texts for name in values)  # rank 0 may lack what others have
+    names = dict.fromkeys(name for values in texts for name in values)  # rank 0 may not have all names
     differing = [name for name in names if len({values.get(name) for values in texts}) > 1]
-    table = "\n".join(f"  {name}: {_by_rank(name, texts, peers)}" for name in differing)
-    return f"Rank {odd} ({peers[odd].host}) {what} than rank 0 ({peers[0].host}):\n{table}"
+    table = "\n".join(f"  {name}: {_values_by_rank(name, texts, processes)}" for name in differing)
+    return f"Rank {odd} ({processes[odd].host}) {problem} than rank 0 ({processes[0].host}):\n{table}"
 
 
-def _by_rank(name: str, found: list[dict[str, str]], peers: list[Peer]) -> str:
-    """`0 on rank 0 (node1), 1 on rank 1 (node2) and 2 more`: each value with the first rank that has it."""
+def _values_by_rank(name: str, by_rank: list[dict[str, str]], processes: list[ProcessIdentity]) -> str:
+    """Lists each value with the first rank that has it: `0 on rank 0 (node1), 1 on rank 1 (node2) and 2 more`."""
     ranks: dict[str, list[int]] = {}
-    for rank, values in enumerate(found):
+    for rank, values in enumerate(by_rank):
         ranks.setdefault(values.get(name, "not set"), []).append(rank)
     return ", ".join(
-        f"{value} on rank {first} ({peers[first].host}){f' and {len(more)} more' if more else ''}"
+        f"{value} on rank {first} ({processes[first].host}){f' and {len(more)} more' if more else ''}"
         for value, (first, *more) in ranks.items()
     )
 
 
-def _leaves(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested settings as `section.key` -> value."""
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Flattens nested settings to `section.key` -> value."""
     if not isinstance(value, Mapping) or not value:
         return {key: value}
     return {
         name: leaf
         for part, inner in value.items()
-        for name, leaf in _leaves(inner, f"{key}.{part}" if key else str(part)).items()
+        for name, leaf in _flatten(inner, f"{key}.{part}" if key else str(part)).items()
     }

@@ -1,6 +1,7 @@
-"""What surrounds every command: the monitor first, then the heavy imports, then the ranks' meeting.
+"""The context of every command: starts the monitor, imports the heavy libraries, then waits for all ranks.
 
-Heavy libraries are imported inside functions: the monitor is forked before torch is there, which saves 80 MiB a rank.
+Heavy libraries are imported inside functions: the monitor is forked before torch is loaded, which saves 80 MiB per
+rank.
 """
 
 from __future__ import annotations
@@ -11,89 +12,92 @@ from contextlib import contextmanager
 
 from dtrain.config.schema import Config
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.process_info import ProcessIdentity, this_process
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
-from dtrain.job.failure import Job, Peer, of_lost_peer, own_peer
-from dtrain.job.watchdog.client import Watch, watching
-from dtrain.job.watchdog.rules import Rules
+from dtrain.job.failure import JobSession, lost_peer_error
+from dtrain.job.watchdog.client import WatchdogClient, start_watchdog
+from dtrain.job.watchdog.rules import HangSettings
 
 
 @contextmanager
 def session(
     config: Config, topology: Topology, env: MutableMapping[str, str], *, command: str = "train"
-) -> Iterator[Job]:
-    """Collective. Yields the job with its complete topology, watched by a process of its own. Imports torch on the way.
+) -> Iterator[JobSession]:
+    """Collective. Yields the job with its complete topology, watched by a separate process. Imports torch.
 
     Args:
-        env: os.environ; what libraries read of the topology is set in it.
+        env: os.environ; the variables that libraries read the rank from are set in it.
+        command: name of the command; all ranks must run the same.
     """
-    rules = Rules(config.train.hang_timeout or None, compiles=bool(config.model.compile))
+    settings = HangSettings(config.train.hang_timeout or None, compiles=bool(config.model.compile))
     with (
-        watching(topology.rank, rules, config.run_dir) as watch,
-        _in_group(config, topology, env, watch, command=command) as job,
+        start_watchdog(topology.rank, settings, config.run_dir) as watchdog,
+        _join_group(config, topology, env, watchdog, command=command) as job,
     ):
         yield job
 
 
 @contextmanager
-def _in_group(
-    config: Config, topology: Topology, env: MutableMapping[str, str], watch: Watch, *, command: str
-) -> Iterator[Job]:
-    """Collective. Yields the job with its complete topology; its group has formed where there is more than one rank.
+def _join_group(
+    config: Config, topology: Topology, env: MutableMapping[str, str], watchdog: WatchdogClient, *, command: str
+) -> Iterator[JobSession]:
+    """Collective. Yields the job with its complete topology, after the process group has formed.
 
     Args:
-        env: os.environ; what libraries read of the topology is set in it.
-        watch: this rank's monitor, which is told where the others' are.
+        env: os.environ; the variables that libraries read the rank from are set in it.
+        watchdog: connects this rank's monitor to the others.
 
     Raises:
-        TopologyError: the ranks have not met; or one was gone before they were told of each other, or as they parted.
+        TopologyError: the ranks have not met; or one of them died before they had exchanged their processes, or at the
+            end.
     """
-    from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_board, on_main
+    from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_store, on_main
     from dtrain.distributed.process_group import process_group
     from dtrain.job import rank_checks
     from dtrain.job.cpu_sharing import set_threads, share_cores
 
     set_threads(topology, env)
-    _quieten_libraries(env)
+    _silence_libraries(env)
     run = {"command": command, "run folder": str(config.run_dir)}
-    watch.heartbeat.on_disowned = lambda words: _say_disowned(words, watch)
-    job: Job | None = None
+    watchdog.heartbeat.on_run_dir_lost = lambda reason: _report_lost_run_dir(reason, watchdog)
+    job: JobSession | None = None
     try:
         with process_group(topology, env, timeout_s=config.run.startup_timeout_s, run=run) as complete:
-            ready = RankContext(complete, watch.heartbeat)
-            share_cores(ready, env, bind=config.run.bind_cores)  # the roll-call has learned who shares this node
-            peers = [Peer(*peer) for peer in all_gather_object(own_peer(), ready)]
-            job = Job(ready, job_board(ready), peers, watch)
-            rank_checks.compare_software(ready, peers)
-            rank_checks.compare_clocks(ready, peers)
-            rank_checks.compare_configs(config, ready, peers)
-            if ready.world_size == 1:
-                watch.alone()
+            context = RankContext(complete, watchdog.heartbeat)
+            share_cores(context, env, bind=config.run.bind_cores)
+            processes = [ProcessIdentity(*values) for values in all_gather_object(this_process(), context)]
+            job = JobSession(context, job_store(context), processes, watchdog)
+            rank_checks.compare_software(context, processes)
+            rank_checks.compare_clocks(context, processes)
+            rank_checks.compare_configs(config, context, processes)
+            if context.world_size == 1:
+                watchdog.watch_single_rank()
             else:
-                watch.join(on_main(lambda: watch.serve(complete), ready))
+                watchdog.join(on_main(lambda: watchdog.start_coordinator(complete), context))
             yield job
-            ready.heartbeat.at(Phase.FINISHING)
-    except RuntimeError as error:  # not of the command, whose errors come here reported
+            context.heartbeat.at(Phase.FINISHING)
+    except RuntimeError as error:  # not from the command, whose errors are reported before
         if topology.world_size == 1 or not is_lost_peer(error):
             raise
-        raise of_lost_peer(error, topology, job) from error
+        raise lost_peer_error(error, topology, job) from error
 
 
-def _say_disowned(words: str, watch: Watch) -> None:
-    """This rank's folder is another job's. Its monitor has read so when it is gone, and does not take it for a death."""
-    watch.failing(words, TopologyError.exit_code, by_signal=False)
-    watch.close()
+def _report_lost_run_dir(reason: str, watchdog: WatchdogClient) -> None:
+    """Tells the monitor why this rank is about to end, and waits until it has read that: it must not report a death."""
+    watchdog.report_failure(reason, TopologyError.exit_code, by_signal=False)
+    watchdog.close()
 
 
-def _quieten_libraries(env: MutableMapping[str, str]) -> None:
-    """Their progress bars and advice would drown ours, on every rank."""
+def _silence_libraries(env: MutableMapping[str, str]) -> None:
+    """Silences progress bars and advice of libraries, which would hide our log on every rank."""
     import datasets
     import torch
     import transformers
 
     if not torch.cuda.is_available():
-        env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+        env.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no accelerator
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

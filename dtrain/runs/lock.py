@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.console import log
-from dtrain.distributed.process_info import Process, is_alive, this_process
+from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
 from dtrain.errors import ConfigError, TopologyError
 
 LOCK = "run.lock"
@@ -46,7 +46,7 @@ IN_USE, CHANGED = "", "changed"
 class Owner:
     """What run.lock says. since: when the job began, in UTC. id: of this lock, unlike any other's."""
 
-    process: Process
+    process: ProcessIdentity
     command: str
     since: str
     id: str
@@ -161,7 +161,7 @@ def look(folder: Path) -> Heartbeat | None:
 def _owner_of(text: str) -> Owner | None:
     try:
         record = json.loads(text)
-        process = Process(
+        process = ProcessIdentity(
             host=str(record["host"]),
             boot=str(record["boot"]),
             pid_namespace=int(record["pid_namespace"]),

@@ -18,7 +18,7 @@ from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.signals import SIGNALS, Asked, deferred
+from dtrain.distributed.signals import SIGNALS, StopRequest, deferred
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
@@ -167,7 +167,7 @@ class CheckpointMonitor:
 class StopOnRequest:
     """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` is over."""
 
-    def __init__(self, asked: Asked, max_minutes: float | None, *, began: float) -> None:
+    def __init__(self, asked: StopRequest, max_minutes: float | None, *, began: float) -> None:
         """
         Args:
             began: time.monotonic() when this start began.
@@ -184,7 +184,7 @@ class StopOnRequest:
         return Decision.CONTINUE if self.why is None else Decision.PREEMPT
 
 
-def deferring(config: Config) -> AbstractContextManager[Asked]:
+def deferring(config: Config) -> AbstractContextManager[StopRequest]:
     """Defers the signals that a run answers with a checkpoint: SIGUSR1 always, others only if checkpoint.every is set."""
     signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
     return deferred(signals)

@@ -160,7 +160,7 @@ def take_step(run: LoopRun, step: Step) -> StepRecord:
         is_last=is_last,
         gradient_norms=gradient_norms,
         averaged=averaged,
-        traffic=traffic if traffic.is_whole else None,
+        traffic=traffic if traffic.is_complete else None,
     )
 
 

@@ -57,7 +57,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
             return "", False
         lock_id = ""
         try:
-            held = locked(folder.path, command=command, on_loss=context.heartbeat.disown_folder)
+            held = locked(folder.path, command=command, on_loss=context.heartbeat.lose_run_dir)
             lock_id = lock.enter_context(held).id
         except OSError as error:
             refusals.append(unwritable(folder, error))
@@ -91,7 +91,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         raise
     for note in told["notes"]:
         log.info("%s", note)
-    context.heartbeat.own_folder(lock_id)
+    context.heartbeat.claim_run_dir(lock_id)
     action: Action = told["action"]
     chosen = chosen if action == "go_on" else None
     if command == "train" and action != "already_finished":

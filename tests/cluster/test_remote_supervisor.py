@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dtrain.cluster.run_job import SUPERVISOR
-from dtrain.distributed.process_info import fields_of
+from dtrain.distributed.process_info import read_stat
 from tests.support.jobs import until
 
 pytestmark = pytest.mark.launchers
@@ -81,7 +81,7 @@ def _pids(process: subprocess.Popen[str], count: int) -> list[int]:
 
 
 def _is_gone(pid: int) -> bool:
-    fields = fields_of(pid)
+    fields = read_stat(pid)
     return fields is None or fields[0] in "ZX"
 
 

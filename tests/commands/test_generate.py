@@ -12,7 +12,7 @@ import torch
 from dtrain.commands.generate import continue_tokens, end_tokens, run_generate
 from dtrain.config.schema import Config
 from dtrain.data.seeding import seed_all
-from dtrain.distributed.heartbeat import SIZE, Heartbeat, Phase, read
+from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase, read_heartbeat
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
@@ -88,13 +88,13 @@ def test_a_text_longer_than_the_positions_uses_a_window_without_a_cache() -> Non
 
 
 def test_each_token_ticks_the_heartbeat() -> None:
-    memory = mmap.mmap(-1, SIZE)
+    memory = mmap.mmap(-1, HEARTBEAT_BYTES)
     heartbeat = Heartbeat(memory)
     phases = []
 
     class Model(CallCounter):
         def forward(self, **inputs: Any) -> Any:
-            phases.append((read(memory).phase, read(memory).number))
+            phases.append((read_heartbeat(memory).phase, read_heartbeat(memory).writes))
             return super().forward(**inputs)
 
     counted: Any = Model(gpt(positions=40))
@@ -103,7 +103,7 @@ def test_each_token_ticks_the_heartbeat() -> None:
     numbers = [number for _, number in phases]
     assert [phase for phase, _ in phases] == [Phase.ANSWERING] * 3
     assert numbers == sorted(set(numbers))
-    assert read(memory).phase == Phase.STARTING, "a conversation may wait for input now"
+    assert read_heartbeat(memory).phase == Phase.STARTING, "a conversation may wait for input now"
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_every_collective_gives_what_one_process_would_compute(world_size: int) 
     first_of_last_rank = list(range(world_size - 1, 7, world_size))[-1]
     assert f"1 counted more than once ({first_of_last_rank})" in repeated
     assert f"1 missing ({first_of_last_rank})" in lost
-    assert "1 outside (7)" in outside
+    assert "1 out of range (7)" in outside
     assert "not as many rows of loss" in short
     assert "disagree" in shapes
 

@@ -9,8 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.distributed import cpu as cores
-from dtrain.distributed.cpu import Core, Share, as_text, cores_of, cpu_list, share, split, time_limit
+from dtrain.distributed import cpu as cpu_module
+from dtrain.distributed.cpu import (
+    Core,
+    CpuShare,
+    cpu_time_limit,
+    format_cpu_list,
+    parse_cpu_list,
+    physical_cores,
+    rank_share,
+    split_cores,
+)
 from dtrain.distributed.rank_context import ONE_PROCESS
 from tests.support.contexts import placed
 
@@ -20,10 +29,10 @@ EIGHT = [Core(0, 0, (index,)) for index in range(8)]
 ALL = range(64)
 
 
-def shares(masks: dict[int, object], machine: list[Core], limit: float | None = None) -> list[Share]:
+def shares(masks: dict[int, object], machine: list[Core], limit: float | None = None) -> list[CpuShare]:
     """Of every rank; each sees the cores of its own mask."""
     return [
-        share(rank, masks, [core._replace(cpus=cpus) for core in machine if (cpus := _in(core, mask))], limit)
+        rank_share(rank, masks, [core._replace(cpus=cpus) for core in machine if (cpus := _in(core, mask))], limit)
         for rank, mask in masks.items()
     ]
 
@@ -36,23 +45,23 @@ def test_ranks_get_whole_cores_of_one_numa_node_each() -> None:
     two = shares(dict.fromkeys(range(2), ALL), BIG)
     four = shares(dict.fromkeys(range(4), ALL), BIG)
 
-    assert [as_text(each.cpus) for each in two] == ["0-15,32-47", "16-31,48-63"]
+    assert [format_cpu_list(each.cpus) for each in two] == ["0-15,32-47", "16-31,48-63"]
     assert [each.threads for each in two] == [16, 16], "a thread for each core, not for each hyper-thread"
-    assert [as_text(each.cpus) for each in four] == ["0-7,32-39", "8-15,40-47", "16-23,48-55", "24-31,56-63"]
+    assert [format_cpu_list(each.cpus) for each in four] == ["0-7,32-39", "8-15,40-47", "16-23,48-55", "24-31,56-63"]
 
 
 def test_ranks_that_do_not_divide_the_cores_leave_none_idle() -> None:
     three = shares(dict.fromkeys(range(3), range(8)), EIGHT)
 
-    assert [as_text(each.cpus) for each in three] == ["0-1", "2-4", "5-7"]
+    assert [format_cpu_list(each.cpus) for each in three] == ["0-1", "2-4", "5-7"]
     assert [each.threads for each in three] == [2, 2, 2], "equal numbers of threads give equal digits"
 
 
 def test_a_rank_crosses_numa_nodes_only_where_it_must() -> None:
     small = [Core(index // 4, 0, (index,)) for index in range(8)]
 
-    within = split(small, 3)  # at least 2 cores each: two ranks on one node, the third has the other for itself
-    across = split(BIG, 3)  # at least 10 each: only one fits a node of 16
+    within = split_cores(small, 3)  # at least 2 cores each: two ranks on one node, the third has the other for itself
+    across = split_cores(BIG, 3)  # at least 10 each: only one fits a node of 16
 
     assert [len({core.numa for core in part}) for part in within] == [1, 1, 1]
     assert sorted(len(part) for part in within) == [2, 2, 4]
@@ -67,7 +76,7 @@ def test_every_core_goes_to_one_rank_and_each_rank_gets_its_due(ranks: int) -> N
 
     for machine in (BIG, uneven, EIGHT):
         if ranks <= len(machine):
-            parts = split(machine, ranks)
+            parts = split_cores(machine, ranks)
 
             assert sorted(core for part in parts for core in part) == sorted(machine)
             assert len(parts) == ranks
@@ -77,7 +86,7 @@ def test_every_core_goes_to_one_rank_and_each_rank_gets_its_due(ranks: int) -> N
 def test_cores_of_a_node_that_is_too_small_for_a_rank_stay_idle_where_the_others_have_room() -> None:
     machine = [Core(int(index >= 128), 0, (index,)) for index in range(135)]
 
-    parts = split(machine, 8)
+    parts = split_cores(machine, 8)
 
     assert [len(part) for part in parts] == [16] * 8
     assert {core.numa for part in parts for core in part} == {0}
@@ -87,7 +96,7 @@ def test_more_ranks_than_cores_are_left_alone() -> None:
     nine = shares(dict.fromkeys(range(9), range(8)), EIGHT)
 
     assert {(each.threads, each.cpus) for each in nine} == {(1, None)}
-    assert nine[0].why == "there are more ranks (9) than cores (8)"
+    assert nine[0].reason == "there are more ranks (9) than cores (8)"
 
 
 def test_what_the_launcher_has_bound_is_neither_widened_nor_cut_again() -> None:
@@ -100,14 +109,19 @@ def test_ranks_bound_to_one_socket_together_share_that_socket() -> None:
     socket = {0: [*range(16), *range(32, 48)], 1: [*range(16, 32), *range(48, 64)]}
     bound = shares({0: socket[0], 1: socket[0], 2: socket[1], 3: socket[1]}, BIG)
 
-    assert [as_text(each.cpus or ()) for each in bound] == ["0-7,32-39", "8-15,40-47", "16-23,48-55", "24-31,56-63"]
+    assert [format_cpu_list(each.cpus or ()) for each in bound] == [
+        "0-7,32-39",
+        "8-15,40-47",
+        "16-23,48-55",
+        "24-31,56-63",
+    ]
     assert [each.threads for each in bound] == [8] * 4
 
 
 def test_a_narrowed_mask_that_all_ranks_have_is_shared_and_nothing_outside_it_is_used() -> None:
     masked = shares(dict.fromkeys(range(2), range(4, 8)), EIGHT)
 
-    assert [as_text(each.cpus) for each in masked] == ["4-5", "6-7"]
+    assert [format_cpu_list(each.cpus) for each in masked] == ["4-5", "6-7"]
 
 
 def test_masks_that_overlap_in_part_are_left_alone() -> None:
@@ -119,7 +133,7 @@ def test_masks_that_overlap_in_part_are_left_alone() -> None:
 def test_one_hyper_thread_of_each_core_counts_as_a_core() -> None:
     half = shares(dict.fromkeys(range(2), range(32)), BIG)
 
-    assert [as_text(each.cpus) for each in half] == ["0-15", "16-31"]
+    assert [format_cpu_list(each.cpus) for each in half] == ["0-15", "16-31"]
     assert [each.threads for each in half] == [16, 16]
 
 
@@ -131,18 +145,18 @@ def test_a_containers_limit_counts_for_threads_and_forbids_binding() -> None:
 
     assert [each.threads for each in one] == [2]
     assert [(each.threads, each.cpus) for each in three] == [(2, None)] * 3
-    assert three[0].why == "the container may use 7.5 of 32 cores, whichever are free"
+    assert three[0].reason == "the container may use 7.5 of 32 cores, whichever are free"
     assert shares({0: ALL}, BIG, limit=0.5)[0].threads == 1
     assert [each.threads for each in ample] == [16, 16]
     assert ample[0].cpus is not None
 
 
 def test_one_rank_is_never_bound() -> None:
-    assert shares({0: range(8)}, EIGHT) == [Share(8, None, "it is alone on its cores")]
+    assert shares({0: range(8)}, EIGHT) == [CpuShare(8, None, "it is alone on its cores")]
 
 
 @pytest.mark.parametrize("error", [PermissionError(1, "Operation not permitted"), OSError(22, "Invalid argument")])
-def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+def test_a_rank_that_cannot_be_bound_warns_and_continues(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
     from dtrain.job import cpu_sharing
 
     said: list[str] = []
@@ -150,43 +164,43 @@ def test_a_rank_that_may_not_be_bound_says_so_and_goes_on(monkeypatch: pytest.Mo
     def refuse(_cpus: object) -> None:
         raise error
 
-    monkeypatch.setattr(cores, "bind", refuse)
+    monkeypatch.setattr(cpu_module, "bind_process", refuse)
     monkeypatch.setattr(cpu_sharing.log, "warning", lambda text, *values: said.append(text % values))
 
-    cpu_sharing._bind(Share(8, frozenset(range(8)), ""), placed(ONE_PROCESS, world_size=2, rank=1))
+    cpu_sharing._bind(CpuShare(8, frozenset(range(8)), ""), placed(ONE_PROCESS, world_size=2, rank=1))
 
     assert said == [f"run.bind_cores: rank 1 cannot be bound to CPUs 0-7: {error.strerror}."]
 
 
-def test_cores_that_a_rank_has_no_threads_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_with_fewer_threads_than_cores_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from dtrain.job import cpu_sharing
 
     said: list[str] = []
-    monkeypatch.setattr(cores, "bind", lambda _cpus: None)
+    monkeypatch.setattr(cpu_module, "bind_process", lambda _cpus: None)
     monkeypatch.setattr(cpu_sharing.log, "warning", lambda text, *values: said.append(text % values))
     own = torch.get_num_threads()
 
     for wanted, local_rank in ((own, 0), (own + 7, 1), (own + 7, 0)):
-        cpu_sharing._bind(Share(wanted, frozenset({0}), ""), placed(ONE_PROCESS, local_rank=local_rank))
+        cpu_sharing._bind(CpuShare(wanted, frozenset({0}), ""), placed(ONE_PROCESS, local_rank=local_rank))
 
     (line,) = said
-    assert f"is bound to {own + 7} cores and uses {own}: OMP_NUM_THREADS={own} decides" in line
+    assert f"is bound to {own + 7} cores but uses {own}, because OMP_NUM_THREADS={own} is set" in line
 
 
-def test_local_ranks_that_are_permuted_get_cores_of_their_own() -> None:
+def test_permuted_local_ranks_get_different_cores() -> None:
     permuted = {1: range(8), 0: range(8)}
 
-    assert [as_text(each.cpus) for each in shares(permuted, EIGHT)] == ["4-7", "0-3"]
+    assert [format_cpu_list(each.cpus) for each in shares(permuted, EIGHT)] == ["4-7", "0-3"]
 
 
 def test_the_kernels_lists_of_cpus() -> None:
-    assert cpu_list("0-2,8") == [0, 1, 2, 8]
-    assert cpu_list("5") == [5]
-    assert cpu_list("") == []
-    assert as_text([8, 0, 2, 1]) == "0-2,8"
-    assert as_text([]) == ""
+    assert parse_cpu_list("0-2,8") == [0, 1, 2, 8]
+    assert parse_cpu_list("5") == [5]
+    assert parse_cpu_list("") == []
+    assert format_cpu_list([8, 0, 2, 1]) == "0-2,8"
+    assert format_cpu_list([]) == ""
 
 
 # ---------------------------------------------------------------- what the kernel says
@@ -208,12 +222,12 @@ def test_cores_and_their_nodes_are_read_from_the_kernel(tmp_path: Path) -> None:
         files[f"{system}/cpu/cpu{cpu}/topology/physical_package_id"] = str(cpu % 2)
     root = plant(tmp_path, files)
 
-    assert cores_of(range(4), root) == [Core(0, 0, (0, 2)), Core(1, 1, (1, 3))]
-    assert cores_of([3, 2], root) == [Core(0, 0, (2,)), Core(1, 1, (3,))], "only what the process may use"
+    assert physical_cores(range(4), root) == [Core(0, 0, (0, 2)), Core(1, 1, (1, 3))]
+    assert physical_cores([3, 2], root) == [Core(0, 0, (2,)), Core(1, 1, (3,))], "only what the process may use"
 
 
 def test_without_a_description_every_cpu_is_a_core(tmp_path: Path) -> None:
-    assert cores_of([0, 5], tmp_path) == [Core(0, 0, (0,)), Core(0, 0, (5,))]
+    assert physical_cores([0, 5], tmp_path) == [Core(0, 0, (0,)), Core(0, 0, (5,))]
 
 
 @pytest.mark.parametrize(
@@ -261,19 +275,19 @@ def test_without_a_description_every_cpu_is_a_core(tmp_path: Path) -> None:
     ],
 )
 def test_the_limit_of_a_container(tmp_path: Path, files: dict[str, str], limit: float | None) -> None:
-    assert time_limit(plant(tmp_path, files)) == limit
+    assert cpu_time_limit(plant(tmp_path, files)) == limit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
 def test_binding_moves_all_threads_and_the_processes_that_come_later() -> None:
     code = """if True:
         import os, subprocess, sys, threading
-        from dtrain.distributed import cpu as cores
-        one = min(cores.allowed())
+        from dtrain.distributed import cpu
+        one = min(cpu.allowed_cpus())
         done = threading.Event()
         thread = threading.Thread(target=done.wait, args=(60,), daemon=True)
         thread.start()
-        cores.bind([one])
+        cpu.bind_process([one])
         child = subprocess.run([sys.executable, "-c", "import os; print(*os.sched_getaffinity(0))"], capture_output=True)
         print(os.sched_getaffinity(thread.native_id) == {one}, child.stdout.split() == [str(one).encode()])
         done.set()
@@ -289,4 +303,4 @@ def test_binding_moves_all_threads_and_the_processes_that_come_later() -> None:
     )
 
     assert answer.stdout.split() == ["True", "True"]
-    assert cores.allowed() == frozenset(os.sched_getaffinity(0))
+    assert cpu_module.allowed_cpus() == frozenset(os.sched_getaffinity(0))

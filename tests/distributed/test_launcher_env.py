@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dtrain.distributed import launcher_env
+from dtrain.distributed.job_identity import JobIdentity
 from dtrain.distributed.launcher_env import first_host, tasks_per_node
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import TopologyError
@@ -192,7 +193,7 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
     [
         ({**BY_HAND, "RANK": "2"}, "Rank 2 of 2 processes"),
         ({**BY_HAND, "RANK": "-1"}, "Rank -1 of 2 processes"),
-        ({**BY_HAND, "WORLD_SIZE": "0", "RANK": "0"}, "A world of 0 processes"),
+        ({**BY_HAND, "WORLD_SIZE": "0", "RANK": "0"}, "The world size is 0"),
         ({**BY_HAND, "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number"),
         (_without(BY_HAND, "MASTER_ADDR"), "MASTER_ADDR is not set"),
         (_without(BY_HAND, "MASTER_PORT"), "MASTER_PORT is not set"),
@@ -204,8 +205,11 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
         ({"TORCHELASTIC_RUN_ID": "none"}, "WORLD_SIZE is not"),
         ({**TORCHRUN, "LOCAL_RANK": "4"}, "Local rank 4"),
         ({**TORCHRUN, "GROUP_RANK": "2"}, "Node 2 of 2"),
-        ({**TORCHRUN, "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}, "1 node\\(s\\), 4 processes on this one, 8 in all"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "9 processes on this node, 8 in all"),
+        (
+            {**TORCHRUN, "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"},
+            "1 node\\(s\\), 4 processes on this one, 8 in total",
+        ),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "9 processes on this node, 8 in total"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "0 processes on this node"),
         ({**BY_HAND, **OPENMPI, "OMPI_COMM_WORLD_SIZE": "4"}, "by the variables of openmpi it is rank 1 of 4"),
         ({**BY_HAND, **MPICH}, "by the variables of mpich it is rank 2 of 4"),
@@ -214,7 +218,7 @@ def _without(env: dict[str, str], *names: str) -> dict[str, str]:
         ({**OPENMPI, **MPICH}, "openmpi says rank 1 of 2, mpich says rank 2 of 4"),
         (_without(OPENMPI, "OMPI_COMM_WORLD_RANK"), "Only one of OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE"),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, "Local rank 2"),
-        (_without(SLURM_STEP, "SLURM_STEP_NODELIST"), "where is rank 0"),
+        (_without(SLURM_STEP, "SLURM_STEP_NODELIST"), "host of rank 0 is unknown"),
         ({**SLURM_STEP, "SLURM_PROCID": "8"}, "Rank 8 of 8"),
     ],
 )
@@ -261,7 +265,7 @@ def test_uneven_slurm_nodes_give_each_its_own_number_of_ranks() -> None:
 def test_one_line_says_where_a_process_stands() -> None:
     assert SINGLE.describe() == "one process"
     assert Topology.from_env(TORCHRUN).describe() == "rank 7 of 8 on 2 nodes (local rank 3 of 4), by torchrun"
-    assert "as far as the variables tell" in Topology.from_env(BY_HAND).describe()
+    assert "estimated" in Topology.from_env(BY_HAND).describe()
 
 
 # ---------------------------------------------------------------- which job
@@ -303,13 +307,17 @@ def test_one_line_says_where_a_process_stands() -> None:
 def test_a_job_has_the_name_that_its_own_launcher_gave_it(
     launcher: str, env: dict[str, str], job: tuple[dict[str, str], int, bool]
 ) -> None:
-    assert launcher_env.job_of(env, launcher) == job
+    assert _fields(launcher_env.read_job_identity(env, launcher)) == job
+
+
+def _fields(identity: JobIdentity) -> tuple[dict[str, str], int, bool]:
+    return dict(identity.job), identity.restart, identity.is_restart_global
 
 
 def test_what_starts_a_job_again_keeps_its_name_and_counts() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "2"}
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_RESTART_COUNT": "1"}
 
-    assert launcher_env.launches_of({**torchrun, **slurm}, "torchrun") == {"torchrun a": 2, "Slurm job 7": 1}
-    assert launcher_env.launches_of({**torchrun, "SLURM_JOB_ID": "7"}, "slurm") == {"Slurm job 7": 0}
-    assert launcher_env.launches_of({}, "openmpi") == {}
+    assert launcher_env.count_launches({**torchrun, **slurm}, "torchrun") == {"torchrun a": 2, "Slurm job 7": 1}
+    assert launcher_env.count_launches({**torchrun, "SLURM_JOB_ID": "7"}, "slurm") == {"Slurm job 7": 0}
+    assert launcher_env.count_launches({}, "openmpi") == {}

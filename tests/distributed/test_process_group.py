@@ -20,13 +20,14 @@ import json, os, sys, time
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.errors import DtrainError
 from dtrain.distributed.process_group import process_group
+from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
 begin = time.monotonic()
 try:
     run = {"run folder": os.environ.get("TEST_RUN", "runs/one")}
     with process_group(Topology.from_env(os.environ), os.environ, timeout_s=float(sys.argv[1]), run=run) as topology:
         print(json.dumps({
-            "everyone": all_gather_object(topology.rank, topology),
+            "everyone": all_gather_object(topology.rank, RankContext(topology)),
             "local_rank": topology.local_rank,
             "num_nodes": topology.num_nodes,
             "complete": topology.is_complete,
@@ -93,7 +94,7 @@ def test_two_processes_started_by_hand_find_each_other_and_their_node() -> None:
         assert found["interface"] == "lo"
 
 
-def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -> None:
+def test_a_missing_or_wrong_process_is_named_after_the_start_up_time_out() -> None:
     host, unused = socket.gethostname(), _free_port()
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
@@ -105,10 +106,12 @@ def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -
 
     assert [code for code, _ in ended] == [4, 4, 4, 4]
     first, second, third, fourth = (str(found["error"]) for _, found in ended)
-    assert re.match(rf"1 of 2 ranks came within 3 s\. Missing: rank 1\. Came: rank 0 \(process \d+ on {host}\)", first)
+    assert re.match(
+        rf"1 of 2 ranks arrived within 3 s\. Missing: rank 1\. Arrived: rank 0 \(process \d+ on {host}\)", first
+    )
     assert f"Rank 1 on {host} found no master at 127.0.0.1:{unused} within 3 s" in second
     assert f"Port {taken} on 127.0.0.1 is in use" in third
-    assert f"What answers at 127.0.0.1:{taken} is not this job's meeting point" in fourth
+    assert f"The server at 127.0.0.1:{taken} is not this job's rendezvous" in fourth
     assert all(float(str(found["seconds"])) < 10 for _, found in ended)
 
 
@@ -120,7 +123,7 @@ def test_whoever_is_missing_or_wrong_is_named_when_the_start_up_time_is_over() -
     ],
     ids=["another run", "an older start"],
 )
-def test_a_process_of_an_old_run_is_turned_away_before_any_collective_and_the_right_one_let_in(
+def test_a_process_of_an_old_run_is_rejected_before_any_collective_and_the_right_one_admitted(
     stale: dict[str, str], right: dict[str, str], row: str
 ) -> None:
     common: dict[str, str] = {}
@@ -135,7 +138,7 @@ def test_a_process_of_an_old_run_is_turned_away_before_any_collective_and_the_ri
         zero.kill()
 
     assert code == 4
-    assert f"is not of the job that rank 0 (process {zero.pid} on " in str(told["error"])
+    assert f"does not belong to the job that rank 0 (process {zero.pid} on " in str(told["error"])
     assert row in str(told["error"])
     assert float(str(told["seconds"])) < 30
     assert [(code, found["everyone"]) for code, found in ended] == [(0, [0, 1])] * 2

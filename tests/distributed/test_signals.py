@@ -24,8 +24,8 @@ LIMIT_S = 30
 HEAD = """
 import ctypes, os, signal, sys, time
 from dtrain.distributed.signals import ignore_further, interruptible
-def last_words(cause):
-    print("last words:", cause, flush=True)
+def report_cause(cause):
+    print("before exit:", cause, flush=True)
 """
 
 
@@ -55,7 +55,7 @@ def running(body: str) -> Iterator[subprocess.Popen[bytes]]:
 
 SWALLOWS = """
 try:
-    with interruptible(grace_s=20, before_exit=last_words):
+    with interruptible(grace_s=20, before_exit=report_cause):
         try:
             print("ready", flush=True)
             while True:
@@ -77,7 +77,7 @@ def test_a_signal_passes_through_code_that_swallows_errors() -> None:
 
 
 TWICE = """
-with interruptible(grace_s=20, before_exit=last_words):
+with interruptible(grace_s=20, before_exit=report_cause):
     try:
         print("ready", flush=True)
         while True:
@@ -105,8 +105,8 @@ def test_a_signal_that_a_launcher_passes_on_once_more_does_not_cut_the_end_short
 
 IMPATIENT = """
 import dtrain.distributed.signals
-dtrain.distributed.signals.PATIENCE_S = 0.05
-with interruptible(grace_s=20, before_exit=last_words):
+dtrain.distributed.signals.REPEAT_AFTER_S = 0.05
+with interruptible(grace_s=20, before_exit=report_cause):
     try:
         print("ready", flush=True)
         time.sleep(20)
@@ -118,7 +118,7 @@ with interruptible(grace_s=20, before_exit=last_words):
 
 
 @pytest.mark.parametrize("work", ["time.sleep(20)", 'ctypes.CDLL(None).system(b"exec cat >/dev/null 2>&1")'])
-def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_last_words(work: str) -> None:
+def test_a_second_signal_some_time_after_the_first_ends_the_process_after_before_exit(work: str) -> None:
     with running(IMPATIENT.format(work=work)) as process:
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None
@@ -127,19 +127,19 @@ def test_a_second_signal_some_time_after_the_first_ends_the_process_with_its_las
         process.wait(LIMIT_S)  # communicate would end its cat
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
+    assert printed == b"before exit: Stopped immediately by a second SIGTERM: nothing more was saved.\n"
     assert process.returncode == 1
 
 
 DEFERS = """
 import dtrain.distributed.signals
 from dtrain.distributed.signals import deferred
-dtrain.distributed.signals.PATIENCE_S = 0.2
-with interruptible(grace_s=0.1, before_exit=last_words), deferred([signal.SIGTERM]) as asked:
+dtrain.distributed.signals.REPEAT_AFTER_S = 0.2
+with interruptible(grace_s=0.1, before_exit=report_cause), deferred([signal.SIGTERM]) as request:
     print("ready", flush=True)
-    while asked.name is None:
+    while request.name is None:
         time.sleep(0.01)
-    print("asked by", asked.name, flush=True)
+    print("requested by", request.name, flush=True)
     time.sleep(1)  # longer than a signal that is not deferred may go unheard
     print("saved", flush=True)
     {then}
@@ -151,7 +151,7 @@ def test_a_deferred_signal_is_noted_and_the_program_goes_on_as_long_as_it_needs(
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert (printed, process.returncode) == (b"asked by SIGTERM\nsaved\n", 0)
+    assert (printed, process.returncode) == (b"requested by SIGTERM\nsaved\n", 0)
 
 
 def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() -> None:
@@ -163,7 +163,7 @@ def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() 
         process.wait(LIMIT_S)  # communicate would end its cat
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed == b"last words: Stopped at once by a second SIGTERM: nothing more was saved.\n"
+    assert printed == b"before exit: Stopped immediately by a second SIGTERM: nothing more was saved.\n"
     assert process.returncode == 1
 
 
@@ -180,17 +180,17 @@ def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothin
         left.append(cause)
         done.set()
 
-    monkeypatch.setattr(signals, "PATIENCE_S", -1.0)
-    monkeypatch.setattr(signals, "_leave", leave)
-    hears, wakes = socket.socketpair()
-    with wakes, signals.deferred([signal.SIGTERM]):
-        wakes.send(bytes([signal.SIGTERM] * 2))
-        helper = threading.Thread(target=signals._end_if_deaf, args=(hears, done, 0.0, print))
+    monkeypatch.setattr(signals, "REPEAT_AFTER_S", -1.0)
+    monkeypatch.setattr(signals, "_exit", leave)
+    read_end, write_end = socket.socketpair()
+    with write_end, signals.deferred([signal.SIGTERM]):
+        write_end.send(bytes([signal.SIGTERM] * 2))
+        helper = threading.Thread(target=signals._end_if_blocked, args=(read_end, done, 0.0, print))
         helper.start()
         helper.join(LIMIT_S)
 
     assert not helper.is_alive()
-    assert left == ([] if is_over else ["Stopped at once by a second SIGTERM: nothing more was saved."])
+    assert left == ([] if is_over else ["Stopped immediately by a second SIGTERM: nothing more was saved."])
 
 
 def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
@@ -202,7 +202,7 @@ def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
     assert process.returncode != 0
 
 
-DEAF = """
+BLOCKED = """
 with interruptible(grace_s=0.3, before_exit={before_exit}):
     # system() waits in C whatever signals come, as a collective does; cat ends with our standard input.
     ctypes.CDLL(None).system(b"echo ready; exec cat >/dev/null 2>&1")
@@ -212,12 +212,12 @@ with interruptible(grace_s=0.3, before_exit={before_exit}):
 @pytest.mark.parametrize(
     ("before_exit", "printed"),
     [
-        ("last_words", "last words: Stopped by SIGTERM, which was not heard within 0 s.\n"),
+        ("report_cause", "before exit: Stopped by SIGTERM: the process did not react within 0 s.\n"),
         ("lambda cause: time.sleep(60)", ""),
     ],
 )
-def test_a_process_deaf_to_a_signal_is_ended_even_if_its_last_words_hang(before_exit: str, printed: str) -> None:
-    with running(DEAF.format(before_exit=before_exit)) as process:
+def test_a_process_that_does_not_react_is_ended_even_if_before_exit_hangs(before_exit: str, printed: str) -> None:
+    with running(BLOCKED.format(before_exit=before_exit)) as process:
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.wait(LIMIT_S)
@@ -228,7 +228,7 @@ def test_a_process_deaf_to_a_signal_is_ended_even_if_its_last_words_hang(before_
 
 
 FORKS = """
-with interruptible(grace_s=0.3, before_exit=last_words):
+with interruptible(grace_s=0.3, before_exit=report_cause):
     hears, says = os.pipe()
     child = os.fork()
     if child == 0:
@@ -257,7 +257,7 @@ def test_a_helper_process_that_is_told_to_end_does_not_take_its_parent_along() -
 GOES_ON = """
 hears, says = os.pipe()
 try:
-    with interruptible(grace_s=1, before_exit=last_words):
+    with interruptible(grace_s=1, before_exit=report_cause):
         child = os.fork()  # it has what the helper thread listens to, and outlives all this
         if child == 0:
             os.close(says)

@@ -50,7 +50,7 @@ def test_ranks_of_a_node_share_its_cores_unless_told(monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("threads")
 def test_a_container_gets_no_more_threads_than_its_limit_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr("dtrain.distributed.cpu.time_limit", lambda: 2.0)
+    monkeypatch.setattr("dtrain.distributed.cpu.cpu_time_limit", lambda: 2.0)
 
     assert set_threads(SINGLE, {}) == 2
     assert set_threads(replace(SINGLE, local_world_size=2), {}) == 1

@@ -1,4 +1,4 @@
-"""How a rank ends: whom it blames, where it writes that down, and who prints it."""
+"""How a rank ends: which rank it names, where it writes that, and which rank prints it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,43 @@ from dtrain.distributed.process_info import this_process
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, Interrupted, TopologyError
-from dtrain.job import failure, session
-from dtrain.job.failure import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
-from dtrain.job.watchdog.client import News
+from dtrain.job import failure as failure_module
+from dtrain.job import session
+from dtrain.job.failure import (
+    JobSession,
+    _is_signal_after_failure,
+    error_record,
+    record_failure,
+    report_failure,
+    write_exit_json,
+)
+from dtrain.job.watchdog.client import PeerFailure
 from dtrain.runs.lock import LOCK, Owner
 
 
 @dataclass
-class Heard:
-    """A watch that has heard of something, or of nothing. told: what its rank has said."""
+class FakeWatchdog:
+    """A watchdog client.
 
-    heard: News | None
-    told: list[str] = field(default_factory=list)
+    Attributes:
+        failure: the peer that has failed; None for none.
+        reported: messages that its rank has reported.
+    """
 
-    def news(self, _within_s: float) -> News | None:
-        return self.heard
+    failure: PeerFailure | None
+    reported: list[str] = field(default_factory=list)
 
-    def failing(self, words: str, _code: int, *, by_signal: bool) -> None:
-        self.told.append(words)
+    def peer_failure(self, _timeout_s: float) -> PeerFailure | None:
+        return self.failure
 
-    def stay_quiet(self) -> None:
+    def report_failure(self, message: str, _code: int, *, by_signal: bool) -> None:
+        self.reported.append(message)
+
+    def wait_if_silenced(self) -> None:
         pass
 
 
-class Board:
+class MemoryStore:
     """A store in memory."""
 
     def __init__(self) -> None:
@@ -85,16 +98,16 @@ def config_in(tmp_path: Path) -> Config:
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """The log's lines so far. Signals stay as they are."""
     monkeypatch.setattr(logging.getLogger("dtrain"), "propagate", True)
-    monkeypatch.setattr(failure, "ignore_further", lambda: None)
+    monkeypatch.setattr(failure_module, "ignore_further", lambda: None)
     caplog.set_level(logging.INFO, logger="dtrain")
     return lambda: caplog.messages
 
 
-DIED = News(1, "node1", "Rank 1 died.", 4, by_signal=False)
+DIED = PeerFailure(1, "node1", "Rank 1 died.", 4, by_signal=False)
 
 
 @pytest.mark.parametrize(
-    ("error", "heard", "follows"),
+    ("error", "failure", "follows"),
     [
         (Interrupted("Stopped by SIGTERM."), DIED, True),
         (Interrupted("Stopped by SIGTERM."), DIED._replace(by_signal=True), False),
@@ -103,11 +116,11 @@ DIED = News(1, "node1", "Rank 1 died.", 4, by_signal=False)
     ],
 )
 def test_a_rank_told_to_end_after_another_has_died_ends_because_of_that(
-    error: BaseException, heard: News | None, follows: bool
+    error: BaseException, failure: PeerFailure | None, follows: bool
 ) -> None:
-    watch: Any = Heard(heard)
+    watchdog: Any = FakeWatchdog(failure)
 
-    assert _is_told_for_another(error, Job(ONE_PROCESS, None, [], watch)) is follows
+    assert _is_signal_after_failure(error, JobSession(ONE_PROCESS, None, [], watchdog)) is follows
 
 
 @pytest.mark.parametrize(("lock", "written"), [("0123", True), ("", False), ("4567", False)])
@@ -117,9 +130,9 @@ def test_the_end_of_a_start_is_not_written_into_a_folder_in_which_another_job_wo
     config, context = config_in(tmp_path), two(1)
     other = Owner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
     (config.run_dir / LOCK).write_text(other.as_text())
-    context.heartbeat.own_folder(lock)
+    context.heartbeat.claim_run_dir(lock)
 
-    write_down(end_of(Interrupted("Stopped by SIGINT."), context), config, context.heartbeat)
+    write_exit_json(error_record(Interrupted("Stopped by SIGINT."), context), config, context.heartbeat)
 
     assert (config.run_dir / "exit.json").exists() is written
 
@@ -129,39 +142,39 @@ LOST = "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1
 
 @pytest.mark.usefixtures("said")
 def test_python_code_that_started_a_run_hears_which_rank_is_gone(tmp_path: Path) -> None:
-    config, watch = config_in(tmp_path), Heard(DIED)
-    job = Job(two(0), Board(), [own_peer(), own_peer()], watch)  # type: ignore[arg-type]
+    config, watchdog = config_in(tmp_path), FakeWatchdog(DIED)
+    job = JobSession(two(0), MemoryStore(), [this_process(), this_process()], watchdog)  # type: ignore[arg-type]
 
-    lost = hand_over(RuntimeError(LOST), config, job)
+    lost = record_failure(RuntimeError(LOST), config, job)
 
     assert isinstance(lost, TopologyError)
     assert str(lost) == "Rank 1 died."
-    assert watch.told == [], "a rank that follows is no cause"
+    assert watchdog.reported == [], "a rank that follows is no cause"
     end = json.loads((config.run_dir / "exit.json").read_text())
     assert (end["code"], end["cause"], end["rank"], end["message"]) == (4, "TopologyError", 1, "Rank 1 died.")
 
 
 @pytest.mark.usefixtures("said")
 def test_python_code_that_started_a_run_hears_its_own_error_and_the_others_are_told(tmp_path: Path) -> None:
-    config, watch = config_in(tmp_path), Heard(None)
-    job = Job(two(0), Board(), [own_peer(), own_peer()], watch)  # type: ignore[arg-type]
+    config, watchdog = config_in(tmp_path), FakeWatchdog(None)
+    job = JobSession(two(0), MemoryStore(), [this_process(), this_process()], watchdog)  # type: ignore[arg-type]
 
-    assert hand_over(ValueError("made"), config, job) is None
-    assert watch.told == ["ValueError: made"]
+    assert record_failure(ValueError("made"), config, job) is None
+    assert watchdog.reported == ["ValueError: made"]
     assert json.loads((config.run_dir / "exit.json").read_text())["message"] == "ValueError: made"
 
 
 def test_a_traceback_that_is_the_same_on_all_ranks_is_printed_once(
     tmp_path: Path, said: Callable[[], list[str]]
 ) -> None:
-    config, board, peers = config_in(tmp_path), Board(), [own_peer(), own_peer()]
+    config, store, processes = config_in(tmp_path), MemoryStore(), [this_process(), this_process()]
 
     def fail(rank: int) -> None:
-        job = Job(two(rank), board, peers, Heard(None))  # type: ignore[arg-type]
+        job = JobSession(two(rank), store, processes, FakeWatchdog(None))  # type: ignore[arg-type]
         try:
             raise ValueError("made on all ranks")
         except ValueError as error:
-            report(error, config, job, is_noted=True, launcher_lives=lambda: True)
+            report_failure(error, config, job, has_exit_json=True, is_launcher_alive=lambda: True)
 
     ranks = [threading.Thread(target=fail, args=(rank,)) for rank in (0, 1)]
     for rank in ranks:
@@ -170,7 +183,7 @@ def test_a_traceback_that_is_the_same_on_all_ranks_is_printed_once(
         rank.join(timeout=20)
 
     (line,) = said()
-    assert line.startswith(f"Rank 0 on {peers[0].host} failed:\nTraceback (most recent call last):")
+    assert line.startswith(f"Rank 0 on {processes[0].host} failed:\nTraceback (most recent call last):")
     assert line.endswith("ValueError: made on all ranks")
 
 
@@ -184,7 +197,7 @@ def test_an_error_before_the_ranks_meet_is_written_down_and_printed_and_gives_a_
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_in(tmp_path)
-    monkeypatch.setattr(failure, "ignore_further", lambda: None)
+    monkeypatch.setattr(failure_module, "ignore_further", lambda: None)
 
     monkeypatch.setattr(session, "session", failing_session)
 

@@ -93,7 +93,7 @@ def test_a_job_told_to_stop_is_gone_in_10_s_and_says_so_once(
 
 
 @slow
-def test_one_rank_told_to_stop_ends_all_and_exit_json_names_it(tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_ends_all_and_exit_json_names_it(tmp_path: Path) -> None:
     with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
         job.wait_for("  loss ")
         send(job, signal.SIGTERM, "rank 1")
@@ -110,7 +110,7 @@ def test_one_rank_told_to_stop_ends_all_and_exit_json_names_it(tmp_path: Path) -
     assert line.removeprefix("error: ").removeprefix(f"Rank 1 on {HOST} ended: ").startswith("Stopped by SIGTERM"), line
 
 
-def test_a_job_told_to_stop_before_it_trains_says_so_too(tmp_path: Path) -> None:
+def test_a_job_that_gets_a_signal_before_it_trains_reports_it_too(tmp_path: Path) -> None:
     with jobs.started([*jobs.python(), *train(tmp_path / "runs")]) as job:
         # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
         assert jobs.until(lambda: any("libtorch" in each for each in job.maps(job.process.pid))), job.text
@@ -172,7 +172,7 @@ def test_a_rank_that_is_killed_is_named_by_the_other_which_ends_at_once(
 
     assert gone
     assert code != 0
-    dead = f"Rank {killed} (process {pid} on {os.uname().nodename}) died without a word"
+    dead = f"Rank {killed} (process {pid} on {os.uname().nodename}) exited without an error message"
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"], end["rank"]) == (4, "TopologyError", killed)
     assert end["message"].startswith(dead)
@@ -239,7 +239,7 @@ def test_python_code_that_started_a_run_gets_an_error_that_names_the_rank_that_d
         code = first.end()
 
     assert code != 0
-    dead = f"Rank 1 (process {second.process.pid} on {HOST}) died without a word"
+    dead = f"Rank 1 (process {second.process.pid} on {HOST}) exited without an error message"
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"], end["rank"]) == (4, "TopologyError", 1)
     assert end["message"].startswith(dead)
@@ -254,11 +254,11 @@ def die(*_arguments, **_more):
     os.kill(os.getpid(), signal.SIGKILL)
 if os.environ["RANK"] == "1":
     if os.environ["DIES"] == "as ranks meet":
-        from dtrain.job import failure as farewell
-        farewell.own_peer = die
+        from dtrain.job import session
+        session.this_process = die
     else:
-        real = main._command
-        main._command = lambda *arguments, **more: (real(*arguments, **more), die())
+        real = main._run_command
+        main._run_command = lambda *arguments, **more: (real(*arguments, **more), die())
 main.console_script()
 """
 
@@ -280,7 +280,9 @@ def test_a_rank_that_dies_as_the_ranks_meet_or_part_is_missed_in_one_line(
     end = jobs.exit_of(run)
     assert (end["code"], end["cause"]) == (4, "TopologyError")
     if moment == "as they part":
-        assert end["message"].startswith(f"Rank 1 (process {second.process.pid} on {HOST}) died without a word")
+        assert end["message"].startswith(
+            f"Rank 1 (process {second.process.pid} on {HOST}) exited without an error message"
+        )
     else:
         assert "lost its connection to another rank" in end["message"]
     assert first.said[-1] == f"error: {end['message']}", first.text
@@ -319,7 +321,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Pa
         pytest.param({"freeze__modules": "[no.such]"}, 2, "ConfigError", "no.such", id="config", marks=slow),
     ],
 )
-def test_what_all_ranks_find_wrong_is_said_once(
+def test_an_error_that_all_ranks_have_is_printed_once(
     tmp_path: Path, wrong: dict[str, str], code: int, cause: str, words: str
 ) -> None:
     folder = jobs.tiny.write_cola(tmp_path / "bad", train=4, dev=4)
@@ -389,14 +391,14 @@ def test_a_node_with_other_software_or_another_time_is_refused_and_it_is_named(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_rank_that_does_not_come_is_named_when_the_start_up_time_is_over(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_arrive_is_named_after_the_start_up_time_out(tmp_path: Path) -> None:
     sides = {}
     settings = jobs.settings(tmp_path / "runs", "run", run__startup_timeout_s=3)
     for rank in (0, 1):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
         sides[rank] = jobs.run([*jobs.python(), *settings], env=env)
 
-    alone = "error: 1 of 2 ranks came within 3 s. Missing: rank 1. Came: rank 0"
+    alone = "error: 1 of 2 ranks arrived within 3 s. Missing: rank 1. Arrived: rank 0"
     assert sides[0].process.returncode == 4
     assert sides[0].said[-1].startswith(alone), sides[0].text
     assert sides[1].process.returncode == 4

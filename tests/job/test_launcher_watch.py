@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.job.launcher_watch import ancestors, is_alive
+from dtrain.job.launcher_watch import find_ancestors
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")]
 
@@ -23,12 +23,12 @@ RANK = """
 import os, sys, threading
 from pathlib import Path
 from dtrain.distributed.topology import Topology
-from dtrain.job.launcher_watch import end_with_launcher
+from dtrain.job.launcher_watch import exit_with_launcher
 def on_death(cause):
     Path(sys.argv[2]).write_text(cause)
     if sys.argv[3:] == ["hang"]:
         threading.Event().wait()
-end_with_launcher(Topology(0, 2, 0, 2, 0, 1, sys.argv[1], "127.0.0.1", 1), on_death)
+exit_with_launcher(Topology(0, 2, 0, 2, 0, 1, sys.argv[1], "127.0.0.1", 1), on_death)
 print(os.getpid(), flush=True)
 threading.Event().wait()
 """
@@ -36,11 +36,11 @@ threading.Event().wait()
 
 @dataclass
 class Job:
-    """A launcher, the rank at the end of what it started, and where that rank leaves its last words."""
+    """A launcher, the rank at the end of what it started, and where that rank leaves the cause."""
 
     launcher: subprocess.Popen[str]
     rank: int
-    last_words: Path
+    cause: Path
 
     def rank_ends_within(self, seconds: float) -> bool:
         try:
@@ -81,20 +81,20 @@ def test_a_rank_ends_within_5_s_of_its_launchers_death_and_says_why(tmp_path: Pa
         "behind a shell": _start(tmp_path, "torchrun", between=shell),
         "runner above launch.py": _start(tmp_path, "deepspeed", between=launch_py),
         "stopped": _start(tmp_path, "mpirun", kind="openmpi"),
-        "last words that never end": _start(tmp_path, "slurmstepd", says="hang", kind="slurm"),
+        "a report that never ends": _start(tmp_path, "slurmstepd", says="hang", kind="slurm"),
     }
     try:
         os.kill(jobs["stopped"].rank, signal.SIGSTOP)
         begin = time.monotonic()
         for job in jobs.values():
             job.launcher.kill()
-        # The last one waits 3 s for its words; what is promised of it is that it ends at all.
+        # The last one waits 3 s for its report; what is promised of it is that it ends at all.
         limits = [5.0] * (len(jobs) - 1) + [10.0]
         ended = {
             name: job.rank_ends_within(max(0.0, begin + limit - time.monotonic()))
             for (name, job), limit in zip(jobs.items(), limits, strict=True)
         }
-        words = {name: job.last_words.read_text() if ended[name] else "" for name, job in jobs.items()}
+        words = {name: job.cause.read_text() if ended[name] else "" for name, job in jobs.items()}
     finally:
         for job in jobs.values():
             job.end()
@@ -119,13 +119,13 @@ def test_a_rank_started_by_hand_outlives_the_shell_that_started_it(tmp_path: Pat
 def test_a_dead_process_that_nobody_has_collected_counts_as_gone() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         assert child.stdin is not None
-        ours = next(iter(ancestors(child.pid, launcher="no such launcher")))
-        assert (ours.pid, is_alive(ours)) == (os.getpid(), True)
-        assert not is_alive(ours._replace(started="1")), "the same number, but another process"
+        ours = next(iter(find_ancestors(child.pid, launcher="no such launcher")))
+        assert (ours.pid, ours.is_running) == (os.getpid(), True)
+        assert not ours._replace(started="1").is_running, "the same number, but another process"
         itself = ours._replace(
             pid=child.pid, started=Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19]
         )
-        assert is_alive(itself)
+        assert itself.is_running
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert not is_alive(itself)
+        assert not itself.is_running

@@ -1,4 +1,4 @@
-"""What ranks compare when they have met."""
+"""The checks that compare all ranks before a command runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 import pytest
 
+from dtrain.distributed.process_info import this_process
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import TopologyError
 from dtrain.job import rank_checks
-from dtrain.job.failure import Peer, own_peer
 from tests.support.contexts import placed
 
 
@@ -21,10 +21,10 @@ def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
     del found[lacks]["deepspeed"]
     monkeypatch.setattr(rank_checks, "all_gather_object", lambda *_: found)
     monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
-    peers = [Peer(*own_peer()) for _ in range(2)]
+    processes = [this_process(), this_process()]
 
     with pytest.raises(TopologyError) as refused:
-        rank_checks.compare_software(placed(ONE_PROCESS, world_size=2), peers)
+        rank_checks.compare_software(placed(ONE_PROCESS, world_size=2), processes)
 
     assert re.search(rf"deepspeed: .*not set on rank {lacks} ", str(refused.value))
     assert "torch" not in str(refused.value)

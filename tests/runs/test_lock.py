@@ -19,8 +19,8 @@ import pytest
 
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
-from dtrain.distributed.heartbeat import SIZE, Heartbeat, read
-from dtrain.distributed.process_info import Process, began, fields_of, is_alive, this_process
+from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, read_heartbeat
+from dtrain.distributed.process_info import ProcessIdentity, is_alive, process_start, read_stat, this_process
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.runs import lock as run_lock
@@ -103,7 +103,7 @@ def test_the_lock_says_who_has_the_folder_and_goes_when_the_job_ends(tmp_path: P
         assert [entry.name for entry in folder.iterdir()] == [LOCK]
 
     own = this_process()
-    assert {name: record[name] for name in Process._fields} == own._asdict()
+    assert {name: record[name] for name in ProcessIdentity._fields} == own._asdict()
     assert record["command"] == "train"
     assert abs(time.mktime(time.strptime(record["since"], "%Y-%m-%d %H:%M:%S UTC")) - time.mktime(time.gmtime())) < 60
     assert list(folder.iterdir()) == []
@@ -153,7 +153,7 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
 ) -> None:
     told: list[object] = []
     ended, over = threading.Event(), threading.Event()
-    other, memory = owner(host="node7"), mmap.mmap(-1, SIZE)
+    other, memory = owner(host="node7"), mmap.mmap(-1, HEARTBEAT_BYTES)
     heartbeat = Heartbeat(memory)
 
     def end(code: int) -> None:
@@ -162,15 +162,15 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
         over.wait(10)
 
     monkeypatch.setattr(os, "_exit", end)
-    heartbeat.on_disowned = told.append
-    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=heartbeat.disown_folder) as own:
-        heartbeat.own_folder(own.id)
-        before = read(memory).owns_folder
+    heartbeat.on_run_dir_lost = told.append
+    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=heartbeat.lose_run_dir) as own:
+        heartbeat.claim_run_dir(own.id)
+        before = read_heartbeat(memory).owns_run_dir
         leave_lock(tmp_path, other)
         assert ended.wait(10)
     over.set()
 
-    assert (before, read(memory).owns_folder) == (True, False)
+    assert (before, read_heartbeat(memory).owns_run_dir) == (True, False)
     words, code = told
     assert (
         words
@@ -346,13 +346,13 @@ def test_whether_a_process_lives_is_known_for_those_in_sight_only() -> None:
 def test_the_age_of_this_process_is_known() -> None:
     now = time.monotonic()
 
-    assert 0 < now - began() < 24 * 3600
-    assert began() == pytest.approx(began(), abs=1.0)
+    assert 0 < now - process_start() < 24 * 3600
+    assert process_start() == pytest.approx(process_start(), abs=1.0)
 
 
 def test_a_folder_is_anothers_where_another_job_lives_or_may_live(tmp_path: Path) -> None:
     own, parent = owner(), os.getppid()
-    fields = fields_of(parent)
+    fields = read_stat(parent)
     assert fields is not None
     living = owner(pid=parent, started=fields[19])
 
@@ -447,7 +447,7 @@ def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
 
     assert held is not None
     assert held.owner is not None
-    assert heartbeat.lock == held.owner.id
+    assert heartbeat.lock_id == held.owner.id
 
 
 def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_p
     assert not (run / "exit.json").exists()
     assert json.loads(lock.read_text()) == other
     assert f"error: {run} was taken over by process {other['pid']} on node7" in job.text
-    assert "died without a word" not in job.text
+    assert "exited without an error message" not in job.text
 
 
 @slow
@@ -131,7 +131,7 @@ def test_a_job_that_torchrun_starts_again_takes_the_lock_of_its_killed_rank_0_at
 
         assert any("  loss " in line for line in job.out[seen:]), job.text
         assert "out of sight" not in job.text
-        assert "turned away" not in job.text
+        assert "was rejected" not in job.text
 
 
 @slow

@@ -201,14 +201,14 @@ class Fault:
 HANG_TIMEOUT_S = 10
 
 WHILE_IT_RUNS = {
-    "SIGKILL of a rank on node2": Fault(kill_rank, 10.0, (r"node2\) died without a word",)),
+    "SIGKILL of a rank on node2": Fault(kill_rank, 10.0, (r"node2\) exited without an error message",)),
     "SIGKILL of the launcher on node2": Fault(
-        kill_last_launcher, 10.0, (r"node2: .* was killed by SIGKILL", "node2.* died")
+        kill_last_launcher, 10.0, (r"node2: .* was killed by SIGKILL", "node2.* (died|exited)")
     ),
     "SIGKILL of the launcher on node1": Fault(
-        kill_first_launcher, 10.0, (r"node1: .* was killed by SIGKILL", "node1.* died", "launcher .* has died")
+        kill_first_launcher, 10.0, (r"node1: .* was killed by SIGKILL", "node1.* (died|exited)", "launcher .* has died")
     ),
-    "node2 cut off": Fault(cut, HANG_TIMEOUT_S + 10.0, (r"node2\) hangs: nothing has been heard of it",)),
+    "node2 cut off": Fault(cut, HANG_TIMEOUT_S + 10.0, (r"node2\) hangs: no sign of life",)),
     "node2 without power": Fault(kill_node, HANG_TIMEOUT_S + 10.0, ("node2",)),
 }
 

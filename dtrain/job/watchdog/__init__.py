@@ -1,1 +1,1 @@
-"""Watching the ranks from outside their interpreter: who has died, who hangs, and where."""
+"""Watches the ranks from outside their interpreter: which have died, which hang, and where."""

@@ -1,7 +1,7 @@
-"""Where the monitors of all ranks meet: it hears of each rank, judges, and tells all what to do.
+"""Coordinator of all monitors: receives the state of each rank, detects hangs, and tells every monitor what to do.
 
-It lives in the monitor of rank 0, outside of every rank. What crosses is one short line of JSON from each rank every
-second or two, over a socket of its own with a word that only this job knows.
+It runs in the monitor of rank 0, outside of every rank. Each rank's monitor sends one short line of JSON every second
+or two, over its own socket, after a token that only this job knows.
 """
 
 from __future__ import annotations
@@ -11,260 +11,304 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import NamedTuple
 
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
 from dtrain.errors import TopologyError
-from dtrain.job.watchdog import report
-from dtrain.job.watchdog.report import LISTED, Evidence
-from dtrain.job.watchdog.rules import Rules, Seen, hanging
-
-Message = dict[str, Any]
+from dtrain.job.watchdog.evidence import MonitorMessage
+from dtrain.job.watchdog.report import MAX_LISTED, RankEvidence, evidence_from_json, hang_message
+from dtrain.job.watchdog.rules import HangSettings, RankState, is_hang
 
 EVIDENCE_S = 5.0
-"""How long the monitors may take to say what they see of a hang."""
+"""How long the monitors may take to send evidence about a hang."""
 
 AFTER_DEATH_S = 2.5
 AFTER_ERROR_S = 4.0
-"""How long ranks may go on after another one has died, or has said why it ends; they are told to end then."""
+"""How long the other ranks may continue after one has died, or has reported why it ends; then they are ended."""
 
-QUIET_S = 30.0
-QUIET_AT_LEAST_S = 10.0
-"""A monitor that says nothing for so long is out of reach; sooner where ranks may not be silent for as long."""
+UNREACHABLE_S = 30.0
+MIN_UNREACHABLE_S = 10.0
+"""A monitor that sends nothing for so long counts as out of reach; sooner if ranks may not be idle for as long."""
 
 JOINING_S = 30.0
-"""A monitor that has not come by then does not come."""
+"""Monitors that have not connected by then are not waited for."""
 
-LONGEST_LINE = 2**20
+MAX_LINE = 2**20
 
 
-def quiet_of(rules: Rules) -> float:
-    """How long a monitor, or the hub, may say nothing until it counts as out of reach, in seconds."""
-    return min(QUIET_S, max(QUIET_AT_LEAST_S, rules.hang_timeout_s or QUIET_S))
+def unreachable_after_s(settings: HangSettings) -> float:
+    """Returns after how many seconds of silence a monitor, or the coordinator, counts as out of reach."""
+    return min(UNREACHABLE_S, max(MIN_UNREACHABLE_S, settings.hang_timeout_s or UNREACHABLE_S))
 
 
 @dataclass
-class Member:
-    """A rank, as far as the hub knows it. seen: None before its first report."""
+class RankRecord:
+    """What the coordinator knows about a rank.
 
-    send: Callable[[Message], None]
+    Attributes:
+        send: sends a message to its monitor.
+        host: its host name.
+        pid: its process id.
+        state: None before its first report.
+        owns_run_dir: whether this run may write exit.json.
+        heard_s: time.monotonic() when its monitor last sent something.
+        evidence: what its monitor has sent about a hang.
+        has_left: whether the rank has ended or its monitor has left.
+        is_disconnected: whether the connection to its monitor is closed.
+    """
+
+    send: Callable[[MonitorMessage], None]
     host: str
     pid: int
-    seen: Seen | None = None
-    owns_folder: bool = False
+    state: RankState | None = None
+    owns_run_dir: bool = False
     heard_s: float = field(default_factory=time.monotonic)
-    evidence: Message | None = None
+    evidence: MonitorMessage | None = None
     has_left: bool = False
-    is_lost: bool = False
+    is_disconnected: bool = False
 
     @property
-    def has_testified(self) -> bool:
-        """Whether that was all: its data workers come last."""
+    def has_all_evidence(self) -> bool:
+        """Whether the evidence is complete: data workers come last."""
         return self.evidence is not None and "workers" in self.evidence
 
 
-class Hub:
-    """All ranks, and what becomes of them."""
+class CoordinatorEndpoint(NamedTuple):
+    """Where monitors connect to the coordinator.
+
+    Attributes:
+        address: host or address.
+        port: its port.
+        token: known to this job only.
+        host: host name of rank 0, whose monitor runs the coordinator.
+        pid: process id of rank 0.
+    """
+
+    address: str
+    port: int
+    token: str
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"{self.address} port {self.port}"
+
+
+class Coordinator:
+    """Tracks all ranks and decides when to end the job."""
 
     def __init__(
-        self, ranks: Iterable[int], rules: Rules, speak: Callable[[Message, Sequence[Evidence]], Awaitable[None]]
+        self,
+        ranks: Iterable[int],
+        settings: HangSettings,
+        report_end: Callable[[MonitorMessage, Sequence[RankEvidence]], Awaitable[None]],
     ) -> None:
         """
         Args:
-            speak: prints and writes down how the job ends; a mapping as exit.json has it, and what was seen of a hang.
+            ranks: all ranks of the job, or those that this coordinator watches.
+            settings: what counts as a hang.
+            report_end: prints and writes how the job ends: the fields of exit.json, and the evidence about a hang.
         """
-        self._awaited = frozenset(ranks)
-        self._rules = rules
-        self._speak = speak
-        self._members: dict[int, Member] = {}
-        self._is_over = self._is_said = self._has_ended = False
-        self._followed: asyncio.Task[None] | None = None
-        self._begin_s, self._has_warned = time.monotonic(), False
-        self._quiet_s = quiet_of(rules)
+        self._expected = frozenset(ranks)
+        self._settings = settings
+        self._report_end = report_end
+        self._ranks: dict[int, RankRecord] = {}
+        self._is_over = self._is_reported = self._is_done = False
+        self._ending: asyncio.Task[None] | None = None
+        self._start_s, self._has_warned = time.monotonic(), False
+        self._unreachable_after_s = unreachable_after_s(settings)
 
-    def join(self, rank: int, member: Member) -> None:
-        """A monitor has come."""
-        self._members[rank] = member
+    def add_rank(self, rank: int, record: RankRecord) -> None:
+        """Adds a rank whose monitor has connected."""
+        self._ranks[rank] = record
 
-    def receive(self, rank: int, message: Message) -> None:
-        """What the monitor of a rank says."""
-        member = self._members[rank]
-        member.heard_s = time.monotonic()
+    def receive(self, rank: int, message: MonitorMessage) -> None:
+        """Handles a message from the monitor of a rank."""
+        record = self._ranks[rank]
+        record.heard_s = time.monotonic()
         match message:
-            case {"seen": values}:
-                member.owns_folder = values.pop("owns_folder")
-                member.seen = Seen(**{**values, "rank": rank, "phase": Phase(values["phase"])})
+            case {"state": values, "owns_run_dir": owns_run_dir}:
+                record.owns_run_dir = owns_run_dir
+                record.state = RankState(**{**values, "rank": rank, "phase": Phase(values["phase"])})
             case {"evidence": evidence}:
-                member.evidence = evidence
-            case {"bye": _}:
-                member.has_left = True
-                if self._followed is not None:  # the others are still to be ended, also by a rank 0 that has gone
-                    self._is_said = True  # it has said why it follows
+                record.evidence = evidence
+            case {"leaving": _}:
+                record.has_left = True
+                if self._ending is not None:  # the others must still be ended, even if rank 0 is gone
+                    self._is_reported = True  # this rank has reported why it follows
                 elif rank == 0 and not self._is_over:
-                    self._is_over = self._has_ended = True
-                    self._tell_all({"over": True})
-            case {"died": words, "owns_folder": owns_folder}:
-                member.has_left, member.owns_folder = True, owns_folder
-                self._follow(rank, words, TopologyError.exit_code, AFTER_DEATH_S)
-            case {"failed": words, "code": code, "by_signal": by_signal}:
-                member.has_left = self._is_said = True
-                self._follow(rank, words, code, AFTER_ERROR_S, by_signal=by_signal)
+                    self._is_over = self._is_done = True
+                    self._send_all({"finished": True})
+            case {"died": text, "owns_run_dir": owns_run_dir}:
+                record.has_left, record.owns_run_dir = True, owns_run_dir
+                self._start_ending(rank, text, TopologyError.exit_code, AFTER_DEATH_S)
+            case {"failed": text, "code": code, "by_signal": by_signal}:
+                record.has_left = self._is_reported = True
+                self._start_ending(rank, text, code, AFTER_ERROR_S, by_signal=by_signal)
 
-    def lost(self, rank: int) -> None:
-        """The line to a monitor is closed. It alone may have been killed: that is no reason to end a healthy job."""
-        self._members[rank].is_lost = True
+    def disconnect(self, rank: int) -> None:
+        """Records that the connection to a monitor is closed. It may have been killed alone, so the job continues."""
+        self._ranks[rank].is_disconnected = True
 
     def stand_down(self) -> None:
-        """Another hub judges from here on."""
-        self._is_over = self._has_ended = True
+        """Stops all decisions here, because another coordinator takes them."""
+        self._is_over = self._is_done = True
 
-    async def judge(self, period_s: float) -> None:
-        """Looks at all ranks for as long as the job goes on."""
+    async def watch(self, period_s: float) -> None:
+        """Checks all ranks periodically until the job is over."""
         while not self._is_over:
             await asyncio.sleep(period_s)
-            self._tell_all({"here": True})
-            missing = self._missing()
-            if missing is not None and hanging([*self._all_seen(), *missing], self._rules):
+            self._send_all({"alive": True})
+            missing = self._missing_ranks()
+            if missing is not None and is_hang([*self._reported_states(), *missing], self._settings):
                 await self._end_hang()
 
-    def _missing(self) -> list[Seen] | None:
-        """Ranks without a monitor, of which it is said once; None while monitors may still come.
+    def _missing_ranks(self) -> list[RankState] | None:
+        """Returns ranks without a monitor, and warns about them once; None while monitors may still connect.
 
-        Such a rank is at work, for all that is known, as one that starts: others wait for it with reason.
+        Such a rank counts as starting, which has no limit: as far as is known, others wait for it with reason.
         """
-        missing = sorted(self._awaited - self._members.keys())
-        if missing and time.monotonic() - self._begin_s < JOINING_S:
+        missing = sorted(self._expected - self._ranks.keys())
+        if missing and time.monotonic() - self._start_s < JOINING_S:
             return None
         if missing and not self._has_warned:
             self._has_warned = True
-            names = f"{', '.join(map(str, missing[:LISTED]))}{' and more' if len(missing) > LISTED else ''}"
+            names = f"{', '.join(map(str, missing[:MAX_LISTED]))}{' and more' if len(missing) > MAX_LISTED else ''}"
             log.warning(
-                "Nobody here watches rank%s %s: no monitor has come from there within %.0f s. Ranks that wait for "
-                "%s are not taken for hanging.",
+                "No watchdog for rank%s %s: its monitor has not connected within %.0f s. Ranks that wait for %s do not "
+                "count as hanging.",
                 "" if len(missing) == 1 else "s",
                 names,
                 JOINING_S,
                 "it" if len(missing) == 1 else "them",
             )
-        return [Seen(rank, Phase.STARTING) for rank in missing]
+        return [RankState(rank, Phase.STARTING) for rank in missing]
 
-    def _all_seen(self) -> list[Seen]:
+    def _reported_states(self) -> list[RankState]:
         now = time.monotonic()
-        found = []
-        for member in self._members.values():
-            if member.seen is not None and not member.has_left:
-                unheard = now - member.heard_s
-                is_away = member.is_lost or unheard > self._quiet_s
-                found.append(replace(member.seen, unheard_s=unheard if is_away else 0.0))
-        return found
+        states = []
+        for record in self._ranks.values():
+            if record.state is not None and not record.has_left:
+                silence_s = now - record.heard_s
+                is_unreachable = record.is_disconnected or silence_s > self._unreachable_after_s
+                states.append(replace(record.state, unreachable_s=silence_s if is_unreachable else 0.0))
+        return states
 
     async def _end_hang(self) -> None:
         self._is_over = True
-        seen = {each.rank: each for each in self._all_seen()}
-        self._tell_all({"testify": True})
+        states = {state.rank: state for state in self._reported_states()}
+        self._send_all({"send_evidence": True})
         deadline = time.monotonic() + EVIDENCE_S
-        waiting = [self._members[rank] for rank, each in seen.items() if each.unheard_s == 0]
-        while not all(member.has_testified for member in waiting) and time.monotonic() < deadline:
+        asked = [self._ranks[rank] for rank, state in states.items() if state.unreachable_s == 0]
+        while not all(record.has_all_evidence for record in asked) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if self._has_ended:  # it stood down meanwhile: who waited may go on
+        if self._is_done:  # it stood down in the meantime, so the ranks may continue
             return
-        ranks = [self._evidence_of(rank, each) for rank, each in sorted(seen.items())]
-        text, guilty = report.message(ranks, self._rules, stacks=None)
-        first = next((each for each in ranks if each.rank in guilty), ranks[0])
-        await self._say_and_end(
+        ranks = [self._evidence(rank, state) for rank, state in sorted(states.items())]
+        text, suspects = hang_message(ranks, self._settings, stacks_file=None)
+        first = next((each for each in ranks if each.rank in suspects), ranks[0])
+        await self._report_and_end(
             {
                 "code": TopologyError.exit_code,
                 "cause": "Hang",
                 "rank": first.rank,
                 "host": first.host,
                 "message": text,
-                "ranks": guilty,
-                "step": max(each.seen.step for each in ranks) + 1,
-                "owns_folder": any(member.owns_folder for member in self._members.values()),
+                "ranks": suspects,
+                "step": max(each.state.step for each in ranks) + 1,
+                "owns_run_dir": self._owns_run_dir,
             },
             ranks,
         )
 
-    def _evidence_of(self, rank: int, seen: Seen) -> Evidence:
-        member = self._members[rank]
-        if member.evidence is None:
-            return Evidence(seen, member.host, member.pid, state="?", heard=seen.unheard_s == 0)
-        return report.from_json(member.evidence, seen)
+    def _evidence(self, rank: int, state: RankState) -> RankEvidence:
+        record = self._ranks[rank]
+        if record.evidence is None:
+            is_reachable = state.unreachable_s == 0
+            return RankEvidence(state, record.host, record.pid, process_state="?", is_reachable=is_reachable)
+        return evidence_from_json(record.evidence, state)
 
-    async def _others_end(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool) -> None:
-        """All other ranks are told that this one has ended; those that go on regardless are ended."""
-        member = self._members[rank]
-        news = {"rank": rank, "host": member.host, "message": words, "code": code, "by_signal": by_signal}
-        self._tell_all({"news": news})
+    def _start_ending(self, rank: int, text: str, code: int, grace_s: float, *, by_signal: bool = False) -> None:
+        """Starts to end the other ranks after the first failure. Further failures follow from the first."""
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(
+                self._end_others(rank, text, code, grace_s, by_signal=by_signal)
+            )
+
+    async def _end_others(self, rank: int, text: str, code: int, grace_s: float, *, by_signal: bool) -> None:
+        """Tells all other ranks that this one has ended, and ends those that continue for too long."""
+        record = self._ranks[rank]
+        failure = {"rank": rank, "host": record.host, "message": text, "code": code, "by_signal": by_signal}
+        self._send_all({"failure": failure})
         deadline = time.monotonic() + grace_s
         while self._alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._is_over:
             return
         self._is_over = True
-        if not self._is_said and not any(each.seen and each.seen.phase == Phase.ENDING for each in self._alive()):
-            self._tell_all({"hush": True})
-            # What one process prints itself before it leaves is not known here; with a folder, exit.json tells.
-            end = {"code": code, "cause": "TopologyError", "rank": rank, "host": member.host, "message": words}
-            owns_folder = any(each.owns_folder for each in self._members.values())
-            if owns_folder or len(self._awaited) > 1:
-                await self._say_and_end({**end, "owns_folder": owns_folder}, [])
+        is_any_ending = any(each.state and each.state.phase == Phase.ENDING for each in self._alive())
+        # What a single process prints before it leaves is not known here; with a run folder, exit.json shows it.
+        if not self._is_reported and not is_any_ending:
+            self._send_all({"silence": True})
+            if self._owns_run_dir or len(self._expected) > 1:
+                end = {"code": code, "cause": "TopologyError", "rank": rank, "host": record.host, "message": text}
+                await self._report_and_end({**end, "owns_run_dir": self._owns_run_dir}, [])
                 return
         self._end_all(code)
 
-    async def _say_and_end(self, end: Message, ranks: Sequence[Evidence]) -> None:
+    async def _report_and_end(self, end: MonitorMessage, ranks: Sequence[RankEvidence]) -> None:
         try:
-            await self._speak(end, ranks)
-        finally:  # whatever cannot be said or written
+            await self._report_end(end, ranks)
+        finally:  # also if the report fails
             self._end_all(end["code"])
 
     def _end_all(self, code: int) -> None:
-        self._tell_all({"end": code})
-        self._has_ended = True
+        self._send_all({"end": code})
+        self._is_done = True
 
     @property
     def is_settled(self) -> bool:
-        """Whether nobody needs it any more: the job is over, or all have left, or who has not was told to end."""
-        return self._has_ended or (self._followed is None and not self._alive())
+        """Whether no rank needs it any more: the job is over, or every rank has left or was told to end."""
+        return self._is_done or (self._ending is None and not self._alive())
 
-    def _alive(self) -> list[Member]:
-        return [each for each in self._members.values() if not (each.has_left or each.is_lost)]
+    @property
+    def _owns_run_dir(self) -> bool:
+        return any(record.owns_run_dir for record in self._ranks.values())
 
-    def _tell_all(self, message: Message) -> None:
-        """Those who are there: one that has said why it ends does so itself, and may go on as a process."""
-        for member in self._members.values():
-            if not member.has_left:
-                member.send(message)
+    def _alive(self) -> list[RankRecord]:
+        return [record for record in self._ranks.values() if not (record.has_left or record.is_disconnected)]
 
-    def _follow(self, rank: int, words: str, code: int, grace_s: float, *, by_signal: bool = False) -> None:
-        """The first end counts; further ones follow from it."""
-        if self._followed is None:
-            self._followed = asyncio.get_running_loop().create_task(
-                self._others_end(rank, words, code, grace_s, by_signal=by_signal)
-            )
+    def _send_all(self, message: MonitorMessage) -> None:
+        """Sends to all ranks that have not left. A rank that has failed ends by itself, or continues in a notebook."""
+        for record in self._ranks.values():
+            if not record.has_left:
+                record.send(message)
 
 
-async def serve(hub: Hub, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, token: str) -> None:
-    """One connection, from its first line, which must have the job's word, to its end."""
+async def serve_monitor(
+    coordinator: Coordinator, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, token: str
+) -> None:
+    """Serves the connection of one monitor, whose first line must have the job's token, until it is closed."""
     rank: int | None = None
     try:
         hello = json.loads(await asyncio.wait_for(reader.readline(), timeout=10.0) or b"{}")
         if hello.get("token") != token:
             return
         rank = int(hello["rank"])
-        hub.join(rank, Member(lambda message: send(writer, message), hello["host"], hello["pid"]))
+        record = RankRecord(lambda message: send_message(writer, message), hello["host"], hello["pid"])
+        coordinator.add_rank(rank, record)
         while line := await reader.readline():
-            hub.receive(rank, json.loads(line))
+            coordinator.receive(rank, json.loads(line))
     except (OSError, ValueError, KeyError, TimeoutError, asyncio.TimeoutError):
-        pass  # gone, or never one of ours
+        pass  # the connection is broken, or it was no monitor of this job
     finally:
         if rank is not None:
-            hub.lost(rank)
+            coordinator.disconnect(rank)
         writer.close()
 
 
-def send(writer: asyncio.StreamWriter, message: Message) -> None:
-    """A line of JSON; nothing where the other side is gone."""
+def send_message(writer: asyncio.StreamWriter, message: MonitorMessage) -> None:
+    """Sends a line of JSON, unless the connection is closed."""
     if not writer.is_closing():
         writer.write(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What the monitor of a rank says of it when the job hangs: its place, its data workers', and what it waits in."""
+"""Collects what a monitor can find out about its rank when the job hangs: its stacks, data workers and collectives."""
 
 from __future__ import annotations
 
@@ -7,26 +7,35 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.job.watchdog import stacks
-from dtrain.job.watchdog.rules import Rules
+from dtrain.job.watchdog.rules import HangSettings
 
 ANSWER_S = 1.0
-"""How long the helper thread may take; it needs the interpreter lock."""
+"""How long the helper thread may take to answer. It needs the interpreter lock."""
 
-LONGEST_TEXT = 100_000
+MAX_TEXT = 100_000
 
-Message = dict[str, Any]
+MonitorMessage = dict[str, Any]
+"""One line of JSON between a rank, its monitor and the coordinator."""
 
 
 @dataclass(frozen=True)
-class Ward:
-    """The rank that is watched, and what is shared with it.
+class WatchedRank:
+    """The rank that a monitor watches, and what the two share.
 
-    thread, native_thread: threading.get_ident() and get_native_id() of the one that works. memory: its heartbeat.
-    stacks: file that faulthandler writes to; None where another handler has the signal. channel: this end of the
-    socket pair. run_dir: the run's folder.
+    Attributes:
+        rank: its number.
+        pid: its process id.
+        thread: threading.get_ident() of its main thread.
+        native_thread: threading.get_native_id() of its main thread.
+        memory: its heartbeat.
+        stacks: file that faulthandler writes to; None if another handler has the signal.
+        channel: the monitor's end of the socket pair.
+        settings: what counts as a hang.
+        run_dir: the run's folder.
     """
 
     rank: int
@@ -36,52 +45,59 @@ class Ward:
     memory: Any
     stacks: int | None
     channel: Any
-    rules: Rules
-    run_dir: Any
+    settings: HangSettings
+    run_dir: Path
 
 
-class Answer(NamedTuple):
-    """Of the helper thread. collectives: see flight.last_collectives. is_debugged: whether a debugger has the rank."""
+class HelperAnswer(NamedTuple):
+    """What the helper thread of a rank answers.
 
-    collectives: list[Message]
+    Attributes:
+        collectives: see flight_recorder.last_collectives.
+        is_debugged: whether a debugger holds the rank.
+    """
+
+    collectives: list[MonitorMessage]
     is_debugged: bool
 
 
-async def give_evidence(
-    ward: Ward,
-    ask: Callable[..., Awaitable[Answer | None]],
-    hush: Callable[[], None],
-    tell: Callable[[Message], None],
+async def collect_evidence(
+    rank: WatchedRank,
+    query: Callable[..., Awaitable[HelperAnswer | None]],
+    silence: Callable[[], None],
+    send: Callable[[MonitorMessage], None],
 ) -> None:
-    """Tells what can be seen of the rank, then once more with its data workers, which may be slow to answer, or many.
+    """Sends evidence about the rank, then again with its data workers, which may be many or slow to answer.
 
-    The rank prints no more from here on, unless its end is called off.
+    The rank prints nothing from now on, unless the decision to end it is withdrawn.
 
     Args:
-        ask, hush: of the helper thread: what it knows; that the main thread falls silent. tell: to the hub.
+        query: asks the helper thread what it knows.
+        silence: tells the helper thread to stop the main thread from printing.
+        send: sends a message to the coordinator.
     """
-    state, file = stacks.state_of(ward.pid), ward.stacks
+    state, file = stacks.process_state(rank.pid), rank.stacks
     start = os.fstat(file).st_size if file is not None else 0
-    answer = None if state == "T" else await ask(hush=True)  # writes the stacks, too
-    text = stacks.written(file, start) if file is not None else ""
+    answer = None if state == "T" else await query(silence=True)  # also writes the stacks
+    text = stacks.read_from(file, start) if file is not None else ""
     if answer is None:
-        # To ask a stopped rank for its stack, or one in a C call, sets it going: not before the others are asked.
-        hush()
+        # Asking a stopped rank, or one in a C call, for its stack makes it continue. Wait until all others were asked.
+        silence()
         await asyncio.sleep(ANSWER_S)
-    # A signal wakes what slept, so that the rank goes on and the helper thread answers late, with another place.
+    # The signal wakes a sleeping rank, and the helper thread may then write a later stack: use the first one.
     is_woken = file is not None and not text
     if file is not None and is_woken:
-        text = await stacks.ask_for_stack(ward.pid, ward.native_thread, file)
+        text = await stacks.request_stack(rank.pid, rank.native_thread, file)
     evidence = {
         "host": socket.gethostname(),
-        "pid": ward.pid,
+        "pid": rank.pid,
         "state": state,
-        "stack": stacks.frames_of(text, ward.thread, first=is_woken),
+        "stack": stacks.parse_stack(text, rank.thread, first=is_woken),
         "collectives": answer.collectives if answer is not None else [],
-        "text": text[:LONGEST_TEXT],
+        "text": text[:MAX_TEXT],
     }
-    tell({"evidence": evidence})
-    workers = await stacks.ask_workers(ward.pid, file) if file is not None else []
-    evidence["workers"] = [stacks.frames_of(each, ward.thread) for each in workers]
-    evidence["text"] = "\n".join([text, *workers])[:LONGEST_TEXT]
-    tell({"evidence": evidence})
+    send({"evidence": evidence})
+    workers = await stacks.request_worker_stacks(rank.pid, file) if file is not None else []
+    evidence["workers"] = [stacks.parse_stack(each, rank.thread) for each in workers]
+    evidence["text"] = "\n".join([text, *workers])[:MAX_TEXT]
+    send({"evidence": evidence})

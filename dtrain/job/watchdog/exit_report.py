@@ -1,107 +1,99 @@
-"""How a job ends that cannot say so itself: the words, exit.json, the stacks, and a line in metrics.jsonl."""
+"""Reports the end of a job that cannot do so itself: message, exit.json, stacks, and a line in metrics.jsonl."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dtrain.console import log
+from dtrain.distributed.bounded import await_with_timeout
 from dtrain.errors import DtrainError
-from dtrain.job.watchdog.report import Evidence, place_of
-from dtrain.job.watchdog.stacks import fatal_error_in, frames_of, written
+from dtrain.job.watchdog.report import RankEvidence, format_place
+from dtrain.job.watchdog.stacks import find_fatal_error, parse_stack, read_from
 from dtrain.runs.folder import write_exit, write_text_atomic
 
-T = TypeVar("T")
+STACKS_FILE = "hang-stacks.txt"
 
-STACKS = "hang-stacks.txt"
-
-FILES_S = 3.0
-"""How long the run folder may take. Its file system may be what the ranks hang in, and they are to be ended regardless."""
+RUN_DIR_S = 3.0
+"""How long the run folder may take. The ranks may hang in its file system, and must be ended nevertheless."""
 
 PRINT_S = 1.0
 """The same for standard output, which may be a file there."""
 
-POLL_S = 0.01
 
-
-def words_of_death(rank: int, pid: int, file: int | None, thread: int) -> str:
-    """What is known of a rank that has died: the interpreter may have written why."""
-    who = f"Rank {rank} (process {pid} on {socket.gethostname()})"
-    text = written(file, 0) if file is not None else ""
-    fatal = fatal_error_in(text)
-    if fatal is None:
-        return f"{who} died without a word: killed from outside, or for want of memory?"
-    frames = frames_of(text[text.index("Fatal Python error") :], thread)
-    return f"{who} died: {fatal} at {place_of(frames)}."
-
-
-async def speak(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path, *, of_all: bool = True) -> None:
-    """Writes down how the job ends and prints it, in a few seconds at most, whatever a disk does.
-
-    Without evidence it is a death, which another may have told already: then it is not told again.
+def death_message(rank: int, pid: int, stacks: int | None, thread: int) -> str:
+    """Returns what is known about a rank that has died. The interpreter may have written why.
 
     Args:
-        of_all: whether all ranks are judged where this is called. Else another may live that writes the job's files.
+        stacks: file that faulthandler wrote to.
+        thread: threading.get_ident() of its main thread.
+    """
+    name = f"Rank {rank} (process {pid} on {socket.gethostname()})"
+    text = read_from(stacks, 0) if stacks is not None else ""
+    error = find_fatal_error(text)
+    if error is None:
+        return f"{name} exited without an error message: killed by a signal, or out of memory?"
+    frames = parse_stack(text[text.index("Fatal Python error") :], thread)
+    return f"{name} died: {error} at {format_place(frames)}."
+
+
+async def report_end(
+    end: dict[str, Any], ranks: Sequence[RankEvidence], run_dir: Path, *, covers_all_ranks: bool = True
+) -> None:
+    """Writes and prints how the job ends, in a few seconds at most, even if a disk blocks.
+
+    Args:
+        end: fields of exit.json, and whether the job `owns_run_dir`.
+        ranks: evidence about a hang. Empty after a death, which is not reported again if another process has done so.
+        covers_all_ranks: whether the caller watches all ranks. Else another process may still write the job's files.
     """
     message = end["message"]
-    if end["owns_folder"]:
-        found = await _within(FILES_S, partial(_write_down, end, ranks, run_dir, of_all=of_all))
-        silence = f"{message}\n  {run_dir} did not answer for {FILES_S:g} s: nothing is written down there"
-        message, is_news = found if found is not None else (silence, True)
-        if not is_news:
+    if end["owns_run_dir"]:
+        blocked = f"{message}\n  {run_dir} did not respond for {RUN_DIR_S:g} s: nothing is written there"
+        message, is_new = await await_with_timeout(
+            partial(_write_files, end, ranks, run_dir, covers_all_ranks=covers_all_ranks),
+            RUN_DIR_S,
+            (blocked, True),
+            ignore=(OSError, ValueError),
+        )
+        if not is_new:
             return
-    await _within(PRINT_S, partial(log.error, "%s", message))
+    await await_with_timeout(partial(log.error, "%s", message), PRINT_S, None, ignore=(OSError, ValueError))
 
 
-async def _within(limit_s: float, work: Callable[[], T]) -> T | None:
-    """What `work` gives, from a thread that is left alone where it takes longer or fails: None then."""
-    found: list[T] = []
-
-    def do() -> None:
-        with suppress(OSError, ValueError):
-            found.append(work())
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + limit_s
-    while thread.is_alive() and time.monotonic() < deadline:
-        await asyncio.sleep(POLL_S)
-    return found[0] if found else None
-
-
-def _write_down(end: dict[str, Any], ranks: Sequence[Evidence], run_dir: Path, *, of_all: bool) -> tuple[str, bool]:
-    """Gives what is to be said, and whether it has not been said already."""
+def _write_files(
+    end: dict[str, Any], ranks: Sequence[RankEvidence], run_dir: Path, *, covers_all_ranks: bool
+) -> tuple[str, bool]:
+    """Writes the files; returns the message to print, and whether no other process has printed it."""
     message, file = end["message"], run_dir / "exit.json"
     if not run_dir.is_dir():
         return message, True
-    if ranks and of_all:
+    if ranks and covers_all_ranks:
         try:
-            write_text_atomic(run_dir / STACKS, "\n\n".join(_titled(each) for each in ranks))
-            message += f"\n  the stacks of all ranks: {run_dir / STACKS}"
+            write_text_atomic(run_dir / STACKS_FILE, "\n\n".join(_titled_stack(each) for each in ranks))
+            message += f"\n  the stacks of all ranks: {run_dir / STACKS_FILE}"
         except (DtrainError, OSError, ValueError) as error:
-            message += f"\n  the stacks of all ranks are not written down: {error}"
-        _note_fault(run_dir / "metrics.jsonl", end)
-    what = {key: end[key] for key in ("code", "cause", "rank", "host")}
-    is_first = write_exit(file, **what, message=message)
-    # Where nobody could write it, on a full disk, nobody else may have said it.
+            message += f"\n  the stacks of all ranks could not be written: {error}"
+        _append_fault(run_dir / "metrics.jsonl", end)
+    fields = {key: end[key] for key in ("code", "cause", "rank", "host")}
+    is_first = write_exit(file, **fields, message=message)
+    # If no process could write the file, on a full disk, none may have printed the message either.
     return message, bool(ranks) or is_first or not file.exists()
 
 
-def _titled(each: Evidence) -> str:
-    return f"{each.who}, state {each.state}\n{each.text or 'no stack could be had'}"
+def _titled_stack(each: RankEvidence) -> str:
+    return f"{each.name}, state {each.process_state}\n{each.text or 'no stack available'}"
 
 
-def _note_fault(metrics: Path, end: dict[str, Any]) -> None:
-    """One whole line at the end of metrics.jsonl. Its writer, rank 0, writes nothing more."""
+def _append_fault(metrics: Path, end: dict[str, Any]) -> None:
+    """Appends one complete line to metrics.jsonl. Its writer, rank 0, writes nothing more."""
     line = {
         "event": "fault",
         "kind": "hang",
@@ -115,7 +107,7 @@ def _note_fault(metrics: Path, end: dict[str, Any]) -> None:
         handle = os.open(metrics, os.O_RDWR | os.O_APPEND)
         try:
             size = os.fstat(handle).st_size
-            if size == 0 or os.pread(handle, 1, size - 1) == b"\n":  # else a line is half written
+            if size == 0 or os.pread(handle, 1, size - 1) == b"\n":  # else the last line is incomplete
                 os.write(handle, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         finally:
             os.close(handle)

@@ -1,4 +1,4 @@
-"""Which collectives this rank has begun, by torch's flight recorder and its process group."""
+"""Reads from torch's flight recorder and process group which collectives this rank has started."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_DUMPS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
-"""Of gloo and of NCCL. A torch without them tells nothing."""
+_DUMP_FUNCTIONS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+"""For gloo and for NCCL. A torch without them reports no collectives."""
 
 
 def last_collectives() -> list[dict[str, Any]]:
-    """Of each process group, the oldest collective that has not ended, or else the last one; JSON.
+    """Returns, for each process group, the oldest collective that has not ended, or else the last one. JSON types.
 
-    group: its name. number: counts the collectives of the group. name: gloo:all_reduce. sizes: of its tensors. pending:
-    whether it has not ended.
+    Each has `group` (its name), `number` (counts the collectives of the group), `name` (such as gloo:all_reduce),
+    `sizes` (of its tensors) and `pending` (whether it has not ended).
     """
-    last: dict[tuple[str, str], dict[str, Any]] = {}  # gloo and NCCL count apart, also in one group
+    last: dict[tuple[str, str], dict[str, Any]] = {}  # gloo and NCCL count separately, even in one group
     for entry in _entries():
         group, is_pending = str(entry["process_group"][-1]), not entry["retired"]
         key = (group, str(entry["profiling_name"]).partition(":")[0])
         before = last.get(key)
         if before is not None and before["pending"] and is_pending:
-            continue  # it waits for the one before
+            continue  # it is queued behind the older one
         last[key] = {
             "group": group,
             "number": int(entry["collective_seq_id"]),
@@ -36,17 +36,16 @@ def last_collectives() -> list[dict[str, Any]]:
 
 
 def collective_number() -> int:
-    """How many collectives the default group has begun on this rank; -1 without a group."""
+    """Returns how many collectives the default group has started on this rank; -1 without a group."""
     if not dist.is_initialized():
         return -1
     return int(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]
 
 
 def _entries() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for name in _DUMPS:
+    entries: list[dict[str, Any]] = []
+    for name in _DUMP_FUNCTIONS:
         dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is None:
-            continue
-        found += [entry for entry in json.loads(dump(True, False)).get("entries", []) if "retired" in entry]
-    return found
+        if dump is not None:
+            entries += [entry for entry in json.loads(dump(True, False)).get("entries", []) if "retired" in entry]
+    return entries

@@ -1,4 +1,4 @@
-"""What a hang looks like, in words: who waits in which collective, who is elsewhere, and where."""
+"""Turns the evidence about a hang into one message: which ranks wait in which collective, which do not, and where."""
 
 from __future__ import annotations
 
@@ -7,27 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dtrain.distributed.heartbeat import WORDS, Phase
-from dtrain.job.watchdog.rules import DEAF_S, Rules, Seen, is_gone, is_late, limit_of
-from dtrain.job.watchdog.stacks import STATES, Frame
+from dtrain.distributed.heartbeat import PHASE_DESCRIPTIONS, Phase
+from dtrain.job.watchdog.rules import (
+    GIL_STALL_S,
+    HangSettings,
+    RankState,
+    idle_limit_s,
+    is_overdue,
+    is_unreachable,
+)
+from dtrain.job.watchdog.stacks import STATE_NAMES, Frame
 
-Kind = Literal["alone", "differ", "together"]
+HangKind = Literal["absent", "mismatch", "together"]
+"""absent: the suspects do not join the collective that others wait in. mismatch: all ranks wait, but in different
+collectives; one suspect for each. together: all wait in the same one, and no rank is the cause."""
 
-LISTED = 8
+MAX_LISTED = 8
 """How many ranks a line names."""
 
 COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/distributed/collectives.py")
-"""A stack that ends there is one that waits, whatever torch's recorder knows."""
+"""A rank whose stack ends there waits in a collective, whatever torch's recorder knows."""
 
 LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/distributed/collectives.py")
 OWN_CODE = f"{Path(__file__).parents[2]}/"
-WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
-"""Where a data worker is that has nothing to do."""
+IDLE_WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
+"""Where a data worker without work is."""
 
 
 @dataclass(frozen=True)
-class Collective:
-    """One that a rank has begun; see flight.last_collectives."""
+class CollectiveCall:
+    """A collective that a rank has started. The fields are those of flight_recorder.last_collectives."""
 
     group: str
     number: int
@@ -41,182 +50,186 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What is known of one rank.
+class RankEvidence:
+    """What is known about one rank of a job that hangs.
 
-    state: letter of /proc. stack: of its main thread, innermost first; empty where it could not be asked. workers: the
-    same of its data workers. collectives: the last of each group; empty where nobody could tell. heard: whether its
-    monitor is in reach. text: all that faulthandler wrote.
+    Attributes:
+        state: as its monitor saw it last.
+        host: its host name.
+        pid: its process id.
+        process_state: letter in /proc.
+        stack: of its main thread, innermost first; empty if it could not be asked.
+        workers: stacks of its data workers.
+        collectives: the last one of each group; empty if unknown.
+        is_reachable: whether its monitor is in reach.
+        text: all that faulthandler wrote.
     """
 
-    seen: Seen
+    state: RankState
     host: str
     pid: int
-    state: str = "S"
+    process_state: str = "S"
     stack: Sequence[Frame] = ()
     workers: Sequence[Sequence[Frame]] = ()
-    collectives: Sequence[Collective] = ()
-    heard: bool = True
+    collectives: Sequence[CollectiveCall] = ()
+    is_reachable: bool = True
     text: str = ""
 
     @property
     def rank(self) -> int:
-        return self.seen.rank
+        return self.state.rank
 
     @property
-    def who(self) -> str:
+    def name(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
     @property
     def is_stopped(self) -> bool:
-        return self.seen.stopped_s > 0
+        return self.state.stopped_s > 0
 
     @property
-    def is_deaf(self) -> bool:
-        return self.heard and not self.is_stopped and self.seen.deaf_s > DEAF_S
+    def is_gil_blocked(self) -> bool:
+        return self.is_reachable and not self.is_stopped and self.state.gil_blocked_s > GIL_STALL_S
 
     @property
-    def pending(self) -> Collective | None:
-        """The collective in which it waits."""
+    def pending(self) -> CollectiveCall | None:
+        """The collective that it waits in."""
         return next((each for each in self.collectives if each.pending), None)
 
     @property
-    def waits(self) -> bool:
+    def is_in_collective(self) -> bool:
         if self.collectives:
             return self.pending is not None
-        if not self.stack:  # its monitor was too slow to say more
-            return self.seen.waits is True
-        return any(code in frame.file for frame in self.stack[:LISTED] for code in COLLECTIVE_CODE)
+        if not self.stack:  # its monitor was too slow to send more
+            return self.state.in_collective is True
+        return any(code in frame.file for frame in self.stack[:MAX_LISTED] for code in COLLECTIVE_CODE)
 
 
-def from_json(value: Mapping[str, Any], seen: Seen) -> Evidence:
-    """What a rank's monitor sent."""
-    return Evidence(
-        seen,
+def evidence_from_json(value: Mapping[str, Any], state: RankState) -> RankEvidence:
+    """Converts what a rank's monitor has sent."""
+    return RankEvidence(
+        state,
         value["host"],
         value["pid"],
         value["state"],
         [Frame(*frame) for frame in value["stack"]],
         [[Frame(*frame) for frame in stack] for stack in value.get("workers", ())],
-        [Collective(**each) for each in value["collectives"]],
+        [CollectiveCall(**each) for each in value["collectives"]],
         text=value["text"],
     )
 
 
-def blame(ranks: Sequence[Evidence], rules: Rules) -> tuple[Kind, list[Evidence]]:
-    """Who keeps the others waiting.
-
-    Returns:
-        alone: these do not come. differ: all wait, but not in the same collective; one of each kind. together: all wait
-        in the same one, and none is to blame.
-    """
-    late = [each for each in ranks if is_late(each.seen, rules)]
-    for guilty in (
-        [each for each in ranks if is_gone(each.seen, rules)],
+def find_suspects(ranks: Sequence[RankEvidence], settings: HangSettings) -> tuple[HangKind, list[RankEvidence]]:
+    """Returns the kind of hang, and the ranks that keep the others waiting; see HangKind."""
+    overdue = [each for each in ranks if is_overdue(each.state, settings)]
+    for suspects in (
+        [each for each in ranks if is_unreachable(each.state, settings)],
         [each for each in ranks if each.is_stopped],
-        _own_fault(late) or _own_fault(ranks),  # who has only begun to work is not to blame
-        [each for each in ranks if not each.heard],
+        _not_waiting(overdue) or _not_waiting(ranks),  # a rank that has only just started to work is no suspect
+        [each for each in ranks if not each.is_reachable],
     ):
-        if guilty:
-            return "alone", guilty
-    kinds: dict[str, Evidence] = {}
-    # Where the recorder was not to be had, the stack says that a rank waits, but not in what.
+        if suspects:
+            return "absent", suspects
+    by_collective: dict[str, RankEvidence] = {}
+    # Without the recorder, the stack shows that a rank waits, but not in which collective.
     for each in [each for each in ranks if each.pending is not None] or ranks:
-        kinds.setdefault(str(each.pending), each)
-    return ("differ", list(kinds.values())) if len(kinds) > 1 else ("together", list(kinds.values()))
+        by_collective.setdefault(str(each.pending), each)
+    return "mismatch" if len(by_collective) > 1 else "together", list(by_collective.values())
 
 
-def _own_fault(ranks: Sequence[Evidence]) -> list[Evidence]:
-    """Those that hold the interpreter lock, or else those that are not where the others wait."""
-    here = [each for each in ranks if each.heard and each.seen.phase != Phase.WAITING_FOR_NODE]
-    return [each for each in here if each.is_deaf] or [each for each in here if not each.waits]
+def _not_waiting(ranks: Sequence[RankEvidence]) -> list[RankEvidence]:
+    """Returns the ranks that hold the interpreter lock, or else those that are not in a collective."""
+    at_work = [each for each in ranks if each.is_reachable and each.state.phase != Phase.WAITING_FOR_NODE]
+    return [each for each in at_work if each.is_gil_blocked] or [each for each in at_work if not each.is_in_collective]
 
 
-def message(ranks: Sequence[Evidence], rules: Rules, *, stacks: str | None) -> tuple[str, list[int]]:
-    """The one message about a hang, and the ranks that are to blame.
+def hang_message(
+    ranks: Sequence[RankEvidence], settings: HangSettings, *, stacks_file: str | None
+) -> tuple[str, list[int]]:
+    """Returns the message about a hang, and the suspects.
 
     Args:
-        stacks: the file that has the stacks of all ranks; None where there is none.
+        stacks_file: the file with the stacks of all ranks; None if there is none.
     """
-    kind, guilty = blame(ranks, rules)
-    step = max(each.seen.step for each in ranks)
-    silent = max(max(each.seen.silent_s, each.seen.stopped_s) for each in ranks)
-    lines = [_headline(kind, guilty, len(ranks))]
-    limit = min((limit_of(each.seen, rules) or rules.hang_timeout_s or 0.0) for each in ranks)
-    why = f"train.hang_timeout={rules.hang_timeout_s:g}"
-    why += f", here {limit:g} s: 10 median steps" if limit < (rules.hang_timeout_s or 0.0) else ""
-    lines.append(f"  no progress for {silent:.0f} s{f' in step {step + 1}' if step >= 0 else ''} ({why})")
-    lines += [f"  {line}" for line in _grouped(ranks)]
-    if stacks is not None:
-        lines.append(f"  the stacks of all ranks: {stacks}")
-    return "\n".join(lines), [each.rank for each in guilty]
+    kind, suspects = find_suspects(ranks, settings)
+    step = max(each.state.step for each in ranks)
+    idle_s = max(max(each.state.idle_s, each.state.stopped_s) for each in ranks)
+    lines = [_headline(kind, suspects, len(ranks))]
+    limit = min((idle_limit_s(each.state, settings) or settings.hang_timeout_s or 0.0) for each in ranks)
+    reason = f"train.hang_timeout={settings.hang_timeout_s:g}"
+    reason += f", here {limit:g} s: 10 median steps" if limit < (settings.hang_timeout_s or 0.0) else ""
+    lines.append(f"  no progress for {idle_s:.0f} s{f' in step {step + 1}' if step >= 0 else ''} ({reason})")
+    lines += [f"  {line}" for line in _group_lines(ranks)]
+    if stacks_file is not None:
+        lines.append(f"  the stacks of all ranks: {stacks_file}")
+    return "\n".join(lines), [each.rank for each in suspects]
 
 
-def _headline(kind: Kind, guilty: Sequence[Evidence], world_size: int) -> str:
+def _headline(kind: HangKind, suspects: Sequence[RankEvidence], world_size: int) -> str:
     if kind == "together":
         others = "alone" if world_size == 1 else f"with all {world_size} ranks"
-        where = guilty[0].pending or "a collective"
-        return f"The job hangs: {guilty[0].who} waits in {where} {others}. Does the network pass between them?"
-    if kind == "differ":
-        waits = ", ".join(f"{each.who} in {each.pending} at {_place(each)}" for each in guilty[:LISTED])
-        return (
-            f"The job hangs: its ranks wait in different collectives: {waits}. One of them has left a collective out."
-        )
-    names = ", ".join(each.who for each in guilty[:LISTED])
-    more = f" and {len(guilty) - LISTED} more" if len(guilty) > LISTED else ""
-    first = guilty[0]
-    hangs = f"{names[0].upper()}{names[1:]}{more} hang{'s' if len(guilty) == 1 else ''}"
-    return f"{hangs}: {_doing(first)}."
+        collective = suspects[0].pending or "a collective"
+        return f"The job hangs: {suspects[0].name} waits in {collective} {others}. Does the network between them work?"
+    if kind == "mismatch":
+        waits = ", ".join(f"{each.name} in {each.pending} at {_place(each)}" for each in suspects[:MAX_LISTED])
+        return f"The job hangs: its ranks wait in different collectives: {waits}. One of them has skipped a collective."
+    names = ", ".join(each.name for each in suspects[:MAX_LISTED])
+    more = f" and {len(suspects) - MAX_LISTED} more" if len(suspects) > MAX_LISTED else ""
+    hangs = f"{names[0].upper()}{names[1:]}{more} hang{'s' if len(suspects) == 1 else ''}"
+    return f"{hangs}: {_activity(suspects[0])}."
 
 
-def _doing(each: Evidence) -> str:
-    """What keeps a rank, and where."""
-    if not each.heard:
-        return f"nothing has been heard of it for {each.seen.unheard_s:.0f} s; its node or the network to it is gone"
-    where = f", at {_place(each)}" if each.stack else ""
+def _activity(each: RankEvidence) -> str:
+    """Describes what a rank is doing, and where."""
+    if not each.is_reachable:
+        return f"no sign of life for {each.state.unreachable_s:.0f} s; its node or the network to it is down"
+    phase = PHASE_DESCRIPTIONS[each.state.phase]
+    place = f", at {_place(each)}" if each.stack else ""
     if each.is_stopped:
-        return f"it is stopped by a signal (state T) while {WORDS[each.seen.phase]}{where}"
-    if each.is_deaf:
-        return f"it holds the interpreter lock while {WORDS[each.seen.phase]}{where}"
+        return f"it is stopped by a signal (state T) while {phase}{place}"
+    if each.is_gil_blocked:
+        return f"it holds the interpreter lock (GIL) while {phase}{place}"
     if each.pending is not None:
-        return f"waits in {each.pending}{where}"
-    if each.waits:
-        return f"waits in a collective{where}"
-    return f"{WORDS[each.seen.phase]}{where}"
+        return f"waits in {each.pending}{place}"
+    if each.is_in_collective:
+        return f"waits in a collective{place}"
+    return f"{phase}{place}"
 
 
-def _grouped(ranks: Sequence[Evidence]) -> Iterable[str]:
-    """One line for all ranks that are in the same place, so that hundreds of them make a few lines."""
-    groups: dict[str, list[Evidence]] = {}
+def _group_lines(ranks: Sequence[RankEvidence]) -> Iterable[str]:
+    """Yields one line for all ranks that are in the same place, so that hundreds of ranks make a few lines."""
+    groups: dict[str, list[RankEvidence]] = {}
     for each in ranks:
-        state = f" [{each.state}: {STATES.get(each.state, 'unknown')}]" if each.heard else ""
-        groups.setdefault(f"{_doing(each)}{state}", []).append(each)
-    for doing, members in groups.items():
-        names = ", ".join(str(each.rank) for each in members[:LISTED])
-        more = f" and {len(members) - LISTED} more" if len(members) > LISTED else ""
+        state = (
+            f" [{each.process_state}: {STATE_NAMES.get(each.process_state, 'unknown')}]" if each.is_reachable else ""
+        )
+        groups.setdefault(f"{_activity(each)}{state}", []).append(each)
+    for activity, members in groups.items():
+        names = ", ".join(str(each.rank) for each in members[:MAX_LISTED])
+        more = f" and {len(members) - MAX_LISTED} more" if len(members) > MAX_LISTED else ""
         hosts = list(dict.fromkeys(each.host for each in members))
         on = hosts[0] if len(hosts) == 1 else f"{len(hosts)} hosts"
-        yield f"rank{'s' if len(members) > 1 else ''} {names}{more} on {on}: {doing}"
+        yield f"rank{'s' if len(members) > 1 else ''} {names}{more} on {on}: {activity}"
 
 
-def _place(each: Evidence) -> str:
-    """Where a rank is: the line that called the library in which it waits, or that a data worker is at."""
+def _place(each: RankEvidence) -> str:
+    """Returns where a rank is: the line of a data worker, or the line that called the library that waits."""
     for stack in each.workers if any("/torch/utils/data/" in frame.file for frame in each.stack) else ():
-        if stack and not any(code in stack[0].file for code in WORKER_CODE):
+        if stack and not any(code in stack[0].file for code in IDLE_WORKER_CODE):
             return f"{stack[0]} (in a data worker)"
-    own = next((frame for frame in each.stack if not _is_library(frame)), None)
-    return str(own) if each.waits and own is not None else place_of(each.stack)
+    caller = next((frame for frame in each.stack if not _is_library(frame)), None)
+    return str(caller) if each.is_in_collective and caller is not None else format_place(each.stack)
 
 
-def place_of(stack: Sequence[Frame]) -> str:
-    """The innermost line, and the one outside of libraries that led there."""
+def format_place(stack: Sequence[Frame]) -> str:
+    """Returns the innermost line, and the innermost one outside of libraries that called it."""
     if not stack:
         return "an unknown place"
-    own = next((frame for frame in stack if not _is_library(frame)), stack[0])
-    return str(own) if own == stack[0] else f"{stack[0]}, from {own}"
+    caller = next((frame for frame in stack if not _is_library(frame)), stack[0])
+    return str(caller) if caller == stack[0] else f"{stack[0]}, from {caller}"
 
 
 def _is_library(frame: Frame) -> bool:
     if frame.file.startswith(OWN_CODE) and not frame.file.endswith("/dtrain/distributed/collectives.py"):
-        return False  # an installed dtrain lies among the libraries
+        return False  # an installed dtrain is among the libraries
     return any(code in frame.file for code in LIBRARY_CODE)

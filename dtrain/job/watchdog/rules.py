@@ -1,27 +1,29 @@
-"""Whether the job hangs: a pure function of what the monitors of all ranks have last seen."""
+"""Decides whether the job hangs: a pure function of the last state that each rank's monitor has reported."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dtrain.distributed.heartbeat import RULES, Phase, Rule
+from dtrain.distributed.heartbeat import IDLE_RULES, IdleRule, Phase
 
-MEDIANS = 10.0
-"""A step may take so many median ones."""
+MAX_MEDIAN_STEPS = 10.0
+"""A step may take this many median steps."""
 
-AT_LEAST_S = 60.0
-"""But no limit is lowered below this by quick steps."""
+MIN_LOWERED_LIMIT_S = 60.0
+"""Quick steps never lower the limit below this."""
 
-DEAF_S = 3.0
-"""How long no thread of a rank gets the interpreter lock until it counts as held; threads ask for it every second."""
+GIL_STALL_S = 3.0
+"""The interpreter lock (GIL) counts as blocked if the helper thread, which takes it every second, waits this long."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """hang_timeout_s: train.hang_timeout; None: silence is not judged.
+class HangSettings:
+    """What decides whether a rank hangs.
 
-    compiles: the first step and the first evaluation may take for ever.
+    Attributes:
+        hang_timeout_s: train.hang_timeout; None: nothing counts as a hang.
+        compiles: the model is compiled, so the first step and the first evaluation have no limit.
     """
 
     hang_timeout_s: float | None
@@ -29,115 +31,124 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A rank as its monitor saw it last.
+class RankState:
+    """A rank, as its monitor saw it last.
 
-    silent_s: since the last heartbeat, as far as the monitor itself was awake. stopped_s: how long the process has been
-    stopped by a signal. deaf_s: how long no thread has had the interpreter lock. waits: whether a collective is under
-    way; None where that cannot be told. waited_s: how long it has been seen in the same one. unheard_s: how long the
-    monitor has said nothing.
+    Attributes:
+        rank: its number.
+        phase: what it is doing.
+        step: 0-based; -1 before the first.
+        idle_s: seconds since the last heartbeat, counted only while the monitor itself was running.
+        stopped_s: seconds for which a signal has stopped the process.
+        gil_blocked_s: seconds for which the helper thread has not acquired the interpreter lock (GIL).
+        in_collective: whether a collective is pending; None if unknown.
+        in_collective_s: seconds for which the same collective has been pending.
+        median_step_s: median duration of the last steps.
+        steps_timed: number of steps timed since the start.
+        evaluations: number of evaluations completed since the start.
+        unreachable_s: seconds since the monitor was last heard, if it is out of reach; else 0.
     """
 
     rank: int
     phase: Phase
     step: int = -1
-    silent_s: float = 0.0
+    idle_s: float = 0.0
     stopped_s: float = 0.0
-    deaf_s: float = 0.0
-    waits: bool | None = None
-    waited_s: float = 0.0
-    median_s: float = 0.0
+    gil_blocked_s: float = 0.0
+    in_collective: bool | None = None
+    in_collective_s: float = 0.0
+    median_step_s: float = 0.0
     steps_timed: int = 0
     evaluations: int = 0
-    unheard_s: float = 0.0
+    unreachable_s: float = 0.0
 
 
-def limit_of(seen: Seen, rules: Rules) -> float | None:
-    """How long that rank may be silent where it is, in seconds; None: as long as it takes."""
-    rule, limit = RULES[seen.phase], rules.hang_timeout_s
-    if limit is None or rule in (Rule.SLOW, Rule.WAIT):
+def idle_limit_s(state: RankState, settings: HangSettings) -> float | None:
+    """Returns how long that rank may be idle in its phase, in seconds; None: no limit."""
+    rule, limit = IDLE_RULES[state.phase], settings.hang_timeout_s
+    if limit is None or rule in (IdleRule.UNLIMITED, IdleRule.WAITING):
         return None
-    if seen.phase is Phase.EVALUATION and rules.compiles and seen.evaluations == 0:
+    if state.phase is Phase.EVALUATION and settings.compiles and state.evaluations == 0:
         return None
-    if rule is Rule.STEP:
-        if rules.compiles and seen.steps_timed == 0:
+    if rule is IdleRule.STEP:
+        if settings.compiles and state.steps_timed == 0:
             return None
-        if seen.steps_timed and not rules.compiles:  # a new shape is compiled at any step
-            return min(limit, max(AT_LEAST_S, MEDIANS * seen.median_s))
+        if state.steps_timed and not settings.compiles:  # any step may compile a new shape
+            return min(limit, max(MIN_LOWERED_LIMIT_S, MAX_MEDIAN_STEPS * state.median_step_s))
     return limit
 
 
-def is_asked(seen: Seen, rules: Rules) -> bool:
-    """Whether that rank has been silent for so long that its monitor asks it what it waits in."""
-    limit, most = limit_of(seen, rules), rules.hang_timeout_s
-    if most is None or seen.stopped_s or RULES[seen.phase] is Rule.WAIT:
+def needs_query(state: RankState, settings: HangSettings) -> bool:
+    """Whether that rank has been idle for so long that its monitor asks it which collective it waits in."""
+    limit, timeout_s = idle_limit_s(state, settings), settings.hang_timeout_s
+    if timeout_s is None or state.stopped_s or IDLE_RULES[state.phase] is IdleRule.WAITING:
         return False
-    return seen.silent_s > (most / 2 if limit is None else limit / 2)
+    return state.idle_s > (timeout_s / 2 if limit is None else limit / 2)
 
 
-def hanging(ranks: Sequence[Seen], rules: Rules) -> bool:
-    """Whether somebody must end this job.
+def is_hang(ranks: Sequence[RankState], settings: HangSettings) -> bool:
+    """Whether the job hangs and must be ended.
 
-    A rank that is stopped, or silent outside of a collective, hangs whatever the others do. One that waits in a
-    collective hangs when there is nobody left who may still be on the way to it: nobody who works, in a phase that
-    takes as long as it takes, too, but only who waits as well, or is out of reach.
+    A rank that is stopped, or idle outside of a collective, hangs whatever the others do. A rank that waits in a
+    collective hangs if no other rank may still join it: all others wait as well or are out of reach. A rank at work in
+    a phase without a limit may still join.
     """
-    if rules.hang_timeout_s is None:
+    if settings.hang_timeout_s is None:
         return False
-    limit = rules.hang_timeout_s
-    if any(seen.stopped_s > limit for seen in ranks):
+    limit = settings.hang_timeout_s
+    if any(state.stopped_s > limit for state in ranks):
         return True
-    late = [seen for seen in ranks if is_late(seen, rules)]
-    if any(seen.waits is False or seen.deaf_s > max(DEAF_S, limit / 4) for seen in late):
+    overdue = [state for state in ranks if is_overdue(state, settings)]
+    if any(state.in_collective is False or state.gil_blocked_s > max(GIL_STALL_S, limit / 4) for state in overdue):
         return True
-    if late and not any(_may_come(seen, rules) for seen in ranks):
+    if overdue and not any(_may_be_at_work(state, settings) for state in ranks):
         return True
-    on_the_way = [seen for seen in ranks if _is_on_the_way(seen, rules)]
-    return bool(on_the_way) and all(_is_stuck(seen, rules) for seen in on_the_way)
+    awaited = [state for state in ranks if _may_be_awaited(state, settings)]
+    return bool(awaited) and all(_is_stuck(state, settings) for state in awaited)
 
 
-def is_late(seen: Seen, rules: Rules) -> bool:
-    """Whether that rank is silent for longer than it may be where it is."""
-    limit = limit_of(seen, rules)
-    return limit is not None and seen.silent_s > limit and seen.unheard_s <= limit
+def is_overdue(state: RankState, settings: HangSettings) -> bool:
+    """Whether that rank has been idle for longer than its phase allows."""
+    limit = idle_limit_s(state, settings)
+    return limit is not None and state.idle_s > limit and state.unreachable_s <= limit
 
 
-def is_gone(seen: Seen, rules: Rules) -> bool:
-    """Whether nothing has been heard of that rank for longer than it might be silent where it was last."""
-    limit = limit_of(seen, rules) or rules.hang_timeout_s
-    return limit is not None and seen.unheard_s > limit
+def is_unreachable(state: RankState, settings: HangSettings) -> bool:
+    """Whether that rank has been out of reach for longer than it was allowed to be idle in its last known phase."""
+    limit = idle_limit_s(state, settings) or settings.hang_timeout_s
+    return limit is not None and state.unreachable_s > limit
 
 
-def _is_on_the_way(seen: Seen, rules: Rules) -> bool:
-    """Whether others may wait for that rank.
+def _may_be_awaited(state: RankState, settings: HangSettings) -> bool:
+    """Whether other ranks may wait for that rank.
 
-    One that began to wait for another's work only now was at work itself until then; who waited in a collective for that
-    goes on, and may not have said so yet.
+    A rank that has only just started to wait for another's work was at work itself until then. A rank that waited for
+    it in a collective continues, and may not have reported that yet.
     """
-    assert rules.hang_timeout_s is not None
-    if is_gone(seen, rules):
+    assert settings.hang_timeout_s is not None
+    if is_unreachable(state, settings):
         return False
-    return RULES[seen.phase] is not Rule.WAIT or seen.silent_s <= rules.hang_timeout_s / 3
+    return IDLE_RULES[state.phase] is not IdleRule.WAITING or state.idle_s <= settings.hang_timeout_s / 3
 
 
-def _is_stuck(seen: Seen, rules: Rules) -> bool:
-    """Whether that rank waits in a collective for too long, in a phase without a limit as well.
+def _is_stuck(state: RankState, settings: HangSettings) -> bool:
+    """Whether that rank has waited in a collective for too long, also in a phase without a limit.
 
-    There it must be the same one: many together may take long, as when a large model is gathered.
+    In such a phase it must be the same collective: many of them may take long, for example to gather a large model.
     """
-    assert rules.hang_timeout_s is not None
-    if seen.waits is not True:
+    assert settings.hang_timeout_s is not None
+    if state.in_collective is not True:
         return False
-    if limit_of(seen, rules) is not None:
-        return is_late(seen, rules)
-    return seen.silent_s > rules.hang_timeout_s and seen.waited_s > rules.hang_timeout_s / 3
+    if idle_limit_s(state, settings) is not None:
+        return is_overdue(state, settings)
+    return state.idle_s > settings.hang_timeout_s and state.in_collective_s > settings.hang_timeout_s / 3
 
 
-def _may_come(seen: Seen, rules: Rules) -> bool:
-    """Whether that rank is at work, for all that is known, so that others wait for it with reason."""
-    assert rules.hang_timeout_s is not None
-    if is_gone(seen, rules) or seen.stopped_s > rules.hang_timeout_s:
+def _may_be_at_work(state: RankState, settings: HangSettings) -> bool:
+    """Whether that rank may be at work, as far as is known, so that others wait for it with reason."""
+    assert settings.hang_timeout_s is not None
+    if is_unreachable(state, settings) or state.stopped_s > settings.hang_timeout_s:
         return False
-    if RULES[seen.phase] is Rule.WAIT:
+    if IDLE_RULES[state.phase] is IdleRule.WAITING:
         return False
-    return not is_late(seen, rules)
+    return not is_overdue(state, settings)

@@ -1,4 +1,4 @@
-"""How long a rank has been silent, stopped or deaf, from one look to the next."""
+"""Measures for how long a rank has been idle, stopped or without the interpreter lock, from one poll to the next."""
 
 from __future__ import annotations
 
@@ -6,75 +6,77 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtrain.distributed.heartbeat import Pulse
-from dtrain.job.watchdog.rules import Rules, Seen
+from dtrain.distributed.heartbeat import HeartbeatReading
+from dtrain.job.watchdog.rules import HangSettings, RankState
 
 
-def period_of(rules: Rules) -> float:
-    """Seconds between two looks."""
-    return 2.0 if rules.hang_timeout_s is None else min(2.0, max(0.1, rules.hang_timeout_s / 10))
+def poll_period_s(settings: HangSettings) -> float:
+    """Returns the seconds between two polls."""
+    return 2.0 if settings.hang_timeout_s is None else min(2.0, max(0.1, settings.hang_timeout_s / 10))
 
 
-FREE = 0.25
-"""For so much of its limit a rank must be seen outside of all collectives before that is held against it."""
+OUTSIDE_FRACTION = 0.25
+"""A rank counts as outside of collectives only after it has been seen so for this fraction of its limit."""
 
 
-class Silence:
-    """How long a rank has been silent, counted only while the monitor itself was awake.
+class IdleTimers:
+    """Counts idle time only while the monitor itself was running.
 
-    A rank that begins collectives goes on, also where nothing beats between them; one that a debugger holds is not
-    silent by itself.
+    A rank that starts collectives is not idle, even without heartbeats between them. Nor is one that a debugger holds.
     """
 
     def __init__(self) -> None:
-        self._beats, self._last = (-1, -1), time.monotonic()
-        self._silent_s = self._stopped_s = self._deaf_s = self._waited_s = self._free_s = 0.0
-        self._lock_s = self._passed_s = 0.0
-        self._waits: bool | None = None
-        self._is_free, self._seen_free = False, (-1, -1)
+        self._progress, self._last_poll = (-1, -1), time.monotonic()
+        self._idle_s = self._stopped_s = self._gil_blocked_s = self._in_collective_s = self._outside_s = 0.0
+        self._gil_acquired_s = self._elapsed_s = 0.0
+        self._in_collective: bool | None = None
+        self._was_outside, self._outside_progress = False, (-1, -1)
         self._pending: list[tuple[str, int, str]] = []
 
-    def observe(self, pulse: Pulse, state: str, *, now: float, period_s: float) -> None:
-        """One look. After a pause of the whole machine no more than three periods are counted."""
-        passed, beats = min(now - self._last, 3 * period_s), (pulse.number, pulse.collective)
-        is_held = state == "t"  # by a debugger
-        self._silent_s = 0.0 if is_held or beats != self._beats else self._silent_s + passed
-        self._stopped_s = self._stopped_s + passed if state == "T" else 0.0
-        self._deaf_s = 0.0 if is_held or pulse.lock_s != self._lock_s else self._deaf_s + passed
-        self._beats, self._lock_s, self._last, self._passed_s = beats, pulse.lock_s, now, passed
-        self._waits = None
-        if beats != self._seen_free:
-            self._is_free, self._seen_free = False, beats
+    def poll(self, reading: HeartbeatReading, process_state: str, *, now: float, period_s: float) -> None:
+        """Updates the timers. A pause of the whole machine counts as three periods at most."""
+        elapsed, progress = min(now - self._last_poll, 3 * period_s), (reading.writes, reading.collective)
+        is_traced = process_state == "t"  # by a debugger
+        is_gil_free = reading.gil_acquired_s != self._gil_acquired_s
+        self._idle_s = 0.0 if is_traced or progress != self._progress else self._idle_s + elapsed
+        self._stopped_s = self._stopped_s + elapsed if process_state == "T" else 0.0
+        self._gil_blocked_s = 0.0 if is_traced or is_gil_free else self._gil_blocked_s + elapsed
+        self._progress, self._gil_acquired_s = progress, reading.gil_acquired_s
+        self._last_poll, self._elapsed_s = now, elapsed
+        self._in_collective = None
+        if progress != self._outside_progress:
+            self._was_outside, self._outside_progress = False, progress
 
-    def answered(self, collectives: Sequence[Mapping[str, Any]], *, is_debugged: bool, limit_s: float) -> None:
-        """What the rank's helper thread says since the last look; see witness.Answer.
+    def add_answer(self, collectives: Sequence[Mapping[str, Any]], *, is_debugged: bool, limit_s: float) -> None:
+        """Adds what the rank's helper thread has answered since the last poll; see evidence.HelperAnswer.
 
         Args:
-            limit_s: how long the rank may be silent.
+            limit_s: how long the rank may be idle.
         """
         pending = [(each["group"], each["number"], each["name"]) for each in collectives if each["pending"]]
-        was_free, self._is_free = self._is_free, bool(collectives) and not pending
-        self._free_s = self._free_s + self._passed_s if was_free and self._is_free else 0.0
-        # One that was waiting until a moment ago has not been silent by itself.
-        is_sure = pending or self._free_s >= limit_s * FREE
-        self._waits = bool(pending) if collectives and is_sure else None
-        self._waited_s = self._waited_s + self._passed_s if pending and pending == self._pending else 0.0
+        was_outside, self._was_outside = self._was_outside, bool(collectives) and not pending
+        self._outside_s = self._outside_s + self._elapsed_s if was_outside and self._was_outside else 0.0
+        # A rank that waited in a collective until a moment ago was not idle outside of one.
+        is_certain = pending or self._outside_s >= limit_s * OUTSIDE_FRACTION
+        self._in_collective = bool(pending) if collectives and is_certain else None
+        is_same = pending and pending == self._pending
+        self._in_collective_s = self._in_collective_s + self._elapsed_s if is_same else 0.0
         self._pending = pending
         if is_debugged:
-            self._silent_s = self._deaf_s = 0.0
+            self._idle_s = self._gil_blocked_s = 0.0
 
-    def seen(self, rank: int, pulse: Pulse) -> Seen:
-        """As the hub wants it."""
-        return Seen(
+    def state(self, rank: int, reading: HeartbeatReading) -> RankState:
+        """Returns the state for the coordinator."""
+        return RankState(
             rank=rank,
-            phase=pulse.phase,
-            step=pulse.step,
-            silent_s=self._silent_s,
+            phase=reading.phase,
+            step=reading.step,
+            idle_s=self._idle_s,
             stopped_s=self._stopped_s,
-            deaf_s=self._deaf_s,
-            waits=self._waits,
-            waited_s=self._waited_s,
-            median_s=pulse.median_s,
-            steps_timed=pulse.steps_timed,
-            evaluations=pulse.evaluations,
+            gil_blocked_s=self._gil_blocked_s,
+            in_collective=self._in_collective,
+            in_collective_s=self._in_collective_s,
+            median_step_s=reading.median_step_s,
+            steps_timed=reading.steps_timed,
+            evaluations=reading.evaluations,
         )

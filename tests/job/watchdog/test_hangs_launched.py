@@ -99,7 +99,7 @@ def ends(job: Job) -> tuple[bool, str]:
         pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps", marks=slow),
         pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
         pytest.param(
-            "holds the lock", 0, "PyDLL", "it holds the interpreter lock while reading", id="lock", marks=slow
+            "holds the lock", 0, "PyDLL", "it holds the interpreter lock (GIL) while reading", id="lock", marks=slow
         ),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
     assert "Traceback" not in "\n".join(job.said)
 
 
-def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: Path) -> None:
+def test_a_rank_that_skips_a_collective_is_named_with_the_others_collective(tmp_path: Path) -> None:
     command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
 
     with jobs.started(command, env={"FAULT": "skips", "BAD_RANK": "1"}) as job:
@@ -150,7 +150,7 @@ def test_a_rank_that_leaves_a_collective_out_is_told_from_the_others(tmp_path: P
 
 
 @slow
-def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended_too(tmp_path: Path) -> None:
+def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended(tmp_path: Path) -> None:
     command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
 
     with jobs.started(command, env={"FAULT": "deadlocks", "BAD_RANK": ""}) as job:
@@ -206,7 +206,7 @@ def test_a_rank_that_is_stopped_is_named_and_ended(
 
 
 @slow
-def test_when_rank_0_fails_no_rank_is_left_where_no_launcher_ends_it(tmp_path: Path) -> None:
+def test_when_rank_0_fails_no_rank_is_left_even_without_a_launcher(tmp_path: Path) -> None:
     command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs")]
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
     fault = {"FAULT": "fails", "BAD_RANK": "0 1", **place}
@@ -286,7 +286,7 @@ main.console_script()
 
 
 @slow
-def test_long_work_of_one_rank_is_not_taken_for_a_hang(tmp_path: Path) -> None:
+def test_long_work_of_one_rank_is_no_hang(tmp_path: Path) -> None:
     script = tmp_path / jobs.SCRIPT
     script.write_text(LONG)
     settings = jobs.settings(
