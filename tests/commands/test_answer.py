@@ -22,7 +22,7 @@ from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.tasks.build import build_task
 from dtrain.training import build
-from dtrain.training.export import beside, save
+from dtrain.training.export import processor_or_tokenizer, save
 from tests.support import pictures, tiny
 
 BERT = {
@@ -88,7 +88,7 @@ def write_model(folder: Path, task: str, **data: Any) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(3.0)
-    save(module, dict(module.named_parameters()), beside(made), folder / "model")
+    save(module, dict(module.named_parameters()), processor_or_tokenizer(made), folder / "model")
 
 
 def told(folder: Path, task: str, said: pytest.LogCaptureFixture, text: str, pair: str | None = None) -> str:
@@ -156,7 +156,7 @@ def test_a_text_is_answered_in_one_line_as_a_row_of_a_file_is_and_leaves_nothing
 
     assert set(tmp_path.rglob("*")) == before
     assert re.sub(r" \(probability [01]\.\d{4}\)$", "", line) == wording(written(tmp_path, task, row))
-    if not task.startswith("image"):  # whose row names a file beside the table
+    if not task.startswith("image"):  # whose row names a file processor_or_tokenizer the table
         assert told(tmp_path, task, said, json.dumps(row)) == line
     assert ("probability" in line) == ("classification" in task or task == "multiple_choice") or "token" in task
 

@@ -23,7 +23,7 @@ from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import StepWeight
 from dtrain.engine.single import SingleEngine
 from dtrain.job.watchdog.flight_recorder import collective_number
-from dtrain.training import build, loop
+from dtrain.training import build
 from dtrain.training.loop import run_micro_batches
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from dtrain.training.monitors.replicas import hashes_of
@@ -439,10 +439,10 @@ def test_plain_sgd_makes_no_step_of_its_own_before_an_average(monkeypatch: pytes
 
 
 def test_a_norm_whose_square_is_no_number_any_more_is_infinite_and_no_error() -> None:
-    engine: Any = SimpleNamespace(local=SimpleNamespace(own_norm=lambda: 1e200))
+    engine: Any = SimpleNamespace(local_sgd=SimpleNamespace(local_norm=lambda: 1e200))
 
-    assert loop._square(engine, 2.0) == math.inf
-    assert loop._square(engine, 0.0) == 0.0
+    assert local_sgd.LocalSgdEngine.weighted_sq_norm(engine, StepWeight(2.0, 2.0)) == math.inf
+    assert local_sgd.LocalSgdEngine.weighted_sq_norm(engine, StepWeight(2.0, 0.0)) == 0.0
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -22,20 +22,20 @@ pytestmark = [pytest.mark.ranks, pytest.mark.skipif(sys.platform != "linux", rea
 def ranks_share_cores(context: RankContext, bind: bool, narrow: bool) -> dict[str, Any]:
     """This rank's CPUs and threads, after a launcher that gave it one core of its own or none."""
     if narrow:
-        ordered = sorted(cpu.allowed())
+        ordered = sorted(cpu.allowed_cpus())
         os.sched_setaffinity(0, {ordered[context.rank % len(ordered)]})
-    before, said = sorted(cpu.allowed()), []
+    before, said = sorted(cpu.allowed_cpus()), []
     log.info = lambda text, *values: said.append(text % values)  # type: ignore[method-assign,assignment]
     share_cores(context, {}, bind=bind)
     threads = torch.get_num_threads()
     share_cores(context, {"OMP_NUM_THREADS": "3"}, bind=False)
     kept = torch.get_num_threads()
-    return {"before": before, "after": sorted(cpu.allowed()), "threads": threads, "kept": kept, "said": said}
+    return {"before": before, "after": sorted(cpu.allowed_cpus()), "threads": threads, "kept": kept, "said": said}
 
 
 def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
-    physical = len(cpu.cores_of(cpu.allowed()))
-    may_bind = physical >= 2 and (cpu.time_limit() or physical) >= physical
+    physical = len(cpu.physical_cores(cpu.allowed_cpus()))
+    may_bind = physical >= 2 and (cpu.cpu_time_limit() or physical) >= physical
 
     one, two = run_ranks(ranks_share_cores, 2, True, False)
     free = run_ranks(ranks_share_cores, 2, False, False)
