@@ -21,14 +21,14 @@ from dtrain.commands.generate import continuation, ends_of
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
-from dtrain.data.dialogues import Message, read_prompts
+from dtrain.data.dialogues import ChatMessage, read_prompts
 from dtrain.data.readers import unit_of
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatFormat, choose_format, newest
+from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -83,7 +83,7 @@ def run_chat(config: Config, context: RankContext) -> None:
         log.info("%d replies: %s", len(prompts), target)
 
 
-Answer = Callable[[Sequence[Message], int], Reply]
+Answer = Callable[[Sequence[ChatMessage], int], Reply]
 """The reply to the last message of a dialogue, drawn with that number."""
 
 
@@ -92,18 +92,18 @@ class Speaker:
 
     def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, heartbeat: Heartbeat) -> None:
         self._config, self._model, self._chat, self._heartbeat = config, model, chat, heartbeat
-        self._stops = chat.stops | ends_of(model)
+        self._stops = chat.stop_ids | ends_of(model)
         self._room = _room(model, config.generate.max_new_tokens)
 
-    def __call__(self, messages: Sequence[Message], number: int) -> Reply:
-        ids, forgotten = newest(self._chat, messages, max_tokens=self._room)
+    def __call__(self, messages: Sequence[ChatMessage], number: int) -> Reply:
+        ids, forgotten = prompt_truncated(self._chat, messages, max_tokens=self._room)
         seed_all(self._config.run.seed, "chat", number)
         prompt = torch.tensor(ids, device=self._model.device)
         whole = continuation(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
         drawn = whole[len(ids) :].tolist()
         return Reply(self._chat.reply([token for token in drawn if token not in self._stops]), forgotten)
 
-    def check(self, messages: Sequence[Message], place: str) -> None:
+    def check(self, messages: Sequence[ChatMessage], place: str) -> None:
         """Raises:
         DataError: a dialogue that the format cannot write down, such as one that the chat template refuses.
         """
@@ -127,7 +127,7 @@ def speaker(config: Config, context: RankContext) -> Speaker:
 
 def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
     """Answers line by line with the history, until an empty line or the end; FORGET begins anew."""
-    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    start: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     history, number, told = list(start), 0, 0
     for line in lines:
         said = line.strip()
@@ -147,7 +147,7 @@ def talk(answer: Answer, lines: Iterator[str], *, system: str | None) -> None:
         history.append({"role": "assistant", "content": reply.text})
 
 
-def begun_with(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
+def begun_with(system: str | None, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     """The dialogue with that system message, unless it begins with one of its own."""
     if not system or messages[0]["role"] == "system":
         return messages
@@ -155,7 +155,7 @@ def begun_with(system: str | None, messages: Sequence[Message]) -> Sequence[Mess
 
 
 def reply_record(
-    answer: Answer, index: int, line: int, messages: Sequence[Message], *, system: str | None
+    answer: Answer, index: int, line: int, messages: Sequence[ChatMessage], *, system: str | None
 ) -> dict[str, Any]:
     """What is written down of one dialogue of a file. index: its number among them, which seeds the reply."""
     return {

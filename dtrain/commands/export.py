@@ -47,7 +47,7 @@ def run_export(config: Config, context: RankContext) -> None:
             draft.mkdir(parents=True)
             dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
             if config.export.merge:
-                with TemporaryDirectory(prefix=".tmp-merged-", dir=draft.parent) as place:
+                with TemporaryDirectory(prefix=".tmp-load_merged-", dir=draft.parent) as place:
                     _copy(_merged(source, Path(place)), draft, dtype)
             else:
                 _copy(source, draft, dtype)
@@ -85,7 +85,7 @@ def _source(config: Config) -> Path:
             )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"model.name_or_path={name} is a run folder: its model is {folder / 'model'}.")
-    if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG)):
+    if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG_FILE)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
         )
@@ -116,10 +116,10 @@ def _target(config: Config) -> Path:
 
 def _merged(source: Path, place: Path) -> Path:
     """The plain model of a folder of adapters, with its tokenizer, in `place`."""
-    adapters.merged(source).save_pretrained(str(place))
+    adapters.load_merged(source).save_pretrained(str(place))
     for file in _files(source):
         target = place / file.relative_to(source)
-        if file.suffix not in WEIGHTS and file.name != adapters.CONFIG and not target.exists():
+        if file.suffix not in WEIGHTS and file.name != adapters.CONFIG_FILE and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     return place

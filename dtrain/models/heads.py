@@ -1,4 +1,4 @@
-"""Which class of transformers carries which head, and what its config has to say for it."""
+"""The transformers class and config entries of each kind of head."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PROBLEM_TYPES: dict[Head, str] = {
     "image_classification": "single_label_classification",
     "image_regression": "regression",
 }
-"""How from_pretrained's own loss reads the labels, for those who use the exported model with it."""
+"""Tells the loss inside transformers how to read the labels, for users of the exported model."""
 
 
 def auto_class(head: Head) -> Any:
-    """The AutoModel class."""
+    """Returns the AutoModel class of a head."""
     return getattr(transformers, CLASSES[head])
 
 
 def has_labels(head: Head) -> bool:
-    """Whether the head has an output for each label, with names that the config keeps."""
+    """Returns whether the head has one output per label, with label names in the config."""
     return head in ("sequence_classification", "token_classification", "image_classification")

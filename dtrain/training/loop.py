@@ -20,7 +20,7 @@ from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object, all_reduce_sum
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.protocol import Engine, StepResult
-from dtrain.models.freezing import held_statistics
+from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 from dtrain.training.evaluation import to_device
 from dtrain.training.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
@@ -118,7 +118,7 @@ def train(
 def warm_up(engine: Engine, task: Task, batches: StepBatches) -> Engine:
     """Collective. Lets a new engine make ready on a micro-batch that counts for nothing; gives the engine."""
     tensors = batches.micro_batches[0].tensors
-    with held_statistics(engine.module):
+    with frozen_statistics(engine.module):
         device = next(engine.module.parameters()).device
         engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
     return engine
@@ -292,7 +292,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
-            with nullcontext() if micro_batch.counted else held_statistics(engine.module):
+            with nullcontext() if micro_batch.counted else frozen_statistics(engine.module):
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
         if micro_batch.counted:

@@ -146,7 +146,7 @@ def test_weights_that_are_not_there_are_not_looked_at(home: Path) -> None:
     ended = inspect(home, "holes", model, "inspect.text=a cat")
 
     assert ended.code == 2
-    assert "is not in its weights, so that what it computes would be random" in ended.text
+    assert "is not in its weights, so its output would be random" in ended.text
 
 
 @pytest.mark.parametrize(
