@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from dtrain.commands.generate import continue_tokens, end_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.dialogues import Message, read_prompts
+from dtrain.data.dialogues import ChatMessage, read_prompts
 from dtrain.data.readers import unit_of
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatFormat, choose_format, newest
+from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def run_chat(config: Config, context: RankContext) -> None:
         log.info("%d replies: %s", len(prompts), target)
 
 
-ReplyFn = Callable[[Sequence[Message], int], Reply]
+ReplyFn = Callable[[Sequence[ChatMessage], int], Reply]
 """Returns the reply to the last message of a dialogue. The number is part of its random seed."""
 
 
@@ -101,18 +101,18 @@ class ChatModel:
 
     def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, heartbeat: Heartbeat) -> None:
         self._config, self._model, self._chat, self._heartbeat = config, model, chat, heartbeat
-        self._stops = chat.stops | end_tokens(model)
+        self._stops = chat.stop_ids | end_tokens(model)
         self._max_prompt_tokens = _max_prompt_tokens(model, config.generate.max_new_tokens)
 
-    def __call__(self, messages: Sequence[Message], number: int) -> Reply:
-        ids, dropped_turns = newest(self._chat, messages, max_tokens=self._max_prompt_tokens)
+    def __call__(self, messages: Sequence[ChatMessage], number: int) -> Reply:
+        ids, dropped_turns = prompt_truncated(self._chat, messages, max_tokens=self._max_prompt_tokens)
         seed_all(self._config.run.seed, "chat", number)
         prompt = torch.tensor(ids, device=self._model.device)
         all_ids = continue_tokens(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
         reply_ids = all_ids[len(ids) :].tolist()
         return Reply(self._chat.reply([token for token in reply_ids if token not in self._stops]), dropped_turns)
 
-    def check(self, messages: Sequence[Message], location: str) -> None:
+    def check(self, messages: Sequence[ChatMessage], location: str) -> None:
         """Checks that the format can encode a dialogue.
 
         Args:
@@ -146,7 +146,7 @@ def converse(reply_to: ReplyFn, lines: Iterator[str], *, system: str | None) -> 
 
     The line RESET clears the conversation.
     """
-    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    start: list[ChatMessage] = [{"role": "system", "content": system}] if system else []
     history, number, reported = list(start), 0, 0
     for line in lines:
         text = line.strip()
@@ -166,7 +166,7 @@ def converse(reply_to: ReplyFn, lines: Iterator[str], *, system: str | None) -> 
         history.append({"role": "assistant", "content": reply.text})
 
 
-def with_system_message(system: str | None, messages: Sequence[Message]) -> Sequence[Message]:
+def with_system_message(system: str | None, messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     """Returns the dialogue with that system message, unless it has one already."""
     if not system or messages[0]["role"] == "system":
         return messages
@@ -174,7 +174,7 @@ def with_system_message(system: str | None, messages: Sequence[Message]) -> Sequ
 
 
 def build_reply_record(
-    reply_to: ReplyFn, index: int, line: int, messages: Sequence[Message], *, system: str | None
+    reply_to: ReplyFn, index: int, line: int, messages: Sequence[ChatMessage], *, system: str | None
 ) -> dict[str, Any]:
     """Returns the output record for one dialogue of a file.
 

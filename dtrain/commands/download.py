@@ -17,7 +17,7 @@ from dtrain.data.split_readers import hub_name
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.hub_download import fetch_model
+from dtrain.models.hub_download import download_model
 from dtrain.runs.folder import move_away, replace_folder
 
 DOWNLOAD_MARKER = Path(".cache") / "huggingface"
@@ -79,7 +79,7 @@ def _fetch(setting: str, name: str, config: Config) -> str:
         return _fetch_data(name, config)
     if to is not None and _must_move_away(to, config, is_download=(to / DOWNLOAD_MARKER).is_dir()):
         move_away(to)
-    folder = fetch_model(name, to=to, ignore=config.download.ignore, setting=setting)
+    folder = download_model(name, to=to, ignore=config.download.ignore, setting=setting)
     log.info("%s: %d files in %s", name, sum(1 for file in folder.iterdir() if file.is_file()), folder)
     return f"{setting}={name if to is None else to}"
 

@@ -87,7 +87,7 @@ def _source(config: Config) -> Path:
             )
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(f"model.name_or_path={name} is a run folder: set it to its model, {folder / 'model'}.")
-    if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG)):
+    if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG_FILE)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
         )
@@ -120,10 +120,10 @@ def _target(config: Config) -> Path:
 
 def _merge_adapters(source: Path, folder: Path) -> Path:
     """Merges adapters into their base model and writes it to `folder`, with the tokenizer. Returns `folder`."""
-    adapters.merged(source).save_pretrained(str(folder))
+    adapters.load_merged(source).save_pretrained(str(folder))
     for file in _model_files(source):
         target = folder / file.relative_to(source)
-        if file.suffix not in WEIGHT_SUFFIXES and file.name != adapters.CONFIG and not target.exists():
+        if file.suffix not in WEIGHT_SUFFIXES and file.name != adapters.CONFIG_FILE and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
     return folder

@@ -19,7 +19,7 @@ from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, text_line
 from dtrain.data.tables import Layout, Origin, Shape, checked_text, given_columns, missing_column
 from dtrain.errors import DataError
 
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 """`role` and `content`."""
 
 SHOWN_FIRST = 100
@@ -70,7 +70,7 @@ def _utterance_lines(path: Path) -> Iterator[Row]:
         yield begin, {"turns": turns}
 
 
-def dialogue_of(value: Any, column: str, place: str, *, last: str | None = None) -> list[Message]:
+def dialogue_of(value: Any, column: str, place: str, *, last: str | None = None) -> list[ChatMessage]:
     """Checked messages of a row's value: a list of texts, or of objects with role and content.
 
     Args:
@@ -96,7 +96,7 @@ def dialogue_of(value: Any, column: str, place: str, *, last: str | None = None)
     ]
 
 
-def _message(turn: Any, place: str) -> Message:
+def _message(turn: Any, place: str) -> ChatMessage:
     if not isinstance(turn, Mapping):
         raise DataError(f"{place}: expected an object with role and content, as turn 1 is, found {_shown(turn)}")
     role_key = next((key for key in ROLE_KEYS if key in turn), None)
@@ -155,7 +155,7 @@ def dialogue_shape(*, needs_reply: bool) -> Shape:
     return Shape(name, partial(_layout, needs_reply=needs_reply), text_rows=text_dialogues)
 
 
-def read_prompts(path: Path) -> Iterator[tuple[int, list[Message]]]:
+def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
     """Dialogues to be answered, each with its line (or row): the last turn is the user's.
 
     In a text file a line is a dialogue, its turns parted by tabs; other files hold dialogues as training data do, or

@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.hub_offline import without_network
+from dtrain.models.hub_offline import offline_instructions
 
 REACH_TIMEOUT_S = 10.0
 """Time for the hub's first answer. The libraries themselves retry for 23 s, and that for each file."""
@@ -123,4 +123,4 @@ def _cause(error: BaseException) -> str:
 def _offline_way(name: str, config: str | None) -> str:
     part = f" data.config={config}" if config else ""
     is_set = datasets.config.HF_HUB_OFFLINE
-    return without_network("data.name", f"{name}{part}", is_set=is_set, folder_setting="data.path")
+    return offline_instructions("data.name", f"{name}{part}", is_set=is_set, folder_setting="data.path")

@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import Place, seed_all
-from dtrain.models.freezing import held_statistics
+from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 
 
@@ -26,7 +26,7 @@ def without_gradient(
     device = next(module.parameters()).device
     train_mode(module)
     seed_all(plan.seed, "forward", 0, 0)
-    with held_statistics(module):
+    with frozen_statistics(module):
         loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, place).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loaded or made from scratch, checked against each other, and frozen in part.
+"""Models and tokenizers: loaded or created from scratch, checked against each other, and partly frozen.
 
-Knows nothing of data, tasks or engines: a task says which head it needs, an engine wraps what comes from here.
+Does not depend on data, tasks or engines: a task names the head that it needs, and an engine wraps the result.
 """

@@ -1,9 +1,9 @@
-"""LoRA: small matrices beside the frozen layers of a loaded model, by peft (imported when used).
+"""LoRA adapters: small trainable matrices beside the frozen layers of a loaded model, by peft (imported when used).
 
-Adapters go into the model in place, so that its class, its paths and its forward stay what they are. Only they learn,
-and what was new in the model: a head without pretrained weights. The saved folder is peft's (adapter_config.json,
-adapter_model.safetensors) with the model's config.json beside it; `PeftModel.from_pretrained` puts it on the base model,
-and so does dtrain for model.name_or_path=<folder>.
+Adapters are added in place, so the model keeps its class, its parameter paths and its forward. Only the adapters train,
+and the parameters without pretrained weights, such as a new head. The saved folder has peft's format
+(adapter_config.json, adapter_model.safetensors) plus the model's config.json. `PeftModel.from_pretrained` puts it on the
+base model, and so does dtrain for model.name_or_path=<folder>.
 """
 
 from __future__ import annotations
@@ -22,25 +22,31 @@ from torch import nn
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-RECORD = "_dtrain_adapters"
-"""The attribute of a module under which `add` keeps its LoraConfig."""
+CONFIG_ATTRIBUTE = "_dtrain_adapters"
+"""Attribute of a module under which `add` stores its LoraConfig."""
 
-PREFIX = "base_model.model."
-"""Before each name in a file of peft's, which wraps the model twice."""
+PEFT_PREFIX = "base_model.model."
+"""Prefix of each name in peft's weights file, because peft wraps the model twice."""
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A folder of adapters, and the base model that they belong on."""
+class SavedAdapters:
+    """A folder of adapters.
+
+    Attributes:
+        folder: the folder.
+        base: name or folder of the base model.
+        config: the content of adapter_config.json.
+    """
 
     folder: Path
     base: str
@@ -48,47 +54,49 @@ class Saved:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Modules that the folder has whole."""
+        """Modules that the folder stores in full."""
         return tuple(self.config.modules_to_save or ())
 
 
-def saved_adapters(model: schema.Model) -> Saved | None:
-    """What model.name_or_path holds, if it is a folder of adapters.
+def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
+    """Returns the adapters in model.name_or_path, or None if it is not a folder of adapters.
 
     Raises:
-        ConfigError: peft is missing, the folder's adapters are of another kind or size than model.lora.
-        CheckpointError: a damaged file.
+        ConfigError: peft is missing, or the adapters have another type or size than model.lora.
+        CheckpointError: a file is damaged.
     """
-    if model.name_or_path is None or not (folder := Path(model.name_or_path)).joinpath(CONFIG).is_file():
+    if model.name_or_path is None or not (folder := Path(model.name_or_path)).joinpath(CONFIG_FILE).is_file():
         return None
-    kind = _peft().LoraConfig
+    config_class = _peft().LoraConfig
     try:
-        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] != "LORA":
             raise ConfigError(f"model.name_or_path={folder} holds adapters of type {content['peft_type']}, not LoRA.")
-        config, base = kind.from_pretrained(str(folder)), str(content["base_model_name_or_path"])
+        config, base = config_class.from_pretrained(str(folder)), str(content["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged ({error}). Copy it again.") from None
-    asked = model.lora
-    if asked is not None and (asked.r, asked.alpha) != (config.r, config.lora_alpha):
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}). Copy it again.") from None
+    lora = model.lora
+    if lora is not None and (lora.r, lora.alpha) != (config.r, config.lora_alpha):
         raise ConfigError(
-            f"model.name_or_path={folder} holds adapters with r={config.r} and alpha={config.lora_alpha}; model.lora says "
-            f"r={asked.r} and alpha={asked.alpha}. Leave model.lora out to use them, or name the base model {base}."
+            f"model.name_or_path={folder} holds adapters with r={config.r} and alpha={config.lora_alpha}, but model.lora "
+            f"has r={lora.r} and alpha={lora.alpha}. Leave model.lora out to use them, or name the base model {base}."
         )
-    return Saved(folder, base, config)
+    return SavedAdapters(folder, base, config)
 
 
 def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) -> None:
-    """Puts new adapters into the module, drawn from torch's random state, and switches everything else off.
+    """Adds new adapters to the module and freezes all other parameters except `new`.
+
+    The initial values are drawn from torch's random state.
 
     Args:
         base: name or folder of the loaded model.
-        new: names of parameters that no file gave, which learn as well.
+        new: names of parameters without pretrained weights, which train as well.
 
     Raises:
-        ConfigError: no layer is called as model.lora.targets says, or peft does not know which this model has.
+        ConfigError: model.lora.targets matches no layer, or is not set and peft has no default for this model type.
     """
-    place = Path(base)
+    base_folder = Path(base)
     heads = sorted({name.rpartition(".")[0] for name in new} - {""})
     config = _peft().LoraConfig(
         r=lora.r,
@@ -96,70 +104,70 @@ def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) 
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets is not None else None,
         modules_to_save=heads or None,
-        base_model_name_or_path=str(place.resolve()) if place.is_dir() else base,
+        base_model_name_or_path=str(base_folder.resolve()) if base_folder.is_dir() else base,
     )
     _inject(module, config)
 
 
-def load(module: nn.Module, saved: Saved) -> None:
-    """Puts a folder's adapters, and the heads in it, into the base model.
+def load(module: nn.Module, saved: SavedAdapters) -> None:
+    """Adds the adapters and heads of a saved folder to the base model.
 
     Raises:
-        CheckpointError: the files are damaged or not those of this model.
+        CheckpointError: the files are damaged or do not belong to this model.
     """
     _inject(module, saved.config)
     try:
-        weights = load_file(saved.folder / WEIGHTS)
+        weights = load_file(saved.folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{saved.folder / WEIGHTS} is missing or damaged ({error}). Copy it again.") from None
-    own = {_in_file(name): value for name, value in module.named_parameters() if value.requires_grad}
-    wrong = sorted(own.keys() ^ weights.keys()) or [n for n, v in own.items() if v.shape != weights[n].shape]
+        raise CheckpointError(
+            f"{saved.folder / WEIGHTS_FILE} is missing or damaged ({error}). Copy it again."
+        ) from None
+    trained = {_peft_name(name): value for name, value in module.named_parameters() if value.requires_grad}
+    wrong = sorted(trained.keys() ^ weights.keys()) or [n for n, v in trained.items() if v.shape != weights[n].shape]
     if wrong:
         raise CheckpointError(
-            f"{saved.folder / WEIGHTS} does not fit on {saved.base}: {', '.join(wrong[:4])}. Is that still the model that "
-            "the adapters were trained on?"
+            f"{saved.folder / WEIGHTS_FILE} does not fit {saved.base}: {', '.join(wrong[:4])}. Is this still the model "
+            "that the adapters were trained on?"
         )
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in trained.items():
             value.copy_(weights[name])
 
 
 def save(module: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Writes the adapters and heads, as peft does, and the model's config.json.
+    """Writes the adapters and heads in peft's format, and the model's config.json.
 
     Args:
-        state: whole weights by the names in this module.
+        state: full (unsharded) weights by their names in this module.
     """
-    config = getattr(module, RECORD)
+    config = getattr(module, CONFIG_ATTRIBUTE)
     folder.mkdir(parents=True)
-    kept = {name for name, _ in module.named_parameters() if _belongs(name, tuple(config.modules_to_save or ()))}
-    save_file({_in_file(name): state[name].clone() for name in state if name in kept}, folder / WEIGHTS)
+    trained = {name for name, _ in module.named_parameters() if _is_trained(name, tuple(config.modules_to_save or ()))}
+    save_file({_peft_name(name): state[name].clone() for name in state if name in trained}, folder / WEIGHTS_FILE)
     config.save_pretrained(str(folder))
-    own: Any = module.config
-    own.architectures = [type(module).__name__]  # as save_pretrained says it; `merged` goes by it
-    own.save_pretrained(str(folder))
+    model_config: Any = module.config
+    model_config.architectures = [type(module).__name__]  # as save_pretrained does; `load_merged` reads it
+    model_config.save_pretrained(str(folder))
 
 
-def merged(folder: Path) -> Any:
-    """The plain model of transformers that a folder of adapters and its base model make together.
+def load_merged(folder: Path) -> Any:
+    """Returns the base model of a folder of adapters, as a plain transformers model with the adapters merged in.
 
     Raises:
-        ConfigError: the folder holds no adapters, or does not say for which class; or the base model is not there.
-        CheckpointError: damaged files.
+        ConfigError: the folder holds no adapters or does not name the model class, or the base model is missing.
+        CheckpointError: files are damaged.
     """
-    saved = saved_adapters(schema.Model(name_or_path=str(folder)))
+    saved = find_saved_adapters(schema.Model(name_or_path=str(folder)))
     if saved is None:
-        raise ConfigError(
-            f"model.name_or_path={folder} holds no adapters ({CONFIG}), so that there is nothing to merge."
-        )
+        raise ConfigError(f"model.name_or_path={folder} holds no adapters ({CONFIG_FILE}): there is nothing to merge.")
     config = transformers.AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or [""])[0], None)
-    if kind is None:
-        raise ConfigError(f"{folder}/config.json does not say in `architectures` which class the adapters belong in.")
-    local_only = reach(saved.base, file="config.json", setting="base_model_name_or_path")
+    model_class = getattr(transformers, (config.architectures or [""])[0], None)
+    if model_class is None:
+        raise ConfigError(f"{folder}/config.json does not name the model class of the adapters in `architectures`.")
+    local_only = check_reachable(saved.base, file="config.json", setting="base_model_name_or_path")
     try:
         with quiet():
-            module = kind.from_pretrained(
+            module = model_class.from_pretrained(
                 saved.base,
                 config=config,
                 dtype=torch.float32,
@@ -173,45 +181,45 @@ def merged(folder: Path) -> Any:
 
 
 def merge(module: nn.Module) -> nn.Module:
-    """The module with its adapters added into the layers that they stand beside; a plain model again. In place."""
+    """Merges the adapters into their base layers, in place, and returns the plain model."""
     layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _peft_layer())]
     for name, layer in layers:
         layer.merge(safe_merge=True)
-        parent, _, own = name.rpartition(".")
-        setattr(module.get_submodule(parent), own, layer.get_base_layer())
-    if hasattr(module, RECORD):
-        delattr(module, RECORD)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
+    if hasattr(module, CONFIG_ATTRIBUTE):
+        delattr(module, CONFIG_ATTRIBUTE)
     return module
 
 
 def _inject(module: nn.Module, config: LoraConfig) -> None:
     heads = tuple(config.modules_to_save or ())
-    # Heads are not copied and wrapped, as peft does to keep several: there is one set of adapters here.
+    # peft copies and wraps heads so that one model can hold several adapters. Here there is only one set.
     config.modules_to_save = None
     try:
-        _peft().inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+        _peft().inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, RuntimeError) as error:
         layers = sorted(
             {name.rpartition(".")[2] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         )
         raise ConfigError(
-            f"model.lora.targets: {' '.join(str(error).split())[:200]}. The linear layers of this model are called "
+            f"model.lora.targets: {' '.join(str(error).split())[:200]}. The linear layers of this model are named "
             f"{', '.join(layers)}."
         ) from error
     finally:
         config.modules_to_save = list(heads) or None
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(_belongs(name, heads))
-    setattr(module, RECORD, config)
+        parameter.requires_grad_(_is_trained(name, heads))
+    setattr(module, CONFIG_ATTRIBUTE, config)
 
 
-def _belongs(name: str, heads: tuple[str, ...]) -> bool:
-    """Whether a parameter is an adapter's or a new head's."""
+def _is_trained(name: str, heads: tuple[str, ...]) -> bool:
+    """Returns whether a parameter belongs to an adapter or to a new head."""
     return ".lora_" in name or any(name.startswith(f"{head}.") for head in heads)
 
 
-def _in_file(name: str) -> str:
-    return PREFIX + name.replace(f".{ADAPTER}.", ".") if ".lora_" in name else PREFIX + name
+def _peft_name(name: str) -> str:
+    return PEFT_PREFIX + name.replace(f".{ADAPTER_NAME}.", ".") if ".lora_" in name else PEFT_PREFIX + name
 
 
 def _peft() -> Any:

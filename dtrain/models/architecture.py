@@ -1,4 +1,4 @@
-"""A model's own config, read from where the model is, with the overrides of `model.config`."""
+"""Reads a model's config from its folder or the hub, and applies the overrides of `model.config`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
-from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 from dtrain.models.user_module import refuse_without_factory
 
-SHARDED = "shard-00000.safetensors"
-"""Is there in place of weights, in a checkpoint whose pieces dtrain itself puts together."""
+SHARDED_WEIGHTS = "shard-00000.safetensors"
+"""Stands in for the weights in a checkpoint of shards, which dtrain itself assembles."""
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -35,11 +35,11 @@ OWNED_CONFIG_KEYS = {
     "torch_dtype": "engine.precision",
     "dtrain_head": "model.head",
 }
-"""Keys of a model's own config that something else decides, and what does."""
+"""Keys of a model's config that are set elsewhere, and where."""
 
 
-def locate(model: schema.Model) -> bool:
-    """Whether to load from local files only. Checks what a setting can get wrong before transformers looks at it."""
+def check_name_or_path(model: schema.Model) -> bool:
+    """Checks model.name_or_path before transformers tries it. Returns whether to load from local files only."""
     name = model.name_or_path
     if name is None:
         if not model.from_scratch:
@@ -59,21 +59,21 @@ def locate(model: schema.Model) -> bool:
                 f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
             )
         refuse_without_factory(folder)
-        files = (*WEIGHT_FILES, adapters.WEIGHTS, SHARDED)
+        files = (*WEIGHT_FILES, adapters.WEIGHTS_FILE, SHARDED_WEIGHTS)
         if not model.from_scratch and not any((folder / file).is_file() for file in files):
             raise ConfigError(
                 f"model.name_or_path={name} has no weights ({', '.join(WEIGHT_FILES[::2])} or their .index.json). Copy "
                 "them there, name another folder, or start from new weights with model.from_scratch=true."
             )
-    return reach(name, file="config.json", setting="model.name_or_path")
+    return check_reachable(name, file="config.json", setting="model.name_or_path")
 
 
 def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
-    """The model's own config with the overrides of `model.config`, each of which it must know."""
+    """Returns the model's config with the overrides of `model.config`. An unknown key is a ConfigError."""
     overrides = dict(model.config)
     kind = overrides.pop("model_type", None)
     for key in OWNED_CONFIG_KEYS.keys() & overrides.keys():
-        raise ConfigError(f"model.config.{key} is decided by {OWNED_CONFIG_KEYS[key]}: leave it out here.")
+        raise ConfigError(f"model.config.{key} is set by {OWNED_CONFIG_KEYS[key]}: leave it out here.")
     name, options = model.name_or_path, {"trust_remote_code": model.trust_remote_code, "local_files_only": local_only}
     try:
         with quiet():
@@ -81,25 +81,25 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
     except LOADING_ERRORS as error:
         if name is None:
             raise ConfigError(
-                f"model.config.model_type={kind} is not a model type that transformers knows.{_near_type(kind)}"
+                f"model.config.model_type={kind} is not a model type that transformers knows.{_suggest_model_type(kind)}"
             ) from error
         raise explain(error, name=name, setting="model.name_or_path") from error
     if kind not in (None, config.model_type):
         raise ConfigError(
             f"model.config.model_type={kind}, but {name} is a {config.model_type} model: leave model_type out."
         )
-    _refuse_unknown(config, overrides)
+    _reject_unknown_overrides(config, overrides)
     try:
         with quiet():
             if name is None:
                 return AutoConfig.for_model(kind, **overrides)
             return AutoConfig.from_pretrained(name, **options, **overrides)
     except LOADING_ERRORS as error:
-        what = " ".join(str(error).split())
-        raise ConfigError(f"model.config does not make a {config.model_type} config: {what}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model.config is not a valid {config.model_type} config: {reason}") from error
 
 
-def _refuse_unknown(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+def _reject_unknown_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
     known = sorted(
         {key for key in (*vars(config), *config.attribute_map, *config.to_dict()) if not key.startswith("_")}
     )
@@ -110,7 +110,7 @@ def _refuse_unknown(config: PretrainedConfig, overrides: Mapping[str, Any]) -> N
             raise ConfigError(f"model.config.{key} is not a setting of a {config.model_type} model. {hint}")
 
 
-def _near_type(kind: object) -> str:
+def _suggest_model_type(kind: object) -> str:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING_NAMES), n=3)
@@ -118,13 +118,13 @@ def _near_type(kind: object) -> str:
 
 
 def real_label_names(config: PretrainedConfig) -> tuple[str, ...] | None:
-    """The labels' names by output; None where they are the LABEL_0, LABEL_1 that every config is born with."""
+    """Returns the label names by output, or None for the placeholders LABEL_0, LABEL_1, ... of a new config."""
     names = [str(config.id2label[index]) for index in sorted(config.id2label or {})]
     return None if not names or all(re.fullmatch(r"LABEL_\d+", name) for name in names) else tuple(names)
 
 
 def refuse_auxiliary_loss(config: PretrainedConfig) -> None:
-    """A mixture of experts adds a loss of its own that no task sums exactly, unless its coefficients are 0."""
+    """Rejects a mixture of experts that adds its own loss, which no task can sum exactly, unless its weight is 0."""
     inner = config.get_text_config()
     names = [n for n in ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha") if getattr(inner, n, None)]
     if not names and getattr(inner, "output_router_logits", False):
@@ -132,13 +132,13 @@ def refuse_auxiliary_loss(config: PretrainedConfig) -> None:
     if names:
         off = ", ".join(f"{name}: {'false' if name.startswith('output') else 0}" for name in names)
         raise ConfigError(
-            f"A {config.model_type} model is a mixture of experts with a loss of its own ({', '.join(names)}), which "
-            f"is not summed exactly over ranks and is therefore refused. To train it without: model.config={{{off}}}"
+            f"A {config.model_type} model is a mixture of experts that adds its own loss ({', '.join(names)}). That loss "
+            f"cannot be summed exactly over ranks. To train without it: model.config={{{off}}}"
         )
 
 
 def fit_to_tokenizer(config: PretrainedConfig, model: schema.Model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Vocabulary size and special tokens of a new model. With its own tokenizer a config stays as it is."""
+    """Sets vocabulary size and special tokens of a new model, unless it uses the tokenizer of its own family."""
     if model.name_or_path is not None and model.tokenizer in (None, model.name_or_path):
         return
     if "vocab_size" not in model.config:

@@ -1,4 +1,4 @@
-"""A model without a head, for looking inside: hidden states and attentions."""
+"""Loads a model without its head, to inspect hidden states and attentions."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from transformers import AutoModel
 from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
-from dtrain.models.architecture import locate, read_config
+from dtrain.models.architecture import check_name_or_path, read_config
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 
 
 def load_base(model: schema.Model) -> nn.Module:
-    """The body of the model that the config names, fp32, on the host, in eval mode; of an encoder-decoder, the encoder.
+    """Returns the model without its head, fp32, on the host, in eval mode; for an encoder-decoder, the encoder.
 
-    Its attention is computed step by step ("eager"), the only implementation that gives the attentions.
+    Uses "eager" attention, the only implementation that returns the attentions.
 
     Raises:
-        ConfigError: a name or folder that cannot be loaded, or that has no weights of such a body.
+        ConfigError: the name or folder cannot be loaded, or has no weights for such a model.
         DataError: the hub does not answer.
-        CheckpointError: damaged files.
+        CheckpointError: files are damaged.
     """
     name = model.name_or_path
-    if name is not None and (Path(name) / adapters.CONFIG).is_file():
-        return _body(adapters.merged(Path(name)))
-    local_only = locate(model)
+    if name is not None and (Path(name) / adapters.CONFIG_FILE).is_file():
+        return _without_head(adapters.load_merged(Path(name)))
+    local_only = check_name_or_path(model)
     config = read_config(model, local_only)
     assert name is not None
     try:
@@ -45,18 +45,17 @@ def load_base(model: schema.Model) -> nn.Module:
             )
     except LOADING_ERRORS as error:
         raise explain(error, name=name, setting="model.name_or_path") from error
-    # A pooler is not in every file, and nothing that is looked at comes from it.
+    # Not every file has a pooler, and nothing that is inspected depends on it.
     missing = [key for key in sorted(info["missing_keys"]) if "pooler" not in key]
     if missing:
         raise ConfigError(
-            f"model.name_or_path={name}: {', '.join(missing[:3])} is not in its weights, so that what it computes would "
-            "be random."
+            f"model.name_or_path={name}: {', '.join(missing[:3])} is not in its weights, so its output would be random."
         )
-    return _body(loaded)
+    return _without_head(loaded)
 
 
-def _body(loaded: Any) -> nn.Module:
+def _without_head(loaded: Any) -> nn.Module:
     loaded.set_attn_implementation("eager")
-    bare = loaded.base_model
-    module: nn.Module = (bare.get_encoder() if bare.config.is_encoder_decoder else bare).eval()
+    base = loaded.base_model
+    module: nn.Module = (base.get_encoder() if base.config.is_encoder_decoder else base).eval()
     return module

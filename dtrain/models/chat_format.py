@@ -1,6 +1,6 @@
-"""How a dialogue becomes tokens, in training and in talking alike, and how tokens become a reply again.
+"""Encodes dialogues as tokens, the same way in training and in chat, and decodes replies.
 
-Two formats: `[CLS] u1 [SEP] u2 [SEP] ...` over a BERT vocabulary, and the chat template that a tokenizer brings.
+There are two formats: `[CLS] u1 [SEP] u2 [SEP] ...` over a BERT vocabulary, and the tokenizer's own chat template.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.errors import ConfigError, DataError
 
-Message = Mapping[str, str]
-"""`role` (system, user, assistant) and `content`."""
+ChatMessage = Mapping[str, str]
+"""A message with `role` (system, user, assistant) and `content`."""
 
 FormatName = Literal["turns", "template"]
 
@@ -33,70 +33,75 @@ _BLANK_BETWEEN_CJK = re.compile(rf"(?<=[{_CJK}])\s+(?=[{_CJK}])")
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One dialogue. ids: its tokens. is_target: which of them are learnt, as many."""
+class EncodedDialogue:
+    """The tokens of one dialogue.
+
+    Attributes:
+        ids: token ids.
+        is_target: for each token, whether it is a training target.
+    """
 
     ids: list[int]
     is_target: list[bool]
 
     @property
     def has_targets(self) -> bool:
-        """The first token follows nothing, so that it is never one."""
+        """Whether any token is a target. The first token does not count: nothing precedes it."""
         return any(self.is_target[1:])
 
-    def first(self, length: int) -> Encoded:
-        """The first tokens of it."""
-        return Encoded(self.ids[:length], self.is_target[:length])
+    def truncated(self, length: int) -> EncodedDialogue:
+        """Returns the first `length` tokens."""
+        return EncodedDialogue(self.ids[:length], self.is_target[:length])
 
 
 class ChatFormat(Protocol):
-    """One way to write a dialogue down."""
+    """A way to write a dialogue as tokens."""
 
     name: FormatName
-    stops: frozenset[int]
-    """Tokens that end a reply, as far as the tokenizer knows them."""
+    stop_ids: frozenset[int]
+    """Tokens that end a reply, if the tokenizer has any."""
     head_config: dict[str, Any]
-    """What the model's config has to say for it."""
+    """Entries that the model's config needs for this format."""
 
-    def encode(self, messages: Sequence[Message], *, replies_only: bool) -> Encoded:
-        """A whole dialogue, of which every token or those of the assistant's turns are targets.
+    def encode(self, messages: Sequence[ChatMessage], *, replies_only: bool) -> EncodedDialogue:
+        """Encodes a dialogue. The targets are all tokens, or only those of the assistant's turns.
 
         Raises:
-            DataError: this format cannot say such a dialogue.
+            DataError: this format cannot represent the dialogue.
         """
         ...
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """What the model goes on from to answer the last turn."""
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Returns the tokens that the model continues to answer the last turn."""
         ...
 
     def reply(self, ids: Sequence[int]) -> str:
-        """The text of what the model added."""
+        """Decodes the tokens that the model generated."""
         ...
 
 
 class TurnsFormat:
-    """`[CLS] u1 [SEP] u2 [SEP] ...`, whoever speaks. A turn's tokens end with its [SEP], which stops a reply."""
+    """`[CLS] u1 [SEP] u2 [SEP] ...` without roles. Each turn ends with [SEP], which therefore stops a reply."""
 
     name: FormatName = "turns"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         needed = {"[CLS]": "cls_token_id", "[SEP]": "sep_token_id", "[PAD]": "pad_token_id"}
-        found: dict[str, Any] = {token: getattr(tokenizer, name) for token, name in needed.items()}
-        if missing := [token for token, number in found.items() if number is None]:
+        special: dict[str, Any] = {token: getattr(tokenizer, name) for token, name in needed.items()}
+        if missing := [token for token, number in special.items() if number is None]:
             raise ConfigError(
                 f"the tokenizer has no {', '.join(missing)}, and task.format=turns writes a dialogue as [CLS] turn "
-                "[SEP] turn [SEP]. Set model.tokenizer to a BERT vocabulary (vocab.txt) or its folder, or take a model "
+                "[SEP] turn [SEP]. Set model.tokenizer to a BERT vocabulary (vocab.txt) or its folder, or use a model "
                 "whose tokenizer has a chat template"
             )
-        self._cls, self._sep = int(found["[CLS]"]), int(found["[SEP]"])
+        self._cls, self._sep = int(special["[CLS]"]), int(special["[SEP]"])
         self._tokenizer = tokenizer
-        self.stops = frozenset([self._sep])
-        # GPT-2's own numbers (50256) lie past the end of a small vocabulary.
-        self.head_config = {"bos_token_id": self._cls, "eos_token_id": self._sep, "pad_token_id": int(found["[PAD]"])}
+        self.stop_ids = frozenset([self._sep])
+        # GPT-2's defaults (50256) are beyond the end of a small vocabulary.
+        self.head_config = {"bos_token_id": self._cls, "eos_token_id": self._sep, "pad_token_id": int(special["[PAD]"])}
 
-    def encode(self, messages: Sequence[Message], *, replies_only: bool) -> Encoded:
-        # "[SEP]" in what somebody says is five characters, not the end of a turn.
+    def encode(self, messages: Sequence[ChatMessage], *, replies_only: bool) -> EncodedDialogue:
+        # "[SEP]" inside a message is plain text (five characters), not the end of a turn.
         turns: list[list[int]] = self._tokenizer(
             [message["content"] for message in messages],
             add_special_tokens=False,
@@ -108,20 +113,20 @@ class TurnsFormat:
         for message, turn in zip(messages, turns, strict=True):
             ids += [*turn, self._sep]
             is_target += [not replies_only or message["role"] == "assistant"] * (len(turn) + 1)
-        return Encoded(ids, is_target)
+        return EncodedDialogue(ids, is_target)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         return self.encode(messages, replies_only=False).ids
 
     def reply(self, ids: Sequence[int]) -> str:
-        return without_blanks(str(self._tokenizer.decode(list(ids), skip_special_tokens=True)))
+        return remove_cjk_spaces(str(self._tokenizer.decode(list(ids), skip_special_tokens=True)))
 
 
 class TemplateFormat:
-    """The tokenizer's own chat template, through `apply_chat_template`."""
+    """The tokenizer's own chat template, applied by `apply_chat_template`."""
 
     name: FormatName = "template"
-    head_config: dict[str, Any] = {}  # noqa: RUF012 - nothing is ever put in
+    head_config: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         template = getattr(tokenizer, "chat_template", None)
@@ -133,98 +138,100 @@ class TemplateFormat:
             )
         self._tokenizer = tokenizer
         self._marks_replies = _GENERATION_BLOCK.search(template) is not None
-        self.stops = frozenset([tokenizer.eos_token_id]) if isinstance(tokenizer.eos_token_id, int) else frozenset()
+        self.stop_ids = frozenset([tokenizer.eos_token_id]) if isinstance(tokenizer.eos_token_id, int) else frozenset()
 
-    def encode(self, messages: Sequence[Message], *, replies_only: bool) -> Encoded:
+    def encode(self, messages: Sequence[ChatMessage], *, replies_only: bool) -> EncodedDialogue:
         if not replies_only:
             ids = self._apply(messages)["input_ids"]
-            return Encoded(ids, [True] * len(ids))
+            return EncodedDialogue(ids, [True] * len(ids))
         if self._marks_replies:
-            found = self._apply(messages, return_assistant_tokens_mask=True)
-            return Encoded(found["input_ids"], [bool(mark) for mark in found["assistant_masks"]])
+            encoded = self._apply(messages, return_assistant_tokens_mask=True)
+            return EncodedDialogue(encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]])
         return self._by_prefixes(messages)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         ids: list[int] = self._apply(messages, add_generation_prompt=True)["input_ids"]
         return ids
 
     def reply(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
-    def _by_prefixes(self, messages: Sequence[Message]) -> Encoded:
-        """A reply's tokens: from the prompt for it to the end of the dialogue up to it, both encoded by themselves."""
+    def _by_prefixes(self, messages: Sequence[ChatMessage]) -> EncodedDialogue:
+        """Finds each reply's tokens: those between its prompt and the dialogue up to its end, each encoded separately."""
         ids: list[int] = self._apply(messages)["input_ids"]
         is_target = [False] * len(ids)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             if number == 0:
-                raise DataError("the dialogue begins with the assistant, whom nobody has asked anything")
+                raise DataError("the dialogue begins with the assistant, so its first reply answers nothing")
             before = self.prompt(messages[:number])
             up_to: list[int] = self._apply(messages[: number + 1])["input_ids"]
             if ids[: len(up_to)] != up_to or up_to[: len(before)] != before:
                 raise DataError(
-                    f"the chat template writes the dialogue up to turn {number + 1} in another way when it goes on, so "
-                    "that the reply's tokens cannot be told (a template that leaves earlier reasoning out, or a turn "
-                    "that begins with a line break). Give a template that marks them with {% generation %} and "
-                    "{% endgeneration %}, or set task.loss_on=all"
+                    f"the chat template changes the text up to turn {number + 1} when the dialogue continues, so the "
+                    "reply's tokens cannot be located (the template leaves out earlier reasoning, or a turn begins with a "
+                    "line break). Use a template that marks replies with {% generation %} and {% endgeneration %}, or set "
+                    "task.loss_on=all"
                 )
             is_target[len(before) : len(up_to)] = [True] * (len(up_to) - len(before))
-        return Encoded(ids, is_target)
+        return EncodedDialogue(ids, is_target)
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+    def _apply(self, messages: Sequence[ChatMessage], **options: Any) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=True, return_dict=True, **options
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise DataError(f"the tokenizer's chat template refuses this dialogue: {error}") from error
+            raise DataError(f"the tokenizer's chat template rejects this dialogue: {error}") from error
 
 
 def choose_format(tokenizer: PreTrainedTokenizerBase, name: Literal["auto", "turns", "template"]) -> ChatFormat:
-    """auto: the tokenizer's chat template where it has one.
+    """Returns the chosen format. auto: the tokenizer's chat template if it has one, else turns.
 
     Raises:
-        ConfigError: a tokenizer that lacks what the format needs.
+        ConfigError: the tokenizer lacks what the format needs.
     """
     if name == "template" or (name == "auto" and getattr(tokenizer, "chat_template", None)):
         return TemplateFormat(tokenizer)
     return TurnsFormat(tokenizer)
 
 
-def fit(chat: ChatFormat, messages: Sequence[Message], *, max_length: int, replies_only: bool) -> tuple[Encoded, bool]:
-    """A dialogue in at most max_length tokens, and whether something had to be left out.
+def encode_truncated(
+    chat: ChatFormat, messages: Sequence[ChatMessage], *, max_length: int, replies_only: bool
+) -> tuple[EncodedDialogue, bool]:
+    """Encodes a dialogue in at most max_length tokens. Returns the tokens and whether something was cut off.
 
-    Whole turns from the start, as many as fit; where those have no target, the first max_length tokens.
+    Keeps as many complete turns from the start as fit. If these have no target, keeps the first max_length tokens.
     """
-    whole = chat.encode(messages, replies_only=replies_only)
-    if len(whole.ids) <= max_length:
-        return whole, False
+    full = chat.encode(messages, replies_only=replies_only)
+    if len(full.ids) <= max_length:
+        return full, False
     for number in range(len(messages) - 1, 0, -1):
         shorter = chat.encode(messages[:number], replies_only=replies_only)
         if len(shorter.ids) <= max_length:
-            return (shorter if shorter.has_targets else whole.first(max_length)), True
-    return whole.first(max_length), True
+            return (shorter if shorter.has_targets else full.truncated(max_length)), True
+    return full.truncated(max_length), True
 
 
-def newest(chat: ChatFormat, messages: Sequence[Message], *, max_tokens: int) -> tuple[list[int], int]:
-    """The prompt of a dialogue in at most max_tokens, without its oldest turns if need be, and how many of those.
+def prompt_truncated(chat: ChatFormat, messages: Sequence[ChatMessage], *, max_tokens: int) -> tuple[list[int], int]:
+    """Returns the prompt of a dialogue in at most max_tokens tokens, and how many of the oldest turns were dropped.
 
-    A system message stays, and what is left begins with the user. The last turn stays however long it is.
+    A system message is kept, and the remaining turns begin with the user. The last turn is kept at any length.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
-    said = list(messages[len(system) :])
+    turns = list(messages[len(system) :])
     begin = 0
     while True:
-        ids = chat.prompt([*system, *said[begin:]])
+        ids = chat.prompt([*system, *turns[begin:]])
         if len(ids) <= max_tokens:
             return ids, begin
-        later = [number for number in range(begin + 1, len(said)) if said[number]["role"] == "user"]
+        later = [number for number in range(begin + 1, len(turns)) if turns[number]["role"] == "user"]
         if not later:
             return ids, begin
         begin = later[0]
 
 
-def without_blanks(text: str) -> str:
-    """The text without the blanks that a BERT vocabulary leaves between Chinese or Japanese characters."""
+def remove_cjk_spaces(text: str) -> str:
+    """Removes the blanks that a BERT vocabulary puts between Chinese or Japanese characters."""
     return _BLANK_BETWEEN_CJK.sub("", text)

@@ -1,8 +1,8 @@
-"""A new head on any backbone: what `model.head` asks for, trained and saved as one model.
+"""A new head on any backbone, as `model.head` describes it, trained and saved as one model.
 
-The saved folder is the backbone's own (`AutoModel.from_pretrained` gives it back, config.json and all), with the head
-beside it in head.safetensors; config.json says under `dtrain_head` what the head is. dtrain loads both again from
-model.name_or_path=<folder>, whether model.head is set or not.
+The saved folder is that of the backbone, including config.json (`AutoModel.from_pretrained` loads it), plus the head in
+head.safetensors. `dtrain_head` in config.json describes the head. dtrain loads both from model.name_or_path=<folder>,
+whether or not model.head is set.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dtrain.models.compatibility import learned_positions
 from dtrain.models.heads import Head
 from dtrain.models.pooling import pool
 
-KEY = "dtrain_head"
-"""In the backbone's config.json: the settings of the head beside it, the task it was made for, and its outputs."""
+CONFIG_KEY = "dtrain_head"
+"""Entry of the backbone's config.json with the head's settings, the task that it was made for, and its outputs."""
 
-FILE = "head.safetensors"
+WEIGHTS_FILE = "head.safetensors"
 
 
 class HeadedModel(nn.Module):
-    """`backbone` and `head`; paths like `embeddings` or `base_model` are looked up in the backbone as well."""
+    """A `backbone` and a `head`. Paths such as `embeddings` or `base_model` also resolve inside the backbone."""
 
     base_model_prefix = "backbone"
 
@@ -49,10 +49,10 @@ class HeadedModel(nn.Module):
     ) -> None:
         """
         Args:
-            task_head: what the task wants: logits per example or per token.
-            outputs: logits.
-            width: of the backbone's last hidden state.
-            pads_left: whether batches are padded in front, where positions have to be counted from the first token.
+            task_head: the task's kind of head: logits per example or per token.
+            outputs: number of logits.
+            width: width of the backbone's last hidden state.
+            pads_left: whether batches are padded on the left, so that positions must count from the first token.
         """
         super().__init__()
         self.backbone = backbone
@@ -61,15 +61,19 @@ class HeadedModel(nn.Module):
         self._pooling, self._task_head = settings.pooling, task_head
         takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         numbers_by_padding = any(table.padding_idx is not None for table in learned_positions(backbone))
-        # RoBERTa and its kin count from the pad tokens themselves, and from another number.
+        # RoBERTa and similar models derive positions from the pad tokens themselves, with another offset.
         self._counts_positions = pads_left and takes_positions and not numbers_by_padding
-        setattr(backbone.config, KEY, {**settings.model_dump(mode="json"), "task": task_head.name, "outputs": outputs})
+        setattr(
+            backbone.config,
+            CONFIG_KEY,
+            {**settings.model_dump(mode="json"), "task": task_head.name, "outputs": outputs},
+        )
 
     def forward(self, **inputs: Any) -> SequenceClassifierOutput:
-        """The backbone's inputs.
+        """Takes the inputs of the backbone.
 
         Returns:
-            logits: (batch, outputs); (batch, length, outputs) for a task of tokens; (batch, choices) for choices.
+            logits: (batch, outputs); (batch, length, outputs) for tasks per token; (batch, choices) for choices.
         """
         choices = None
         if self._task_head.logits == "choice":
@@ -85,36 +89,36 @@ class HeadedModel(nn.Module):
         return SequenceClassifierOutput(logits=logits if choices is None else logits.view(-1, choices))
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's."""
+        """Returns the backbone's input embeddings."""
         embeddings: nn.Module = self.backbone.get_input_embeddings()
         return embeddings
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
-        """Whether the backbone does."""
+        """Whether the backbone supports it."""
         return bool(self.backbone.supports_gradient_checkpointing)
 
     def gradient_checkpointing_enable(self, options: Mapping[str, Any]) -> None:
-        """In the backbone, where the activations are."""
-        # Renamed within transformers 5; the old name warns.
+        """Enables it in the backbone, which holds the activations."""
+        # transformers 5 renamed the method; the old name warns.
         name = "activation_checkpointing_enable"
         getattr(self.backbone, name, self.backbone.gradient_checkpointing_enable)(dict(options))
 
     def save_pretrained(self, folder: str, *, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """The backbone as itself, the head beside it.
+        """Writes the backbone in its own format, and the head next to it.
 
         Args:
-            state_dict: whole, by the names in this module.
+            state_dict: full (unsharded) weights by their names in this module.
         """
         body = {name.removeprefix("backbone."): v for name, v in state_dict.items() if name.startswith("backbone.")}
         top = {name.removeprefix("head."): v.clone() for name, v in state_dict.items() if name.startswith("head.")}
         self.backbone.save_pretrained(folder, state_dict=body)
-        save_file(top, Path(folder) / FILE)
+        save_file(top, Path(folder) / WEIGHTS_FILE)
 
 
 class LinearHead(nn.Module):
@@ -126,12 +130,12 @@ class LinearHead(nn.Module):
         self.dense = nn.Linear(width, settings.hidden) if settings.hidden is not None else None
         self.out = nn.Linear(settings.hidden or width, outputs)
         for layer in (self.dense, self.out):
-            if layer is not None:  # as transformers begins its heads
+            if layer is not None:  # the initialization that transformers uses for its heads
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., width) to (..., outputs)."""
+        """Maps (..., width) to (..., outputs)."""
         hidden = self.dropout(hidden)
         if self.dense is not None:
             hidden = self.dropout(torch.tanh(self.dense(hidden)))
@@ -139,25 +143,24 @@ class LinearHead(nn.Module):
         return logits
 
 
-def settings_of(model: schema.Model, config: PretrainedConfig) -> schema.NewHead | None:
-    """The head to put on, or to load: `model.head`, or what a folder says was trained there; None where there is none.
+def head_settings(model: schema.Model, config: PretrainedConfig) -> schema.NewHead | None:
+    """Returns the settings of the head: `model.head`, or those of the saved head; None if there is neither.
 
     Raises:
-        ConfigError: the folder has another head than the one asked for.
+        ConfigError: the folder has another head than model.head.
     """
     saved = _saved(config)
     if saved is None or (model.from_scratch and model.head is not None):
         return model.head
-    kept = schema.NewHead.model_validate({key: saved[key] for key in schema.NewHead.model_fields if key in saved})
-    asked = model.head
-    if asked is None:
-        return kept
-    if asked.model_copy(update={"dropout": kept.dropout}) != kept:
+    stored = schema.NewHead.model_validate({key: saved[key] for key in schema.NewHead.model_fields if key in saved})
+    if model.head is None:
+        return stored
+    if model.head.model_copy(update={"dropout": stored.dropout}) != stored:
         raise ConfigError(
-            f"model.name_or_path={model.name_or_path} was trained with model.head={kept.model_dump()}, not with "
-            f"{asked.model_dump()}. Leave model.head out to use it. {_take_off(str(model.name_or_path))}"
+            f"model.name_or_path={model.name_or_path} was trained with model.head={stored.model_dump()}, not with "
+            f"{model.head.model_dump()}. Leave model.head out to use it. {_how_to_replace(str(model.name_or_path))}"
         )
-    return asked
+    return model.head
 
 
 def add_head(
@@ -170,21 +173,21 @@ def add_head(
     local_only: bool,
     is_stored: bool,
 ) -> HeadedModel:
-    """The backbone with its head: the saved one, or a new one, drawn from torch's random state.
+    """Returns the backbone with its head: the saved head, or a new one drawn from torch's random state.
 
     Args:
         is_stored: whether model.name_or_path has the head's weights.
 
     Raises:
-        ConfigError: a task or backbone that this head does not fit, or a head saved for another one.
+        ConfigError: the head does not fit the task or the backbone, or the saved head belongs to another task.
         CheckpointError: the saved head is missing or damaged.
     """
     config = backbone.config
     if task_head.logits is None or config.is_encoder_decoder:
-        what = f"a {config.model_type} model" if config.is_encoder_decoder else f"{task_head.name.replace('_', ' ')}"
+        reason = f"a {config.model_type} model" if config.is_encoder_decoder else f"{task_head.name.replace('_', ' ')}"
         raise ConfigError(
-            f"model.head puts logits on the states of one encoder or decoder, which does not serve {what}. Leave "
-            "model.head out: transformers has a head for it."
+            f"model.head computes logits from the states of one encoder or decoder, which does not work for {reason}. "
+            "Leave model.head out: transformers has a head for it."
         )
     saved = None if model.from_scratch else _saved(config)
     outputs = config.vocab_size if task_head.is_over_vocabulary else int(config.num_labels)
@@ -193,9 +196,9 @@ def add_head(
     if saved is not None and (saved["task"], saved["outputs"]) != (task_head.name, outputs):
         raise ConfigError(
             f"model.name_or_path={model.name_or_path} has a head for {saved['task']} with {saved['outputs']} outputs; "
-            f"this task wants {task_head.name} with {outputs}. {_take_off(str(model.name_or_path))}"
+            f"this task needs {task_head.name} with {outputs}. {_how_to_replace(str(model.name_or_path))}"
         )
-    width = _check(backbone, settings, task_head)
+    width = _hidden_width(backbone, settings, task_head)
     headed = HeadedModel(
         backbone, settings, task_head=task_head, outputs=outputs, width=width, pads_left=pads_left
     ).train(backbone.training)
@@ -205,36 +208,36 @@ def add_head(
 
 
 def _saved(config: PretrainedConfig) -> dict[str, Any] | None:
-    saved: dict[str, Any] | None = getattr(config, KEY, None)
+    saved: dict[str, Any] | None = getattr(config, CONFIG_KEY, None)
     return saved
 
 
-def _take_off(name: str) -> str:
+def _how_to_replace(name: str) -> str:
     return (
         'To put a new head on its backbone: python -c "from transformers import AutoModel; m = '
-        f"AutoModel.from_pretrained('{name}'); del m.config.{KEY}; m.save_pretrained('FOLDER')\", then "
+        f"AutoModel.from_pretrained('{name}'); del m.config.{CONFIG_KEY}; m.save_pretrained('FOLDER')\", then "
         f"model.name_or_path=FOLDER model.tokenizer={name}"
     )
 
 
 def _load(head: LinearHead, name: str, *, local_only: bool) -> None:
     try:
-        file = cached_file(name, FILE, local_files_only=local_only)
+        file = cached_file(name, WEIGHTS_FILE, local_files_only=local_only)
         head.load_state_dict(load_file(str(file)))
     except (OSError, RuntimeError, SafetensorError) as error:
-        why = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"model.name_or_path={name}: its config.json says that {FILE} holds a head, which cannot be loaded: {why}. "
-            "Copy the whole folder again."
+            f"model.name_or_path={name}: config.json describes a head in {WEIGHTS_FILE}, but it cannot be loaded: "
+            f"{reason}. Copy the complete folder again."
         ) from error
 
 
 @torch.no_grad()
-def _check(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head) -> int:
-    """The width of the last hidden state, found by asking the backbone: it is called by many names in configs.
+def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head) -> int:
+    """Returns the width of the last hidden state, measured by a forward pass, because configs use many names for it.
 
     Raises:
-        ConfigError: pooling that means nothing here, or a next token that the backbone can see.
+        ConfigError: the pooling makes no sense for this backbone, or a language model sees the token to predict.
     """
     was_training, kind = backbone.training, backbone.config.model_type
     backbone.eval()
@@ -243,7 +246,7 @@ def _check(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head)
     if states.dim() == 4:
         if settings.pooling != "mean":
             raise ConfigError(
-                f"model.head.pooling={settings.pooling}: a {kind} model has a map of states, no first or last one. "
+                f"model.head.pooling={settings.pooling}: a {kind} model has a map of states, without a first or last one. "
                 "Set model.head.pooling=mean."
             )
         return int(states.shape[1])
@@ -251,19 +254,19 @@ def _check(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head)
         looks_ahead = not torch.allclose(states[0, 0], states[1, 0], rtol=1e-4, atol=1e-6)
         if task_head.is_causal and looks_ahead:
             raise ConfigError(
-                f"The task predicts the next token: this {kind} model sees the tokens that it would have to predict. Set "
-                "model.config={is_decoder: true} where it has that, or use a decoder such as gpt2."
+                f"The task predicts the next token: this {kind} model sees the tokens that it has to predict. Set "
+                "model.config={is_decoder: true} if the model supports it, or use a decoder such as gpt2."
             )
         if task_head.logits != "token" and settings.pooling == "cls" and not looks_ahead:
             raise ConfigError(
-                f"model.head.pooling=cls: the first token of a {kind} model sees nothing but itself. Set "
+                f"model.head.pooling=cls: the first token of a {kind} model sees only itself. Set "
                 "model.head.pooling=last (or mean)."
             )
     return int(states.shape[-1])
 
 
 def _two_inputs(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A batch of two: texts of two tokens that differ in the second, or two blank images."""
+    """Returns a batch of two: texts of two tokens that differ in the second token, or two blank images."""
     config = backbone.config
     if backbone.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 64

@@ -1,4 +1,4 @@
-"""A whole repository of the hub on this machine, for where there is no network."""
+"""Downloads a complete model repository from the hub, for machines without a network."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ import huggingface_hub
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-# The HTTP library's own base error, as in source.py.
+# The HTTP library's own base error, as in hub_errors.py.
 from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.hub_errors import reach
+from dtrain.models.hub_errors import check_reachable
 
 
-def fetch_model(name: str, *, to: Path | None, ignore: Sequence[str], setting: str) -> Path:
-    """Every file of the repository but those that a pattern of `ignore` matches; gives the folder they are in.
+def download_model(name: str, *, to: Path | None, ignore: Sequence[str], setting: str) -> Path:
+    """Downloads every file of the repository except those that match `ignore`. Returns the folder with the files.
 
     Args:
-        to: folder for the files; None: the hub's cache. What an earlier call left there is gone on with.
+        to: folder for the files; None: the hub's cache. An interrupted download continues.
         ignore: patterns of file names, e.g. `*.bin`.
         setting: the setting that gave the name, for messages.
 
     Raises:
-        ConfigError: no such repository, or a folder of that name.
-        DataError: the hub does not answer, or stops to.
+        ConfigError: there is no such repository, or a local folder has this name.
+        DataError: the hub does not answer, or the connection breaks.
     """
     if Path(name).is_dir():
-        raise ConfigError(f"{setting}={name} is a folder here already: there is nothing to download.")
-    if reach(name, file="config.json", setting=setting):
+        raise ConfigError(f"{setting}={name} is already a local folder: there is nothing to download.")
+    if check_reachable(name, file="config.json", setting=setting):
         raise DataError(
             f"{setting}={name} cannot be downloaded: {constants.ENDPOINT} does not answer, or HF_HUB_OFFLINE is set. "
-            "What the local cache holds of it stays as it is."
+            "Files that are already in the local cache are unchanged."
         )
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()  # type: ignore[attr-defined]  # public, but not in __all__
     try:
-        found = snapshot_download(name, local_dir=to, ignore_patterns=list(ignore) or None)
+        folder = snapshot_download(name, local_dir=to, ignore_patterns=list(ignore) or None)
     except (HfHubHTTPError, HttpError, OSError) as error:
         raise DataError(
-            f"{setting}={name} could not be downloaded whole from {constants.ENDPOINT}: "
-            f"{' '.join(str(error).split())[:300]}. Call download again to go on with what is there."
+            f"{setting}={name} could not be downloaded completely from {constants.ENDPOINT}: "
+            f"{' '.join(str(error).split())[:300]}. Run download again to continue."
         ) from error
-    return Path(str(found))
+    return Path(str(folder))

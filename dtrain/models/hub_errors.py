@@ -1,11 +1,11 @@
-"""Where a model's files come from: a folder, or a hub that answers in bounded time or is named as unreachable.
+"""Checks that a model's folder or hub repository can be reached, and turns loading errors into errors of ours.
 
-Which error is which, for a name that a setting gives:
+A name that a setting gives can raise:
 
 - ConfigError (exit 2): the setting names something that cannot be used: no such folder or repository, no config.json,
   no weights, an unknown architecture, code that the user has not allowed.
 - DataError (exit 3): the name may be right, but the hub did not answer, and the file is not in the local cache.
-- CheckpointError (exit 6): the files are there and damaged.
+- CheckpointError (exit 6): the files are present but damaged.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 
-# The HTTP library's own base error; which library that is differs between versions of huggingface_hub.
+# The HTTP library's own base error. The library depends on the version of huggingface_hub.
 from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
-from dtrain.models.hub_offline import without_network
+from dtrain.models.hub_offline import offline_instructions
 
 HUB_TIMEOUT_S = 10.0
 
@@ -49,20 +49,20 @@ LOADING_ERRORS = (
 """What transformers raises for a name, folder, file or value that it cannot use."""
 
 
-def reach(name: str, *, file: str, setting: str) -> bool:
-    """Makes sure that a name can be loaded at all, before transformers tries it file by file with minutes of retries.
+def check_reachable(name: str, *, file: str, setting: str) -> bool:
+    """Checks quickly that a name can be loaded. transformers itself would retry for minutes, file by file.
 
     Args:
         name: a folder or a name on the hub.
-        file: the file that tells whether the hub answers and the name is there, e.g. config.json.
-        setting: the setting that gave the name, for the message.
+        file: the file to request from the hub, e.g. config.json.
+        setting: the setting that gave the name, for messages.
 
     Returns:
-        Whether to load from local files only: the hub does not answer, but has been downloaded from before.
+        Whether to load from local files only: a folder, or a cached repository while the hub does not answer.
 
     Raises:
-        ConfigError: no such folder, or no such repository.
-        DataError: the hub did not answer within HUB_TIMEOUT_S and its file is not in the cache.
+        ConfigError: there is no such folder or repository.
+        DataError: the hub did not answer within HUB_TIMEOUT_S and the file is not in the cache.
     """
     if Path(name).is_dir():
         return True
@@ -71,23 +71,23 @@ def reach(name: str, *, file: str, setting: str) -> bool:
             f"{setting}={name} is a file. Give the folder that from_pretrained loads, or a name on the hub."
         )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConfigError(f"{setting}={name}: there is no such folder (seen from {Path.cwd()}).")
-    cached = isinstance(_cached(name, file, setting), str)
+        raise ConfigError(f"{setting}={name}: there is no such folder (relative to {Path.cwd()}).")
+    is_cached = isinstance(_cached(name, file, setting), str)
     try:
         get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_TIMEOUT_S)
     except RemoteEntryNotFoundError:
-        return False  # The hub answers and the name is there; whether the file is needed, transformers knows.
+        return False  # The repository exists; transformers decides whether it needs the file.
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{setting}={name} is neither a folder here ({Path.cwd()}) nor a repository that {constants.ENDPOINT} "
-            "shows you. Check the spelling; a private or gated one needs `hf auth login`."
+            f"{setting}={name} is neither a local folder (in {Path.cwd()}) nor a repository that you can see on "
+            f"{constants.ENDPOINT}. Check the spelling; a private or gated one needs `hf auth login`."
         ) from error
     except (HttpError, OSError) as error:
-        if not cached:
-            raise unreachable(name, file=file, setting=setting, why=_first_line(error)) from error
+        if not is_cached:
+            raise unreachable_error(name, file=file, setting=setting, reason=_first_line(error)) from error
         if not isinstance(error, OfflineModeIsEnabled):
             log.info(
-                "%s does not answer (%s): %s is taken from the local cache",
+                "%s does not answer (%s): loading %s from the local cache",
                 constants.ENDPOINT,
                 _first_line(error),
                 name,
@@ -96,8 +96,8 @@ def reach(name: str, *, file: str, setting: str) -> bool:
     return False
 
 
-def is_here(name: str, file: str) -> bool:
-    """Whether a file of a folder, or of a hub's repository that has been loaded, is on this machine."""
+def is_local(name: str, file: str) -> bool:
+    """Returns whether a file is on this machine, in a folder or in the cache of the hub."""
     return (Path(name) / file).is_file() if Path(name).is_dir() else isinstance(try_to_load_from_cache(name, file), str)
 
 
@@ -105,21 +105,19 @@ def _cached(name: str, file: str, setting: str) -> object:
     try:
         return try_to_load_from_cache(name, file)
     except HFValidationError as error:
-        raise ConfigError(
-            f"{setting}={name} is neither a folder nor a name that the hub could have: {error}"
-        ) from error
+        raise ConfigError(f"{setting}={name} is neither a folder nor a valid name on the hub: {error}") from error
 
 
-def unreachable(name: str, *, file: str, setting: str, why: str) -> DataError:
-    """The error for a hub that does not answer: the file it was asked for, and how to do without it."""
+def unreachable_error(name: str, *, file: str, setting: str, reason: str) -> DataError:
+    """Returns the error for a hub that does not answer: which file was requested, and how to work without the hub."""
     return DataError(
-        f"{setting}={name}: could not get {name}/{file} from {constants.ENDPOINT} ({why}), and it is not in the local "
-        f"cache {constants.HF_HUB_CACHE}. {without_network(setting, name, is_set=constants.HF_HUB_OFFLINE)}."
+        f"{setting}={name}: could not get {name}/{file} from {constants.ENDPOINT} ({reason}), and it is not in the local "
+        f"cache {constants.HF_HUB_CACHE}. {offline_instructions(setting, name, is_set=constants.HF_HUB_OFFLINE)}."
     )
 
 
 def explain(error: BaseException, *, name: str, setting: str) -> DtrainError:
-    """Says in a user's words what transformers found wrong with a folder or a name.
+    """Converts a loading error of transformers into one that names the setting and the fix.
 
     Args:
         error: one of LOADING_ERRORS.
@@ -129,20 +127,21 @@ def explain(error: BaseException, *, name: str, setting: str) -> DtrainError:
     text = str(error)
     if "trust_remote_code" in text:
         return ConfigError(
-            f"{setting}={name} comes with Python code of its own, which has to run to load it. Read that code, and if "
-            "you trust its author set model.trust_remote_code=true."
+            f"{setting}={name} contains Python code that has to run to load it. Read the code, and if you trust its "
+            "author set model.trust_remote_code=true."
         )
     if isinstance(error, SafetensorError) or "is not a valid JSON" in text:
         return CheckpointError(
             f"{setting}={name}: a file in it is damaged ({_first_line(error)}). Copy or download it again."
         )
     if isinstance(error.__cause__, (LocalEntryNotFoundError, HfHubHTTPError)):
-        return unreachable(name, file="(weights or tokenizer)", setting=setting, why=_first_line(error.__cause__))
+        cause = _first_line(error.__cause__)
+        return unreachable_error(name, file="(weights or tokenizer)", setting=setting, reason=cause)
     return ConfigError(f"{setting}={name} cannot be loaded: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error that says something, cut where transformers goes on to list every class it has."""
+    """Returns the first informative line of an error, without the list of all classes that transformers may append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
     return line if len(line) <= 300 else line[:300] + " ..."
@@ -150,7 +149,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps transformers from printing load reports and progress bars; dtrain says in one line what matters."""
+    """Silences the load reports and progress bars of transformers; dtrain logs the important part in one line."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""From an image file to the numbers that a model takes: resized, cropped and normalised as its preprocessor_config says.
+"""Turns an image file into the model's input: resized, cropped and normalized as its preprocessor_config.json says.
 
-A few lines of Pillow and numpy, so that the numbers are the same whether torchvision is installed or not; tests hold
-them against transformers' own processors. A model that brings no preprocessor_config.json gets one: its own image size,
-mean and deviation 0.5. The file is saved beside the trained model, where AutoImageProcessor finds it.
+Uses only Pillow and numpy, so the numbers do not depend on whether torchvision is installed. Tests compare them with
+transformers' own processors, which may differ in the last bits. A model without preprocessor_config.json gets its own
+image size, mean 0.5 and deviation 0.5. The file is saved with the trained model, where AutoImageProcessor finds it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
-from dtrain.models.architecture import locate, read_config
+from dtrain.models.architecture import check_name_or_path, read_config
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,16 +27,23 @@ if TYPE_CHECKING:
 FILE = "preprocessor_config.json"
 
 BILINEAR, NATIVE_SIZE = 2, 224
-WARPED_FROM = 384
-"""From this edge on ConvNeXT's processor resizes to a square; below, it resizes to more and crops."""
+CONVNEXT_SQUARE_SIZE = 384
+"""From this size on, ConvNeXT's processor resizes to a square. Below, it resizes to a larger image and crops."""
 
 
 @dataclass(frozen=True)
 class PixelProcessor:
-    """What happens to an image, and the preprocessor_config.json that says so.
+    """Resizes, crops and normalizes images.
 
-    size: (height, width) to resize to; None where `shortest` says how long the shorter side gets. crop: (height, width)
-    of the middle that is kept. resample: Pillow's number. mean, std: one per channel, after the multiplication by scale.
+    Attributes:
+        size: (height, width) to resize to; None: resize by `shortest`.
+        shortest: length in pixels that the shorter side is resized to; None: resize by `size`.
+        crop: (height, width) of the center that is kept; None: no cropping.
+        resample: Pillow's number of the resampling filter.
+        scale: factor for the pixel values, applied first.
+        mean: subtracted from the scaled values, one per channel.
+        std: the result is divided by this, one per channel.
+        content: the content of preprocessor_config.json.
     """
 
     size: tuple[int, int] | None
@@ -49,10 +56,10 @@ class PixelProcessor:
     content: Mapping[str, Any]
 
     def __call__(self, file: Path) -> NDArray[np.float32]:
-        """(channels, height, width).
+        """Reads an image. Returns (channels, height, width).
 
         Raises:
-            DataError: the file is gone or cannot be decoded.
+            DataError: the file is missing or cannot be decoded.
         """
         image = self._resized(open_image(file, "RGB" if len(self.mean) == 3 else "L"))
         if self.crop is not None:
@@ -60,15 +67,15 @@ class PixelProcessor:
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, len(self.mean))
         scaled = pixels * np.float32(self.scale)
-        normalised = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        found: NDArray[np.float32] = np.ascontiguousarray(normalised.transpose(2, 0, 1), dtype=np.float32)
-        return found
+        normalized = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        result: NDArray[np.float32] = np.ascontiguousarray(normalized.transpose(2, 0, 1), dtype=np.float32)
+        return result
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
         out = self.crop or self.size
-        assert out is not None, "_sizes lets no other through"
+        assert out is not None, "_sizes returns at least one of them"
         return len(self.mean), *out
 
     def save_pretrained(self, folder: str) -> None:
@@ -87,10 +94,10 @@ class PixelProcessor:
 
 
 def open_image(file: Path, mode: str) -> Image.Image:
-    """A decoded image, RGB or L (grey).
+    """Returns the decoded image in the given mode, RGB or L (gray).
 
     Raises:
-        DataError: it is gone or damaged. Headers were looked at when the data was prepared; pixels are read here.
+        DataError: the file is missing or damaged. Preparing the data checks only the headers; the pixels are read here.
     """
     from PIL import Image
 
@@ -102,19 +109,19 @@ def open_image(file: Path, mode: str) -> Image.Image:
 
 
 def load_processor(model: schema.Model, *, image_size: int | None) -> PixelProcessor:
-    """The model's own, or a plain one.
+    """Returns the model's own processor, or a default one.
 
     Args:
-        image_size: edge of the square that images are resized to; None: as the model says.
+        image_size: side of the square that images are resized to; None: as the model's config says.
 
     Raises:
-        ConfigError: a preprocessor_config.json that asks for what dtrain does not do, or Pillow is missing.
+        ConfigError: preprocessor_config.json asks for something that dtrain does not support, or Pillow is missing.
     """
     try:
-        import PIL  # noqa: F401 - only whether it is there
+        import PIL  # noqa: F401 - only to check that it is installed
     except ImportError:
         raise ConfigError("Images are read with Pillow, which is not installed: pip install pillow") from None
-    content, edge, channels = _brought(model)
+    content, edge, channels = _model_image_settings(model)
     edge = image_size or edge
     if content is None:
         content = {
@@ -133,15 +140,15 @@ def load_processor(model: schema.Model, *, image_size: int | None) -> PixelProce
         content = {key: value for key, value in content.items() if key not in dropped}
         size = {"height": image_size, "width": image_size}
         content.update(image_processor_type="ViTImageProcessor", do_resize=True, size=size)
-    return _read(content, channels, str(model.name_or_path))
+    return _parse_config(content, channels, str(model.name_or_path))
 
 
-def _brought(model: schema.Model) -> tuple[dict[str, Any] | None, int | None, int]:
-    """preprocessor_config.json if there is one, the image size of the model's config, and its channels."""
+def _model_image_settings(model: schema.Model) -> tuple[dict[str, Any] | None, int | None, int]:
+    """Returns preprocessor_config.json (None without one), the image size of the model's config, and its channels."""
     if model.factory is not None:
         folder = Path(model.name_or_path) if model.name_or_path is not None else None
-        return (_json(folder / FILE) if folder is not None and (folder / FILE).is_file() else None), None, 3
-    local_only = locate(model)
+        return (_read_json(folder / FILE) if folder is not None and (folder / FILE).is_file() else None), None, 3
+    local_only = check_name_or_path(model)
     config = read_config(model, local_only)
     if model.name_or_path is None:
         content = None
@@ -153,15 +160,15 @@ def _brought(model: schema.Model) -> tuple[dict[str, Any] | None, int | None, in
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        content = _json(Path(file)) if file is not None else None
+        content = _read_json(Path(file)) if file is not None else None
     edge = getattr(config, "image_size", None)
     channels = getattr(config, "num_channels", 3)
     if channels not in (1, 3):
-        raise ConfigError(f"A {config.model_type} model with {channels} channels: images have 1 (grey) or 3 (RGB).")
+        raise ConfigError(f"A {config.model_type} model with {channels} channels: images have 1 (gray) or 3 (RGB).")
     return content, edge if isinstance(edge, int) else None, channels
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -169,8 +176,8 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read(content: Mapping[str, Any], channels: int, name: str) -> PixelProcessor:
-    """The steps that a preprocessor_config.json describes."""
+def _parse_config(content: Mapping[str, Any], channels: int, name: str) -> PixelProcessor:
+    """Returns the processor that a preprocessor_config.json describes."""
     size, shortest, crop = _sizes(content, name)
     has_scale, has_norm = content.get("do_rescale", True), content.get("do_normalize", True)
     mean = tuple(content.get("image_mean") or [0.5] * channels) if has_norm else (0.0,) * channels
@@ -192,10 +199,10 @@ def _read(content: Mapping[str, Any], channels: int, name: str) -> PixelProcesso
 
 
 def _sizes(content: Mapping[str, Any], name: str) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
-    """Size, shortest edge and crop; the files of older models have plain numbers for sizes.
+    """Returns size, shortest side and crop. Older models have plain numbers instead of dicts.
 
     Raises:
-        ConfigError: sizes that are written in another way, or images that would not all come out equally large.
+        ConfigError: the sizes have an unknown form, or the images would have different sizes.
     """
     size, crop = content.get("size"), content.get("crop_size")
     is_convnext = "crop_pct" in content or "convnext" in str(content.get("image_processor_type", "")).lower()
@@ -204,24 +211,23 @@ def _sizes(content: Mapping[str, Any], name: str) -> tuple[tuple[int, int] | Non
         size = {"shortest_edge": size} if is_convnext or crops else {"height": size, "width": size}
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
-    unusual = ConfigError(
-        f"model.name_or_path={name}: {FILE} makes images in a way that dtrain does not know (size {size}, crop "
+    unsupported = ConfigError(
+        f"model.name_or_path={name}: dtrain does not support the image sizes in its {FILE} (size {size}, crop "
         f"{crop if crops else None}, do_resize {content.get('do_resize', True)}, do_pad {content.get('do_pad', False)}). "
         "Set task.image_size to resize all of them to one square."
     )
     if not isinstance(size, dict) or content.get("do_pad") or not content.get("do_resize", True):
-        raise unusual
+        raise unsupported
     cut = (int(crop["height"]), int(crop["width"])) if crops and isinstance(crop, dict) and "height" in crop else None
     if set(size) == {"height", "width"}:
-        whole = (int(size["height"]), int(size["width"]))
-        return whole, None, cut
+        return (int(size["height"]), int(size["width"])), None, cut
     if set(size) != {"shortest_edge"}:
-        raise unusual
+        raise unsupported
     edge = int(size["shortest_edge"])
     if is_convnext:
-        if edge >= WARPED_FROM:
+        if edge >= CONVNEXT_SQUARE_SIZE:
             return (edge, edge), None, None
         return None, int(edge / float(content.get("crop_pct") or 224 / 256)), (edge, edge)
     if cut is None or max(cut) > edge:
-        raise unusual
+        raise unsupported
     return None, edge, cut

@@ -1,7 +1,8 @@
-"""A model by name, folder or from scratch, with the head that a task asks for, in fp32 on the host.
+"""Loads a model by name or folder, or creates one from scratch, with the task's head, in fp32 on the host.
 
-The same on every rank and in every run: new weights are drawn from the seed alone, and the global random state is left
-as it was. Freezing (freezing.py), fitting the tokenizer (checks.py) and devices (engines) come after.
+The result is the same on every rank and in every run: new weights depend only on the seed, and the global random state
+does not change. Freezing (freezing.py), the checks against the tokenizer (compatibility.py) and devices (engines) follow
+later.
 """
 
 from __future__ import annotations
@@ -22,17 +23,23 @@ from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters, user_module
-from dtrain.models.architecture import fit_to_tokenizer, locate, read_config, real_label_names, refuse_auxiliary_loss
-from dtrain.models.custom_head import KEY, add_head, settings_of
+from dtrain.models.architecture import (
+    check_name_or_path,
+    fit_to_tokenizer,
+    read_config,
+    real_label_names,
+    refuse_auxiliary_loss,
+)
+from dtrain.models.custom_head import CONFIG_KEY, add_head, head_settings
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 from dtrain.models.seq2seq import fit_decoder
 
 ALIGNMENT = 64
-"""Bytes to which PyTorch aligns its own memory on a CPU."""
+"""PyTorch aligns tensors on the CPU to this many bytes."""
 
-ODD_SIZES = (ArithmeticError, AssertionError, AttributeError)
-"""What a constructor raises for sizes that make no layers."""
+SIZE_ERRORS = (ArithmeticError, AssertionError, AttributeError)
+"""What a constructor may raise for impossible layer sizes."""
 
 
 def load_model(
@@ -43,69 +50,69 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
 ) -> PreTrainedModel:
-    """The model that the config names.
+    """Loads or creates the model of the config.
 
     Args:
         model: the model section of the config.
-        head: what the task puts on top.
+        head: the kind of head that the task needs.
         head_config: entries of the model's config that the task decides, e.g. num_labels, id2label, label2id.
-        tokenizer: gives a new model its vocabulary size and special tokens, and the config a pad token that it lacks;
-            None where there is no text.
-        seed: of weights that no file holds: a new head, or all from scratch.
+        tokenizer: gives a new model its vocabulary size and special tokens, and any model a missing pad token; None
+            for tasks without text.
+        seed: seed of weights that no file provides: a new head, or all from scratch.
 
     Returns:
-        The model, fp32, on the host, in train mode as PyTorch makes it.
+        The model, fp32, on the host, in PyTorch's initial train mode.
 
     Raises:
-        ConfigError: a name, a folder or an override that does not make such a model, or one with a loss of its own.
+        ConfigError: the name, folder or overrides do not make such a model, or the model adds its own loss.
         DataError: the hub does not answer.
-        CheckpointError: damaged files.
+        CheckpointError: files are damaged.
     """
     if model.factory is not None:
-        with _drawn_from(seed), user_module.all_drawn_from(seed):
-            module = user_module.make(model, head=head, head_config=head_config, tokenizer=tokenizer)
+        with _seeded(seed), user_module.seeded_python_random(seed):
+            module = user_module.build(model, head=head, head_config=head_config, tokenizer=tokenizer)
         if model.gradient_checkpointing:
             _checkpoint_activations(module)
         return module
-    local_only = locate(model)
+    local_only = check_name_or_path(model)
     config = read_config(model, local_only)
-    own_labels = real_label_names(config)
+    old_labels = real_label_names(config)
     refuse_auxiliary_loss(config)
     if model.from_scratch and tokenizer is not None:
-        born_pad = getattr(config, "pad_token_id", None)
+        default_pad_id = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)
         if head.has_decoder:
-            fit_decoder(config, model, tokenizer, born_pad=born_pad)
+            fit_decoder(config, model, tokenizer, default_pad_id=default_pad_id)
     for key, value in head_config.items():
         setattr(config, key, value)
     if tokenizer is not None and not head.is_causal and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier looks for the last token before it
+        config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier uses it to find the last token
     if head.problem_type is not None:
         config.problem_type = head.problem_type
-    with quiet(), _drawn_from(seed):
-        loaded = _with_its_parts(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
-    names = real_label_names(loaded.config)
-    if head.has_label_names and not model.from_scratch and own_labels not in (None, names):
-        log.info("Note: %s knows the labels %s; they become %s, one by one", model.name_or_path, own_labels, names)
+    with quiet(), _seeded(seed):
+        loaded = _build_model(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
+    new_labels = real_label_names(loaded.config)
+    if head.has_label_names and not model.from_scratch and old_labels not in (None, new_labels):
+        log.info("Note: %s has the labels %s; they are replaced by %s", model.name_or_path, old_labels, new_labels)
     if model.gradient_checkpointing:
         _checkpoint_activations(loaded)
     return loaded
 
 
-def label_names_of(model: schema.Model) -> tuple[str, ...] | None:
-    """The label names that a trained classifier brings, in the order of its outputs; None where it has none.
+def pretrained_label_names(model: schema.Model) -> tuple[str, ...] | None:
+    """Returns the label names of a trained classifier in the order of its outputs; None if it has none.
 
-    Reads the model's config only. Labels are mapped by name: where these are the data's names in another order (MNLI
-    has had several), the task has to number its labels in this order.
+    Reads only the model's config. Labels are matched by name: if the data has the same names in another order (as for
+    the variants of MNLI), the task has to number its labels in the model's order.
     """
     if model.factory is not None:
         return user_module.label_names(model)
     if model.from_scratch or model.name_or_path is None:
         return None
-    return real_label_names(read_config(model, locate(model)))
+    return real_label_names(read_config(model, check_name_or_path(model)))
 
 
-def _with_its_parts(
+def _build_model(
     model: schema.Model,
     config: PretrainedConfig,
     *,
@@ -113,21 +120,21 @@ def _with_its_parts(
     tokenizer: PreTrainedTokenizerBase | None,
     local_only: bool,
 ) -> Any:
-    """The model with transformers' head or one of `model.head`, and with adapters: those of the folder, or new ones."""
-    saved = adapters.saved_adapters(model)
+    """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters."""
+    saved = adapters.find_saved_adapters(model)
     if saved is not None:
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
-        local_only = locate(model)
-    new_head = settings_of(model, config)
-    kind = head.auto_class if new_head is None else AutoModel
+        local_only = check_name_or_path(model)
+    new_head = head_settings(model, config)
+    auto_model = head.auto_class if new_head is None else AutoModel
     new: list[str] = []
     if model.from_scratch:
-        loaded = _new(kind, model, config, head)
+        loaded = _from_scratch(auto_model, model, config, head)
     else:
-        loaded, new = _pretrained(kind, model, config, head, local_only)
+        loaded, new = _pretrained(auto_model, model, config, head, local_only)
     if new_head is not None:
-        among_adapters = saved is not None and any(name.startswith("head.") for name in saved.heads)
-        is_stored = hasattr(config, KEY) and not model.from_scratch and not among_adapters
+        is_in_adapters = saved is not None and any(name.startswith("head.") for name in saved.heads)
+        is_stored = hasattr(config, CONFIG_KEY) and not model.from_scratch and not is_in_adapters
         loaded = add_head(
             loaded,
             new_head,
@@ -147,76 +154,78 @@ def _with_its_parts(
 
 
 @contextmanager
-def _drawn_from(seed: int) -> Iterator[None]:
-    """New weights come from the seed alone; the global random state is as before afterwards, on every device."""
+def _seeded(seed: int) -> Iterator[None]:
+    """Draws new weights from this seed only, and restores torch's global random state afterwards, on every device."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed CUDA for good
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed CUDA, permanently
         yield
 
 
-def _new(kind: Any, model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
+def _from_scratch(auto_model: Any, model: schema.Model, config: PretrainedConfig, head: Head) -> PreTrainedModel:
     try:
-        return kind.from_config(
+        return auto_model.from_config(
             config,
             dtype=torch.float32,
             trust_remote_code=model.trust_remote_code,
             attn_implementation=model.attn_implementation,
         )
-    except (*LOADING_ERRORS, *ODD_SIZES) as error:
-        raise _unsuitable(error, model, config, head) or ConfigError(
-            f"model.config does not make a {config.model_type} model: {' '.join(str(error).split())[:400]}"
+    except (*LOADING_ERRORS, *SIZE_ERRORS) as error:
+        raise _unsupported_error(error, model, config, head) or ConfigError(
+            f"model.config is not a valid {config.model_type} model: {' '.join(str(error).split())[:400]}"
         ) from error
 
 
 def _pretrained(
-    kind: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
+    auto_model: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of its weights that no file held."""
+    """Returns the model, and the names of its weights that no file provides."""
     name = model.name_or_path
     assert name is not None
     try:
-        loaded, info = kind.from_pretrained(
+        loaded, info = auto_model.from_pretrained(
             name,
             config=config,
-            dtype=torch.float32,  # also where the file is bf16: an optimizer needs the digits
+            dtype=torch.float32,  # even if the file is bf16, because the optimizer needs the precision
             trust_remote_code=model.trust_remote_code,
             local_files_only=local_only,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # not ignored: refused below, with a cure
+            ignore_mismatched_sizes=True,  # _refuse_mismatch raises a better error below
             attn_implementation=model.attn_implementation,
         )
     except LOADING_ERRORS as error:
-        raise _unsuitable(error, model, config, head) or explain(
+        raise _unsupported_error(error, model, config, head) or explain(
             error, name=name, setting="model.name_or_path"
         ) from error
     _refuse_mismatch(name, loaded, info["mismatched_keys"])
     new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if len(new) >= sum(1 for _ in loaded.parameters()):
         raise ConfigError(
-            f"model.name_or_path={name}: none of its weights belongs to a {config.model_type} model, which its "
-            "config.json says it is. Copy both from one place."
+            f"model.name_or_path={name}: none of its weights belongs to a {config.model_type} model, the type in its "
+            "config.json. Copy both from the same source."
         )
     if new:
-        log.info("Newly initialised (not in %s): %s", name, _some(new))
+        log.info("Newly initialized (not in %s): %s", name, _first_names(new))
     if unused:
-        log.info("Not used from %s: %s", name, _some(unused))
-    _align(loaded)
+        log.info("Unused weights in %s: %s", name, _first_names(unused))
+    _align_memory(loaded)
     return loaded, new
 
 
-def _align(loaded: PreTrainedModel) -> None:
-    """Weights into memory of their own, where PyTorch puts new ones.
+def _align_memory(loaded: PreTrainedModel) -> None:
+    """Copies misaligned weights into memory with PyTorch's usual alignment.
 
-    In a mapped file they begin at any multiple of 4 bytes, and other kernels then give other last digits than the process
-    that trained them.
+    In a memory-mapped file, weights start at any multiple of 4 bytes. Other kernels are then used, and the results differ
+    in the last digits from those of the process that trained the weights.
     """
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         if tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
 
 
-def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedConfig, head: Head) -> ConfigError | None:
-    """The refusals that transformers words in its own terms: an architecture without that head, and the attention."""
+def _unsupported_error(
+    error: BaseException, model: schema.Model, config: PretrainedConfig, head: Head
+) -> ConfigError | None:
+    """Returns a clear error for two failures of transformers: a missing head and an unsupported attention."""
     if "Unrecognized configuration class" in str(error):
         return ConfigError(
             f"A {config.model_type} model has no {head.name.replace('_', ' ')} head in transformers. Choose another model "
@@ -232,33 +241,33 @@ def _unsuitable(error: BaseException, model: schema.Model, config: PretrainedCon
 def _refuse_mismatch(name: str, loaded: PreTrainedModel, mismatched: Collection[tuple[str, Any, Any]]) -> None:
     if not mismatched:
         return
-    shapes = _some(
-        [f"{key} is {tuple(found)}, wanted {tuple(wanted)}" for key, found, wanted in sorted(mismatched)], most=2
+    shapes = _first_names(
+        [f"{key} is {tuple(stored)}, expected {tuple(wanted)}" for key, stored, wanted in sorted(mismatched)], most=2
     )
     is_backbone = not hasattr(loaded, loaded.base_model_prefix)
     if is_backbone or any(key.startswith(f"{loaded.base_model_prefix}.") for key, _, _ in mismatched):
         raise ConfigError(
-            f"model.name_or_path={name}: its weights do not fit model.config ({shapes}). Drop the override, or set "
+            f"model.name_or_path={name}: its weights do not fit model.config ({shapes}). Remove the override, or set "
             "model.from_scratch=true."
         )
     raise ConfigError(
-        f"model.name_or_path={name} was trained for another number of labels ({shapes}). Name the model it was made "
-        'from, or take its head off: python -c "from transformers import AutoModel; '
+        f"model.name_or_path={name} was trained for another number of labels ({shapes}). Name the model that it was "
+        'trained from, or remove its head: python -c "from transformers import AutoModel; '
         f"AutoModel.from_pretrained('{name}').save_pretrained('FOLDER')\", then model.name_or_path=FOLDER "
         f"model.tokenizer={name}"
     )
 
 
-def _some(names: list[str], *, most: int = 4) -> str:
+def _first_names(names: list[str], *, most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _checkpoint_activations(loaded: PreTrainedModel) -> None:
     if not getattr(loaded, "supports_gradient_checkpointing", False):
         kind = getattr(getattr(loaded, "config", None), "model_type", type(loaded).__name__)
-        raise ConfigError(f"model.gradient_checkpointing=true: transformers cannot do that for a {kind} model.")
-    # Renamed within transformers 5; the old name warns.
+        raise ConfigError(f"model.gradient_checkpointing=true: transformers does not support it for a {kind} model.")
+    # transformers 5 renamed the method; the old name warns.
     enable = getattr(loaded, "activation_checkpointing_enable", None) or loaded.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if hasattr(loaded, "config"):
-        loaded.config.use_cache = False  # keys and values kept for later would be recomputed as well
+        loaded.config.use_cache = False  # otherwise the cached keys and values would be recomputed as well

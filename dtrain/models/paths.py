@@ -1,8 +1,8 @@
-"""Modules and parameters by path: `embeddings`, `encoder.layer[:2]`, `base_model`, `*.bias`.
+"""Selects modules and parameters by path: `embeddings`, `encoder.layer[:2]`, `base_model`, `*.bias`.
 
-A path is looked up from the model and from its base model (`bert` in a BertForSequenceClassification), so that one
-setting serves every head. Slices are Python's, over the numbered children of a module. `*` and `?` match any characters
-in the whole dotted name, dots included, as fnmatch does.
+A path is looked up in the model and in its base model (`bert` in a BertForSequenceClassification), so one setting works
+with every head. Slices follow Python's rules and select from the numbered children of a module. `*` and `?` match any
+characters of the full dotted name, including dots, as in fnmatch.
 """
 
 from __future__ import annotations
@@ -18,53 +18,55 @@ from dtrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """What a list of paths names, in the model's order, each once.
+class ResolvedPaths:
+    """What a list of paths selects, in the model's order, without duplicates.
 
-    modules: names of modules that hold parameters; "" is the model itself.
-    parameters: names of all parameters in those modules or named themselves, tied ones under each of their names.
+    Attributes:
+        modules: names of modules that hold parameters; "" is the model itself.
+        parameters: names of the parameters inside those modules or selected directly. A tied parameter appears under each
+            of its names.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
-def resolve(model: nn.Module, entries: Sequence[str], *, setting: str = "freeze.modules") -> Resolved:
-    """Finds what each entry names.
+def resolve(model: nn.Module, entries: Sequence[str], *, setting: str = "freeze.modules") -> ResolvedPaths:
+    """Finds the modules and parameters that the paths select.
 
     Args:
-        model: the bare model, whole on this process.
+        model: the bare, unsharded model.
         entries: paths.
-        setting: where they come from, for the message.
+        setting: the setting that gave the paths, for messages.
 
     Raises:
-        ConfigError: an entry matches nothing that has parameters, or is not a path.
+        ConfigError: an entry is not a path, or matches nothing that has parameters.
     """
     modules: set[str] = set()
     parameters: set[str] = set()
     all_parameters = set(parameter_names(model))
     for entry in entries:
-        found = _find(model, entry, setting)
-        held = [name for name in found if name in all_parameters or any(parameter_names(model.get_submodule(name)))]
-        if not held:
-            raise _nothing(model, entry, setting, empty=bool(found))
-        parameters.update(name for name in held if name in all_parameters)
-        modules.update(name for name in held if name not in all_parameters)
+        matches = _find(model, entry, setting)
+        useful = [name for name in matches if name in all_parameters or any(parameter_names(model.get_submodule(name)))]
+        if not useful:
+            raise _no_match_error(model, entry, setting, has_matches=bool(matches))
+        parameters.update(name for name in useful if name in all_parameters)
+        modules.update(name for name in useful if name not in all_parameters)
     inside = tuple(f"{name}." if name else "" for name in modules)
     identities = {id(p) for n, p in _named(model) if n in parameters or (inside and n.startswith(inside))}
-    return Resolved(
+    return ResolvedPaths(
         tuple(name for name, _ in model.named_modules(remove_duplicate=False) if name in modules),
         tuple(name for name, parameter in _named(model) if id(parameter) in identities),
     )
 
 
 def parameter_names(model: nn.Module) -> list[str]:
-    """Every name of every parameter: one that is tied to another has more than one."""
+    """Returns every name of every parameter; a tied parameter has more than one."""
     return [name for name, _ in _named(model)]
 
 
 def base_prefix(model: nn.Module) -> str:
-    """The base model's name in a model with a head; "" where the model is its own base."""
+    """Returns the name of the base model inside a model with a head; "" for a model without a separate base."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
@@ -74,10 +76,10 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _find(model: nn.Module, entry: str, setting: str) -> set[str]:
-    """Names of modules and parameters that one entry matches."""
+    """Returns the names of the modules and parameters that one entry matches."""
     if not re.fullmatch(r"[\w*?]+(\[[-\d:]+\])?(\.[\w*?]+(\[[-\d:]+\])?)*", entry):
         raise ConfigError(
-            f"{setting}: {entry!r} is not a path. Write names joined by dots, with slices and * or ? where needed: "
+            f"{setting}: {entry!r} is not a path. Write names joined by dots, optionally with slices and * or ?: "
             "embeddings, encoder.layer[:2], encoder.layer[-1].attention, *.bias."
         )
     base = base_prefix(model)
@@ -90,22 +92,22 @@ def _find(model: nn.Module, entry: str, setting: str) -> set[str]:
 
 
 def _expand(model: nn.Module, path: str, entry: str, setting: str) -> set[str]:
-    """Resolves the first slice, then what follows it, until only names and wildcards are left."""
+    """Resolves the first slice, then the rest, until only names and wildcards are left."""
     sliced = re.match(r"(?P<before>[^\[]+)\[(?P<slice>[^\]]+)\](?P<after>.*)", path)
     if sliced is None:
         pattern = re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in path))
         return {name for name in _all_names(model) if pattern.fullmatch(name)}
-    found: set[str] = set()
+    names: set[str] = set()
     for parent in _expand(model, sliced["before"], entry, setting):
         module = model.get_submodule(parent) if parent not in parameter_names(model) else nn.Module()
         children = [name for name, _ in module.named_children() if name.isdecimal()]
-        for child in _take(children, sliced["slice"], entry, setting):
-            found |= _expand(model, f"{parent}.{child}{sliced['after']}", entry, setting)
-    return found
+        for child in _select_children(children, sliced["slice"], entry, setting):
+            names |= _expand(model, f"{parent}.{child}{sliced['after']}", entry, setting)
+    return names
 
 
-def _take(children: list[str], text: str, entry: str, setting: str) -> list[str]:
-    """Python's own reading of an index or a slice."""
+def _select_children(children: list[str], text: str, entry: str, setting: str) -> list[str]:
+    """Applies an index or a slice, with Python's rules."""
     parts = text.split(":")
     if len(parts) > 3 or any(part and not re.fullmatch(r"-?\d+", part) for part in parts) or parts[2:] == ["0"]:
         raise ConfigError(
@@ -123,9 +125,9 @@ def _all_names(model: nn.Module) -> list[str]:
     return [*(name for name, _ in model.named_modules(remove_duplicate=False)), *parameter_names(model)]
 
 
-def _nothing(model: nn.Module, entry: str, setting: str, *, empty: bool) -> ConfigError:
-    if empty:
-        return ConfigError(f"{setting}: {entry!r} names something without parameters, so there is nothing to freeze.")
+def _no_match_error(model: nn.Module, entry: str, setting: str, *, has_matches: bool) -> ConfigError:
+    if has_matches:
+        return ConfigError(f"{setting}: {entry!r} matches something without parameters, so there is nothing to freeze.")
     base = base_prefix(model)
     names = {
         re.sub(r"\.\d+(?=\.|$)", "[:]", name.removeprefix(f"{base}.") if base else name) for name in _all_names(model)
@@ -148,7 +150,7 @@ def _children(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _counts(model: nn.Module) -> list[tuple[str, int]]:
-    """Lists of layers, by name without the base model's, and how many each has."""
+    """Returns the lists of layers, named without the base model's prefix, and the length of each."""
     base = base_prefix(model)
     lists = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
     return [(name.removeprefix(f"{base}.") if base else name, len(m)) for name, m in lists]

@@ -1,4 +1,4 @@
-"""Tokenizers: by name, folder or vocabulary file, or built from the training text: a token per character, or BPE."""
+"""Loads tokenizers by name, folder or vocabulary file, or builds them from the training text (characters or BPE)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.hub_errors import LOADING_ERRORS, explain, is_here, quiet, reach
+from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, is_local, quiet
 
 UNKNOWN = "<unk>"
 PAD = "<pad>"
@@ -27,16 +27,16 @@ END = "<|endoftext|>"
 def load_tokenizer(
     model: schema.Model, *, training_texts: Callable[[], Iterable[str]], needs_padding: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `model.tokenizer` names, or else the model's own.
+    """Returns the tokenizer that `model.tokenizer` names, or else the model's own.
 
     Args:
         model: the model section of the config.
-        training_texts: gives the texts of the training split; called for `char` and `train-bpe` only.
-        needs_padding: whether the task pads. Gives `char` a <pad> token, which it has no use for otherwise, and
-            `train-bpe` a <mask> token as well.
+        training_texts: returns the texts of the training split; called only for `char` and `train-bpe`.
+        needs_padding: whether the task pads. If so, `char` gets a <pad> token, and `train-bpe` a <pad> and a <mask>
+            token.
 
     Raises:
-        ConfigError: nothing names a tokenizer, or what is named cannot be used.
+        ConfigError: no tokenizer is named, or the named one cannot be used.
         DataError: the hub does not answer, or there is no text to build one from.
     """
     if model.tokenizer == "char":
@@ -46,7 +46,7 @@ def load_tokenizer(
     name = model.tokenizer or model.name_or_path
     if name is None:
         raise ConfigError(
-            "model.tokenizer is not set, and a model without model.name_or_path brings none of its own. "
+            "model.tokenizer is not set, and a model without model.name_or_path has no tokenizer of its own. "
             "Set model.tokenizer to a name, a folder, a vocabulary file (.txt), char or train-bpe."
         )
     setting = "model.tokenizer" if model.tokenizer else "model.name_or_path"
@@ -56,16 +56,16 @@ def load_tokenizer(
 
 
 def reload_tokenizer(folder: Path, model: schema.Model) -> PreTrainedTokenizerBase:
-    """A tokenizer that `save_pretrained` wrote into a folder of ours. Asks no hub."""
+    """Loads a tokenizer that `save_pretrained` wrote into a local folder. Never contacts the hub."""
     with quiet():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
 
 
 def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTokenizerBase:
-    local_only = reach(
+    local_only = check_reachable(
         name, file="config.json" if name == model.name_or_path else "tokenizer_config.json", setting=setting
     )
-    nothing = ConfigError(
+    missing = ConfigError(
         f"{setting}={name} has no tokenizer that can be loaded (tokenizer.json, vocab.txt, ...). Set model.tokenizer "
         "to a name, a folder, a vocabulary file (.txt) or char."
     )
@@ -76,23 +76,21 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
             )
     except LOADING_ERRORS as error:
         if "Couldn't instantiate the backend tokenizer" in str(error):
-            raise nothing from error
+            raise missing from error
         raise explain(error, name=name, setting=setting) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # transformers 5 makes an empty tokenizer, without a word, where a folder has no vocabulary.
+        # transformers 5 silently creates an empty tokenizer for a folder without a vocabulary.
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-        if not any(is_here(name, file) for file in files):
-            raise nothing
-        log.info(
-            "Note: %s=%s: this tokenizer has special tokens only, so every word becomes an unknown one", setting, name
-        )
+        if not any(is_local(name, file) for file in files):
+            raise missing
+        log.info("Note: %s=%s: this tokenizer has only special tokens, so every word becomes unknown", setting, name)
     return tokenizer
 
 
 def _from_vocabulary(path: Path, *, setting: str) -> PreTrainedTokenizerBase:
-    """A BERT tokenizer over a vocabulary file, a token per line. Lower-cases, as BertTokenizerFast does by default."""
+    """Returns a BERT tokenizer over a vocabulary file with one token per line. Lowercases, like BertTokenizerFast."""
     if not path.is_file():
-        raise ConfigError(f"{setting}={path}: there is no such vocabulary file (seen from {Path.cwd()}).")
+        raise ConfigError(f"{setting}={path}: there is no such vocabulary file (relative to {Path.cwd()}).")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -105,40 +103,40 @@ def _from_vocabulary(path: Path, *, setting: str) -> PreTrainedTokenizerBase:
     missing = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]
     if missing:
         raise ConfigError(
-            f"{setting}={path} lacks {', '.join(missing)}: a BERT vocabulary has a line for each. Add them at its end "
+            f"{setting}={path} lacks {', '.join(missing)}: a BERT vocabulary has a line for each. Append them to the file "
             "(other tokens keep their numbers), or name a tokenizer folder."
         )
     capital = sum(token != token.lower() and not token.startswith("[") for token in vocabulary)
     if capital > len(vocabulary) / 20:
         log.info(
-            "Note: %s=%s: %d of %d tokens have capital letters, which a lower-casing tokenizer never makes. "
-            "For a cased model name its tokenizer folder instead",
+            "Note: %s=%s: %d of %d tokens have capital letters, which a lowercasing tokenizer never produces. "
+            "For a cased model, name its tokenizer folder instead",
             *(setting, path, capital, len(vocabulary)),
         )
-    # The vocabulary itself: transformers 5 ignores `vocab_file=` without a word, and knows five tokens then.
-    # A file without [MASK] gets none, for it would be numbered past the end of an embedding that fits the file.
+    # Pass the vocabulary itself: transformers 5 silently ignores `vocab_file=` and then has only five tokens.
+    # Without [MASK] in the file, add none: its number would be past the end of an embedding that fits the file.
     return BertTokenizerFast(vocab=vocabulary, mask_token="[MASK]" if "[MASK]" in vocabulary else None)
 
 
 def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrainedTokenizerFast:
-    """One token per character (Unicode code point, line breaks included), numbered in the order of code points.
+    """Builds a tokenizer with one token per character (Unicode code point, including line breaks), in code point order.
 
-    The vocabulary is <unk>, then <pad> if asked for, then the characters: no more than is used, so that an untrained
-    model's loss is about ln(vocabulary). It is saved and reloaded like any Hugging Face tokenizer, and what it decodes
-    is the text that was encoded, as long as the characters are known.
+    The vocabulary is <unk>, then <pad> if requested, then only the characters of the texts, so that the loss of an
+    untrained model is about ln(vocabulary). It is saved and reloaded like any Hugging Face tokenizer. Decoding returns
+    the encoded text exactly, except for unknown characters.
 
     Raises:
-        DataError: the texts have no character.
+        DataError: the texts have no characters.
     """
     characters: set[str] = set()
     for text in texts:
         characters.update(text)
     if not characters:
-        raise DataError("model.tokenizer=char is built from the training text, and that has no character in it.")
+        raise DataError("model.tokenizer=char is built from the training text, which contains no characters.")
     specials = [UNKNOWN, PAD] if pad else [UNKNOWN]
     vocabulary = {token: number for number, token in enumerate([*specials, *sorted(characters)])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
-    # "." leaves line breaks out, so: any character that is or is not white space.
+    # "." would not match line breaks.
     backend.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     # split_special_tokens: "<unk>" in a text is five characters, not a token.
@@ -152,22 +150,22 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
 
 
 def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in GPT-2), from these texts.
+    """Trains byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in GPT-2).
 
-    The same texts give the same tokenizer. The vocabulary is <|endoftext|>, then <pad> and <mask> if asked for, the 256
-    bytes, then merges up to `vocab_size` tokens, fewer where the text repeats too little. No text is unknown to it, and
-    what it decodes is the text that was encoded.
+    The same texts give the same tokenizer. The vocabulary is <|endoftext|>, then <pad> and <mask> if requested, the 256
+    bytes, and merges up to `vocab_size` tokens, or fewer if the text has too few repetitions. No text is unknown, and
+    decoding returns the encoded text exactly.
 
     Raises:
-        DataError: the texts have no character.
+        DataError: the texts have no characters.
     """
     texts = [text for text in texts if text]
     if not texts:
-        raise DataError("model.tokenizer=train-bpe is trained on the training text, and that has no character in it.")
+        raise DataError("model.tokenizer=train-bpe is trained on the training text, which contains no characters.")
     backend = Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    # It takes the blank before it along, as a word's first token does, which it stands for.
+    # lstrip: <mask> replaces a word, so it includes the blank before it as the word's first token does.
     mask = AddedToken(MASK, lstrip=True, normalized=False, special=True)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
@@ -189,20 +187,20 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = Fa
 
 
 def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether each token is one character of the text, so that a loss per token is one per character."""
+    """Returns whether each token is one character of the text, so that the loss per token is a loss per character."""
     special = set(tokenizer.all_special_tokens)
     words = [token for token in tokenizer.get_vocab() if token not in special]
-    # Byte-level vocabularies can have single letters only and still need several for a character.
+    # A byte-level vocabulary may have only single letters and still need several tokens for one character.
     sample = "a\u00e9\u4e2d\n"
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     return all(len(word) == 1 for word in words) and len(ids) == len(sample)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256, in hexadecimal, of what decides how a text becomes tokens.
+    """Returns the SHA-256 (hexadecimal) of everything that decides how a text becomes tokens.
 
-    Equal in every process, before and after use, and after saving and loading: the truncation and padding that the last
-    call left behind are not part of it (they are given in each call), nor is the folder it came from.
+    It is the same in every process, before and after use, and after saving and loading. The folder, and the truncation
+    and padding of the last call, are not part of it (each call sets them).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}

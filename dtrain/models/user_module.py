@@ -1,11 +1,11 @@
-"""A module of the user's own: what `model.factory: package.module:function` makes, saved and loaded like any other.
+"""Custom modules: built by `model.factory: package.module:function`, saved and loaded like other models.
 
-The function is called with keyword arguments: those of OFFERED that it names, and model.config as it stands. What it
-gives is a torch module whose forward takes what it needs of the batch (input_ids, attention_mask, pixel_values, ...)
-by name and gives logits, or an object with `.logits`.
+The function is called with those keyword arguments of OFFERED_ARGUMENTS that it accepts, and with model.config. It
+returns a torch module whose forward takes by name what it needs of the batch (input_ids, attention_mask,
+pixel_values, ...) and returns logits, or an object with `.logits`.
 
-The saved folder has model.safetensors, and in config.json the factory's name: code is run only where model.factory
-names it.
+The saved folder has model.safetensors and a config.json with the factory's name. That name is not executed: code runs
+only if model.factory names it.
 """
 
 from __future__ import annotations
@@ -32,43 +32,48 @@ from dtrain.config.user_function import import_function
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.heads import Head
 
-KEY = "dtrain_factory"
-"""In config.json of a saved folder: which factory made the module."""
+CONFIG_KEY = "dtrain_factory"
+"""Entry of config.json in a saved folder: the factory that made the module."""
 
-RECORD = "_dtrain_own"
-"""The attribute of a module under which `make` keeps what config.json has to say of it."""
+CONFIG_ATTRIBUTE = "_dtrain_own"
+"""Attribute of a module under which `build` stores entries for config.json."""
 
-OFFERED = ("num_labels", "vocab_size", "tokenizer", "head")
-"""Outputs (None for a language model), rows of an embedding that fits the tokenizer, the tokenizer (None without text),
-and what the task wants on top (sequence_classification, causal_lm, ...)."""
+OFFERED_ARGUMENTS = ("num_labels", "vocab_size", "tokenizer", "head")
+"""Arguments that a factory may accept:
+
+num_labels: number of outputs; None for a language model.
+vocab_size: rows of an embedding that fits the tokenizer; None without text.
+tokenizer: the tokenizer; None without text.
+head: the kind of head that the task needs (sequence_classification, causal_lm, ...).
+"""
 
 
-def make(model: schema.Model, *, head: Head, head_config: Mapping[str, Any], tokenizer: Any) -> nn.Module:
-    """The module, drawn from torch's random state; with the weights of model.name_or_path where that is set.
+def build(model: schema.Model, *, head: Head, head_config: Mapping[str, Any], tokenizer: Any) -> nn.Module:
+    """Builds the module from torch's random state, and loads the weights of model.name_or_path if it is set.
 
     Args:
         head, head_config, tokenizer: as in load.load_model.
 
     Raises:
-        ConfigError: a factory that cannot be imported, called, or gives no module; a folder with other weights.
-        CheckpointError: damaged weights.
+        ConfigError: the factory cannot be imported or called, or returns no module; or the folder has other weights.
+        CheckpointError: the weights are damaged.
     """
     assert model.factory is not None
     folder = (model.factory_folder or Path()).expanduser()
-    _refuse_taken_name(model.factory, folder)
+    _check_module_name(model.factory, folder)
     function = import_function(model.factory, folder=folder, setting="model.factory")
     module = _call(function, model, head=head, head_config=head_config, tokenizer=tokenizer)
-    module.register_forward_pre_hook(_only_what_it_takes, with_kwargs=True)
-    module.register_forward_hook(_logits)
-    told = {"id2label": head_config.get("id2label"), "label2id": head_config.get("label2id")}
-    setattr(module, RECORD, {KEY: model.factory, **{key: value for key, value in told.items() if value is not None}})
+    module.register_forward_pre_hook(_drop_unused_inputs, with_kwargs=True)
+    module.register_forward_hook(_wrap_logits)
+    labels = {key: head_config[key] for key in ("id2label", "label2id") if head_config.get(key) is not None}
+    setattr(module, CONFIG_ATTRIBUTE, {CONFIG_KEY: model.factory, **labels})
     if model.name_or_path is not None:
         _load(module, Path(model.name_or_path))
     return module
 
 
 def label_names(model: schema.Model) -> tuple[str, ...] | None:
-    """The labels of a saved folder by output; None without one."""
+    """Returns the label names in a saved folder, by output; None if there are none."""
     if model.name_or_path is None:
         return None
     names = _config_json(Path(model.name_or_path)).get("id2label")
@@ -76,12 +81,12 @@ def label_names(model: schema.Model) -> tuple[str, ...] | None:
 
 
 def refuse_without_factory(folder: Path) -> None:
-    """A folder of a user's module, named without the code that makes it."""
-    factory = _config_json(folder).get(KEY)
+    """Raises ConfigError for a saved folder of a custom module if it is named without its factory."""
+    factory = _config_json(folder).get(CONFIG_KEY)
     if factory is not None:
         raise ConfigError(
             f"model.name_or_path={folder} holds the weights of a module that model.factory={factory} made: set "
-            "model.factory to it as well."
+            "model.factory to the same value."
         )
 
 
@@ -93,18 +98,18 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _refuse_taken_name(factory: str, folder: Path) -> None:
-    """A name that Python had imported before, from elsewhere, is not looked for again."""
+def _check_module_name(factory: str, folder: Path) -> None:
+    """Raises ConfigError if Python has already imported another module of this name, as it would not import ours."""
     name = factory.partition(":")[0]
     module = sys.modules.get(name)
     if module is None:
         return
-    own = folder.joinpath(*name.split("."))
-    files = [file for file in (own.with_suffix(".py"), own / "__init__.py") if file.is_file()]
+    path = folder.joinpath(*name.split("."))
+    files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
     if files and Path(module.__file__ or "").resolve() not in [file.resolve() for file in files]:
         raise ConfigError(
-            f"model.factory={factory}: the name {name} is taken by {module.__file__}, so {files[0]} cannot be imported "
-            "under it. Rename your file."
+            f"model.factory={factory}: the name {name} is already used by {module.__file__}, so {files[0]} cannot be "
+            "imported under it. Rename your file."
         )
 
 
@@ -121,94 +126,94 @@ def _call(
     try:
         signature = inspect.signature(function)
     except (ValueError, TypeError) as error:
-        raise _failed(factory, "reading its parameters", error) from error
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    arguments = {key: value for key, value in offered.items() if takes_all or key in signature.parameters}
+        raise _factory_error(factory, "reading its parameters", error) from error
+    accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    arguments = {key: value for key, value in offered.items() if accepts_all or key in signature.parameters}
     arguments.update(model.config)
     try:
         signature.bind(**arguments)
     except TypeError as error:
         raise ConfigError(
-            f"model.factory={factory}{signature}: {error}. It is called with those of {', '.join(OFFERED)} that it "
-            f"names, and with model.config={dict(model.config)}."
+            f"model.factory={factory}{signature}: {error}. It is called with those of {', '.join(OFFERED_ARGUMENTS)} that "
+            f"it accepts, and with model.config={dict(model.config)}."
         ) from error
     try:
         module = function(**arguments)
     except Exception as error:
-        raise _failed(factory, "calling it", error) from error
+        raise _factory_error(factory, "calling it", error) from error
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"model.factory={factory} gave {type(module).__name__}: expected a torch.nn.Module.")
+        raise ConfigError(f"model.factory={factory} returned {type(module).__name__}: expected a torch.nn.Module.")
     if not any(True for _ in module.parameters()):
-        raise ConfigError(f"model.factory={factory} gave a {type(module).__name__} without parameters.")
+        raise ConfigError(f"model.factory={factory} returned a {type(module).__name__} without parameters.")
     return module.float()
 
 
-def _failed(factory: str, doing: str, error: BaseException) -> ConfigError:
+def _factory_error(factory: str, action: str, error: BaseException) -> ConfigError:
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     where = f" ({last.tb_frame.f_code.co_filename}, line {last.tb_lineno})" if last is not None else ""
     return ConfigError(
-        f"model.factory={factory}: {doing} raised {type(error).__name__}: {' '.join(str(error).split())[:400]}{where}."
+        f"model.factory={factory}: {action} raised {type(error).__name__}: {' '.join(str(error).split())[:400]}{where}."
     )
 
 
-def _only_what_it_takes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Of the batch, what the forward names: not every module has a use for token types or a cache."""
+def _drop_unused_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Keeps only the inputs that the forward accepts, because not every module uses token types or a cache."""
     parameters = inspect.signature(module.forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return args, kwargs
     return args, {name: value for name, value in kwargs.items() if name in parameters}
 
 
-def _logits(module: nn.Module, _args: Any, output: Any) -> Any:
+def _wrap_logits(module: nn.Module, _args: Any, output: Any) -> Any:
     if isinstance(output, torch.Tensor):
-        return SequenceClassifierOutput(logits=output)  # which DDP and DeepSpeed know how to look into
+        return SequenceClassifierOutput(logits=output)  # a type in which DDP and DeepSpeed can find the tensors
     if not isinstance(getattr(output, "logits", None), torch.Tensor):
         raise ConfigError(
-            f"The forward of {type(module).__name__} gave {type(output).__name__}: expected logits, or an object with "
-            ".logits."
+            f"The forward of {type(module).__name__} returned {type(output).__name__}: expected logits, or an object "
+            "with .logits."
         )
     return output
 
 
 def _load(module: nn.Module, folder: Path) -> None:
-    """The folder's weights, all of them and no others."""
+    """Loads the folder's weights, whose names and shapes must match exactly."""
     file = folder / "model.safetensors"
     if not file.is_file():
         raise ConfigError(
-            f"model.name_or_path={folder} has no model.safetensors. With model.factory it is a folder that dtrain "
+            f"model.name_or_path={folder} has no model.safetensors. With model.factory it has to be a folder that dtrain "
             "saved; leave it out to train a new module."
         )
     try:
         weights = load_file(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Copy it again.") from error
-    own = module.state_dict()
-    if isinstance(module, PreTrainedModel):  # transformers saves what is tied once
-        there = {own[name].data_ptr() for name in weights.keys() & own.keys()}
-        own = {name: value for name, value in own.items() if name in weights or value.data_ptr() not in there}
+    expected = module.state_dict()
+    if isinstance(module, PreTrainedModel):  # transformers saves tied tensors only once
+        stored = {expected[name].data_ptr() for name in weights.keys() & expected.keys()}
+        expected = {n: value for n, value in expected.items() if n in weights or value.data_ptr() not in stored}
     wrong = [
-        *(f"{name} is missing" for name in own.keys() - weights.keys()),
-        *(f"{name} is not in the module" for name in weights.keys() - own.keys()),
+        *(f"{name} is missing" for name in expected.keys() - weights.keys()),
+        *(f"{name} is not in the module" for name in weights.keys() - expected.keys()),
         *(
-            f"{name} is {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-            for name in own.keys() & weights.keys()
-            if own[name].shape != weights[name].shape
+            f"{name} is {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in expected.keys() & weights.keys()
+            if expected[name].shape != weights[name].shape
         ),
     ]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ConfigError(
-            f"model.name_or_path={folder} does not fit what model.factory makes: {', '.join(sorted(wrong)[:4])}{more}. "
+            f"model.name_or_path={folder} does not fit the module of model.factory: {', '.join(sorted(wrong)[:4])}{more}. "
             "Use the factory and the model.config that it was trained with."
         )
-    module.load_state_dict(weights, strict=False)  # compared above
+    module.load_state_dict(weights, strict=False)  # names were compared above
 
 
 @contextmanager
-def all_drawn_from(seed: int) -> Iterator[None]:
-    """A user's code may draw from numpy or `random` as well; both are as before afterwards."""
+def seeded_python_random(seed: int) -> Iterator[None]:
+    """Seeds numpy and `random`, which a user's code may draw from, and restores both afterwards."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

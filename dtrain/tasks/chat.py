@@ -18,7 +18,7 @@ from dtrain.data.seeding import Place
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
-from dtrain.models.chat_format import ChatFormat, choose_format, fit
+from dtrain.models.chat_format import ChatFormat, choose_format, encode_truncated
 from dtrain.tasks.causal_lm import HEAD
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
@@ -111,7 +111,9 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
             columns: dict[str, list[Any]] = {"input_ids": [], "is_target": [], "is_cut": []}
             for line, messages in zip(rows["line"], rows["turns"], strict=True):
                 try:
-                    encoded, is_cut = fit(chat, messages, max_length=config.max_length, replies_only=replies_only)
+                    encoded, is_cut = encode_truncated(
+                        chat, messages, max_length=config.max_length, replies_only=replies_only
+                    )
                 except DataError as error:
                     raise DataError(f"{source.origin}, {source.unit} {line}: {error}") from None
                 for column, value in zip(columns, (encoded.ids, encoded.is_target, is_cut), strict=True):

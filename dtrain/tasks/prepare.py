@@ -21,7 +21,7 @@ from dtrain.data.tables import Shape
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
-from dtrain.models.load import label_names_of
+from dtrain.models.load import pretrained_label_names
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.tasks.protocol import Split
 
@@ -128,7 +128,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
 
 def pretrained_labels(config: Config, context: RankContext) -> tuple[str, ...] | None:
     """Collective. Returns the label names of a trained model. One rank per node reads them, perhaps from the hub."""
-    names: list[str] | None = node_first(lambda: label_names_of(config.model), context)
+    names: list[str] | None = node_first(lambda: pretrained_label_names(config.model), context)
     return None if names is None else tuple(names)
 
 

@@ -29,9 +29,9 @@ from dtrain.models.heads import Head
 from dtrain.models.seq2seq import (
     check_targets_end,
     decoder_inputs,
-    decoder_positions,
     end_token_id,
-    generation_of_language,
+    language_generation_options,
+    max_decoder_positions,
     set_languages,
 )
 from dtrain.tasks.info import TaskInfo
@@ -95,7 +95,7 @@ class Seq2SeqTask:
             "max_length": None,
             "num_beams": evaluation.num_beams,
             "do_sample": False,
-            **generation_of_language(tokenizer, language),
+            **language_generation_options(tokenizer, language),
         }
 
     def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
@@ -211,7 +211,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
 
 def _check_positions(config: Config, settings: Seq2Seq, context: RankContext) -> None:
     """Collective. Raises ConfigError if targets exceed the decoder's positions. The encoder is checked in models/."""
-    bound = node_first(lambda: decoder_positions(config.model), context)
+    bound = node_first(lambda: max_decoder_positions(config.model), context)
     longest = {"task.max_target_length": settings.max_target_length}
     if config.evaluation.generate:
         longest["evaluation.max_new_tokens"] = config.evaluation.max_new_tokens or 0

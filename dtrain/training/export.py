@@ -44,7 +44,7 @@ def save_without_weights(module: nn.Module, task: Task, folder: Path) -> None:
     Args:
         folder: existing and empty.
     """
-    if hasattr(module, adapters.RECORD):
+    if hasattr(module, adapters.CONFIG_ATTRIBUTE):
         return
     with tempfile.TemporaryDirectory(dir=folder) as place:
         temporary = Path(place) / "model"
@@ -76,8 +76,8 @@ def save(
         state = {name: weights[first_name[id(p)]] for name, p in module.named_parameters(remove_duplicate=False)}
         buffers = {name: value for name, value in module.state_dict().items() if name not in state}
         state.update({name: value.detach().cpu() for name, value in buffers.items()})
-    record = getattr(module, user_module.RECORD, {})
-    if hasattr(module, adapters.RECORD):
+    record = getattr(module, user_module.CONFIG_ATTRIBUTE, {})
+    if hasattr(module, adapters.CONFIG_ATTRIBUTE):
         adapters.save(module, state, folder)
     elif isinstance(module, PreTrainedModel | HeadedModel):
         for key, value in record.items():

@@ -21,7 +21,7 @@ from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.protocol import Engine, StepResult, StepWeight
-from dtrain.models.freezing import held_statistics
+from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 from dtrain.training.evaluation import to_device
 from dtrain.training.look_ahead import LookAhead, Step, StepTotals, counted
@@ -120,7 +120,7 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
 def warm_up(engine: Engine, task: Task, batches: StepBatches) -> None:
     """Collective. Lets a new engine prepare itself on a micro-batch that does not count."""
     tensors = batches.micro_batches[0].tensors
-    with held_statistics(engine.module):
+    with frozen_statistics(engine.module):
         device = next(engine.module.parameters()).device
         engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
 
@@ -204,7 +204,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
-            with nullcontext() if micro_batch.counted else held_statistics(engine.module):
+            with nullcontext() if micro_batch.counted else frozen_statistics(engine.module):
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
         if micro_batch.counted:

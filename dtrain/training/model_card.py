@@ -20,7 +20,7 @@ from dtrain.config.schema import Config
 from dtrain.data import glue
 from dtrain.data.resolve_source import PYTHON_DOCS
 from dtrain.data.split_readers import hub_name
-from dtrain.models.adapters import CONFIG as ADAPTERS
+from dtrain.models.adapters import CONFIG_FILE as ADAPTERS
 from dtrain.runs.folder import write_text_atomic
 from dtrain.tasks.build import task_info
 

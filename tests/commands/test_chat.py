@@ -19,7 +19,7 @@ from dtrain.commands.chat import Reply, converse, load_chat_model, run_chat
 from dtrain.commands.generate import continue_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.dialogues import Message
+from dtrain.data.dialogues import ChatMessage
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
@@ -36,7 +36,7 @@ class Echo:
         self.numbers: list[int] = []
         self.drops_from = drops_from
 
-    def __call__(self, messages: Sequence[Message], number: int) -> Reply:
+    def __call__(self, messages: Sequence[ChatMessage], number: int) -> Reply:
         self.received.append([message["content"] for message in messages])
         self.numbers.append(number)
         return Reply(f"<{messages[-1]['content']}>", max(0, len(messages) - self.drops_from))

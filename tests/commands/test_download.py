@@ -105,8 +105,12 @@ def test_a_download_works_offline_and_a_failed_one_names_its_cause(tmp_path: Pat
     assert "already exists" in refused.text
     (old,) = tmp_path.glob("taken.old-*")
     assert (old / "notes.txt").read_text() == "mine"
-    assert (torn.code, "could not be downloaded whole" in torn.text, "Call download again" in torn.text) == (3, 1, 1)
-    assert (no_model.code, "tester/tyni is neither a folder here" in no_model.text) == (2, True)
+    assert (torn.code, "could not be downloaded completely" in torn.text, "Run download again" in torn.text) == (
+        3,
+        1,
+        1,
+    )
+    assert (no_model.code, "tester/tyni is neither a local folder" in no_model.text) == (2, True)
     assert (no_data.code, "There is no data set tester/tyni" in no_data.text) == (3, True)
 
     train = ["train", "task.name=classification", "train.max_steps=2", "data.max_length=32"]

@@ -148,7 +148,7 @@ def test_a_model_with_missing_weights_is_refused(home: Path) -> None:
     ended = inspect(home, "holes", model, "inspect.text=a cat")
 
     assert ended.code == 2
-    assert "is not in its weights, so that what it computes would be random" in ended.text
+    assert "is not in its weights, so its output would be random" in ended.text
 
 
 @pytest.mark.parametrize(

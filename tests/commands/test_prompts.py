@@ -286,11 +286,11 @@ def test_a_dialogue_that_the_chat_template_refuses_is_named_before_any_prompt_is
     settings = config(models / "strict", tmp_path, "chat", **asked)
 
     for command in (run_predict, run_chat):
-        with pytest.raises(DataError, match=r"in\.txt, line 2: the tokenizer's chat template refuses .*: no b"):
+        with pytest.raises(DataError, match=r"in\.txt, line 2: the tokenizer's chat template rejects .*: no b"):
             command(settings, ONE_PROCESS)
 
     assert not list(tmp_path.rglob("*.jsonl"))
-    with pytest.raises(DataError, match=r"^predict\.text: the tokenizer's chat template refuses"):
+    with pytest.raises(DataError, match=r"^predict\.text: the tokenizer's chat template rejects"):
         run_predict(config(models / "strict", tmp_path, "chat", predict={"text": "b"}), ONE_PROCESS)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.data.order import StepPlan
 from dtrain.engine.unused_parameters import without_gradient
-from dtrain.models.freezing import held_statistics, train_mode
+from dtrain.models.freezing import frozen_statistics, train_mode
 from tests.support import training
 from tests.support.training import Setting
 
@@ -50,7 +50,7 @@ def test_held_statistics_stay_and_move_again_afterwards() -> None:
     moving(model)
     before = model.norm.running_mean.clone()
 
-    with held_statistics(model):
+    with frozen_statistics(model):
         model(torch.arange(6).reshape(2, 3))
     assert torch.equal(model.norm.running_mean, before)
 

@@ -1,6 +1,6 @@
-"""LoRA: what learns, what is saved, and that peft, dtrain and the merged model see the same in it; on several ranks too.
+"""LoRA adapters: what trains, what is saved, and that peft, dtrain and the merged model agree; also on several ranks.
 
-Here and not among the unit tests, since peft takes seconds to import.
+Not a quick unit test, because peft takes seconds to import.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import adapters
 from dtrain.models.base import load_base
-from dtrain.models.load import label_names_of, load_model
+from dtrain.models.load import load_model, pretrained_label_names
 from dtrain.training.export import save
 from dtrain.training.model_card import bare_card
 from tests.support import tiny
@@ -57,7 +57,7 @@ def load(seed: int = 0, **model: Any) -> Any:
 
 
 def adapted(base: Path, *, seed: int = 0, **lora: Any) -> Any:
-    """New adapters, moved from 0, where they begin."""
+    """Returns new adapters with nonzero values; they start at zero."""
     made = load(seed, name_or_path=str(base), lora=schema.Lora(**{"r": 2, "alpha": 4, **lora}))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -80,7 +80,7 @@ def logits(module: Any) -> torch.Tensor:
 # What learns
 
 
-def test_adapters_and_the_new_head_learn_and_nothing_else(base: Path) -> None:
+def test_only_the_adapters_and_the_new_head_train(base: Path) -> None:
     made = adapted(base)
 
     learns = {name for name, parameter in made.named_parameters() if parameter.requires_grad}
@@ -89,7 +89,7 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(base: Path) -> None:
     assert learns == {*parts, "classifier.weight", "classifier.bias"}
 
 
-def test_new_adapters_change_nothing_yet_and_come_from_the_seed(base: Path) -> None:
+def test_new_adapters_start_at_zero_and_depend_only_on_the_seed(base: Path) -> None:
     plain = load(name_or_path=str(base))
     lora = schema.Lora(r=2, targets=("query",))
     first, second, other = (load(seed, name_or_path=str(base), lora=lora) for seed in (0, 0, 1))
@@ -100,7 +100,7 @@ def test_new_adapters_change_nothing_yet_and_come_from_the_seed(base: Path) -> N
     assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
 
 
-def test_a_head_that_was_trained_before_stays(base: Path, tmp_path: Path) -> None:
+def test_a_trained_head_is_kept(base: Path, tmp_path: Path) -> None:
     folder = saved(load(name_or_path=str(base)), tmp_path / "trained")
 
     made = adapted(folder)
@@ -112,7 +112,7 @@ def test_a_head_that_was_trained_before_stays(base: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("head", [None, {"pooling": "mean"}], ids=["transformers' head", "model.head"])
-def test_the_folder_gives_the_same_model_again(base: Path, tmp_path: Path, head: Any) -> None:
+def test_the_saved_folder_loads_the_same_model(base: Path, tmp_path: Path, head: Any) -> None:
     extra = {} if head is None else {"head": schema.NewHead(**head)}
     made = load(3, name_or_path=str(base), lora=schema.Lora(r=2), **extra)
     with torch.no_grad():
@@ -127,14 +127,14 @@ def test_the_folder_gives_the_same_model_again(base: Path, tmp_path: Path, head:
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in made.named_parameters() if p.requires_grad
     }
-    assert label_names_of(schema.Model(name_or_path=str(folder))) == ("a", "b", "c")
+    assert pretrained_label_names(schema.Model(name_or_path=str(folder))) == ("a", "b", "c")
     assert not (folder / "model.safetensors").exists()
     assert load_file(folder / "adapter_model.safetensors").keys() < {
         f"base_model.model.{name.replace('.default.', '.')}" for name, _ in made.named_parameters()
     }
 
 
-def test_peft_puts_the_folder_on_the_base_model(base: Path, tmp_path: Path) -> None:
+def test_peft_loads_the_folder_on_the_base_model(base: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     made = adapted(base, seed=2)
@@ -144,7 +144,7 @@ def test_peft_puts_the_folder_on_the_base_model(base: Path, tmp_path: Path) -> N
     theirs = PeftModel.from_pretrained(plain, folder)
 
     assert torch.allclose(logits(theirs), logits(made), atol=1e-6)
-    assert not torch.allclose(logits(made), logits(load(name_or_path=str(base))), atol=1e-3)  # adapters do something
+    assert not torch.allclose(logits(made), logits(load(name_or_path=str(base))), atol=1e-3)  # they have an effect
 
 
 def test_the_cards_code_loads_the_folder(base: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_cards_code_loads_the_folder(base: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(found["model"].eval()), logits(made), atol=1e-6)
 
 
-def test_merged_it_is_a_plain_model_with_the_same_answers(base: Path, tmp_path: Path) -> None:
+def test_the_merged_model_is_a_plain_one_with_the_same_outputs(base: Path, tmp_path: Path) -> None:
     made = adapted(base)
     before = logits(made)
 
@@ -174,7 +174,7 @@ def test_merged_it_is_a_plain_model_with_the_same_answers(base: Path, tmp_path: 
 # What is refused
 
 
-def test_layers_that_are_not_there_are_refused_with_those_that_are(base: Path) -> None:
+def test_unknown_target_layers_are_refused_with_the_names_of_existing_ones(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.lora.targets: .*querry.* are called classifier, dense, key, query"):
         adapted(base, targets=("querry",))
 
@@ -200,7 +200,7 @@ def test_adapters_of_another_model_or_kind_are_refused(base: Path, tmp_path: Pat
     content = json.loads((folder / "adapter_config.json").read_text())
 
     (folder / "adapter_config.json").write_text(json.dumps({**content, "target_modules": ["key"]}))
-    with pytest.raises(CheckpointError, match=r"does not fit on .*base.*Is that still the model"):
+    with pytest.raises(CheckpointError, match=r"does not fit .*base.*Is this still the model"):
         load(name_or_path=str(folder))
     (folder / "adapter_config.json").write_text(json.dumps({**content, "peft_type": "IA3"}))
     with pytest.raises(ConfigError, match=r"adapters of type IA3, not LoRA"):
@@ -238,7 +238,7 @@ def settings(folder: Path, base: Path, name: str, **more: str) -> list[str]:
     return [f"{key}={value}" for key, value in told.items()]
 
 
-def test_two_ranks_train_as_one_and_the_folder_gives_the_same_digits(base: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_and_the_folder_evaluates_the_same(base: Path, tmp_path: Path) -> None:
     tiny.write_cola(tmp_path / "cola", train=21, dev=11)
     trained = {"model.name_or_path": str(tmp_path / "runs" / "one" / "model")}
     runs = [("train", settings(tmp_path, base, "one")), ("evaluate", settings(tmp_path, base, "again", **trained))]
@@ -281,7 +281,7 @@ def test_a_plain_model_has_nothing_to_merge(base: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_looked_at_is_the_model_with_its_adapters(base: Path, tmp_path: Path) -> None:
+def test_inspect_uses_the_model_with_its_adapters(base: Path, tmp_path: Path) -> None:
     made = adapted(base)
     folder = saved(made, tmp_path / "model")
 

@@ -1,4 +1,4 @@
-"""Both formats token by token: which are targets, what is cut, what a reply looks like, what is refused."""
+"""Both chat formats token by token: targets, truncation, replies and errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import TemplateFormat, TurnsFormat, choose_format, fit, newest, without_blanks
+from dtrain.models.chat_format import (
+    TemplateFormat,
+    TurnsFormat,
+    choose_format,
+    encode_truncated,
+    prompt_truncated,
+    remove_cjk_spaces,
+)
 from dtrain.models.tokenizer import build_char_tokenizer
 from tests.support import tiny
 
@@ -24,7 +31,7 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}[SEP]{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[CLS]assistant{% endif %}"
 )
-FORGETS = (  # as templates that take an earlier reply's reasoning out
+FORGETS = (  # like templates that remove the reasoning of earlier replies
     "{% for m in messages %}[CLS]{{ m.role }} {% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}[SEP]"
     "{% endfor %}{% if add_generation_prompt %}[CLS]assistant{% endif %}"
 )
@@ -49,7 +56,7 @@ def talk(*texts: str, system: str | None = None) -> list[dict[str, str]]:
 # Turns
 
 
-def test_turns_are_parted_by_sep_and_every_token_but_the_first_is_a_target() -> None:
+def test_turns_are_separated_by_sep_and_every_token_but_the_first_is_a_target() -> None:
     found = TurnsFormat(tokenizer()).encode(talk("a b", "c", "b"), replies_only=False)
 
     assert found.ids == [CLS, A, B, SEP, C, SEP, B, SEP]
@@ -64,7 +71,7 @@ def test_a_replys_tokens_and_the_sep_that_ends_it_are_targets() -> None:
     assert found.is_target[4:7] == [True] * 3
 
 
-def test_a_special_token_that_somebody_says_is_text() -> None:
+def test_a_special_token_inside_a_message_is_plain_text() -> None:
     found = TurnsFormat(tokenizer()).encode(talk("a[SEP]b"), replies_only=False)
 
     assert found.ids.count(SEP) == 1
@@ -75,11 +82,11 @@ def test_a_special_token_that_somebody_says_is_text() -> None:
 def test_special_tokens_come_from_the_tokenizer_and_go_into_the_models_config() -> None:
     chat = TurnsFormat(tokenizer())
 
-    assert chat.stops == {SEP}
+    assert chat.stop_ids == {SEP}
     assert chat.head_config == {"bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": PAD}
 
 
-def test_the_prompt_is_what_training_has_before_the_reply() -> None:
+def test_the_prompt_equals_the_tokens_before_the_reply_in_training() -> None:
     chat = TurnsFormat(tokenizer())
 
     whole = chat.encode(talk("a", "b", "c", "a"), replies_only=False).ids
@@ -87,7 +94,7 @@ def test_the_prompt_is_what_training_has_before_the_reply() -> None:
     assert chat.prompt(talk("a", "b", "c")) == whole[: whole.index(C) + 2]
 
 
-def test_a_tokenizer_without_the_special_tokens_is_refused_by_their_names() -> None:
+def test_a_tokenizer_without_the_special_tokens_is_refused_and_they_are_named() -> None:
     lacks_one = tokenizer()
     lacks_one.pad_token = None
 
@@ -100,7 +107,7 @@ def test_a_tokenizer_without_the_special_tokens_is_refused_by_their_names() -> N
 # Template
 
 
-def test_auto_takes_the_template_where_there_is_one() -> None:
+def test_auto_chooses_the_template_if_there_is_one() -> None:
     assert choose_format(tokenizer(PLAIN), "auto").name == "template"
     assert choose_format(tokenizer(PLAIN), "turns").name == "turns"
     assert choose_format(tokenizer(), "auto").name == "turns"
@@ -110,7 +117,7 @@ def test_auto_takes_the_template_where_there_is_one() -> None:
         choose_format(tokenizer({"default": PLAIN, "tool_use": PLAIN}), "template")  # type: ignore[arg-type]
 
 
-def test_a_template_writes_the_whole_dialogue() -> None:
+def test_a_template_encodes_the_complete_dialogue() -> None:
     found = TemplateFormat(tokenizer(PLAIN)).encode(talk("a", "b", system="c"), replies_only=False)
 
     assert found.ids == [CLS, SYSTEM, C, SEP, CLS, USER, A, SEP, CLS, ASSISTANT, B, SEP]
@@ -126,21 +133,21 @@ def test_a_templates_replies_are_found_with_and_without_marks(template: str) -> 
     assert [number for number, mark in enumerate(found.is_target) if mark] == [6, 7, 8, 15, 16]
 
 
-def test_a_template_that_rewrites_what_was_said_is_refused_unless_all_is_learnt() -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_tokens_are_targets() -> None:
     chat = TemplateFormat(tokenizer(FORGETS))
 
     assert chat.encode(talk("a", "b"), replies_only=True).is_target == [False] * 6 + [True] * 2
     with pytest.raises(
-        DataError, match=r"up to turn 2 in another way when it goes on.*\{% generation %\}.*loss_on=all"
+        DataError, match=r"changes the text up to turn 2 when the dialogue continues.*\{% generation %\}.*loss_on=all"
     ):
         chat.encode(talk("a", "b", "a", "b"), replies_only=True)
     assert len(chat.encode(talk("a", "b", "a", "b"), replies_only=False).ids) == 15
 
 
-def test_a_dialogue_that_the_template_refuses_says_why() -> None:
+def test_a_dialogue_that_the_template_rejects_raises_its_reason() -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
 
-    with pytest.raises(DataError, match="chat template refuses this dialogue: System role not supported"):
+    with pytest.raises(DataError, match="chat template rejects this dialogue: System role not supported"):
         TemplateFormat(tokenizer(strict)).encode(talk("a", system="b"), replies_only=False)
     with pytest.raises(DataError, match="begins with the assistant"):
         TemplateFormat(tokenizer(PLAIN)).encode([{"role": "assistant", "content": "a"}], replies_only=True)
@@ -159,17 +166,21 @@ def test_a_dialogue_that_the_template_refuses_says_why() -> None:
         (3, [CLS, A, B], True),  # not even the first turn fits
     ],
 )
-def test_whole_turns_are_kept_from_the_start_as_far_as_they_fit(max_length: int, ids: list[int], is_cut: bool) -> None:
-    found, cut = fit(TurnsFormat(tokenizer()), talk("a b", "c", "b"), max_length=max_length, replies_only=False)
+def test_complete_turns_are_kept_from_the_start_as_far_as_they_fit(
+    max_length: int, ids: list[int], is_cut: bool
+) -> None:
+    found, cut = encode_truncated(
+        TurnsFormat(tokenizer()), talk("a b", "c", "b"), max_length=max_length, replies_only=False
+    )
 
     assert (found.ids, cut) == (ids, is_cut)
 
 
-def test_turns_without_a_target_are_no_use_so_the_reply_is_cut_instead() -> None:
+def test_the_reply_is_cut_if_the_turns_that_fit_have_no_target() -> None:
     chat = TurnsFormat(tokenizer())
 
-    found, is_cut = fit(chat, talk("a b", "c c c", "b"), max_length=6, replies_only=True)
-    none, _ = fit(chat, talk("a b", "c c c", "b"), max_length=3, replies_only=True)
+    found, is_cut = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=6, replies_only=True)
+    none, _ = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=3, replies_only=True)
 
     assert (found.ids, is_cut) == ([CLS, A, B, SEP, C, C], True)
     assert found.is_target == [False] * 4 + [True] * 2
@@ -180,11 +191,11 @@ def test_too_long_a_history_drops_its_oldest_turns_but_not_the_system_message() 
     plain, template = TurnsFormat(tokenizer()), TemplateFormat(tokenizer(PLAIN))
     history = talk("a", "b", "b", "b", "c")
 
-    assert newest(plain, history, max_tokens=11) == ([CLS, A, SEP, B, SEP, B, SEP, B, SEP, C, SEP], 0)
-    assert newest(plain, history, max_tokens=10) == ([CLS, B, SEP, B, SEP, C, SEP], 2)
-    assert newest(plain, history, max_tokens=6) == ([CLS, C, SEP], 4)
-    assert newest(plain, history, max_tokens=1) == ([CLS, C, SEP], 4)
-    assert newest(template, talk("a", "b", "c", system="b"), max_tokens=10) == (
+    assert prompt_truncated(plain, history, max_tokens=11) == ([CLS, A, SEP, B, SEP, B, SEP, B, SEP, C, SEP], 0)
+    assert prompt_truncated(plain, history, max_tokens=10) == ([CLS, B, SEP, B, SEP, C, SEP], 2)
+    assert prompt_truncated(plain, history, max_tokens=6) == ([CLS, C, SEP], 4)
+    assert prompt_truncated(plain, history, max_tokens=1) == ([CLS, C, SEP], 4)
+    assert prompt_truncated(template, talk("a", "b", "c", system="b"), max_tokens=10) == (
         [CLS, SYSTEM, B, SEP, CLS, USER, C, SEP, CLS, ASSISTANT],
         2,
     )
@@ -195,12 +206,12 @@ def test_too_long_a_history_drops_its_oldest_turns_but_not_the_system_message() 
 
 def test_replies_have_no_blanks_between_chinese_characters() -> None:
     assert TurnsFormat(tokenizer()).reply([NI, HAO, A, B, HAO, SEP]) == "\u4f60\u597d a b \u597d"
-    assert without_blanks("\u597d \uff0c \u4f60 \u2026 \u597d \u3002") == "\u597d\uff0c\u4f60\u2026\u597d\u3002"
-    assert without_blanks("a b 2 \u65a4") == "a b 2 \u65a4"
+    assert remove_cjk_spaces("\u597d \uff0c \u4f60 \u2026 \u597d \u3002") == "\u597d\uff0c\u4f60\u2026\u597d\u3002"
+    assert remove_cjk_spaces("a b 2 \u65a4") == "a b 2 \u65a4"
     assert TemplateFormat(tokenizer(PLAIN)).reply([A, B, SEP]) == "a b"
 
 
-def test_the_word_tokenizer_of_the_other_tests_can_take_turns() -> None:
+def test_the_word_tokenizer_of_the_other_tests_supports_the_turns_format() -> None:
     chat = choose_format(tiny.tokenizer(), "auto")
 
     assert chat.reply(chat.prompt(talk("the cat"))) == "the cat"

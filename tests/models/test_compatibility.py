@@ -1,4 +1,4 @@
-"""Models and tokenizers that do not fit each other are refused before training, with the cure."""
+"""Models and tokenizers that do not fit each other are refused before training, with the fix."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_another_pad_token_than_the_models_is_refused_where_batches_are_padded()
 
 def test_more_tokens_than_learned_positions_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"data.max_length=65, but .* for 64 tokens only. Set data.max_length=64 or less\.$"
+        ConfigError, match=r"data.max_length=65, but .* for only 64 tokens. Set data.max_length=64 or less\.$"
     ):
         check_fit(tiny.bert(), tiny.tokenizer(), max_length=65, needs_padding=True)
 
@@ -68,7 +68,7 @@ def test_computed_positions_may_be_extended_in_the_config() -> None:
         check_fit(model, build_char_tokenizer(["abc"]), max_length=33, needs_padding=False)
 
 
-def test_roberta_loses_positions_to_its_padding() -> None:
+def test_roberta_reserves_positions_for_padding() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = RobertaForSequenceClassification(
         RobertaConfig(vocab_size=9, max_position_embeddings=34, pad_token_id=1, **sizes)
@@ -77,7 +77,7 @@ def test_roberta_loses_positions_to_its_padding() -> None:
     assert longest_input(model) == 32
 
 
-def test_relative_positions_know_no_bound() -> None:
+def test_relative_positions_have_no_limit() -> None:
     model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
 
     assert longest_input(model) is None

@@ -1,4 +1,4 @@
-"""A new head on a backbone: pooling, padding on either side, drawn from the seed, saved and loaded as one folder."""
+"""A new head on a backbone: pooling, padding on either side, seeding, saving and loading as one folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.freezing import frozen_parameters
-from dtrain.models.load import label_names_of, load_model
+from dtrain.models.load import load_model, pretrained_label_names
 from dtrain.models.paths import resolve
 from dtrain.models.pooling import pool
 from dtrain.training import build
@@ -86,7 +86,7 @@ def text(ids: list[int], *, pad: int = 0, side: str = "right") -> dict[str, torc
 # Pooling
 
 
-def test_pooling_counts_tokens_only_on_whichever_side_the_padding_is() -> None:
+def test_pooling_ignores_padding_on_either_side() -> None:
     states = torch.tensor([[[1.0], [2.0], [4.0], [9.0]], [[9.0], [9.0], [3.0], [5.0]]])
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]])
 
@@ -96,7 +96,7 @@ def test_pooling_counts_tokens_only_on_whichever_side_the_padding_is() -> None:
     assert pool(states, None, "last").flatten().tolist() == [9.0, 5.0]
 
 
-def test_a_map_of_states_is_averaged_over_its_places() -> None:
+def test_a_map_of_states_is_averaged_over_its_positions() -> None:
     assert pool(torch.arange(8.0).reshape(1, 2, 2, 2), None, "mean").tolist() == [[1.5, 5.5]]
 
 
@@ -119,7 +119,7 @@ def test_padding_on_either_side_changes_nothing(shape: dict[str, Any], pooling: 
 # What is made
 
 
-def test_the_new_head_is_drawn_from_the_seed_alone(base: Path) -> None:
+def test_the_new_head_depends_only_on_the_seed(base: Path) -> None:
     torch.manual_seed(1)
     first = load(on(base))
     torch.manual_seed(2)
@@ -148,7 +148,7 @@ def test_the_backbone_keeps_its_weights_and_a_hidden_layer_its_width(base: Path)
         ("masked_lm", (1, 5, VOCABULARY)),
     ],
 )
-def test_the_task_says_how_many_outputs_and_for_what(base: Path, head: Any, shape: tuple[int, ...]) -> None:
+def test_the_task_decides_the_shape_of_the_outputs(base: Path, head: Any, shape: tuple[int, ...]) -> None:
     assert load(on(base), head=head)(**text([2, 7, 11, 9, 3])).logits.shape == shape
 
 
@@ -169,7 +169,7 @@ def test_images_have_heads_too(shape: dict[str, Any]) -> None:
     assert made(pixel_values=torch.zeros(2, 3, 8, 8)).logits.shape == (2, 3)
 
 
-def test_paths_name_the_backbone_and_what_is_in_it(base: Path) -> None:
+def test_paths_resolve_in_the_backbone(base: Path) -> None:
     made = load(on(base))
 
     whole = {name for name in dict(made.named_parameters()) if name.startswith("backbone.")}
@@ -180,7 +180,7 @@ def test_paths_name_the_backbone_and_what_is_in_it(base: Path) -> None:
     }
 
 
-def test_activations_of_the_backbone_are_recomputed_where_that_is_asked_for(base: Path) -> None:
+def test_gradient_checkpointing_recomputes_the_backbones_activations(base: Path) -> None:
     made = load(on(base).model_copy(update={"gradient_checkpointing": True}))
 
     assert any(getattr(module, "gradient_checkpointing", False) for module in made.backbone.modules())
@@ -203,7 +203,7 @@ def test_a_pooler_that_no_gradient_reaches_is_found_and_frozen(base: Path) -> No
 # Saved and loaded
 
 
-def test_the_folder_is_the_backbones_own_for_transformers(base: Path, tmp_path: Path) -> None:
+def test_transformers_loads_the_folder_as_the_backbone(base: Path, tmp_path: Path) -> None:
     made = load(on(base, pooling="mean"))
     loaded, told = AutoModel.from_pretrained(saved(made, tmp_path / "model"), output_loading_info=True)
 
@@ -214,7 +214,7 @@ def test_the_folder_is_the_backbones_own_for_transformers(base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["with model.head", "without"])
-def test_the_folder_gives_backbone_and_head_again(base: Path, tmp_path: Path, named: bool) -> None:
+def test_the_saved_folder_loads_backbone_and_head(base: Path, tmp_path: Path, named: bool) -> None:
     made = load(on(base, pooling="mean", hidden=4), seed=5)
     folder = saved(made, tmp_path / "model")
 
@@ -224,10 +224,10 @@ def test_the_folder_gives_backbone_and_head_again(base: Path, tmp_path: Path, na
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
     batch = text([2, 7, 11, 9, 3], pad=2)
     assert torch.equal(again(**batch).logits, made(**batch).logits)
-    assert label_names_of(schema.Model(name_or_path=str(folder))) == ("a", "b", "c")
+    assert pretrained_label_names(schema.Model(name_or_path=str(folder))) == ("a", "b", "c")
 
 
-def test_from_scratch_takes_the_shape_and_draws_everything_anew(base: Path, tmp_path: Path) -> None:
+def test_from_scratch_uses_the_shape_and_draws_new_weights(base: Path, tmp_path: Path) -> None:
     folder = saved(load(on(base)), tmp_path / "model")
 
     again = load(schema.Model(name_or_path=str(folder), from_scratch=True), seed=9)
@@ -242,21 +242,25 @@ def test_from_scratch_takes_the_shape_and_draws_everything_anew(base: Path, tmp_
 @pytest.mark.parametrize(
     ("model", "head", "message"),
     [
-        (new(GPT), "sequence_classification", "pooling=cls.*gpt2 model sees nothing but itself.*pooling=last"),
-        (new({**ROBERTA}), "causal_lm", "sees the tokens that it would have to predict.*is_decoder"),
+        (new(GPT), "sequence_classification", "pooling=cls.*gpt2 model sees only itself.*pooling=last"),
+        (new({**ROBERTA}), "causal_lm", "sees the tokens that it has to predict.*is_decoder"),
         (new(RESNET), "image_classification", "pooling=cls: a resnet model has a map.*pooling=mean"),
-        (new({"model_type": "t5", "num_layers": 1, "d_model": 8}), "sequence_classification", "serve a t5 model"),
-        (new(GPT), "question_answering", "does not serve question answering"),
-        (new({**GPT, "dtrain_head": {}}), "causal_lm", "dtrain_head is decided by model.head"),
+        (
+            new({"model_type": "t5", "num_layers": 1, "d_model": 8}),
+            "sequence_classification",
+            "does not work for a t5 model",
+        ),
+        (new(GPT), "question_answering", "does not work for question answering"),
+        (new({**GPT, "dtrain_head": {}}), "causal_lm", "dtrain_head is set by model.head"),
     ],
     ids=["first token", "bidirectional", "map", "encoder-decoder", "spans", "key"],
 )
-def test_a_head_that_means_nothing_there_is_refused(model: schema.Model, head: Any, message: str) -> None:
+def test_a_head_that_does_not_fit_the_model_is_refused(model: schema.Model, head: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(model, head=head)
 
 
-def test_another_head_than_the_one_that_was_trained_is_refused_with_the_way_round(base: Path, tmp_path: Path) -> None:
+def test_another_head_than_the_trained_one_is_refused_with_the_way_to_replace_it(base: Path, tmp_path: Path) -> None:
     folder = saved(load(on(base, pooling="mean")), tmp_path / "model")
 
     with pytest.raises(ConfigError, match=r"trained with model.head=.*'mean'.*Leave model.head out.*AutoModel"):
@@ -276,11 +280,13 @@ def test_a_damaged_head_is_a_checkpoint_error(base: Path, tmp_path: Path, damage
     file = folder / "head.safetensors"
     file.unlink() if damage == "missing" else file.write_bytes(b"\x08\x00\x00")
 
-    with pytest.raises(CheckpointError, match=r"head.safetensors holds a head, which cannot be loaded"):
+    with pytest.raises(
+        CheckpointError, match=r"config.json describes a head in head.safetensors, but it cannot be loaded"
+    ):
         load(schema.Model(name_or_path=str(folder)))
 
 
-def test_config_json_says_what_the_head_is(base: Path, tmp_path: Path) -> None:
+def test_config_json_describes_the_head(base: Path, tmp_path: Path) -> None:
     folder = saved(load(on(base, pooling="mean")), tmp_path / "model")
 
     content = json.loads((folder / "config.json").read_text())

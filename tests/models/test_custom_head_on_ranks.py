@@ -1,4 +1,4 @@
-"""A frozen backbone with a new head, from the command to the folder and back: the same on one rank, two and three."""
+"""A frozen backbone with a new head, trained, saved and evaluated from its folder on one, two and three ranks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(place: Path) -> dict[str, Any]:
-    """One process: trained with each method, measured again from its folder with and without model.head."""
+    """Trains on one process with each method, and evaluates the folder with and without model.head."""
     again = {"model.name_or_path": str(place / "runs" / "plain" / "model"), "freeze.modules": "[]"}
     below = {"freeze.modules": '["encoder"]'}
     runs = {
@@ -75,7 +75,7 @@ def weights(place: Path, name: str) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "model.safetensors"), **load_file(folder / "head.safetensors")}
 
 
-def test_a_wholly_frozen_backbone_gives_the_same_bits_with_either_method(place: Path, single: dict[str, Any]) -> None:
+def test_a_fully_frozen_backbone_gives_the_same_bits_with_either_method(place: Path, single: dict[str, Any]) -> None:
     assert len(single["plain"]["losses"]) == STEPS
     assert single["no_grad"] == single["plain"]
     first, second = weights(place, "plain"), weights(place, "no_grad")
@@ -90,7 +90,7 @@ def test_only_the_head_has_learned(place: Path, single: dict[str, Any]) -> None:
     assert single["plain"]["losses"][-1] != single["plain"]["losses"][0]
 
 
-def test_the_methods_differ_where_something_below_the_frozen_part_was_to_learn(
+def test_the_methods_differ_if_something_below_the_frozen_part_should_train(
     place: Path, single: dict[str, Any]
 ) -> None:
     name = "embeddings.word_embeddings.weight"
@@ -101,20 +101,20 @@ def test_the_methods_differ_where_something_below_the_frozen_part_was_to_learn(
     assert single["below"]["losses"][-1] != single["below, no_grad"]["losses"][-1]
 
 
-def test_the_unused_pooler_is_frozen_and_stays(place: Path, single: dict[str, Any]) -> None:
+def test_the_unused_pooler_is_frozen_and_does_not_change(place: Path, single: dict[str, Any]) -> None:
     before = AutoModel.from_pretrained(place / "base").state_dict()
 
     assert torch.equal(weights(place, "below")["pooler.dense.weight"], before["pooler.dense.weight"])
 
 
 @pytest.mark.parametrize("how", ["again", "by itself"])
-def test_the_saved_folder_gives_the_same_digits(single: dict[str, Any], how: str) -> None:
+def test_the_saved_folder_evaluates_the_same(single: dict[str, Any], how: str) -> None:
     assert single[how]["metrics"] == single["plain"]["metrics"]
     assert single[how]["predictions"] == single["plain"]["predictions"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_more_ranks_give_the_same_losses_and_digits(place: Path, single: dict[str, Any], world_size: int) -> None:
+def test_more_ranks_give_the_same_losses_and_metrics(place: Path, single: dict[str, Any], world_size: int) -> None:
     name = f"on-{world_size}"
     trained, measured = run_ranks(
         commands,

@@ -1,4 +1,4 @@
-"""Freezing by path: what is found, what stays still, what is undone, and in which mode it runs."""
+"""Freezing by path, thawing by epoch, no_grad, and train and eval modes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def learn(model: nn.Module) -> set[str]:
-    """Names of the parameters that one SGD step moves."""
+    """Returns the names of the parameters that one SGD step changes."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(**batch()).logits.square().sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
@@ -70,7 +70,7 @@ def learn(model: nn.Module) -> set[str]:
         ("classifier.bias", ["classifier.bias"]),
     ],
 )
-def test_a_path_finds_what_it_names_in_the_model_or_its_base_model(bert: Any, entry: str, prefixes: list[str]) -> None:
+def test_a_path_resolves_in_the_model_or_its_base_model(bert: Any, entry: str, prefixes: list[str]) -> None:
     assert set(resolve(bert, [entry]).parameters) == below(bert, *prefixes)
 
 
@@ -100,7 +100,7 @@ def test_paths_are_found_in_a_model_that_is_its_own_base_and_in_one_that_is_not_
         ("zzz", "bert, dropout, classifier"),
     ],
 )
-def test_an_entry_that_matches_nothing_is_refused_with_a_near_name(bert: Any, entry: str, hint: str) -> None:
+def test_an_entry_that_matches_nothing_is_refused_with_a_similar_name(bert: Any, entry: str, hint: str) -> None:
     with pytest.raises(ConfigError) as error:
         freeze(bert, Freeze(modules=(entry,)))
 
@@ -111,13 +111,13 @@ def test_an_entry_that_matches_nothing_is_refused_with_a_near_name(bert: Any, en
 @pytest.mark.parametrize(
     "entry", ["encoder layer", "encoder.layer[a]", "encoder.layer[1", ".bias", "encoder.layer[::0]", ""]
 )
-def test_an_entry_that_is_no_path_is_refused(bert: Any, entry: str) -> None:
+def test_an_entry_that_is_not_a_path_is_refused(bert: Any, entry: str) -> None:
     with pytest.raises(ConfigError, match=r"is not a path|is not an index"):
         freeze(bert, Freeze(modules=(entry,)))
 
 
 def test_an_entry_without_parameters_is_refused(bert: Any) -> None:
-    with pytest.raises(ConfigError, match="'dropout' names something without parameters"):
+    with pytest.raises(ConfigError, match="'dropout' matches something without parameters"):
         freeze(bert, Freeze(modules=("dropout",)))
 
 
@@ -137,7 +137,7 @@ def test_frozen_parameters_keep_every_bit_and_the_others_move(bert: Any, method:
     assert {"classifier.weight", "bert.pooler.dense.weight", "bert.encoder.layer.2.output.dense.weight"} <= moved
 
 
-def test_no_grad_cuts_the_gradient_to_what_lies_below_and_requires_grad_does_not(bert: Any) -> None:
+def test_no_grad_stops_gradients_to_lower_layers_and_requires_grad_does_not(bert: Any) -> None:
     through = copy.deepcopy(bert)
     freeze(through, Freeze(modules=("encoder",)))
     freeze(bert, Freeze(modules=("encoder",), method="no_grad"))
@@ -147,7 +147,7 @@ def test_no_grad_cuts_the_gradient_to_what_lies_below_and_requires_grad_does_not
 
 
 def test_freezing_everything_is_refused(bert: Any) -> None:
-    with pytest.raises(ConfigError, match="nothing is left to learn"):
+    with pytest.raises(ConfigError, match="nothing is left to train"):
         freeze(bert, Freeze(modules=("base_model", "classifier")))
 
 
@@ -168,7 +168,7 @@ THAW = Freeze(
 )
 
 
-def test_each_epoch_has_the_modules_thawed_that_are_due() -> None:
+def test_each_epoch_thaws_the_modules_that_are_due() -> None:
     stages = {epoch: set(freeze(tiny.bert(layers=3), THAW, epoch=epoch)) for epoch in range(4)}
     model = tiny.bert(layers=3)
 
@@ -178,7 +178,7 @@ def test_each_epoch_has_the_modules_thawed_that_are_due() -> None:
 
 
 @pytest.mark.parametrize("method", ["requires_grad", "no_grad"])
-def test_a_model_frozen_before_is_in_the_same_state_as_one_that_begins_in_that_epoch(method: Any) -> None:
+def test_a_later_epoch_freezes_the_same_from_an_earlier_one_or_from_a_fresh_model(method: Any) -> None:
     settings = THAW.model_copy(update={"method": method})
     lived, fresh = tiny.bert(layers=3), tiny.bert(layers=3)
     for epoch in range(3):
@@ -193,7 +193,7 @@ def test_a_model_frozen_before_is_in_the_same_state_as_one_that_begins_in_that_e
     assert any("encoder.layer.1" in name for name in learn(lived))
 
 
-def test_thawing_leaves_alone_what_was_frozen_for_another_reason() -> None:
+def test_thawing_leaves_parameters_frozen_by_other_code() -> None:
     model = tiny.bert()
     model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
     settings = Freeze(modules=("base_model",), thaw=(ThawStage(epoch=1, modules=("base_model",)),))
@@ -204,7 +204,7 @@ def test_thawing_leaves_alone_what_was_frozen_for_another_reason() -> None:
     assert still == ["bert.embeddings.position_embeddings.weight", "bert.pooler.dense.bias"]
 
 
-def test_what_was_kept_frozen_learns_again_when_it_is_no_longer_kept() -> None:
+def test_a_parameter_trains_again_once_keep_frozen_no_longer_names_it() -> None:
     model = tiny.bert()
 
     assert freeze(model, Freeze(), keep_frozen=["bert.pooler.dense.bias"]) == ["bert.pooler.dense.bias"]
@@ -276,7 +276,7 @@ def test_no_grad_gives_the_same_numbers(bert: Any) -> None:
     assert torch.equal(bert.eval()(**batch()).logits, plain(**batch()).logits)
 
 
-def test_no_grad_leaves_names_and_files_as_they_are(cut: Any, tmp_path: Path) -> None:
+def test_no_grad_does_not_change_names_and_files(cut: Any, tmp_path: Path) -> None:
     plain = tiny.bert(dropout=0.5, layers=3)
 
     assert list(cut.state_dict()) == list(plain.state_dict())

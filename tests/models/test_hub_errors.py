@@ -1,4 +1,4 @@
-"""A hub that does not answer, and names that nobody has: which error, in which words, how soon."""
+"""A hub that does not answer, and names that do not exist: the error, its message, and how quickly it comes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 from dtrain.config import schema
 from dtrain.errors import ConfigError, DataError
 from dtrain.models import hub_errors
-from dtrain.models.hub_errors import quiet, reach
-from dtrain.models.load import label_names_of
+from dtrain.models.hub_errors import check_reachable, quiet
+from dtrain.models.load import pretrained_label_names
 from dtrain.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands for a network without a hub: every request fails, and is counted."""
+    """Simulates an unreachable hub: every request fails and is recorded."""
     requests: list[str] = []
 
     def refuse(url: str, *, timeout: float) -> Any:
@@ -30,9 +30,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return requests
 
 
-def test_a_hub_that_does_not_answer_is_asked_once_and_the_file_and_the_offline_way_are_named(asked: list[str]) -> None:
+def test_an_unreachable_hub_is_contacted_once_and_the_error_names_the_file_and_the_offline_steps(
+    asked: list[str],
+) -> None:
     with pytest.raises(DataError) as error:
-        label_names_of(schema.Model(name_or_path="someone/some-model"))
+        pretrained_label_names(schema.Model(name_or_path="someone/some-model"))
 
     assert len(asked) == 1
     command = "dtrain download model.name_or_path=someone/some-model download.to=FOLDER"
@@ -41,12 +43,12 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_the_file_and_the_offline_w
 
 
 @pytest.mark.parametrize("is_set", [False, True])
-def test_the_offline_way_names_the_hubs_variable_where_it_is_not_set(
+def test_the_offline_steps_name_the_hubs_variable_if_it_is_not_set(
     asked: list[str], monkeypatch: pytest.MonkeyPatch, is_set: bool
 ) -> None:
     monkeypatch.setattr(hub_errors.constants, "HF_HUB_OFFLINE", is_set)
     with pytest.raises(DataError) as error:
-        label_names_of(schema.Model(name_or_path="someone/some-model"))
+        pretrained_label_names(schema.Model(name_or_path="someone/some-model"))
 
     assert ("HF_HUB_OFFLINE=1" in str(error.value)) is not is_set
 
@@ -61,18 +63,18 @@ def test_a_tokenizer_on_a_hub_that_does_not_answer_is_named_by_its_setting(asked
 def test_a_downloaded_model_needs_no_hub(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_errors, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
 
-    assert reach("someone/some-model", file="config.json", setting="model.name_or_path") is True
+    assert check_reachable("someone/some-model", file="config.json", setting="model.name_or_path") is True
 
 
 def test_a_folder_is_never_looked_up_on_the_hub(asked: list[str], tmp_path: Path) -> None:
-    assert reach(str(tmp_path), file="config.json", setting="model.name_or_path") is True
+    assert check_reachable(str(tmp_path), file="config.json", setting="model.name_or_path") is True
     assert asked == []
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./models/mine", "~/mine", "a/b/c"])
-def test_a_path_that_is_not_there_is_no_name_for_the_hub(asked: list[str], name: str) -> None:
+def test_a_missing_path_is_not_looked_up_on_the_hub(asked: list[str], name: str) -> None:
     with pytest.raises(ConfigError, match="there is no such folder"):
-        reach(name, file="config.json", setting="model.name_or_path")
+        check_reachable(name, file="config.json", setting="model.name_or_path")
 
     assert asked == []
 
@@ -81,12 +83,12 @@ def test_a_file_and_an_impossible_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.bin").touch()
 
     with pytest.raises(ConfigError, match="is a file"):
-        reach(str(tmp_path / "model.bin"), file="config.json", setting="model.name_or_path")
-    with pytest.raises(ConfigError, match="nor a name that the hub could have"):
-        reach("two words", file="config.json", setting="model.name_or_path")
+        check_reachable(str(tmp_path / "model.bin"), file="config.json", setting="model.name_or_path")
+    with pytest.raises(ConfigError, match="nor a valid name on the hub"):
+        check_reachable("two words", file="config.json", setting="model.name_or_path")
 
 
-def test_transformers_speaks_again_after_quiet() -> None:
+def test_quiet_restores_the_log_level_of_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Pixels are the same numbers that transformers' own processors give, or a processor is refused."""
+"""Images are processed as transformers' own processors do, or the processor is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def brings(folder: Path, content: dict[str, Any]) -> schema.Model:
-    """A model's folder with that preprocessor_config.json; the weights do not matter here."""
+    """Returns a model folder with this preprocessor_config.json and empty weights."""
     ResNetConfig().save_pretrained(folder)
     (folder / "model.safetensors").touch()
     (folder / "preprocessor_config.json").write_text(json.dumps(content))
@@ -54,7 +54,7 @@ def brings(folder: Path, content: dict[str, Any]) -> schema.Model:
     ],
     ids=["square", "cropped", "convnext", "warped"],
 )
-def test_pixels_are_those_of_transformers(
+def test_pixels_equal_those_of_transformers(
     tmp_path: Path, kind: Any, content: dict[str, Any], shape: tuple[int, int]
 ) -> None:
     file = tmp_path / "image.png"
@@ -71,7 +71,7 @@ def test_pixels_are_those_of_transformers(
     assert np.abs(ours - expected).max() < 1e-5
 
 
-def test_a_model_that_brings_nothing_gets_its_size_and_a_half(image: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_processor_gets_its_own_size_and_mean_one_half(image: Path, tmp_path: Path) -> None:
     processor = load_processor(NEW, image_size=None)
 
     pixels = processor(image)
@@ -81,7 +81,7 @@ def test_a_model_that_brings_nothing_gets_its_size_and_a_half(image: Path, tmp_p
     assert np.abs(pixels.transpose(1, 2, 0) - by_hand).max() < 1e-6
 
 
-def test_what_is_saved_gives_transformers_the_same_pixels(image: Path, tmp_path: Path) -> None:
+def test_transformers_reads_the_saved_processor_with_the_same_pixels(image: Path, tmp_path: Path) -> None:
     processor = load_processor(NEW, image_size=12)
     processor.save_pretrained(str(tmp_path))
 
@@ -92,7 +92,7 @@ def test_what_is_saved_gives_transformers_the_same_pixels(image: Path, tmp_path:
     assert np.abs(processor(image) - expected).max() < 1e-6
 
 
-def test_what_a_model_brings_is_saved_as_it_was_and_its_size_may_be_another(image: Path, tmp_path: Path) -> None:
+def test_a_models_processor_is_saved_unchanged_and_its_size_can_be_overridden(image: Path, tmp_path: Path) -> None:
     model = brings(tmp_path / "model", CONVNEXT | {"image_mean": [0.1, 0.2, 0.3], "strange": 1})
     load_processor(model, image_size=None).save_pretrained(str(tmp_path))
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["strange"] == 1
@@ -117,10 +117,10 @@ def test_plain_numbers_of_older_files_are_understood(
     assert load_processor(brings(tmp_path, content), image_size=None)(image).shape == (3, *size)
 
 
-def test_grey_images_for_a_grey_model(image: Path) -> None:
-    grey = schema.Model(from_scratch=True, config={**pictures.VIT, "num_channels": 1})
+def test_gray_images_for_a_gray_model(image: Path) -> None:
+    gray = schema.Model(from_scratch=True, config={**pictures.VIT, "num_channels": 1})
 
-    assert load_processor(grey, image_size=None)(image).shape == (1, 16, 16)
+    assert load_processor(gray, image_size=None)(image).shape == (1, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,10 @@ def test_grey_images_for_a_grey_model(image: Path) -> None:
         {"size": {"height": 8, "width": 8}, "do_resize": False},
     ],
 )
-def test_images_that_would_not_come_out_alike_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"in a way that dtrain does not know .*Set task.image_size"):
+def test_a_processor_that_gives_images_of_different_sizes_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"does not support the image sizes in its preprocessor_config.json .*Set task.image_size"
+    ):
         load_processor(brings(tmp_path, content), image_size=None)
 
 
@@ -153,7 +155,7 @@ def test_a_damaged_file_of_the_model_is_a_checkpoint_error(tmp_path: Path) -> No
         load_processor(model, image_size=None)
 
 
-def test_an_image_that_went_bad_since_it_was_looked_at_is_named(image: Path) -> None:
+def test_an_image_that_was_damaged_after_the_check_is_named(image: Path) -> None:
     image.write_bytes(image.read_bytes()[:200])
     with pytest.raises(DataError, match=r"wide.png cannot be decoded"):
         load_processor(NEW, image_size=None)(image)
@@ -163,8 +165,8 @@ def test_an_image_that_went_bad_since_it_was_looked_at_is_named(image: Path) -> 
         load_processor(NEW, image_size=None)(image)
 
 
-def test_a_model_of_text_makes_no_difference_here(image: Path) -> None:
-    """Its images are resized to the usual size; that it has no head for them is said when it is loaded."""
+def test_a_text_model_gets_the_default_processor(image: Path) -> None:
+    """Images get the default size. Loading the model later reports that it has no image head."""
     assert isinstance(BertConfig(), object)
     text = schema.Model(from_scratch=True, config={"model_type": "bert"})
     assert torch.from_numpy(load_processor(text, image_size=None)(image)).shape == (3, 224, 224)

@@ -1,4 +1,4 @@
-"""Models by folder and from scratch: what is loaded, what is drawn, and what is refused."""
+"""Models from a folder and from scratch: loading, new weights, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import BertModel
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.load import label_names_of, load_model
+from dtrain.models.load import load_model, pretrained_label_names
 from dtrain.models.tokenizer import build_char_tokenizer
 from tests.support import tiny
 from tests.support.heads import HEADS
@@ -58,7 +58,7 @@ def base(tmp_path: Path) -> Path:
 # What is loaded
 
 
-def test_a_folder_gives_its_weights_and_the_datas_label_names(folder: Path) -> None:
+def test_a_folder_is_loaded_with_its_weights_and_the_datas_label_names(folder: Path) -> None:
     loaded = classifier(schema.Model(name_or_path=str(folder)))
 
     assert all(torch.equal(value, tiny.bert().state_dict()[name]) for name, value in loaded.state_dict().items())
@@ -66,7 +66,7 @@ def test_a_folder_gives_its_weights_and_the_datas_label_names(folder: Path) -> N
     assert loaded.config.problem_type == "single_label_classification"
 
 
-def test_a_new_head_is_the_same_whatever_the_random_state_and_leaves_that_alone(base: Path) -> None:
+def test_a_new_head_neither_depends_on_the_random_state_nor_changes_it(base: Path) -> None:
     model = schema.Model(name_or_path=str(base))
     torch.manual_seed(1)
     first = classifier(model)
@@ -90,7 +90,7 @@ def test_weights_of_another_type_are_loaded_in_fp32(tmp_path: Path) -> None:
     assert loaded.config.dtype == torch.float32
 
 
-def test_new_and_unused_weights_are_named_in_a_line_each(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_and_unused_weights_are_logged_in_one_line_each(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dtrain"):
         classifier(schema.Model(name_or_path=str(base), config={"num_hidden_layers": 1}))
 
@@ -119,7 +119,7 @@ def test_overrides_reach_the_model_and_attention_and_checkpointing_are_passed_on
 # From scratch
 
 
-def test_a_new_model_takes_vocabulary_and_special_tokens_from_its_tokenizer() -> None:
+def test_a_new_model_gets_vocabulary_size_and_special_tokens_from_its_tokenizer() -> None:
     loaded = language_model(new())
 
     assert loaded.config.vocab_size == loaded.get_input_embeddings().num_embeddings == 1 + len(CHARACTERS)
@@ -127,13 +127,13 @@ def test_a_new_model_takes_vocabulary_and_special_tokens_from_its_tokenizer() ->
     assert loaded.config.n_layer == 1
 
 
-def test_a_new_model_keeps_what_the_config_says() -> None:
+def test_a_new_model_keeps_settings_of_model_config() -> None:
     loaded = language_model(new(vocab_size=50, eos_token_id=3))
 
     assert (loaded.config.vocab_size, loaded.config.eos_token_id) == (50, 3)
 
 
-def test_two_new_models_are_equal_and_another_seed_makes_another() -> None:
+def test_the_seed_decides_the_weights_of_a_new_model() -> None:
     tokenizer = build_char_tokenizer([CHARACTERS], pad=True)
     first, second, other = (classifier(new(), seed=seed, tokenizer=tokenizer) for seed in (0, 0, 1))
 
@@ -156,16 +156,16 @@ def test_a_new_model_may_take_its_shape_from_a_folder_that_has_no_weights(folder
 
 
 def test_a_trained_classifier_gives_its_label_names_in_the_order_of_its_outputs(folder: Path, tmp_path: Path) -> None:
-    assert label_names_of(schema.Model(name_or_path=str(folder))) is None
+    assert pretrained_label_names(schema.Model(name_or_path=str(folder))) is None
     classifier(schema.Model(name_or_path=str(folder)), labels=("zebra", "ant")).save_pretrained(tmp_path / "trained")
 
-    assert label_names_of(schema.Model(name_or_path=str(tmp_path / "trained"))) == ("zebra", "ant")
-    assert label_names_of(new()) is None
+    assert pretrained_label_names(schema.Model(name_or_path=str(tmp_path / "trained"))) == ("zebra", "ant")
+    assert pretrained_label_names(new()) is None
 
 
-def test_a_head_for_another_number_of_labels_is_refused_with_the_way_round(folder: Path) -> None:
+def test_a_head_for_another_number_of_labels_is_refused_with_the_way_to_remove_it(folder: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"another number of labels \(classifier.bias is \(2,\), wanted \(3,\).*AutoModel"
+        ConfigError, match=r"another number of labels \(classifier.bias is \(2,\), expected \(3,\).*AutoModel"
     ):
         classifier(schema.Model(name_or_path=str(folder)), labels=("a", "b", "c"))
 
@@ -177,7 +177,7 @@ def test_other_label_names_on_a_trained_head_are_mentioned(
     with caplog.at_level(logging.INFO, logger="dtrain"):
         classifier(schema.Model(name_or_path=str(tmp_path / "trained")), labels=("yes", "no"))
 
-    assert "('no', 'yes'); they become ('yes', 'no')" in caplog.text
+    assert "('no', 'yes'); they are replaced by ('yes', 'no')" in caplog.text
 
 
 # What is refused
@@ -188,11 +188,11 @@ def test_other_label_names_on_a_trained_head_are_mentioned(
     [
         ({"n_layr": 2}, "model.config.n_layr is not a setting of a gpt2 model. Did you mean n_layer"),
         ({"n_layer": "two"}, "n_layer.*expected int"),
-        ({"n_head": 3}, "does not make a gpt2 model"),
-        ({"n_head": 0}, "does not make a gpt2 model"),
+        ({"n_head": 3}, "is not a valid gpt2 model"),
+        ({"n_head": 0}, "is not a valid gpt2 model"),
         ({"model_type": "gtp2"}, "model_type=gtp2 .* Did you mean gpt2"),
-        ({"num_labels": 3}, "model.config.num_labels is decided by the labels in the data"),
-        ({"dtype": "bfloat16"}, "decided by engine.precision"),
+        ({"num_labels": 3}, "model.config.num_labels is set by the labels in the data"),
+        ({"dtype": "bfloat16"}, "set by engine.precision"),
         ({"model_type": "t5", "n_layer": None}, "n_layer is not a setting of a t5 model"),
     ],
 )
@@ -206,7 +206,7 @@ def test_a_model_without_that_head_is_refused() -> None:
         language_model(schema.Model(from_scratch=True, tokenizer="char", config={"model_type": "t5"}))
 
 
-def test_a_model_with_a_loss_of_its_own_is_refused_until_that_is_off() -> None:
+def test_a_model_that_adds_its_own_loss_is_refused_until_that_is_off() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     mixture = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2, **sizes}
 
@@ -222,7 +222,7 @@ def test_a_folder_without_weights_is_refused(folder: Path) -> None:
         classifier(schema.Model(name_or_path=str(folder)))
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config.json"):
         classifier(schema.Model(name_or_path=str(tmp_path)))
 
@@ -264,7 +264,7 @@ def test_code_that_comes_with_a_model_is_not_run_unless_allowed(folder: Path) ->
         classifier(schema.Model(name_or_path=str(folder)))
 
 
-def test_an_attention_that_is_not_there_is_refused(folder: Path) -> None:
+def test_an_unavailable_attention_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.attn_implementation=nope cannot be used"):
         classifier(schema.Model(name_or_path=str(folder), attn_implementation="nope"))
 
@@ -274,7 +274,7 @@ def test_no_model_at_all_is_refused() -> None:
         classifier(schema.Model())
 
 
-def test_loaded_weights_lie_where_pytorch_puts_new_ones(tmp_path: Path) -> None:
+def test_loaded_weights_are_aligned_like_new_ones(tmp_path: Path) -> None:
     folder = tiny.write_model(tmp_path / "odd")
     file = folder / "model.safetensors"
     content = file.read_bytes()

@@ -15,9 +15,9 @@ from dtrain.models.load import load_model
 from dtrain.models.seq2seq import (
     check_targets_end,
     decoder_inputs,
-    decoder_positions,
     end_token_id,
-    generation_of_language,
+    language_generation_options,
+    max_decoder_positions,
     set_languages,
 )
 from tests.support import tiny
@@ -28,7 +28,7 @@ PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "a"]
 
 
 def multilingual(kind: str) -> Any:
-    """A real tokenizer of that family over two pieces and all its languages."""
+    """Returns a real tokenizer of this family with two text pieces and all its languages."""
     import transformers
 
     if kind == "NllbTokenizer":
@@ -44,7 +44,7 @@ def multilingual(kind: str) -> Any:
         ("NllbTokenizer", ("eng_Latn", "ron_Latn"), 0, "forced_bos_token_id"),
     ],
 )
-def test_languages_stand_where_the_family_puts_them_and_generation_begins_with_the_target(
+def test_language_tokens_are_placed_by_family_and_generation_starts_with_the_target_language(
     kind: str, codes: tuple[str, str], where: int, generation: str
 ) -> None:
     tokenizer = multilingual(kind)
@@ -55,33 +55,33 @@ def test_languages_stand_where_the_family_puts_them_and_generation_begins_with_t
     assert language == target != source
     assert tokenizer("a")["input_ids"][where] == source
     assert tokenizer(text_target="a")["input_ids"][where] == target
-    assert generation_of_language(tokenizer, language) == {generation: target}
+    assert language_generation_options(tokenizer, language) == {generation: target}
     check_targets_end(tokenizer)
     assert set_languages(tokenizer, None, None) == target  # a tokenizer that was saved with its languages
 
 
-def test_a_multilingual_tokenizer_wants_to_know_its_languages() -> None:
-    with pytest.raises(ConfigError, match=r"multilingual: say .* task.source_lang and task.target_lang, e.g. ar_AR"):
+def test_a_multilingual_tokenizer_requires_languages() -> None:
+    with pytest.raises(
+        ConfigError, match=r"multilingual: set the languages .* task.source_lang and task.target_lang, e.g. ar_AR"
+    ):
         set_languages(multilingual("MBartTokenizer"), None, None)
 
 
 @pytest.mark.parametrize(
     ("codes", "says"),
     [
-        (("en", "ro_RO"), "task.source_lang=en is not a language of this tokenizer. Near: .*en_XX"),
-        (("en_XX", "ro_XX"), "task.target_lang=ro_XX is not a language of this tokenizer. Near: .*_"),
+        (("en", "ro_RO"), "task.source_lang=en is not a language of this tokenizer. Similar: .*en_XX"),
+        (("en_XX", "ro_XX"), "task.target_lang=ro_XX is not a language of this tokenizer. Similar: .*_"),
     ],
 )
-def test_a_language_that_the_tokenizer_does_not_know_is_refused_with_near_ones(
-    codes: tuple[str, str], says: str
-) -> None:
+def test_an_unknown_language_is_refused_with_similar_ones(codes: tuple[str, str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         set_languages(multilingual("MBartTokenizer"), *codes)
 
 
 def test_languages_for_a_tokenizer_without_any_are_refused() -> None:
     assert set_languages(tiny.tokenizer(), None, None) is None
-    assert generation_of_language(tiny.tokenizer(), None) == {}
+    assert language_generation_options(tiny.tokenizer(), None) == {}
     with pytest.raises(ConfigError, match=r"task.source_lang=en_XX: this tokenizer has no language codes.*task.prefix"):
         set_languages(tiny.tokenizer(), "en_XX", "ro_RO")
 
@@ -92,10 +92,10 @@ def test_targets_of_a_bert_vocabulary_end_with_sep() -> None:
     assert end_token_id(tiny.tokenizer()) == END
 
 
-def test_a_tokenizer_that_ends_no_target_is_refused() -> None:
+def test_a_tokenizer_without_an_end_token_for_targets_is_refused() -> None:
     from dtrain.models.tokenizer import build_char_tokenizer
 
-    with pytest.raises(ConfigError, match=r"no token behind a target \(it has no end token\)"):
+    with pytest.raises(ConfigError, match=r"no end token to a target \(it has no end token\)"):
         check_targets_end(build_char_tokenizer(["ab"], pad=True))
 
 
@@ -113,7 +113,7 @@ class WithoutMethod(nn.Module):
     config = SimpleNamespace(decoder_start_token_id=2, pad_token_id=0)
 
 
-def test_decoder_inputs_are_the_labels_one_place_on_as_the_models_own_rule_has_it() -> None:
+def test_decoder_inputs_are_the_shifted_labels_by_the_models_own_rule() -> None:
     assert decoder_inputs(WithMethod(), LABELS).tolist() == (LABELS + 1).tolist()
     assert decoder_inputs(WithoutMethod(), LABELS).tolist() == [[2, 7, 8], [2, 9, END]]
     assert LABELS.tolist() == [[7, 8, END], [9, END, -100]]
@@ -156,7 +156,7 @@ def new_model(kind: str, **config: Any) -> tuple[schema.Model, Any]:
         ("mbart", END, [END, 2, 7]),
     ],
 )
-def test_a_new_models_special_tokens_are_the_tokenizers_and_it_generates_as_it_was_taught(
+def test_a_new_models_special_tokens_are_those_of_the_tokenizer_also_in_generation(
     kind: str, start: int, row: list[int]
 ) -> None:
     _, model = new_model(kind)
@@ -169,13 +169,13 @@ def test_a_new_models_special_tokens_are_the_tokenizers_and_it_generates_as_it_w
     assert made[0, 0] == row[0]
 
 
-def test_what_the_config_says_of_special_tokens_stays() -> None:
+def test_special_tokens_of_model_config_are_kept() -> None:
     _, model = new_model("bart", decoder_start_token_id=2, eos_token_id=4)
 
     assert (model.config.decoder_start_token_id, model.config.eos_token_id) == (2, 4)
 
 
-def test_the_decoders_positions_are_known_where_there_is_a_bound() -> None:
-    assert decoder_positions(new_model("bart")[0]) == 16
-    assert decoder_positions(new_model("t5")[0]) is None
-    assert decoder_positions(schema.Model()) is None
+def test_the_decoders_positions_are_known_if_they_are_limited() -> None:
+    assert max_decoder_positions(new_model("bart")[0]) == 16
+    assert max_decoder_positions(new_model("t5")[0]) is None
+    assert max_decoder_positions(schema.Model()) is None

@@ -1,4 +1,4 @@
-"""Tokenizers: every source gives what it should, and a character tokenizer gives a text back as it was."""
+"""Tokenizers from every source, and exact decoding of those that are built from text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_text() -> Iterable[str]:
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_char_tokenizer_has_a_token_per_character_and_gives_the_text_back(pad: bool, tmp_path: Path) -> None:
+def test_a_char_tokenizer_has_a_token_per_character_and_decodes_to_the_same_text(pad: bool, tmp_path: Path) -> None:
     made = build_char_tokenizer([TEXT], pad=pad)
     made.save_pretrained(tmp_path)
 
@@ -58,14 +58,14 @@ def test_a_char_tokenizer_without_a_character_is_refused() -> None:
         build_char_tokenizer(["", ""])
 
 
-def test_char_pads_where_the_task_pads_only() -> None:
+def test_char_has_a_pad_token_only_if_the_task_pads() -> None:
     model = schema.Model(tokenizer="char")
 
     assert load_tokenizer(model, training_texts=lambda: ["ab"]).pad_token_id is None
     assert load_tokenizer(model, training_texts=lambda: ["ab"], needs_padding=True).pad_token_id == 1
 
 
-def test_the_models_own_tokenizer_is_the_default_and_model_tokenizer_goes_before_it(tmp_path: Path) -> None:
+def test_model_tokenizer_overrides_the_models_own_tokenizer(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "own")
     build_char_tokenizer(["abc"]).save_pretrained(tmp_path / "other")
     own, other = str(tmp_path / "own"), str(tmp_path / "other")
@@ -75,7 +75,7 @@ def test_the_models_own_tokenizer_is_the_default_and_model_tokenizer_goes_before
     assert len(reload_tokenizer(tmp_path / "other", schema.Model())) == 4
 
 
-def test_a_vocabulary_file_numbers_its_lines_and_nothing_else(tmp_path: Path) -> None:
+def test_a_vocabulary_file_has_a_token_per_line_and_no_others(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     path.write_text("[CLS]\n[PAD]\n[SEP]\n[UNK]\nthe\ncat\n##s\n", encoding="utf-8")
 
@@ -127,7 +127,7 @@ def test_no_tokenizer_at_all_is_refused() -> None:
         load_tokenizer(schema.Model(), training_texts=no_text)
 
 
-def test_a_fingerprint_stays_when_the_tokenizer_is_used_saved_and_loaded(tmp_path: Path) -> None:
+def test_a_fingerprint_is_the_same_after_use_saving_and_loading(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer()
     before = fingerprint(tokenizer)
 
@@ -152,12 +152,12 @@ def test_a_fingerprint_changes_with_what_changes_the_tokens() -> None:
 # Trained on the text
 
 
-def test_trained_bpe_gives_any_text_back_also_after_saving(tmp_path: Path) -> None:
+def test_trained_bpe_decodes_any_text_exactly_also_after_saving(tmp_path: Path) -> None:
     made = train_bpe_tokenizer(["the cat sees the dog, the dog sees the cat"] * 3, vocab_size=265)
     made.save_pretrained(tmp_path)
 
     for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
-        assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT  # of which it has seen hardly a character
+        assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT  # hardly a character is known
         assert len(tokenizer) == 265
         assert tokenizer("the")["input_ids"] == [tokenizer.get_vocab()["the"]]
         assert tokenizer("<|endoftext|>")["input_ids"] != [tokenizer.eos_token_id]  # text is text
@@ -185,7 +185,7 @@ def test_trained_bpe_without_a_character_is_refused() -> None:
         train_bpe_tokenizer(["", ""], vocab_size=300)
 
 
-def test_train_bpe_pads_and_masks_where_the_task_pads_only() -> None:
+def test_train_bpe_has_pad_and_mask_tokens_only_if_the_task_pads() -> None:
     model = schema.Model(tokenizer="train-bpe", tokenizer_vocab_size=300)
 
     plain = load_tokenizer(model, training_texts=lambda: ["ab"])
@@ -195,7 +195,7 @@ def test_train_bpe_pads_and_masks_where_the_task_pads_only() -> None:
     assert (padding.pad_token_id, padding.mask_token_id, padding.eos_token_id) == (1, 2, 0)
 
 
-def test_the_mask_of_a_trained_bpe_stands_for_a_word_and_the_blank_before_it(tmp_path: Path) -> None:
+def test_the_mask_of_a_trained_bpe_replaces_a_word_and_the_blank_before_it(tmp_path: Path) -> None:
     made = train_bpe_tokenizer(["the cat sleeps, the cat"] * 3, vocab_size=280, pad=True)
     made.save_pretrained(tmp_path)
 

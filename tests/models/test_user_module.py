@@ -1,4 +1,4 @@
-"""A user's own module: made by a named function, fed by name, saved and loaded to the last weight; refused in words."""
+"""Custom modules: the factory call, inputs by name, saving and loading, and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from dtrain.config import schema
 from dtrain.config.load import load_config
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.load import label_names_of, load_model
+from dtrain.models.load import load_model, pretrained_label_names
 from dtrain.training.export import save
 from tests.support import tiny
 from tests.support.heads import HEADS
@@ -67,7 +67,7 @@ SIZE = 3
 
 @pytest.fixture(autouse=True)
 def forget_modules() -> Iterator[None]:
-    """What a test imported from its own folder is not there for the next."""
+    """Removes modules that a test imported from its own folder, so that the next test does not see them."""
     before, paths = set(sys.modules), list(sys.path)
     yield
     assert sys.path == paths
@@ -97,14 +97,14 @@ def saved(module: Any, folder: Path) -> Path:
 # What is made
 
 
-def test_the_function_gets_what_it_names_and_what_the_config_says(folder: Path) -> None:
+def test_the_factory_gets_the_arguments_it_accepts_and_model_config(folder: Path) -> None:
     made = load(folder, config={"width": 7})
 
     assert made.embed.weight.shape == (25, 7)
     assert made.out.weight.shape == (2, 7)
 
 
-def test_its_weights_are_drawn_from_the_seed_alone_whatever_draws_them(folder: Path) -> None:
+def test_the_weights_depend_only_on_the_seed_for_every_random_generator(folder: Path) -> None:
     random.seed(1)
     first = load(folder)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
@@ -118,7 +118,7 @@ def test_its_weights_are_drawn_from_the_seed_alone_whatever_draws_them(folder: P
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
-def test_it_is_given_of_the_batch_what_it_names_and_its_logits_are_found(folder: Path) -> None:
+def test_the_forward_gets_the_inputs_it_accepts_and_its_logits_are_found(folder: Path) -> None:
     ids = torch.tensor([[2, 5, 3]])
 
     made = load(folder)
@@ -127,8 +127,8 @@ def test_it_is_given_of_the_batch_what_it_names_and_its_logits_are_found(folder:
     assert torch.equal(logits, made.out(made.embed(ids).mean(dim=1)))
 
 
-def test_what_is_no_logits_is_refused_with_its_type(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"forward of Told gave dict: expected logits, or an object with .logits"):
+def test_an_output_without_logits_is_refused_with_its_type(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"forward of Told returned dict: expected logits, or an object with .logits"):
         load(folder, "bag:told")(input_ids=torch.tensor([[2, 5, 3]]))
 
 
@@ -142,7 +142,7 @@ def test_the_folder_is_searched_for_that_import_only(folder: Path) -> None:
 # Saved and loaded
 
 
-def test_the_folder_gives_the_same_module_again(folder: Path) -> None:
+def test_the_saved_folder_loads_the_same_module(folder: Path) -> None:
     made = load(folder, seed=3)
     place = saved(made, folder / "model")
 
@@ -151,12 +151,12 @@ def test_the_folder_gives_the_same_module_again(folder: Path) -> None:
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in again.state_dict().items())
     content = json.loads((place / "config.json").read_text())
     assert (content["architectures"], content["dtrain_factory"]) == (["Bag"], "bag:build")
-    assert label_names_of(schema.Model(factory="bag:build", name_or_path=str(place))) == ("no", "yes")
+    assert pretrained_label_names(schema.Model(factory="bag:build", name_or_path=str(place))) == ("no", "yes")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name_and_shape(folder: Path) -> None:
     place = saved(load(folder), folder / "model")
-    with pytest.raises(ConfigError, match=r"embed.weight is \(25, 4\), wanted \(25, 5\)"):
+    with pytest.raises(ConfigError, match=r"embed.weight is \(25, 4\), expected \(25, 5\)"):
         load(folder, name_or_path=str(place), config={"width": 5})
 
     weights = load_file(place / "model.safetensors")
@@ -177,7 +177,7 @@ def test_weights_that_do_not_fit_are_refused_by_name_and_shape(folder: Path) -> 
 def test_a_saved_folder_without_the_factory_is_refused_with_its_name(folder: Path) -> None:
     place = saved(load(folder), folder / "model")
 
-    with pytest.raises(ConfigError, match=r"set model.factory to it as well"):
+    with pytest.raises(ConfigError, match=r"set model.factory to the same value"):
         load_model(
             schema.Model(name_or_path=str(place)),
             head=HEADS["sequence_classification"],
@@ -197,16 +197,16 @@ def test_a_saved_folder_without_the_factory_is_refused_with_its_name(folder: Pat
         ("bag:biuld", {}, r"bag.py has no function biuld"),
         ("bag:SIZE", {}, "has no function SIZE"),
         ("bag:raises", {}, r"calling it raised RuntimeError: no such thing \(.*bag.py, line \d+\)"),
-        ("bag:number", {}, "gave int: expected a torch.nn.Module"),
-        ("bag:empty", {}, "gave a Identity without parameters"),
+        ("bag:number", {}, "returned int: expected a torch.nn.Module"),
+        ("bag:empty", {}, "returned a Identity without parameters"),
         ("bag:build", {"config": {"depth": 2}}, r"unexpected keyword argument 'depth'.*model.config=\{'depth': 2\}"),
         ("broken:build", {}, r"cannot be imported: SyntaxError"),
         ("lacking:build", {}, "it imports no_such_library, which is not installed"),
-        ("calendar:build", {}, "the name calendar is taken by .*calendar.py, .*Rename your file"),
-        ("bag:build", {"gradient_checkpointing": True}, "cannot do that for a Bag model"),
+        ("calendar:build", {}, "the name calendar is already used by .*calendar.py, .*Rename your file"),
+        ("bag:build", {"gradient_checkpointing": True}, "does not support it for a Bag model"),
     ],
 )
-def test_a_factory_that_makes_no_module_is_refused(
+def test_a_factory_that_returns_no_module_is_refused(
     folder: Path, factory: str, model: dict[str, Any], message: str
 ) -> None:
     (folder / "broken.py").write_text("def build(:\n")
@@ -233,7 +233,7 @@ def test_what_has_no_effect_on_an_own_module_is_refused() -> None:
 # Where it is looked for
 
 
-def test_the_file_is_looked_for_beside_the_config_and_the_runs_own_config_remembers() -> None:
+def test_the_factory_file_is_found_beside_the_config_and_recorded_in_the_runs_config() -> None:
     file = CONFIGS / "own_model.yaml"
 
     assert load_config(file, []).model.factory_folder == CONFIGS

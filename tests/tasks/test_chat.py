@@ -249,7 +249,7 @@ def test_a_templates_messages_are_encoded_with_the_line_of_what_it_refuses(tmp_p
 
     assert rows_of(found) == [([CLS, NI, SEP, CLS, HAO, SEP], [False, False, False, False, True, True])]
     assert found.head_config == {}
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: the tokenizer's chat template refuses this .*: no b"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 2: the tokenizer's chat template rejects this .*: no b"):
         prepare(tmp_path, data=data, **options)  # type: ignore[arg-type]
 
 

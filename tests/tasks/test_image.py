@@ -193,7 +193,7 @@ def test_models_of_images_are_made_from_scratch_with_an_output_for_each_label(fo
 def test_images_of_a_size_that_the_model_does_not_take_are_refused_before_the_first_step(folders: Path) -> None:
     settings = config(folders, folders.parent / "cache", task={"name": "image_classification", "image_size": 24})
 
-    with pytest.raises(ConfigError, match=r"made 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
+    with pytest.raises(ConfigError, match=r"The images are 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
         build.load(settings, build_task(settings, ONE_PROCESS), ONE_PROCESS)
 
 

@@ -113,7 +113,7 @@ def test_a_dialogue_that_the_template_refuses_is_a_bad_row(tmp_path: Path, said:
         found = test_chat.prepare(tmp_path, data=data, tokenizer=str(tmp_path / "words"))  # type: ignore[arg-type]
 
     assert len(found.splits["train"]) == 2
-    assert sum("rows.jsonl, line 2: the tokenizer's chat template refuses" in text for text in said.messages) == 1
+    assert sum("rows.jsonl, line 2: the tokenizer's chat template rejects" in text for text in said.messages) == 1
     assert said.messages.count("data: train: skipped 1 bad row(s), as data.max_bad_rows allows") == 2
 
 

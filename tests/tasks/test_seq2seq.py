@@ -372,7 +372,7 @@ def test_a_bad_row_is_named_by_file_and_line(folder: Path) -> None:
 
 
 def test_a_tokenizer_of_characters_is_refused_since_it_ends_no_target(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="puts no token behind a target"):
+    with pytest.raises(ConfigError, match="adds no end token to a target"):
         prepare(folder, model={"tokenizer": "char"})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from dtrain.models.freezing import group_of
+from dtrain.models.freezing import layer_group
 from dtrain.training.monitors.protocol import Decision, StepRecord
 
 
@@ -29,5 +29,5 @@ def by_group(norms: Mapping[str, float]) -> dict[str, float]:
     """Returns the L2 norms of parts of the model, from those of single parameters. Their squares add up to the step's."""
     squares: dict[str, list[float]] = {}
     for name, norm in norms.items():
-        squares.setdefault(group_of(name), []).append(norm * norm)
+        squares.setdefault(layer_group(name), []).append(norm * norm)
     return {name: math.sqrt(math.fsum(parts)) for name, parts in squares.items()}
