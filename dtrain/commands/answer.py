@@ -19,9 +19,9 @@ from dtrain.commands.evaluate import wrap
 from dtrain.config import task as task_settings
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
-from dtrain.data.images import IMAGES
-from dtrain.data.seeding import Place
-from dtrain.data.token_tags import TOKENS
+from dtrain.data.images import IMAGE_COLUMNS
+from dtrain.data.seeding import DataPosition
+from dtrain.data.token_tags import TOKEN_COLUMNS
 from dtrain.distributed.collectives import barrier
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
@@ -120,7 +120,7 @@ def _json_row(text: str, config: Config) -> dict[str, Any]:
             f"'{EXAMPLES.get(config.task.name, EXAMPLE)}'; a text that itself begins with {{ is given like that, too."
         ) from None
     assert isinstance(row, dict), "it begins with {"
-    for name in {config.data.columns.get("image", ""), *IMAGES} & row.keys():
+    for name in {config.data.columns.get("image", ""), *IMAGE_COLUMNS} & row.keys():
         if config.task.name.startswith("image_") and isinstance(row[name], str):
             row[name] = _absolute(row[name])
     return row
@@ -154,7 +154,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return worded({"prediction": record["prediction"]}, row, config)
     forward.module.eval()
-    batch = task.collate(task.splits[SPLIT][[0]], Place(0, (0,)))
+    batch = task.collate(task.splits[SPLIT][[0]], DataPosition(0, (0,)))
     device = next(forward.module.parameters()).device
     with torch.no_grad(), forward.autocast():
         (answer,) = task.answers(forward.module, to_device(batch, device))
@@ -172,7 +172,7 @@ def _worded_prediction(found: Any, row: Mapping[str, Any], config: Config) -> st
     columns = config.data.columns
     match config.task:
         case task_settings.TokenClassification():
-            words = next(row[name] for name in (columns.get("tokens", ""), *TOKENS) if name in row)
+            words = next(row[name] for name in (columns.get("tokens", ""), *TOKEN_COLUMNS) if name in row)
             return " ".join(word if tag is None else f"{word}/{tag}" for word, tag in zip(words, found, strict=True))
         case task_settings.MultipleChoice():
             name = f"ending{found}"

@@ -21,14 +21,14 @@ from dtrain.commands.generate import continuation, ends_of
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm, Chat
 from dtrain.console import log
-from dtrain.data.dialogues import ChatMessage, read_prompts
-from dtrain.data.readers import unit_of
+from dtrain.data.dialogues import read_prompts
+from dtrain.data.readers import row_unit
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
+from dtrain.models.chat_format import ChatFormat, ChatMessage, choose_format, prompt_truncated
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def run_chat(config: Config, context: RankContext) -> None:
             talk(answer, _lines_of(sys.stdin), system=system)
             return
         for line, messages in prompts:
-            answer.check(begun_with(system, messages), f"{file}, {unit_of(file)} {line}")
+            answer.check(begun_with(system, messages), f"{file}, {row_unit(file)} {line}")
         target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
         replies = (
             reply_record(answer, index, line, messages, system=system) for index, (line, messages) in enumerate(prompts)

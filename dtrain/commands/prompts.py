@@ -19,7 +19,7 @@ from dtrain.commands.generate import Writer
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
-from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
+from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit, text_lines
 from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -104,7 +104,7 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
 
 
 def _texts_of_table(file: Path, data: Data) -> Iterator[tuple[int, str]]:
-    origin = Origin(str(file), unit_of(file), needs_label=False, given=data.columns)
+    origin = Origin(str(file), row_unit(file), needs_label=False, columns=data.columns)
     table = to_table(read_rows(file, delimiter=data.delimiter, header=data.header), TEXT, origin).rows
     return zip(table["line"], table["text"], strict=True)
 
@@ -114,7 +114,7 @@ def _check(respondent: Respondent, prompts: list[tuple[int, Any]], file: Path, c
 
     def check() -> None:
         for line, prompt in prompts:
-            respondent.check(prompt, f"{file}, {unit_of(file)} {line}")
+            respondent.check(prompt, f"{file}, {row_unit(file)} {line}")
 
     on_main(check, context)
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageClassification
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.image_processor import PixelProcessor, load_processor
@@ -46,7 +46,7 @@ class ImageClassificationTask(ClassificationTask):
         self.processor = processor
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         return {**pixels(rows, self._folder, self.processor), "labels": label_tensor(rows["label"])}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:

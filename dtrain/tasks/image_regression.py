@@ -13,7 +13,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, ImageRegression
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -48,7 +48,7 @@ class ImageRegressionTask:
         self.head_config: dict[str, Any] = label_outputs(targets)
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """labels: (batch, targets) float64, nan where an example has none."""
         values = [[math.nan] * len(self.names) if row is None else row for row in rows["values"]]
         return {**pixels(rows, self._folder, self.processor), "labels": torch.tensor(values, dtype=torch.float64)}

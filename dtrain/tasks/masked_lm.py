@@ -22,7 +22,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, MaskedLm
-from dtrain.data.seeding import Place, derive
+from dtrain.data.seeding import DataPosition, derive_seed
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
@@ -64,11 +64,11 @@ class MaskedLmTask:
         known = np.array(sorted(tokenizer.get_vocab().values()), dtype=np.int64)
         self._ordinary = known[~np.isin(known, self._special)]
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         words = rows["word_ids"] if self._settings.whole_word else rows["input_ids"]
         hidden, labels = [], []
         for ids, word_ids, index in zip(rows["input_ids"], words, place.example_index, strict=True):
-            draws = np.random.default_rng(derive(self._seed, "mask", place.epoch, index))
+            draws = np.random.default_rng(derive_seed(self._seed, "mask", place.epoch, index))
             shown, wanted = self._hide(np.array(ids, dtype=np.int64), np.array(word_ids, dtype=np.int64), draws)
             hidden.append(shown.tolist())
             labels.append(torch.from_numpy(wanted))

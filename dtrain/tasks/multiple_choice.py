@@ -14,7 +14,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, MultipleChoice
 from dtrain.data.choices import CHOICES
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.tasks.prepare import Meta, Recipe, columns_of, map_rows, prepare_examples
@@ -41,7 +41,7 @@ class MultipleChoiceTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Inputs (batch, choices, length), labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}

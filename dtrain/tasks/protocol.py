@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dtrain.config.task import Head
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 
 Batch = dict[str, torch.Tensor]
 """What the model takes, plus labels; every tensor's first dimension is the example, or a window of one."""
@@ -76,10 +76,10 @@ class Task(Protocol):
     splits: Mapping[str, Split]
     """Tokenised: train, validation, and further ones to evaluate."""
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Columns of some examples into padded tensors on the host.
 
-        Pure: what it draws at random, it draws from the place (law 5), with `dtrain.data.seeding.derive`.
+        Pure: what it draws at random, it draws from the place (law 5), with `dtrain.data.seeding.derive_seed`.
         """
         ...
 

@@ -20,7 +20,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Head, TokenClassification
 from dtrain.console import log
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
@@ -58,7 +58,7 @@ class TokenClassificationTask:
             ("f1", "precision", "recall", "accuracy") if self._has_entities else ("accuracy",)
         )
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Inputs and labels (batch, length); a label stands at each word's first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         # On the right whatever the tokenizer is used to: places count from the first token.

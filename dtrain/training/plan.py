@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.config.schema import Config
-from dtrain.data.order import StepPlan, turns
+from dtrain.data.order import StepPlan, assign_micro_batches
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
 from dtrain.models import freezing
@@ -62,7 +62,10 @@ def _shares(config: Config, context: RankContext, steps: StepPlan, engine: str) 
     number = len(steps.micro_batches(0))
     lock_step = engine == "deepspeed" and (config.engine.zero_stage or 0) >= 2
     own = [
-        sum(turn.counted for turn in turns(number, rank=rank, world_size=context.world_size, lock_step=lock_step))
+        sum(
+            turn.counted
+            for turn in assign_micro_batches(number, rank=rank, world_size=context.world_size, lock_step=lock_step)
+        )
         for rank in range(context.world_size)
     ]
     spread = str(own[0]) if min(own) == max(own) else f"{min(own)} to {max(own)}"

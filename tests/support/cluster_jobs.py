@@ -299,7 +299,7 @@ BEFORE_IT_STARTS = {
     "clock of node2 an hour ahead": Planted(clock_off, "node2: its clock is 3600 s ahead"),
     "port taken on node1": Planted(port_taken, f"node1: port {PORT} is taken there", options=("--master-port", PORT)),
     "other data on node2": Planted(
-        other_data, r"the data \(train\) on node2 are not those on node1", code=3, is_seen_at_once=False
+        other_data, r"the data \(train\) on node2 differ from those on node1", code=3, is_seen_at_once=False
     ),
 }
 """What is planted on a cluster of two nodes, and what the user reads."""
