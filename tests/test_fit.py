@@ -17,7 +17,7 @@ import torch
 
 import dtrain
 from dtrain.config.task import Classification
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, NonFiniteError
 from dtrain.runs.jsonl import read_metrics
@@ -142,7 +142,7 @@ class Lengths:
         self.tokenizer = tiny.tokenizer()
         self.splits: Mapping[str, Any] = {"train": tiny.sentences(24), "validation": tiny.sentences(9, seed=1)}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         batch: Batch = dict(self.tokenizer.pad({"input_ids": rows["input_ids"]}, return_tensors="pt"))
         return {**batch, "labels": torch.tensor([len(ids) / 20 for ids in rows["input_ids"]])}
 

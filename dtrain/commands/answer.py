@@ -18,7 +18,7 @@ from dtrain.commands import prompts
 from dtrain.commands.evaluate import wrap
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.collectives import barrier
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
@@ -134,7 +134,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return format_answer({"prediction": record["prediction"]}, row, config)
     forward.module.eval()
-    batch = task.collate(task.splits[SPLIT][[0]], Place(0, (0,)))
+    batch = task.collate(task.splits[SPLIT][[0]], DataPosition(0, (0,)))
     device = next(forward.module.parameters()).device
     with torch.no_grad(), forward.autocast():
         (answer,) = task.answers(forward.module, to_device(batch, device))

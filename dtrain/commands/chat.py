@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from dtrain.commands.generate import continue_tokens, end_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.dialogues import ChatMessage, read_prompts
-from dtrain.data.readers import unit_of
+from dtrain.data.dialogues import read_prompts
+from dtrain.data.readers import row_unit
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
+from dtrain.models.chat_format import ChatFormat, ChatMessage, choose_format, prompt_truncated
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -79,7 +79,7 @@ def run_chat(config: Config, context: RankContext) -> None:
             converse(model, _input_lines(sys.stdin), system=system)
             return
         for line, messages in prompts:
-            model.check(with_system_message(system, messages), f"{file}, {unit_of(file)} {line}")
+            model.check(with_system_message(system, messages), f"{file}, {row_unit(file)} {line}")
         target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
         replies = (
             build_reply_record(model, index, line, messages, system=system)

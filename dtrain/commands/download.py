@@ -12,7 +12,7 @@ from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data import hub
-from dtrain.data.resolve_source import form_of
+from dtrain.data.resolve_source import source_kind
 from dtrain.data.split_readers import hub_name
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
@@ -62,7 +62,7 @@ def _repositories(config: Config) -> dict[str, str]:
     ).endswith(".txt")
     if is_name and not Path(str(model.tokenizer)).is_dir():
         repositories["model.tokenizer"] = str(model.tokenizer)
-    if data.name is not None and data.path is None and form_of(data) == "hub":
+    if data.name is not None and data.path is None and source_kind(data) == "hub":
         repositories["data.name"] = data.name
     if not repositories:
         raise ConfigError(

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
@@ -119,7 +119,7 @@ def _split_examples(config: Config, task: Any) -> Iterator[InspectedExample]:
             raise ConfigError(
                 f"inspect.examples: {split} has {len(rows)} examples, numbered from 0; there is no {index}."
             )
-        batch = task.collate(rows[[index]], Place(0, (index,)))
+        batch = task.collate(rows[[index]], DataPosition(0, (index,)))
         shape = tuple(batch["input_ids"].shape) if "input_ids" in batch else None
         if shape is None or len(shape) != 2 or shape[0] != 1:
             raise ConfigError(

@@ -20,7 +20,7 @@ from dtrain.commands.evaluate import wrap, write_results
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data import glue
-from dtrain.data.resolve_source import form_of
+from dtrain.data.resolve_source import source_kind
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
@@ -105,7 +105,7 @@ def data_to_predict(config: Config, context: RankContext) -> Data:
         return data
     files = glue.find_task(data.name).test_files
     # Possibly only rank 0 sees the folder.
-    is_files = on_main(lambda: form_of(data) == "glue", context)
+    is_files = on_main(lambda: source_kind(data) == "glue", context)
     splits = dict(files) if is_files else {split: split for split in files}
     return data.model_copy(update={"splits": splits, "validation_fraction": None})
 

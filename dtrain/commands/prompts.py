@@ -19,7 +19,7 @@ from dtrain.commands.generate import TextGenerator
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
-from dtrain.data.readers import TEXT_SUFFIXES, read_rows, text_lines, unit_of
+from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit, text_lines
 from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -107,7 +107,7 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
 
 def _table_texts(file: Path, data: Data) -> Iterator[tuple[int, str]]:
     """Yields line number and text of each row."""
-    origin = Origin(str(file), unit_of(file), needs_label=False, given=data.columns)
+    origin = Origin(str(file), row_unit(file), needs_label=False, columns=data.columns)
     table = to_table(read_rows(file, delimiter=data.delimiter, header=data.header), TEXT, origin).rows
     return zip(table["line"], table["text"], strict=True)
 
@@ -117,7 +117,7 @@ def _check(responder: PromptResponder, prompts: list[tuple[int, Any]], file: Pat
 
     def check() -> None:
         for line, prompt in prompts:
-            responder.check(prompt, f"{file}, {unit_of(file)} {line}")
+            responder.check(prompt, f"{file}, {row_unit(file)} {line}")
 
     on_main(check, context)
 

@@ -1,1 +1,1 @@
-"""From files and hubs to rows, from rows to micro-batches in a fixed order."""
+"""Reads files and hub data sets as rows, and splits rows into micro-batches in a fixed order."""

@@ -1,6 +1,6 @@
-"""Batches on the host, in order: this rank's micro-batches of each step, and those of an evaluation.
+"""Yields batches on the host, in order: this rank's micro-batches of each training step or of an evaluation.
 
-Workers only prepare ahead; they draw nothing at random and change no number.
+Worker processes only prepare batches ahead of time. They draw no random numbers and do not affect the results.
 """
 
 from __future__ import annotations
@@ -12,43 +12,52 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dtrain.data.order import StepPlan, Turn, chunks, turns
-from dtrain.data.seeding import Place
+from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.signals import leave_to_parent
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ERROR_TYPES, DtrainError
 
-Tensors = dict[str, torch.Tensor]
+BatchTensors = dict[str, torch.Tensor]
 
 
 class Rows(Protocol):
-    """Examples by index."""
+    """A split that returns examples by index."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int]) -> Mapping[str, Sequence[Any]]: ...
 
 
-Collate = Callable[[Mapping[str, Sequence[Any]], Place], Tensors]
+Collate = Callable[[Mapping[str, Sequence[Any]], DataPosition], BatchTensors]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """One forward pass of this rank.
 
-    index: place in the step's (or evaluation's) fixed list. counted: False for a stand-in (see order.turns).
-    example_index: indices in the split. tensors: first dimension is the example; on the host.
+    Attributes:
+        index: position in the fixed list of micro-batches of the step (or evaluation).
+        counted: False for a dummy micro-batch (see order.assign_micro_batches).
+        example_index: indices of the examples in the split.
+        tensors: on the host; the first dimension is the example.
     """
 
     index: int
     counted: bool
     example_index: tuple[int, ...]
-    tensors: Tensors
+    tensors: BatchTensors
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """This rank's part of one step. step: 0-based. examples: of the whole step, over all ranks."""
+    """This rank's part of one step.
+
+    Attributes:
+        step: 0-based.
+        examples: number of examples of the complete step, over all ranks.
+        micro_batches: those of this rank, in order.
+    """
 
     step: int
     examples: int
@@ -66,90 +75,103 @@ def step_batches(
     stop: int,
     workers: int,
 ) -> Iterator[StepBatches]:
-    """This rank's micro-batches of the steps from `start` up to, not including, `stop`."""
+    """Yields this rank's micro-batches of the steps from `start` to `stop`, excluding `stop`."""
 
-    def wanted() -> Iterator[tuple[int, int, Turn, list[int]]]:
+    def planned() -> Iterator[tuple[int, int, Assignment, list[int]]]:
         for step in range(start, stop):
             micro_batches = plan.micro_batches(step)
-            own = turns(len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step)
-            for turn in own:
-                yield step, len(own), turn, micro_batches[turn.micro_batch]
+            assigned = assign_micro_batches(
+                len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step
+            )
+            for assignment in assigned:
+                yield step, len(assigned), assignment, micro_batches[assignment.micro_batch]
 
-    gathered: list[MicroBatch] = []
-    places = (Place(plan.epoch_of(step), indices) for step, _, _, indices in wanted())
-    prepared = _collated(rows, collate, places, workers=workers)
-    for (step, count, turn, indices), tensors in zip(wanted(), prepared, strict=True):
-        gathered.append(MicroBatch(turn.micro_batch, turn.counted, tuple(indices), tensors))
-        if len(gathered) == count:
-            yield StepBatches(step, len(plan.indices(step)), tuple(gathered))
-            gathered = []
+    step_micro_batches: list[MicroBatch] = []
+    positions = (DataPosition(plan.epoch_of(step), indices) for step, _, _, indices in planned())
+    prepared = _collate_in_order(rows, collate, positions, workers=workers)
+    for (step, count, assignment, indices), tensors in zip(planned(), prepared, strict=True):
+        step_micro_batches.append(MicroBatch(assignment.micro_batch, assignment.counted, tuple(indices), tensors))
+        if len(step_micro_batches) == count:
+            yield StepBatches(step, len(plan.indices(step)), tuple(step_micro_batches))
+            step_micro_batches = []
 
 
 def evaluation_batches(
     rows: Rows, collate: Collate, topology: Topology, *, micro_batch_size: int, lock_step: bool, workers: int
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of a whole split, in file order. Stand-ins appear under `lock_step` only."""
+    """Yields this rank's micro-batches of a complete split, in file order. Dummies are included only with `lock_step`."""
     micro_batches = chunks(range(len(rows)), micro_batch_size)
-    own = turns(len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step)
-    own = [turn for turn in own if turn.counted or lock_step]
-    prepared = _collated(rows, collate, (Place(0, micro_batches[turn.micro_batch]) for turn in own), workers=workers)
-    for turn, tensors in zip(own, prepared, strict=True):
-        yield MicroBatch(turn.micro_batch, turn.counted, tuple(micro_batches[turn.micro_batch]), tensors)
+    assigned = assign_micro_batches(
+        len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step
+    )
+    assigned = [assignment for assignment in assigned if assignment.counted or lock_step]
+    positions = (DataPosition(0, micro_batches[assignment.micro_batch]) for assignment in assigned)
+    prepared = _collate_in_order(rows, collate, positions, workers=workers)
+    for assignment, tensors in zip(assigned, prepared, strict=True):
+        indices = tuple(micro_batches[assignment.micro_batch])
+        yield MicroBatch(assignment.micro_batch, assignment.counted, indices, tensors)
 
 
-class Failed(NamedTuple):
-    """An error on its way out of a worker process. kind: its name in errors.ERROR_TYPES."""
+class WorkerError(NamedTuple):
+    """An error that a worker process returns to its rank.
+
+    Attributes:
+        kind: name of the error class in errors.ERROR_TYPES.
+        message: the error message.
+    """
 
     kind: str
     message: str
 
 
-class _Collated(Dataset[Tensors | Failed]):
-    """Places to batches, in a worker or here. What a user can mend comes as a value, not through the worker's traceback."""
+class _CollatedDataset(Dataset[BatchTensors | WorkerError]):
+    """Maps positions to batches. Returns user errors as values, so that the user does not see the worker's traceback."""
 
     def __init__(self, rows: Rows, collate: Collate) -> None:
         self._rows, self._collate = rows, collate
 
-    def __getitem__(self, place: Place) -> Tensors | Failed:
+    def __getitem__(self, position: DataPosition) -> BatchTensors | WorkerError:
         try:
-            return self._collate(self._rows[list(place.example_index)], place)
+            return self._collate(self._rows[list(position.example_index)], position)
         except DtrainError as error:
-            return Failed(type(error).__name__, str(error))
+            return WorkerError(type(error).__name__, str(error))
 
 
-class _InOrder(Sampler[Place]):
-    def __init__(self, places: Iterable[Place]) -> None:
-        self._places = places
+class _FixedOrderSampler(Sampler[DataPosition]):
+    def __init__(self, positions: Iterable[DataPosition]) -> None:
+        self._positions = positions
 
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self._places)
+    def __iter__(self) -> Iterator[DataPosition]:
+        return iter(self._positions)
 
 
-def _collated(rows: Rows, collate: Collate, places: Iterable[Place], *, workers: int) -> Iterator[Tensors]:
+def _collate_in_order(
+    rows: Rows, collate: Collate, positions: Iterable[DataPosition], *, workers: int
+) -> Iterator[BatchTensors]:
     if workers == 0:
-        batches = _Collated(rows, collate)
-        return map(_unless_failed, (batches[place] for place in places))
-    # A generator of its own: DataLoader draws a base seed, which would otherwise move torch's global stream.
+        batches = _CollatedDataset(rows, collate)
+        return map(_raise_if_error, (batches[position] for position in positions))
+    # DataLoader draws a base seed. A separate generator keeps that from advancing torch's global random state.
     loader = DataLoader(
-        _Collated(rows, collate),
+        _CollatedDataset(rows, collate),
         batch_size=None,
-        sampler=_InOrder(places),
+        sampler=_FixedOrderSampler(positions),
         num_workers=workers,
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_rank,
     )
-    ahead: Any = iter(loader)
-    for worker in ahead._workers:
-        # Whoever ends it, torch when the loader goes or Python when this process does, is not heard with less.
+    batches_ahead: Any = iter(loader)
+    for worker in batches_ahead._workers:
+        # torch, or Python at exit, ends workers with SIGTERM, which they ignore (see leave_to_parent). Use SIGKILL.
         worker._popen.terminate = worker._popen.kill
-    return map(_unless_failed, ahead)
+    return map(_raise_if_error, batches_ahead)
 
 
 def _leave_signals_to_rank(_worker: int) -> None:
     leave_to_parent()
 
 
-def _unless_failed(made: Tensors | Failed) -> Tensors:
-    if isinstance(made, Failed):
-        raise ERROR_TYPES[made.kind](made.message)
-    return made
+def _raise_if_error(result: BatchTensors | WorkerError) -> BatchTensors:
+    if isinstance(result, WorkerError):
+        raise ERROR_TYPES[result.kind](result.message)
+    return result

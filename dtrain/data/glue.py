@@ -1,7 +1,7 @@
 """The GLUE tasks (Wang et al. 2019, arXiv:1804.07461) in the layout of their original TSV files.
 
-One table says how each task's files look. Label names and their order are those of nyu-mll/glue on the hub, so that
-files and hub give the same model.
+One table describes the files of each task. Label names and their order are those of nyu-mll/glue on the hub, so the files
+and the hub give the same model.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from dtrain.errors import ConfigError, DataError
 HUB_NAME = "nyu-mll/glue"
 
 MALFORMED_SHARE = 0.001
-"""Share of a file's rows that may be malformed, in a task that is known to have such rows."""
+"""Largest share of malformed rows in a file, for tasks that are known to have some."""
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """How a task's files look.
+    """The layout of a task's files.
 
-    texts: columns of the one or two texts, by the header's names.
-    label: column of the label in train and dev.
-    labels: a label as the files write it -> its name, in the order of the hub's classes; none where it is a score.
-    columns: names of the columns of train and dev, which have no header then.
-    files: our split -> file; test_files: the same for the splits without labels, called as on the hub.
-    submission: test split -> name, without suffix, of the file that the GLUE server wants for it.
-    skips_malformed: rows of train and dev with too few or too many columns are skipped and counted.
+    Attributes:
+        texts: columns of the one or two texts, by the names in the header.
+        label: column of the label in train and dev.
+        labels: label in the files -> label name, in the order of the hub's classes; empty for a task with scores.
+        submission: test split -> name, without suffix, of the file that the GLUE server expects.
+        columns: column names of train and dev if these have no header; None: they have one.
+        files: our split -> file.
+        test_files: the same for the splits without labels, with the hub's split names.
+        skips_malformed: whether rows of train and dev with too few or too many columns are skipped and counted.
     """
 
     texts: tuple[str, ...]
@@ -82,38 +84,38 @@ NAMES = tuple(TASKS)
 
 
 def find_task(name: str) -> GlueTask:
-    """The task of that name."""
+    """Returns the task with this name."""
     return TASKS[name]
 
 
 def submission_lines(task: GlueTask, predictions: Iterable[str | float]) -> Iterator[str]:
-    """The lines of a file for the GLUE server: header, then 0-based place in the test file and answer.
+    """Yields the lines of a file for the GLUE server: a header, then 0-based row number and answer.
 
     Args:
-        predictions: of every row of the test file, in its order: label names, or scores.
+        predictions: label names or scores of all rows of the test file, in order.
 
     Raises:
-        ConfigError: a label that is not one of the task's.
+        ConfigError: a prediction is not a label of the task.
     """
-    written = {name: label for label, name in task.labels.items()}
+    file_labels = {name: label for label, name in task.labels.items()}
     yield "index\tprediction\n"
-    for index, found in enumerate(predictions):
+    for index, prediction in enumerate(predictions):
         if not task.labels:
-            yield f"{index}\t{min(max(float(found), 0.0), 5.0):.3f}\n"
+            yield f"{index}\t{min(max(float(prediction), 0.0), 5.0):.3f}\n"
             continue
-        if found not in written:
+        if prediction not in file_labels:
             raise ConfigError(
-                f"The model answers {found!r}, which is no label of this GLUE task ({', '.join(written)}), so that no "
-                "submission can be written. Name its labels so: id2label and label2id in its config.json"
+                f"The model predicts {prediction!r}, which is not a label of this GLUE task ({', '.join(file_labels)}), so no "
+                "submission can be written. Use these names in id2label and label2id of the model's config.json"
             )
-        yield f"{index}\t{written[str(found)]}\n"
+        yield f"{index}\t{file_labels[str(prediction)]}\n"
 
 
 class GlueRows:
-    """The rows of one file, read anew by each iteration: text, text_pair in tasks of pairs, and label."""
+    """The rows of one file, read again by each iteration, with text, text_pair (in tasks with pairs) and label."""
 
     def __init__(self, path: Path, task: GlueTask, *, is_test: bool) -> None:
-        """`is_test`: the file is one without labels, and with a header in every task."""
+        """`is_test`: the file has no labels, and in every task a header."""
         self._path = path
         self._task = task
         self._has_label = not is_test
@@ -122,14 +124,14 @@ class GlueRows:
     def __iter__(self) -> Iterator[Row]:
         skipped = rows = 0
         names: Sequence[str] | None = self._columns
-        where: tuple[list[int], int | None] | None = None if names is None else self._where(names)
+        indices: tuple[list[int], int | None] | None = None if names is None else self._column_indices(names)
         for line, fields in plain_records(self._path, "\t"):
-            if names is None or where is None:
-                names, where = fields, self._where(fields)
+            if names is None or indices is None:
+                names, indices = fields, self._column_indices(fields)
                 continue
             rows += 1
             if len(fields) == len(names):
-                yield line, self._values(line, fields, *where)
+                yield line, self._values(line, fields, *indices)
             elif self._task.skips_malformed and self._has_label:
                 skipped += 1
             else:
@@ -137,14 +139,14 @@ class GlueRows:
                     line,
                     DataError(
                         f"{self._path}, line {line}: {len(fields)} columns where this file has {len(names)} "
-                        f"({', '.join(names)}), separated by tabs. Mend or remove the line"
+                        f"({', '.join(names)}), separated by tabs. Correct or remove the line"
                     ),
                 )
         if skipped:
             self._report(skipped, rows)
 
-    def _where(self, names: Sequence[str]) -> tuple[list[int], int | None]:
-        """Indices of the texts and of the label."""
+    def _column_indices(self, names: Sequence[str]) -> tuple[list[int], int | None]:
+        """Returns the indices of the texts and of the label."""
         wanted = [*self._task.texts, *([self._task.label] if self._has_label else [])]
         if missing := [name for name in wanted if name not in names]:
             raise DataError(
@@ -158,7 +160,7 @@ class GlueRows:
         values = dict(zip(("text", "text_pair"), (fields[index] for index in texts), strict=False))
         if label is None:
             return values
-        if not self._task.labels:  # a score, which its task reads
+        if not self._task.labels:  # a score, which the task parses
             return {**values, "label": fields[label]}
         name = self._task.labels.get(fields[label])
         if name is None:
@@ -172,7 +174,7 @@ class GlueRows:
         if skipped > MALFORMED_SHARE * rows:
             raise DataError(
                 f"{self._path}: {skipped} of {rows} rows have too few or too many columns, more than the "
-                f"{MALFORMED_SHARE:.1%} that this data set is known for. Is it the original file, whole?"
+                f"{MALFORMED_SHARE:.1%} that this data set is known for. Is this the complete original file?"
             )
         log.info(
             "data: %s: skipped %d of %d rows, which have too few or too many columns", self._path.name, skipped, rows

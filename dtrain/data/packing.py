@@ -1,8 +1,8 @@
-"""How tokens are laid out for a causal language model: blocks, sliding windows, several documents to a row.
+"""Arranges tokens in rows for a causal language model: blocks, sliding windows, several documents per row.
 
-A piece is a run of tokens, of which each but the last is an input and each but the first may be a target. In a row of
-the table pieces stand one behind another: `input_ids` holds their tokens, `lengths` the number of tokens of each,
-`scored` how many of its last targets count.
+A segment is a run of tokens. All but the last are inputs, and all but the first may be targets. A row of the table holds
+consecutive segments: `input_ids` has their tokens, `lengths` the number of tokens of each segment, and `scored` how many
+of its last targets count.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 
-class Piece(NamedTuple):
-    """ids: the tokens. scored: how many of the last targets count; those before them are context only."""
+class Segment(NamedTuple):
+    """A run of tokens.
+
+    Attributes:
+        ids: token ids.
+        scored: how many of the last targets count. The targets before them are only context.
+    """
 
     ids: Sequence[int]
     scored: int
 
 
-def pieces_of(ids: Sequence[int], *, max_length: int, stride: int) -> Iterator[Piece]:
-    """Windows of at most max_length inputs that begin every `stride` tokens; each token but the first is scored once.
+def split_into_segments(ids: Sequence[int], *, max_length: int, stride: int) -> Iterator[Segment]:
+    """Yields windows of at most max_length inputs, one every `stride` tokens. Each token but the first is scored once.
 
-    The first window scores all its targets, a further one only those that the one before did not reach. So each has at
-    least max_length - stride + 1 tokens of context, or all there are. With stride = max_length these are blocks that
-    overlap by one token. Fewer than two tokens hold no target, and give no piece.
+    The first window scores all its targets. A later one scores only the targets that the previous one did not reach, so
+    each target has at least max_length - stride + 1 tokens of context, or all preceding ones. With stride = max_length,
+    the windows are blocks that overlap by one token. Fewer than two tokens have no target and give no segment.
 
     Args:
         stride: tokens, 1 to max_length.
@@ -33,29 +38,29 @@ def pieces_of(ids: Sequence[int], *, max_length: int, stride: int) -> Iterator[P
         if reached >= len(ids):
             return
         stop = min(start + max_length + 1, len(ids))
-        yield Piece(ids[start:stop], stop - reached)
+        yield Segment(ids[start:stop], stop - reached)
         reached = stop
 
 
-def rows_of(pieces: Iterable[Piece], *, room: int | None) -> dict[str, list[Any]]:
-    """The table's columns, pieces in order.
+def pack_segments(segments: Iterable[Segment], *, row_length: int | None) -> dict[str, list[Any]]:
+    """Returns the columns of the table, with the segments in order.
 
-    A piece is never cut, so that what its tokens see does not depend on what stands beside it.
+    A segment is never split, so that the context of its tokens does not depend on its neighbors.
 
     Args:
-        room: a row takes as many pieces as have together no more than so many inputs; None: one.
+        row_length: each row takes as many segments as fit in this number of inputs; None: one segment.
     """
-    rows: list[list[Piece]] = []
+    rows: list[list[Segment]] = []
     left = 0
-    for piece in pieces:
-        inputs = len(piece.ids) - 1
-        if room is None or inputs > left:
+    for segment in segments:
+        inputs = len(segment.ids) - 1
+        if row_length is None or inputs > left:
             rows.append([])
-            left = room or 0
-        rows[-1].append(piece)
+            left = row_length or 0
+        rows[-1].append(segment)
         left -= inputs
     return {
-        "input_ids": [[token for piece in row for token in piece.ids] for row in rows],
-        "lengths": [[len(piece.ids) for piece in row] for row in rows],
-        "scored": [[piece.scored for piece in row] for row in rows],
+        "input_ids": [[token for segment in row for token in segment.ids] for row in rows],
+        "lengths": [[len(segment.ids) for segment in row] for row in rows],
+        "scored": [[segment.scored for segment in row] for row in rows],
     }

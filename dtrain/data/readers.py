@@ -1,7 +1,7 @@
-"""Rows of a data file, one at a time, each with the line it began on: CSV, TSV, JSON, JSONL, Parquet, Arrow, plain text.
+"""Reads data files row by row, with line numbers: CSV, TSV, JSON, JSONL, Parquet, Arrow and plain text.
 
-Reads bytes, names and values as they are, and says file and line (or byte offset) of what it cannot read. Which column
-is the text and which the label is decided in rows.py.
+Keeps text, names and values unchanged, and names file and line (or byte offset) in errors. tables.py decides which column
+is the text and which the label.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ import pyarrow.parquet as pq
 from dtrain.errors import ConfigError, DataError
 
 Values = Mapping[str, Any]
-"""One row's values by column name."""
+"""The values of one row by column name."""
 
 Row = tuple[int, Values | DataError]
-"""1-based line of the file (or number of the row, where a format has no lines), and its values, or what is wrong with it."""
+"""1-based line in the file (or row number for formats without lines), and the row's values or the error in it."""
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow")
-WITHOUT_LINES = (".json", ".parquet", ".arrow")
-"""Of these a row's number is told, not its line."""
+NUMBERED_BY_ROW = (".json", ".parquet", ".arrow")
+"""Formats whose rows are numbered by row instead of line."""
 TEXT_SUFFIXES = (".txt", ".conll")
 SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
 
-ARROW_FILE = b"ARROW1"
-"""How a file of Arrow's begins that is no stream."""
+ARROW_FILE_MAGIC = b"ARROW1"
+"""First bytes of Arrow's file format. Arrow's stream format has none."""
 
 
 def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: str | None = None) -> Iterator[Row]:
-    """Rows of a file in the format of its suffix.
+    """Yields the rows of a file in the format of its suffix.
 
-    CSV is quoted as spreadsheets do it. TSV has no quoting at all, since a stray quotation mark in a text would swallow
-    the rows up to the next one. Empty lines are no rows.
+    CSV is quoted as in spreadsheets. TSV has no quoting, because a stray quotation mark in a text would swallow the rows
+    up to the next one. Empty lines are skipped. A malformed row is yielded as its error, and reading continues after it.
 
     Args:
         path: a file with a suffix of TABLE_SUFFIXES.
         delimiter: between the fields of CSV and TSV; None: by suffix.
-        header: whether CSV and TSV begin with the columns' names, which are "0", "1", ... if not; None: they do.
-        key: of the list in a JSON file whose object holds several, e.g. one for each split.
-
-    A row that is not what its format says comes as the error that says so, and reading goes on behind it.
+        header: whether CSV and TSV begin with column names (None: they do). If not, columns are named "0", "1", ...
+        key: entry of a JSON object that holds the rows, e.g. one of several splits.
 
     Raises:
-        DataError: unreadable file, bytes that are not UTF-8, or a place behind which no row can be told.
+        DataError: the file is unreadable, is not UTF-8, or cannot be read any further.
     """
     match path.suffix.lower():
         case ".csv":
-            return _named(_quoted_records(path, _one_character(delimiter or ",")), path, header=header is not False)
+            records = _quoted_records(path, _check_delimiter(delimiter or ","))
+            return _with_column_names(records, path, header=header is not False)
         case ".tsv":
-            return _named(plain_records(path, _one_character(delimiter or "\t")), path, header=header is not False)
+            records = plain_records(path, _check_delimiter(delimiter or "\t"))
+            return _with_column_names(records, path, header=header is not False)
         case ".json":
             return _json_rows(path, key)
         case ".jsonl":
@@ -66,18 +66,18 @@ def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: st
             return _arrow_rows(path)
         case suffix:
             raise DataError(
-                f"{path}: {suffix or 'a file without a suffix'} is no format of rows that dtrain reads. "
-                f"Those are {', '.join(TABLE_SUFFIXES)}"
+                f"{path}: {suffix or 'a file without a suffix'} is not a supported format of rows. "
+                f"Supported: {', '.join(TABLE_SUFFIXES)}"
             )
 
 
-def unit_of(path: Path) -> Literal["line", "row"]:
-    """What the numbers of a file's rows count."""
-    return "row" if path.suffix.lower() in WITHOUT_LINES else "line"
+def row_unit(path: Path) -> Literal["line", "row"]:
+    """Returns whether the rows of a file are numbered by line or by row."""
+    return "row" if path.suffix.lower() in NUMBERED_BY_ROW else "line"
 
 
 def plain_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    r"""Fields of each line that is not empty, split at the delimiter alone: no quoting; "\r" at the end is dropped."""
+    r"""Yields the fields of each nonempty line, split at the delimiter, without quoting. A final "\r" is removed."""
     for line, text in text_lines(path):
         record = text.rstrip("\r\n")
         if record:
@@ -85,7 +85,7 @@ def plain_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""Numbered lines, each with its line break. Only "\n" ends a line: U+2028, \x0b and \x85 belong to the text."""
+    r"""Yields numbered lines with their line breaks. Only "\n" ends a line; U+2028, \x0b and \x85 are part of the text."""
     offset = 0
     with _open(path) as file:
         for number, raw in enumerate(file, start=1):
@@ -93,8 +93,8 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             offset += len(raw)
 
 
-def whole_text(path: Path) -> str:
-    """The text of a file as it is, every line break kept (a byte order mark is not text)."""
+def read_text(path: Path) -> str:
+    """Returns the text of a file unchanged, with all line breaks but without a byte order mark."""
     with _open(path) as file:
         return _decode(file.read(), path, line=1, offset=0)
 
@@ -104,7 +104,7 @@ def _open(path: Path) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror}. data.path and data.splits say which files are read"
+            f"{path} cannot be read: {error.strerror}. data.path and data.splits select the files"
         ) from None
 
 
@@ -116,33 +116,31 @@ def _decode(raw: bytes, path: Path, *, line: int, offset: int) -> str:
         guess = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0 else ""
         raise DataError(
             f"{path}, line {line}: the byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not "
-            f"UTF-8{guess}. "
-            "Write the file as UTF-8 (iconv -f OLD -t UTF-8)"
+            f"UTF-8{guess}. Save the file as UTF-8 (iconv -f OLD -t UTF-8)"
         ) from None
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def _one_character(delimiter: str) -> str:
-    delimiter = "\t" if delimiter == r"\t" else delimiter  # as a shell passes it
+def _check_delimiter(delimiter: str) -> str:
+    delimiter = "\t" if delimiter == r"\t" else delimiter  # as shells pass it
     if len(delimiter) != 1 or delimiter in '\r\n"':
         raise ConfigError(
-            f"data.delimiter={delimiter!r} is not a delimiter: it must be one character, such as ',' ';' or '\\t'"
+            f"data.delimiter={delimiter!r} is not valid: it must be one character, such as ',' ';' or '\\t'"
         )
     return delimiter
 
 
 def _quoted_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(sys.maxsize)  # the module's guard of 131,072 characters would refuse a long document
+    csv.field_size_limit(sys.maxsize)  # the default limit of 131,072 characters would reject a long document
     reader = csv.reader((text for _, text in text_lines(path)), delimiter=delimiter, strict=True)
     while True:
-        first_line = reader.line_num + 1  # a quoted field may go over several lines
+        first_line = reader.line_num + 1  # a quoted field may span several lines
         try:
             fields = next(reader, None)
         except csv.Error as error:
             raise DataError(
-                f"{path}, line {first_line}: not a row of CSV: {error}. A field that holds the delimiter, a "
-                f"quotation mark or a "
-                'line break is put in quotation marks, and quotation marks in it are doubled: "a ""b"", c"'
+                f"{path}, line {first_line}: not a row of CSV: {error}. Quote a field that contains the delimiter, a "
+                'quotation mark or a line break, and double the quotation marks in it: "a ""b"", c"'
             ) from None
         if fields is None:
             return
@@ -150,25 +148,24 @@ def _quoted_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]
             yield first_line, fields
 
 
-def _named(records: Iterable[tuple[int, list[str]]], path: Path, *, header: bool) -> Iterator[Row]:
+def _with_column_names(records: Iterable[tuple[int, list[str]]], path: Path, *, header: bool) -> Iterator[Row]:
     names: list[str] | None = None
     for line, fields in records:
         if names is None:
             names = fields if header else [str(index) for index in range(len(fields))]
-            if twice := {name for name in names if names.count(name) > 1}:
+            if duplicates := {name for name in names if names.count(name) > 1}:
                 raise DataError(
-                    f"{path}, line {line}: the column name {min(twice)!r} is there twice. If this line is a row and "
-                    f"not the "
-                    "columns' names, say data.header=false"
+                    f"{path}, line {line}: the column name {min(duplicates)!r} appears twice. If this line is a row "
+                    "instead of the column names, set data.header=false"
                 )
             if header:
                 continue
         if len(fields) != len(names):
-            what = "the header names" if header else "the first row has"
+            expected = "the header names" if header else "the first row has"
             yield (
                 line,
                 DataError(
-                    f"{path}, line {line}: {len(fields)} columns where {what} {len(names)} ({', '.join(names)}): "
+                    f"{path}, line {line}: {len(fields)} columns where {expected} {len(names)} ({', '.join(names)}): "
                     f"{_shown(fields)}"
                 ),
             )
@@ -185,24 +182,26 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
         except (json.JSONDecodeError, RecursionError) as error:
             yield line, DataError(f"{path}, line {line}: not JSON: {error}. JSONL holds one object on each line")
             continue
-        yield line, _object(values, f"{path}, line {line}")
+        yield line, _as_row(values, f"{path}, line {line}")
 
 
 def _json_rows(path: Path, key: str | None) -> Iterator[Row]:
-    """A list of objects, alone or as the one value (or "data") of an object; or objects line by line, as JSONL."""
+    """Yields the rows of a list, alone or as the only value (or "data") of an object; or objects by line, as in JSONL."""
     try:
-        content = json.loads(whole_text(path))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
             yield from _json_line_rows(path)
             return
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
-        raise DataError(f"{path}: not rows: JSON nested too deep to be read") from None
+        raise DataError(f"{path}: not rows: the JSON is nested too deeply") from None
     if key is not None:
         if not isinstance(content, dict) or key not in content:
-            what = f"an object with {', '.join(content)}" if isinstance(content, dict) else type(content).__name__
-            raise DataError(f"{path}: data.splits names {key!r} in it, but it holds {what}")
+            content_name = (
+                f"an object with {', '.join(content)}" if isinstance(content, dict) else type(content).__name__
+            )
+            raise DataError(f"{path}: data.splits names {key!r} in it, but the file holds {content_name}")
         content = content[key]
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -210,14 +209,14 @@ def _json_rows(path: Path, key: str | None) -> Iterator[Row]:
     if not isinstance(content, list):
         raise DataError(f"{path}: not rows: JSON data is a list of objects, found {type(content).__name__}")
     for number, values in enumerate(content, start=1):
-        yield number, _object(values, f"{path}, row {number}")
+        yield number, _as_row(values, f"{path}, row {number}")
 
 
-def _object(values: Any, place: str) -> Values | DataError:
-    if isinstance(values, list):  # a dialogue that is nothing but its turns
+def _as_row(values: Any, location: str) -> Values | DataError:
+    if isinstance(values, list):  # a dialogue as a plain list of turns
         return {"turns": values}
     if not isinstance(values, dict):
-        return DataError(f'{place}: not a row: expected an object such as {{"text": ...}}, found {_shown(values)}')
+        return DataError(f'{location}: not a row: expected an object such as {{"text": ...}}, found {_shown(values)}')
     return values
 
 
@@ -241,14 +240,14 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
 
 
 def _opened_arrow(file: BinaryIO) -> Any:
-    """Either of Arrow's formats: a stream, as `save_to_disk` writes it, or a file with a table of contents."""
-    is_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+    """Opens either of Arrow's formats: a stream, as `save_to_disk` writes it, or a file with a footer."""
+    is_file = file.read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC
     file.seek(0)
     return pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
 
 
-def stored_schema(path: Path) -> pa.Schema | None:
-    """What a Parquet or Arrow file says of its columns; None for other files, and for one that cannot be read."""
+def read_schema(path: Path) -> pa.Schema | None:
+    """Returns the schema of a Parquet or Arrow file; None for other or unreadable files."""
     try:
         match path.suffix.lower():
             case ".parquet":
@@ -257,17 +256,17 @@ def stored_schema(path: Path) -> pa.Schema | None:
                 with path.open("rb") as file, _opened_arrow(file) as reader:
                     return reader.schema
     except (pa.ArrowException, OSError):
-        pass  # reading its rows tells what is wrong
+        pass  # reading the rows will report the error
     return None
 
 
 def _batch_rows(batches: Iterator[pa.RecordBatch], path: Path, kind: str) -> Iterator[Row]:
-    """The rows of record batches, numbered through. kind: `a Parquet`, for the message about a broken file."""
+    """Yields the rows of record batches, numbered from 1. kind: `a Parquet` or `an Arrow`, for the error message."""
     number = 0
     try:
         for batch in batches:
-            batch.validate(full=True)  # offsets of a damaged file would lead out of its memory
-            for begin in range(0, len(batch), 1000):  # a batch may be the whole file
+            batch.validate(full=True)  # the offsets in a damaged file could point outside its memory
+            for begin in range(0, len(batch), 1000):  # a batch may be the entire file
                 for values in batch.slice(begin, 1000).to_pylist():
                     number += 1
                     yield number, values

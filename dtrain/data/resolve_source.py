@@ -1,6 +1,6 @@
-"""Where a config's data is: which of the kinds of source it names, and which file each split is.
+"""Finds the config's data: which kind of source it is, and which file holds which split.
 
-Looks at names and folders only; reads no rows.
+Looks only at names and folders; reads no rows.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from dtrain.data.images import class_folder_state, is_class_folders
 from dtrain.data.readers import SUFFIXES
 from dtrain.errors import ConfigError, DataError
 
-Named = TypeVar("Named")
+T = TypeVar("T")
 
-Form = Literal["python_docs", "glue", "files", "saved", "hub", "class_folders"]
-"""glue: the original TSV files. saved: written by save_to_disk. files: one file per split, read by its suffix.
+SourceKind = Literal["python_docs", "glue", "files", "saved", "hub", "class_folders"]
+"""The kinds of sources:
 
-class_folders: a folder per split with a folder of images per class.
+python_docs: Python's own documentation.
+glue: the original TSV files of a GLUE task.
+files: one file per split, read by its suffix.
+saved: a folder written by save_to_disk.
+hub: a data set on the hub.
+class_folders: a folder per split, with a folder of images per class.
 """
 
 PYTHON_DOCS = "python_docs"
 
 SWAG = "swag"
-"""On the hub, or a folder with its files, which have the usual names and are read by their suffix."""
+"""A hub name, or a folder with SWAG's files, which have the usual names and are read by their suffix."""
 
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
@@ -35,27 +40,27 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
 _SAVED_MARKS = ("dataset_dict.json", "state.json")
 
 
-def form_of(data: Data) -> Form:
-    """Which kind of source the config names.
+def source_kind(data: Data) -> SourceKind:
+    """Returns the kind of source that the config names.
 
     Raises:
-        ConfigError: neither name nor path, or a name and a path that do not go together.
-        DataError: nothing is at `data.path`.
+        ConfigError: neither name nor path is set, or they do not go together.
+        DataError: `data.path` does not exist.
     """
     if data.path is None:
         if data.name is None:
             raise ConfigError(
-                "there is no data: set data.name (a GLUE task or a data set on the hub) or data.path (a file or folder)"
+                "no data is set: set data.name (a GLUE task or a data set on the hub) or data.path (a file or folder)"
             )
         return "python_docs" if data.name == PYTHON_DOCS else "hub"
     if data.name == PYTHON_DOCS:
         raise ConfigError(
-            f"data.name={PYTHON_DOCS} comes with Python and has no files. To train on data.path={data.path}, say "
-            f"data.name=null"
+            f"data.name={PYTHON_DOCS} comes with Python and has no files. To train on data.path={data.path}, set "
+            "data.name=null"
         )
-    if not place_of(data).exists():
+    if not source_path(data).exists():
         raise DataError(f"data.path={data.path} does not exist. {_expected(data)}")
-    if is_saved(place_of(data)):
+    if is_saved(source_path(data)):
         return "saved"
     if data.name is None and class_folders(data):
         return "class_folders"
@@ -63,131 +68,129 @@ def form_of(data: Data) -> Form:
         return "files"
     if data.name not in glue.NAMES:
         raise ConfigError(
-            f"data.name={data.name} with data.path: only the files of a GLUE task ({', '.join(glue.NAMES)}) and of "
-            f"{SWAG} are read by a name. "
-            "Drop data.name to read data.path by its suffix, or data.path to load the name from the hub"
+            f"data.name={data.name} with data.path: only the files of GLUE tasks ({', '.join(glue.NAMES)}) and of {SWAG} "
+            "can be read by name. Remove data.name to read data.path by its suffix, or data.path to load the name from "
+            "the hub"
         )
     if ignored := [key for key in ("columns", "delimiter", "header") if getattr(data, key) not in (None, {})]:
         raise ConfigError(
-            f"data.{ignored[0]} has no effect on the files of a GLUE task, whose layout is fixed: drop it, or "
+            f"data.{ignored[0]} has no effect on the files of a GLUE task, whose layout is fixed: remove it, or "
             f"data.name={data.name}"
         )
     return "glue"
 
 
-def place_of(data: Data) -> Path:
-    """`data.path`, with ~ for the home folder."""
-    assert data.path is not None, "this form of source has a path"
+def source_path(data: Data) -> Path:
+    """Returns `data.path` with ~ expanded."""
+    assert data.path is not None, "this kind of source has a path"
     return data.path.expanduser()
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Returns whether `save_to_disk` wrote this folder."""
     return any((folder / mark).is_file() for mark in _SAVED_MARKS)
 
 
-def split_files(data: Data, form: Literal["glue", "files"]) -> dict[str, Path]:
-    """The file of each split, train first.
+def split_files(data: Data, kind: Literal["glue", "files"]) -> dict[str, Path]:
+    """Returns the file of each split, train first.
 
     Raises:
-        DataError: a file is missing, or which file is which split cannot be told.
+        DataError: a file is missing, or it is unclear which file holds which split.
     """
-    place = place_of(data)
-    if place.is_file():
-        if data.splits and place.suffix.lower() == ".json" and form == "files":  # one object with a list for each
-            return train_first(dict.fromkeys(data.splits, place))
-        if data.splits or form == "glue":
-            raise DataError(f"data.path={data.path} is one file, where the folder of {_wanted_files(data)} is expected")
-        return {"train": place}
+    path = source_path(data)
+    if path.is_file():
+        if data.splits and path.suffix.lower() == ".json" and kind == "files":  # one object with a list for each split
+            return train_first(dict.fromkeys(data.splits, path))
+        if data.splits or kind == "glue":
+            raise DataError(f"data.path={data.path} is one file, but the folder of {_wanted_files(data)} is expected")
+        return {"train": path}
     if data.splits:
-        files = {split: place / name for split, name in data.splits.items()}
-    elif form == "glue":
-        files = {split: place / name for split, name in glue.find_task(str(data.name)).files.items()}
+        files = {split: path / name for split, name in data.splits.items()}
+    elif kind == "glue":
+        files = {split: path / name for split, name in glue.find_task(str(data.name)).files.items()}
         if data.validation_fraction is not None and not files["validation"].exists():
             files = {"train": files["train"]}
     else:
-        files = _files_by_usual_names(place, data)
+        files = _files_by_usual_names(path, data)
     for split, file in files.items():
         if not file.is_file():
             raise DataError(
-                f"{file} is missing: it is the split {split} of data.path={data.path}. In that folder: "
-                f"{_listing(place)}"
+                f"{file} is missing: it is the split {split} of data.path={data.path}. In that folder: {_listing(path)}"
             )
     return train_first(files)
 
 
 def class_folders(data: Data) -> dict[str, Path]:
-    """The folder of each split whose images lie in folders by class, train first; none where the data is not like that."""
-    place = place_of(data)
-    found: dict[str, Path] = {}
-    if not place.is_dir():
+    """Returns the folder of each split with images in class folders, train first; empty if the data is not like this."""
+    path = source_path(data)
+    splits: dict[str, Path] = {}
+    if not path.is_dir():
         return {}
     for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
-        if any((place / f"{name}{suffix}").is_file() for name in names for suffix in SUFFIXES):
+        if any((path / f"{name}{suffix}").is_file() for name in names for suffix in SUFFIXES):
             return {}
-        folders = [place / name for name in names if is_class_folders(place / name)]
+        folders = [path / name for name in names if is_class_folders(path / name)]
         if folders:
-            found[split] = folders[0]
+            splits[split] = folders[0]
     if data.splits:
-        found = {split: place / name for split, name in data.splits.items()}
-        if not all(is_class_folders(folder) for folder in found.values()):
+        splits = {split: path / name for split, name in data.splits.items()}
+        if not all(is_class_folders(folder) for folder in splits.values()):
             return {}
-    return train_first(found)
+    return train_first(splits)
 
 
-def pick_splits(available: Sequence[str], data: Data, *, origin: str) -> dict[str, str]:
-    """Our split -> the source's, by `data.splits` or else the usual names; tests only where they are asked for."""
+def choose_splits(available: Sequence[str], data: Data, *, origin: str) -> dict[str, str]:
+    """Returns our split -> the source's, by `data.splits` or the usual names. Test splits only if `data.splits` has them."""
     if data.splits:
         return train_first(data.splits)
     if "train" not in available:
         raise DataError(
             f"{origin} has no split called train. Its splits: {', '.join(available)}. "
-            f"Say which is which: data.splits={{train: {available[0]}}}"
+            f"Name them: data.splits={{train: {available[0]}}}"
         )
-    matched = next((name for name in (*VALIDATION_NAMES, "validation_matched") if name in available), None)
-    picked = {"train": "train", **({"validation": matched} if matched else {})}
+    validation = next((name for name in (*VALIDATION_NAMES, "validation_matched") if name in available), None)
+    chosen = {"train": "train", **({"validation": validation} if validation else {})}
     if "validation_mismatched" in available:
-        picked["validation_mismatched"] = "validation_mismatched"
-    return picked
+        chosen["validation_mismatched"] = "validation_mismatched"
+    return chosen
 
 
-def file_hashes(data: Data, form: Form) -> dict[str, list[str]]:
-    """Split (or path below the folder) -> file name and SHA-256. No absolute paths: nodes may mount differently."""
-    if form == "saved":
-        place = place_of(data)
-        # datasets keeps its own cache files beside the data.
-        found = (file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith("cache-"))
-        files = {file.relative_to(place).as_posix(): file for file in found}
-    elif form == "class_folders":
+def file_hashes(data: Data, kind: SourceKind) -> dict[str, list[str]]:
+    """Returns split (or path below the folder) -> file name and SHA-256. No absolute paths: nodes may mount differently."""
+    if kind == "saved":
+        path = source_path(data)
+        # The datasets library keeps its own cache files in the folder.
+        entries = (file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith("cache-"))
+        files = {file.relative_to(path).as_posix(): file for file in entries}
+    elif kind == "class_folders":
         return {split: [folder.name, class_folder_state(folder)] for split, folder in class_folders(data).items()}
     else:
-        assert form in ("glue", "files")
-        files = split_files(data, form)
+        assert kind in ("glue", "files")
+        files = split_files(data, kind)
     return {split: [file.name, _sha256(file)] for split, file in files.items()}
 
 
-def train_first(splits: Mapping[str, Named]) -> dict[str, Named]:
-    """The same splits, in the order in which they are reported and evaluated."""
+def train_first(splits: Mapping[str, T]) -> dict[str, T]:
+    """Returns the splits in the order in which they are reported and evaluated."""
     return {name: splits[name] for name in sorted(splits, key=lambda name: name != "train")}
 
 
 def _files_by_usual_names(folder: Path, data: Data) -> dict[str, Path]:
     files = {}
     for split, stems in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
-        found = [file for stem in stems for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
-        if len(found) > 1:
-            names = " and ".join(file.name for file in found)
+        matches = [file for stem in stems for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
+        if len(matches) > 1:
+            names = " and ".join(file.name for file in matches)
             raise DataError(
-                f"data.path={data.path} holds {names}: which is the split {split}? Say it: data.splits={{{split}: "
-                f"{found[0].name}}}"
+                f"data.path={data.path} holds {names}: which one is the split {split}? Name it: data.splits={{{split}: "
+                f"{matches[0].name}}}"
             )
-        if found:
-            files[split] = found[0]
+        if matches:
+            files[split] = matches[0]
     if "train" not in files:
         raise DataError(
-            f"data.path={data.path} holds no train{{{','.join(SUFFIXES)}}} and was not written by save_to_disk. In "
-            f"that folder: "
-            f"{_listing(folder)}. Say which file is which split: data.splits={{train: ..., validation: ...}}"
+            f"data.path={data.path} holds no train{{{','.join(SUFFIXES)}}} and was not written by save_to_disk. In that "
+            f"folder: {_listing(folder)}. Name the file of each split: data.splits={{train: ..., validation: ...}}"
         )
     return files
 
@@ -199,9 +202,9 @@ def _wanted_files(data: Data) -> str:
 
 def _expected(data: Data) -> str:
     if data.name in glue.NAMES:
-        return f"Expected there: the folder with {_wanted_files(data)} of the GLUE task {data.name}"
+        return f"Expected: the folder with {_wanted_files(data)} of the GLUE task {data.name}"
     return (
-        f"Expected there: a file ({', '.join(SUFFIXES)}), a folder with train and validation in one of these formats, "
+        f"Expected: a file ({', '.join(SUFFIXES)}), a folder with train and validation in one of these formats, "
         "or a folder written by save_to_disk"
     )
 

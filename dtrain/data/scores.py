@@ -1,4 +1,4 @@
-"""Rows with a number to predict: a text or a pair of texts, and how much (a rating, a similarity, a price)."""
+"""Rows with a number to predict (a rating, a similarity, a price) for a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Values
-from dtrain.data.tables import Layout, Origin, Shape, labelled_layout
+from dtrain.data.tables import Origin, RowConverter, RowFormat, labeled_converter
 from dtrain.errors import DataError
 
 SCORE_COLUMNS = ("label", "labels", "score", "similarity_score", "similarity", "rating", "value", "target", "stars")
 
 
-def score_of(value: Any, place: str) -> float | None:
-    """A label as a number; None where there is none. Files of text spell it as in `3.8`, `-1` or `1e-3`."""
+def parse_score(value: Any, location: str) -> float | None:
+    """Returns a label as a number; None for an empty label. Text files write it like `3.8`, `-1` or `1e-3`."""
     if value is None or value == "":
         return None
     try:
-        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float() would take True and 1_000
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # float() accepts True and 1_000
             raise ValueError
         score = float(value)
     except (TypeError, ValueError):
@@ -28,14 +28,14 @@ def score_of(value: Any, place: str) -> float | None:
         score = math.inf
     if not math.isfinite(score):
         raise DataError(
-            f"{place}: the label {value!r} is no finite number, and task.name=regression learns one per row. Correct "
-            "it, or learn names with task.name=classification"
+            f"{location}: the label {value!r} is not a finite number, which task.name=regression needs. Correct it, or "
+            "use task.name=classification for names"
         )
     return score
 
 
-def _layout(first: Values, origin: Origin) -> Layout:
-    return labelled_layout(first, origin, label_type=pa.float64(), read_label=score_of, usual_labels=SCORE_COLUMNS)
+def _converter(first: Values, origin: Origin) -> RowConverter:
+    return labeled_converter(first, origin, label_type=pa.float64(), read_label=parse_score, usual_labels=SCORE_COLUMNS)
 
 
-SCORED = Shape("scored", _layout)
+SCORED = RowFormat("scored", _converter)

@@ -1,7 +1,7 @@
-"""The examples as they come: text, second text and label of every row of each split, with the line it stood on.
+"""Loads the examples of every kind of source: the columns of each row of each split, with line numbers.
 
-What is cut (limit, validation_fraction) and checked (empty splits, labels) is the same for every kind of source; the
-kinds are in parts.py. Tokenising is the task's business, keeping the tokenised rows prepared.py's.
+The cuts (limit, validation_fraction) and checks (empty splits, labels) are the same for all kinds of sources, which are in
+split_readers.py. Tasks tokenize the rows, and cache.py stores the result.
 """
 
 from __future__ import annotations
@@ -19,25 +19,23 @@ import datasets
 from dtrain.config.schema import Data
 from dtrain.data import hub
 from dtrain.data.readers import Row
-from dtrain.data.resolve_source import file_hashes, form_of
-from dtrain.data.split_readers import Part, hub_name, python_docs, read_parts
-from dtrain.data.tables import BadRows, Shape, Table, Unit, to_table
+from dtrain.data.resolve_source import file_hashes, source_kind
+from dtrain.data.split_readers import SplitReader, hub_name, open_splits, python_docs
+from dtrain.data.tables import BadRows, RowFormat, Table, Unit, to_table
 from dtrain.errors import ConfigError, DataError
-
-Json = Any
-"""What json.dumps takes."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split of the data, before tokenising.
+    """One split of the data, before tokenization.
 
-    split: train, validation, test, validation_mismatched, ...
-    rows: the columns of the task's Shape (text, label, ...) and line (1-based; what `unit` says).
-    origin: file or hub name, for messages.
-    label_names: the labels in the order of their ids, where the source fixes them; None: the training labels, sorted.
-    bad: the count of bad rows passed over, as data.max_bad_rows allows; it goes on while the rows are encoded.
-    unit: what `line` counts: lines of a file, or rows where there are no lines.
+    Attributes:
+        split: train, validation, test, validation_mismatched, ...
+        rows: the columns of the task's RowFormat (text, label, ...) and `line` (1-based, counts `unit`).
+        origin: file or hub name, for messages.
+        label_names: the labels in the order of their ids if the source defines them; None: the sorted training labels.
+        bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
+        unit: what `line` counts: lines of a file, or rows if there are no lines.
     """
 
     split: str
@@ -49,68 +47,68 @@ class Source:
 
     @property
     def skipped(self) -> int:
-        """Bad rows passed over so far."""
-        return self.bad.passed_over
+        """Number of bad rows skipped so far."""
+        return self.bad.skipped
 
 
-def source_key(data: Data) -> dict[str, Json]:
-    """What identifies the rows that `load_sources` would give (of any shape), without reading them into memory.
+def source_key(data: Data) -> dict[str, Any]:
+    """Returns what identifies the rows that `load_sources` would load (in any format), without loading them.
 
-    Files count by name and hash, data sets on the hub by commit; no path is in it, since nodes may mount differently.
+    Files are identified by name and hash, data sets on the hub by commit. Paths are left out: nodes may mount differently.
 
     Raises:
         DataError: there is no such source.
     """
-    shape = data.model_dump(
+    settings = data.model_dump(
         mode="json",
         include={"columns", "delimiter", "header", "splits", "limit", "validation_fraction", "max_bad_rows"},
     )
-    match form_of(data):
+    match source_kind(data):
         case "python_docs":
-            identity: Json = hashlib.sha256(python_docs().encode()).hexdigest()
+            identity: Any = hashlib.sha256(python_docs().encode()).hexdigest()
         case "hub":
             name, config = hub_name(data)
             identity = {"name": name, "config": config, "revision": hub.revision(name, config)}
-        case form:
-            identity = file_hashes(data, form)
-    return {"name": data.name, "identity": identity, **shape}
+        case kind:
+            identity = file_hashes(data, kind)
+    return {"name": data.name, "identity": identity, **settings}
 
 
-def load_sources(data: Data, shape: Shape, *, scratch: Path | None = None) -> dict[str, Source]:
-    """All splits that the config names, train first; a test split only where `data.splits` asks for it.
+def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = None) -> dict[str, Source]:
+    """Loads all splits that the config names, train first. Test splits are included only if `data.splits` has them.
 
-    A plain text file is one row with the whole text: `data.validation_fraction` cuts the last part of its characters
-    and `data.limit` keeps the first n lines of each split. In tables both count rows. The cut comes before the limit.
+    A plain text file is one row with the complete text: `data.validation_fraction` cuts off the last part of its
+    characters, and `data.limit` keeps the first n lines of each split. In tables, both count rows. The limit applies after
+    the cut.
 
     Args:
-        shape: what the task wants of a row.
-        scratch: existing folder for the rows while they are used; None: they stay in memory.
+        row_format: the rows that the task needs.
+        scratch: existing folder for temporary files with the rows; None: rows are kept in memory.
 
     Raises:
-        DataError: a missing file, split or column, a row that cannot be read, a split without rows.
-        ConfigError: settings that do not go together.
+        DataError: a file, split or column is missing, a row cannot be read, or a split has no rows.
+        ConfigError: settings do not go together.
     """
-    parts = read_parts(data, shape)
-    if data.validation_fraction is not None and list(parts) != ["train"]:
+    readers = open_splits(data, row_format)
+    if data.validation_fraction is not None and list(readers) != ["train"]:
         raise ConfigError(
-            f"data.validation_fraction={data.validation_fraction} cuts the validation split off the only split, but "
-            f"the source "
-            f"has {', '.join(parts)}. Say data.validation_fraction=null, or name only train in data.splits"
+            f"data.validation_fraction={data.validation_fraction} splits a single split in two, but the source has "
+            f"{', '.join(readers)}. Set data.validation_fraction=null, or name only train in data.splits"
         )
     sources = {}
-    for split, part in parts.items():
-        for name, table in _tables(split, part, data, shape, scratch).items():
-            # A count for each split: two that were cut from one table go on apart.
-            bad = BadRows(data.max_bad_rows, passed_over=table.bad.passed_over)
-            sources[name] = Source(name, table.rows, part.origin.name, table.label_names, bad, part.origin.unit)
+    for split, reader in readers.items():
+        for name, table in _tables(split, reader, data, row_format, scratch).items():
+            # Two splits that were cut from one table continue the count separately.
+            bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
+            sources[name] = Source(name, table.rows, reader.origin.name, table.label_names, bad, reader.origin.unit)
     return sources
 
 
 def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """The labels in the order of their ids: fixed by the source, else those of the training rows, sorted.
+    """Returns the labels in the order of their ids: those that the source defines, else the sorted training labels.
 
     Raises:
-        DataError: a label outside that set; or no train split to take them from.
+        DataError: a row has another label, or there is no train split to take the labels from.
     """
     names = fixed_label_names(sources)
     if names is None and "train" in sources:
@@ -122,10 +120,10 @@ def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
 
 
 def fixed_label_names(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
-    """The labels that the source fixes; None where it does not.
+    """Returns the labels that the source defines; None if it defines none.
 
     Raises:
-        DataError: its splits do not have the same.
+        DataError: its splits define different labels.
     """
     fixed = {source.label_names: source.origin for source in sources.values() if source.label_names is not None}
     if len(fixed) > 1:
@@ -135,10 +133,10 @@ def fixed_label_names(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
 
 
 def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
-    """Every label of every split is one of `names`.
+    """Checks that every label of every split is one of `names`.
 
     Raises:
-        DataError: file, line and label of the first that is not, and the set.
+        DataError: with file, line and label of the first row that has another label, and the known labels.
     """
     known = tuple(names)
     for source in sources.values():
@@ -148,55 +146,57 @@ def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
         line, label = next((line, label) for line, label in labels if label not in known)
         raise DataError(
             f"{source.origin}, {source.unit} {line}: {label!r} is not one of the known labels: {', '.join(known[:50])}"
-            f"{', ...' if len(known) > 50 else ''}. They come from the training rows, the data set or the model: "
-            f"correct the "
-            "row, or add a training row with this label"
+            f"{', ...' if len(known) > 50 else ''}. They come from the training rows, the data set or the model: correct "
+            "the row, or add a training row with this label"
         )
 
 
 def label_order(name: str) -> tuple[bool, float, str]:
-    """Sorts labels: numbers by their value, then names."""
+    """Returns the sort key of a label: numbers by value, then names."""
     is_number = re.fullmatch(r"-?\d+(\.\d+)?", name) is not None
     return (not is_number, float(name) if is_number else 0.0, name)
 
 
-def _tables(split: str, part: Part, data: Data, shape: Shape, scratch: Path | None) -> dict[str, Table]:
-    """The part as tables by split: one, or with `data.validation_fraction` two."""
+def _tables(
+    split: str, reader: SplitReader, data: Data, row_format: RowFormat, scratch: Path | None
+) -> dict[str, Table]:
+    """Returns the split's rows as a table; or two tables by split with `data.validation_fraction`."""
 
     def table(rows: Iterable[Row], name: str) -> Table:
         file = scratch / f"{name}.arrow" if scratch else None
-        return to_table(rows, shape, part.origin, file=file, max_bad_rows=data.max_bad_rows)
+        return to_table(rows, row_format, reader.origin, file=file, max_bad_rows=data.max_bad_rows)
 
     fraction, limit = data.validation_fraction, data.limit
-    if part.is_text:
-        ((_, values),) = part.rows
+    if reader.is_text:
+        ((_, values),) = reader.rows
         assert not isinstance(values, DataError)
-        pieces = _cut_text(str(values["text"]), fraction) if fraction is not None else {split: (1, str(values["text"]))}
-        for name, (_, text) in pieces.items():
+        text = str(values["text"])
+        texts = _cut_text(text, fraction) if fraction is not None else {split: (1, text)}
+        for name, (_, text) in texts.items():
             if not text.strip():
-                raise DataError(f"{part.origin.name}: the split {name} is empty: there is no text in it")
+                raise DataError(f"{reader.origin.name}: the split {name} is empty: it has no text")
         return {
-            name: table([(line, {"text": _first_lines(text, limit)})], name) for name, (line, text) in pieces.items()
+            name: table([(line, {"text": _first_lines(text, limit)})], name) for name, (line, text) in texts.items()
         }
     if fraction is None:
-        return {split: table(islice(part.rows, limit), split)}
-    whole = table(part.rows, "all")
-    number = len(whole.rows)
+        return {split: table(islice(reader.rows, limit), split)}
+    full = table(reader.rows, "all")
+    number = len(full.rows)
     cut = min(int(number * (1 - fraction)), number - 1)
     if cut < 1:
         raise DataError(
-            f"{part.origin.name} has {number} rows, of which data.validation_fraction={fraction} leaves none to train on"
+            f"{reader.origin.name} has {number} rows, of which data.validation_fraction={fraction} leaves none to train on"
         )
     ranges = {"train": range(cut), "validation": range(cut, number)}
     return {
-        name: replace(whole, rows=whole.rows.select(places[: limit or len(places)])) for name, places in ranges.items()
+        name: replace(full, rows=full.rows.select(indices[: limit or len(indices)])) for name, indices in ranges.items()
     }
 
 
-def _cut_text(whole: str, fraction: float) -> dict[str, tuple[int, str]]:
-    """Both pieces, each with the line it begins on."""
-    cut = int(len(whole) * (1 - fraction))
-    train, validation = whole[:cut], whole[cut:]
+def _cut_text(text: str, fraction: float) -> dict[str, tuple[int, str]]:
+    """Returns both parts, each with the number of its first line."""
+    cut = int(len(text) * (1 - fraction))
+    train, validation = text[:cut], text[cut:]
     return {"train": (1, train), "validation": (train.count("\n") + 1, validation)}
 
 

@@ -1,6 +1,6 @@
-"""The splits of each kind of source, ready to be read: where its rows come from and what is known of them before.
+"""Opens the splits of each kind of source: where their rows come from, and what is known before reading them.
 
-One function per kind: GLUE files, files by suffix, folders of save_to_disk, the hub, Python's own documentation.
+There is one function per kind: GLUE files, files by suffix, folders of save_to_disk, the hub, Python's documentation.
 """
 
 from __future__ import annotations
@@ -16,17 +16,28 @@ import pyarrow as pa
 from dtrain.config.schema import Data
 from dtrain.data import glue, hub
 from dtrain.data.images import class_folder_rows
-from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, stored_schema, unit_of, whole_text
-from dtrain.data.resolve_source import PYTHON_DOCS, SWAG, class_folders, form_of, pick_splits, place_of, split_files
-from dtrain.data.tables import Origin, Shape
+from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, read_schema, read_text, row_unit
+from dtrain.data.resolve_source import (
+    PYTHON_DOCS,
+    SWAG,
+    choose_splits,
+    class_folders,
+    source_kind,
+    source_path,
+    split_files,
+)
+from dtrain.data.tables import Origin, RowFormat
 from dtrain.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class Part:
-    """One split of the source, not yet read.
+class SplitReader:
+    """One split of the source, ready to be read.
 
-    is_text: its only row is a whole text, which is cut as text and not as rows.
+    Attributes:
+        origin: where the rows come from.
+        rows: the rows.
+        is_text: the only row is a complete text, which is cut by characters instead of rows.
     """
 
     origin: Origin
@@ -34,100 +45,105 @@ class Part:
     is_text: bool = False
 
 
-def read_parts(data: Data, shape: Shape) -> dict[str, Part]:
-    """What each split is read from, train first."""
-    parts = _parts(data, shape)
-    if shape.unnest is None:
-        return parts
-    return {split: replace(part, rows=shape.unnest(part.rows, part.origin)) for split, part in parts.items()}
+def open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
+    """Returns a reader for each split, train first."""
+    readers = _open_splits(data, row_format)
+    if row_format.unnest is None:
+        return readers
+    return {
+        split: replace(reader, rows=row_format.unnest(reader.rows, reader.origin)) for split, reader in readers.items()
+    }
 
 
-def _parts(data: Data, shape: Shape) -> dict[str, Part]:
-    match form_of(data):
+def _open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
+    match source_kind(data):
         case "python_docs":
-            _refuse_plain_text(shape, f"data.name={PYTHON_DOCS}")
-            return {"train": Part(Origin(PYTHON_DOCS), [(1, {"text": python_docs()})], is_text=True)}
+            _refuse_plain_text(row_format, f"data.name={PYTHON_DOCS}")
+            return {"train": SplitReader(Origin(PYTHON_DOCS), [(1, {"text": python_docs()})], is_text=True)}
         case "glue":
-            return _glue_parts(data)
+            return _glue_splits(data)
         case "files":
-            return {split: _file_part(split, file, data, shape) for split, file in split_files(data, "files").items()}
+            files = split_files(data, "files")
+            return {split: _file_split(split, file, data, row_format) for split, file in files.items()}
         case "class_folders":
             return {
-                split: Part(Origin(str(folder), "row", needs_label=not _is_test(split)), class_folder_rows(folder))
+                split: SplitReader(
+                    Origin(str(folder), "row", needs_label=not _is_test(split)), class_folder_rows(folder)
+                )
                 for split, folder in class_folders(data).items()
             }
         case "saved":
-            return _dataset_parts(_load_saved(data), str(data.path), data)
+            return _dataset_splits(_load_saved(data), str(data.path), data)
         case "hub":
             name, config = hub_name(data)
-            return _dataset_parts(hub.load(name, config, data.splits), name + (f"/{config}" if config else ""), data)
+            return _dataset_splits(hub.load(name, config, data.splits), name + (f"/{config}" if config else ""), data)
 
 
-def _glue_parts(data: Data) -> dict[str, Part]:
+def _glue_splits(data: Data) -> dict[str, SplitReader]:
     task = glue.find_task(str(data.name))
     names = {"label": tuple(task.labels.values())} if task.labels else {}
-    parts = {}
+    readers = {}
     for split, file in split_files(data, "glue").items():
         is_test = _is_test(split)
         origin = Origin(str(file), needs_label=not is_test, class_names=names)
-        parts[split] = Part(origin, glue.GlueRows(file, task, is_test=is_test))
-    return parts
+        readers[split] = SplitReader(origin, glue.GlueRows(file, task, is_test=is_test))
+    return readers
 
 
-def _file_part(split: str, file: Path, data: Data, shape: Shape) -> Part:
+def _file_split(split: str, file: Path, data: Data, row_format: RowFormat) -> SplitReader:
     needs_label = not _is_test(split)
     if file.suffix.lower() in TEXT_SUFFIXES:
-        if shape.text_rows is not None:
-            return Part(Origin(str(file), needs_label=needs_label), shape.text_rows(file))
-        _refuse_plain_text(shape, str(file))
-        return Part(Origin(str(file)), ((1, {"text": whole_text(path)}) for path in [file]), is_text=True)
+        if row_format.text_rows is not None:
+            return SplitReader(Origin(str(file), needs_label=needs_label), row_format.text_rows(file))
+        _refuse_plain_text(row_format, str(file))
+        return SplitReader(Origin(str(file)), ((1, {"text": read_text(path)}) for path in [file]), is_text=True)
     origin = Origin(
         str(file),
-        unit_of(file),
+        row_unit(file),
         needs_label=needs_label,
-        given=data.columns,
+        columns=data.columns,
         class_names=_stored_classes(file),
     )
-    key = data.splits[split] if data.splits and place_of(data).is_file() else None
+    key = data.splits[split] if data.splits and source_path(data).is_file() else None
     rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key)
-    return Part(origin, _with_class_names(rows, origin.class_names))
+    return SplitReader(origin, _with_class_names(rows, origin.class_names))
 
 
 def _stored_classes(file: Path) -> dict[str, tuple[str, ...]]:
-    """The names of class numbers that the datasets library put into a Parquet or Arrow file; nothing in others."""
-    schema = stored_schema(file)
+    """Returns the class names that the datasets library stored in a Parquet or Arrow file; empty for other files."""
+    schema = read_schema(file)
     if schema is None or b"huggingface" not in (schema.metadata or {}):
         return {}
     try:
         return _class_names(datasets.Features.from_arrow_schema(schema))
     except (ValueError, KeyError, TypeError):
-        return {}  # of a version of the library that says it in another way
+        return {}  # written by a version of the library with another format
 
 
-def _dataset_parts(found: Mapping[str, datasets.Dataset], name: str, data: Data) -> dict[str, Part]:
-    """Splits that the datasets library loaded; integer labels get the names the data set has for them.
+def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Data) -> dict[str, SplitReader]:
+    """Returns readers for splits of the datasets library. Class numbers become the data set's names for them.
 
     Args:
-        found: by our names where `data.splits` says which are ours, else by the source's.
+        loaded: by our names if `data.splits` is set, else by the source's names.
     """
-    parts = {}
-    for split, theirs in pick_splits(list(found), data, origin=name).items():
-        rows = found[split if data.splits else theirs]
+    readers = {}
+    for split, theirs in choose_splits(list(loaded), data, origin=name).items():
+        rows = loaded[split if data.splits else theirs]
         origin = Origin(
             f"{name} ({theirs})",
             "row",
             needs_label=not _is_test(split),
-            given=data.columns,
+            columns=data.columns,
             class_names=_class_names(rows.features),
         )
         if data.name in glue.NAMES and not origin.needs_label:
-            rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # all -1 there
-        parts[split] = Part(origin, _with_class_names(_dataset_rows(rows), origin.class_names))
-    return parts
+            rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # always -1 there
+        readers[split] = SplitReader(origin, _with_class_names(_dataset_rows(rows), origin.class_names))
+    return readers
 
 
 def _classes_of(feature: Any) -> datasets.ClassLabel | None:
-    """The classes of a column of class numbers, or of lists of them."""
+    """Returns the classes of a column of class numbers or of lists of class numbers; None for other columns."""
     inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else feature)
     return inner if isinstance(inner, datasets.ClassLabel) else None
 
@@ -149,7 +165,7 @@ def _dataset_rows(rows: datasets.Dataset) -> Iterator[Row]:
 
 
 def _with_class_names(rows: Iterable[Row], class_names: Mapping[str, tuple[str, ...]]) -> Iterator[Row]:
-    """The rows with names for class numbers."""
+    """Yields the rows with class names instead of class numbers."""
     namers = {column: _namer(names) for column, names in class_names.items()}
     for number, values in rows:
         if isinstance(values, DataError) or not namers:
@@ -159,7 +175,7 @@ def _with_class_names(rows: Iterable[Row], class_names: Mapping[str, tuple[str, 
 
 
 def _namer(names: tuple[str, ...]) -> Callable[[Any], Any]:
-    """Class number -> its name; -1 is the datasets library's mark for a row without a label."""
+    """Returns a function from class number to class name. The datasets library uses -1 for rows without a label."""
 
     def name(number: Any) -> Any:
         if isinstance(number, list):
@@ -172,14 +188,13 @@ def _namer(names: tuple[str, ...]) -> Callable[[Any], Any]:
 
 
 def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
-    place = place_of(data)
     try:
-        found = datasets.load_from_disk(str(place))
+        loaded = datasets.load_from_disk(str(source_path(data)))
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(
             f"data.path={data.path} was written by save_to_disk but cannot be loaded: {error}. Save it again"
         ) from None
-    splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+    splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
     if missing := [theirs for theirs in data.splits.values() if theirs not in splits]:
         raise DataError(
             f"data.path={data.path} has no split {missing[0]!r}, which data.splits names. Its splits: "
@@ -189,7 +204,7 @@ def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
 
 
 def hub_name(data: Data) -> tuple[str, str | None]:
-    """Name and configuration on the hub."""
+    """Returns name and configuration of the data set on the hub."""
     name = str(data.name)
     if name == SWAG:
         return "allenai/swag", data.config or "regular"
@@ -197,16 +212,16 @@ def hub_name(data: Data) -> tuple[str, str | None]:
 
 
 def python_docs() -> str:
-    """The language reference that every Python carries: 0.5 MB of English text, in the order of its topics' names."""
+    """Returns Python's own language reference: 0.5 MB of English text, sorted by topic name."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def _refuse_plain_text(shape: Shape, origin: str) -> None:
-    if not shape.is_whole_text:
+def _refuse_plain_text(row_format: RowFormat, origin: str) -> None:
+    if not row_format.is_whole_text:
         raise ConfigError(
-            f"{origin} is plain text without labels: task.name=causal_lm learns from it, this task needs a table"
+            f"{origin} is plain text without labels: only task.name=causal_lm can train on it, this task needs a table"
         )
 
 

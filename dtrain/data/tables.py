@@ -1,7 +1,7 @@
-"""From rows of any source to one table of what a task learns from: which columns count, checked, kept as Arrow.
+"""Converts rows of any source into an Arrow table with the columns that a task needs.
 
-A task says what it wants as a Shape; TEXT and LABELLED are here, others beside this file. Where rows come from is the
-business of readers.py, glue.py and hub.py.
+A task describes these columns as a RowFormat. TEXT and LABELED are defined here, others in neighboring files. The rows
+come from readers.py, glue.py and hub.py.
 """
 
 from __future__ import annotations
@@ -42,24 +42,30 @@ SHOWN_BAD_ROWS = 5
 class Origin:
     """Where the rows of one split come from.
 
-    name: file or hub name, for messages. unit: what the number of a row counts. needs_label: False for a split that is
-    only predicted. given: `data.columns`. class_names: of the columns for which the source fixes the labels and their
-    order.
+    Attributes:
+        name: file or hub name, for messages.
+        unit: what row numbers count.
+        needs_label: False for a split that is only predicted.
+        columns: `data.columns`: our column name -> the source's.
+        class_names: the labels in order, for columns whose labels the source defines.
     """
 
     name: str
     unit: Unit = "line"
     needs_label: bool = True
-    given: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What one split gives: `convert` makes a row of `schema` of a row of the source and its place ("a.csv, line 3").
+class RowConverter:
+    """Converts the rows of one split.
 
-    It raises DataError for a row that cannot be used. label_names: the labels in the order of their ids, where the
-    source fixes them.
+    Attributes:
+        schema: the columns of a converted row.
+        convert: makes a row of `schema` from a source row and its location ("a.csv, line 3"). Raises DataError for a row
+            that cannot be used.
+        label_names: the labels in the order of their ids if the source defines them.
     """
 
     schema: pa.Schema
@@ -68,45 +74,54 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a task wants of its rows.
+class RowFormat:
+    """The rows that a task needs.
 
-    name: tells caches apart; raised with a number when the meaning changes. layout: from a split's first row.
-    text_rows: how a plain text file is rows; None: it is none for this task. unnest: the source's rows as rows of
-    this task, where one may hold several. is_whole_text: a plain text file is one text, for language models.
+    Attributes:
+        name: part of the cache key. Change it (e.g. add a number) when the meaning of the rows changes.
+        converter: returns the converter of a split, given its first row.
+        text_rows: reads rows from a plain text file; None: this task has no such rows.
+        unnest: turns source rows that hold several of this task's rows into single rows.
+        is_whole_text: whether a plain text file is one text, for language models.
     """
 
     name: str
-    layout: Callable[[Values, Origin], Layout]
+    converter: Callable[[Values, Origin], RowConverter]
     text_rows: Callable[[Path], Iterator[Row]] | None = None
     unnest: Callable[[Iterable[Row], Origin], Iterator[Row]] | None = None
     is_whole_text: bool = False
 
 
 class BadRows:
-    """Counts the rows of a split that cannot be used: as many as data.max_bad_rows are passed over, with a warning."""
+    """Counts the bad rows of a split. Skips as many as data.max_bad_rows allows, with a warning."""
 
-    def __init__(self, most: int, *, passed_over: int = 0) -> None:
-        self.passed_over = passed_over
-        self._most = most
+    def __init__(self, limit: int, *, skipped: int = 0) -> None:
+        self.skipped = skipped
+        self._limit = limit
 
     def add(self, error: DataError) -> None:
-        """One more.
+        """Counts one more bad row.
 
         Raises:
-            DataError: that error, if no more are allowed.
+            DataError: the row's error, if no more are allowed.
         """
-        if self.passed_over == self._most:
-            more = f" (data.max_bad_rows={self._most} were passed over before it)" if self._most else ""
+        if self.skipped == self._limit:
+            more = f" (data.max_bad_rows={self._limit} were skipped before it)" if self._limit else ""
             raise DataError(f"{error}{more}") from error
-        self.passed_over += 1
-        if self.passed_over <= SHOWN_BAD_ROWS:
-            log.warning("data: passed over: %s", error)
+        self.skipped += 1
+        if self.skipped <= SHOWN_BAD_ROWS:
+            log.warning("data: skipped: %s", error)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split, with `line`, and how many bad ones were passed over."""
+    """The converted rows of one split.
+
+    Attributes:
+        rows: the columns of the converter's schema, and `line`.
+        label_names: the labels in the order of their ids if the source defines them.
+        bad: the count of skipped rows.
+    """
 
     rows: datasets.Dataset
     label_names: tuple[str, ...] | None
@@ -114,197 +129,203 @@ class Table:
 
 
 def to_table(
-    rows: Iterable[Row], shape: Shape, origin: Origin, *, file: Path | None = None, max_bad_rows: int = 0
+    rows: Iterable[Row], row_format: RowFormat, origin: Origin, *, file: Path | None = None, max_bad_rows: int = 0
 ) -> Table:
-    """The rows in that shape; the first row's columns stand for all.
+    """Converts the rows to the task's format. The columns of the first row apply to all rows.
 
-    Written a batch at a time as Arrow, in memory or to `file`, which is then mapped: never a Python list of all rows.
+    Writes Arrow in batches, to memory or to `file`, which is then memory-mapped. Never holds all rows as Python objects.
 
     Raises:
-        DataError: there is no row, or more than max_bad_rows cannot be used; the first of those is named.
+        DataError: there are no rows, or more than max_bad_rows cannot be used; the message names the first of these.
     """
-    layout, bad = None, BadRows(max_bad_rows)
+    converter, bad = None, BadRows(max_bad_rows)
 
-    def converted() -> Iterator[Mapping[str, Any]]:
-        nonlocal layout
+    def converted_rows() -> Iterator[Mapping[str, Any]]:
+        nonlocal converter
         for line, values in rows:
             if isinstance(values, DataError):
                 bad.add(values)
                 continue
             try:
-                layout = layout or shape.layout(values, origin)
-                yield {**layout.convert(values, f"{origin.name}, {origin.unit} {line}"), "line": line}
+                converter = converter or row_format.converter(values, origin)
+                yield {**converter.convert(values, f"{origin.name}, {origin.unit} {line}"), "line": line}
             except DataError as error:
                 bad.add(error)
 
-    found = converted()
-    first = list(islice(found, BATCH_ROWS))
-    if not first:
+    remaining = converted_rows()
+    batch = list(islice(remaining, BATCH_ROWS))
+    if not batch:
         raise DataError(f"{origin.name} has no rows: a split needs at least one")
-    assert layout is not None
-    schema = layout.schema.append(pa.field("line", pa.int64()))
+    assert converter is not None
+    schema = converter.schema.append(pa.field("line", pa.int64()))
     sink = pa.OSFile(str(file), "wb") if file else pa.BufferOutputStream()
     with sink, pa.ipc.new_stream(sink, schema) as writer:
-        batch = first
         while batch:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-            batch = list(islice(found, BATCH_ROWS))
+            batch = list(islice(remaining, BATCH_ROWS))
     table = (
         datasets.Dataset.from_file(str(file))
         if file
         else datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
     )
-    return Table(table, layout.label_names, bad)
+    return Table(table, converter.label_names, bad)
 
 
-# What every shape is made of
+# For all row formats
 
 
-def given_columns(found: Sequence[str], origin: Origin, ours: Sequence[str]) -> dict[str, str]:
-    """`data.columns`, of which each must be a column of ours and be there, but for the label of a split without one.
+def configured_columns(columns: Sequence[str], origin: Origin, ours: Sequence[str]) -> dict[str, str]:
+    """Returns `data.columns` after checking it. The label may be missing in a split that needs none.
+
+    Args:
+        columns: the columns of the source.
+        ours: our column names that `data.columns` may have.
 
     Raises:
-        ConfigError: `data.columns` names a column of ours that does not exist.
+        ConfigError: `data.columns` has a name that is not one of ours.
         DataError: the source has no such column.
     """
-    if unknown := [name for name in origin.given if name not in ours]:
+    if unknown := [name for name in origin.columns if name not in ours]:
         raise ConfigError(
-            f"data.columns.{unknown[0]} is not a column that is read. Those are {', '.join(ours[:-1])}"
+            f"data.columns.{unknown[0]} is not a column that this task reads. Those are {', '.join(ours[:-1])}"
             f"{' and ' if len(ours) > 1 else ''}{ours[-1]}"
         )
-    there = {our: theirs for our, theirs in origin.given.items() if theirs in found}
-    for our, theirs in origin.given.items():
-        if our not in there and (our != "label" or origin.needs_label):
+    present = {our: theirs for our, theirs in origin.columns.items() if theirs in columns}
+    for our, theirs in origin.columns.items():
+        if our not in present and (our != "label" or origin.needs_label):
             raise DataError(
                 f"{origin.name} has no column {theirs!r}, which data.columns.{our} names. Its columns: "
-                f"{', '.join(found)}"
+                f"{', '.join(columns)}"
             )
-    return there
+    return present
 
 
-def missing_column(what: str, ours: str, usual: Sequence[str], found: Sequence[str], origin: Origin) -> DataError:
-    """The error for a column that none of the usual names gives."""
+def missing_column(meaning: str, ours: str, usual: Sequence[str], columns: Sequence[str], origin: Origin) -> DataError:
+    """Returns the error for a column that has none of the usual names."""
+    example = columns[0 if ours == "text" else -1] if columns else "..."
     return DataError(
-        f"{origin.name} has no column with a usual name for {what} ({', '.join(usual)}). Its columns: "
-        f"{', '.join(found)}. Say which it is: data.columns={{{ours}: {found[0 if ours == 'text' else -1] if found else '...'}}}"
+        f"{origin.name} has no column with a usual name for {meaning} ({', '.join(usual)}). Its columns: "
+        f"{', '.join(columns)}. Name the right one: data.columns={{{ours}: {example}}}"
     )
 
 
-def value_of(values: Values, name: str, place: str) -> Any:
-    """A row's value in that column."""
+def get_value(values: Values, name: str, location: str) -> Any:
+    """Returns the row's value in a column."""
     if name not in values:
-        raise DataError(f"{place}: the column {name!r} is missing; the row has {', '.join(values) or 'no columns'}")
+        raise DataError(f"{location}: the column {name!r} is missing; the row has {', '.join(values) or 'no columns'}")
     return values[name]
 
 
-def text_of(values: Values, name: str, place: str) -> str:
-    """A row's text in that column."""
-    return checked_text(value_of(values, name, place), name, place)
+def get_text(values: Values, name: str, location: str) -> str:
+    """Returns the row's text in a column."""
+    return require_text(get_value(values, name, location), name, location)
 
 
-def checked_text(value: Any, name: str, place: str) -> str:
-    """The value, if it is text that can be written as UTF-8."""
+def require_text(value: Any, name: str, location: str) -> str:
+    """Returns the value after checking that it is text that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name} must be text, found {value!r}")
+        raise DataError(f"{location}: {name} must be text, found {value!r}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no text holds
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair, which is not valid text
         raise DataError(
-            f"{place}: {name} has the character {value[error.start]!a}, half of a surrogate pair, at {error.start}"
+            f"{location}: {name} has the character {value[error.start]!a}, half of a surrogate pair, at {error.start}"
         ) from None
     return value
 
 
-def label_text(value: Any, place: str) -> str | None:
-    """A label's name; None where there is none."""
+def label_text(value: Any, location: str) -> str | None:
+    """Returns a label's name; None for an empty label."""
     if value is None or isinstance(value, str):
         return value or None
     if isinstance(value, bool | int | float):
         return str(value)
-    raise DataError(f"{place}: a label is a name or a number, found {value!r}")
+    raise DataError(f"{location}: a label is a name or a number, found {value!r}")
 
 
 # Text, and text with a label
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The source's names for our columns; None where there is no such column."""
+class TextColumns:
+    """The source's names for our columns; None if there is no such column."""
 
     text: str
     text_pair: str | None
     label: str | None
 
 
-def find_columns(
-    found: Sequence[str], origin: Origin, *, labelled: bool, usual_labels: Sequence[str] = LABELS
-) -> Columns:
-    """Which of the columns found are ours: as `data.columns` says, else by the usual names.
+def find_text_columns(
+    columns: Sequence[str], origin: Origin, *, is_labeled: bool, usual_labels: Sequence[str] = LABELS
+) -> TextColumns:
+    """Finds the text and label columns by `data.columns`, or else by their usual names.
 
     Raises:
-        ConfigError: `data.columns` names a column of ours that does not exist.
-        DataError: a column is not in the source, or none of the usual names is; the message lists what is there.
+        ConfigError: `data.columns` has a name that is not one of ours.
+        DataError: the source lacks a column or has none of the usual names; the message lists its columns.
     """
-    given = given_columns(found, origin, ("text", "text_pair", "label"))
-    text, pair, label = given.get("text"), given.get("text_pair"), given.get("label")
+    configured = configured_columns(columns, origin, ("text", "text_pair", "label"))
+    text, pair, label = configured.get("text"), configured.get("text_pair"), configured.get("label")
     if text is None:
-        pairs = (names for names in PAIRS if set(names) <= set(found) and pair in (None, names[1]))
+        pairs = (names for names in PAIRS if set(names) <= set(columns) and pair in (None, names[1]))
         text, pair = next(pairs, (None, pair))
-    text = text or next((name for name in TEXTS if name in found and name not in (label, pair)), None)
+    text = text or next((name for name in TEXTS if name in columns and name not in (label, pair)), None)
     if text is None:
-        raise missing_column("text", "text", TEXTS, found, origin)
-    if not labelled:
-        return Columns(text, None, None)
-    if "label" not in origin.given:
-        label = next((name for name in usual_labels if name in found and name not in (text, pair)), None)
+        raise missing_column("text", "text", TEXTS, columns, origin)
+    if not is_labeled:
+        return TextColumns(text, None, None)
+    if "label" not in origin.columns:
+        label = next((name for name in usual_labels if name in columns and name not in (text, pair)), None)
     if label is None and origin.needs_label:
-        raise missing_column("the label", "label", usual_labels, found, origin)
-    return Columns(text, pair, label)
+        raise missing_column("the label", "label", usual_labels, columns, origin)
+    return TextColumns(text, pair, label)
 
 
-def _text_layout(first: Values, origin: Origin) -> Layout:
-    columns = find_columns(list(first), origin, labelled=False)
+def _text_converter(first: Values, origin: Origin) -> RowConverter:
+    columns = find_text_columns(list(first), origin, is_labeled=False)
 
-    def convert(values: Values, place: str) -> dict[str, str]:
-        return {"text": text_of(values, columns.text, place)}
+    def convert(values: Values, location: str) -> dict[str, str]:
+        return {"text": get_text(values, columns.text, location)}
 
-    return Layout(pa.schema([("text", pa.string())]), convert)
+    return RowConverter(pa.schema([("text", pa.string())]), convert)
 
 
-def labelled_layout(
+def labeled_converter(
     first: Values,
     origin: Origin,
     *,
     label_type: pa.DataType,
     read_label: Callable[[Any, str], Any],
     usual_labels: Sequence[str] = LABELS,
-) -> Layout:
-    """text, text_pair where there are pairs, and label. A split that needs none has labels in all rows or in none."""
-    columns = find_columns(list(first), origin, labelled=True, usual_labels=usual_labels)
+) -> RowConverter:
+    """Converts to text, text_pair (if there are pairs) and label. Without needs_label, all rows have labels or none."""
+    columns = find_text_columns(list(first), origin, is_labeled=True, usual_labels=usual_labels)
     label = columns.label
     if label is not None and not origin.needs_label and read_label(first.get(label), origin.name) is None:
         label = None
-    used = {"text": pa.string(), "text_pair": pa.string(), "label": label_type}
-    there = {"text": columns.text, "text_pair": columns.text_pair, "label": label}
+    types = {"text": pa.string(), "text_pair": pa.string(), "label": label_type}
+    names = {"text": columns.text, "text_pair": columns.text_pair, "label": label}
 
-    def convert(values: Values, place: str) -> dict[str, Any]:
-        row: dict[str, Any] = {"text": text_of(values, columns.text, place)}
+    def convert(values: Values, location: str) -> dict[str, Any]:
+        row: dict[str, Any] = {"text": get_text(values, columns.text, location)}
         if columns.text_pair is not None:
-            row["text_pair"] = text_of(values, columns.text_pair, place)
+            row["text_pair"] = get_text(values, columns.text_pair, location)
         if label is not None:
-            value = value_of(values, label, place)
-            row["label"] = read_label(value, place)
+            value = get_value(values, label, location)
+            row["label"] = read_label(value, location)
             if row["label"] is None:
-                raise DataError(f"{place}: no label ({label} is {value!r}). Every row to learn or to judge needs one")
+                raise DataError(
+                    f"{location}: no label ({label} is {value!r}). Every training or evaluation row needs one"
+                )
         return row
 
-    schema = pa.schema([(name, kind) for name, kind in used.items() if there[name] is not None])
-    return Layout(schema, convert, origin.class_names.get(columns.label or "label"))
+    schema = pa.schema([(name, arrow_type) for name, arrow_type in types.items() if names[name] is not None])
+    return RowConverter(schema, convert, origin.class_names.get(columns.label or "label"))
 
 
-def _classes_layout(first: Values, origin: Origin) -> Layout:
-    return labelled_layout(first, origin, label_type=pa.string(), read_label=label_text)
+def _class_converter(first: Values, origin: Origin) -> RowConverter:
+    return labeled_converter(first, origin, label_type=pa.string(), read_label=label_text)
 
 
-TEXT = Shape("text", _text_layout, is_whole_text=True)
-LABELLED = Shape("labelled", _classes_layout)
+TEXT = RowFormat("text", _text_converter, is_whole_text=True)
+LABELED = RowFormat("labelled", _class_converter)

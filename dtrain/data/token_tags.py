@@ -1,8 +1,8 @@
-"""Sentences with a tag for each word: CoNLL's text, or rows with a list of tokens and one of tags.
+"""Sentences with a tag for each word: CoNLL's text format, or rows with a list of tokens and a list of tags.
 
-In CoNLL's text a line is a token, further columns and its tag, separated by blanks or tabs; an empty line ends a
-sentence, and lines that begin with -DOCSTART- are none. In tables the columns are tokens (or words) and tags (ner_tags,
-labels); other names by `data.columns`.
+In CoNLL's text, a line has a token, optional further columns, and its tag, separated by blanks or tabs. An empty line
+ends a sentence, and lines that begin with -DOCSTART- are skipped. In tables, the columns are tokens (or words) and tags
+(ner_tags, labels). `data.columns` can name other columns.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import pyarrow as pa
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, text_lines
 from dtrain.data.sources import Source, fixed_label_names, label_order
 from dtrain.data.tables import (
-    Layout,
     Origin,
-    Shape,
-    checked_text,
-    given_columns,
+    RowConverter,
+    RowFormat,
+    configured_columns,
+    get_value,
     label_text,
     missing_column,
-    value_of,
+    require_text,
 )
 from dtrain.errors import DataError
 
-TOKENS = ("tokens", "words")
-TAGS = ("tags", "ner_tags", "labels")
+TOKEN_COLUMNS = ("tokens", "words")
+TAG_COLUMNS = ("tags", "ner_tags", "labels")
 
 
 def tag_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """The tags in the order of their ids: fixed by the source, else those of the training rows, sorted.
+    """Returns the tags in the order of their ids: those that the source defines, else the sorted training tags.
 
     Raises:
-        DataError: a tag outside that set; or no train split to take them from.
+        DataError: a row has another tag, or there is no train split to take the tags from.
     """
     names = fixed_label_names(sources)
     if names is None:
@@ -48,10 +48,10 @@ def tag_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
 
 
 def check_tags(sources: Mapping[str, Source], names: Iterable[str]) -> None:
-    """Every tag of every split is one of `names`.
+    """Checks that every tag of every split is one of `names`.
 
     Raises:
-        DataError: file, line and token of the first that is not, and the set.
+        DataError: with file, line and token of the first other tag, and the known tags.
     """
     known = dict.fromkeys(names)
     for source in sources.values():
@@ -60,7 +60,7 @@ def check_tags(sources: Mapping[str, Source], names: Iterable[str]) -> None:
         for line, tokens, tags in zip(*(source.rows[name] for name in ("line", "tokens", "tags")), strict=True):
             for position, tag in enumerate(tags):
                 if tag not in known:
-                    line += position if Path(source.origin).suffix.lower() in TEXT_SUFFIXES else 0  # a token a line
+                    line += position if Path(source.origin).suffix.lower() in TEXT_SUFFIXES else 0  # one token per line
                     raise DataError(
                         f"{source.origin}, {source.unit} {line}: {tag!r}, the tag of {tokens[position]!r}, is not one "
                         f"of the known tags: {', '.join(list(known)[:50])}{', ...' if len(known) > 50 else ''}. They "
@@ -70,82 +70,82 @@ def check_tags(sources: Mapping[str, Source], names: Iterable[str]) -> None:
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
-    """The sentences of a file, each with the line that it begins on.
+    """Yields the sentences of a file, each with its first line number.
 
-    Whether lines have tags is seen at the first: a file of bare tokens is one to be predicted.
+    The first line decides whether lines have tags. A file with only tokens is for prediction.
     """
     sentence: list[list[str]] = []
-    begin, tagged, error = 0, None, None
+    begin, has_tags, error = 0, None, None
     for line, text in text_lines(path):
         fields = [field for field in re.split(r"[ \t]+", text.strip(" \t\r\n")) if field]
         if not fields or fields[0].startswith("-DOCSTART-"):
             if sentence:
-                yield begin, error or _sentence(sentence, tagged=bool(tagged))
+                yield begin, error or _sentence(sentence, has_tags=bool(has_tags))
             sentence, error = [], None
             continue
-        tagged = len(fields) > 1 if tagged is None else tagged
-        if (len(fields) > 1) != tagged and error is None:
+        has_tags = len(fields) > 1 if has_tags is None else has_tags
+        if (len(fields) > 1) != has_tags and error is None:
             error = DataError(
                 f"{path}, line {line}: found {text.strip()!r}, expected "
-                + ("a token and its tag, separated by a blank or a tab" if tagged else "a token alone, as above it")
+                + ("a token and its tag, separated by a blank or a tab" if has_tags else "only a token, as above it")
             )
         begin = begin if sentence else line
         sentence.append(fields)
     if sentence:
-        yield begin, error or _sentence(sentence, tagged=bool(tagged))
+        yield begin, error or _sentence(sentence, has_tags=bool(has_tags))
 
 
-def _sentence(lines: Sequence[Sequence[str]], *, tagged: bool) -> Values:
+def _sentence(lines: Sequence[Sequence[str]], *, has_tags: bool) -> Values:
     tokens = {"tokens": [fields[0] for fields in lines]}
-    return {**tokens, "tags": [fields[-1] for fields in lines]} if tagged else tokens
+    return {**tokens, "tags": [fields[-1] for fields in lines]} if has_tags else tokens
 
 
-def _layout(first: Values, origin: Origin) -> Layout:
-    found = list(first)
-    given = given_columns(found, origin, ("tokens", "tags"))
-    tokens = given.get("tokens") or next((name for name in TOKENS if name in found), None)
-    tags = given.get("tags") or next((name for name in TAGS if name in found and name != tokens), None)
+def _converter(first: Values, origin: Origin) -> RowConverter:
+    columns = list(first)
+    configured = configured_columns(columns, origin, ("tokens", "tags"))
+    tokens = configured.get("tokens") or next((name for name in TOKEN_COLUMNS if name in columns), None)
+    tags = configured.get("tags") or next((name for name in TAG_COLUMNS if name in columns and name != tokens), None)
     if tokens is None:
-        raise missing_column("the tokens", "tokens", TOKENS, found, origin)
+        raise missing_column("the tokens", "tokens", TOKEN_COLUMNS, columns, origin)
     if tags is None and origin.needs_label:
         if Path(origin.name).suffix.lower() in TEXT_SUFFIXES:
             raise DataError(
-                f"{origin.name} has no tags: {first[tokens][0]!r} stands alone on the first line that is not empty, "
+                f"{origin.name} has no tags: the first nonempty line has only {first[tokens][0]!r}, "
                 "expected a token and its tag, separated by a blank or a tab"
             )
-        raise missing_column("the tags", "tags", TAGS, found, origin)
+        raise missing_column("the tags", "tags", TAG_COLUMNS, columns, origin)
     if tags is not None and not origin.needs_label and first.get(tags) is None:
         tags = None
 
-    def convert(values: Values, place: str) -> dict[str, Any]:
-        words = _list(values, tokens, place)
+    def convert(values: Values, location: str) -> dict[str, Any]:
+        words = _list(values, tokens, location)
         row: dict[str, Any] = {
-            "tokens": [checked_text(word, f"{tokens}, item {n}", place) for n, word in enumerate(words, start=1)]
+            "tokens": [require_text(word, f"{tokens}, item {n}", location) for n, word in enumerate(words, start=1)]
         }
         if not words:
-            raise DataError(f"{place}: {tokens} is empty: a sentence has a token at least")
+            raise DataError(f"{location}: {tokens} is empty: a sentence needs at least one token")
         if tags is not None:
-            names = [label_text(tag, place) for tag in _list(values, tags, place)]
+            names = [label_text(tag, location) for tag in _list(values, tags, location)]
             if len(names) != len(words):
-                raise DataError(f"{place}: {len(words)} {tokens} but {len(names)} {tags}: each token needs one tag")
+                raise DataError(f"{location}: {len(words)} {tokens} but {len(names)} {tags}: each token needs one tag")
             if None in names:
-                raise DataError(f"{place}: {words[names.index(None)]!r} has no tag in {tags}")
+                raise DataError(f"{location}: {words[names.index(None)]!r} has no tag in {tags}")
             row["tags"] = names
         return row
 
-    columns = [name for name, theirs in (("tokens", tokens), ("tags", tags)) if theirs is not None]
-    schema = pa.schema([(name, pa.list_(pa.string())) for name in columns])
-    return Layout(schema, convert, origin.class_names.get(tags or ""))
+    names = [name for name, theirs in (("tokens", tokens), ("tags", tags)) if theirs is not None]
+    schema = pa.schema([(name, pa.list_(pa.string())) for name in names])
+    return RowConverter(schema, convert, origin.class_names.get(tags or ""))
 
 
-def _list(values: Values, name: str, place: str) -> list[Any]:
-    value = value_of(values, name, place)
+def _list(values: Values, name: str, location: str) -> list[Any]:
+    value = get_value(values, name, location)
     if not isinstance(value, list):
         raise DataError(
-            f"{place}: {name} must be a list, found {value!r:.80}. CSV and TSV have none: use JSON, JSONL, Parquet or "
+            f"{location}: {name} must be a list, found {value!r:.80}. CSV and TSV have no lists: use JSON, JSONL, Parquet or "
             "CoNLL's text (.conll, .txt)"
         )
     return value
 
 
-TAGGED = Shape("tagged", _layout, text_rows=_text_rows)
+TAGGED = RowFormat("tagged", _converter, text_rows=_text_rows)

@@ -1,6 +1,6 @@
 """Pairs of texts: a sentence and its translation, a document and its summary.
 
-Two columns of a table, or the two sides of a column `translation`, as in `{"translation": {"en": ..., "ro": ...}}`.
+They are in two columns, or in a column `translation` with one text per language: `{"translation": {"en": ..., "ro": ...}}`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,20 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.data.readers import Values
-from dtrain.data.tables import Layout, Origin, Shape, checked_text, given_columns, missing_column, text_of, value_of
+from dtrain.data.tables import (
+    Origin,
+    RowConverter,
+    RowFormat,
+    configured_columns,
+    get_text,
+    get_value,
+    missing_column,
+    require_text,
+)
 from dtrain.errors import ConfigError, DataError
 
-SIDES = "translation"
-"""The column that holds one text for each language."""
+TRANSLATION = "translation"
+"""The column with one text for each language."""
 
 PAIRS = (
     ("source", "target"),
@@ -28,85 +37,89 @@ PAIRS = (
 )
 
 
-def translations(source: str | None, target: str | None) -> Shape:
-    """Rows with `source` and, where the split has them, `target`. An empty text is a text.
+def translation_row_format(source: str | None, target: str | None) -> RowFormat:
+    """Returns the format of rows with `source` and, if the split has them, `target`. Texts may be empty.
 
     Args:
-        source: side of `translation`, or column; None: the usual names.
+        source: language in `translation`, or column; None: the usual names.
         target: the same.
     """
 
-    def layout(first: Values, origin: Origin) -> Layout:
-        given = given_columns(list(first), origin, ("source", "target"))
-        if SIDES in first and not given:
-            return _sides(first, origin, source, target)
-        return _columns(first, origin, given.get("source", source), given.get("target", target))
+    def converter(first: Values, origin: Origin) -> RowConverter:
+        configured = configured_columns(list(first), origin, ("source", "target"))
+        if TRANSLATION in first and not configured:
+            return _languages(first, origin, source, target)
+        return _columns(first, origin, configured.get("source", source), configured.get("target", target))
 
-    return Shape("translations", layout)
+    return RowFormat("translations", converter)
 
 
-def _sides(first: Values, origin: Origin, source: str | None, target: str | None) -> Layout:
+def _languages(first: Values, origin: Origin, source: str | None, target: str | None) -> RowConverter:
     if source is None or target is None:
-        sides = first[SIDES]
-        listed = list(sides) if isinstance(sides, Mapping) else []
-        example = listed if len(listed) == 2 else ["en", "ro"]
+        texts = first[TRANSLATION]
+        languages = list(texts) if isinstance(texts, Mapping) else []
+        example = languages if len(languages) == 2 else ["en", "ro"]
         raise ConfigError(
-            f"{origin.name} has translations{' (' + ', '.join(listed) + ')' if listed else ''}: say from which "
-            f"language into which, e.g. task.source={example[0]} task.target={example[1]}"
+            f"{origin.name} has translations{' (' + ', '.join(languages) + ')' if languages else ''}: set the languages "
+            f"to translate from and into, e.g. task.source={example[0]} task.target={example[1]}"
         )
-    has_target = origin.needs_label or _side(first, target, None) is not None
+    has_target = origin.needs_label or _text_or_none(first, target) is not None
 
-    def convert(values: Values, place: str) -> dict[str, str]:
-        row = {"source": _text_of_side(values, source, place)}
-        return {**row, "target": _text_of_side(values, target, place)} if has_target else row
+    def convert(values: Values, location: str) -> dict[str, str]:
+        row = {"source": _language_text(values, source, location)}
+        return {**row, "target": _language_text(values, target, location)} if has_target else row
 
-    return Layout(_schema(has_target=has_target), convert)
-
-
-def _side(values: Values, side: str, default: Any) -> Any:
-    sides = values.get(SIDES)
-    return sides.get(side, default) if isinstance(sides, Mapping) else default
+    return RowConverter(_schema(has_target=has_target), convert)
 
 
-def _text_of_side(values: Values, side: str, place: str) -> str:
-    sides = value_of(values, SIDES, place)
-    if not isinstance(sides, Mapping):
+def _text_or_none(values: Values, language: str) -> Any:
+    texts = values.get(TRANSLATION)
+    return texts.get(language) if isinstance(texts, Mapping) else None
+
+
+def _language_text(values: Values, language: str, location: str) -> str:
+    texts = get_value(values, TRANSLATION, location)
+    if not isinstance(texts, Mapping):
         raise DataError(
-            f'{place}: {SIDES} must hold a text for each language, as in {{"en": ..., "ro": ...}}, found {sides!r}'
+            f'{location}: {TRANSLATION} must have a text for each language, as in {{"en": ..., "ro": ...}}, '
+            f"found {texts!r}"
         )
-    if side not in sides:
-        raise DataError(f"{place}: {SIDES} lacks the side {side!r}; it has {', '.join(map(str, sides)) or 'none'}")
-    return checked_text(sides[side], f"{SIDES}.{side}", place)
+    if language not in texts:
+        raise DataError(
+            f"{location}: {TRANSLATION} has no language {language!r}; it has {', '.join(map(str, texts)) or 'none'}"
+        )
+    return require_text(texts[language], f"{TRANSLATION}.{language}", location)
 
 
-def _columns(first: Values, origin: Origin, source: str | None, target: str | None) -> Layout:
-    found = list(first)
-    source, target = _by_usual_names(found, source, target)
+def _columns(first: Values, origin: Origin, source: str | None, target: str | None) -> RowConverter:
+    columns = list(first)
+    source, target = _by_usual_names(columns, source, target)
     if source is None or (target is None and origin.needs_label):
-        what, ours, place = ("the source", "source", 0) if source is None else ("the target", "target", 1)
-        raise missing_column(what, ours, list(dict.fromkeys(pair[place] for pair in PAIRS)), found, origin)
+        ours, position = ("source", 0) if source is None else ("target", 1)
+        usual = list(dict.fromkeys(pair[position] for pair in PAIRS))
+        raise missing_column(f"the {ours}", ours, usual, columns, origin)
     for name, setting in ((source, "source"), (target, "target")):
-        if name is not None and name not in found and (setting == "source" or origin.needs_label):
+        if name is not None and name not in columns and (setting == "source" or origin.needs_label):
             raise DataError(
-                f"{origin.name} has no column {name!r}, which task.{setting} names, and no column {SIDES!r} with such a "
-                f"side. Its columns: {', '.join(found)}"
+                f"{origin.name} has no column {name!r}, which task.{setting} names, and no column {TRANSLATION!r} with "
+                f"such a language. Its columns: {', '.join(columns)}"
             )
     source_column = source
     target_column = target if origin.needs_label or first.get(target or "") is not None else None
 
-    def convert(values: Values, place: str) -> dict[str, str]:
-        row = {"source": text_of(values, source_column, place)}
-        return row if target_column is None else {**row, "target": text_of(values, target_column, place)}
+    def convert(values: Values, location: str) -> dict[str, str]:
+        row = {"source": get_text(values, source_column, location)}
+        return row if target_column is None else {**row, "target": get_text(values, target_column, location)}
 
-    return Layout(_schema(has_target=target_column is not None), convert)
+    return RowConverter(_schema(has_target=target_column is not None), convert)
 
 
-def _by_usual_names(found: Sequence[str], source: str | None, target: str | None) -> tuple[str | None, str | None]:
-    """What is not said, from the first pair of usual names that fits; a lone source where there is no such pair."""
+def _by_usual_names(columns: Sequence[str], source: str | None, target: str | None) -> tuple[str | None, str | None]:
+    """Completes the names by the first matching pair of usual names; without such a pair, finds only the source."""
     for one, other in PAIRS:
-        if one in found and other in found and source in (None, one) and target in (None, other):
+        if one in columns and other in columns and source in (None, one) and target in (None, other):
             return one, other
-    alone = next((one for one, _ in PAIRS if one in found and one != target), None)
+    alone = next((one for one, _ in PAIRS if one in columns and one != target), None)
     return source or alone, target
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 
 from dtrain.config.schema import Config
-from dtrain.data.seeding import derive
+from dtrain.data.seeding import derive_seed
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.comm_hooks import Bucket, CommHook
@@ -97,7 +97,7 @@ class PowerSgdCommHook(CommHook):
         self._members = [(self._names[id(parameter)], parameter.shape) for parameter in bucket.parameters()]
         self._restore(gradients)
         # Random draws depend on the position in the data alone (law 5).
-        state.rng = np.random.RandomState(derive(self._seed, "powersgd", step) % 2**32)
+        state.rng = np.random.RandomState(derive_seed(self._seed, "powersgd", step) % 2**32)
         if BUCKET in state.p_memory_dict:
             self._redraw_vanished(state.rng)
         before = state.total_numel_after_compression

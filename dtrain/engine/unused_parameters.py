@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
-from dtrain.data.seeding import Place, seed_all
+from dtrain.data.seeding import DataPosition, seed_all
 from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 
@@ -21,7 +21,7 @@ def without_gradient(
 
     Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
     """
-    place = Place(0, plan.micro_batches(0)[0])
+    place = DataPosition(0, plan.micro_batches(0)[0])
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(place.example_index)]
     device = next(module.parameters()).device
     train_mode(module)

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.console import log
-from dtrain.data.packing import pieces_of, rows_of
-from dtrain.data.seeding import Place
+from dtrain.data.packing import pack_segments, split_into_segments
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
 from dtrain.distributed.rank_context import RankContext
@@ -93,7 +93,7 @@ class CausalLmTask:
         self._is_packed = settings is not None and settings.packing == "documents"
         self._is_checked = not self._is_packed
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         ids: Sequence[Sequence[int]] = rows["input_ids"]
         lengths = rows.get("lengths") or [[len(row)] for row in ids]
         scored = rows.get("scored") or [[length - 1 for length in row] for row in lengths]
@@ -191,11 +191,13 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
                 "data: %s is a single document: task.packing=documents packs the rows of a table", source.origin
             )
         streams = _documents(source, tokenizer, config) if is_packed else [_ids(next(iter(texts(source))), tokenizer)]
-        pieces = [piece for ids in streams for piece in pieces_of(ids, max_length=config.max_length, stride=stride)]
+        pieces = [
+            piece for ids in streams for piece in split_into_segments(ids, max_length=config.max_length, stride=stride)
+        ]
         if not pieces:
             content = "documents of at most one token" if is_packed else f"{len(streams[0])} token(s)"
             raise DataError(f"{source.origin} has {content}, but a next token needs at least two: use a longer text.")
-        return Dataset.from_dict(rows_of(pieces, room=config.max_length if is_packed else None))
+        return Dataset.from_dict(pack_segments(pieces, row_length=config.max_length if is_packed else None))
 
     recipe = Recipe(
         "causal_lm-2",

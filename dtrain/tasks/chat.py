@@ -13,8 +13,8 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
-from dtrain.data.dialogues import dialogue_shape
-from dtrain.data.seeding import Place
+from dtrain.data.dialogues import dialogue_row_format
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
@@ -59,7 +59,7 @@ class ChatTask:
         self.head_config: dict[str, Any] = dict(chat.head_config)
         self._padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         longest = max(max(len(ids) for ids in rows["input_ids"]) - 1, 1)
         shape = (len(rows["input_ids"]), longest)
         inputs, labels = torch.full(shape, self._padding), torch.full(shape, IGNORED)
@@ -124,7 +124,7 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
 
     recipe = Recipe(
         "chat",
-        dialogue_shape(needs_reply=replies_only),
+        dialogue_row_format(needs_reply=replies_only),
         texts=_texts,
         encode=encode,
         describe=describe,

@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification, ImageClassification
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source, check_labels, label_names
-from dtrain.data.tables import LABELLED
+from dtrain.data.tables import LABELED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
@@ -86,7 +86,7 @@ class ClassificationTask:
         self._smoothing = settings.label_smoothing
         self._weights = self._class_weights(settings)
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         return {**pad_rows(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
 
@@ -194,7 +194,7 @@ def prepare_classification(config: Config, settings: Classification, context: Ra
 
     recipe = Recipe(
         "classification",
-        LABELLED,
+        LABELED,
         texts=all_texts,
         encode=encode,
         describe=describe,

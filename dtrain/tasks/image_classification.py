@@ -11,8 +11,8 @@ from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import ImageClassification
-from dtrain.data.images import IMAGES
-from dtrain.data.seeding import Place
+from dtrain.data.images import IMAGE_COLUMNS
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
@@ -39,7 +39,7 @@ def info(settings: ImageClassification) -> TaskInfo:
         head=HEAD,
         example_row={"image": "cat.png"},
         text_columns=("image",),
-        path_columns=IMAGES,
+        path_columns=IMAGE_COLUMNS,
         pipeline_tag="image-classification",
     )
 
@@ -69,7 +69,7 @@ class ImageClassificationTask(ClassificationTask):
         self.processor = processor
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         return {**read_pixels(rows, self._folder, self.processor), "labels": label_tensor(rows["label"])}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from dtrain.config.schema import Config
-from dtrain.data.images import images_shape
-from dtrain.data.resolve_source import form_of, place_of
+from dtrain.data.images import image_row_format
+from dtrain.data.resolve_source import source_kind, source_path
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.image_processor import PixelProcessor
@@ -25,12 +25,12 @@ def image_folder(config: Config) -> Path:
     Raises:
         ConfigError: the data cannot name image files.
     """
-    if config.data.path is None or form_of(config.data) not in ("class_folders", "files"):
+    if config.data.path is None or source_kind(config.data) not in ("class_folders", "files"):
         raise ConfigError(
             f"task.name={config.task.name} reads images from data.path: a folder with train/<class>/*.png, or a table "
             "(CSV, ...) with a column of paths. Set data.path and remove data.name."
         )
-    place = place_of(config.data)
+    place = source_path(config.data)
     return place if place.is_dir() else place.parent
 
 
@@ -40,7 +40,7 @@ def prepare_images(
     """Collective. Prepares rows with paths, digests, and labels or values. One rank per node checks each file once."""
     recipe = Recipe(
         config.task.name,
-        images_shape(image_folder(config), targets),
+        image_row_format(image_folder(config), targets),
         texts=lambda _source: (),
         encode=encode,
         describe=describe,

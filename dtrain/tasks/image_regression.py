@@ -14,8 +14,8 @@ from transformers import AutoModelForImageClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import ImageRegression
-from dtrain.data.images import IMAGES
-from dtrain.data.seeding import Place
+from dtrain.data.images import IMAGE_COLUMNS
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -37,7 +37,7 @@ def info(settings: ImageRegression) -> TaskInfo:
         head=HEAD,
         example_row={"image": "cat.png"},
         text_columns=("image",),
-        path_columns=IMAGES,
+        path_columns=IMAGE_COLUMNS,
         format_prediction=lambda values, _row, _columns: _format_values(settings.targets, values),
     )
 
@@ -70,7 +70,7 @@ class ImageRegressionTask:
         self.head_config: dict[str, Any] = label_config(targets)
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Returns pixel_values, and labels (batch, targets) float64, nan for an example without targets."""
         values = [[math.nan] * len(self.names) if row is None else row for row in rows["values"]]
         return {**read_pixels(rows, self._folder, self.processor), "labels": torch.tensor(values, dtype=torch.float64)}

@@ -15,7 +15,7 @@ from transformers import AutoModelForMultipleChoice
 from dtrain.config.schema import Config
 from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
@@ -68,7 +68,7 @@ class MultipleChoiceTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Returns inputs (batch, choices, length) and labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}

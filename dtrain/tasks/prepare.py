@@ -17,7 +17,7 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.cache import Json, prepare, save_split
 from dtrain.data.sources import Source, load_sources, source_key
-from dtrain.data.tables import Shape
+from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
@@ -48,7 +48,7 @@ class Recipe:
     """
 
     task: str
-    shape: Shape
+    shape: RowFormat
     texts: Callable[[Source], Iterable[str]]
     encode: Callable[[Source, Any, Meta], datasets.Dataset]
     describe: Callable[[Mapping[str, Source], Any], Meta] = lambda _sources, _tokenizer: {}

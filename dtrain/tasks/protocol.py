@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.models.heads import Head
 
 Batch = dict[str, torch.Tensor]
@@ -81,10 +81,10 @@ class Task(Protocol):
     splits: Mapping[str, Split]
     """Encoded splits: train, validation, and further ones to evaluate."""
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Converts columns of some examples to padded tensors on the host.
 
-        Pure. Random numbers are drawn from the place only, with `dtrain.data.seeding.derive` (law 5).
+        Pure. Random numbers are drawn from the place only, with `dtrain.data.seeding.derive_seed` (law 5).
         """
         ...
 

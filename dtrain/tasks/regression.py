@@ -16,7 +16,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Regression
 from dtrain.data.glue import TASKS
 from dtrain.data.scores import SCORED
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -58,7 +58,7 @@ class RegressionTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {"num_labels": 1}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         labels = [math.nan if label is None else label for label in rows["label"]]  # nan: no target
         return {**pad_rows(self.tokenizer, inputs), "labels": torch.tensor(labels, dtype=torch.float64)}

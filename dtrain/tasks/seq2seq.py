@@ -19,9 +19,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Seq2Seq
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
-from dtrain.data.translations import translations
+from dtrain.data.translations import translation_row_format
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -98,7 +98,7 @@ class Seq2SeqTask:
             **language_generation_options(tokenizer, language),
         }
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]})
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
         batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
@@ -192,7 +192,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
 
     recipe = Recipe(
         "seq2seq",
-        translations(settings.source, settings.target),
+        translation_row_format(settings.source, settings.target),
         texts=lambda source: [*source.rows["source"], *source.rows["target"]],
         encode=encode,
         options=settings.model_dump(mode="json", exclude={"name", "metric", "label_smoothing"}),

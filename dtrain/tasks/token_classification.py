@@ -21,9 +21,9 @@ from transformers import AutoModelForTokenClassification
 from dtrain.config.schema import Config
 from dtrain.config.task import TokenClassification
 from dtrain.console import log
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
-from dtrain.data.token_tags import TAGGED, TOKENS, check_tags, tag_names
+from dtrain.data.token_tags import TAGGED, TOKEN_COLUMNS, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
@@ -52,7 +52,7 @@ def info(settings: TokenClassification) -> TaskInfo:
 
 
 def _format_tags(tags: Sequence[str | None], row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    words = next(row[name] for name in (columns.get("tokens", ""), *TOKENS) if name in row)
+    words = next(row[name] for name in (columns.get("tokens", ""), *TOKEN_COLUMNS) if name in row)
     return " ".join(word if tag is None else f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
 
 
@@ -81,7 +81,7 @@ class TokenClassificationTask:
             ("f1", "precision", "recall", "accuracy") if self._has_entities else ("accuracy",)
         )
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: Place) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
         """Returns inputs and labels (batch, length). The label of a word is at its first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         # Always on the right: places count from the first token.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.config.schema import Config
-from dtrain.data.order import StepPlan, turns
+from dtrain.data.order import StepPlan, assign_micro_batches
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name, engine_traits
 from dtrain.engine.protocol import EngineTraits
@@ -46,11 +46,9 @@ def describe(
 
 
 def _shares(config: Config, context: RankContext, steps: StepPlan, *, lock_step: bool) -> str:
-    number = len(steps.micro_batches(0))
-    shares = [
-        sum(turn.counted for turn in turns(number, rank=rank, world_size=context.world_size, lock_step=lock_step))
-        for rank in range(context.world_size)
-    ]
+    number, ranks = len(steps.micro_batches(0)), context.world_size
+    assigned = [assign_micro_batches(number, rank=rank, world_size=ranks, lock_step=lock_step) for rank in range(ranks)]
+    shares = [sum(assignment.counted for assignment in assignments) for assignments in assigned]
     spread = str(shares[0]) if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
     return (
         f"{number} micro-batches of {config.train.micro_batch_size}, {spread} per rank, {shares.count(0)} rank(s) idle"

@@ -19,10 +19,10 @@ from dtrain.commands.chat import Reply, converse, load_chat_model, run_chat
 from dtrain.commands.generate import continue_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.dialogues import ChatMessage
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.chat_format import ChatMessage
 from tests.support import tiny
 from tests.support.contexts import placed
 from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer

@@ -136,7 +136,7 @@ def test_a_hub_that_does_not_answer_is_named(tmp_path: Path, model: Path) -> Non
     assert (known.code, other.code, table.code) == (3, 3, 3)
     assert f"tester/tiny cannot be downloaded: {NOWHERE} does not answer" in known.text
     assert "model.name_or_path=tester/other: could not get tester/other/config.json" in other.text
-    assert f"the data set tester/tiny-data could not be had from {NOWHERE}" in table.text
+    assert f"the data set tester/tiny-data could not be downloaded from {NOWHERE}" in table.text
 
 
 def test_settings_that_fetch_nothing_or_too_much_are_refused(tmp_path: Path, model: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_text_that_cannot_be_answered_is_refused(
         ("causal_lm", "a.jsonl", '{"text": "a"}\n{"text": ""}\n', r"a\.jsonl, line 2: the text is empty for this"),
         ("causal_lm", "a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
         ("causal_lm", "a.csv", "foo\na\n", r"a\.csv has no column with a usual name for text"),
-        ("causal_lm", "a.xlsx", "a", r"a\.xlsx: \.xlsx is no format"),
+        ("causal_lm", "a.xlsx", "a", r"a\.xlsx: \.xlsx is not a supported format"),
         ("masked_lm", "a.txt", "the [MASK]\nthe\n", r"a\.txt, line 2 has no \[MASK\]"),
         ("masked_lm", "a.json", '[{"text": "a"}]', r"a\.json, row 1 has no \[MASK\]"),
         ("chat", "a.txt", "\n", r"a\.txt has no prompt"),

@@ -1,4 +1,4 @@
-"""The cache of prepared data: built once, whole or not at all, and the same on every node or refused."""
+"""The cache of prepared data: built once and atomically, and compared between nodes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 import datasets
 import pytest
 
-from dtrain.data.cache import Build, Prepared, fingerprint, prepare, save_split
+from dtrain.data.cache import Build, PreparedData, fingerprint, prepare, save_split
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import DataError
 
 
 class Plan:
-    """Counts how often it is asked and how often it builds."""
+    """Counts how often it is called and how often it builds."""
 
     def __init__(self, texts: list[str], key: str = "k") -> None:
         self.texts = texts
@@ -37,7 +37,7 @@ class Plan:
         return {"labels": ["x", "y"]}
 
 
-def prepared(plan: Plan, cache: Path) -> Prepared:
+def prepared(plan: Plan, cache: Path) -> PreparedData:
     return prepare(plan, cache_dir=cache, context=ONE_PROCESS)
 
 
@@ -61,7 +61,7 @@ def test_another_key_is_another_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["meta.json", "train/state.json", "train", "tokenizer/vocab.txt"])
-def test_a_folder_with_something_missing_is_built_again_with_a_warning(
+def test_an_incomplete_folder_is_rebuilt_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     folder = prepared(Plan(["a", "b"]), tmp_path).folder
@@ -78,7 +78,7 @@ def test_a_folder_with_something_missing_is_built_again_with_a_warning(
     assert str(folder) in caplog.text
 
 
-def test_a_cut_off_file_is_noticed(tmp_path: Path) -> None:
+def test_a_truncated_file_is_detected(tmp_path: Path) -> None:
     folder = prepared(Plan(["a", "b"]), tmp_path).folder
     (arrow,) = (folder / "train").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:-8])
@@ -104,7 +104,7 @@ def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_job_that_was_faster_wins_and_its_folder_is_used(tmp_path: Path) -> None:
     class Slow(Plan):
         def _build(self, folder: Path) -> Mapping[str, Any]:
-            prepared(Plan(["a"]), tmp_path)  # the other job, between our look and our publishing
+            prepared(Plan(["a"]), tmp_path)  # the other job, between our check and our publishing
             return super()._build(folder)
 
     folder = prepared(Slow(["a"]), tmp_path).folder
@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_setting(tmp_path: Path
         prepared(Plan(["a"]), tmp_path / "file" / "cache")
 
 
-def test_a_fingerprint_follows_the_rows_and_their_order_and_not_their_chunks() -> None:
+def test_a_fingerprint_depends_on_the_rows_and_their_order_and_not_on_chunks() -> None:
     rows = datasets.Dataset.from_dict({"ids": [[1, 2], [3], []], "text": ["a", "b", "\u00e4"]})
     parts = datasets.concatenate_datasets([rows.select([0]), rows.select([1, 2])])
     turned = rows.select_columns(["text", "ids"]).with_format("torch")
@@ -130,7 +130,7 @@ def test_a_fingerprint_follows_the_rows_and_their_order_and_not_their_chunks() -
     assert fingerprint(rows.rename_column("text", "words")) != fingerprint(rows)
 
 
-def test_the_log_says_rows_and_fingerprint_of_each_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_rows_and_fingerprint_of_each_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dtrain"):
         meta = prepared(Plan(["a", "b"]), tmp_path).meta
 
@@ -138,7 +138,7 @@ def test_the_log_says_rows_and_fingerprint_of_each_split(tmp_path: Path, caplog:
     assert f"data: train 2 rows {train}, validation 1 rows {validation}" in caplog.text
 
 
-def test_meta_says_what_the_folder_was_built_from(tmp_path: Path) -> None:
+def test_meta_json_records_what_the_folder_was_built_from(tmp_path: Path) -> None:
     content = json.loads((prepared(Plan(["a"], key="from here"), tmp_path).folder / "meta.json").read_text())
 
     assert content["key"] == {"key": "from here"}

@@ -1,4 +1,4 @@
-"""Dialogues from every format, and each way in which they can be wrong, with its place."""
+"""Dialogues in every format, and the error and location of every invalid one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dtrain.config.schema import Data
-from dtrain.data.dialogues import SHOWN_FIRST, dialogue_shape, read_prompts
+from dtrain.data.dialogues import FORMAT_SAMPLE_LINES, dialogue_row_format, read_prompts
 from dtrain.data.sources import load_sources
 from dtrain.errors import DataError
 
@@ -25,9 +25,9 @@ def write(path: Path, content: Any) -> Path:
 
 
 def read(path: Path, *, needs_reply: bool = False, **data: Any) -> list[tuple[int, list[tuple[str, str]]]]:
-    """Line and (role, content) of each dialogue."""
+    """Returns line and (role, content) of each dialogue."""
     settings = Data.model_validate({"path": str(path), **data})
-    rows = load_sources(settings, dialogue_shape(needs_reply=needs_reply))["train"].rows
+    rows = load_sources(settings, dialogue_row_format(needs_reply=needs_reply))["train"].rows
     return [(row["line"], [(turn["role"], turn["content"]) for turn in row["turns"]]) for row in rows]
 
 
@@ -52,16 +52,16 @@ def test_without_a_tab_a_blank_line_ends_a_dialogue(tmp_path: Path) -> None:
     ]
 
 
-def test_a_tab_behind_the_first_lines_is_a_blank_in_a_turn(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.txt", "a\nb\n\n" * (SHOWN_FIRST // 2) + "c\td\ne\n")
+def test_a_tab_after_the_sampled_lines_is_text(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "a\nb\n\n" * (FORMAT_SAMPLE_LINES // 2) + "c\td\ne\n")
 
-    assert read(file)[-1] == (3 * (SHOWN_FIRST // 2) + 1, [("user", "c\td"), ("assistant", "e")])
+    assert read(file)[-1] == (3 * (FORMAT_SAMPLE_LINES // 2) + 1, [("user", "c\td"), ("assistant", "e")])
 
 
-def test_a_line_of_one_turn_among_tabs_is_refused_and_told_where_the_tab_is(tmp_path: Path) -> None:
+def test_a_line_with_one_turn_in_a_tab_separated_file_is_refused_naming_a_line_with_a_tab(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", "hello\nhi\there\n\nwhere\n")
 
-    with pytest.raises(DataError, match=r"a\.txt, line 1: one turn only \('hello'\).*as on line 2.*tab out of line 2"):
+    with pytest.raises(DataError, match=r"a\.txt, line 1: only one turn \('hello'\).*as on line 2.*tab from line 2"):
         read(file)
 
 
@@ -86,13 +86,15 @@ def test_a_json_file_with_a_list_for_each_split_is_read_by_their_names(tmp_path:
     file = write(tmp_path / "a.json", {"valid": [["a", "b"]], "train": [["c", "d"], ["e", "f"]], "test": [["g"]]})
     data = Data.model_validate({"path": str(file), "splits": {"train": "train", "validation": "valid"}})
 
-    sources = load_sources(data, dialogue_shape(needs_reply=True))
+    sources = load_sources(data, dialogue_row_format(needs_reply=True))
 
     assert {split: [row["turns"][0]["content"] for row in source.rows] for split, source in sources.items()} == {
         "train": ["c", "e"],
         "validation": ["a"],
     }
-    with pytest.raises(DataError, match=r"data.splits names 'dev' in it, but it holds an object with valid, train"):
+    with pytest.raises(
+        DataError, match=r"data.splits names 'dev' in it, but the file holds an object with valid, train"
+    ):
         read(file, splits={"train": "dev"})
     with pytest.raises(
         DataError, match=r"no column with a usual name for the turns .*valid, train, test.*data.splits="
@@ -107,7 +109,7 @@ def test_a_dialogue_is_found_by_the_usual_names_of_its_column(tmp_path: Path, co
     assert read(file) == [(1, [("user", "a"), ("assistant", "b")])]
 
 
-def test_messages_have_roles_and_other_collections_names_for_them(tmp_path: Path) -> None:
+def test_messages_have_roles_also_by_their_aliases(tmp_path: Path) -> None:
     messages = [
         {"role": "system", "content": ""},
         {"from": "human", "value": "a"},
@@ -121,7 +123,7 @@ def test_messages_have_roles_and_other_collections_names_for_them(tmp_path: Path
     ]
 
 
-def test_data_columns_says_which_column_it_is(tmp_path: Path) -> None:
+def test_data_columns_names_the_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"turns": 7, "talk": ["a", "b"]}])
 
     assert read(file, columns={"turns": "talk"}) == [(1, [("user", "a"), ("assistant", "b")])]
@@ -133,7 +135,7 @@ USER = {"role": "user", "content": "a"}
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([], "line 2: an empty dialogue: messages has no turn. Every dialogue needs at least one"),
+        ([], "line 2: an empty dialogue: messages has no turns. Every dialogue needs at least one"),
         ("a", "line 2: messages must be a list of turns, such as .*, found 'a'"),
         (None, "line 2: messages must be a list of turns, .*, found None"),
         (
@@ -149,10 +151,10 @@ USER = {"role": "user", "content": "a"}
         ([{"role": "user", "content": "\ud800"}], "line 2, turn 1: a turn has the character .*half of a surrogate"),
         (["a", 3], "line 2, turn 2: a turn must be text, found 3"),
         (["a", USER], "line 2, turn 2: a turn must be text, found .*role"),
-        ([USER, "a"], "line 2, turn 2: expected an object with role and content, as turn 1 is, found 'a'"),
+        ([USER, "a"], "line 2, turn 2: expected an object with role and content, like turn 1, found 'a'"),
     ],
 )
-def test_what_is_no_dialogue_names_its_line_and_turn(tmp_path: Path, messages: Any, said: str) -> None:
+def test_an_invalid_dialogue_is_named_by_line_and_turn(tmp_path: Path, messages: Any, said: str) -> None:
     file = write(tmp_path / "a.jsonl", [{"messages": [USER]}, {"messages": messages}])
 
     with pytest.raises(DataError, match=f"{re.escape(str(file))}, {said}" if said.startswith("line") else said):
@@ -166,20 +168,18 @@ def test_a_row_without_the_column_of_the_first_is_named(tmp_path: Path) -> None:
         read(file)
 
 
-def test_bad_dialogues_may_be_passed_over(tmp_path: Path) -> None:
+def test_bad_dialogues_can_be_skipped(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"turns": ["a", "b"]}, {"turns": []}, {"turns": ["c", "d"]}])
 
     assert [line for line, _ in read(file, max_bad_rows=1)] == [1, 3]
 
 
 @pytest.mark.parametrize("turns", [["a"], [USER], [{"role": "system", "content": "a"}, USER]])
-def test_without_a_reply_there_is_nothing_to_learn_where_replies_are_learnt(tmp_path: Path, turns: list[Any]) -> None:
+def test_a_dialogue_without_a_reply_is_refused_if_only_replies_are_targets(tmp_path: Path, turns: list[Any]) -> None:
     file = write(tmp_path / "a.jsonl", [{"turns": ["a", "b"]}, {"turns": turns}])
 
     assert len(read(file)) == 2
-    with pytest.raises(
-        DataError, match=r"line 2: a dialogue without a reply .* nothing to learn with task.loss_on=rep"
-    ):
+    with pytest.raises(DataError, match=r"line 2: a dialogue without a reply .* no targets with task.loss_on=rep"):
         read(file, needs_reply=True)
 
 
@@ -203,7 +203,7 @@ def test_prompts_end_with_the_user_in_every_format(tmp_path: Path) -> None:
     assert [len(messages) for _, messages in read_prompts(rows)] == [1, 3, 2, 1]
 
 
-def test_a_prompt_that_the_assistant_ends_is_refused(tmp_path: Path) -> None:
+def test_a_prompt_that_ends_with_the_assistant_is_refused(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", [{"messages": [USER, {"role": "assistant", "content": "b"}]}])
 
     with pytest.raises(DataError, match=r"a\.jsonl, line 1: the last turn is the assistant's"):

@@ -13,7 +13,7 @@ from dtrain.config.schema import Data
 from dtrain.data.glue import TASKS, submission_lines
 from dtrain.data.scores import SCORED
 from dtrain.data.sources import label_names, load_sources
-from dtrain.data.tables import LABELLED
+from dtrain.data.tables import LABELED
 from dtrain.errors import ConfigError, DataError
 
 HEADERS = {
@@ -39,7 +39,7 @@ def write(folder: Path, **lines: list[str]) -> Path:
 
 
 def read(folder: Path, name: str, split: str = "train", **settings: Any) -> list[dict[str, Any]]:
-    rows = load_sources(Data(name=name, path=folder, **settings), LABELLED)[split].rows
+    rows = load_sources(Data(name=name, path=folder, **settings), LABELED)[split].rows
     return [dict(row) for row in rows]
 
 
@@ -63,7 +63,7 @@ def test_a_test_file_has_a_header_and_no_labels_also_for_cola(tmp_path: Path) ->
 def test_a_test_file_is_not_read_unless_asked_for(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."], test=["index\tsentence"])
 
-    assert list(load_sources(Data(name="cola", path=folder), LABELLED)) == ["train", "validation"]
+    assert list(load_sources(Data(name="cola", path=folder), LABELED)) == ["train", "validation"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_mnli_finds_its_label_in_train_and_dev_files_of_different_width(tmp_path
     lines = ["\t".join(MNLI_DEV), "\t".join(dev)]
     folder = write(tmp_path, train=["\t".join(MNLI_TRAIN), "\t".join(train)], dev_matched=lines, dev_mismatched=lines)
 
-    sources = load_sources(Data(name="mnli", path=folder), LABELLED)
+    sources = load_sources(Data(name="mnli", path=folder), LABELED)
 
     assert list(sources) == ["train", "validation", "validation_mismatched"]
     assert sources["train"].rows[0] == {"text": "one", "text_pair": "two", "label": "contradiction", "line": 2}
@@ -101,10 +101,10 @@ def test_mnli_finds_its_label_in_train_and_dev_files_of_different_width(tmp_path
     assert label_names(sources) == ("entailment", "neutral", "contradiction")
 
 
-def test_label_names_come_from_the_task_in_the_hubs_order_even_where_the_rows_lack_one(tmp_path: Path) -> None:
+def test_label_names_come_from_the_task_in_the_hubs_order_even_if_no_row_has_them(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."], dev=["x\t1\t\tB."])
 
-    assert label_names(load_sources(Data(name="cola", path=folder), LABELLED)) == ("unacceptable", "acceptable")
+    assert label_names(load_sources(Data(name="cola", path=folder), LABELED)) == ("unacceptable", "acceptable")
 
 
 STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
@@ -122,12 +122,12 @@ def test_stsb_has_scores_for_labels_and_keeps_their_digits(tmp_path: Path) -> No
     assert source.label_names is None
 
 
-def test_an_stsb_score_that_is_no_number_is_named_by_file_and_line(tmp_path: Path) -> None:
+def test_an_invalid_stsb_score_is_named_by_file_and_line(tmp_path: Path) -> None:
     row = ["0", "main", "f", "2012", "1", "a", "b", "one", "two"]
     lines = ["\t".join(fields) for fields in (STSB, [*row, "1.0"], [*row, "alike"])]
     folder = write(tmp_path, train=lines, dev=lines)
 
-    with pytest.raises(DataError, match=r"train\.tsv, line 3: the label 'alike' is no finite number"):
+    with pytest.raises(DataError, match=r"train\.tsv, line 3: the label 'alike' is not a finite number"):
         load_sources(Data(name="stsb", path=folder), SCORED)
 
 
@@ -154,7 +154,7 @@ def test_the_test_files_of_every_task_give_its_texts_and_no_label(tmp_path: Path
     lines = [header.replace("|" if "|" in header else " ", "\t"), row.replace("|", "\t")]
     folder = write(tmp_path, **{file.removesuffix(".tsv"): lines for file in task.test_files.values()})
 
-    shape = LABELLED if task.labels else SCORED
+    shape = LABELED if task.labels else SCORED
     sources = load_sources(Data(name=name, path=folder, splits=dict(task.test_files)), shape)
 
     assert set(sources) == set(task.submission)
@@ -164,22 +164,22 @@ def test_the_test_files_of_every_task_give_its_texts_and_no_label(tmp_path: Path
         assert source.label_names == (tuple(task.labels.values()) or None)  # known without a row that has one
 
 
-def test_a_malformed_row_of_a_test_file_is_named_for_the_answers_behind_it_would_move_up(tmp_path: Path) -> None:
+def test_a_malformed_row_of_a_test_file_is_an_error_because_skipping_would_shift_later_answers(tmp_path: Path) -> None:
     folder = write(tmp_path, test=["id\tquestion1\tquestion2", *["0\ta\tb"] * 2000, "1\tcut off"])
 
     with pytest.raises(DataError, match=r"test\.tsv, line 2002: 2 columns where this file has 3"):
-        load_sources(Data(name="qqp", path=folder, splits={"test": "test.tsv"}), LABELLED)
+        load_sources(Data(name="qqp", path=folder, splits={"test": "test.tsv"}), LABELED)
 
 
 @pytest.mark.parametrize(("name", "label"), [("stsb", -1.0), ("rte", -1)])
-def test_the_hubs_minus_ones_in_test_splits_are_no_labels(tmp_path: Path, name: str, label: float) -> None:
+def test_minus_one_in_the_hubs_test_splits_means_no_label(tmp_path: Path, name: str, label: float) -> None:
     columns: dict[str, Any] = {"sentence1": ["one"], "sentence2": ["two"], "label": [label], "idx": [0]}
     rows = datasets.Dataset.from_dict(columns)
     if name == "rte":
         rows = rows.cast_column("label", datasets.ClassLabel(names=["entailment", "not_entailment"]))
     datasets.DatasetDict(test=rows).save_to_disk(str(tmp_path))
 
-    shape = SCORED if name == "stsb" else LABELLED
+    shape = SCORED if name == "stsb" else LABELED
     source = load_sources(Data(name=name, path=tmp_path, splits={"test": "test"}), shape)["test"]
 
     assert source.rows[0] == {"text": "one", "text_pair": "two", "line": 1}
@@ -203,7 +203,7 @@ def test_the_hubs_minus_ones_in_test_splits_are_no_labels(tmp_path: Path, name: 
         ("stsb", [3.14159, -0.2, 5.01, 2.0], ["3.142", "0.000", "5.000", "2.000"]),
     ],
 )
-def test_a_submission_counts_from_0_and_answers_as_the_files_do(
+def test_a_submission_counts_from_0_and_uses_the_labels_of_the_files(
     name: str, found: list[str | float], written: list[str]
 ) -> None:
     lines = [f"{index}\t{answer}\n" for index, answer in enumerate(written)]
@@ -211,8 +211,8 @@ def test_a_submission_counts_from_0_and_answers_as_the_files_do(
     assert list(submission_lines(TASKS[name], found)) == ["index\tprediction\n", *lines]
 
 
-def test_a_submission_of_other_labels_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'POSITIVE', which is no label of this GLUE task \(negative, positive\)"):
+def test_a_submission_with_other_labels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'POSITIVE', which is not a label of this GLUE task \(negative, positive\)"):
         list(submission_lines(TASKS["sst2"], ["POSITIVE"]))
 
 
@@ -224,7 +224,7 @@ def test_qqp_skips_and_counts_malformed_rows(tmp_path: Path, caplog: pytest.LogC
     folder = write(tmp_path, train=qqp_lines(1999, "7\t1\t2\tcut off"), dev=qqp_lines(1))
 
     with caplog.at_level(logging.INFO, logger="dtrain"):
-        source = load_sources(Data(name="qqp", path=folder), LABELLED)["train"]
+        source = load_sources(Data(name="qqp", path=folder), LABELED)["train"]
 
     assert len(source.rows) == 1999
     assert "train.tsv: skipped 1 of 2000 rows" in caplog.text
@@ -234,7 +234,7 @@ def test_qqp_with_more_malformed_rows_than_the_original_is_refused(tmp_path: Pat
     folder = write(tmp_path, train=qqp_lines(1997, "7\t1\t2\tcut off", "8", "a\tb\tc\td\te\tf\tg"), dev=qqp_lines(1))
 
     with pytest.raises(DataError, match=r"train\.tsv: 3 of 2000 rows"):
-        load_sources(Data(name="qqp", path=folder), LABELLED)
+        load_sources(Data(name="qqp", path=folder), LABELED)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +249,14 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, lines: list[str], s
     folder = write(tmp_path, train=lines, dev=["x\t1\t\tB."])
 
     with pytest.raises(DataError, match=said):
-        load_sources(Data(name="cola", path=folder), LABELLED)
+        load_sources(Data(name="cola", path=folder), LABELED)
 
 
-def test_a_file_of_another_task_is_told_by_its_header(tmp_path: Path) -> None:
+def test_a_file_of_another_task_is_detected_by_its_header(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["sentence\tlabel", "a\t1"], dev=["sentence\tlabel", "a\t1"])
 
     with pytest.raises(DataError, match=r"train\.tsv, line 1: no column 'sentence1' in the header \(sentence, label\)"):
-        load_sources(Data(name="rte", path=folder), LABELLED)
+        load_sources(Data(name="rte", path=folder), LABELED)
 
 
 def test_an_empty_dev_file_is_named(tmp_path: Path) -> None:
@@ -264,19 +264,19 @@ def test_an_empty_dev_file_is_named(tmp_path: Path) -> None:
     (folder / "dev.tsv").write_bytes(b"")
 
     with pytest.raises(DataError, match=r"dev\.tsv has no rows"):
-        load_sources(Data(name="cola", path=folder), LABELLED)
+        load_sources(Data(name="cola", path=folder), LABELED)
 
 
 def test_a_missing_dev_file_is_named_with_what_the_folder_holds(tmp_path: Path) -> None:
     folder = write(tmp_path, train=["x\t1\t\tA."])
 
     with pytest.raises(DataError, match=r"dev\.tsv is missing: .* In that folder: train\.tsv"):
-        load_sources(Data(name="cola", path=folder), LABELLED)
+        load_sources(Data(name="cola", path=folder), LABELED)
 
 
 def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.header has no effect"):
-        load_sources(Data(name="cola", path=tmp_path, header=True), LABELLED)
+        load_sources(Data(name="cola", path=tmp_path, header=True), LABELED)
 
 
 def test_every_task_is_in_the_table() -> None:
@@ -285,7 +285,7 @@ def test_every_task_is_in_the_table() -> None:
 
 @pytest.mark.data
 def test_the_real_cola_has_its_published_numbers_of_rows(real_data: Path) -> None:
-    sources = load_sources(Data(name="cola", path=real_data / "CoLA"), LABELLED)
+    sources = load_sources(Data(name="cola", path=real_data / "CoLA"), LABELED)
 
     assert [len(source.rows) for source in sources.values()] == [8551, 1043]
     assert sources["train"].rows[0]["text"].startswith("Our friends won't buy this analysis")

@@ -1,4 +1,4 @@
-"""What a user reads when the hub has no such data set, or cannot or may not be asked. No server, no network."""
+"""Errors if the hub has no such data set, is unreachable, or HF_HUB_OFFLINE is set. No server, no network."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 from dtrain.config.schema import Data
 from dtrain.data import hub
 from dtrain.data.sources import load_sources, source_key
-from dtrain.data.tables import LABELLED
+from dtrain.data.tables import LABELED
 from dtrain.errors import ConfigError, DataError
 
 
 @pytest.fixture
 def closed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a hub that refuses connections: a port that is taken, and where nobody listens."""
+    """Returns the address of a hub that refuses connections: a port that is reserved but not listening."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -30,10 +30,10 @@ def closed_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield address
 
 
-def test_a_hub_that_cannot_be_reached_is_named_at_once_with_the_offline_way(closed_hub: str) -> None:
+def test_an_unreachable_hub_is_named_quickly_with_the_offline_steps(closed_hub: str) -> None:
     begin = time.monotonic()
 
-    for attempt in (source_key, lambda data: load_sources(data, LABELLED)):
+    for attempt in (source_key, lambda data: load_sources(data, LABELED)):
         with pytest.raises(DataError) as raised:
             attempt(Data(name="tester/tiny-data"))
         for words in (
@@ -62,14 +62,12 @@ def test_offline_a_data_set_that_is_not_in_the_cache_is_named(tmp_path: Path, mo
     assert "HF_HUB_OFFLINE=1" not in str(error.value), "it is set"
 
 
-def test_a_glue_task_without_a_folder_is_looked_for_on_the_hub(closed_hub: str) -> None:
+def test_a_glue_task_without_a_folder_is_loaded_from_the_hub(closed_hub: str) -> None:
     with pytest.raises(DataError, match=r"dtrain download data\.name=nyu-mll/glue data.config=cola "):
-        load_sources(Data(name="cola"), LABELLED)
+        load_sources(Data(name="cola"), LABELED)
 
 
-def test_a_name_that_is_a_folder_here_is_not_taken_for_one_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_that_is_also_a_local_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reviews").mkdir()
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Models and data sets from a hub: a server on this machine, asked by a process that knows it as HF_ENDPOINT."""
+"""Models and data sets from a hub: a local server, which a subprocess uses as HF_ENDPOINT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on"
 
 LOAD_DATA = """
 import json, sys
-from dtrain.data.tables import LABELLED
+from dtrain.data.tables import LABELED
 from dtrain.data.sources import label_names, load_sources, source_key
 from dtrain.errors import DataError
 from dtrain.config.schema import Data
@@ -31,7 +31,7 @@ for settings in json.loads(sys.argv[1]):
     data = Data(**settings)
     try:
         key = source_key(data)
-        sources = load_sources(data, LABELLED)
+        sources = load_sources(data, LABELED)
         rows = {split: [dict(row) for row in source.rows] for split, source in sources.items()}
         print(json.dumps({"revision": key["identity"]["revision"], "labels": label_names(sources), "rows": rows}))
     except DataError as error:
@@ -57,7 +57,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One configuration, as push_to_hub lays it out: Parquet below data/, class names in the card."""
+    """Writes one configuration in the layout of push_to_hub: Parquet below data/, class names in the card."""
     folder = tmp_path_factory.mktemp("data")
     features = datasets.Features(
         {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
@@ -108,9 +108,7 @@ def test_a_data_set_loads_from_the_hub_then_from_the_cache_and_fails_without_eit
     assert hub.address in unreachable["error"]
 
 
-def test_splits_may_change_places_and_what_the_hub_does_not_have_is_named_with_what_it_has(
-    tmp_path: Path, data: Path
-) -> None:
+def test_splits_can_be_swapped_and_a_missing_split_is_named_with_the_existing_ones(tmp_path: Path, data: Path) -> None:
     slices = {**TINY, "splits": {"train": "validation", "validation": "train", "test": "train[2:]"}}
     wrong: list[tuple[dict[str, Any], list[str]]] = [
         ({"name": "tester/missing"}, ["no data set tester/missing", "HF_TOKEN"]),
@@ -165,7 +163,7 @@ def train(hub: str, home: Path, out: Path, *settings: str) -> subprocess.Complet
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
 
 
-def test_a_run_takes_model_and_data_from_the_hub(tmp_path: Path, model: Path, data: Path) -> None:
+def test_a_run_loads_model_and_data_from_the_hub(tmp_path: Path, model: Path, data: Path) -> None:
     with serve_hub(models={"tester/tiny": model}, datasets={"tester/tiny-data": data}) as hub:
         done = train(hub.address, tmp_path / "home", tmp_path / "runs")
 

@@ -1,4 +1,4 @@
-"""Laws 2 and 3: which examples a step takes, and who computes them."""
+"""Laws 2 and 3: which examples a step takes, and which rank runs them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from dtrain.data.batches import evaluation_batches, step_batches
-from dtrain.data.order import StepPlan, permutation, turns
-from dtrain.data.seeding import Place
+from dtrain.data.order import StepPlan, assign_micro_batches, permutation
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.topology import SINGLE
 from dtrain.errors import DataError
 from tests.support.tiny import Table
 
 
-def test_an_epoch_holds_every_example_once_and_nothing_is_padded_in() -> None:
+def test_an_epoch_has_every_example_once_without_padding() -> None:
     plan = StepPlan(num_examples=130, global_batch_size=32, micro_batch_size=5, seed=7, shuffle=True)
 
     seen = [index for step in range(plan.steps_per_epoch) for index in plan.indices(step)]
@@ -28,7 +28,7 @@ def test_an_epoch_holds_every_example_once_and_nothing_is_padded_in() -> None:
     assert len(plan.indices(4)) == 2
 
 
-def test_epochs_differ_seeds_differ_and_file_order_is_the_identity() -> None:
+def test_epochs_and_seeds_have_different_orders_and_without_shuffling_it_is_file_order() -> None:
     shuffled = StepPlan(100, 100, 8, seed=7, shuffle=True)
     plain = StepPlan(100, 100, 8, seed=7, shuffle=False)
 
@@ -37,13 +37,13 @@ def test_epochs_differ_seeds_differ_and_file_order_is_the_identity() -> None:
     assert plain.indices(0) == plain.indices(1) == list(range(100))
 
 
-def test_the_order_is_pinned_so_that_an_old_run_can_go_on_with_a_new_version() -> None:
-    # By hand from the definition: indices sorted by SplitMix64(derive(seed, "order", epoch) + index).
-    from dtrain.data.seeding import derive
+def test_the_order_is_fixed_so_that_an_old_run_can_resume_with_a_new_version() -> None:
+    # By hand from the definition: indices sorted by SplitMix64(derive_seed(seed, "order", epoch) + index).
+    from dtrain.data.seeding import derive_seed
 
     def hashed(index: int) -> int:
         mask = 2**64 - 1
-        key = ((index + derive(3, "order", 2)) & mask) * 0x9E3779B97F4A7C15 & mask
+        key = ((index + derive_seed(3, "order", 2)) & mask) * 0x9E3779B97F4A7C15 & mask
         key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & mask
         key = (key ^ key >> 27) * 0x94D049BB133111EB & mask
         return key ^ key >> 31
@@ -70,14 +70,15 @@ def test_the_list_of_micro_batches_ends_with_a_short_one() -> None:
 @pytest.mark.parametrize("lock_step", [False, True])
 @pytest.mark.parametrize("number", [1, 3, 8])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_ranks_share_the_micro_batches_out_and_nobody_counts_one_twice(
-    number: int, world_size: int, lock_step: bool
-) -> None:
-    shares = [turns(number, rank=rank, world_size=world_size, lock_step=lock_step) for rank in range(world_size)]
+def test_every_micro_batch_is_counted_by_exactly_one_rank(number: int, world_size: int, lock_step: bool) -> None:
+    shares = [
+        assign_micro_batches(number, rank=rank, world_size=world_size, lock_step=lock_step)
+        for rank in range(world_size)
+    ]
 
-    counted = sorted(turn.micro_batch for share in shares for turn in share if turn.counted)
+    counted = sorted(assignment.micro_batch for share in shares for assignment in share if assignment.counted)
     assert counted == list(range(number))
-    assert all(turn.micro_batch == 0 for share in shares for turn in share if not turn.counted)
+    assert all(assignment.micro_batch == 0 for share in shares for assignment in share if not assignment.counted)
     assert all(len(share) >= 1 for share in shares)
     if lock_step:
         assert len({len(share) for share in shares}) == 1
@@ -86,12 +87,12 @@ def test_ranks_share_the_micro_batches_out_and_nobody_counts_one_twice(
 # What collating is told
 
 
-def test_collating_is_told_the_epoch_and_each_rows_index() -> None:
+def test_collate_gets_the_epoch_and_each_rows_index() -> None:
     plan = StepPlan(num_examples=5, global_batch_size=4, micro_batch_size=2, seed=3, shuffle=True)
     table = Table({"row": list(range(5))})
     told: list[tuple[int, list[int]]] = []
 
-    def collate(rows: Any, place: Place) -> dict[str, torch.Tensor]:
+    def collate(rows: Any, place: DataPosition) -> dict[str, torch.Tensor]:
         assert rows["row"] == list(place.example_index)
         told.append((place.epoch, list(place.example_index)))
         return {"labels": torch.zeros(len(place.example_index))}
@@ -104,8 +105,8 @@ def test_collating_is_told_the_epoch_and_each_rows_index() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_row_that_cannot_be_collated_is_named_as_it_is_whoever_prepares_it(workers: int) -> None:
-    def collate(_rows: Any, place: Place) -> dict[str, torch.Tensor]:
+def test_a_row_that_cannot_be_collated_raises_the_same_error_with_and_without_workers(workers: int) -> None:
+    def collate(_rows: Any, place: DataPosition) -> dict[str, torch.Tensor]:
         raise DataError(f"row {place.example_index[0]} is torn")
 
     batches = evaluation_batches(
@@ -116,8 +117,8 @@ def test_a_row_that_cannot_be_collated_is_named_as_it_is_whoever_prepares_it(wor
         next(batches)
 
 
-def test_a_worker_that_is_stuck_does_not_keep_its_process_from_ending() -> None:
-    """It does not hear SIGTERM, which Python and torch end it by."""
+def test_a_stuck_worker_does_not_keep_its_process_from_exiting() -> None:
+    """It ignores SIGTERM, which Python and torch send to end it."""
     code = """if True:
         import os, time
         from dtrain.data.batches import evaluation_batches

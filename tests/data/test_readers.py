@@ -1,4 +1,4 @@
-"""Files become rows with the line they began on, byte for byte, and what cannot be read is named by file and line."""
+"""Files are read as rows with line numbers, unchanged, and unreadable content is named by file and line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtrain.data.readers import Row, read_rows, whole_text
+from dtrain.data.readers import Row, read_rows, read_text
 from dtrain.errors import ConfigError, DataError
 
 
@@ -22,7 +22,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
 
 
 def rows_of(file: Path, *, delimiter: str | None = None, header: bool | None = None) -> list[Row]:
-    """All rows; raises what is wrong with the first bad one."""
+    """Returns all rows; raises the error of the first bad one."""
     rows = list(read_rows(file, delimiter=delimiter, header=header))
     for _, values in rows:
         if isinstance(values, DataError):
@@ -30,7 +30,7 @@ def rows_of(file: Path, *, delimiter: str | None = None, header: bool | None = N
     return rows
 
 
-def test_reading_goes_on_behind_a_row_that_is_not_what_its_format_says(tmp_path: Path) -> None:
+def test_reading_continues_after_a_malformed_row(tmp_path: Path) -> None:
     table = list(read_rows(write(tmp_path, "a.csv", "text,label\na,x\nb\nc,y\n"), delimiter=None, header=None))
     lines = list(
         read_rows(write(tmp_path, "a.jsonl", '{"text": "a"}\n{\n3\n{"text": "b"}'), delimiter=None, header=None)
@@ -40,7 +40,9 @@ def test_reading_goes_on_behind_a_row_that_is_not_what_its_format_says(tmp_path:
     assert [line for line, values in lines if not isinstance(values, DataError)] == [1, 4]
 
 
-def test_a_quoted_csv_field_keeps_its_delimiter_quotes_and_line_break_and_later_lines_count_on(tmp_path: Path) -> None:
+def test_a_quoted_csv_field_keeps_delimiter_quotes_and_line_break_and_later_line_numbers_are_right(
+    tmp_path: Path,
+) -> None:
     file = write(tmp_path, "a.csv", 'text,label\r\n"a ""b"", c\nd",x\r\n\r\nplain,y\r\n')
 
     assert rows_of(file) == [(2, {"text": 'a "b", c\nd', "label": "x"}), (5, {"text": "plain", "label": "y"})]
@@ -57,14 +59,14 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
 
     assert rows_of(write(tmp_path, "a.tsv", f"text\n{odd}\n")) == [(2, {"text": odd})]
     assert rows_of(write(tmp_path, "a.jsonl", json.dumps({"text": odd}, ensure_ascii=False))) == [(1, {"text": odd})]
-    assert whole_text(write(tmp_path, "a.txt", f" {odd}\r\n\n ")) == f" {odd}\r\n\n "
+    assert read_text(write(tmp_path, "a.txt", f" {odd}\r\n\n ")) == f" {odd}\r\n\n "
 
 
-def test_blanks_at_the_ends_of_a_line_belong_to_its_fields(tmp_path: Path) -> None:
+def test_blanks_at_the_ends_of_a_line_are_part_of_its_fields(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path, "a.tsv", "text\tmore\r\n  a \t b \r\n")) == [(2, {"text": "  a ", "more": " b "})]
 
 
-def test_words_that_other_readers_take_for_missing_values_stay_words(tmp_path: Path) -> None:
+def test_words_that_look_like_missing_values_are_kept(tmp_path: Path) -> None:
     file = write(tmp_path, "a.csv", "text,label\nnull,nan\nNA,\n")
 
     assert [values for _, values in rows_of(file)] == [{"text": "null", "label": "nan"}, {"text": "NA", "label": ""}]
@@ -111,7 +113,7 @@ def test_parquet_rows_are_numbered_from_one(tmp_path: Path) -> None:
 
 
 def arrow(*batches: dict[str, list[Any]], kind: Any = pa.ipc.new_stream) -> bytes:
-    """Those record batches in one of Arrow's two formats."""
+    """Returns the record batches in one of Arrow's two formats."""
     sink = pa.BufferOutputStream()
     schema = pa.table(dict(batches[0])).schema
     tables = [pa.RecordBatch.from_pydict(batch, schema=schema) for batch in batches]
@@ -122,7 +124,7 @@ def arrow(*batches: dict[str, list[Any]], kind: Any = pa.ipc.new_stream) -> byte
 
 
 @pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
-def test_arrow_rows_of_both_formats_are_numbered_through_their_batches(tmp_path: Path, kind: Any) -> None:
+def test_arrow_rows_of_both_formats_are_numbered_across_batches(tmp_path: Path, kind: Any) -> None:
     content = arrow({"text": ["a", "b"], "label": [1, 0]}, {"text": ["c"], "label": [None]}, kind=kind)
 
     found = rows_of(write(tmp_path, "a.arrow", content))
@@ -136,7 +138,7 @@ def test_arrow_rows_of_both_formats_are_numbered_through_their_batches(tmp_path:
 
 @pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
 @pytest.mark.parametrize("cut", [0, 7, 200, -40])
-def test_an_arrow_file_that_is_cut_off_is_named(tmp_path: Path, kind: Any, cut: int) -> None:
+def test_a_truncated_arrow_file_is_named(tmp_path: Path, kind: Any, cut: int) -> None:
     whole = arrow({"text": ["a" * 99, "b"] * 20}, {"text": ["c"] * 40}, kind=kind)
 
     with pytest.raises(DataError, match=r"a\.arrow: not an Arrow file that can be read \(after row \d+\): "):
@@ -144,7 +146,7 @@ def test_an_arrow_file_that_is_cut_off_is_named(tmp_path: Path, kind: Any, cut: 
 
 
 @pytest.mark.parametrize("kind", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
-def test_an_arrow_file_whose_bytes_are_damaged_is_named_and_does_no_harm(tmp_path: Path, kind: Any) -> None:
+def test_an_arrow_file_with_damaged_bytes_is_named_and_does_not_crash(tmp_path: Path, kind: Any) -> None:
     content = arrow({"text": ["abc", "de"]}, kind=kind)
     offsets = pa.array([0, 3, 5], pa.int32()).buffers()[1].to_pybytes()[:12]
     assert content.count(offsets) == 1
@@ -161,7 +163,7 @@ def test_an_arrow_file_whose_bytes_are_damaged_is_named_and_does_no_harm(tmp_pat
         ("a.csv", "text,label\na,x\nb,c,y\n", r"a\.csv, line 3: 3 columns"),
         ("a.csv", 'text,label\na,x\n"open,y\nb,z\n', r"a\.csv, line 3: not a row of CSV"),
         ("a.csv", 'text,label\n"a"b,x\n', r"a\.csv, line 2: not a row of CSV"),
-        ("a.csv", "a,a\nb,c\n", r"a\.csv, line 1: the column name 'a' is there twice"),
+        ("a.csv", "a,a\nb,c\n", r"a\.csv, line 1: the column name 'a' appears twice"),
         ("a.tsv", "text\tlabel\n\na\n", r"a\.tsv, line 3: 1 columns"),
         ("a.tsv", b"text\na\nb\xff\n", r"a\.tsv, line 3: the byte 0xff at offset 8 is not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
@@ -173,10 +175,10 @@ def test_an_arrow_file_whose_bytes_are_damaged_is_named_and_does_no_harm(tmp_pat
         ("a.parquet", b"PAR1 not really", r"a\.parquet: not a Parquet file"),
         ("a.arrow", b"ARROW1 not really", r"a\.arrow: not an Arrow file"),
         ("a.arrow", "text\na\n", r"a\.arrow: not an Arrow file"),
-        ("a.xlsx", b"", r"a\.xlsx: \.xlsx is no format"),
+        ("a.xlsx", b"", r"a\.xlsx: \.xlsx is not a supported format"),
     ],
 )
-def test_what_cannot_be_read_is_named_by_file_and_line(
+def test_unreadable_content_is_named_by_file_and_line(
     tmp_path: Path, name: str, content: str | bytes, said: str
 ) -> None:
     with pytest.raises(DataError, match=said) as raised:
@@ -194,7 +196,7 @@ def test_an_offset_counts_the_bytes_of_all_lines_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("delimiter", [",,", "\r", '"', "\n"])
-def test_a_delimiter_of_other_than_one_character_is_a_mistake_in_the_config(tmp_path: Path, delimiter: str) -> None:
+def test_a_delimiter_that_is_not_one_character_is_a_config_error(tmp_path: Path, delimiter: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.delimiter"):
         rows_of(write(tmp_path, "a.csv", "a\n"), delimiter=delimiter)
 

@@ -1,4 +1,4 @@
-"""Prepared data over several nodes: one rank of each builds, all compare. Ranks of one machine play two nodes."""
+"""Prepared data on several nodes: one rank of each builds, all compare. Ranks of one machine simulate two nodes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_one_rank_of_each_node_builds_and_all_open_the_result(tmp_path: Path) ->
     assert [result["rows"] for result in results] == [["a", "b"]] * 4
 
 
-def test_different_data_on_two_nodes_stops_all_ranks_with_a_table_of_who_has_what(tmp_path: Path) -> None:
+def test_different_data_on_two_nodes_stops_all_ranks_with_a_table_of_both(tmp_path: Path) -> None:
     results = run_ranks(two_nodes_of_two_ranks, 4, str(tmp_path), [["a", "b"], ["a", "c", "d"]])
 
     (message,) = {result["error"] for result in results}

@@ -1,4 +1,4 @@
-"""Splits from files, folders, save_to_disk and Python itself; what is cut off; labels; and every wrong way in."""
+"""Splits from files, folders, save_to_disk and Python itself; cuts and limits; labels; and errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from dtrain.config.schema import Data
 from dtrain.data.sources import Source, label_names, load_sources, source_key
-from dtrain.data.tables import LABELLED, TEXT, Shape
+from dtrain.data.tables import LABELED, TEXT, RowFormat
 from dtrain.errors import ConfigError, DataError
 
 
-def load(shape: Shape = LABELLED, **settings: Any) -> dict[str, Source]:
+def load(shape: RowFormat = LABELED, **settings: Any) -> dict[str, Source]:
     return load_sources(Data(**settings), shape)
 
 
@@ -32,7 +32,7 @@ def csv_folder(folder: Path) -> Path:
 # Which file is which split
 
 
-def test_a_folder_gives_train_and_validation_by_their_usual_names(tmp_path: Path) -> None:
+def test_a_folder_has_train_and_validation_by_their_usual_names(tmp_path: Path) -> None:
     sources = load(path=csv_folder(tmp_path))
 
     assert list(sources) == ["train", "validation"]
@@ -66,7 +66,7 @@ def test_a_folder_of_save_to_disk_keeps_its_class_names_and_their_order(tmp_path
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
-def test_a_bare_file_of_the_datasets_library_keeps_its_class_names_too(tmp_path: Path, suffix: str) -> None:
+def test_a_single_file_of_the_datasets_library_keeps_its_class_names(tmp_path: Path, suffix: str) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
     rows = datasets.Dataset.from_dict({"text": ["p", "q"], "label": [1, 0]}, features=features)
     file = tmp_path / f"train.{suffix}"
@@ -82,7 +82,7 @@ def test_a_bare_file_of_the_datasets_library_keeps_its_class_names_too(tmp_path:
         assert (source.rows["label"][:], source.label_names, source.unit) == (["a", "z"], ("z", "a"), "row")
 
 
-def test_splits_of_a_saved_folder_may_change_places(tmp_path: Path) -> None:
+def test_splits_of_a_saved_folder_can_be_swapped(tmp_path: Path) -> None:
     rows = {split: datasets.Dataset.from_dict({"text": [split], "label": ["x"]}) for split in ("train", "test")}
     datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "saved"))
 
@@ -117,17 +117,17 @@ def test_a_test_split_has_labels_in_all_rows_or_in_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"path": "nowhere"}, DataError, r"data\.path=.*nowhere does not exist\. Expected there: a file"),
+        ({"path": "nowhere"}, DataError, r"data\.path=.*nowhere does not exist\. Expected: a file"),
         ({"path": "nowhere", "name": "cola"}, DataError, r"nowhere does not exist.* train\.tsv and dev\.tsv"),
         ({"path": "", "splits": {"train": "no.csv"}}, DataError, r"no\.csv is missing: .* In that folder: other\.csv"),
         ({"path": ""}, DataError, r"holds no train\{.*In that folder: other\.csv.*data\.splits=\{train"),
         ({"path": "other.csv", "splits": {"train": "a.csv"}}, DataError, "is one file"),
         ({"path": "other.csv", "name": "python_docs"}, ConfigError, r"data\.name=null"),
-        ({"path": "other.csv", "name": "some/name"}, ConfigError, "only the files of a GLUE task"),
+        ({"path": "other.csv", "name": "some/name"}, ConfigError, "only the files of GLUE tasks"),
         ({}, ConfigError, r"set data\.name .* or data\.path"),
     ],
 )
-def test_a_source_that_is_not_there_is_named_with_what_is_expected(
+def test_a_missing_source_is_named_with_what_is_expected(
     tmp_path: Path, settings: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     (tmp_path / "other.csv").write_text("text\na\n")
@@ -139,17 +139,17 @@ def test_a_source_that_is_not_there_is_named_with_what_is_expected(
             attempt()
 
 
-def test_two_files_for_one_split_are_not_guessed_between(tmp_path: Path) -> None:
+def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
     (csv_folder(tmp_path) / "train.jsonl").write_text("{}")
 
-    with pytest.raises(DataError, match=r"train\.csv and train\.jsonl: which is the split train\?"):
+    with pytest.raises(DataError, match=r"train\.csv and train\.jsonl: which one is the split train\?"):
         load(path=tmp_path)
 
 
 # Bad rows
 
 
-def test_bad_rows_are_passed_over_as_far_as_allowed_each_with_a_warning(
+def test_as_many_bad_rows_as_allowed_are_skipped_each_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.jsonl").write_text(
@@ -161,7 +161,7 @@ def test_bad_rows_are_passed_over_as_far_as_allowed_each_with_a_warning(
     assert (texts(source), list(source.rows["line"]), source.skipped) == (["p", "q"], [1, 4], 2)
     assert "a.jsonl, line 2: text must be text, found 3" in caplog.text
     assert "a.jsonl, line 3: not JSON" in caplog.text
-    with pytest.raises(DataError, match=r"line 3: not JSON.*\(data\.max_bad_rows=1 were passed over before it\)"):
+    with pytest.raises(DataError, match=r"line 3: not JSON.*\(data\.max_bad_rows=1 were skipped before it\)"):
         load(path=tmp_path / "a.jsonl", max_bad_rows=1)
 
 
@@ -172,7 +172,7 @@ def test_a_split_of_bad_rows_only_is_empty(tmp_path: Path) -> None:
         load(path=tmp_path / "a.jsonl", max_bad_rows=9)
 
 
-# Columns
+# TextColumns
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_split_of_bad_rows_only_is_empty(tmp_path: Path) -> None:
         ("id,text,review,label", {"text_pair": "text"}, {"text": "q", "text_pair": "p", "label": "r"}),
     ],
 )
-def test_columns_are_found_by_usual_names_unless_the_config_says_which(
+def test_columns_are_found_by_usual_names_unless_the_config_names_them(
     tmp_path: Path, header: str, columns: dict[str, str], row: dict[str, str]
 ) -> None:
     (tmp_path / "a.csv").write_text(f"{header}\n0,p,q,r\n")
@@ -226,7 +226,7 @@ def test_columns_that_cannot_be_found_are_listed(
         ({"text": "\ud800", "label": 1}, r"line 2: text has the character"),
     ],
 )
-def test_a_row_that_lacks_something_is_named_by_line(tmp_path: Path, second: dict[str, Any], said: str) -> None:
+def test_an_incomplete_row_is_named_by_line(tmp_path: Path, second: dict[str, Any], said: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "a", "label": 0}) + "\n" + json.dumps(second) + "\n")
 
@@ -253,7 +253,9 @@ def test_label_names_are_the_training_labels_sorted_numbers_by_value(
     assert label_names(load(path=tmp_path / "a.csv")) == expected
 
 
-def test_an_evaluation_label_that_training_does_not_know_is_named_by_file_line_and_set(tmp_path: Path) -> None:
+def test_an_evaluation_label_that_training_lacks_is_named_by_file_and_line_with_the_known_labels(
+    tmp_path: Path,
+) -> None:
     csv_folder(tmp_path)
     (tmp_path / "dev.csv").write_text("sentence,label\nd,y\ne,seven\n")
 
@@ -261,7 +263,7 @@ def test_an_evaluation_label_that_training_does_not_know_is_named_by_file_line_a
         label_names(load(path=tmp_path))
 
 
-def test_a_data_set_that_cannot_say_its_labels_asks_for_a_train_split(tmp_path: Path) -> None:
+def test_labels_need_a_train_split_or_a_source_that_defines_them(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no train split"):
         label_names(load(path=csv_folder(tmp_path), splits={"validation": "dev.csv"}))
 
@@ -269,7 +271,7 @@ def test_a_data_set_that_cannot_say_its_labels_asks_for_a_train_split(tmp_path: 
 # Text, limit and fraction
 
 
-def test_a_text_file_is_one_row_with_every_character_it_holds(tmp_path: Path) -> None:
+def test_a_text_file_is_one_row_with_all_its_characters(tmp_path: Path) -> None:
     content = " a\r\n\n\u2028b\x0b \n"
     (tmp_path / "a.txt").write_bytes(content.encode())
 
@@ -304,7 +306,7 @@ def test_a_limit_keeps_the_first_rows_and_reads_no_further(tmp_path: Path) -> No
     assert texts(load(path=tmp_path / "a.csv", limit=1)["train"]) == ["a"]
 
 
-def test_a_fraction_is_refused_where_there_is_a_validation_split_or_too_few_rows(tmp_path: Path) -> None:
+def test_a_validation_fraction_is_refused_with_a_validation_split_or_too_few_rows(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction=0\.5 .*train, validation"):
         load(path=csv_folder(tmp_path), validation_fraction=0.5)
     with pytest.raises(DataError, match="1 rows"):
@@ -315,8 +317,8 @@ def test_the_same_rows_come_from_memory_and_from_scratch_files(tmp_path: Path) -
     data = Data(path=csv_folder(tmp_path), limit=2)
     (tmp_path / "scratch").mkdir()
 
-    in_memory = load_sources(data, LABELLED)
-    on_disk = load_sources(data, LABELLED, scratch=tmp_path / "scratch")
+    in_memory = load_sources(data, LABELED)
+    on_disk = load_sources(data, LABELED, scratch=tmp_path / "scratch")
 
     assert [list(s.rows) for s in in_memory.values()] == [list(s.rows) for s in on_disk.values()]
     assert on_disk["train"].rows.cache_files[0]["filename"].startswith(str(tmp_path / "scratch"))
@@ -331,7 +333,7 @@ def test_more_rows_than_one_batch_keep_their_order(tmp_path: Path) -> None:
     assert list(rows["line"]) == list(range(2, 2347))
 
 
-def test_pythons_own_documentation_is_a_text_that_is_always_there() -> None:
+def test_pythons_documentation_is_always_available() -> None:
     sources = load(TEXT, name="python_docs", validation_fraction=0.1)
 
     ((train,), (validation,)) = (texts(source) for source in sources.values())
@@ -356,7 +358,7 @@ def test_a_file_without_rows_is_an_empty_split(tmp_path: Path, name: str, conten
         load(TEXT, path=tmp_path / name)
 
 
-def test_plain_text_has_no_labels_to_learn(tmp_path: Path) -> None:
+def test_plain_text_is_refused_for_a_task_with_labels(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
 
     with pytest.raises(ConfigError, match=r"a\.txt is plain text without labels"):
@@ -370,7 +372,7 @@ def test_text_can_be_taken_from_a_table_with_labels(tmp_path: Path) -> None:
 # Identity
 
 
-def test_a_key_follows_content_and_settings_and_not_the_place(tmp_path: Path) -> None:
+def test_a_key_depends_on_content_and_settings_and_not_on_the_path(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     key = source_key(Data(path=csv_folder(tmp_path / "one")))
@@ -383,7 +385,7 @@ def test_a_key_follows_content_and_settings_and_not_the_place(tmp_path: Path) ->
     assert source_key(Data(path=tmp_path / "two")) != key
 
 
-def test_the_key_of_a_saved_folder_does_not_change_by_using_it(tmp_path: Path) -> None:
+def test_using_a_saved_folder_does_not_change_its_key(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["p"], "label": ["x"]}).save_to_disk(str(tmp_path / "saved"))
     key = source_key(Data(path=tmp_path / "saved"))
 

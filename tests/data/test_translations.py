@@ -1,4 +1,4 @@
-"""Pairs of texts from files: languages, columns, their usual names, and every row that cannot be used, by its line."""
+"""Pairs of texts from files: languages, columns, their usual names, and the errors of bad rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from dtrain.config.schema import Data
 from dtrain.data.sources import load_sources
-from dtrain.data.translations import translations
+from dtrain.data.translations import translation_row_format
 from dtrain.errors import ConfigError, DataError
 
 
@@ -28,7 +28,7 @@ def pair(english: Any, romanian: Any) -> dict[str, Any]:
 def read(
     folder: Path, source: str | None = "en", target: str | None = "ro", **data: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    sources = load_sources(Data(path=folder, **data), translations(source, target))
+    sources = load_sources(Data(path=folder, **data), translation_row_format(source, target))
     return {split: list(found.rows) for split, found in sources.items()}
 
 
@@ -36,22 +36,22 @@ GOOD = [pair("a cat", "o pisic\u0103"), pair("", "c\u00e2ine")]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_both_languages_of_a_translation_are_read_as_they_are(tmp_path: Path, suffix: str) -> None:
+def test_both_languages_of_a_translation_are_read_unchanged(tmp_path: Path, suffix: str) -> None:
     rows = read(write(tmp_path, GOOD, suffix=suffix))["train"]
 
     assert [(row["source"], row["target"]) for row in rows] == [("a cat", "o pisic\u0103"), ("", "c\u00e2ine")]
     assert [row["line"] for row in rows] == [1, 2]
 
 
-def test_the_direction_is_the_settings_business(tmp_path: Path) -> None:
+def test_the_settings_decide_the_direction(tmp_path: Path) -> None:
     rows = read(write(tmp_path, GOOD), source="ro", target="en")["train"]
 
     assert (rows[0]["source"], rows[0]["target"]) == ("o pisic\u0103", "a cat")
 
 
-def test_translations_without_a_direction_are_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_translations_without_a_direction_are_refused_with_the_languages_in_the_data(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"has translations \(en, ro\): say from which .* task.source=en task.target="
+        ConfigError, match=r"has translations \(en, ro\): set the languages .* task.source=en task.target="
     ):
         read(write(tmp_path, GOOD), source=None, target=None)
 
@@ -59,18 +59,18 @@ def test_translations_without_a_direction_are_refused_with_what_there_is(tmp_pat
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"translation": {"en": "x"}}, r"line 2: translation lacks the side 'ro'; it has en"),
-        ({"translation": {}}, r"line 2: translation lacks the side 'en'; it has none"),
+        ({"translation": {"en": "x"}}, r"line 2: translation has no language 'ro'; it has en"),
+        ({"translation": {}}, r"line 2: translation has no language 'en'; it has none"),
         (pair("x", None), r"line 2: translation.ro must be text, found None"),
         (pair(7, "x"), r"line 2: translation.en must be text, found 7"),
         (pair(["x"], "x"), r"line 2: translation.en must be text, found \['x'\]"),
         (pair("\ud800", "x"), r"line 2: translation.en has the character .*surrogate"),
-        ({"translation": "x"}, r"line 2: translation must hold a text for each language.*found 'x'"),
-        ({"translation": None}, r"line 2: translation must hold a text for each language.*found None"),
+        ({"translation": "x"}, r"line 2: translation must have a text for each language.*found 'x'"),
+        ({"translation": None}, r"line 2: translation must have a text for each language.*found None"),
         ({"text": "x"}, r"line 2: the column 'translation' is missing; the row has text"),
     ],
 )
-def test_a_side_that_is_missing_or_no_text_names_file_line_and_side(tmp_path: Path, bad: Any, says: str) -> None:
+def test_a_missing_or_invalid_text_is_named_by_file_line_and_language(tmp_path: Path, bad: Any, says: str) -> None:
     write(tmp_path, [GOOD[0], bad])
 
     with pytest.raises(DataError, match=rf"train.jsonl, {says}"):
@@ -79,7 +79,7 @@ def test_a_side_that_is_missing_or_no_text_names_file_line_and_side(tmp_path: Pa
 
 
 def test_a_language_that_no_row_has_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train.jsonl, line 1: translation lacks the side 'de'; it has en, ro"):
+    with pytest.raises(DataError, match=r"train.jsonl, line 1: translation has no language 'de'; it has en, ro"):
         read(write(tmp_path, GOOD), target="de")
 
 
@@ -93,14 +93,16 @@ def test_a_language_that_no_row_has_is_named(tmp_path: Path) -> None:
         (("dialogue", "summary"), {"id": "1", "dialogue": "A", "summary": "B"}),
     ],
 )
-def test_the_usual_names_of_two_columns_are_known(tmp_path: Path, names: tuple[str, str], row: dict[str, Any]) -> None:
+def test_pairs_of_columns_are_found_by_their_usual_names(
+    tmp_path: Path, names: tuple[str, str], row: dict[str, Any]
+) -> None:
     found = read(write(tmp_path, [row]), source=None, target=None)["train"][0]
 
     assert (found["source"], found["target"]) == ("A", "B")
     assert (row[names[0]], row[names[1]]) == ("A", "B")
 
 
-def test_columns_go_by_the_settings_before_the_usual_names(tmp_path: Path) -> None:
+def test_the_settings_override_the_usual_column_names(tmp_path: Path) -> None:
     write(tmp_path, [{"text": "A", "summary": "B", "title": "C"}])
 
     by_data = read(tmp_path, None, None, columns={"source": "text", "target": "title"})["train"][0]
@@ -109,7 +111,7 @@ def test_columns_go_by_the_settings_before_the_usual_names(tmp_path: Path) -> No
     assert (by_data["source"], by_data["target"]) == (by_task["source"], by_task["target"]) == ("A", "C")
 
 
-def test_columns_that_are_named_count_also_beside_translations(tmp_path: Path) -> None:
+def test_configured_columns_are_used_even_if_there_are_translations(tmp_path: Path) -> None:
     write(tmp_path, [{**GOOD[0], "one": "A", "two": "B"}])
 
     row = read(tmp_path, columns={"source": "one", "target": "two"})["train"][0]
@@ -133,7 +135,7 @@ def test_comma_separated_pairs_without_a_header_go_by_number(tmp_path: Path) -> 
     assert (row["source"], row["target"]) == ("a, b", "c")
 
 
-def test_columns_that_are_not_there_are_said_with_those_that_are(tmp_path: Path) -> None:
+def test_missing_columns_are_named_with_the_existing_ones(tmp_path: Path) -> None:
     write(tmp_path, [{"one": "A", "two": "B"}])
 
     with pytest.raises(DataError, match=r"no column with a usual name for the source .*Its columns: one, two"):
@@ -143,14 +145,14 @@ def test_columns_that_are_not_there_are_said_with_those_that_are(tmp_path: Path)
     with pytest.raises(DataError, match=r"no column 'six', which data.columns.target names"):
         read(tmp_path, None, None, columns={"source": "one", "target": "six"})
     with pytest.raises(
-        ConfigError, match=r"data.columns.label is not a column that is read. Those are source and targ"
+        ConfigError, match=r"data.columns.label is not a column that this task reads. Those are source and targ"
     ):
         read(tmp_path, None, None, columns={"label": "one"})
     with pytest.raises(DataError, match=r"no column with a usual name for the target"):
         read(write(tmp_path, [{"text": "A", "two": "B"}]), None, None)
 
 
-def test_a_column_that_is_no_text_names_its_line(tmp_path: Path) -> None:
+def test_a_column_without_text_is_named_by_line(tmp_path: Path) -> None:
     write(tmp_path, [{"text": "A", "summary": "B"}, {"text": "A", "summary": None}])
 
     with pytest.raises(DataError, match=r"train.jsonl, line 2: summary must be text, found None"):
@@ -186,7 +188,7 @@ def test_a_saved_data_set_of_the_hubs_form_is_read(tmp_path: Path) -> None:
     assert [row["target"] for row in found["validation"]] == ["o pisic\u0103", "c\u00e2ine"]
 
 
-def test_plain_text_is_no_pair(tmp_path: Path) -> None:
+def test_plain_text_is_refused_for_pairs(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("a cat\n")
 
     with pytest.raises(ConfigError, match=r"train.txt is plain text"):

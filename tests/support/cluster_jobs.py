@@ -315,7 +315,7 @@ BEFORE_IT_STARTS = {
     "clock of node2 an hour ahead": Planted(clock_off, "node2: its clock is 3600 s ahead"),
     "port taken on node1": Planted(port_taken, f"node1: port {PORT} is in use there", options=("--master-port", PORT)),
     "other data on node2": Planted(
-        other_data, r"the data \(train\) on node2 are not those on node1", code=3, is_found_by_preflight=False
+        other_data, r"the data \(train\) on node2 differ from those on node1", code=3, is_found_by_preflight=False
     ),
 }
 """Faults on a cluster of two nodes."""

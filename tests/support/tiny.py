@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 
-HERE = Place(0, ())
+HERE = DataPosition(0, ())
 """For tasks that draw nothing at random."""
 
 WORDS = [

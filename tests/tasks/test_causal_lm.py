@@ -14,7 +14,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
-from dtrain.data.packing import pieces_of
+from dtrain.data.packing import split_into_segments
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.errors import ConfigError, DataError
@@ -361,11 +361,11 @@ def test_packed_documents_are_judged_as_each_is_alone(tmp_path: Path, stride: in
     losses = []
     for text in DOCUMENTS:
         ids = made.tokenizer(text)["input_ids"]
-        for piece in pieces_of(ids, max_length=6, stride=stride or 6):
+        for segment in split_into_segments(ids, max_length=6, stride=stride or 6):
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([piece.ids[:-1]])).logits[0].log_softmax(-1)
-            places = range(len(piece.ids) - 1 - piece.scored, len(piece.ids) - 1)
-            losses += [-float(logits[place, piece.ids[place + 1]]) for place in places]
+                logits = model(input_ids=torch.tensor([segment.ids[:-1]])).logits[0].log_softmax(-1)
+            places = range(len(segment.ids) - 1 - segment.scored, len(segment.ids) - 1)
+            losses += [-float(logits[place, segment.ids[place + 1]]) for place in places]
     assert len(losses) == sum(max(len(text) - 1, 0) for text in DOCUMENTS)
     assert result.metrics["loss"] == pytest.approx(math.fsum(losses) / len(losses), rel=1e-9)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dtrain.config.task import CausalLm
-from dtrain.data.packing import pieces_of, rows_of
+from dtrain.data.packing import pack_segments, split_into_segments
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.forward_only import ForwardOnly
 from dtrain.tasks.causal_lm import CausalLmTask
@@ -45,8 +45,10 @@ def task(kind: str) -> CausalLmTask:
         texts = tiny.sentences(rows, seed=rows)[list(range(rows))]["input_ids"]
         if kind == "windows":
             texts = [[token for text in texts for token in text]]
-        pieces = [piece for text in texts for piece in pieces_of(text, max_length=MAX_LENGTH, stride=stride)]
-        splits[split] = Table(rows_of(pieces, room=MAX_LENGTH if kind == "documents" else None))
+        segments = [
+            segment for text in texts for segment in split_into_segments(text, max_length=MAX_LENGTH, stride=stride)
+        ]
+        splits[split] = Table(pack_segments(segments, row_length=MAX_LENGTH if kind == "documents" else None))
     settings = CausalLm(name="causal_lm", **options)
     words = {"train": 99, "validation": 77}
     return CausalLmTask(splits, tiny.tokenizer(), max_length=MAX_LENGTH, is_char=False, words=words, settings=settings)

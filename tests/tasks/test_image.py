@@ -11,8 +11,8 @@ from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import nn
 
 from dtrain.config.schema import Config, Data
-from dtrain.data.images import images_shape
-from dtrain.data.resolve_source import form_of
+from dtrain.data.images import image_row_format
+from dtrain.data.resolve_source import source_kind
 from dtrain.data.sources import load_sources, source_key
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def landmarks(tmp_path: Path) -> Path:
 def test_class_folders_are_found_and_their_names_are_the_labels(folders: Path) -> None:
     task = prepared(folders)
 
-    assert form_of(Data(path=folders)) == "class_folders"
+    assert source_kind(Data(path=folders)) == "class_folders"
     assert task.labels == ("blue", "green", "red")
     assert {split: len(rows) for split, rows in task.splits.items()} == {"train": 7, "validation": 4}
     rows = task.splits["train"][list(range(7))]
@@ -70,7 +70,7 @@ def test_class_folders_are_found_and_their_names_are_the_labels(folders: Path) -
 def test_the_order_mixes_the_classes_so_that_a_part_has_some_of_each(tmp_path: Path) -> None:
     folder = pictures.write_class_folders(tmp_path / "colours", train=30, validation=0)
 
-    sources = load_sources(Data(path=folder, validation_fraction=0.5), images_shape(folder))
+    sources = load_sources(Data(path=folder, validation_fraction=0.5), image_row_format(folder))
 
     assert {len(source.rows.unique("label")) for source in sources.values()} == {3}
 
@@ -88,7 +88,7 @@ def test_other_pixels_under_the_same_names_are_other_rows(tmp_path: Path) -> Non
     digests = []
     for number in (0, 1):
         folder = pictures.write_class_folders(tmp_path / str(number), train=3, validation=0, seed=number)
-        digests.append(load_sources(Data(path=folder), images_shape(folder))["train"].rows["digest"][:])
+        digests.append(load_sources(Data(path=folder), image_row_format(folder))["train"].rows["digest"][:])
     assert digests[0] != digests[1]
 
 
@@ -215,7 +215,7 @@ def test_a_file_that_is_no_image_is_named_with_its_line_and_may_be_passed_over(l
     (landmarks / "images" / "train-2.png").write_text("not an image")
 
     with pytest.raises(
-        DataError, match=r"train.csv, line 4: .*images/train-2.png is not an image: it begins like none"
+        DataError, match=r"train.csv, line 4: .*images/train-2.png is not an image: Pillow does not recognize"
     ):
         prepared(landmarks, task=LANDMARKS)
     assert len(prepared(landmarks, task=LANDMARKS, max_bad_rows=1).splits["train"]) == 4

@@ -18,7 +18,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import MaskedLm
 from dtrain.data.batches import evaluation_batches
-from dtrain.data.seeding import Place
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
@@ -48,7 +48,7 @@ def task(*, seed: int = 0, splits: Any = None, tokenizer: Any = None, **settings
 
 
 def collate(judge: MaskedLmTask, indices: Sequence[int], epoch: int = 0) -> dict[str, torch.Tensor]:
-    return judge.collate(ROWS[list(indices)], Place(epoch, list(indices)))
+    return judge.collate(ROWS[list(indices)], DataPosition(epoch, list(indices)))
 
 
 def row_of(batch: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[int]]:
@@ -76,7 +76,7 @@ def test_labels_are_the_hidden_tokens_and_the_rest_is_as_it_was() -> None:
 def test_of_15_percent_80_are_masked_10_replaced_by_no_special_token_and_10_left() -> None:
     length, rows = 200, 300
     ids = [[CLS, *(5 + place % 20 for place in range(length)), SEP]] * rows
-    batch = task().collate({"input_ids": ids}, Place(0, range(rows)))
+    batch = task().collate({"input_ids": ids}, DataPosition(0, range(rows)))
 
     wanted = batch["labels"] != IGNORED
     shown, truth = batch["input_ids"][wanted], batch["labels"][wanted]
@@ -94,7 +94,7 @@ def test_of_15_percent_80_are_masked_10_replaced_by_no_special_token_and_10_left
 def test_every_example_has_a_target_and_one_of_special_tokens_none() -> None:
     judge = task(mask_probability=1e-9)
 
-    batch = judge.collate({"input_ids": [[CLS, 7, SEP], [CLS, SEP], [CLS, 8, 9, SEP]]}, Place(0, [0, 1, 2]))
+    batch = judge.collate({"input_ids": [[CLS, 7, SEP], [CLS, SEP], [CLS, 8, 9, SEP]]}, DataPosition(0, [0, 1, 2]))
 
     assert (batch["labels"] != IGNORED).sum(dim=1).tolist() == [1, 0, 1]
     assert judge.targets(batch) == Targets(2.0, 2)
@@ -113,12 +113,12 @@ def test_words_are_hidden_whole() -> None:
     ids = [[CLS, *(5 + place % 20 for place in range(60)), SEP]] * 20
     rows = {"input_ids": ids, "word_ids": words}
 
-    labels = task(whole_word=True).collate(rows, Place(0, range(20)))["labels"]
+    labels = task(whole_word=True).collate(rows, DataPosition(0, range(20)))["labels"]
 
     hidden = (labels[:, 1:-1] != IGNORED).view(20, 20, 3)  # example, word, token
     assert torch.equal(hidden.any(dim=2), hidden.all(dim=2))
     assert 0 < int(hidden.any(dim=2).sum()) < 200
-    by_token = task().collate({"input_ids": ids}, Place(0, range(20)))["labels"]
+    by_token = task().collate({"input_ids": ids}, DataPosition(0, range(20)))["labels"]
     hidden = (by_token[:, 1:-1] != IGNORED).view(20, 20, 3)
     assert not torch.equal(hidden.any(dim=2), hidden.all(dim=2))
 
@@ -142,7 +142,7 @@ def test_a_mask_is_drawn_anew_for_another_epoch_seed_or_example() -> None:
     assert row_of(collate(task(), [5], epoch=1), 0) != base
     assert row_of(collate(task(seed=1), [5]), 0) != base
     rows = {"input_ids": [ROWS[[5]]["input_ids"][0]] * 2}
-    twins = task().collate(rows, Place(0, [5, 6]))
+    twins = task().collate(rows, DataPosition(0, [5, 6]))
     assert row_of(twins, 0) == base
     assert row_of(twins, 1) != base
 
@@ -205,7 +205,7 @@ def test_a_batch_without_targets_has_a_loss_of_nothing_that_still_has_a_gradient
     model = Says([0.0] * 25)
     model.logits = nn.Parameter(model.logits)  # type: ignore[assignment]
 
-    batch = task().collate({"input_ids": [[CLS, SEP]]}, Place(0, [0]))
+    batch = task().collate({"input_ids": [[CLS, SEP]]}, DataPosition(0, [0]))
     loss = task().loss(model, batch)
 
     assert (float(loss.detach()), loss.requires_grad) == (0.0, True)

@@ -17,7 +17,7 @@ from torch import nn
 from dtrain.config.schema import Config, Data
 from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
-from dtrain.data.resolve_source import form_of
+from dtrain.data.resolve_source import source_kind
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.split_readers import hub_name
 from dtrain.distributed.rank_context import ONE_PROCESS
@@ -159,7 +159,7 @@ def test_quotes_and_commas_belong_to_an_ending(tmp_path: Path) -> None:
 
 
 def test_without_a_path_swag_comes_from_the_hub() -> None:
-    assert form_of(Data(name="swag")) == "hub"
+    assert source_kind(Data(name="swag")) == "hub"
     assert hub_name(Data(name="swag")) == ("allenai/swag", "regular")
     assert hub_name(Data(name="swag", config="full")) == ("allenai/swag", "full")
 
@@ -202,7 +202,7 @@ def test_class_numbers_of_a_saved_data_set_are_choices(tmp_path: Path) -> None:
         (HEADER + ROW[:-2] + "1.5\n", r"line 2: label is '1.5', expected the number"),
         (HEADER + ROW[:-2] + "gold\n", r"line 2: label is 'gold', expected the number"),
         (HEADER + ROW + ROW[:-2] + "\n", r"line 3: no label \(label is ''\)"),
-        ("sent1,sent2,ending0,label\na,b,c,0\n", r"train.csv has no column ending1\. .*two endings at least.*ending0"),
+        ("sent1,sent2,ending0,label\na,b,c,0\n", r"train.csv has no column ending1\. .*at least two endings.*ending0"),
         ("sent1,sent2,ending0,ending2,label\na,b,c,d,0\n", r"has no column ending1"),
         ("sent1,sent2,ending1,ending2,label\na,b,c,d,0\n", r"has no column ending0"),
         ("sent1,ending0,ending1,label\na,b,c,0\n", r"has no column sent2"),
@@ -224,5 +224,5 @@ def test_a_bad_row_may_be_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_not_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.columns.text is not a column that is read"):
+    with pytest.raises(ConfigError, match=r"data.columns.text is not a column that this task reads"):
         load(write(tmp_path, train=HEADER + ROW), columns={"text": "sent1"})

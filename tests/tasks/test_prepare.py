@@ -56,9 +56,9 @@ def test_rows_that_cannot_be_encoded_are_passed_over_in_their_order(
 
     assert found["half"][:] == ["on", "e", "th", "ree", "fi", "ve"]
     assert rows.skipped == 2
-    assert [text for text in said.messages if "passed over" in text] == [
-        "data: passed over: a.jsonl, line 2: it is bad",
-        "data: passed over: a.jsonl, line 4: it is bad",
+    assert [text for text in said.messages if "data: skipped:" in text] == [
+        "data: skipped: a.jsonl, line 2: it is bad",
+        "data: skipped: a.jsonl, line 4: it is bad",
     ]
 
 
@@ -74,7 +74,7 @@ def test_they_count_with_those_that_cannot_be_read(tmp_path: Path) -> None:
     rows, settings = source(tmp_path, ["one", 2, "bad", "bad"], max_bad_rows=2)
 
     assert rows.skipped == 1
-    with pytest.raises(DataError, match=r"line 4: it is bad \(data\.max_bad_rows=2 were passed over before it\)"):
+    with pytest.raises(DataError, match=r"line 4: it is bad \(data\.max_bad_rows=2 were skipped before it\)"):
         map_rows(rows, encode, settings)
 
 

@@ -397,9 +397,7 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
     rows = load(write(tmp_path, train=squad((context, [question("\u732b", 5)]))))["train"].rows
 
     assert rows[0]["answers"] == ["\u732b"]
-    with pytest.raises(
-        DataError, match=r"answer_start=13 does not fit.*it stands at 5\). answer_start counts characters"
-    ):
+    with pytest.raises(DataError, match=r"answer_start=13 does not fit.*it is at 5\). answer_start counts characters"):
         load(write(tmp_path, train=squad((context, [question("\u732b", 13)]))))
 
 
@@ -407,14 +405,14 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
     ("questions", "said"),
     [
         ([question("a", 0), question("dog", 3)], r"train.json, row 2: answer_start=3 does not fit: expected 'dog' there, "
-         r"found 'og' \(it stands at 2\)"),
+         r"found 'og' \(it is at 2\)"),
         ([question("bird", 0)], r"row 1: answer_start=0 does not fit: expected 'bird' there, found 'a do' \(it is not in"),
         ([question("a", -5)], r"answer_start=-5 does not fit: expected 'a' there, found ''"),
         ([question("a", "0")], r"row 1: answer_start of 'a' must be a number of characters, found '0'"),
         ([question("", 0)], r"row 1: the text of an answer is empty"),
         ([question(None, 0)], r"row 1: the text of an answer must be text, found None"),
         ([{"question": "what", "answers": [], "is_impossible": True}], r"row 1: the question has no answer. This task"),
-        ([{"question": "what", "answers": "a"}], r"row 1: expected answers such as .*found 'a'. CSV and TSV cannot"),
+        ([{"question": "what", "answers": "a"}], r"row 1: expected answers such as .*found 'a'. CSV and TSV do not support this"),
         ([{"question": "what", "answers": {"text": ["a"], "answer_start": []}}], r"1 text but 0 answer_start"),
         ([{"question": 3, "answers": []}], r"row 1: question must be text, found 3"),
         ([{"answers": []}], r"train.json has no column question. A question has context"),

@@ -191,7 +191,7 @@ def test_numbers_of_json_and_parquet_keep_every_digit(folder: Path) -> None:
 def test_a_label_that_is_no_finite_number_is_named_by_file_and_line(folder: Path, label: str) -> None:
     (folder / "train.csv").write_text(f'sentence,score\na cat,1\na dog,"{label}"\n')
 
-    with pytest.raises(DataError, match=rf"train\.csv, line 3: the label '{label}' is no finite number"):
+    with pytest.raises(DataError, match=rf"train\.csv, line 3: the label '{label}' is not a finite number"):
         prepare(folder)
 
 
@@ -200,7 +200,7 @@ def test_a_json_label_that_is_no_finite_number_is_named_by_line(folder: Path, la
     (folder / "train.csv").unlink()
     (folder / "train.jsonl").write_text(f'{{"text": "a", "label": 1}}\n{{"text": "a", "label": {label}}}\n')
 
-    with pytest.raises(DataError, match=r"train\.jsonl, line 2: the label .* is no finite number"):
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2: the label .* is not a finite number"):
         prepare(folder)
 
 

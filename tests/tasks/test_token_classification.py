@@ -279,8 +279,8 @@ def test_columns_may_have_other_names_and_tags_be_numbers(tmp_path: Path) -> Non
             "the O\ncat\n\na O\n",
             r"train.conll, line 2: found 'cat', expected a token and its tag, separated by a blank",
         ),
-        ("\nthe\ncat O\n", r"train.conll, line 3: found 'cat O', expected a token alone, as above it"),
-        ("the\ncat\n", r"train.conll has no tags: 'the' stands alone on the first line that is not empty, expected"),
+        ("\nthe\ncat O\n", r"train.conll, line 3: found 'cat O', expected only a token, as above it"),
+        ("the\ncat\n", r"train.conll has no tags: the first nonempty line has only 'the', expected"),
         ("\n-DOCSTART- O\n\n", r"train.conll has no rows"),
     ],
 )
@@ -297,7 +297,10 @@ def test_what_is_wrong_with_a_text_is_named_with_its_line(tmp_path: Path, text: 
             r"train.jsonl, line 2: 3 tokens but 2 tags: each token needs",
         ),
         ({"tokens": ["a", "b"], "tags": ["O", None]}, r"line 2: 'b' has no tag in tags"),
-        ({"tokens": "a b", "tags": ["O", "O"]}, r"line 2: tokens must be a list, found 'a b'\. CSV and TSV have none"),
+        (
+            {"tokens": "a b", "tags": ["O", "O"]},
+            r"line 2: tokens must be a list, found 'a b'\. CSV and TSV have no lists",
+        ),
         ({"tokens": ["a", 1], "tags": ["O", "O"]}, r"line 2: tokens, item 2 must be text, found 1"),
         ({"tokens": ["a"], "tags": [["O"]]}, r"line 2: a label is a name or a number, found \['O'\]"),
         ({"tokens": [], "tags": []}, r"line 2: tokens is empty"),
