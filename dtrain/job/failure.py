@@ -26,7 +26,7 @@ from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, TopologyError
 from dtrain.runs.folder import write_exit
-from dtrain.runs.lock import is_anothers
+from dtrain.runs.lock import is_held_by_another_job
 
 if TYPE_CHECKING:
     from dtrain.job.watchdog.client import Watch
@@ -89,7 +89,7 @@ def own_peer() -> Peer:
 
 def write_down(end: End, config: Config, heartbeat: Heartbeat) -> None:
     """Writes exit.json where the run's folder is there and no other job works in it; the first writer wins."""
-    if config.run_dir.is_dir() and not is_anothers(config.run_dir, heartbeat.lock):
+    if config.run_dir.is_dir() and not is_held_by_another_job(config.run_dir, heartbeat.lock):
         write_exit(config.run_dir / "exit.json", **asdict(end))
 
 

@@ -15,16 +15,16 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import RunFolder, claim, state, unwritable
+from dtrain.runs.folder import RunFolder, claim, folder_state, unwritable_error
 from dtrain.runs.lock import locked
-from dtrain.runs.resume_policy import Action, Checkpoints, decide, going_on, is_started_again
+from dtrain.runs.resume_policy import AvailableCheckpoints, StartAction, decide_start, is_relaunch, resume_settings
 
 
 @dataclass(frozen=True)
 class Taken:
     """What becomes of a start. checkpoint: to go on from; None: from the beginning."""
 
-    action: Action
+    action: StartAction
     checkpoint: Chosen | None
 
 
@@ -48,21 +48,21 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
 
     def hold() -> tuple[str, bool]:
         """The lock's id, and whether this is the same job again."""
-        if state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
+        if folder_state(folder.path) == "foreign":  # what is not ours is refused below, and not even touched
             return "", False
         lock_id = ""
         try:
             held = locked(folder.path, command=command, on_loss=context.heartbeat.disown_folder)
             lock_id = lock.enter_context(held).id
         except OSError as error:
-            refusals.append(unwritable(folder, error))
-        return lock_id, is_started_again(folder, context.topology.launches)
+            refusals.append(unwritable_error(folder, error))
+        return lock_id, is_relaunch(folder, context.topology.launches)
 
     def work() -> dict[str, object]:
         # config.yaml may be of a start that came to no checkpoint.
         changes = differences(chosen.config_text if chosen is not None else folder.old_config(), asked)
         try:
-            decision = decide(asked, command=command, changes=changes, checkpoints=there)
+            decision = decide_start(asked, command=command, changes=changes, checkpoints=there)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is the run's own, and the latest
             raise
@@ -78,8 +78,8 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
 
     try:
         lock_id, is_again = on_main(hold, context)
-        asked = going_on(config) if is_again else config
-        chosen, there = _checkpoints(asked, context) if command == "train" else (None, Checkpoints())
+        asked = resume_settings(config) if is_again else config
+        chosen, there = _checkpoints(asked, context) if command == "train" else (None, AvailableCheckpoints())
         told = on_main(work, context)
     except ConfigError as error:
         error.is_noted = False
@@ -87,20 +87,20 @@ def _take(config: Config, context: RankContext, command: str, lock: ExitStack) -
     for note in told["notes"]:
         log.info("%s", note)
     context.heartbeat.own_folder(lock_id)
-    action: Action = told["action"]
-    chosen = chosen if action == "go_on" else None
+    action: StartAction = told["action"]
+    chosen = chosen if action == "resume" else None
     if command == "train" and action != "already_finished":
         select.set_newer_aside(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return Taken(action, chosen)
 
 
-def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, Checkpoints]:
+def _checkpoints(config: Config, context: RankContext) -> tuple[Chosen | None, AvailableCheckpoints]:
     """Collective. What a training run could go on from, and the whole of what there is."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
-        return None, Checkpoints()
+        return None, AvailableCheckpoints()
     if resume != "auto":
         chosen = select.at(Path(resume), context, named_by="checkpoint.resume")
-        return chosen, Checkpoints(chosen.step, given=True)
+        return chosen, AvailableCheckpoints(chosen.step, is_user_choice=True)
     found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
-    return found, Checkpoints(found.step if found is not None else None, damaged)
+    return found, AvailableCheckpoints(found.step if found is not None else None, damaged)

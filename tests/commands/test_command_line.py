@@ -200,7 +200,7 @@ def test_a_finished_run_is_left_as_it_is(finished: Path) -> None:
     other = again(finished, "optim.learning_rate=0.5", "train.log_every=2")
 
     assert (same.code, never.code, other.code) == (0, 2, 2)
-    assert f"{finished} is finished already" in same.text
+    assert f"{finished} is already finished" in same.text
     assert "holds a finished run, and checkpoint.resume=never" in never.text
     assert "  optim.learning_rate: 5.0e-05 -> 0.5" in other.text.splitlines()
     assert "train.log_every" not in other.text, "which may change"
@@ -217,7 +217,7 @@ def test_an_evaluation_does_not_touch_a_training_run(finished: Path) -> None:
     into = dtrain("evaluate", *jobs.settings(finished.parent, "mine"), *model)
 
     assert into.code == 2
-    assert "holds a training run, which evaluate must not touch" in into.text
+    assert "holds a training run, which evaluate must not change" in into.text
     assert content(finished) == before
 
 

@@ -296,7 +296,7 @@ def test_words_after_the_command_are_a_folder_and_settings() -> None:
         ([], ConfigError, "holds no start of a run"),
         ([{"event": "start", "time_s": 1.0}], DataError, "line 1: it has no time_s and monotonic_s"),
         ([at(0, "start"), [1]], DataError, "line 2: it has no time_s and monotonic_s"),
-        ([at(0, "start"), "DAMAGED", at(1, "end")], DataError, "line 2: this is not JSON; the file is damaged"),
+        ([at(0, "start"), "DAMAGED", at(1, "end")], DataError, "line 2: not JSON; the file is damaged"),
     ],
 )
 def test_what_cannot_be_read_is_an_error_that_says_where_and_why(

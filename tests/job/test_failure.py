@@ -23,7 +23,7 @@ from dtrain.errors import DtrainError, Interrupted, TopologyError
 from dtrain.job import failure, session
 from dtrain.job.failure import Job, _is_told_for_another, end_of, hand_over, own_peer, report, write_down
 from dtrain.job.watchdog.client import News
-from dtrain.runs.lock import LOCK, Owner
+from dtrain.runs.lock import LOCK, LockOwner
 
 
 @dataclass
@@ -115,7 +115,7 @@ def test_the_end_of_a_start_is_not_written_into_a_folder_in_which_another_job_wo
     tmp_path: Path, lock: str, written: bool
 ) -> None:
     config, context = config_in(tmp_path), two(1)
-    other = Owner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
+    other = LockOwner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
     (config.run_dir / LOCK).write_text(other.as_text())
     context.heartbeat.own_folder(lock)
 
