@@ -75,13 +75,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: a line before the last is not JSON.
     """
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, event in enumerate(read_events(path)):
         kind = event.get("event")
         key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval", "gradients") else (number,)
-        kept.pop(key, None)  # so that the later event also moves to the later position
-        kept[key] = event
-    return list(kept.values())
+        latest.pop(key, None)  # so that the later event also moves to the later position
+        latest[key] = event
+    return list(latest.values())
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -111,16 +111,16 @@ def locked(
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    own = LockOwner(this_process(), command, since, uuid.uuid4().hex)
+    owner = LockOwner(this_process(), command, since, uuid.uuid4().hex)
     done = threading.Event()
     try:
-        _acquire(folder, own, period_s)
-        heart = (folder, own, done, period_s, on_loss)
-        threading.Thread(target=_heartbeat, args=heart, name="run-lock", daemon=True).start()
-        yield own
+        _acquire(folder, owner, period_s)
+        heartbeat_args = (folder, owner, done, period_s, on_loss)
+        threading.Thread(target=_heartbeat, args=heartbeat_args, name="run-lock", daemon=True).start()
+        yield owner
     finally:
         done.set()
-        _release(folder, own)
+        _release(folder, owner)
         if is_new:
             with suppress(OSError):  # not empty, as expected after a run
                 folder.rmdir()
@@ -143,17 +143,17 @@ def move_lock(moved: Path, folder: Path) -> None:
     (moved / LOCK).unlink()
 
 
-def is_held_by_another_job(folder: Path, own: str) -> bool:
+def is_held_by_another_job(folder: Path, lock_id: str) -> bool:
     """Returns whether another job works in the folder. If its process cannot be seen, its lock is sufficient.
 
     Args:
-        own: the id of this job's lock; empty if it has none yet.
+        lock_id: the id of this job's lock; empty if it has none yet.
     """
     try:
         current = read_lock(folder)
     except OSError:  # the file server is unreachable: assume that a lock that we had is still ours
-        return not own
-    if current is None or (current.owner is not None and current.owner.id == own):
+        return not lock_id
+    if current is None or (current.owner is not None and current.owner.id == lock_id):
         return False
     if current.owner is None:
         return True
@@ -186,10 +186,10 @@ def _parse_owner(text: str) -> LockOwner | None:
         return None
 
 
-def _acquire(folder: Path, own: LockOwner, period_s: float) -> None:
-    draft = folder / f".{LOCK}.{own.id}.tmp"
+def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
+    draft = folder / f".{LOCK}.{owner.id}.tmp"
     try:
-        draft.write_text(own.as_text(), encoding="utf-8")
+        draft.write_text(owner.as_text(), encoding="utf-8")
         current = None
         for _ in range(MAX_ATTEMPTS):
             with suppress(FileExistsError):
@@ -198,7 +198,7 @@ def _acquire(folder: Path, own: LockOwner, period_s: float) -> None:
             current = read_lock(folder)
             if current is None:  # its owner has just released it
                 continue
-            if current.owner == own:  # a network file system created the link but reported an error
+            if current.owner == owner:  # a network file system created the link but reported an error
                 return
             reason = _stale_reason(folder, current, period_s)
             if reason == IN_USE:
@@ -270,17 +270,17 @@ def _replace(lock: Path, stale: LockState, draft: Path) -> bool:
     return True
 
 
-def _release(folder: Path, own: LockOwner) -> None:
-    if os.getpid() != own.process.pid:  # a forked child that unwinds its parent's stack
+def _release(folder: Path, owner: LockOwner) -> None:
+    if os.getpid() != owner.process.pid:  # a forked child that unwinds its parent's stack
         return
     with suppress(OSError):
         current = read_lock(folder)
-        if current is not None and current.owner == own:
+        if current is not None and current.owner == owner:
             (folder / LOCK).unlink()
 
 
 def _heartbeat(
-    folder: Path, own: LockOwner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]
+    folder: Path, owner: LockOwner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]
 ) -> None:
     while not done.wait(period_s):
         try:
@@ -288,7 +288,7 @@ def _heartbeat(
             # The user has deleted the lock, or the file server is briefly unreachable.
             if current is None or current.owner is None:
                 continue
-            if current.owner != own and not done.is_set():
+            if current.owner != owner and not done.is_set():
                 _exit_after_loss(folder, current.owner, on_loss)
             os.utime(folder / LOCK)
         except OSError:
