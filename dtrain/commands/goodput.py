@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
-from dtrain.runs.jsonl import events
+from dtrain.runs.jsonl import read_events
 
 CATEGORIES = {
     "training": "steps that count",
@@ -303,7 +303,7 @@ def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
 
 
 def _checked_events(path: Path) -> Iterable[Event]:
-    for number, line in enumerate(events(path), 1):
+    for number, line in enumerate(read_events(path), 1):
         times = [line.get(name) for name in ("time_s", "monotonic_s")] if isinstance(line, dict) else [None]
         if not all(isinstance(value, int | float) for value in times):
             raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing; the file is damaged")

@@ -23,7 +23,7 @@ from dtrain.models.base import load_base
 from dtrain.models.compatibility import longest_input
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import INSPECTION, write_json_atomic
-from dtrain.runs.jsonl import worded
+from dtrain.runs.jsonl import report_write_errors
 from dtrain.tasks.build import build_task
 from dtrain.training import run_claim
 
@@ -68,7 +68,7 @@ def run_inspect(config: Config, context: RankContext) -> Path:
             body = load_base(model).to(device_of(context.topology))
             for example in examples:
                 _check(example, body)
-            with worded(target):
+            with report_write_errors(target):
                 target.mkdir(exist_ok=True)
                 entries = [_write(example, body, tokenizer, target) for example in examples]
             write_json_atomic(target / "tokens.json", {"model": model.name_or_path, "examples": entries})

@@ -51,10 +51,10 @@ def load(name: str, config: str | None, splits: Mapping[str, str]) -> dict[str, 
         builder.download_and_prepare()
         wanted = splits or {split: split for split in builder.info.splits or {}}
         loaded = {}
-        for ours, theirs in wanted.items():
-            rows = builder.as_dataset(split=theirs)
+        for split, hub_split in wanted.items():
+            rows = builder.as_dataset(split=hub_split)
             assert isinstance(rows, datasets.Dataset), "as_dataset returns one data set for one split"
-            loaded[ours] = rows
+            loaded[split] = rows
     return loaded
 
 

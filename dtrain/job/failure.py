@@ -28,7 +28,7 @@ from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, Preempted, TopologyError
 from dtrain.runs.folder import write_exit
-from dtrain.runs.lock import is_anothers
+from dtrain.runs.lock import is_held_by_another_job
 
 if TYPE_CHECKING:
     from dtrain.job.watchdog.client import WatchdogClient
@@ -106,7 +106,7 @@ def error_record(error: BaseException, topology: Topology) -> ExitRecord:
 
 def write_exit_json(record: ExitRecord, config: Config, heartbeat: Heartbeat) -> None:
     """Writes exit.json if the run's folder exists and no other job works in it. The first writer wins."""
-    if config.run_dir.is_dir() and not is_anothers(config.run_dir, heartbeat.lock_id):
+    if config.run_dir.is_dir() and not is_held_by_another_job(config.run_dir, heartbeat.lock_id):
         write_exit(config.run_dir / "exit.json", **asdict(record))
 
 

@@ -28,11 +28,11 @@ def check_fit(
         _check_pad_token(model, tokenizer)
     positions = longest_input(model)
     if positions is not None and max_length > positions:
-        cure = f"Set data.max_length={positions} or less"
+        fix = f"Set data.max_length={positions} or less"
         if not learned_positions(model):  # computed positions have no weights
-            cure += f", or model.config={{max_position_embeddings: {max_length}}} to go beyond what it was trained on"
+            fix += f", or model.config={{max_position_embeddings: {max_length}}} to go beyond what it was trained on"
         raise ConfigError(
-            f"data.max_length={max_length}, but {_describe(model)} has positions for only {positions} tokens. {cure}."
+            f"data.max_length={max_length}, but {_describe(model)} has positions for only {positions} tokens. {fix}."
         )
 
 
@@ -52,10 +52,10 @@ def check_images(model: nn.Module, shape: tuple[int, int, int]) -> None:
         model(pixel_values=torch.zeros(1, *shape))
     except (ValueError, RuntimeError) as error:
         edge = getattr(getattr(model, "config", None), "image_size", None)
-        cure = f"Set task.image_size={edge}." if isinstance(edge, int) else "Set task.image_size to the model's size."
+        fix = f"Set task.image_size={edge}." if isinstance(edge, int) else "Set task.image_size to the model's size."
         raise ConfigError(
             f"The images are {shape[1]} x {shape[2]} with {shape[0]} channel(s), which the model does not accept: "
-            f"{' '.join(str(error).split())[:300]} {cure}"
+            f"{' '.join(str(error).split())[:300]} {fix}"
         ) from error
     model.train(was_training)
 

@@ -1,1 +1,1 @@
-"""The folder of a run: its files, its lock, and what a start does with it."""
+"""The folder of a run: its files, its lock, metrics, and whether a new start may use or resume it."""

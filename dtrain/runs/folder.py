@@ -1,6 +1,6 @@
-"""The folder of one run: its paths, its state, the claim of a start to it, and files that are never half there.
+"""The folder of one run: its paths, its state, claiming it at the start, and writing files atomically.
 
-Only rank 0 writes here, apart from `write_exit`, which every rank may call.
+Only rank 0 writes here. The exception is `write_exit`, which every rank may call.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.errors import ConfigError
-from dtrain.runs.jsonl import finite, line_of, worded
-from dtrain.runs.lock import LOCK, follow
+from dtrain.runs.jsonl import json_safe, report_write_errors, to_json_line
+from dtrain.runs.lock import LOCK, move_lock
 
-State = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
+FolderState = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
 
 _NAMES = {
     "config": "config.yaml",
@@ -33,9 +33,9 @@ _NAMES = {
     "tensorboard": "tensorboard",
 }
 LAUNCHES = ".launches"
-"""What started the job that has the folder; a line each."""
+"""File that names what started the job of this folder, one line per launcher."""
 INSPECTION = "inspection"
-"""Folder of what the inspect command writes."""
+"""Folder for the results of the inspect command."""
 
 _OF_TRAINING = ("metrics.jsonl", "checkpoints", "model", "tensorboard")
 _OF_RESULTS = ("summary.json", "predictions", "submission", INSPECTION)
@@ -44,7 +44,7 @@ _OF_ANY_START = ("config.yaml", "exit.json")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where the parts of a run lie. `summary` is written last: with it, a run has ended well."""
+    """The paths inside a run folder. `summary` is written last, so its presence means that the run completed."""
 
     path: Path
     config: Path = field(init=False)
@@ -59,10 +59,10 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         for part, name in _NAMES.items():
-            object.__setattr__(self, part, self.path / name)  # a frozen dataclass has no other way
+            object.__setattr__(self, part, self.path / name)  # the only way in a frozen dataclass
 
     def old_config(self) -> str | None:
-        """Text of the config.yaml that lies there; None where there is none."""
+        """Returns the text of an existing config.yaml; None without one."""
         try:
             return self.config.read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, NotADirectoryError):
@@ -71,11 +71,14 @@ class RunFolder:
             raise ConfigError(f"{self.config} cannot be read: {error.strerror}. Choose another run.name") from None
 
 
-def state(path: Path) -> State:
-    """What lies at `path`.
+def folder_state(path: Path) -> FolderState:
+    """Returns what is at `path`.
 
-    absent: nothing that a run has produced. unfinished: a training run without whole results. finished: one with them.
-    evaluation: results of evaluate, predict, generate or inspect. foreign: something that dtrain did not write.
+    absent: nothing that a run has produced.
+    unfinished: a training run without complete results.
+    finished: a training run with complete results.
+    evaluation: results of evaluate, predict, generate or inspect.
+    foreign: something that dtrain did not write.
     """
     if not path.is_dir():
         return "foreign" if path.exists() or path.is_symlink() else "absent"
@@ -90,11 +93,11 @@ def state(path: Path) -> State:
 
 def _is_model(path: Path) -> bool:
     files = list(path.glob("*.safetensors"))
-    return (path / "config.json").is_file() and bool(files) and all(map(_is_whole, files))
+    return (path / "config.json").is_file() and bool(files) and all(map(_is_complete, files))
 
 
-def _is_whole(weights: Path) -> bool:
-    """Whether a safetensors file has the size that its header says (a length, a JSON table of offsets, the numbers)."""
+def _is_complete(weights: Path) -> bool:
+    """Returns whether a safetensors file has the size that its header implies (length, JSON table of offsets, data)."""
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -113,28 +116,28 @@ def _is_json(path: Path) -> bool:
 
 
 def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launches: Iterable[str] = ()) -> Path | None:
-    """Makes the folder this run's own: on rank 0, before any work, under its lock (run_lock.py).
+    """Prepares the folder for this run. Called by rank 0 before any work, while it holds the lock (lock.py).
 
-    Results of an earlier life are removed from it.
+    Removes the results of an earlier start.
 
     Args:
-        folder: as run_start.decide found.
+        folder: a folder that resume_policy.decide_start allowed.
         config_text: the resolved config, for config.yaml.
-        set_aside: move what is there to `<name>.old-<UTC time>` first.
-        launches: names by which a later start of the same job is known.
+        set_aside: first move the existing folder to `<name>.old-<UTC time>`.
+        launches: names that identify a later start of the same job.
 
     Returns:
-        Where the old folder went, or None.
+        The new path of the old folder, or None.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written.
     """
     try:
         moved = move_away(folder.path) if set_aside and folder.path.exists() else None
         folder.path.mkdir(parents=True, exist_ok=True)
         if moved is not None:
-            follow(moved, folder.path)
-        # A summary older than the config beside it would pass for this run's result.
+            move_lock(moved, folder.path)
+        # A summary that is older than the new config would look like the result of this run.
         for stale in (folder.exit, folder.summary):
             stale.unlink(missing_ok=True)
         for results in (folder.predictions, folder.submission, folder.path / INSPECTION):
@@ -145,20 +148,20 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
         if launches := list(launches):
             _write(folder.path / LAUNCHES, [f"{name}\n" for name in launches])
     except OSError as error:
-        raise unwritable(folder, error) from None
+        raise unwritable_error(folder, error) from None
     return moved
 
 
-def unwritable(folder: RunFolder, error: OSError) -> ConfigError:
-    """What the system said of the folder, for the user."""
+def unwritable_error(folder: RunFolder, error: OSError) -> ConfigError:
+    """Returns the error for a run folder that cannot be written."""
     return ConfigError(
         f"the run folder {folder.path} cannot be written: {error.filename or folder.path}: {error.strerror}. "
-        "Set run.output_dir to a folder that you may write to"
+        "Set run.output_dir to a writable folder"
     )
 
 
 def move_away(path: Path) -> Path:
-    """Renames a folder to `<name>.old-<UTC time>` beside it; gives its new path."""
+    """Renames a folder to `<name>.old-<UTC time>` and returns its new path."""
     stem = f"{path.name}.old-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     names = (stem, *(f"{stem}-{n}" for n in range(2, 100)))
     target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
@@ -166,57 +169,57 @@ def move_away(path: Path) -> Path:
     return target
 
 
-# ---------------------------------------------------------------- files that are whole or not there
+# ---------------------------------------------------------------- atomic files
 
 
 def write_json_atomic(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON file that readers find whole or not at all, also after a power cut. Mode 0644.
+    """Writes a JSON file atomically: readers never see a part of it, even after a power cut. Mode 0644.
 
     Raises:
         DtrainError: the file cannot be written (disk full, no permission).
     """
-    with worded(path):
-        _write(path, [json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
+    with report_write_errors(path):
+        _write(path, [json.dumps(json_safe(value), indent=2, ensure_ascii=False, allow_nan=False), "\n"])
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Writes a text file that readers find whole or not at all. Mode 0644.
+    """Writes a text file atomically. Mode 0644.
 
     Raises:
         DtrainError: the file cannot be written.
     """
-    with worded(path):
+    with report_write_errors(path):
         _write(path, [text])
 
 
 def write_lines_atomic(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes one JSON object a line, whole or not at all, into a folder that is made if need be.
+    """Writes one JSON object per line, atomically, and creates the parent folder if needed.
 
     Raises:
         DtrainError: the file cannot be written.
     """
-    with worded(path):
+    with report_write_errors(path):
         path.parent.mkdir(exist_ok=True)
-        _write(path, map(line_of, records))
+        _write(path, map(to_json_line, records))
 
 
 def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, message: str) -> bool:
-    """Writes exit.json unless a rank has done so already: the first cause counts, the rest follow from it.
+    """Writes exit.json unless another rank has written it. Only the first cause counts; later ones result from it.
 
-    Never raises for a file that cannot be written: it runs while the process ends for another reason.
+    Never raises if the file cannot be written, because the process is already ending for another reason.
 
     Returns:
-        Whether this call wrote it.
+        Whether this call wrote the file.
     """
     record = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
     draft = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_through(draft, [json.dumps(record, indent=2, ensure_ascii=False), "\n"])
-        os.link(draft, path)  # unlike a rename it fails where the file is there already
+        os.link(draft, path)  # unlike a rename, this fails if the file exists
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links: not whole at once, but still the first only
+    except OSError:  # a file system without hard links: not atomic, but still only the first writer succeeds
         return _write_first(path, record)
     finally:
         with suppress(OSError):
@@ -234,16 +237,16 @@ def _write_first(path: Path, record: Mapping[str, Any]) -> bool:
 
 
 def replace_folder(draft: Path, target: Path) -> None:
-    """Puts the finished folder `draft` in the place of `target`, on the same file system.
+    """Replaces `target` by the finished folder `draft` on the same file system.
 
-    Files are flushed to disk and made readable first (safetensors leaves them 0600). For the moment between two renames
-    there is no `target`, never half of one.
+    First flushes files to disk and makes them readable (safetensors creates them with mode 0600). Between the two renames
+    there is briefly no `target`, but never an incomplete one.
 
     Raises:
         DtrainError: a file cannot be written.
     """
     old = target.with_name(f".{target.name}.old")
-    with worded(target):
+    with report_write_errors(target):
         for file in (entry for entry in draft.rglob("*") if entry.is_file()):
             file.chmod(0o644)
             _flush(file)

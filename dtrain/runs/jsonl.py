@@ -1,4 +1,4 @@
-"""metrics.jsonl and other JSON on disk: whole lines, numbers that are not finite as text, errors with their path."""
+"""metrics.jsonl and other JSON files: complete lines, non-finite numbers as text, errors with the file's path."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from dtrain.errors import DataError, DtrainError
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, a whole line at a time. A line that a kill cut short is removed when it is opened.
+    """Appends to metrics.jsonl, one complete line at a time. Opening removes an incomplete last line.
 
-    A full disk is no reason to end a run: lines wait in memory until there is room.
+    A full disk does not end the run: lines are kept in memory until there is space.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._waiting: list[bytes] = []
-        with worded(path):
+        with report_write_errors(path):
             self._file = path.open("ab+", buffering=0)
             self._file.seek(0)
-            whole = self._file.read().rfind(b"\n") + 1
-            self._file.truncate(whole)
+            complete = self._file.read().rfind(b"\n") + 1
+            self._file.truncate(complete)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds one event. Numbers that are not finite become "nan", "inf" or "-inf".
+        """Appends one event. Non-finite numbers become "nan", "inf" or "-inf".
 
         Raises:
-            DtrainError: the line cannot be written, and not for want of room.
+            DtrainError: the line cannot be written for another reason than a full disk.
         """
-        self._waiting.append(line_of(record).encode("utf-8"))
-        with worded(self._path):
+        self._waiting.append(to_json_line(record).encode("utf-8"))
+        with report_write_errors(self._path):
             try:
                 self._write_all()
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 if len(self._waiting) == 1:
-                    log.warning("%s: %s. Its lines wait until there is room", self._path, error.strerror)
+                    log.warning("%s: %s. Its lines are kept until there is space", self._path, error.strerror)
 
     def _write_all(self) -> None:
         while self._waiting:
@@ -59,7 +59,7 @@ class MetricsLog:
             del self._waiting[0]
 
     def close(self) -> None:
-        """Ends the writing."""
+        """Closes the file."""
         self._file.close()
 
     def __enter__(self) -> MetricsLog:
@@ -70,22 +70,22 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All events in order. A step that was taken again counts with its last value; a torn last line does not count.
+    """Returns all events in order. A repeated step counts with its last values; an incomplete last line is ignored.
 
     Raises:
         DataError: a line before the last is not JSON.
     """
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, event in enumerate(events(path)):
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for number, event in enumerate(read_events(path)):
         kind = event.get("event")
         key = (kind, event.get("step"), event.get("split")) if kind in ("train", "eval", "gradients") else (number,)
-        kept.pop(key, None)  # so that the later one also stands later
-        kept[key] = event
-    return list(kept.values())
+        latest.pop(key, None)  # so that the later event also moves to the later position
+        latest[key] = event
+    return list(latest.values())
 
 
-def events(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines in order.
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the events of all complete lines in order.
 
     Raises:
         DataError: a line before the last is not JSON.
@@ -97,12 +97,12 @@ def events(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError:
-                raise DataError(f"{path}, line {number}: this is not JSON; the file is damaged") from None
+                raise DataError(f"{path}, line {number}: not JSON; the file is damaged") from None
 
 
 @contextmanager
-def worded(path: Path) -> Iterator[None]:
-    """Around writing a file: what the system says becomes a message with the path.
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Converts an OSError while writing a file into an error that names its path.
 
     Raises:
         DtrainError: the file cannot be written.
@@ -113,17 +113,17 @@ def worded(path: Path) -> Iterator[None]:
         raise DtrainError(f"{path} cannot be written: {error.filename or path}: {error.strerror}") from error
 
 
-def line_of(record: Mapping[str, Any]) -> str:
-    """One JSON object as a line."""
-    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+def to_json_line(record: Mapping[str, Any]) -> str:
+    """Returns one JSON object as a line."""
+    return json.dumps(json_safe(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """JSON has no nan and inf: they become text, so that no reader loses them."""
+def json_safe(value: Any) -> Any:
+    """Replaces nan and inf, which JSON does not have, by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: json_safe(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [json_safe(inner) for inner in value]
     return value

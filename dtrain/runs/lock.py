@@ -1,7 +1,8 @@
-"""One writer for a run folder: run.lock says who has it, and its heartbeat that they still live.
+"""Allows only one writer per run folder: run.lock names its owner, and a heartbeat shows that the owner is alive.
 
-The file is there whole or not at all, so that of two starts at once exactly one wins. Its owner touches it every
-`PERIOD_S`; nobody compares clocks of two hosts: who cannot see the owner's process watches the file by a clock of his own.
+The file is created atomically, so exactly one of two simultaneous starts succeeds. The owner updates its modification time
+every `HEARTBEAT_PERIOD_S`. Clocks of different hosts are never compared: a start that cannot see the owner's process
+measures with its own clock how long the file does not change.
 """
 
 from __future__ import annotations
@@ -22,29 +23,35 @@ from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_proc
 from dtrain.errors import ConfigError, TopologyError
 
 LOCK = "run.lock"
-"""Its name in the run folder."""
+"""Name of the lock file in the run folder."""
 
-PERIOD_S = 5.0
-"""Seconds between two beats of the heart."""
+HEARTBEAT_PERIOD_S = 5.0
+"""Seconds between two heartbeats."""
 
-MISSED = 12
-"""So many periods without a heartbeat, and the owner is taken for dead. Its thread may wait long for the interpreter's lock, or
-for the file server; only a start that cannot see the owner's process waits for this."""
+MAX_MISSED_HEARTBEATS = 12
+"""After this many periods without a heartbeat, the owner is considered dead. The number is high because the owner's thread
+may wait long for the interpreter's lock or the file server. Only a start that cannot see the owner's process waits for
+this."""
 
-LAST_WORDS_S = 2.0
-"""How long a job may take to say that it has lost its folder."""
+ON_LOSS_TIMEOUT_S = 2.0
+"""Time limit in seconds for a job to report that it has lost its folder."""
 
-ROUNDS = 5
-"""How often a start looks again when another one was faster with a stale lock; then that one has it."""
-
-
+MAX_ATTEMPTS = 5
+"""How often a start tries again after another one was faster to replace a stale lock. Then it gives up."""
 IN_USE, CHANGED = "", "changed"
-"""What `_why_stale` says of a lock that is none of its business."""
+"""Results of `_stale_reason` for a lock that must not be replaced."""
 
 
 @dataclass(frozen=True)
-class Owner:
-    """What run.lock says. since: when the job began, in UTC. id: of this lock, unlike any other's."""
+class LockOwner:
+    """The owner that run.lock names.
+
+    Attributes:
+        process: the process that holds the lock.
+        command: its command, e.g. train.
+        since: when the job began, in UTC.
+        id: unique id of this lock.
+    """
 
     process: ProcessIdentity
     command: str
@@ -55,110 +62,116 @@ class Owner:
         return f"process {self.process.pid} on {self.process.host} ({self.command}, since {self.since})"
 
     def as_text(self) -> str:
-        """The file's content."""
+        """Returns the content of the lock file."""
         record = {**self.process._asdict(), "command": self.command, "since": self.since, "id": self.id}
         return json.dumps(record, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
-class Heartbeat:
-    """The file at one moment. owner: None where the content makes no sense. time_ns: when it was last touched."""
+class LockState:
+    """The lock file at one moment.
+
+    Attributes:
+        text: its content.
+        owner: None if the content is invalid.
+        time_ns: its modification time.
+    """
 
     text: str
-    owner: Owner | None
+    owner: LockOwner | None
     time_ns: int
 
     @property
-    def who(self) -> str:
-        """For a message."""
+    def holder(self) -> str:
+        """Description of the owner for messages."""
         return f"a job that its {LOCK} does not name" if self.owner is None else str(self.owner)
 
 
-def _tell_nobody(_words: str) -> None:
+def _ignore_loss(_message: str) -> None:
     pass
 
 
 @contextmanager
 def locked(
-    folder: Path, *, command: str, period_s: float = PERIOD_S, on_loss: Callable[[str], None] = _tell_nobody
-) -> Iterator[Owner]:
-    """Holds the folder for this process, which no other start may use then; makes the folder if need be.
+    folder: Path, *, command: str, period_s: float = HEARTBEAT_PERIOD_S, on_loss: Callable[[str], None] = _ignore_loss
+) -> Iterator[LockOwner]:
+    """Locks the folder for this process against other starts, and creates the folder if needed.
 
-    A folder that was made for the lock and holds nothing in the end is removed with it.
+    A folder that was created for the lock and is still empty at the end is removed.
 
     Args:
-        folder: the run folder, or where it will be.
-        command: what wants it, for the message that others get.
-        on_loss: is told, from a helper thread, why this process ends if another job takes the folder over.
+        folder: the run folder, which may not exist yet.
+        command: the command that needs the folder, for messages to others.
+        on_loss: called in a helper thread with the reason why this process ends, if another job takes the folder over.
 
     Raises:
-        ConfigError: another job has it.
+        ConfigError: another job holds the lock.
         OSError: the lock cannot be written.
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    own = Owner(this_process(), command, since, uuid.uuid4().hex)
+    owner = LockOwner(this_process(), command, since, uuid.uuid4().hex)
     done = threading.Event()
     try:
-        _acquire(folder, own, period_s)
-        heart = (folder, own, done, period_s, on_loss)
-        threading.Thread(target=_heartbeat, args=heart, name="run-lock", daemon=True).start()
-        yield own
+        _acquire(folder, owner, period_s)
+        heartbeat_args = (folder, owner, done, period_s, on_loss)
+        threading.Thread(target=_heartbeat, args=heartbeat_args, name="run-lock", daemon=True).start()
+        yield owner
     finally:
         done.set()
-        _release(folder, own)
+        _release(folder, owner)
         if is_new:
-            with suppress(OSError):  # it holds something now, as it should
+            with suppress(OSError):  # not empty, as expected after a run
                 folder.rmdir()
 
 
-def follow(moved: Path, folder: Path) -> None:
-    """Brings the lock along, when the folder that it lies in was moved away and a new one has its place.
+def move_lock(moved: Path, folder: Path) -> None:
+    """Moves the lock into the new folder after the old folder, which contains the lock, was renamed.
 
     Raises:
-        ConfigError: another job was faster in the new one.
+        ConfigError: another job locked the new folder first.
     """
     if not (moved / LOCK).exists():
         return
     try:
-        _put(moved / LOCK, folder / LOCK)
+        _link_new(moved / LOCK, folder / LOCK)
     except FileExistsError:
-        found = look(folder)
-        who = found.who if found is not None else "another job"
-        raise ConfigError(f"{folder} was taken in this moment by {who}. Choose another run.name") from None
+        current = read_lock(folder)
+        holder = current.holder if current is not None else "another job"
+        raise ConfigError(f"{folder} was just taken by {holder}. Choose another run.name") from None
     (moved / LOCK).unlink()
 
 
-def is_anothers(folder: Path, own: str) -> bool:
-    """Whether a job works in the folder that is not this one; where its process is out of sight, its lock is enough.
+def is_held_by_another_job(folder: Path, lock_id: str) -> bool:
+    """Returns whether another job works in the folder. If its process cannot be seen, its lock is sufficient.
 
     Args:
-        own: the id of this job's lock; empty before it has one.
+        lock_id: the id of this job's lock; empty if it has none yet.
     """
     try:
-        found = look(folder)
-    except OSError:  # the file server is away: it is ours if it has ever been
-        return not own
-    if found is None or (found.owner is not None and found.owner.id == own):
+        current = read_lock(folder)
+    except OSError:  # the file server is unreachable: assume that a lock that we had is still ours
+        return not lock_id
+    if current is None or (current.owner is not None and current.owner.id == lock_id):
         return False
-    if found.owner is None:
+    if current.owner is None:
         return True
-    return found.owner.process != this_process() and is_alive(found.owner.process) is not False
+    return current.owner.process != this_process() and is_alive(current.owner.process) is not False
 
 
-def look(folder: Path) -> Heartbeat | None:
-    """The lock that lies there now; None where there is none."""
+def read_lock(folder: Path) -> LockState | None:
+    """Returns the current lock; None without one."""
     try:
-        # Opened, not only looked up: that makes a network file system ask its server.
+        # Opening the file, instead of only calling stat, makes a network file system ask its server.
         with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
             text, status = file.read(), os.fstat(file.fileno())
     except FileNotFoundError:
         return None
-    return Heartbeat(text, _owner_of(text), status.st_mtime_ns)
+    return LockState(text, _parse_owner(text), status.st_mtime_ns)
 
 
-def _owner_of(text: str) -> Owner | None:
+def _parse_owner(text: str) -> LockOwner | None:
     try:
         record = json.loads(text)
         process = ProcessIdentity(
@@ -168,122 +181,125 @@ def _owner_of(text: str) -> Owner | None:
             pid=int(record["pid"]),
             started=str(record["started"]),
         )
-        return Owner(process, str(record["command"]), str(record["since"]), str(record["id"]))
+        return LockOwner(process, str(record["command"]), str(record["since"]), str(record["id"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _acquire(folder: Path, own: Owner, period_s: float) -> None:
-    draft = folder / f".{LOCK}.{own.id}.tmp"
+def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
+    draft = folder / f".{LOCK}.{owner.id}.tmp"
     try:
-        draft.write_text(own.as_text(), encoding="utf-8")
-        found = None
-        for _ in range(ROUNDS):
+        draft.write_text(owner.as_text(), encoding="utf-8")
+        current = None
+        for _ in range(MAX_ATTEMPTS):
             with suppress(FileExistsError):
-                _put(draft, folder / LOCK)
+                _link_new(draft, folder / LOCK)
                 return
-            found = look(folder)
-            if found is None:  # its owner has just ended
+            current = read_lock(folder)
+            if current is None:  # its owner has just released it
                 continue
-            if found.owner == own:  # a network file system that did what it was asked, and said it had not
+            if current.owner == owner:  # a network file system created the link but reported an error
                 return
-            why = _why_stale(folder, found, period_s)
-            if why == IN_USE:
+            reason = _stale_reason(folder, current, period_s)
+            if reason == IN_USE:
                 break
-            if why != CHANGED and _replace(folder / LOCK, found, draft):
-                log.info("%s: took the lock of %s, %s", folder, found.who, why)
+            if reason != CHANGED and _replace(folder / LOCK, current, draft):
+                log.info("%s: took over the lock of %s, %s", folder, current.holder, reason)
                 return
         raise ConfigError(
-            f"{folder} is in use by {found.who if found is not None else 'another job'}. Wait until that job ends, or "
-            "stop it; or choose another run.name"
+            f"{folder} is in use by {current.holder if current is not None else 'another job'}. Wait until that job ends, "
+            "or stop it; or choose another run.name"
         )
     finally:
         with suppress(OSError):
             draft.unlink()
 
 
-def _why_stale(folder: Path, found: Heartbeat, period_s: float) -> str:
-    """Why nobody holds this lock any more; `IN_USE` where somebody does, `CHANGED` where another one is there by now."""
-    lives = is_alive(found.owner.process) if found.owner is not None else None
-    if lives is not None:
-        return IN_USE if lives else "whose process is gone"
-    wait_s = MISSED * period_s
-    log.info("%s has the lock of %s, out of sight here: looking for %.3g s whether it lives", folder, found.who, wait_s)
+def _stale_reason(folder: Path, lock: LockState, period_s: float) -> str:
+    """Returns why the lock is stale; `IN_USE` if it is not, `CHANGED` if it was replaced in the meantime."""
+    is_owner_alive = is_alive(lock.owner.process) if lock.owner is not None else None
+    if is_owner_alive is not None:
+        return IN_USE if is_owner_alive else "whose process is gone"
+    wait_s = MAX_MISSED_HEARTBEATS * period_s
+    log.info(
+        "%s holds the lock of %s, but its process is not visible here: waiting %.3g s for a heartbeat",
+        *(lock.holder, folder, wait_s),
+    )
     until = time.monotonic() + wait_s
     while time.monotonic() < until:
         time.sleep(period_s / 10)
-        now = look(folder)
-        if now is None or now.text != found.text:
+        now = read_lock(folder)
+        if now is None or now.text != lock.text:
             return CHANGED
-        if now.time_ns != found.time_ns:
+        if now.time_ns != lock.time_ns:
             return IN_USE
-    return f"which gave no sign of life for {wait_s:.3g} s"
+    return f"which had no heartbeat for {wait_s:.3g} s"
 
 
-def _put(source: Path, target: Path) -> None:
-    """Gives a whole file a second name, unless there is one of that name.
+def _link_new(source: Path, target: Path) -> None:
+    """Creates a hard link to a complete file, if the name does not exist yet.
 
     Raises:
-        FileExistsError: there is.
+        FileExistsError: the name exists.
     """
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links: not whole at once, but still the first only
+    except OSError:  # a file system without hard links: not atomic, but still only the first writer succeeds
         with target.open("x", encoding="utf-8") as file:
             file.write(source.read_text(encoding="utf-8"))
 
 
-def _replace(lock: Path, stale: Heartbeat, draft: Path) -> bool:
-    """Puts `draft` in the place of that stale lock; False where another start was faster.
+def _replace(lock: Path, stale: LockState, draft: Path) -> bool:
+    """Replaces the stale lock by `draft`. Returns False if another start was faster.
 
-    Of those who want to, one at a time holds the kernel's lock of the stale file, and looks whether it still lies there.
+    A kernel lock on the stale file lets only one start at a time check that the file is still there and replace it.
     """
     try:
         file = lock.open("r+", encoding="utf-8")
     except FileNotFoundError:
         return False
     with file:
-        with suppress(OSError):  # a file system without such locks: two may replace it, and the heartbeat finds out
+        with suppress(OSError):  # without kernel locks, two starts may replace it; the heartbeat detects that
             fcntl.flock(file, fcntl.LOCK_EX)
-        now = look(lock.parent)
+        now = read_lock(lock.parent)
         if now is None or now.text != stale.text:
             return False
         draft.replace(lock)
     return True
 
 
-def _release(folder: Path, own: Owner) -> None:
-    if os.getpid() != own.process.pid:  # a forked child that unwinds its parent's frames
+def _release(folder: Path, owner: LockOwner) -> None:
+    if os.getpid() != owner.process.pid:  # a forked child that unwinds its parent's stack
         return
     with suppress(OSError):
-        found = look(folder)
-        if found is not None and found.owner == own:
+        current = read_lock(folder)
+        if current is not None and current.owner == owner:
             (folder / LOCK).unlink()
 
 
 def _heartbeat(
-    folder: Path, own: Owner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]
+    folder: Path, owner: LockOwner, done: threading.Event, period_s: float, on_loss: Callable[[str], None]
 ) -> None:
     while not done.wait(period_s):
         try:
-            found = look(folder)
-            # Gone: the user has removed it by hand, or the file server is away for a moment.
-            if found is None or found.owner is None:
+            current = read_lock(folder)
+            # The user has deleted the lock, or the file server is briefly unreachable.
+            if current is None or current.owner is None:
                 continue
-            if found.owner != own and not done.is_set():
-                _leave(folder, found.owner, on_loss)
+            if current.owner != owner and not done.is_set():
+                _exit_after_loss(folder, current.owner, on_loss)
             os.utime(folder / LOCK)
         except OSError:
             continue
 
 
-def _leave(folder: Path, owner: Owner, on_loss: Callable[[str], None]) -> None:
-    """Ends this process: it was taken for dead, having stood still for long, and the folder is another job's now."""
-    words = f"{folder} was taken over by {owner} while this job stood still. It ends: only one of them may write."
-    log.error("%s", words)
-    telling = threading.Thread(target=on_loss, args=(words,), daemon=True)
-    telling.start()
-    telling.join(LAST_WORDS_S)
+def _exit_after_loss(folder: Path, owner: LockOwner, on_loss: Callable[[str], None]) -> None:
+    """Ends this process. It was stalled for so long that it was considered dead, and another job has the folder now."""
+    message = f"{folder} was taken over by {owner} while this job was stalled. It ends: only one of them may write."
+    log.error("%s", message)
+    reporting = threading.Thread(target=on_loss, args=(message,), daemon=True)
+    reporting.start()
+    reporting.join(ON_LOSS_TIMEOUT_S)
     os._exit(TopologyError.exit_code)

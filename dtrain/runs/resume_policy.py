@@ -1,4 +1,4 @@
-"""What a new start may do with the run folder that it finds: begin, go on, leave it, or refuse."""
+"""Decides what a new start may do with an existing run folder: start, resume, do nothing, or refuse."""
 
 from __future__ import annotations
 
@@ -15,88 +15,95 @@ from dtrain.config.schema import Config
 from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.process_info import age_s
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import LAUNCHES, RunFolder, State, state
-from dtrain.runs.jsonl import events
+from dtrain.runs.folder import LAUNCHES, FolderState, RunFolder, folder_state
+from dtrain.runs.jsonl import read_events
 
-Action = Literal["start", "go_on", "already_finished"]
+StartAction = Literal["start", "resume", "already_finished"]
 
 
-class Decision(NamedTuple):
-    """What becomes of a start, made of JSON types so that it can cross ranks.
+class StartDecision(NamedTuple):
+    """The decision for this start, made of JSON types so that it can be sent to other ranks.
 
-    action: start in a folder with nothing to lose; go_on with the unfinished run in it; already_finished: do nothing.
-    set_aside: the folder that is there is to be moved away first.
-    notes: what the user should be told, a line each.
+    Attributes:
+        action: start: begin in a folder without valuable content; resume: continue the unfinished run in it;
+            already_finished: do nothing.
+        set_aside: whether to move the existing folder away first.
+        notes: messages for the user, one line each.
     """
 
-    action: Action
+    action: StartAction
     set_aside: bool
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """What the nodes hold of a run. newest: step of the newest whole one; damaged: steps of those found damaged.
+class AvailableCheckpoints:
+    """The checkpoints of a run on all nodes.
 
-    given: whether the user named it (checkpoint.resume=PATH).
+    Attributes:
+        newest: step of the newest complete checkpoint.
+        damaged: steps of the damaged ones.
+        is_user_choice: whether the user named the checkpoint (checkpoint.resume=PATH).
     """
 
     newest: int | None = None
     damaged: frozenset[int] = frozenset()
-    given: bool = False
+    is_user_choice: bool = False
 
 
-def decide(
-    config: Config, *, command: str, changes: Sequence[Difference], checkpoints: Checkpoints | None = None
-) -> Decision:
-    """What to do with the run folder that `config` names and what lies there. Changes nothing.
+def decide_start(
+    config: Config, *, command: str, changes: Sequence[Difference], checkpoints: AvailableCheckpoints | None = None
+) -> StartDecision:
+    """Decides what to do with the run folder of `config` and its content. Changes nothing.
 
     Args:
-        config: the settings asked for.
-        command: train, or one of those that write results only: evaluate, predict, generate, inspect.
-        changes: what `config` changes against the config.yaml in the folder.
-        checkpoints: that a training run could go on from.
+        config: the settings of this start.
+        command: train, or a command that writes only results: evaluate, predict, generate, inspect.
+        changes: differences between `config` and the config.yaml in the folder.
+        checkpoints: those that a training run could resume from.
 
     Raises:
-        ConfigError: the folder holds something that this start may not touch.
-        CheckpointError: the run goes on from a checkpoint that nobody has.
+        ConfigError: this start may not change the folder's content.
+        CheckpointError: the checkpoint to resume from is missing or damaged.
     """
-    path, found = config.run_dir, state(config.run_dir)
-    checkpoints = checkpoints or Checkpoints()
+    path, state = config.run_dir, folder_state(config.run_dir)
+    checkpoints = checkpoints or AvailableCheckpoints()
     other = f"Choose another run.name (run.name={_free_name(path)} is free)"
-    if found == "foreign":
-        inside = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-        what = f"holds {', '.join(inside[:3])}, which dtrain did not write" if inside else "is not a folder"
-        raise ConfigError(f"{path} {what}. {other} or run.output_dir")
-    if found == "absent" and checkpoints.newest is None:
-        return Decision("start", False, ())
+    if state == "foreign":
+        names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+        problem = f"holds {', '.join(names[:3])}, which dtrain did not write" if names else "is not a folder"
+        raise ConfigError(f"{path} {problem}. {other} or run.output_dir")
+    if state == "absent" and checkpoints.newest is None:
+        return StartDecision("start", False, ())
     if command != "train":
-        if found not in ("evaluation", "absent"):
-            raise ConfigError(f"{path} holds a training run, which {command} must not touch. {other}")
-        return Decision("start", config.run.overwrite, ())
+        if state not in ("evaluation", "absent"):
+            raise ConfigError(f"{path} holds a training run, which {command} must not change. {other}")
+        return StartDecision("start", config.run.overwrite, ())
     if config.run.overwrite:
-        return Decision("start", True, ())
-    if found == "evaluation":
+        return StartDecision("start", True, ())
+    if state == "evaluation":
         raise ConfigError(f"{path} holds results of an evaluation. {other}, or set run.overwrite=true to move them")
-    if found == "unfinished" and checkpoints.newest is None and not _has_something_to_lose(RunFolder(path)):
-        return Decision("start", False, ())
+    if state == "unfinished" and checkpoints.newest is None and not _has_valuable_content(RunFolder(path)):
+        return StartDecision("start", False, ())
     if config.checkpoint.resume == "never":
         raise ConfigError(
-            f"{path} holds {'a' if found == 'finished' else 'an'} {found} run, and checkpoint.resume=never. "
+            f"{path} holds {'a' if state == 'finished' else 'an'} {state} run, and checkpoint.resume=never. "
             f"{other}, or set run.overwrite=true to move it to {path.name}.old-<time>"
         )
     refused = [change for change in changes if change.resume == "refuse" and not _is_allowed(change.key, config)]
-    _refuse_changes(path, found, refused, other)
-    if found == "finished" and not checkpoints.given and _is_complete(RunFolder(path), checkpoints, changes):
-        return Decision("already_finished", False, (f"{path} is finished already; run.overwrite=true trains it anew",))
-    return _go_on(path, found, changes, checkpoints)
+    _refuse_changes(path, state, refused, other)
+    if state == "finished" and not checkpoints.is_user_choice and _is_complete(RunFolder(path), checkpoints, changes):
+        note = f"{path} is already finished; run.overwrite=true trains it again"
+        return StartDecision("already_finished", False, (note,))
+    return _decide_resume(path, state, changes, checkpoints)
 
 
-def is_started_again(folder: RunFolder, launches: Mapping[str, int]) -> bool:
-    """Whether this is a later start, by the launcher itself, of the very job that took the folder before.
+def is_relaunch(folder: RunFolder, launches: Mapping[str, int]) -> bool:
+    """Returns whether the launcher has started the same job again that claimed the folder before.
 
     Args:
-        launches: what may have started it, by name, and how often; see launchers.launches_of.
+        launches: names of possible launches of this job, and how often each was restarted; see
+            launcher_env.launches_of.
     """
     try:
         file = folder.path / LAUNCHES
@@ -104,38 +111,38 @@ def is_started_again(folder: RunFolder, launches: Mapping[str, int]) -> bool:
     except OSError:
         return False
     again = [name for name, count in launches.items() if count > 0 and name in before]
-    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job that has none: told by its age
+    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job without an id: the file's age decides
         launcher_s = age_s(os.getppid())
         return launcher_s is not None and age < launcher_s
     return bool(again)
 
 
-def going_on(config: Config) -> Config:
-    """The settings for a later start of the same job: what was meant for the first one would undo that one's work."""
+def resume_settings(config: Config) -> Config:
+    """Returns the settings for a relaunch. Those meant for the first start, such as overwrite, would undo its work."""
     run = config.run.model_copy(update={"overwrite": False})
     checkpoint = config.checkpoint.model_copy(update={"resume": "auto"})
     return config.model_copy(update={"run": run, "checkpoint": checkpoint})
 
 
 def _is_allowed(key: str, config: Config) -> bool:
-    """Whether checkpoint.allow_changes names the setting, or what it is a part of."""
+    """Returns whether checkpoint.allow_changes names the setting or a section that contains it."""
     return any(key == name or key.startswith(f"{name}.") for name in config.checkpoint.allow_changes)
 
 
-def _refuse_changes(path: Path, found: State, refused: Sequence[Difference], other: str) -> None:
+def _refuse_changes(path: Path, state: FolderState, refused: Sequence[Difference], other: str) -> None:
     if not refused:
         return
-    was = "was trained" if found == "finished" else "was begun"
+    was = "was trained" if state == "finished" else "was started"
     names = ", ".join(change.key for change in refused)
     raise ConfigError(
-        f"{path} {was} with other settings:\n{_table(refused)}\nTake these back, or {other[0].lower()}{other[1:]}, "
-        f"or set run.overwrite=true to move the old run to {path.name}.old-<time>, or go on with them all the same by "
+        f"{path} {was} with other settings:\n{_table(refused)}\nUndo these changes, or {other[0].lower()}{other[1:]}, "
+        f"or set run.overwrite=true to move the old run to {path.name}.old-<time>, or resume despite the changes with "
         f"checkpoint.allow_changes='[{names}]'"
     )
 
 
-def _is_complete(folder: RunFolder, checkpoints: Checkpoints, changes: Sequence[Difference]) -> bool:
-    """Whether nothing is left to do for a run with model/ and summary.json: no more steps, no damage."""
+def _is_complete(folder: RunFolder, checkpoints: AvailableCheckpoints, changes: Sequence[Difference]) -> bool:
+    """Returns whether a run with model/ and summary.json has nothing left to do: no more steps, no damage."""
     if any(change.key in ("train.max_steps", "train.epochs") for change in changes):
         return False
     if checkpoints.newest is None:
@@ -144,43 +151,45 @@ def _is_complete(folder: RunFolder, checkpoints: Checkpoints, changes: Sequence[
     return bool(summary.get("step") == checkpoints.newest)
 
 
-def _go_on(path: Path, found: State, changes: Sequence[Difference], checkpoints: Checkpoints) -> Decision:
-    """From the newest whole checkpoint, unless that is not the one that the run had come to."""
+def _decide_resume(
+    path: Path, state: FolderState, changes: Sequence[Difference], checkpoints: AvailableCheckpoints
+) -> StartDecision:
+    """Resumes from the newest complete checkpoint, unless the run has saved a newer one that is now missing."""
     newest, known = checkpoints.newest, _known_checkpoint(RunFolder(path).metrics)
     if newest is None and (checkpoints.damaged or known):
         steps = ", ".join(map(str, sorted(checkpoints.damaged or {known or 0})))
-        what = "every checkpoint is damaged" if checkpoints.damaged else "no node holds a checkpoint of it any more"
+        problem = "every checkpoint is damaged" if checkpoints.damaged else "no node has its checkpoints any more"
         raise CheckpointError(
-            f"{path} cannot go on: {what} (step {steps}). Bring one back to {path / 'checkpoints'}, name one by "
-            "checkpoint.resume=PATH, or begin anew with run.overwrite=true"
+            f"{path} cannot resume: {problem} (step {steps}). Restore one in {path / 'checkpoints'}, name one with "
+            "checkpoint.resume=PATH, or start again with run.overwrite=true"
         )
     is_lost = known is not None and newest is not None and known > newest and known not in checkpoints.damaged
-    if is_lost and not checkpoints.given:
+    if is_lost and not checkpoints.is_user_choice:
         raise CheckpointError(
-            f"{path} has saved a checkpoint of step {known} (metrics.jsonl says so), but no node holds it; the newest there "
-            f"is of step {newest}. Bring back the node or disk that has it, or go on from the older one by "
+            f"{path} has saved a checkpoint of step {known} (according to metrics.jsonl), but no node has it; the newest "
+            f"available one is of step {newest}. Restore the node or disk that has it, or resume from the older one with "
             f"checkpoint.resume={path / 'checkpoints' / f'step-{newest:06d}'}"
         )
-    if newest is None and found == "finished":
+    if newest is None and state == "finished":
         raise ConfigError(
-            f"{path} is finished and has no checkpoint to go on from. Take train.epochs and train.max_steps back, or set "
-            "run.overwrite=true to train anew"
+            f"{path} is finished and has no checkpoint to resume from. Undo the change of train.epochs or "
+            "train.max_steps, or set run.overwrite=true to train again"
         )
-    first = f"{path} goes on from the checkpoint of step {newest}"
+    first = f"{path} resumes from the checkpoint of step {newest}"
     if newest is None:
         first = f"{path} holds an unfinished run without a checkpoint: it starts again at step 1"
     notes = [first, *([f"settings changed since:\n{_table(changes)}"] if changes else [])]
-    return Decision("go_on", False, tuple(notes))
+    return StartDecision("resume", False, tuple(notes))
 
 
 def _known_checkpoint(metrics: Path) -> int | None:
-    """Step of the newest checkpoint that the log says there was, in the line of history that the run is in."""
+    """Returns the step of the newest checkpoint in metrics.jsonl that belongs to the current history of the run."""
     known = None
-    for event in events(metrics) if metrics.exists() else ():
+    for event in read_events(metrics) if metrics.exists() else ():
         match event.get("event"):
             case "checkpoint":
                 known = int(event["step"])
-            case "resume":  # what was beyond was given up then
+            case "resume":  # later checkpoints were discarded then
                 known = int(event["step"]) or None
     return known
 
@@ -194,7 +203,7 @@ def _free_name(path: Path) -> str:
     return next(name for n in range(2, 10**6) if not (path.parent / (name := f"{path.name}-{n}")).exists())
 
 
-def _has_something_to_lose(folder: RunFolder) -> bool:
+def _has_valuable_content(folder: RunFolder) -> bool:
     if folder.model.exists() or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
         return True
-    return folder.metrics.exists() and any(event.get("event") == "train" for event in events(folder.metrics))
+    return folder.metrics.exists() and any(event.get("event") == "train" for event in read_events(folder.metrics))

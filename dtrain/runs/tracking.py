@@ -1,4 +1,4 @@
-"""Where the numbers go: metrics.jsonl, TensorBoard, and one line or a progress bar for the person who waits.
+"""Logs the run: metrics.jsonl, TensorBoard, and log lines or a progress bar.
 
 Only rank 0 writes; on other ranks every method does nothing.
 """
@@ -22,13 +22,13 @@ from dtrain.runs.jsonl import MetricsLog
 
 
 class Tracker:
-    """The log of one run. Use it as a context, so that a bar and files are closed whatever happens."""
+    """The log of one run. Use it as a context manager, so that the bar and files are always closed."""
 
     def __init__(self, folder: Path, *, is_main: bool, total_steps: int, first_step: int, tensorboard: bool) -> None:
         """
         Args:
-            first_step: steps already taken when this process began.
-            tensorboard: write event files below the folder.
+            first_step: steps that were taken before this process started.
+            tensorboard: whether to write event files below the folder.
         """
         self._is_main = is_main
         self._begin = time.monotonic()
@@ -37,12 +37,12 @@ class Tracker:
         self._log = MetricsLog(folder / "metrics.jsonl") if is_main else None
         shows_bar = is_main and sys.stdout.isatty() and sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True) if shows_bar else None
-        self._quiet = _through_bar() if self._bar is not None else None
+        self._previous_handlers = _log_above_bar() if self._bar is not None else None
         self._board: Any = None
         if is_main and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Of what an earlier start wrote, steps that are taken again are hidden.
+            # Steps that are repeated hide what an earlier start wrote for them.
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def __enter__(self) -> Tracker:
@@ -53,8 +53,8 @@ class Tracker:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._quiet is not None:
-            log.handlers[:] = self._quiet
+        if self._previous_handlers is not None:
+            log.handlers[:] = self._previous_handlers
         if self._board is not None:
             with suppress(OSError):
                 self._board.close()
@@ -63,22 +63,22 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """Wall time since this log was opened."""
+        """Wall time in seconds since this log was opened."""
         return time.monotonic() - self._begin
 
     def event(self, event: str, **values: Any) -> None:
-        """One line of metrics.jsonl, with wall and monotonic time."""
+        """Writes one line of metrics.jsonl, with wall and monotonic time."""
         if self._log is not None:
             self._log.write({"event": event, **values, "time_s": time.time(), "monotonic_s": time.monotonic()})
 
     def step(self, examples: int) -> None:
-        """A step was taken."""
+        """Counts one step."""
         self._examples += examples
         if self._bar is not None:
             self._bar.update()
 
     def train(self, **values: Any) -> None:
-        """A train line; see monitors.protocol.StepRecord for what the values are."""
+        """Writes a train event; monitors.protocol.StepRecord describes the values."""
         now = time.monotonic()
         rate = self._examples / max(now - self._since, 1e-9)
         self._since, self._examples = now, 0
@@ -106,14 +106,14 @@ class Tracker:
             )
 
     def evaluation(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """An eval line."""
+        """Writes an eval event."""
         self.event("eval", step=step, **metrics, seconds=seconds)
         for name, value in metrics.items():
             self._scalar(f"eval/{name}", value, step)
         log.info("eval at step %d: %s", step, "  ".join(f"{name} {value:.6g}" for name, value in metrics.items()))
 
     def gradients(self, step: int, norms: Mapping[str, float]) -> None:
-        """A gradients line: the norm in each part of the model, before clipping."""
+        """Writes a gradients event: the norm in each part of the model, before clipping."""
         self.event("gradients", step=step, norms=dict(norms))
         for name, value in norms.items():
             self._scalar(f"gradients/{name}", value, step)
@@ -122,7 +122,7 @@ class Tracker:
         if self._board is not None and math.isfinite(value):
             try:
                 self._board.add_scalar(name, value, step)
-            except OSError as error:  # a full disk is no reason to end a run
+            except OSError as error:  # a full disk does not end the run
                 log.warning("tensorboard/ cannot be written any more: %s", error.strerror or error)
                 self._board = None
 
@@ -134,16 +134,16 @@ class _BarHandler(logging.Handler):
         tqdm.write(self.format(record))
 
 
-def _through_bar() -> list[logging.Handler]:
-    """Sends the log above the bar; gives back the handlers to restore."""
-    before = list(log.handlers)
+def _log_above_bar() -> list[logging.Handler]:
+    """Prints log records above the bar. Returns the handlers to restore later."""
+    previous = list(log.handlers)
     handler = _BarHandler()
-    for old in before:
+    for old in previous:
         handler.setFormatter(old.formatter)
-        for rule in old.filters:
-            handler.addFilter(rule)
+        for log_filter in old.filters:
+            handler.addFilter(log_filter)
     log.handlers[:] = [handler]
-    return before
+    return previous
 
 
 def _duration(seconds: float) -> str:

@@ -15,9 +15,9 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import RunFolder, claim, state, unwritable
+from dtrain.runs.folder import RunFolder, claim, folder_state, unwritable_error
 from dtrain.runs.lock import locked
-from dtrain.runs.resume_policy import Action, Checkpoints, decide, going_on, is_started_again
+from dtrain.runs.resume_policy import AvailableCheckpoints, StartAction, decide_start, is_relaunch, resume_settings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RunClaim:
         checkpoint: to resume from; None: start from the beginning.
     """
 
-    action: Action
+    action: StartAction
     checkpoint: SelectedCheckpoint | None
 
 
@@ -53,21 +53,21 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
     def hold() -> tuple[str, bool]:
         """Returns the lock's id, and whether this is the same job again."""
-        if state(folder.path) == "foreign":  # a folder that is not a run's is refused below, untouched
+        if folder_state(folder.path) == "foreign":  # a folder that is not a run's is refused below, untouched
             return "", False
         lock_id = ""
         try:
             held = locked(folder.path, command=command, on_loss=context.heartbeat.lose_run_dir)
             lock_id = lock.enter_context(held).id
         except OSError as error:
-            refusals.append(unwritable(folder, error))
-        return lock_id, is_started_again(folder, context.topology.launches)
+            refusals.append(unwritable_error(folder, error))
+        return lock_id, is_relaunch(folder, context.topology.launches)
 
     def work() -> dict[str, object]:
         # config.yaml may be that of a start that saved no checkpoint.
         changes = differences(chosen.config_text if chosen is not None else folder.old_config(), asked)
         try:
-            decision = decide(asked, command=command, changes=changes, checkpoints=there)
+            decision = decide_start(asked, command=command, changes=changes, checkpoints=there)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest
             raise
@@ -83,8 +83,8 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
     try:
         lock_id, is_again = on_main(hold, context)
-        asked = going_on(config) if is_again else config
-        chosen, there = _checkpoints(asked, context) if command == "train" else (None, Checkpoints())
+        asked = resume_settings(config) if is_again else config
+        chosen, there = _checkpoints(asked, context) if command == "train" else (None, AvailableCheckpoints())
         told = on_main(work, context)
     except ConfigError as error:
         error.is_recorded = False
@@ -92,20 +92,20 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     for note in told["notes"]:
         log.info("%s", note)
     context.heartbeat.claim_run_dir(lock_id)
-    action: Action = told["action"]
-    chosen = chosen if action == "go_on" else None
+    action: StartAction = told["action"]
+    chosen = chosen if action == "resume" else None
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return RunClaim(action, chosen)
 
 
-def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, Checkpoints]:
+def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, AvailableCheckpoints]:
     """Collective. Returns the checkpoint that a training run would resume from, and what is known of all."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
-        return None, Checkpoints()
+        return None, AvailableCheckpoints()
     if resume != "auto":
         chosen = select.at(Path(resume), context, setting="checkpoint.resume")
-        return chosen, Checkpoints(chosen.step, given=True)
+        return chosen, AvailableCheckpoints(chosen.step, is_user_choice=True)
     found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
-    return found, Checkpoints(found.step if found is not None else None, damaged)
+    return found, AvailableCheckpoints(found.step if found is not None else None, damaged)

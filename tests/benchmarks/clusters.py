@@ -71,7 +71,7 @@ def _timed(what: str, command: list[str], run: Path, alone: list[float] | None) 
 
 
 def _losses(run: Path) -> list[float]:
-    return [event["loss"] for event in jobs.events(run)]
+    return [event["loss"] for event in jobs.read_events(run)]
 
 
 def _show(what: str, code: int, took_s: float, run: Path, alone: list[float] | None) -> None:

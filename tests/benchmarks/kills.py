@@ -63,7 +63,7 @@ def main() -> int:
                 done += kill_one(job, folder / "run" / "checkpoints", rng)
             code = job.end(seconds=600)
         same = tensors(folder, "run", steps) == tensors(folder, "steady", steps)
-        lives = len(jobs.events(folder / "run", "resume"))
+        lives = len(jobs.read_events(folder / "run", "resume"))
     seconds, verdict = time.monotonic() - begin, "the same bits" if same else "OTHER BITS"
     print(f"{done} kills, {lives} resumes, {steps} steps, {seconds:.0f} s: exit {code}, {verdict}")
     return 0 if same and code == 0 and done == arguments.kills else 1

@@ -72,7 +72,7 @@ def test_a_full_disk_is_a_fault_and_training_continues_with_the_old_checkpoint(d
         os.kill(job.process.pid, signal.SIGTERM)
         job.end()
 
-    fault = jobs.events(run, "fault")[0]
+    fault = jobs.read_events(run, "fault")[0]
     assert fault["kind"] == "checkpoint"
     assert "No space left on device" in fault["message"]
     assert jobs.exit_of(run)["code"] == 75
@@ -118,7 +118,7 @@ def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_pat
     job = jobs.run([*jobs.torchrun()[:-1], str(script), *jobs.settings(tmp_path / "runs", "run", **settings)])
 
     assert job.process.returncode == 0, job.text
-    (fault,) = jobs.events(run, "fault")
+    (fault,) = jobs.read_events(run, "fault")
     assert (fault["kind"], fault["step"]) == ("checkpoint", 20)
     assert "model.safetensors: Input/output error" in fault["message"]
     assert sum("Input/output error. Training goes on" in line for line in job.said) == 1

@@ -175,7 +175,9 @@ def test_parts_of_two_starts_are_not_combined(folder: Path) -> None:
 
     ended = start(folder, "two-lives", 2, SHARDED)
 
-    assert all("has saved a checkpoint of step 6 (metrics.jsonl says so), but no node holds it" in end for end in ended)
+    assert all(
+        "has saved a checkpoint of step 6 (according to metrics.jsonl), but no node has it" in end for end in ended
+    )
     assert start(folder, "two-lives", 2, {**SHARDED, **resume}) == ["done"] * 2
     assert (checkpoints(folder, 1, "two-lives") / "left-step-000006").is_dir()
 

@@ -39,7 +39,7 @@ def alone(folder: Path) -> list[float]:
 
 
 def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in jobs.events(run)]
+    return [event["loss"] for event in jobs.read_events(run)]
 
 
 @pytest.mark.parametrize("command", [*SCRIPTS, *LITERAL])

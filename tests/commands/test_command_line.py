@@ -200,7 +200,7 @@ def test_a_finished_run_is_not_changed(finished: Path) -> None:
     other = again(finished, "optim.learning_rate=0.5", "train.log_every=2")
 
     assert (same.code, never.code, other.code) == (0, 2, 2)
-    assert f"{finished} is finished already" in same.text
+    assert f"{finished} is already finished" in same.text
     assert "holds a finished run, and checkpoint.resume=never" in never.text
     assert "  optim.learning_rate: 5.0e-05 -> 0.5" in other.text.splitlines()
     assert "train.log_every" not in other.text, "which may change"
@@ -217,7 +217,7 @@ def test_an_evaluation_does_not_touch_a_training_run(finished: Path) -> None:
     into = dtrain("evaluate", *jobs.settings(finished.parent, "mine"), *model)
 
     assert into.code == 2
-    assert "holds a training run, which evaluate must not touch" in into.text
+    assert "holds a training run, which evaluate must not change" in into.text
     assert content(finished) == before
 
 
@@ -281,14 +281,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_5_or_is_skipped(tmp_path: 
     skip = dtrain(*jobs.settings(tmp_path, "skip", **bad, train__non_finite="skip"))
 
     assert (stop.code, skip.code) == (5, 0)
-    (fault,) = jobs.events(tmp_path / "stop", "fault")
+    (fault,) = jobs.read_events(tmp_path / "stop", "fault")
     assert f"Step 2: the loss is nan (rank 0, micro-batch 0, examples {fault['example_index'][0]}, " in stop.text
     assert "train.non_finite=skip" in stop.last
     assert (jobs.exit_of(tmp_path / "stop")["code"], fault["step"]) == (5, 2)
     assert not (tmp_path / "stop" / "model").exists()
     assert not (tmp_path / "stop" / "summary.json").exists()
-    assert [event["step"] for event in jobs.events(tmp_path / "skip", "fault")] == [2, 3]
-    assert [event["loss"] for event in jobs.events(tmp_path / "skip")][1:] == ["nan", "nan"]
+    assert [event["step"] for event in jobs.read_events(tmp_path / "skip", "fault")] == [2, 3]
+    assert [event["loss"] for event in jobs.read_events(tmp_path / "skip")][1:] == ["nan", "nan"]
     assert jobs.summary_of(tmp_path / "skip")["updates"] == 1
 
 

@@ -125,7 +125,7 @@ def test_invalid_examples_are_refused_and_a_training_run_is_not_changed(home: Pa
         assert message in ended.text or "there is no such folder" in ended.text
     (home / "runs" / "trained" / "model").mkdir(parents=True)
     ended = inspect(home, "trained", bert, "inspect.text=a")
-    assert (ended.code, "holds a training run, which inspect must not touch" in ended.text) == (2, True)
+    assert (ended.code, "holds a training run, which inspect must not change" in ended.text) == (2, True)
     assert not (home / "runs" / "trained" / "inspection").exists()
 
 

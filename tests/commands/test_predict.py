@@ -277,7 +277,7 @@ def test_a_training_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "predicted").mkdir()
     (tmp_path / "predicted" / "metrics.jsonl").touch()
 
-    with pytest.raises(ConfigError, match="holds a training run, which predict must not touch"):
+    with pytest.raises(ConfigError, match="holds a training run, which predict must not change"):
         run_predict(config(tmp_path, "cola"), ONE_PROCESS)
 
 

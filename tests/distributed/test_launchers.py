@@ -20,7 +20,7 @@ def deepspeed_by_hostfile() -> list[str]:
 
 
 def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in jobs.events(run)]
+    return [event["loss"] for event in jobs.read_events(run)]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from dtrain.job.failure import (
     write_exit_json,
 )
 from dtrain.job.watchdog.client import PeerFailure
-from dtrain.runs.lock import LOCK, Owner
+from dtrain.runs.lock import LOCK, LockOwner
 
 
 @dataclass
@@ -128,7 +128,7 @@ def test_the_end_of_a_start_is_not_written_into_a_folder_in_which_another_job_wo
     tmp_path: Path, lock: str, written: bool
 ) -> None:
     config, context = config_in(tmp_path), two(1)
-    other = Owner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
+    other = LockOwner(this_process()._replace(host="node7"), "train", "2026-01-02 03:04:05 UTC", "0123")
     (config.run_dir / LOCK).write_text(other.as_text())
     context.heartbeat.claim_run_dir(lock)
 

@@ -298,7 +298,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Pa
     run = tmp_path / "runs" / "run"
     end = jobs.exit_of(run)
     assert (end["code"], end["cause"]) == (5, "NonFiniteError")
-    (fault,) = jobs.events(run, "fault")
+    (fault,) = jobs.read_events(run, "fault")
     assert (fault["step"], fault["loss"]) == (2, "nan")
     assert len(fault["example_index"]) == 8
     assert set(fault["ranks"]) == {0, 1}
@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Pa
     for rank in (0, 1):
         assert f"rank {rank}, micro-batch {rank}, examples " in message
     assert str(fault["example_index"][0]) in message
-    assert [event["loss"] for event in jobs.events(run)][1:] == ["nan"]
+    assert [event["loss"] for event in jobs.read_events(run)][1:] == ["nan"]
     assert not (run / "model").exists()
     assert not (run / "summary.json").exists()
     assert not jobs.own_traceback(job), job.text

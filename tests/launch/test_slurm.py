@@ -400,7 +400,7 @@ def test_slurms_signal_requeues_a_job_that_continues_and_scancel_ends_it(cluster
     cluster.run("scancel", "--signal=USR1", number)
     cluster.wait_for_line("long", "Requeued, start 2")
     cluster.wait_for_line("long", "rank 0 of 2 on 2 nodes", times=2)
-    resumed = jobs.until(lambda: bool(jobs.events(cluster.folder / "long", "resume")))
+    resumed = jobs.until(lambda: bool(jobs.read_events(cluster.folder / "long", "resume")))
     restarts = cluster.job(number)["Restarts"]
     steps = cluster.output("long").count("  loss ")
     cluster.wait_for_line("long", "  loss ", times=steps + 1)

@@ -1,4 +1,4 @@
-"""The run folder: what lies in it decides what a start may do, nothing is lost, and no file is ever half there."""
+"""The run folder: its content decides what a start may do, nothing is lost, and files are written atomically."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from dtrain.config.load import differences, load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.runs.folder import (
+    FolderState,
     RunFolder,
-    State,
     claim,
+    folder_state,
     replace_folder,
-    state,
     write_exit,
     write_json_atomic,
     write_lines_atomic,
 )
 from dtrain.runs.jsonl import MetricsLog, read_metrics
-from dtrain.runs.resume_policy import Checkpoints, Decision, decide, going_on, is_started_again
+from dtrain.runs.resume_policy import AvailableCheckpoints, StartDecision, decide_start, is_relaunch, resume_settings
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 WEIGHTS = len(_TABLE).to_bytes(8, "little") + _TABLE + bytes(4)
-"""A whole safetensors file with one number."""
+"""A complete safetensors file with one number."""
 
 
 def config_for(tmp_path: Path, *overrides: str, command: str = "train") -> Config:
     return load_config(None, [f"run.output_dir={tmp_path}", "run.name=one", *overrides], command=command)
 
 
-def asked(config: Config, command: str = "train", checkpoints: Checkpoints | None = None) -> Decision:
-    """The decision as the commands take it."""
+def asked(config: Config, command: str = "train", checkpoints: AvailableCheckpoints | None = None) -> StartDecision:
+    """Returns the decision of a command."""
     changes = differences(RunFolder(config.run_dir).old_config(), config)
-    return decide(config, command=command, changes=changes, checkpoints=checkpoints)
+    return decide_start(config, command=command, changes=changes, checkpoints=checkpoints)
 
 
 def begun(tmp_path: Path, *overrides: str, steps: int = 1) -> RunFolder:
-    """A training run that was cut off after `steps` logged steps."""
+    """Creates a training run that was interrupted after `steps` logged steps."""
     config = config_for(tmp_path, *overrides)
     folder = RunFolder(config.run_dir)
     claim(folder, to_yaml(config))
@@ -96,55 +96,55 @@ def evaluated(tmp_path: Path) -> RunFolder:
         (["notes.txt", "metrics.jsonl"], "unfinished"),
     ],
 )
-def test_the_state_is_read_off_what_lies_there(tmp_path: Path, files: Sequence[str], expected: State) -> None:
+def test_the_state_depends_on_the_folders_files(tmp_path: Path, files: Sequence[str], expected: FolderState) -> None:
     path = tmp_path / "one"
     path.mkdir()
     for file in files:
         (path / file).parent.mkdir(parents=True, exist_ok=True)
         (path / file).write_bytes(WEIGHTS if file.endswith(".safetensors") else b"{}")
 
-    assert state(path) == expected
+    assert folder_state(path) == expected
 
 
 @pytest.mark.parametrize("damaged", [b"", WEIGHTS[:-1], WEIGHTS[:20], b"x" * 100])
-def test_a_finished_run_whose_weights_are_damaged_goes_on(tmp_path: Path, damaged: bytes) -> None:
+def test_a_finished_run_with_damaged_weights_counts_as_unfinished(tmp_path: Path, damaged: bytes) -> None:
     folder = finished(tmp_path)
     (folder.model / "model.safetensors").write_bytes(damaged)
 
-    assert state(folder.path) == "unfinished"
+    assert folder_state(folder.path) == "unfinished"
 
 
-def test_no_folder_is_absent_and_a_file_or_a_dangling_link_in_its_place_is_foreign(tmp_path: Path) -> None:
+def test_a_missing_folder_is_absent_and_a_file_or_dangling_link_is_foreign(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
 
-    assert [state(tmp_path / name) for name in ("none", "file", "link")] == ["absent", "foreign", "foreign"]
+    assert [folder_state(tmp_path / name) for name in ("none", "file", "link")] == ["absent", "foreign", "foreign"]
 
 
-def test_a_summary_that_is_torn_does_not_make_a_run_finished(tmp_path: Path) -> None:
+def test_a_run_with_an_incomplete_summary_is_unfinished(tmp_path: Path) -> None:
     folder = finished(tmp_path)
-    assert state(folder.path) == "finished"
+    assert folder_state(folder.path) == "finished"
 
     folder.summary.write_text('{"eval": {"lo')
 
-    assert state(folder.path) == "unfinished"
+    assert folder_state(folder.path) == "unfinished"
 
 
 # ---------------------------------------------------------------- decisions, training
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_where_nothing_is_a_run_starts(tmp_path: Path, resume: str) -> None:
-    assert asked(config_for(tmp_path, f"checkpoint.resume={resume}")) == Decision("start", False, ())
+def test_a_run_starts_in_a_missing_folder(tmp_path: Path, resume: str) -> None:
+    assert asked(config_for(tmp_path, f"checkpoint.resume={resume}")) == StartDecision("start", False, ())
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_run_that_ended_before_its_first_step_left_nothing_to_protect(tmp_path: Path, resume: str) -> None:
+def test_a_run_that_ended_before_its_first_step_is_not_protected(tmp_path: Path, resume: str) -> None:
     begun(tmp_path, steps=0)
 
     decision = asked(config_for(tmp_path, f"checkpoint.resume={resume}", "optim.learning_rate=1"))
 
-    assert decision == Decision("start", False, ())
+    assert decision == StartDecision("start", False, ())
 
 
 def test_an_unfinished_run_without_a_checkpoint_starts_again_and_shows_what_changed(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_again_and_shows_what_chan
 
     decision = asked(config_for(tmp_path, "train.log_every=1", "engine.precision=bf16"))
 
-    assert (decision.action, decision.set_aside) == ("go_on", False)
+    assert (decision.action, decision.set_aside) == ("resume", False)
     assert "starts again at step 1" in decision.notes[0]
     assert "train.log_every: 20 -> 1" in decision.notes[1]
     assert "engine.precision: fp32 -> bf16  (the numbers differ from here on)" in decision.notes[1]
@@ -164,11 +164,11 @@ def test_an_unchanged_unfinished_run_has_no_differences_to_show(tmp_path: Path) 
     assert len(asked(config_for(tmp_path)).notes) == 1
 
 
-# Checkpoints: a run goes on from the newest whole one
+# Checkpoints: a run resumes from the newest complete one
 
 
 def saved(folder: RunFolder, *steps: int, resumed: int | None = None) -> None:
-    """What the log says of checkpoints, and of a start that went on from one before."""
+    """Writes the log's events about checkpoints, and about a start that resumed from one of them."""
     with MetricsLog(folder.metrics) as log:
         if resumed is not None:
             log.write({"event": "resume", "step": resumed})
@@ -180,86 +180,88 @@ def at_step(folder: RunFolder, step: int) -> None:
     write_json_atomic(folder.summary, {"eval": {}, "step": step})
 
 
-def test_an_unfinished_run_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_run_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None:
     saved(begun(tmp_path), 2, 4)
 
-    decision = asked(config_for(tmp_path), checkpoints=Checkpoints(4))
+    decision = asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4))
 
-    assert decision.action == "go_on"
-    assert decision.notes == (f"{tmp_path / 'one'} goes on from the checkpoint of step 4",)
-
-
-def test_a_node_that_has_only_a_checkpoint_goes_on_from_it(tmp_path: Path) -> None:
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4)).action == "go_on"
+    assert decision.action == "resume"
+    assert decision.notes == (f"{tmp_path / 'one'} resumes from the checkpoint of step 4",)
 
 
-def test_a_change_of_mathematics_goes_on_where_it_is_allowed_by_name_or_section(tmp_path: Path) -> None:
+def test_a_run_resumes_even_if_only_a_checkpoint_is_left(tmp_path: Path) -> None:
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4)).action == "resume"
+
+
+def test_a_change_of_mathematics_is_allowed_by_name_or_section(tmp_path: Path) -> None:
     begun(tmp_path)
 
     for allowed in ("[optim.learning_rate]", "[optim]"):
         config = config_for(tmp_path, "optim.learning_rate=0.5", f"checkpoint.allow_changes={allowed}")
-        decision = asked(config, checkpoints=Checkpoints(4))
-        assert decision.action == "go_on"
+        decision = asked(config, checkpoints=AvailableCheckpoints(4))
+        assert decision.action == "resume"
         assert "optim.learning_rate: 0.002 -> 0.5" in decision.notes[1]
 
 
-def test_a_newer_checkpoint_that_nobody_holds_stops_the_start(tmp_path: Path) -> None:
+def test_a_missing_newer_checkpoint_stops_the_start(tmp_path: Path) -> None:
     saved(begun(tmp_path), 2, 4, 6)
 
     with pytest.raises(
-        CheckpointError, match=r"saved a checkpoint of step 6 .* no node holds it; the newest there is of step 4"
+        CheckpointError, match=r"saved a checkpoint of step 6 .* no node has it; the newest available one is of step 4"
     ):
-        asked(config_for(tmp_path), checkpoints=Checkpoints(4))
-    with pytest.raises(CheckpointError, match=r"no node holds a checkpoint of it any more \(step 6\)"):
-        asked(config_for(tmp_path), checkpoints=Checkpoints())
+        asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4))
+    with pytest.raises(CheckpointError, match=r"no node has its checkpoints any more \(step 6\)"):
+        asked(config_for(tmp_path), checkpoints=AvailableCheckpoints())
 
 
-def test_a_newer_checkpoint_that_is_damaged_does_not(tmp_path: Path) -> None:
+def test_a_damaged_newer_checkpoint_does_not_stop_the_start(tmp_path: Path) -> None:
     saved(begun(tmp_path), 2, 4, 6)
 
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4, frozenset({6}))).action == "go_on"
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4, frozenset({6}))).action == "resume"
     with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(step 4, 6\)"):
-        asked(config_for(tmp_path), checkpoints=Checkpoints(None, frozenset({4, 6})))
+        asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(None, frozenset({4, 6})))
 
 
-def test_what_a_later_start_gave_up_is_not_missed(tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_later_start_discarded_may_be_missing(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     saved(folder, 2, 4, 6)
     saved(folder, resumed=4)
 
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4)).action == "go_on"
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4)).action == "resume"
 
 
-def test_a_checkpoint_that_the_user_names_is_gone_on_from_whatever_else_there_is(tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_user_names_is_always_used(tmp_path: Path) -> None:
     saved(begun(tmp_path), 2, 4, 6)
 
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(2, given=True)).action == "go_on"
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(2, is_user_choice=True)).action == "resume"
 
 
-def test_a_finished_run_is_left_alone_if_its_last_step_is_saved_whole(tmp_path: Path) -> None:
+def test_a_finished_run_with_a_complete_last_checkpoint_is_left_alone(tmp_path: Path) -> None:
     folder = finished(tmp_path)
     saved(folder, 4, 6)
     at_step(folder, 6)
 
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(6)).action == "already_finished"
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints()).action == "already_finished"  # deleted to make room
-    assert asked(config_for(tmp_path), checkpoints=Checkpoints(4, frozenset({6}))).action == "go_on"
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(6)).action == "already_finished"
+    assert (
+        asked(config_for(tmp_path), checkpoints=AvailableCheckpoints()).action == "already_finished"
+    )  # deleted to free space
+    assert asked(config_for(tmp_path), checkpoints=AvailableCheckpoints(4, frozenset({6}))).action == "resume"
 
 
-def test_a_finished_run_goes_on_for_more_steps_and_says_what_that_means(tmp_path: Path) -> None:
+def test_a_finished_run_resumes_for_more_steps_and_shows_the_changes(tmp_path: Path) -> None:
     folder = finished(tmp_path, "train.max_steps=6")
     at_step(folder, 6)
 
-    decision = asked(config_for(tmp_path, "train.max_steps=12"), checkpoints=Checkpoints(6))
+    decision = asked(config_for(tmp_path, "train.max_steps=12"), checkpoints=AvailableCheckpoints(6))
 
-    assert decision.action == "go_on"
+    assert decision.action == "resume"
     assert "train.max_steps: 6 -> 12  (the numbers differ from here on)" in decision.notes[1]
-    with pytest.raises(ConfigError, match="is finished and has no checkpoint to go on from"):
+    with pytest.raises(ConfigError, match="is finished and has no checkpoint to resume from"):
         asked(config_for(tmp_path, "train.max_steps=12"))
 
 
 @pytest.mark.parametrize("made", [begun, finished])
-def test_a_run_with_other_mathematics_is_refused_with_old_and_new_value_and_the_cure(tmp_path: Path, made: Any) -> None:
+def test_a_run_with_other_mathematics_is_refused_with_old_and_new_values_and_the_fix(tmp_path: Path, made: Any) -> None:
     made(tmp_path)
 
     with pytest.raises(ConfigError) as caught:
@@ -280,19 +282,19 @@ def test_a_finished_run_is_not_trained_twice(tmp_path: Path) -> None:
     decision = asked(config_for(tmp_path))
 
     assert decision.action == "already_finished"
-    assert f"{tmp_path / 'one'} is finished already" in decision.notes[0]
+    assert f"{tmp_path / 'one'} is already finished" in decision.notes[0]
 
 
 @pytest.mark.parametrize("missing", ["summary.json", "model/model.safetensors", "model/config.json"])
-def test_a_finished_run_of_which_something_is_missing_is_gone_on_with(tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_finished_run_is_resumed(tmp_path: Path, missing: str) -> None:
     folder = finished(tmp_path)
     (folder.path / missing).unlink()
 
-    assert asked(config_for(tmp_path)).action == "go_on"
+    assert asked(config_for(tmp_path)).action == "resume"
 
 
 @pytest.mark.parametrize(("made", "word"), [(begun, "an unfinished run"), (finished, "a finished run")])
-def test_with_resume_never_a_run_that_is_there_is_refused(tmp_path: Path, made: Any, word: str) -> None:
+def test_with_resume_never_an_existing_run_is_refused(tmp_path: Path, made: Any, word: str) -> None:
     made(tmp_path)
 
     with pytest.raises(ConfigError, match=word) as caught:
@@ -304,7 +306,7 @@ def test_with_resume_never_a_run_that_is_there_is_refused(tmp_path: Path, made: 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 @pytest.mark.parametrize("made", [begun, finished, evaluated])
-def test_overwrite_moves_the_old_folder_away_whole_and_starts(tmp_path: Path, made: Any, resume: str) -> None:
+def test_overwrite_moves_the_complete_old_folder_away_and_starts(tmp_path: Path, made: Any, resume: str) -> None:
     before = {file.name: file.read_bytes() for file in made(tmp_path).path.rglob("*") if file.is_file()}
     config = config_for(tmp_path, "run.overwrite=true", f"checkpoint.resume={resume}", "optim.learning_rate=1")
 
@@ -336,7 +338,7 @@ def test_training_over_an_evaluation_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize("overwrite", ["true", "false"])
-def test_a_folder_that_is_not_ours_is_never_touched(tmp_path: Path, command: str, overwrite: str) -> None:
+def test_a_foreign_folder_is_never_changed(tmp_path: Path, command: str, overwrite: str) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "thesis.tex").write_text("years of work")
 
@@ -344,7 +346,7 @@ def test_a_folder_that_is_not_ours_is_never_touched(tmp_path: Path, command: str
         asked(config_for(tmp_path, f"run.overwrite={overwrite}"), command)
 
 
-def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("")
 
     with pytest.raises(ConfigError, match="is not a folder"):
@@ -361,20 +363,20 @@ def test_a_training_run_is_safe_from_other_commands(tmp_path: Path, made: Any, c
     made(tmp_path)
     (tmp_path / "one-2").mkdir()
 
-    with pytest.raises(ConfigError, match=f"holds a training run, which {command} must not touch") as caught:
+    with pytest.raises(ConfigError, match=f"holds a training run, which {command} must not change") as caught:
         asked(config_for(tmp_path, f"run.overwrite={overwrite}"), command)
 
     assert "run.name=one-3 is free" in str(caught.value)
 
 
-def test_an_evaluation_rewrites_its_own_results_and_leaves_no_old_ones(tmp_path: Path) -> None:
+def test_an_evaluation_replaces_old_results(tmp_path: Path) -> None:
     folder = evaluated(tmp_path)
     config = config_for(tmp_path, "checkpoint.resume=never", "data.limit=3")
 
     decision = asked(config, "evaluate")
     claim(folder, to_yaml(config), set_aside=decision.set_aside)
 
-    assert decision == Decision("start", False, ())
+    assert decision == StartDecision("start", False, ())
     assert [entry.name for entry in folder.path.iterdir()] == ["config.yaml"]
     assert "limit: 3" in folder.config.read_text()
 
@@ -382,7 +384,7 @@ def test_an_evaluation_rewrites_its_own_results_and_leaves_no_old_ones(tmp_path:
 # ---------------------------------------------------------------- claiming
 
 
-def test_a_claim_makes_the_folder_and_keeps_what_an_unfinished_run_still_needs(tmp_path: Path) -> None:
+def test_a_claim_creates_the_folder_and_keeps_what_an_unfinished_run_needs(tmp_path: Path) -> None:
     folder = finished(tmp_path / "new" / "deep")
 
     claim(folder, "task: {name: causal_lm}\n")
@@ -391,7 +393,7 @@ def test_a_claim_makes_the_folder_and_keeps_what_an_unfinished_run_still_needs(t
     assert folder.old_config() == "task: {name: causal_lm}\n"
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_fix(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(ConfigError, match=r"cannot be written: .*Set run\.output_dir"):
@@ -400,7 +402,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: 
 
 def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    forbidden = Path("/proc") if os.geteuid() == 0 else tmp_path  # permissions do not bind root
+    forbidden = Path("/proc") if os.geteuid() == 0 else tmp_path  # permissions do not apply to root
 
     with pytest.raises(ConfigError, match=r"cannot be written: .*one: (Permission denied|No such file)"):
         claim(RunFolder(forbidden / "one"), "")
@@ -427,7 +429,7 @@ def test_a_config_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- files
 
 
-def test_json_is_written_whole_readable_and_without_leftovers(tmp_path: Path) -> None:
+def test_json_is_written_atomically_readable_and_without_leftovers(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_json_atomic(path, {"a": 1})
 
@@ -462,7 +464,7 @@ def test_a_file_that_cannot_be_written_is_an_error_for_the_user(tmp_path: Path) 
         write_json_atomic(tmp_path / "gone" / "summary.json", {})
 
 
-def test_the_first_exit_cause_stays(tmp_path: Path) -> None:
+def test_the_first_exit_cause_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "exit.json"
     first = {"code": 3, "cause": "DataError", "rank": 1, "host": "node2", "message": "no such file"}
 
@@ -473,12 +475,12 @@ def test_the_first_exit_cause_stays(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["exit.json"]
 
 
-def test_of_ranks_that_end_at_the_same_moment_exactly_one_writes_the_cause(tmp_path: Path) -> None:
+def test_exactly_one_of_several_ending_ranks_writes_the_cause(tmp_path: Path) -> None:
     path, wrote, ready = tmp_path / "exit.json", [], threading.Barrier(8)
 
     def end(rank: int) -> None:
         ready.wait(timeout=20)
-        # Ranks are processes; here the host stands in for the process id that keeps their drafts apart.
+        # Ranks are processes. Here different hosts, instead of process ids, keep their drafts apart.
         if write_exit(path, code=1, cause="x", rank=rank, host=f"node{rank}", message="y" * 10_000):
             wrote.append(rank)
 
@@ -498,7 +500,7 @@ def test_an_exit_cause_that_cannot_be_written_does_not_hide_the_real_error(tmp_p
     assert not write_exit(tmp_path / "file" / "exit.json", code=1, cause="x", rank=0, host="h", message="m")
 
 
-def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
+def test_a_folder_replaces_another_completely(tmp_path: Path) -> None:
     target, draft = tmp_path / "model", tmp_path / ".tmp-model"
     for folder, name in ((target, "old.safetensors"), (draft, "new.safetensors")):
         (folder / "sub").mkdir(parents=True)
@@ -512,7 +514,7 @@ def test_a_folder_replaces_another_whole(tmp_path: Path) -> None:
     assert (target / "sub" / "new.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_folder_takes_a_place_that_was_empty_or_where_an_earlier_swap_was_cut_off(tmp_path: Path) -> None:
+def test_a_folder_is_put_in_place_if_there_is_none_or_an_earlier_swap_was_interrupted(tmp_path: Path) -> None:
     (tmp_path / ".model.old").mkdir()
     (tmp_path / ".model.old" / "left").write_text("")
     (tmp_path / "draft").mkdir()
@@ -525,7 +527,7 @@ def test_a_folder_takes_a_place_that_was_empty_or_where_an_earlier_swap_was_cut_
 # ---------------------------------------------------------------- metrics.jsonl
 
 
-def test_each_line_is_on_disk_as_soon_as_it_is_written_and_numbers_that_are_not_finite_are_text(tmp_path: Path) -> None:
+def test_lines_are_on_disk_immediately_and_non_finite_numbers_are_text(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write({"event": "train", "step": 1, "loss": math.nan, "grad_norm": math.inf})
@@ -534,7 +536,7 @@ def test_each_line_is_on_disk_as_soon_as_it_is_written_and_numbers_that_are_not_
 
 
 @pytest.mark.parametrize("torn", ['{"event": "tr', '{"event": "train", "step": 2}', "\x00\x00\x00"])
-def test_a_torn_last_line_is_cut_and_the_rest_is_kept(tmp_path: Path, torn: str) -> None:
+def test_an_incomplete_last_line_is_removed_and_the_rest_is_kept(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "start"}\n' + torn)
     assert read_metrics(path) == [{"event": "start"}]
@@ -545,7 +547,7 @@ def test_a_torn_last_line_is_cut_and_the_rest_is_kept(tmp_path: Path, torn: str)
     assert path.read_text() == '{"event": "start"}\n{"event": "resume"}\n'
 
 
-def test_a_step_taken_again_counts_with_its_last_value(tmp_path: Path) -> None:
+def test_a_repeated_step_counts_with_its_last_values(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     events: list[dict[str, Any]] = [
         {"event": "start"},
@@ -578,7 +580,7 @@ def test_a_metrics_file_that_cannot_be_written_is_an_error_for_the_user(tmp_path
 
 
 class Disk:
-    """A file on a disk with so much room left."""
+    """A file on a disk with this much space left."""
 
     def __init__(self, file: Any, room: int) -> None:
         self._file, self.room = file, room
@@ -594,7 +596,7 @@ class Disk:
         return getattr(self._file, name)
 
 
-def test_on_a_full_disk_metrics_wait_in_whole_lines(tmp_path: Path) -> None:
+def test_on_a_full_disk_metrics_are_kept_as_complete_lines(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         disk = Disk(log._file, 40)
         log._file = disk  # type: ignore[assignment]
@@ -618,44 +620,44 @@ def test_on_a_full_disk_metrics_wait_in_whole_lines(tmp_path: Path) -> None:
         ({"torchrun a": 0}, {"torchrun a": 1}, True),
         ({"torchrun a": 1}, {"torchrun a": 2}, True),
         ({"torchrun a": 0}, {"torchrun a": 0}, False),  # the user's second start of that name
-        ({"torchrun a": 0}, {"torchrun b": 1}, False),  # another job, killed before it took the folder
+        ({"torchrun a": 0}, {"torchrun b": 1}, False),  # another job, killed before it claimed the folder
         ({"torchrun a": 0, "Slurm job 7": 0}, {"torchrun b": 0, "Slurm job 7": 1}, True),
         ({}, {"torchrun a": 1}, False),
     ],
 )
-def test_a_later_start_of_the_job_that_has_the_folder_is_known(
+def test_a_relaunch_of_the_job_that_claimed_the_folder_is_recognized(
     tmp_path: Path, then: dict[str, int], now: dict[str, int], is_again: bool
 ) -> None:
     folder = RunFolder(tmp_path / "one")
     claim(folder, "", launches=then)
 
-    assert is_started_again(folder, now) == is_again
+    assert is_relaunch(folder, now) == is_again
 
 
 @pytest.mark.parametrize(("launcher_s", "is_again"), [(3600.0, True), (-1.0, False), (None, False)])
-def test_a_job_that_torchrun_has_no_name_for_is_known_by_its_age(
+def test_a_torchrun_job_without_an_id_is_recognized_by_its_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher_s: float | None, is_again: bool
 ) -> None:
     folder = RunFolder(tmp_path / "one")
     claim(folder, "", launches=["torchrun none"])
     monkeypatch.setattr("dtrain.runs.resume_policy.age_s", lambda _pid: launcher_s)
 
-    assert is_started_again(folder, {"torchrun none": 1}) == is_again
+    assert is_relaunch(folder, {"torchrun none": 1}) == is_again
 
 
-def test_what_was_meant_for_the_first_start_does_not_undo_its_work(tmp_path: Path) -> None:
-    config = going_on(config_for(tmp_path, "run.overwrite=true", "checkpoint.resume=never", "train.max_steps=7"))
+def test_settings_for_the_first_start_do_not_undo_its_work(tmp_path: Path) -> None:
+    config = resume_settings(config_for(tmp_path, "run.overwrite=true", "checkpoint.resume=never", "train.max_steps=7"))
 
     assert (config.run.overwrite, config.checkpoint.resume, config.train.max_steps) == (False, "auto", 7)
 
 
-def test_a_change_inside_of_a_setting_is_allowed_by_its_name(tmp_path: Path) -> None:
+def test_a_change_inside_a_setting_is_allowed_by_its_name(tmp_path: Path) -> None:
     begun(tmp_path, "data.columns={text: a, label: b}", steps=2)
     changes = ["data.columns={text: a}"]
 
     with pytest.raises(ConfigError, match=r"checkpoint.allow_changes='\[data.columns.label\]'"):
-        asked(config_for(tmp_path, *changes), checkpoints=Checkpoints(2))
+        asked(config_for(tmp_path, *changes), checkpoints=AvailableCheckpoints(2))
 
     for allowed in ("data.columns.label", "data.columns", "data"):
         config = config_for(tmp_path, *changes, f"checkpoint.allow_changes=[{allowed}]")
-        assert asked(config, checkpoints=Checkpoints(2)).action == "go_on"
+        assert asked(config, checkpoints=AvailableCheckpoints(2)).action == "resume"

@@ -1,4 +1,4 @@
-"""One writer for a run folder: who has it, who is refused, and when a lock counts no more."""
+"""One writer per run folder: the owner, refused starts, and stale locks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from dtrain.distributed.process_info import ProcessIdentity, is_alive, process_s
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.runs import lock as run_lock
-from dtrain.runs.folder import RunFolder, state
-from dtrain.runs.lock import LOCK, Owner, is_anothers, locked, look
+from dtrain.runs.folder import RunFolder, folder_state
+from dtrain.runs.lock import LOCK, LockOwner, is_held_by_another_job, locked, read_lock
 from dtrain.training.run_claim import claimed
 
-PERIOD_S = 0.02
+HEARTBEAT_PERIOD_S = 0.02
 NOBODY = 2**22 + 1
-"""No process has this number: it is above what Linux gives out."""
+"""No process has this number: it is above Linux's maximum."""
 
 
-def owner(**changes: Any) -> Owner:
-    """Of another job, which ran where this test does unless `changes` say otherwise."""
-    return Owner(this_process()._replace(**changes), "train", "2026-01-02 03:04:05 UTC", "0123")
+def owner(**changes: Any) -> LockOwner:
+    """Returns the owner of another job, which ran in the same place as this test unless `changes` differ."""
+    return LockOwner(this_process()._replace(**changes), "train", "2026-01-02 03:04:05 UTC", "0123")
 
 
-def leave_lock(folder: Path, whose: Owner | str) -> Path:
+def leave_lock(folder: Path, whose: LockOwner | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOCK).write_text(whose if isinstance(whose, str) else whose.as_text())
     return folder
@@ -46,11 +46,11 @@ def leave_lock(folder: Path, whose: Owner | str) -> Path:
 
 @contextmanager
 def touched(file: Path) -> Iterator[None]:
-    """A heart that beats in another place."""
+    """Sends heartbeats for a job that runs elsewhere."""
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(PERIOD_S / 4):
+        while not done.wait(HEARTBEAT_PERIOD_S / 4):
             os.utime(file)
 
     heart = threading.Thread(target=beat)
@@ -63,7 +63,7 @@ def touched(file: Path) -> Iterator[None]:
 
 
 def at_once(work: Callable[[int], Any], times: int) -> list[Any]:
-    """What `work` gives, or the error, in that many threads that begin together and end together."""
+    """Runs `work` in several threads that start together. Returns each one's result or error."""
     ready, over, found = threading.Barrier(times), threading.Barrier(times), [None] * times
 
     def run(number: int) -> None:
@@ -85,7 +85,7 @@ def at_once(work: Callable[[int], Any], times: int) -> list[Any]:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
-    """The log's lines so far."""
+    """Returns the log's lines so far."""
     monkeypatch.setattr(logging.getLogger("dtrain"), "propagate", True)
     caplog.set_level(logging.INFO, logger="dtrain")
     return lambda: "\n".join(caplog.messages)
@@ -94,7 +94,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
 # ---------------------------------------------------------------- one job
 
 
-def test_the_lock_says_who_has_the_folder_and_goes_when_the_job_ends(tmp_path: Path) -> None:
+def test_the_lock_names_its_owner_and_is_removed_when_the_job_ends(tmp_path: Path) -> None:
     folder = tmp_path / "one"
     folder.mkdir()
 
@@ -109,14 +109,14 @@ def test_the_lock_says_who_has_the_folder_and_goes_when_the_job_ends(tmp_path: P
     assert list(folder.iterdir()) == []
 
 
-def test_the_lock_goes_when_the_job_fails_as_well(tmp_path: Path) -> None:
+def test_the_lock_is_removed_when_the_job_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), locked(tmp_path, command="train"):
         raise KeyboardInterrupt
 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) -> None:
+def test_a_folder_that_was_created_only_for_the_lock_is_removed_with_it(tmp_path: Path) -> None:
     with locked(tmp_path / "deep" / "one", command="train"):
         pass
     with locked(tmp_path / "two", command="train"):
@@ -126,29 +126,29 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) 
     assert [entry.name for entry in (tmp_path / "two").iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_heart_beats_while_the_job_lives(tmp_path: Path) -> None:
-    with locked(tmp_path, command="train", period_s=PERIOD_S):
+def test_the_heartbeat_updates_the_lock_while_the_job_runs(tmp_path: Path) -> None:
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
         os.utime(tmp_path / LOCK, ns=(0, 0))
         deadline = time.monotonic() + 10
         while (tmp_path / LOCK).stat().st_mtime_ns == 0 and time.monotonic() < deadline:
-            time.sleep(PERIOD_S)
+            time.sleep(HEARTBEAT_PERIOD_S)
         assert (tmp_path / LOCK).stat().st_mtime_ns > 0
 
 
-def test_a_job_whose_folder_was_taken_over_while_it_stood_still_ends_and_leaves_the_others_lock(
+def test_a_stalled_job_whose_folder_was_taken_over_ends_and_leaves_the_others_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, other = threading.Event(), owner(host="node7")
-    monkeypatch.setattr(run_lock, "_leave", lambda _folder, who, _tell: ended.set() if who == other else None)
+    monkeypatch.setattr(run_lock, "_exit_after_loss", lambda _folder, who, _tell: ended.set() if who == other else None)
 
-    with locked(tmp_path, command="train", period_s=PERIOD_S):
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
         leave_lock(tmp_path, other)
         assert ended.wait(10)
 
-    assert look(tmp_path).owner == other  # type: ignore[union-attr]
+    assert read_lock(tmp_path).owner == other  # type: ignore[union-attr]
 
 
-def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
+def test_a_job_that_has_lost_its_folder_disowns_it_and_reports_why_before_it_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[object] = []
@@ -163,7 +163,7 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
 
     monkeypatch.setattr(os, "_exit", end)
     heartbeat.on_run_dir_lost = told.append
-    with locked(tmp_path, command="train", period_s=PERIOD_S, on_loss=heartbeat.lose_run_dir) as own:
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S, on_loss=heartbeat.lose_run_dir) as own:
         heartbeat.claim_run_dir(own.id)
         before = read_heartbeat(memory).owns_run_dir
         leave_lock(tmp_path, other)
@@ -174,16 +174,16 @@ def test_a_job_that_has_lost_its_folder_disowns_it_and_tells_why_before_it_ends(
     words, code = told
     assert (
         words
-        == f"{tmp_path} was taken over by {other} while this job stood still. It ends: only one of them may write."
+        == f"{tmp_path} was taken over by {other} while this job was stalled. It ends: only one of them may write."
     )
     assert code == 4
-    assert is_anothers(tmp_path, own.id)
+    assert is_held_by_another_job(tmp_path, own.id)
 
 
 # ---------------------------------------------------------------- two jobs
 
 
-def test_a_second_job_is_refused_and_told_who_where_since_when_and_what_to_do(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_naming_the_owner_its_start_and_the_fix(tmp_path: Path) -> None:
     with locked(tmp_path, command="evaluate"):
         since = json.loads((tmp_path / LOCK).read_text())["since"]
         with pytest.raises(ConfigError) as refused, locked(tmp_path, command="train"):
@@ -197,7 +197,7 @@ def test_a_second_job_is_refused_and_told_who_where_since_when_and_what_to_do(tm
 
 @pytest.mark.parametrize("lies_there", ["nothing", "a stale lock"])
 @pytest.mark.parametrize("links", [True, False])
-def test_of_starts_at_once_exactly_one_wins(
+def test_exactly_one_of_simultaneous_starts_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies_there: str, links: bool
 ) -> None:
     def no_links(*_args: Any) -> None:
@@ -211,13 +211,13 @@ def test_of_starts_at_once_exactly_one_wins(
         if lies_there == "a stale lock":
             leave_lock(folder, owner(pid=NOBODY))
 
-        found = at_once(lambda _, folder=folder: locked(folder, command="train", period_s=10 * PERIOD_S), 6)
+        found = at_once(lambda _, folder=folder: locked(folder, command="train", period_s=10 * HEARTBEAT_PERIOD_S), 6)
 
-        assert sorted(type(each).__name__ for each in found) == ["ConfigError"] * 5 + ["Owner"]
+        assert sorted(type(each).__name__ for each in found) == ["ConfigError"] * 5 + ["LockOwner"]
         assert list(folder.iterdir()) == []
 
 
-def test_of_two_who_replace_a_stale_lock_the_later_finds_the_other_ones_and_is_refused(
+def test_the_slower_of_two_starts_that_replace_a_stale_lock_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits, flock, found = threading.Event(), fcntl.flock, []
@@ -236,7 +236,7 @@ def test_of_two_who_replace_a_stale_lock_the_later_finds_the_other_ones_and_is_r
     leave_lock(tmp_path, owner(pid=NOBODY))
     later = threading.Thread(target=start)
     with (tmp_path / LOCK).open("r+") as held:
-        flock(held, fcntl.LOCK_EX)  # the other one is at it
+        flock(held, fcntl.LOCK_EX)  # the other start is replacing it
         monkeypatch.setattr(fcntl, "flock", tell)
         later.start()
         came_to_wait = waits.wait(10)
@@ -246,14 +246,14 @@ def test_of_two_who_replace_a_stale_lock_the_later_finds_the_other_ones_and_is_r
 
     assert came_to_wait
     assert f"is in use by {owner()}" in found[0]
-    assert look(tmp_path).owner == owner()  # type: ignore[union-attr]
+    assert read_lock(tmp_path).owner == owner()  # type: ignore[union-attr]
 
 
 # ---------------------------------------------------------------- stale or not
 
 
 @pytest.mark.parametrize("changes", [{"pid": NOBODY}, {"started": "1"}], ids=["gone", "its number is another's"])
-def test_the_lock_of_a_process_that_is_gone_is_taken_at_once_and_a_line_says_so(
+def test_the_lock_of_a_dead_process_is_taken_over_immediately_and_logged(
     tmp_path: Path, changes: dict[str, Any], said: Callable[[], str]
 ) -> None:
     dead = owner(**changes)
@@ -262,10 +262,10 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_at_once_and_a_line_says_so(
 
     with locked(tmp_path, command="train"):
         taken_after_s = time.monotonic() - begin
-        assert look(tmp_path).owner.process == this_process()  # type: ignore[union-attr]
+        assert read_lock(tmp_path).owner.process == this_process()  # type: ignore[union-attr]
 
-    assert taken_after_s < 30  # one that is watched first is taken after 60 s
-    assert said() == f"{tmp_path}: took the lock of {dead}, whose process is gone"
+    assert taken_after_s < 30  # waiting for a heartbeat would take 60 s
+    assert said() == f"{tmp_path}: took over the lock of {dead}, whose process is gone"
     assert "2026-01-02 03:04:05 UTC" in said()
 
 
@@ -277,13 +277,13 @@ ELSEWHERE = [
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_a_heart_that_beats_out_of_sight_keeps_the_folder(tmp_path: Path, where: dict[str, Any]) -> None:
+def test_a_heartbeat_of_an_invisible_process_keeps_the_folder(tmp_path: Path, where: dict[str, Any]) -> None:
     leave_lock(tmp_path, owner(pid=NOBODY, **where))
 
     with (
         touched(tmp_path / LOCK),
         pytest.raises(ConfigError, match="is in use by process"),
-        locked(tmp_path, command="train", period_s=10 * PERIOD_S),
+        locked(tmp_path, command="train", period_s=10 * HEARTBEAT_PERIOD_S),
     ):
         pass
 
@@ -291,38 +291,38 @@ def test_a_heart_that_beats_out_of_sight_keeps_the_folder(tmp_path: Path, where:
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_a_heart_that_stands_still_out_of_sight_is_watched_for_12_periods_and_taken_for_dead(
+def test_an_invisible_process_is_considered_dead_after_12_periods_without_a_heartbeat(
     tmp_path: Path, where: dict[str, Any], said: Callable[[], str]
 ) -> None:
-    leave_lock(tmp_path, owner(**where))  # the number of a living process, which is not the one meant
+    leave_lock(tmp_path, owner(**where))  # the number of a running process, but not of the owner
     os.utime(tmp_path / LOCK, ns=(2**62, 2**62))  # the clock of its host is far ahead
     begin = time.monotonic()
 
-    with locked(tmp_path, command="train", period_s=PERIOD_S):
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
         waited_s = time.monotonic() - begin
 
-    assert waited_s >= 12 * PERIOD_S
-    assert "looking for 0.24 s whether it lives" in said()
-    assert "gave no sign of life for 0.24 s" in said()
+    assert waited_s >= 12 * HEARTBEAT_PERIOD_S
+    assert "waiting 0.24 s for a heartbeat" in said()
+    assert "had no heartbeat for 0.24 s" in said()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"train"', '{"host": "a", "pid": "x"}', "\udcff"])
-def test_a_lock_that_makes_no_sense_is_watched_like_one_out_of_sight(tmp_path: Path, text: str) -> None:
+def test_an_invalid_lock_is_watched_like_that_of_an_invisible_process(tmp_path: Path, text: str) -> None:
     tmp_path.joinpath(LOCK).write_bytes(text.encode(errors="surrogateescape"))
 
     with (
         touched(tmp_path / LOCK),
         pytest.raises(ConfigError, match=r"in use by a job that its run\.lock does not name"),
-        locked(tmp_path, command="train", period_s=10 * PERIOD_S),
+        locked(tmp_path, command="train", period_s=10 * HEARTBEAT_PERIOD_S),
     ):
         pass
-    with locked(tmp_path, command="train", period_s=PERIOD_S):
-        assert look(tmp_path).owner is not None  # type: ignore[union-attr]
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
+        assert read_lock(tmp_path).owner is not None  # type: ignore[union-attr]
 
 
-def test_a_lock_that_changes_hands_while_it_is_watched_keeps_the_folder(tmp_path: Path) -> None:
+def test_a_lock_that_changes_its_owner_while_it_is_watched_keeps_the_folder(tmp_path: Path) -> None:
     leave_lock(tmp_path, owner(host="node7"))
-    watched = threading.Timer(PERIOD_S, leave_lock, args=(tmp_path, owner()))
+    watched = threading.Timer(HEARTBEAT_PERIOD_S, leave_lock, args=(tmp_path, owner()))
     watched.start()
     try:
         with pytest.raises(ConfigError, match="in use by"), locked(tmp_path, command="train", period_s=1.0):
@@ -331,7 +331,7 @@ def test_a_lock_that_changes_hands_while_it_is_watched_keeps_the_folder(tmp_path
         watched.join()
 
 
-def test_whether_a_process_lives_is_known_for_those_in_sight_only() -> None:
+def test_is_alive_is_unknown_for_invisible_processes() -> None:
     own = this_process()
 
     assert is_alive(own) is True
@@ -350,24 +350,24 @@ def test_the_age_of_this_process_is_known() -> None:
     assert process_start() == pytest.approx(process_start(), abs=1.0)
 
 
-def test_a_folder_is_anothers_where_another_job_lives_or_may_live(tmp_path: Path) -> None:
+def test_a_folder_is_held_by_another_job_that_is_or_may_be_alive(tmp_path: Path) -> None:
     own, parent = owner(), os.getppid()
     fields = read_stat(parent)
     assert fields is not None
     living = owner(pid=parent, started=fields[19])
 
-    def anothers(whose: Owner | str, lock: str) -> bool:
-        return is_anothers(leave_lock(tmp_path, whose), lock)
+    def held_by_another(whose: LockOwner | str, lock: str) -> bool:
+        return is_held_by_another_job(leave_lock(tmp_path, whose), lock)
 
-    assert not is_anothers(tmp_path / "none", "")
-    assert not is_anothers(tmp_path, own.id)
-    assert anothers(living, "")
-    assert anothers(living, "another id")
-    assert not anothers(living, living.id)  # as rank 1 sees the lock of its rank 0
-    assert not anothers(own, "")  # this very process has just taken it
-    assert not anothers(owner(pid=NOBODY), "another id")
-    assert anothers(owner(host="node7"), "another id")
-    assert anothers("{", "another id")
+    assert not is_held_by_another_job(tmp_path / "none", "")
+    assert not is_held_by_another_job(tmp_path, own.id)
+    assert held_by_another(living, "")
+    assert held_by_another(living, "another id")
+    assert not held_by_another(living, living.id)  # rank 1 reads the lock of its rank 0
+    assert not held_by_another(own, "")  # this process has just taken it
+    assert not held_by_another(owner(pid=NOBODY), "another id")
+    assert held_by_another(owner(host="node7"), "another id")
+    assert held_by_another("{", "another id")
 
 
 # ---------------------------------------------------------------- with the run folder
@@ -381,15 +381,15 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_lock_is_no_content(tmp_path: Path) -> None:
+def test_a_lock_does_not_count_as_content(tmp_path: Path) -> None:
     leave_lock(tmp_path / "one", owner())
-    assert state(tmp_path / "one") == "absent"
+    assert folder_state(tmp_path / "one") == "absent"
 
     (tmp_path / "one" / "thesis.tex").write_text("")
-    assert state(tmp_path / "one") == "foreign"
+    assert folder_state(tmp_path / "one") == "foreign"
 
     (tmp_path / "one" / "metrics.jsonl").write_text("")
-    assert state(tmp_path / "one") == "unfinished"
+    assert folder_state(tmp_path / "one") == "unfinished"
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "predict", "inspect"])
@@ -430,12 +430,12 @@ def test_overwriting_moves_the_old_run_and_keeps_the_lock(tmp_path: Path) -> Non
     assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
 
 
-def test_a_start_that_comes_while_the_old_run_is_moved_has_the_new_folder(tmp_path: Path) -> None:
+def test_a_start_while_the_old_run_is_moved_gets_the_new_folder(tmp_path: Path) -> None:
     moved = leave_lock(tmp_path / "one.old", owner())
     leave_lock(tmp_path / "one", owner(pid=77))
 
-    with pytest.raises(ConfigError, match="was taken in this moment by process 77"):
-        run_lock.follow(moved, tmp_path / "one")
+    with pytest.raises(ConfigError, match="was just taken by process 77"):
+        run_lock.move_lock(moved, tmp_path / "one")
 
 
 def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
@@ -443,14 +443,14 @@ def test_all_ranks_know_the_lock_that_rank_0_holds(tmp_path: Path) -> None:
     config = config_for(tmp_path)
 
     with claimed(config, replace(ONE_PROCESS, heartbeat=heartbeat), command="train"):
-        held = look(config.run_dir)
+        held = read_lock(config.run_dir)
 
     assert held is not None
     assert held.owner is not None
     assert heartbeat.lock_id == held.owner.id
 
 
-def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished(tmp_path: Path) -> None:
+def test_the_exit_cause_of_an_earlier_start_is_removed_if_the_run_is_finished(tmp_path: Path) -> None:
     config = config_for(tmp_path)
     with claimed(config, ONE_PROCESS, command="train"):
         folder = RunFolder(config.run_dir)
@@ -467,7 +467,7 @@ def test_how_an_earlier_start_ended_is_forgotten_where_the_run_is_found_finished
         assert not folder.exit.exists()
 
 
-def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_refused_folder_is_not_changed(tmp_path: Path) -> None:
     foreign = config_for(tmp_path, "run.name=foreign")
     foreign.run_dir.mkdir()
     (foreign.run_dir / "thesis.tex").write_text("years of work")
@@ -483,23 +483,21 @@ def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path: Path) -> None:
     assert foreign.run_dir.stat().st_mtime_ns == before
 
 
-def test_a_folder_that_cannot_be_written_is_the_error_that_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_folder_raises_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(tmp_path)
     config.run_dir.mkdir()
 
     def read_only(path: Path, *_args: Any, **_more: Any) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(Path, "write_text", read_only)  # permissions do not bind root, who may run this
+    monkeypatch.setattr(Path, "write_text", read_only)  # permissions do not apply to root, who may run this test
 
     said = r"the run folder .*one cannot be written: .*Read-only.*Set run\.output_dir"
     with pytest.raises(ConfigError, match=said), claimed(config, ONE_PROCESS, command="train"):
         pass
 
 
-def test_a_run_name_that_leads_out_of_the_output_folder_is_refused(tmp_path: Path) -> None:
+def test_a_run_name_outside_the_output_folder_is_refused(tmp_path: Path) -> None:
     for name in ("../one", "..", "a/b", "/etc", ".hidden", "a\\b", ""):
         with pytest.raises(ConfigError, match="a run name is one folder"):
             load_config(None, [f"run.output_dir={tmp_path}", f"run.name={json.dumps(name)}"])

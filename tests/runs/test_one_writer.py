@@ -1,4 +1,4 @@
-"""One job at a time writes into a run folder, and a job that is started again gets through."""
+"""Only one job at a time writes into a run folder, and a restarted job gets its folder back."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ slow = pytest.mark.slow
 
 
 def train(folder: Path, **more: object) -> list[str]:
-    """A run without an end, named `run`."""
+    """Returns the settings of an endless run named `run`."""
     endless = {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
     return jobs.settings(folder, "run", **{**endless, **more})
 
 
 @slow
-def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_killed(tmp_path: Path) -> None:
+def test_a_second_job_is_refused_until_the_first_one_is_killed(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.python(), *train(tmp_path / "runs")]) as first:
         first.wait_for("  loss ")
@@ -49,10 +49,10 @@ def test_a_second_job_is_refused_while_the_first_lives_and_let_in_when_it_was_ki
     third = jobs.run([*jobs.python(), *jobs.settings(tmp_path / "runs", "run", run__overwrite="true")])
 
     assert third.process.returncode == 0, third.text
-    assert f"{run}: took the lock of process {pid} on {socket.gethostname()} (train, since 20" in third.text
+    assert f"{run}: took over the lock of process {pid} on {socket.gethostname()} (train, since 20" in third.text
     assert jobs.exit_of(run)["code"] == 0
     assert not (run / "run.lock").exists()
-    start = jobs.events(run, "start")[0]
+    start = jobs.read_events(run, "start")[0]
     assert 0.1 < start["startup_s"] < jobs.LIMIT_S
     account = jobs.run([*jobs.python(), "goodput", str(run)])
     assert account.process.returncode == 0
@@ -76,14 +76,14 @@ main.console_script()
 """
 
 
-def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(tmp_path: Path) -> None:
+def test_a_second_start_that_is_stopped_early_does_not_change_the_firsts_exit_cause(tmp_path: Path) -> None:
     run, go, script = tmp_path / "runs" / "run", tmp_path / "go", tmp_path / jobs.SCRIPT
     script.write_text(WAITS)
     settings = jobs.settings(tmp_path / "runs", "run")
     with jobs.started([jobs.python()[0], str(script), *settings], env={"GO": str(go)}) as first:
         first.wait_for("at the second step")
         with jobs.started([*jobs.python(), *settings]) as second:
-            # As soon as the interpreter is through dtrain's own small modules it reads torch's library.
+            # After dtrain's own small modules, the interpreter loads torch's library.
             assert jobs.until(lambda: any("libtorch" in each for each in second.maps(second.process.pid))), second.text
             os.kill(second.process.pid, signal.SIGINT)
             second.end()
@@ -98,7 +98,7 @@ def test_a_second_start_that_is_stopped_early_leaves_the_end_of_the_first_alone(
 
 
 @slow
-def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_path: Path) -> None:
+def test_no_rank_of_a_job_that_lost_its_folder_writes_its_exit_cause_there(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
         job.wait_for("  loss ")
@@ -118,24 +118,24 @@ def test_no_rank_of_a_job_whose_folder_was_taken_over_writes_its_end_there(tmp_p
 
 
 @slow
-def test_a_job_that_torchrun_starts_again_takes_the_lock_of_its_killed_rank_0_at_once(tmp_path: Path) -> None:
+def test_a_job_that_torchrun_restarts_takes_over_the_lock_of_its_killed_rank_0_immediately(tmp_path: Path) -> None:
     command = [*jobs.torchrun(2, "--standalone", "--max-restarts", "1"), *train(tmp_path / "runs")]
     with jobs.started(command) as job:
         job.wait_for("  loss ")
         pid = job.ranks()[0]
         os.kill(pid, signal.SIGKILL)
 
-        job.wait_for(f"took the lock of process {pid} on {socket.gethostname()}")
+        job.wait_for(f"took over the lock of process {pid} on {socket.gethostname()}")
         seen = len(job.out)
         jobs.until(lambda: any("  loss " in line for line in job.out[seen:]) or job.process.poll() is not None)
 
         assert any("  loss " in line for line in job.out[seen:]), job.text
-        assert "out of sight" not in job.text
+        assert "not visible here" not in job.text
         assert "was rejected" not in job.text
 
 
 @slow
-def test_agents_of_torchrun_that_have_counted_other_numbers_of_restarts_meet(tmp_path: Path) -> None:
+def test_torchrun_agents_with_different_restart_counts_meet(tmp_path: Path) -> None:
     run, port = tmp_path / "runs" / "run", jobs.free_port()
     options = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one"]
     options += ["--rdzv-conf", "last_call_timeout=1", "--local-addr", "127.0.0.1", "--max-restarts", "3"]
@@ -144,7 +144,7 @@ def test_agents_of_torchrun_that_have_counted_other_numbers_of_restarts_meet(tmp
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
     def sizes() -> list[int]:
-        return [event["world_size"] for event in jobs.events(run, "start")]
+        return [event["world_size"] for event in jobs.read_events(run, "start")]
 
     with jobs.started(command, env=env) as first:
         first.wait_for("  loss ")

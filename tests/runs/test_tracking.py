@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the lines for the person who waits."""
+"""metrics.jsonl, TensorBoard, log lines and the progress bar."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     return caplog
 
 
-def test_a_train_line_has_the_contracts_keys_and_a_speed(tmp_path: Path) -> None:
+def test_a_train_event_has_the_documented_keys_and_a_speed(tmp_path: Path) -> None:
     with tracker(tmp_path) as open_tracker:
         open_tracker.step(8)
         open_tracker.train(**VALUES)
@@ -70,7 +70,7 @@ def test_the_speed_counts_the_steps_since_the_last_line(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
-def test_what_is_not_a_number_is_written_as_a_word(tmp_path: Path, value: float, text: str) -> None:
+def test_a_non_finite_number_is_written_as_text(tmp_path: Path, value: float, text: str) -> None:
     with tracker(tmp_path, tensorboard=True) as open_tracker:
         open_tracker.train(**{**VALUES, "loss": value, "grad_norm": value})
         open_tracker.evaluation(3, {"loss": value, "perplexity": value}, 0.5)
@@ -94,7 +94,7 @@ def test_an_eval_line_holds_the_metrics_flat(tmp_path: Path) -> None:
     }
 
 
-def test_lines_are_on_disk_as_soon_as_they_are_written_and_added_to_those_before(tmp_path: Path) -> None:
+def test_lines_are_on_disk_immediately_and_appended(tmp_path: Path) -> None:
     with tracker(tmp_path) as first:
         first.event("start")
         assert len(lines(tmp_path)) == 1
@@ -114,7 +114,7 @@ def test_only_rank_0_writes(tmp_path: Path, said: pytest.LogCaptureFixture) -> N
     assert said.text == ""
 
 
-def test_where_the_output_is_no_terminal_there_is_a_line_for_each_interval(
+def test_without_a_terminal_there_is_a_log_line_for_each_interval(
     tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -129,7 +129,7 @@ def test_where_the_output_is_no_terminal_there_is_a_line_for_each_interval(
     assert "loss nan" in said.text
 
 
-def test_on_a_terminal_there_is_a_bar_and_the_log_is_as_before_afterwards(
+def test_on_a_terminal_there_is_a_bar_and_the_log_handlers_are_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = list(log.handlers)

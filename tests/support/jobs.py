@@ -249,9 +249,9 @@ def exit_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def events(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+def read_events(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl of one kind; a last one that is being written does not count."""
-    return [event for event in jsonl.events(folder / "metrics.jsonl") if event["event"] == kind]
+    return [event for event in jsonl.read_events(folder / "metrics.jsonl") if event["event"] == kind]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

@@ -74,15 +74,15 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
     assert told["message"].startswith(f"Stopped after step {step}: asked to by {number.name}. The checkpoint is saved")
     assert sum("The checkpoint is saved" in line for line in job.said) == 1
     verify(folder / "run" / "checkpoints" / f"step-{step:06d}")
-    assert jobs.events(folder / "run", "preempt")[-1]["step"] == step
-    before = len(jobs.events(folder / "run"))
+    assert jobs.read_events(folder / "run", "preempt")[-1]["step"] == step
+    before = len(jobs.read_events(folder / "run"))
 
     with jobs.started([*jobs.python(), *settings]) as job:
         job.wait_for("  loss ")
         os.kill(job.process.pid, TERM)
         assert job.end() == 75
-    assert jobs.events(folder / "run")[before]["step"] == step + 1
-    assert jobs.events(folder / "run", "resume")[-1]["step"] == step
+    assert jobs.read_events(folder / "run")[before]["step"] == step + 1
+    assert jobs.read_events(folder / "run", "resume")[-1]["step"] == step
 
 
 @pytest.mark.parametrize("number", [TERM, USR1], ids=["term", "usr1"])
@@ -150,7 +150,7 @@ def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_b
         return newest(folder) >= step and len(job.ranks()) == 2
 
     def resumed() -> int:
-        return len(jobs.events(folder / "run", "resume"))
+        return len(jobs.read_events(folder / "run", "resume"))
 
     # run.overwrite is for the first start: a later one that began anew would never come to the end.
     with jobs.started([*start, *jobs.settings(folder, "run", **SHORT, run__overwrite=True)]) as job:
@@ -178,7 +178,7 @@ def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else the second agent may not find the first one's store
 
     def sizes() -> list[int]:
-        return [event["world_size"] for event in jobs.events(folder / "run", "start")]
+        return [event["world_size"] for event in jobs.read_events(folder / "run", "start")]
 
     with jobs.started(agent(is_host=True), env=env) as first, jobs.started(agent(is_host=False), env=env) as second:
         assert jobs.until(lambda: newest(folder) >= 40 and sizes()[-1] == 2), first.text + second.text
@@ -189,6 +189,6 @@ def test_the_node_that_is_left_goes_on_by_itself(tmp_path: Path) -> None:
         assert first.end() == 0, first.text
 
     assert sizes()[-1] == 1
-    assert jobs.events(folder / "run", "resume")[-1]["step"] >= died_at
-    assert jobs.events(folder / "run", "resume")[-1]["world_size"] == 1
+    assert jobs.read_events(folder / "run", "resume")[-1]["step"] >= died_at
+    assert jobs.read_events(folder / "run", "resume")[-1]["world_size"] == 1
     assert newest(folder) == SHORT["train__max_steps"]

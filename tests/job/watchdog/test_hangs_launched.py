@@ -122,7 +122,7 @@ def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
     assert f"/{jobs.SCRIPT}:{line_of(place)} in stall" in first
     assert f"rank 0 on {os.uname().nodename}: waits in collective " in end["message"]
     assert "gloo:all_reduce" in end["message"]
-    (fault_line,) = jobs.events(tmp_path / "runs" / "run", "fault")
+    (fault_line,) = jobs.read_events(tmp_path / "runs" / "run", "fault")
     assert (fault_line["kind"], fault_line["ranks"]) == ("hang", [1])
     stacks = (tmp_path / "runs" / "run" / "hang-stacks.txt").read_text()
     assert "in stall" in stacks

@@ -21,14 +21,14 @@ def test_a_run_logs_the_norm_of_each_layer_at_every_second_step(tmp_path: Path) 
     measured, plain = dtrain(*settings, "train.log_gradients=2"), dtrain(*settings, "run.name=plain")
 
     assert (measured.code, plain.code) == (0, 0), measured.text + plain.text
-    lines = {event["step"]: event["norms"] for event in jobs.events(tmp_path / "mine", "gradients")}
-    norms = {event["step"]: event["grad_norm"] for event in jobs.events(tmp_path / "mine")}
+    lines = {event["step"]: event["norms"] for event in jobs.read_events(tmp_path / "mine", "gradients")}
+    norms = {event["step"]: event["grad_norm"] for event in jobs.read_events(tmp_path / "mine")}
     assert list(lines) == [2, 4]
     for step, parts in lines.items():
         assert {"bert.embeddings", "bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"} <= set(parts)
         assert math.hypot(*parts.values()) == pytest.approx(norms[step], rel=1e-5)
-    assert not jobs.events(tmp_path / "plain", "gradients")
-    losses = [[event["loss"] for event in jobs.events(tmp_path / name)] for name in ("mine", "plain")]
+    assert not jobs.read_events(tmp_path / "plain", "gradients")
+    losses = [[event["loss"] for event in jobs.read_events(tmp_path / name)] for name in ("mine", "plain")]
     assert losses[0] == losses[1], "to look changes nothing"
 
 
