@@ -22,26 +22,26 @@ pytestmark = [pytest.mark.ranks, pytest.mark.skipif(sys.platform != "linux", rea
 def ranks_share_cores(context: RankContext, bind: bool, narrow: bool) -> dict[str, Any]:
     """This rank's CPUs and threads, after a launcher that gave it one core of its own or none."""
     if narrow:
-        ordered = sorted(cpu.allowed())
+        ordered = sorted(cpu.allowed_cpus())
         os.sched_setaffinity(0, {ordered[context.rank % len(ordered)]})
-    before, said = sorted(cpu.allowed()), []
+    before, said = sorted(cpu.allowed_cpus()), []
     log.info = lambda text, *values: said.append(text % values)  # type: ignore[method-assign,assignment]
     share_cores(context, {}, bind=bind)
     threads = torch.get_num_threads()
     share_cores(context, {"OMP_NUM_THREADS": "3"}, bind=False)
     kept = torch.get_num_threads()
-    return {"before": before, "after": sorted(cpu.allowed()), "threads": threads, "kept": kept, "said": said}
+    return {"before": before, "after": sorted(cpu.allowed_cpus()), "threads": threads, "kept": kept, "said": said}
 
 
-def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
-    physical = len(cpu.cores_of(cpu.allowed()))
-    may_bind = physical >= 2 and (cpu.time_limit() or physical) >= physical
+def test_two_ranks_run_on_different_cores_with_bind_cores() -> None:
+    physical = len(cpu.physical_cores(cpu.allowed_cpus()))
+    may_bind = physical >= 2 and (cpu.cpu_time_limit() or physical) >= physical
 
     one, two = run_ranks(ranks_share_cores, 2, True, False)
     free = run_ranks(ranks_share_cores, 2, False, False)
 
     assert one["before"] == two["before"]
-    assert all(rank["after"] == rank["before"] for rank in free), "not unless told"
+    assert all(rank["after"] == rank["before"] for rank in free), "not without the setting"
     assert all(rank["threads"] == rank["kept"] for rank in (one, two)), "OMP_NUM_THREADS decides alone"
     if may_bind:
         assert not set(one["after"]) & set(two["after"])
@@ -53,7 +53,7 @@ def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
         assert re.search("keeps CPUs .*(more ranks|the container may use)", one["said"][0])
 
 
-def test_what_a_launcher_has_bound_stays_as_it_is() -> None:
+def test_a_binding_of_the_launcher_is_kept() -> None:
     ranks = run_ranks(ranks_share_cores, 2, True, True)
 
     assert [rank["after"] for rank in ranks] == [rank["before"] for rank in ranks]
