@@ -1,7 +1,7 @@
-"""Ends a rank after an error: writes exit.json, prints the message, and lets other ranks print what they report alike.
+"""Ends a rank after an error: writes exit.json and prints the message, once if all ranks have the same.
 
-Ranks tell each other why they end through the job's store, never in a collective: one rank may be the only one that
-fails. The first cause counts for the job and goes into exit.json. Rank 0 alone prints an error that all ranks have.
+Ranks exchange the reasons why they end through the job's store, never in a collective: one rank may be the only one that
+fails. The first reason counts for the job and goes into exit.json.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def test_every_collective_gives_what_one_process_would_compute(world_size: int) 
 def test_more_ranks_without_a_group_are_an_error_not_a_single_process() -> None:
     two = placed(ONE_PROCESS, world_size=2, local_world_size=2, launcher="env")
 
-    with pytest.raises(RuntimeError, match="2 ranks, but no group"):
+    with pytest.raises(RuntimeError, match="2 ranks, but no process group"):
         all_reduce_sum(torch.ones(1), two)
 
 
@@ -160,7 +160,7 @@ def _works_once_per_node(context: RankContext) -> list[Any]:
     second = node_first(lambda: (context.rank, "tuple"), nodes)
 
     def fail() -> None:
-        if nodes.node_rank == 1:
+        if nodes.topology.node_rank == 1:
             raise DataError("row 3 of train.tsv has 2 columns")
 
     with pytest.raises(DataError) as caught:
@@ -169,7 +169,7 @@ def _works_once_per_node(context: RankContext) -> list[Any]:
     return [first["by"], second, str(caught.value)]
 
 
-def test_one_rank_per_node_works_and_all_hear_its_result_or_its_error() -> None:
+def test_one_rank_per_node_works_and_all_get_its_result_or_its_error() -> None:
     results = run_ranks(_works_once_per_node, 3)
 
     message = "row 3 of train.tsv has 2 columns"

@@ -33,7 +33,7 @@ def ranks_share_cores(context: RankContext, bind: bool, narrow: bool) -> dict[st
     return {"before": before, "after": sorted(cpu.allowed_cpus()), "threads": threads, "kept": kept, "said": said}
 
 
-def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
+def test_two_ranks_run_on_different_cores_with_bind_cores() -> None:
     physical = len(cpu.physical_cores(cpu.allowed_cpus()))
     may_bind = physical >= 2 and (cpu.cpu_time_limit() or physical) >= physical
 
@@ -41,7 +41,7 @@ def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
     free = run_ranks(ranks_share_cores, 2, False, False)
 
     assert one["before"] == two["before"]
-    assert all(rank["after"] == rank["before"] for rank in free), "not unless told"
+    assert all(rank["after"] == rank["before"] for rank in free), "not without the setting"
     assert all(rank["threads"] == rank["kept"] for rank in (one, two)), "OMP_NUM_THREADS decides alone"
     if may_bind:
         assert not set(one["after"]) & set(two["after"])
@@ -53,7 +53,7 @@ def test_two_ranks_run_on_cores_of_their_own_when_they_are_told_to() -> None:
         assert re.search("keeps CPUs .*(more ranks|the container may use)", one["said"][0])
 
 
-def test_what_a_launcher_has_bound_stays_as_it_is() -> None:
+def test_a_binding_of_the_launcher_is_kept() -> None:
     ranks = run_ranks(ranks_share_cores, 2, True, True)
 
     assert [rank["after"] for rank in ranks] == [rank["before"] for rank in ranks]
