@@ -52,8 +52,8 @@ TURNS = (
 )
 DENIED = re.compile("|".join([*(rf"\b\w*{word}" for word in BRITISH), *(rf"\b{turn}\b" for turn in TURNS)]), re.I)
 
-ALLOWED = re.compile(r"safetensors|tokenization|tokenizers", re.I)
-"""Names of other projects."""
+ALLOWED = re.compile(r"\.cancel" + r"led\(|\"label" + r"led\"")
+"""A method of asyncio, and a kind of row whose name is part of the keys of tokenized data in users' caches."""
 
 
 def texts() -> Iterator[tuple[str, str]]:

@@ -193,5 +193,5 @@ def test_invalid_uses_of_chat_are_refused(folder: Path, tmp_path: Path) -> None:
             config(folder, model={"name_or_path": str(folder / "model"), "tokenizer": str(tmp_path / "words")}),
             ONE_PROCESS,
         )
-    with pytest.raises(ValidationError, match=r"talk\.output is for the replies to talk.input"):
+    with pytest.raises(ValidationError, match=r"talk\.output is the file for the replies to talk.input"):
         config(folder, talk={"output": "a.jsonl"})

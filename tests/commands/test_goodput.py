@@ -300,7 +300,7 @@ def test_the_command_is_followed_by_a_folder_or_settings() -> None:
         ([], ConfigError, "has no start of a run"),
         ([{"event": "start", "time_s": 1.0}], DataError, "line 1: time_s or monotonic_s is missing"),
         ([at(0, "start"), [1]], DataError, "line 2: time_s or monotonic_s is missing"),
-        ([at(0, "start"), "DAMAGED", at(1, "end")], DataError, "line 2: this is not JSON; the file is damaged"),
+        ([at(0, "start"), "DAMAGED", at(1, "end")], DataError, "line 2: not JSON; the file is damaged"),
     ],
 )
 def test_an_unreadable_log_is_an_error_with_location_and_cause(

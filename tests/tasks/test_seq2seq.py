@@ -267,7 +267,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
 
 def test_generation_for_another_task_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"evaluation.generate: task.name=causal_lm generates no texts: leave it out"):
+    with pytest.raises(ValueError, match=r"evaluation.generate: task.name=causal_lm generates no texts: remove it"):
         Config.model_validate({"task": {"name": "causal_lm"}, "evaluation": {"generate": True}})
 
 
