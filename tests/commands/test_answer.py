@@ -145,7 +145,7 @@ def texts_of(task: str, folder: Path) -> tuple[str, str | None, dict[str, Any], 
 
 
 @pytest.mark.parametrize("task", TRAINED)
-def test_a_text_is_answered_in_one_line_as_a_row_of_a_file_is_and_leaves_nothing(
+def test_a_text_is_answered_like_a_row_of_a_file_and_no_file_is_written(
     tmp_path: Path, said: pytest.LogCaptureFixture, task: str
 ) -> None:
     write_model(tmp_path, task)
@@ -161,7 +161,7 @@ def test_a_text_is_answered_in_one_line_as_a_row_of_a_file_is_and_leaves_nothing
     assert ("probability" in line) == ("classification" in task or task == "multiple_choice") or "token" in task
 
 
-def test_a_row_has_the_users_own_columns_and_an_image_in_it_is_looked_for_from_here(
+def test_a_json_row_has_the_users_columns_and_paths_relative_to_the_working_folder(
     tmp_path: Path, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path, "image_classification")
@@ -187,7 +187,7 @@ def test_a_question_without_an_answer_says_so() -> None:
     assert format_answer({"prediction": ""}, {}, made) == "(no answer in this text)"
 
 
-def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
+def test_an_answer_is_formatted_with_its_further_values() -> None:
     made = Config.model_validate({"task": {"name": "classification"}})
 
     assert (
@@ -197,7 +197,7 @@ def test_an_answer_is_worded_with_what_tells_more_of_it() -> None:
     assert format_answer({"prediction": 3.14159}, {}, made) == "3.1416"
 
 
-def test_the_source_of_a_translation_stands_where_the_settings_look_for_it() -> None:
+def test_the_source_of_a_translation_is_in_the_column_of_the_settings() -> None:
     given = ["task.name=seq2seq", "task.source=en", "task.target=ro", "model.name_or_path=m", "predict.text=a cat"]
 
     assert read_row(load_config(None, given, command="predict")) == {"en": "a cat"}
@@ -237,7 +237,7 @@ def test_json_on_the_command_line_stays_text() -> None:
         ("image_classification", "{folder}/vocab.txt", None, DataError, r"^predict\.text: .*vocab\.txt is not an image"),
     ],
 )  # fmt: skip
-def test_a_text_that_is_no_row_of_the_task_is_refused(
+def test_a_text_that_is_not_a_row_of_the_task_is_refused(
     tmp_path: Path,
     said: pytest.LogCaptureFixture,
     task: str,

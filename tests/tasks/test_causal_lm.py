@@ -68,7 +68,7 @@ def test_full_blocks_need_no_mask_and_a_short_one_is_padded() -> None:
     assert {tensor.dtype for tensor in mixed.values()} == {torch.int64}
 
 
-def test_a_batch_of_one_short_block_is_as_long_as_that() -> None:
+def test_a_batch_is_as_long_as_its_longest_block() -> None:
     made = task().collate({"input_ids": [[5, 6]]}, tiny.HERE)
 
     assert made["input_ids"].tolist() == [[5]]
@@ -120,7 +120,7 @@ def test_a_perplexity_per_word_divides_the_same_sum_by_words() -> None:
     assert tuple(judged.metric_names) == ("perplexity", "word_perplexity")
 
 
-def test_a_hopeless_loss_is_an_infinite_perplexity_and_none_at_all_is_not_a_number() -> None:
+def test_a_huge_loss_has_infinite_perplexity_and_no_targets_give_nan() -> None:
     judged = task(validation=[[1, 2]])
 
     assert judged.metrics("validation", loss=1000.0, predictions=[])["perplexity"] == math.inf
@@ -184,7 +184,7 @@ def text_of(made: CausalLmTask, split: str) -> str:
     return str(made.tokenizer.decode(ids))
 
 
-def test_a_text_file_becomes_blocks_from_which_it_can_be_read_again(tmp_path: Path) -> None:
+def test_blocks_of_a_text_file_decode_to_the_same_text(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abc\ncab fa\n")
     (tmp_path / "validation.txt").write_text("fab\n")
 
@@ -198,7 +198,7 @@ def test_a_text_file_becomes_blocks_from_which_it_can_be_read_again(tmp_path: Pa
     assert set(made.metrics("validation", loss=1.0, predictions=[])) == {"perplexity", "bits_per_character"}
 
 
-def test_chinese_is_a_token_per_character_from_the_file_to_the_blocks_and_back(tmp_path: Path) -> None:
+def test_chinese_text_has_one_token_per_character(tmp_path: Path) -> None:
     text = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\n\U00020000\u5929"
     (tmp_path / "train.txt").write_text(text, encoding="utf-8")
 
@@ -209,7 +209,7 @@ def test_chinese_is_a_token_per_character_from_the_file_to_the_blocks_and_back(t
     assert "bits_per_character" in made.metric_names
 
 
-def test_a_character_that_training_never_saw_still_counts_as_one(tmp_path: Path) -> None:
+def test_an_unknown_character_is_one_target(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcabc")
     (tmp_path / "validation.txt").write_text("abxc")
 
@@ -250,7 +250,7 @@ def test_a_split_of_one_character_is_refused_by_name(tmp_path: Path) -> None:
 # Windows
 
 
-def test_windows_are_for_what_is_evaluated_and_training_keeps_its_blocks(tmp_path: Path) -> None:
+def test_stride_makes_windows_for_evaluation_but_not_for_training(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abcabcabc")
     (tmp_path / "validation.txt").write_text("abcabcabc")
 
@@ -266,9 +266,7 @@ def test_windows_are_for_what_is_evaluated_and_training_keeps_its_blocks(tmp_pat
     assert batch["labels"][1, 2:].tolist() == judged["input_ids"][1][3:]
 
 
-def test_a_window_scores_each_token_as_the_model_does_with_that_context(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_window_scores_each_token_with_its_context(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "train.txt").write_text("abc")
     text = "abccbaabcacbbca"
     (tmp_path / "validation.txt").write_text(text)
@@ -291,7 +289,7 @@ def test_a_window_scores_each_token_as_the_model_does_with_that_context(
     assert said in caplog.text
 
 
-def test_a_stride_that_would_leave_tokens_out_is_refused() -> None:
+def test_a_stride_longer_than_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match=r"task\.stride=9 skips tokens, .* data\.max_length=8"):
         Config.model_validate({"task": {"name": "causal_lm", "stride": 9}, "data": {"max_length": 8}})
 
@@ -311,7 +309,7 @@ def packed(folder: Path, documents: list[str], **settings: Any) -> CausalLmTask:
     return prepare(folder / "saved", max_length=6, task=options, cache_dir=str(folder / "cache"))
 
 
-def test_documents_share_a_block_whole_and_their_positions_restart(tmp_path: Path) -> None:
+def test_complete_documents_share_a_block_and_positions_restart(tmp_path: Path) -> None:
     made = packed(tmp_path, DOCUMENTS)
 
     rows = made.splits["train"][[0, 1, 2]]
@@ -352,7 +350,7 @@ def test_editing_one_document_leaves_the_others_logits_unchanged(tmp_path: Path,
 
 
 @pytest.mark.parametrize("stride", [None, 2])
-def test_packed_documents_are_judged_as_each_is_alone(tmp_path: Path, stride: int | None) -> None:
+def test_packed_documents_have_the_loss_of_separate_documents(tmp_path: Path, stride: int | None) -> None:
     made = packed(tmp_path, DOCUMENTS, stride=stride)
     model = tiny_gpt(vocabulary=len(made.tokenizer)).double().eval()
 
@@ -406,14 +404,14 @@ class HasAWindow(TakesNoMask):
         (HasAWindow(), "a short model has a sliding window of 3 tokens, less than data.max_length=6"),
     ],
 )
-def test_a_model_that_cannot_keep_documents_apart_is_refused(tmp_path: Path, model: nn.Module, says: str) -> None:
+def test_a_model_that_cannot_separate_documents_is_refused(tmp_path: Path, model: nn.Module, says: str) -> None:
     made = packed(tmp_path, DOCUMENTS)
 
     with pytest.raises(ConfigError, match=f"task.packing=documents needs a model.*{says}.*Use task.packing=stream"):
         made.loss(model, made.collate(made.splits["train"][[0]], tiny.HERE))
 
 
-def test_the_question_whether_documents_stay_apart_leaves_a_models_modes_alone(tmp_path: Path) -> None:
+def test_checking_the_separation_of_documents_keeps_training_modes(tmp_path: Path) -> None:
     made, model = packed(tmp_path, DOCUMENTS), tiny_gpt(vocabulary=9)
     model.train()
     model.transformer.h[0].eval()  # as a frozen module is

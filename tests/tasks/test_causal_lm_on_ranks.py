@@ -85,7 +85,7 @@ def on_ranks(world_size: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["windows", "documents"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_several_ranks_measure_and_learn_what_one_process_does(world_size: int, kind: str) -> None:
+def test_ranks_train_and_evaluate_like_one_process(world_size: int, kind: str) -> None:
     expected = alone()[kind]
 
     for rank in on_ranks(world_size):
@@ -94,7 +94,7 @@ def test_several_ranks_measure_and_learn_what_one_process_does(world_size: int, 
         assert rank[kind]["after"] == pytest.approx(expected["after"], rel=1e-5)  # of weights that are 1e-7 apart
 
 
-def test_a_window_counts_no_token_twice() -> None:
+def test_a_sliding_window_counts_each_token_once() -> None:
     judged = task("windows").splits["validation"]
     tokens = sum(len(text) for text in tiny.sentences(17, seed=17)[list(range(17))]["input_ids"])
 

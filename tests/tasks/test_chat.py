@@ -84,7 +84,7 @@ ROWS = {
 }
 
 
-def test_padding_and_what_is_not_learnt_are_no_targets() -> None:
+def test_padding_and_tokens_without_loss_are_not_targets() -> None:
     made = task().collate({**ROWS, "is_cut": [False, True]}, tiny.HERE)
 
     assert made["input_ids"].tolist() == [[CLS, NI, SEP, HAO], [CLS, A, 0, 0]]
@@ -107,7 +107,7 @@ def test_a_batch_of_one_and_a_dialogue_of_one_token_are_batches() -> None:
     assert math.isfinite(task().loss(gpt().eval(), least).item())
 
 
-def test_sums_are_over_targets_and_right_ones_are_counted() -> None:
+def test_the_loss_is_summed_over_targets_and_correct_ones_are_counted() -> None:
     logits = [[0.0] * 10 for _ in range(4)]
     logits[0][A], logits[1][SEP], logits[2][A], logits[3][SEP] = 2.0, -1.0, 1.0, 3.0
 
@@ -219,7 +219,7 @@ def test_a_file_of_dialogues_and_a_vocabulary_become_turns(tmp_path: Path) -> No
     assert made.head.name == "causal_lm"
 
 
-def test_only_replies_are_learnt_where_the_settings_say_so(tmp_path: Path) -> None:
+def test_loss_on_replies_has_only_replies_as_targets(tmp_path: Path) -> None:
     write(tmp_path)
 
     every, replies = prepare(tmp_path), prepare(tmp_path, loss_on="replies")
@@ -229,7 +229,7 @@ def test_only_replies_are_learnt_where_the_settings_say_so(tmp_path: Path) -> No
     assert learnt == [[A, SEP], [HAO, SEP]]  # the third turn is the user's again
 
 
-def test_a_templates_messages_are_encoded_with_the_line_of_what_it_refuses(tmp_path: Path) -> None:
+def test_messages_are_encoded_by_the_template_and_refused_ones_are_named_by_line(tmp_path: Path) -> None:
     made = tokenizer()
     made.chat_template = (
         "{% for m in messages %}[CLS]{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}"
@@ -253,7 +253,7 @@ def test_a_templates_messages_are_encoded_with_the_line_of_what_it_refuses(tmp_p
         prepare(tmp_path, data=data, **options)  # type: ignore[arg-type]
 
 
-def test_the_log_says_at_every_start_how_many_dialogues_did_not_fit(
+def test_every_start_logs_how_many_dialogues_were_truncated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
@@ -274,7 +274,7 @@ def test_the_log_says_at_every_start_how_many_dialogues_did_not_fit(
     ]
 
 
-def test_a_dialogue_of_one_turn_is_learnt_whole_but_has_no_reply(tmp_path: Path) -> None:
+def test_a_dialogue_of_one_turn_has_targets_but_no_reply(tmp_path: Path) -> None:
     write(tmp_path, "a\n\nb\na\n")
 
     assert [ids for ids, _ in rows_of(prepare(tmp_path))] == [[CLS, A, SEP], [CLS, B, SEP, A, SEP]]

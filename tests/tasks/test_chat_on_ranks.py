@@ -92,9 +92,7 @@ def test_the_setting_is_uneven_and_learns(single: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_take_the_steps_of_one_process_and_evaluate_alike(
-    single: dict[str, Any], tmp_path: Path, world_size: int
-) -> None:
+def test_ranks_train_and_evaluate_like_one_process(single: dict[str, Any], tmp_path: Path, world_size: int) -> None:
     results = run_ranks(outcome, world_size, SETTING, str(tmp_path / "model"))
 
     assert_same(single, results[0])
@@ -117,7 +115,7 @@ def test_evaluation_gives_the_same_digits_on_three_ranks() -> None:
     assert three[0] == json.loads(json.dumps(one))
 
 
-def test_a_sharded_model_comes_back_from_its_folder(single: dict[str, Any], tmp_path: Path) -> None:
+def test_a_sharded_model_is_loaded_from_its_folder(single: dict[str, Any], tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel
 
     setting = replace(SETTING, engine="deepspeed", zero_stage=3)

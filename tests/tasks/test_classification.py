@@ -99,7 +99,7 @@ def test_the_loss_is_the_sum_over_examples_and_the_weight_their_number() -> None
     assert task().targets(batch(labels)) == Targets(3.0, 3)
 
 
-def test_class_weights_weigh_the_loss_and_the_count_as_torch_does_when_it_divides() -> None:
+def test_class_weights_apply_to_the_loss_and_the_divisor_as_in_torch() -> None:
     weighted, labels = task(class_weights={"yes": 2.5, "no": 0.5}), [0, 0, 1]
 
     loss = weighted.loss(Says(LOGITS), batch(labels))
@@ -129,7 +129,7 @@ def test_a_label_without_rows_does_not_break_balanced_weights() -> None:
     assert balanced.targets(batch([0])).weight == 0.5
 
 
-def test_balanced_weights_ask_for_no_training_rows_where_nothing_is_trained() -> None:
+def test_balanced_weights_need_no_training_split_in_an_evaluation() -> None:
     rows = Table({"input_ids": [[2, 5, 3]], "label": [None]})
     options = Classification(name="classification", class_weights="balanced")
 
@@ -156,7 +156,7 @@ def test_label_smoothing_is_for_training_only() -> None:
     assert scored.loss.tolist() == pytest.approx(plain, rel=1e-6)
 
 
-def test_scores_are_plain_and_one_for_each_example() -> None:
+def test_scores_are_unweighted_and_per_example() -> None:
     scored = task(class_weights={"yes": 2.5, "no": 0.5}).score(Says(LOGITS), batch([1, None, 1]), lock_step=False)
 
     assert scored.loss.dtype == torch.float64
@@ -167,7 +167,7 @@ def test_scores_are_plain_and_one_for_each_example() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"class_weights": {"no": 2.0, "yes": 3.0}, "label_smoothing": 0.1}])
-def test_an_example_without_a_label_is_no_target(settings: dict[str, Any]) -> None:
+def test_an_example_without_a_label_is_not_a_target(settings: dict[str, Any]) -> None:
     judge = task(**settings)
 
     alone, some = judge.loss(Says([LOGITS[0]]), batch([0])), judge.loss(Says(LOGITS), batch([0, None, None]))
@@ -189,7 +189,7 @@ def test_sums_are_taken_in_float32_and_float64_stays(given: torch.dtype, summed:
     assert judge.loss(Says(LOGITS, given), batch([0, 0, 1])).dtype == summed
 
 
-def test_the_loss_in_train_lines_and_in_evaluation_is_one_for_a_plain_task() -> None:
+def test_training_and_evaluation_have_the_same_loss_without_weights() -> None:
     loss = task().loss(Says(LOGITS), batch([0, 1, 1]))
     scored = task().score(Says(LOGITS), batch([0, 1, 1]), lock_step=False).loss
 
@@ -229,13 +229,13 @@ def test_metrics_of_two_labels_by_hand() -> None:
         ([1], [1], {"accuracy": 1.0, "f1": 1.0, "precision": 1.0, "recall": 1.0}),
     ],
 )
-def test_degenerate_metrics_are_numbers_and_matthews_is_zero(
+def test_degenerate_predictions_have_metrics_and_matthews_is_zero(
     truth: list[int], found: list[int], expected: dict[str, float]
 ) -> None:
     assert metrics(truth, found) == pytest.approx({**expected, "matthews_correlation": 0.0}, abs=1e-12)
 
 
-def test_with_three_labels_f1_and_its_parts_are_means_over_all_labels() -> None:
+def test_with_three_labels_f1_precision_and_recall_are_macro_averages() -> None:
     # a: tp 1, fp 1, fn 1. b: tp 1, fp 1, fn 0. c: tp 1, fp 0, fn 1.
     found = metrics([0, 0, 1, 2, 2], [0, 1, 1, 2, 0], names=("a", "b", "c"))
 
@@ -245,14 +245,14 @@ def test_with_three_labels_f1_and_its_parts_are_means_over_all_labels() -> None:
     assert found["f1"] == pytest.approx((1 / 2 + 2 / 3 + 2 / 3) / 3, abs=1e-12)
 
 
-def test_a_label_that_never_occurs_is_not_in_the_mean_as_in_scikit_learn() -> None:
+def test_a_label_that_never_occurs_is_left_out_of_the_average() -> None:
     found = metrics([0, 1, 0, 1], [0, 1, 0, 1], names=("a", "b", "c"))
 
     assert found["accuracy"] == 1.0
     assert found["f1"] == 1.0
 
 
-def test_rows_without_a_label_are_predicted_but_not_judged() -> None:
+def test_rows_without_a_label_are_predicted_but_not_in_the_metrics() -> None:
     assert metrics([1, None, 0], [1, 0, 0])["accuracy"] == 1.0
     assert metrics([None, None], [1, 0]) == {}
     assert task([None, 1]).records("validation", [1, 0]) == [
@@ -324,7 +324,7 @@ def test_a_trained_models_label_order_is_kept_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("LABEL_0", "LABEL_1"), ("yes", "perhaps")])
-def test_a_models_other_labels_do_not_replace_the_datas(folder: Path, names: tuple[str, str]) -> None:
+def test_other_labels_of_a_model_do_not_replace_those_of_the_data(folder: Path, names: tuple[str, str]) -> None:
     (folder / "model" / "config.json").write_text(
         f'{{"model_type": "bert", "id2label": {{"0": "{names[0]}", "1": "{names[1]}"}}}}'
     )
@@ -332,7 +332,7 @@ def test_a_models_other_labels_do_not_replace_the_datas(folder: Path, names: tup
     assert prepare(folder).labels == ("no", "yes")
 
 
-def test_pairs_are_told_apart_by_their_token_types(folder: Path) -> None:
+def test_the_texts_of_a_pair_have_different_token_types(folder: Path) -> None:
     write(folder, train="a,b,label\nthe cat,runs,yes\na dog,sleeps,no\n")
     columns = {"data": {"columns": {"text": "a", "text_pair": "b"}, "splits": {"train": "train.csv"}}}
 
@@ -341,7 +341,7 @@ def test_pairs_are_told_apart_by_their_token_types(folder: Path) -> None:
     assert rows["token_type_ids"] == [[0, 0, 0, 0, 1, 1]]
 
 
-def test_one_token_per_character_knows_the_characters_of_both_texts_and_can_be_padded(folder: Path) -> None:
+def test_a_character_tokenizer_has_the_characters_of_both_texts_and_a_pad_token(folder: Path) -> None:
     write(folder, train="a,b,label\nxy,z,yes\nx,zw,no\n")
     columns = {"columns": {"text": "a", "text_pair": "b"}, "splits": {"train": "train.csv"}}
 
@@ -353,7 +353,7 @@ def test_one_token_per_character_knows_the_characters_of_both_texts_and_can_be_p
     assert made.collate(made.splits["train"][[0, 1]], tiny.HERE)["input_ids"].shape[0] == 2
 
 
-def test_a_second_start_reads_what_the_first_has_written(folder: Path) -> None:
+def test_a_second_start_uses_the_cache(folder: Path) -> None:
     first = prepare(folder)
     made = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*.arrow")}
 
@@ -364,7 +364,7 @@ def test_a_second_start_reads_what_the_first_has_written(folder: Path) -> None:
     assert second.splits["train"][[2]] == first.splits["train"][[2]]
 
 
-def test_changed_data_tokens_or_length_are_prepared_anew(folder: Path) -> None:
+def test_changed_data_tokenizer_or_length_does_not_use_the_cache(folder: Path) -> None:
     prepare(folder)
     longer = prepare(folder, data={"max_length": 16})
     write(folder, train="sentence,label\nlikes,yes\nlikes,no\n")
@@ -374,7 +374,7 @@ def test_changed_data_tokens_or_length_are_prepared_anew(folder: Path) -> None:
     assert len(other.splits["train"]) == 2
 
 
-def test_a_label_that_training_does_not_have_names_its_line(folder: Path) -> None:
+def test_a_label_unknown_in_training_is_named_by_line(folder: Path) -> None:
     write(folder, dev="sentence,label\na cat,no\na dog,maybe\n")
 
     with pytest.raises(DataError, match=r"dev.csv, line 3: 'maybe' is not one of the known labels: no, yes"):

@@ -47,7 +47,7 @@ def test_norms_of_a_layer_are_the_root_of_the_sum_of_squares() -> None:
     }
 
 
-def test_a_step_that_was_not_measured_is_not_written() -> None:
+def test_a_step_without_norms_writes_nothing() -> None:
     written: list[tuple[int, Mapping[str, float]]] = []
     monitor = LogGradients(lambda step, norms: written.append((step, norms)))
 

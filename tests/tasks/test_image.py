@@ -67,7 +67,7 @@ def test_class_folders_are_found_and_their_names_are_the_labels(folders: Path) -
     assert {len(digest) for digest in rows["digest"]} == {64}
 
 
-def test_the_order_mixes_the_classes_so_that_a_part_has_some_of_each(tmp_path: Path) -> None:
+def test_the_order_of_images_mixes_the_classes(tmp_path: Path) -> None:
     folder = pictures.write_class_folders(tmp_path / "colours", train=30, validation=0)
 
     sources = load_sources(Data(path=folder, validation_fraction=0.5), image_row_format(folder))
@@ -75,7 +75,7 @@ def test_the_order_mixes_the_classes_so_that_a_part_has_some_of_each(tmp_path: P
     assert {len(source.rows.unique("label")) for source in sources.values()} == {3}
 
 
-def test_the_cache_is_found_again_by_names_sizes_and_times(folders: Path) -> None:
+def test_the_cache_key_has_names_sizes_and_times_of_images(folders: Path) -> None:
     before = source_key(Data(path=folders))
     assert source_key(Data(path=folders)) == before
 
@@ -83,7 +83,7 @@ def test_the_cache_is_found_again_by_names_sizes_and_times(folders: Path) -> Non
     assert source_key(Data(path=folders)) != before
 
 
-def test_other_pixels_under_the_same_names_are_other_rows(tmp_path: Path) -> None:
+def test_other_pixels_under_the_same_name_change_the_row(tmp_path: Path) -> None:
     """What nodes are compared by."""
     digests = []
     for number in (0, 1):
@@ -92,7 +92,7 @@ def test_other_pixels_under_the_same_names_are_other_rows(tmp_path: Path) -> Non
     assert digests[0] != digests[1]
 
 
-def test_a_batch_holds_pixels_and_labels_also_of_one(folders: Path) -> None:
+def test_a_batch_has_pixels_and_labels_also_for_one_image(folders: Path) -> None:
     task = prepared(folders)
     batch = task.collate(task.splits["train"][[2, 0]], tiny.HERE)
     alone = task.collate(task.splits["train"][[0]], tiny.HERE)
@@ -113,7 +113,7 @@ def test_records_name_the_file(folders: Path) -> None:
 # Tables
 
 
-def test_a_table_names_files_beside_it(landmarks: Path) -> None:
+def test_a_table_has_paths_relative_to_its_folder(landmarks: Path) -> None:
     task = prepared(landmarks, task=LANDMARKS)
 
     rows = task.splits["train"][[0, 1]]
@@ -136,7 +136,7 @@ def test_a_table_may_have_labels_and_columns_of_any_name(landmarks: Path) -> Non
 # Numbers
 
 
-def test_the_loss_is_the_sum_over_values_and_each_counts_one(landmarks: Path) -> None:
+def test_the_loss_is_the_sum_over_values_and_each_has_weight_one(landmarks: Path) -> None:
     task = prepared(landmarks, task=LANDMARKS)
     batch = {"pixel_values": torch.zeros(2, 3, 4, 4), "labels": torch.tensor([[1.0, 2.0], [float("nan")] * 2])}
     model = Says([[1.5, 0.0], [9.0, 9.0]])
@@ -165,7 +165,7 @@ def test_metrics_are_those_of_scikit_learn(landmarks: Path) -> None:
     }
 
 
-def test_a_test_split_without_values_is_predicted_and_not_judged(landmarks: Path) -> None:
+def test_a_test_split_without_values_is_predicted_without_metrics(landmarks: Path) -> None:
     (landmarks / "test.csv").write_text("file\nimages/validation-0.png\n")
 
     task = prepared(landmarks, task=LANDMARKS, splits={"train": "train.csv", "test": "test.csv"})
@@ -179,7 +179,7 @@ def test_a_test_split_without_values_is_predicted_and_not_judged(landmarks: Path
 
 
 @pytest.mark.parametrize("shape", [pictures.VIT, pictures.RESNET], ids=["vit", "resnet"])
-def test_models_of_images_are_made_from_scratch_with_an_output_for_each_label(folders: Path, shape: Any) -> None:
+def test_a_new_image_model_has_an_output_for_each_label(folders: Path, shape: Any) -> None:
     task = prepared(folders)
     settings = config(folders, folders).model.model_copy(update={"config": shape})
 
@@ -190,14 +190,14 @@ def test_models_of_images_are_made_from_scratch_with_an_output_for_each_label(fo
     assert torch.isfinite(task.loss(model, batch))
 
 
-def test_images_of_a_size_that_the_model_does_not_take_are_refused_before_the_first_step(folders: Path) -> None:
+def test_a_wrong_image_size_is_refused_before_the_first_step(folders: Path) -> None:
     settings = config(folders, folders.parent / "cache", task={"name": "image_classification", "image_size": 24})
 
     with pytest.raises(ConfigError, match=r"The images are 24 x 24 with 3 channel\(s\).*Set task.image_size=16"):
         build.load(settings, build_task(settings, ONE_PROCESS), ONE_PROCESS)
 
 
-def test_looking_at_a_blank_image_moves_no_running_statistics() -> None:
+def test_checking_the_image_size_keeps_running_statistics() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3)).train()
     module.forward = lambda pixel_values: module[0](pixel_values + 1.0)  # type: ignore[method-assign]
 
@@ -211,7 +211,7 @@ def test_looking_at_a_blank_image_moves_no_running_statistics() -> None:
 # What is refused
 
 
-def test_a_file_that_is_no_image_is_named_with_its_line_and_may_be_passed_over(landmarks: Path) -> None:
+def test_a_file_that_is_not_an_image_is_named_by_line_and_can_be_skipped(landmarks: Path) -> None:
     (landmarks / "images" / "train-2.png").write_text("not an image")
 
     with pytest.raises(

@@ -72,7 +72,7 @@ def single(place: Path) -> dict[str, Any]:
     return dict(zip(runs, run_ranks(commands, 1, list(runs.values()))[0], strict=True))
 
 
-def test_it_learns_and_counts_every_image_once(single: dict[str, Any]) -> None:
+def test_the_loss_falls_and_every_image_is_counted_once(single: dict[str, Any]) -> None:
     losses = single["classes"]["losses"]
 
     assert len(losses) == 6  # 14 images in batches of 6, 6 and 2, twice
@@ -89,7 +89,9 @@ def test_the_saved_folder_gives_the_same_digits(single: dict[str, Any], kind: st
 
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
-def test_transformers_alone_sees_the_same_in_the_saved_folder(place: Path, single: dict[str, Any], kind: str) -> None:
+def test_plain_transformers_computes_the_same_from_the_saved_folder(
+    place: Path, single: dict[str, Any], kind: str
+) -> None:
     folder = place / "runs" / kind / "model"
     model, processor = (
         AutoModelForImageClassification.from_pretrained(folder),
@@ -108,7 +110,7 @@ def test_transformers_alone_sees_the_same_in_the_saved_folder(place: Path, singl
             assert record["prediction"] == pytest.approx(logits.tolist(), rel=1e-5)
 
 
-def test_running_statistics_stay_unless_they_are_asked_to_move(place: Path, single: dict[str, Any]) -> None:
+def test_running_statistics_change_only_with_batch_norm_train(place: Path, single: dict[str, Any]) -> None:
     name = "resnet.embedder.embedder.normalization.running_mean"
     still, moved = (
         load_file(place / "runs" / run / "model" / "model.safetensors")[name] for run in ("classes", "moving")

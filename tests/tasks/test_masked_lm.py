@@ -60,7 +60,7 @@ def row_of(batch: dict[str, torch.Tensor], row: int) -> tuple[list[int], list[in
 # What is hidden
 
 
-def test_labels_are_the_hidden_tokens_and_the_rest_is_as_it_was() -> None:
+def test_labels_are_the_masked_tokens_and_other_tokens_are_unchanged() -> None:
     batch = collate(task(), range(40))
 
     for row, ids in enumerate(ROWS[list(range(40))]["input_ids"]):
@@ -73,7 +73,7 @@ def test_labels_are_the_hidden_tokens_and_the_rest_is_as_it_was() -> None:
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORED).all()
 
 
-def test_of_15_percent_80_are_masked_10_replaced_by_no_special_token_and_10_left() -> None:
+def test_80_percent_of_targets_are_masked_10_replaced_and_10_unchanged() -> None:
     length, rows = 200, 300
     ids = [[CLS, *(5 + place % 20 for place in range(length)), SEP]] * rows
     batch = task().collate({"input_ids": ids}, DataPosition(0, range(rows)))
@@ -91,7 +91,7 @@ def test_of_15_percent_80_are_masked_10_replaced_by_no_special_token_and_10_left
     assert len(set(others.tolist())) == 20
 
 
-def test_every_example_has_a_target_and_one_of_special_tokens_none() -> None:
+def test_every_example_has_a_target_unless_all_tokens_are_special() -> None:
     judge = task(mask_probability=1e-9)
 
     batch = judge.collate({"input_ids": [[CLS, 7, SEP], [CLS, SEP], [CLS, 8, 9, SEP]]}, DataPosition(0, [0, 1, 2]))
@@ -100,7 +100,7 @@ def test_every_example_has_a_target_and_one_of_special_tokens_none() -> None:
     assert judge.targets(batch) == Targets(2.0, 2)
 
 
-def test_a_probability_of_one_hides_everything_that_is_not_special() -> None:
+def test_probability_one_masks_every_token_that_is_not_special() -> None:
     batch = collate(task(mask_probability=1.0), [0])
 
     shown, wanted = row_of(batch, 0)
@@ -108,7 +108,7 @@ def test_a_probability_of_one_hides_everything_that_is_not_special() -> None:
     assert MASK in shown
 
 
-def test_words_are_hidden_whole() -> None:
+def test_whole_word_masks_all_tokens_of_a_word() -> None:
     words = [[-1, *(place // 3 for place in range(60)), -1]] * 20
     ids = [[CLS, *(5 + place % 20 for place in range(60)), SEP]] * 20
     rows = {"input_ids": ids, "word_ids": words}
@@ -126,7 +126,7 @@ def test_words_are_hidden_whole() -> None:
 # Where the draw belongs
 
 
-def test_a_mask_belongs_to_seed_epoch_and_example_and_not_to_the_batch() -> None:
+def test_a_mask_does_not_depend_on_the_batch() -> None:
     together = collate(task(), range(40), epoch=2)
 
     for number, index in enumerate(range(40)):
@@ -136,7 +136,7 @@ def test_a_mask_belongs_to_seed_epoch_and_example_and_not_to_the_batch() -> None
     assert row_of(backwards, 0) == row_of(together, 39)
 
 
-def test_a_mask_is_drawn_anew_for_another_epoch_seed_or_example() -> None:
+def test_a_mask_depends_on_epoch_seed_and_example() -> None:
     base = row_of(collate(task(), [5]), 0)
 
     assert row_of(collate(task(), [5], epoch=1), 0) != base
@@ -147,7 +147,7 @@ def test_a_mask_is_drawn_anew_for_another_epoch_seed_or_example() -> None:
     assert row_of(twins, 1) != base
 
 
-def test_an_evaluation_hides_the_same_each_time() -> None:
+def test_every_evaluation_has_the_same_masks() -> None:
     batches = evaluation_batches(ROWS, task().collate, ONE_PROCESS, micro_batch_size=16, lock_step=False, workers=0)
 
     found = [row_of(batch.tensors, row) for batch in batches for row in range(len(batch.example_index))]
@@ -167,7 +167,7 @@ def test_left_padding_changes_no_target() -> None:
 # Sums and metrics
 
 
-def test_sums_are_over_hidden_tokens_by_hand() -> None:
+def test_the_loss_is_summed_over_masked_tokens() -> None:
     logits = np.linspace(-1.0, 2.0, 25).tolist()
     norm = math.log(sum(map(math.exp, logits)))
     batch = collate(task(), range(7))
@@ -184,7 +184,7 @@ def test_sums_are_over_hidden_tokens_by_hand() -> None:
     assert task().targets(batch).count == sum(counts)
 
 
-def test_accuracy_is_scikit_learns_over_all_hidden_tokens() -> None:
+def test_accuracy_over_masked_tokens_is_that_of_scikit_learn() -> None:
     logits = [0.0] * 25
     logits[6] = 1.0  # guesses token 6 everywhere
     judge, batch = task(), collate(task(), range(40))
@@ -201,7 +201,7 @@ def test_accuracy_is_scikit_learns_over_all_hidden_tokens() -> None:
     assert len(records) == 40
 
 
-def test_a_batch_without_targets_has_a_loss_of_nothing_that_still_has_a_gradient() -> None:
+def test_a_batch_without_targets_has_loss_zero_with_a_gradient() -> None:
     model = Says([0.0] * 25)
     model.logits = nn.Parameter(model.logits)  # type: ignore[assignment]
 
@@ -236,7 +236,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_row_is_an_example_and_a_long_one_goes_on_in_further_ones(folder: Path) -> None:
+def test_a_row_is_an_example_and_a_long_row_several(folder: Path) -> None:
     made = prepare(folder)
 
     examples = made.splits["train"][list(range(len(made.splits["train"])))]["input_ids"]
@@ -245,7 +245,7 @@ def test_a_row_is_an_example_and_a_long_one_goes_on_in_further_ones(folder: Path
     assert all((ids[0], ids[-1]) == (CLS, SEP) for ids in examples)
 
 
-def test_a_whole_text_is_cut_into_examples_of_which_none_is_lost(tmp_path: Path) -> None:
+def test_a_complete_text_is_cut_into_examples_without_losing_tokens(tmp_path: Path) -> None:
     text = " ".join(tiny.WORDS * 3)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.txt").write_text(text)
@@ -257,7 +257,7 @@ def test_a_whole_text_is_cut_into_examples_of_which_none_is_lost(tmp_path: Path)
     assert " ".join(made.tokenizer.decode(ids[1:-1]) for ids in examples) == text
 
 
-def test_words_are_told_by_the_tokenizer(folder: Path) -> None:
+def test_word_ids_come_from_the_tokenizer(folder: Path) -> None:
     tokenizer = train_bpe_tokenizer(["the cat"], vocab_size=260, pad=True)  # hardly a merge: words of several tokens
 
     rows = prepare(folder, tokenizer=tokenizer, whole_word=True).splits["train"][[0, 1]]
@@ -284,7 +284,7 @@ def test_whole_words_need_a_fast_tokenizer(folder: Path, monkeypatch: pytest.Mon
         prepare(folder, whole_word=True)
 
 
-def test_a_slow_tokenizer_cuts_long_rows_alike() -> None:
+def test_a_slow_tokenizer_cuts_long_rows_like_a_fast_one() -> None:
     from dtrain.tasks.masked_lm import _examples
 
     class Slow:

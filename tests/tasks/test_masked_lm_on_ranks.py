@@ -75,7 +75,7 @@ def assert_same(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_training_hides_and_finds_the_same_on_several_ranks(world_size: int) -> None:
+def test_ranks_mask_and_train_like_one_process(world_size: int) -> None:
     for found in run_ranks(trained, world_size):
         assert_same(found)
 
@@ -87,13 +87,13 @@ def test_masks_drawn_per_rank_are_rejected() -> None:
         assert_same(found)
 
 
-def test_workers_that_prepare_batches_hide_the_same() -> None:
+def test_data_workers_draw_the_same_masks() -> None:
     found = trained(ONE_PROCESS, "workers")
 
     assert found == alone()
 
 
-def test_each_epoch_hides_other_tokens() -> None:
+def test_each_epoch_masks_other_tokens() -> None:
     per_epoch = 3
 
     targets = [step["targets"] for step in alone()["steps"]]

@@ -69,7 +69,7 @@ def test_choices_of_all_examples_are_padded_to_the_longest() -> None:
     assert set(made) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_token_types_go_along_and_one_example_is_a_batch() -> None:
+def test_token_types_are_padded_and_one_example_is_a_batch() -> None:
     made = task().collate(
         {"input_ids": [[[2, 5, 3, 6, 3], [2, 3]]], "token_type_ids": [[[0, 0, 0, 1, 1], [0, 0]]], "label": [0]},
         tiny.HERE,
@@ -86,7 +86,7 @@ def test_the_loss_is_the_sum_over_examples_not_over_choices() -> None:
     assert task().targets(batch([2, 1])) == Targets(2.0, 2)
 
 
-def test_an_example_without_a_label_is_predicted_and_no_target() -> None:
+def test_an_example_without_a_label_is_predicted_but_is_not_a_target() -> None:
     judge = task([2, None])
 
     scored = judge.score(Says(LOGITS), batch([2, None]), lock_step=False)
@@ -125,7 +125,7 @@ def load(folder: Path, **data: Any) -> dict[str, Source]:
     return load_sources(Data.model_validate({"path": str(folder), **data}), CHOICES)
 
 
-def test_swag_is_read_from_its_files_and_pairs_are_tokenised(tmp_path: Path) -> None:
+def test_swag_is_read_from_its_files_and_pairs_are_tokenized(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
     write(tmp_path, train=HEADER + ROW, val=HEADER + ROW.replace(",2\n", ",0\n"))
@@ -209,12 +209,12 @@ def test_class_numbers_of_a_saved_data_set_are_choices(tmp_path: Path) -> None:
         ("sent1,sent2,ending0,ending1\na,b,c,d\n", r"has no column label"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+def test_faults_in_a_file_are_named_by_line(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write(tmp_path, train=text))
 
 
-def test_a_bad_row_may_be_passed_over(tmp_path: Path) -> None:
+def test_a_bad_row_can_be_skipped(tmp_path: Path) -> None:
     write(tmp_path, train=HEADER + ROW + ROW[:-2] + "7\n" + ROW)
 
     found = load(tmp_path, max_bad_rows=1)["train"]

@@ -59,7 +59,7 @@ def test_a_repeated_example_is_noticed() -> None:
         parity.assert_same(truth(), run_ranks(trained, 2, "repeated_example")[0])
 
 
-def test_accuracy_is_that_of_the_predictions_written() -> None:
+def test_accuracy_is_that_of_the_written_predictions() -> None:
     records = truth()["records"]
 
     assert truth()["metrics"]["accuracy"] == pytest.approx(

@@ -47,7 +47,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_rows_that_cannot_be_encoded_are_passed_over_in_their_order(
+def test_rows_that_cannot_be_encoded_are_skipped_in_order(
     tmp_path: Path, said: pytest.LogCaptureFixture, processes: int
 ) -> None:
     rows, settings = source(tmp_path, max_bad_rows=2, num_proc=processes)
@@ -63,14 +63,14 @@ def test_rows_that_cannot_be_encoded_are_passed_over_in_their_order(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_without_an_allowance_the_first_of_them_ends_it(tmp_path: Path, processes: int) -> None:
+def test_without_max_bad_rows_the_first_bad_row_is_an_error(tmp_path: Path, processes: int) -> None:
     rows, settings = source(tmp_path, num_proc=processes)
 
     with pytest.raises(DataError, match=r"a\.jsonl, line [24]: it is bad$"):
         map_rows(rows, encode, settings)
 
 
-def test_they_count_with_those_that_cannot_be_read(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_encoded_or_read_are_counted_together(tmp_path: Path) -> None:
     rows, settings = source(tmp_path, ["one", 2, "bad", "bad"], max_bad_rows=2)
 
     assert rows.skipped == 1
@@ -78,14 +78,14 @@ def test_they_count_with_those_that_cannot_be_read(tmp_path: Path) -> None:
         map_rows(rows, encode, settings)
 
 
-def test_a_split_of_which_nothing_can_be_encoded_is_empty(tmp_path: Path) -> None:
+def test_a_split_without_usable_rows_is_refused(tmp_path: Path) -> None:
     rows, settings = source(tmp_path, ["bad", "bad"], max_bad_rows=2)
 
     with pytest.raises(DataError, match=r"a\.jsonl has no rows that can be used: a split needs at least one"):
         map_rows(rows, encode, settings)
 
 
-def test_a_wrong_setting_is_no_bad_row(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_not_a_bad_row(tmp_path: Path) -> None:
     def refuse(_rows: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("change it")
 

@@ -98,7 +98,7 @@ def test_a_long_context_becomes_windows_that_share_doc_stride_tokens() -> None:
     assert rows["token_type_ids"][0][2] == [0, 0, 0, 1, 1, 1, 1]
 
 
-def test_each_window_is_labelled_with_the_answer_or_with_the_first_token() -> None:
+def test_each_window_is_labeled_with_the_answer_or_the_first_token() -> None:
     rows = encoded()
 
     # "a dog": tokens 6 and 7 of the first window, 3 and 4 of the second, not in the third.
@@ -106,14 +106,14 @@ def test_each_window_is_labelled_with_the_answer_or_with_the_first_token() -> No
     assert rows["end_positions"] == [[7, 4, 0]]
 
 
-def test_an_answer_that_is_cut_by_every_window_is_in_none() -> None:
+def test_an_answer_cut_by_every_window_is_in_no_window() -> None:
     rows = encoded(answers=[("cat sees a dog near the", 4)])
 
     assert rows["start_positions"] == [[0, 0, 0]]
     assert rows["end_positions"] == [[0, 0, 0]]
 
 
-def test_windows_are_labelled_by_the_first_answer_and_not_at_all_without_one() -> None:
+def test_windows_are_labeled_by_the_first_answer_or_not_at_all() -> None:
     rows = encoded([CONTEXT, "a dog"], [None, ("dog", 2)])
 
     assert rows["start_positions"] == [[None, None, None], [4]]
@@ -141,12 +141,12 @@ def test_positions_are_the_tokens_that_share_a_character_with_the_answer(
     assert token_positions(offsets, begin, stop) == expected
 
 
-def test_a_window_that_begins_behind_the_answers_first_character_does_not_hold_it() -> None:
+def test_a_window_that_starts_within_the_answer_does_not_contain_it() -> None:
     assert token_positions([(-1, -1), (4, 7), (8, 9)], 2, 7) == (0, 0)
     assert token_positions([(-1, -1), (-1, -1)], 0, 1) == (0, 0)
 
 
-def test_a_question_that_leaves_the_context_no_room_is_named() -> None:
+def test_a_question_that_leaves_no_room_for_the_context_is_named() -> None:
     with pytest.raises(DataError, match=r"train.json, row 1: the question has 1 tokens, expected at most 0: data.max"):
         encoded(max_length=6)
 
@@ -156,7 +156,7 @@ def test_a_question_that_leaves_the_context_no_room_is_named() -> None:
 # Batches and sums
 
 
-def test_a_batch_holds_all_windows_and_says_whose_they_are() -> None:
+def test_a_batch_has_all_windows_and_their_examples() -> None:
     made = batch(encoded(["a dog", CONTEXT, "the cat"], [("dog", 2), ("a dog", 13), None]))
 
     assert made["input_ids"].shape == made["attention_mask"].shape == (5, 9)
@@ -167,7 +167,7 @@ def test_a_batch_holds_all_windows_and_says_whose_they_are() -> None:
     assert task().targets(made) == Targets(4.0, 4)
 
 
-def test_padding_is_on_the_right_where_positions_do_not_move() -> None:
+def test_padding_is_on_the_right() -> None:
     left = task()
     left.tokenizer.padding_side = "left"
 
@@ -190,7 +190,7 @@ def test_the_loss_is_summed_over_windows_half_for_the_start_and_half_for_the_end
     assert task().targets(made) == Targets(3.0, 3)
 
 
-def test_scores_are_one_for_each_question_however_many_windows_it_has() -> None:
+def test_scores_are_per_question_not_per_window() -> None:
     rows = encoded(["a dog", CONTEXT, "the cat"], [("dog", 2), ("a dog", 13), None])
     start, end = logits(5, 9, seed=2), logits(5, 9, seed=3)
 
@@ -207,7 +207,7 @@ def test_scores_are_one_for_each_question_however_many_windows_it_has() -> None:
     assert scored.prediction.shape == (3, 2)
 
 
-def test_a_questions_loss_does_not_depend_on_longer_windows_beside_it() -> None:
+def test_the_loss_of_a_question_does_not_depend_on_longer_windows_in_the_batch() -> None:
     alone, beside = (
         batch(encoded(["a dog"], [("dog", 2)])),
         batch(encoded(["a dog", CONTEXT], [("dog", 2), ("a dog", 13)])),
@@ -263,13 +263,13 @@ def test_an_answer_is_no_longer_than_allowed() -> None:
     assert spans(start, end, max_answer_length=1) == [[10, 15]]
 
 
-def test_the_best_window_of_each_question_wins_and_of_equals_the_first() -> None:
+def test_the_best_window_of_a_question_wins_and_the_first_of_equal_ones() -> None:
     low, high = [0.0, 1, 0, 0, 0, 0], [0.0, 0, 3, 0, 0, 0]
 
     assert spans([low, high, low, low, low], [low, high, low, low, low], [3, 2]) == [[21, 26], [13, 18]]
 
 
-def test_only_the_n_best_starts_and_ends_are_tried_and_nothing_found_is_nowhere() -> None:
+def test_only_the_n_best_starts_and_ends_are_candidates() -> None:
     # The one best start is behind the one best end.
     assert spans([[0.0, 0, 0, 5, 0, 0]], [[0.0, 5, 0, 0, 0, 0]], n_best=1) == [[-1, -1]]
     offsets = torch.full((1, 3, 2), -1)
@@ -277,7 +277,7 @@ def test_only_the_n_best_starts_and_ends_are_tried_and_nothing_found_is_nowhere(
     assert found.tolist() == [[-1, -1]]
 
 
-def test_it_is_the_best_of_all_pairs_that_are_allowed() -> None:
+def test_the_best_span_is_the_best_of_all_allowed_pairs() -> None:
     start, end = logits(4, 6, seed=4), logits(4, 6, seed=5)
 
     found = spans(start.tolist(), end.tolist(), [1, 3], max_answer_length=2)
@@ -319,7 +319,7 @@ def test_scores_are_percentages_of_the_best_fitting_answers() -> None:
     assert found == pytest.approx({"exact_match": 50.0, "f1": 100 * (0.8 + 1) / 2}, abs=1e-12)
 
 
-def test_predictions_are_cut_from_the_context_and_unlabelled_ones_not_judged() -> None:
+def test_predictions_are_spans_of_the_context_and_unlabeled_ones_are_not_in_the_metrics() -> None:
     made = task(encoded(["\u00e9\U0001f600 cat!", CONTEXT, "the"], [("cat", 3), ("a dog", 13), None]))
 
     assert made.records("validation", [[3, 6], [15, 18], [-1, -1]]) == [
@@ -420,12 +420,12 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
         ([], r"article 1, paragraph 1: expected a context and a list qas of questions"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_named(tmp_path: Path, questions: list[Any], said: str) -> None:
+def test_faults_in_a_file_are_named(tmp_path: Path, questions: list[Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write(tmp_path, train=squad(("a dog", questions))))
 
 
-def test_bad_questions_may_be_passed_over(tmp_path: Path) -> None:
+def test_bad_questions_can_be_skipped(tmp_path: Path) -> None:
     found = load(write(tmp_path, train=squad(("a dog", [question("cat", 0), question("dog", 2, 1)]))), max_bad_rows=1)[
         "train"
     ]
@@ -468,13 +468,13 @@ def test_files_become_windows_and_a_test_split_needs_no_answers(tmp_path: Path) 
     ]
 
 
-def test_a_window_is_384_tokens_long_unless_told() -> None:
+def test_the_default_window_has_384_tokens() -> None:
     made = Config.model_validate({"task": {"name": "question_answering"}, "data": {"name": "x"}})
 
     assert made.max_length == 384
 
 
-def test_windows_that_share_all_they_hold_are_refused(tmp_path: Path) -> None:
+def test_windows_that_share_all_tokens_are_refused(tmp_path: Path) -> None:
     write(tmp_path, train=squad((CONTEXT, [question("a dog", 13)])))
 
     with pytest.raises(ConfigError, match=r"task.doc_stride=6 leaves no room in data.max_length=9"):

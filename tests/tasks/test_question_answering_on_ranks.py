@@ -67,7 +67,7 @@ def test_ranks_give_the_losses_and_answers_of_one_process(world_size: int) -> No
         parity.assert_same(truth(), found)
 
 
-def test_micro_batches_do_differ_in_windows_or_this_would_show_little() -> None:
+def test_micro_batches_have_different_numbers_of_windows() -> None:
     targets = [step["targets"] for step in truth()["steps"]]
 
     assert len(set(targets)) > 1
@@ -79,7 +79,7 @@ def test_a_repeated_example_is_noticed() -> None:
         parity.assert_same(truth(), run_ranks(trained, 2, "repeated_example")[0])
 
 
-def test_scores_are_those_of_the_predictions_written() -> None:
+def test_metrics_are_those_of_the_written_predictions() -> None:
     records = truth()["records"]
 
     scores = squad_scores([r["prediction"] for r in records], [r["reference"] for r in records])

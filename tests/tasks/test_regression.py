@@ -116,7 +116,7 @@ def test_correlations_are_those_of_their_definitions_with_ties_at_their_mean_ran
         ([1.0, 2.0, 3.0], [2.0, math.nan, 2.0]),
     ],
 )
-def test_where_there_is_no_correlation_it_is_nan_without_a_warning(truth: list[float], found: list[float]) -> None:
+def test_an_undefined_correlation_is_nan_without_a_warning(truth: list[float], found: list[float]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = correlations(truth, found)
@@ -130,7 +130,7 @@ def test_nearly_constant_predictions_do_not_warn() -> None:
         correlations([1.0, 2.0, 3.0], [1.0, 1.0 + 1e-15, 1.0])
 
 
-def test_rows_without_a_label_are_predicted_but_not_judged() -> None:
+def test_rows_without_a_label_are_predicted_but_not_in_the_metrics() -> None:
     mixed = task([1.0, None, 2.0, 4.0])
 
     assert mixed.metrics("validation", loss=0.0, predictions=[1.0, 9.0, 2.0, 4.0])["pearson"] == pytest.approx(1.0)
@@ -168,7 +168,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_number_per_row_is_read_under_a_usual_name_and_zero_is_one(folder: Path) -> None:
+def test_numbers_are_read_from_a_column_with_a_usual_name(folder: Path) -> None:
     made = prepare(folder)
 
     assert made.splits["train"][[0, 1, 2]]["label"] == [1.0, -0.25, 0.0]
@@ -188,7 +188,7 @@ def test_numbers_of_json_and_parquet_keep_every_digit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["good", "nan", "inf", "1e999", "1_000", "1,5"])
-def test_a_label_that_is_no_finite_number_is_named_by_file_and_line(folder: Path, label: str) -> None:
+def test_a_label_that_is_not_a_finite_number_is_named_by_file_and_line(folder: Path, label: str) -> None:
     (folder / "train.csv").write_text(f'sentence,score\na cat,1\na dog,"{label}"\n')
 
     with pytest.raises(DataError, match=rf"train\.csv, line 3: the label '{label}' is not a finite number"):
@@ -196,7 +196,7 @@ def test_a_label_that_is_no_finite_number_is_named_by_file_and_line(folder: Path
 
 
 @pytest.mark.parametrize("label", ["true", "[1]", '{"a": 1}', "1" + "0" * 400, "NaN"])
-def test_a_json_label_that_is_no_finite_number_is_named_by_line(folder: Path, label: str) -> None:
+def test_a_json_label_that_is_not_a_finite_number_is_named_by_line(folder: Path, label: str) -> None:
     (folder / "train.csv").unlink()
     (folder / "train.jsonl").write_text(f'{{"text": "a", "label": 1}}\n{{"text": "a", "label": {label}}}\n')
 
@@ -204,7 +204,7 @@ def test_a_json_label_that_is_no_finite_number_is_named_by_line(folder: Path, la
         prepare(folder)
 
 
-def test_a_row_without_a_number_is_named_and_may_be_passed_over(folder: Path) -> None:
+def test_a_row_without_a_number_is_named_and_can_be_skipped(folder: Path) -> None:
     (folder / "train.csv").write_text("sentence,score\na cat,1\na dog,\na bird,2\n")
 
     with pytest.raises(DataError, match=r"train\.csv, line 3: no label \(score is ''\)"):
@@ -221,7 +221,7 @@ def test_a_test_split_without_numbers_is_predicted(folder: Path) -> None:
     assert made.targets(made.collate(made.splits["test"][[0]], tiny.HERE)) == Targets(0.0, 0)
 
 
-def test_a_glue_task_of_classes_is_refused_with_the_task_it_wants(folder: Path) -> None:
+def test_a_glue_task_with_classes_is_refused_and_the_right_task_is_named(folder: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"labels of data\.name=sst2 are negative, positive, not numbers.*classification"
     ):

@@ -79,7 +79,7 @@ def made(**settings: Any) -> Seq2SeqTask:
 # Batches
 
 
-def test_sources_are_padded_with_the_pad_token_and_targets_with_what_is_no_target() -> None:
+def test_sources_are_padded_with_the_pad_token_and_targets_with_the_ignored_label() -> None:
     batch = made().collate(rows(), tiny.HERE)
 
     assert batch["input_ids"].tolist() == [
@@ -93,7 +93,7 @@ def test_sources_are_padded_with_the_pad_token_and_targets_with_what_is_no_targe
     assert made().targets(batch) == Targets(10.0, 10)
 
 
-def test_examples_without_a_target_are_no_target() -> None:
+def test_examples_without_a_target_have_no_targets() -> None:
     batch = made().collate(rows([None, None]), tiny.HERE)
     scored = made().score(Says([[7, END], [8, END]]), batch, lock_step=False)
 
@@ -110,7 +110,7 @@ class WithoutRuleForNothing(Says):
         raise IndexError
 
 
-def test_a_split_without_targets_asks_no_model_for_decoder_inputs() -> None:
+def test_a_split_without_targets_needs_no_decoder_inputs() -> None:
     scored = made().score(WithoutRuleForNothing([[7, END]]), made().collate(rows([None]), tiny.HERE), lock_step=False)
 
     assert scored.loss.tolist() == [0.0]
@@ -125,7 +125,7 @@ def test_the_loss_is_the_sum_over_the_tokens_of_the_targets() -> None:
     assert float(loss) == pytest.approx(sum(map(nll, TARGETS)), rel=1e-6)
 
 
-def test_a_score_is_one_plain_sum_for_each_example_and_padding_changes_none() -> None:
+def test_a_score_is_a_plain_sum_per_example_without_padding() -> None:
     together = made().score(Says(TARGETS), made().collate(rows(), tiny.HERE), lock_step=False)
 
     assert together.loss.dtype == torch.float64
@@ -163,7 +163,7 @@ def test_sums_are_taken_in_float32_and_float64_stays(given: torch.dtype, summed:
 # Generated texts
 
 
-def test_what_is_written_ends_with_the_end_token_and_has_one_length_in_every_micro_batch() -> None:
+def test_generated_texts_end_with_the_end_token_and_have_a_fixed_length() -> None:
     judge = made(evaluation={"max_new_tokens": 6})
     written = [[BEGIN, 7, END, 9, 9], [7, 8, 9, 10, 11], [END, 5, END, 5, 5]]  # what stands behind an end is noise
 
@@ -174,7 +174,7 @@ def test_what_is_written_ends_with_the_end_token_and_has_one_length_in_every_mic
 
 
 @pytest.mark.parametrize("lock_step", [False, True])
-def test_generation_is_told_everything_that_has_a_default_of_its_own(lock_step: bool) -> None:
+def test_generation_options_override_every_default(lock_step: bool) -> None:
     model = Says(TARGETS)
 
     made(evaluation={"num_beams": 4}).score(model, made().collate(rows(), tiny.HERE), lock_step=lock_step)
@@ -185,7 +185,7 @@ def test_generation_is_told_everything_that_has_a_default_of_its_own(lock_step: 
     assert "forced_bos_token_id" not in how
 
 
-def test_without_generation_there_is_a_loss_and_nothing_is_written() -> None:
+def test_without_generation_there_is_only_a_loss() -> None:
     silent, model = made(evaluation={"generate": False}), Says()
 
     result = evaluate_split(ForwardOnly(model, config(), ONE_PROCESS), silent, "validation", micro_batch_size=2)
@@ -229,7 +229,7 @@ def test_metrics_are_those_of_the_written_records_in_data_order(number: int, siz
     assert set(result.metrics) == {"loss", *judge.metric_names}
 
 
-def test_a_text_that_never_ends_counts_with_all_its_tokens() -> None:
+def test_a_text_without_an_end_token_has_its_full_length() -> None:
     judge = task(1, evaluation={"max_new_tokens": 4})
     endless = ForwardOnly(Says([[7, 8, 9, 10]]), config(), ONE_PROCESS)
 
@@ -238,7 +238,7 @@ def test_a_text_that_never_ends_counts_with_all_its_tokens() -> None:
     assert result.metrics["generated_length"] == 4.0
 
 
-def test_summaries_are_judged_by_rouge() -> None:
+def test_summaries_have_rouge_metrics() -> None:
     judge = task(3, metric="summarization")
 
     result = evaluate_split(ForwardOnly(Translates(), config(), ONE_PROCESS), judge, "validation", micro_batch_size=2)
@@ -261,7 +261,7 @@ def test_summaries_are_judged_by_rouge() -> None:
         ({"source": "en", "target": "en"}, "task.source and task.target are both en"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_contradicting_settings_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         config(**settings)
 
@@ -297,7 +297,7 @@ def prepare(folder: Path, data: dict[str, Any] | None = None, **sections: Any) -
     return prepare_seq2seq(settings, settings.task, ONE_PROCESS)
 
 
-def test_pairs_of_a_file_become_ids_with_the_prefix_in_front_and_references_as_they_are(folder: Path) -> None:
+def test_pairs_of_a_file_become_ids_with_the_prefix_and_references(folder: Path) -> None:
     (folder / "train.tsv").write_text("source\ttarget\nthe cat\tA Dog  runs\n")
 
     row = prepare(folder, task={"prefix": "say: "}).splits["train"][[0]]
@@ -308,7 +308,7 @@ def test_pairs_of_a_file_become_ids_with_the_prefix_in_front_and_references_as_t
     assert row["reference"] == ["A Dog  runs"]
 
 
-def test_a_multilingual_tokenizer_writes_each_side_in_its_language_and_generation_is_told_of_it(folder: Path) -> None:
+def test_a_multilingual_tokenizer_encodes_each_side_in_its_language(folder: Path) -> None:
     from transformers import MBartTokenizer
 
     MBartTokenizer(vocab=[(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", "\u2581a")]).save_pretrained(
@@ -328,7 +328,7 @@ def test_a_multilingual_tokenizer_writes_each_side_in_its_language_and_generatio
     assert (judge.tokenizer.src_lang, judge.tokenizer.tgt_lang) == ("en_XX", "ro_RO")
 
 
-def test_long_texts_are_cut_each_side_by_its_own_setting_and_end_as_they_should(folder: Path) -> None:
+def test_long_sources_and_targets_are_truncated_by_their_settings(folder: Path) -> None:
     long = " ".join(tiny.WORDS[:10])
     (folder / "train.tsv").write_text(f"source\ttarget\n{long}\t{long}\n")
 
@@ -339,7 +339,7 @@ def test_long_texts_are_cut_each_side_by_its_own_setting_and_end_as_they_should(
     assert row["reference"] == [long]  # what is judged is not cut
 
 
-def test_a_changed_prefix_is_prepared_anew_and_a_changed_metric_is_not(folder: Path) -> None:
+def test_a_changed_prefix_changes_the_cache_key_and_a_changed_metric_does_not(folder: Path) -> None:
     prepare(folder)
     first = set((folder / "cache").rglob("*.arrow"))
 
@@ -349,7 +349,7 @@ def test_a_changed_prefix_is_prepared_anew_and_a_changed_metric_is_not(folder: P
     assert set((folder / "cache").rglob("*.arrow")) > first
 
 
-def test_a_split_without_targets_is_written_but_not_judged(folder: Path) -> None:
+def test_a_split_without_targets_is_generated_without_metrics(folder: Path) -> None:
     (folder / "test.jsonl").write_text(json.dumps({"source": "the cat runs"}) + "\n")
     splits = {"train": "train.tsv", "validation": "validation.tsv", "test": "test.jsonl"}
 
@@ -371,7 +371,7 @@ def test_a_bad_row_is_named_by_file_and_line(folder: Path) -> None:
         prepare(folder)
 
 
-def test_a_tokenizer_of_characters_is_refused_since_it_ends_no_target(folder: Path) -> None:
+def test_a_character_tokenizer_is_refused_because_it_has_no_end_token(folder: Path) -> None:
     with pytest.raises(ConfigError, match="adds no end token to a target"):
         prepare(folder, model={"tokenizer": "char"})
 

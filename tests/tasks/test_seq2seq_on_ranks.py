@@ -74,7 +74,7 @@ def texts(found: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_every_rank_gets_the_tokens_and_the_digits_of_one_process(world_size: int) -> None:
+def test_ranks_generate_the_tokens_of_one_process(world_size: int) -> None:
     for found in run_ranks(evaluated, world_size, None):
         assert found == alone()
 
@@ -88,7 +88,7 @@ def test_the_texts_that_are_compared_differ_and_end_at_different_steps() -> None
     assert greedy["metrics"]["bleu"] > 0.0
 
 
-def test_a_sharded_model_writes_the_same_tokens_also_where_a_rank_has_no_micro_batch() -> None:
+def test_a_sharded_model_generates_the_same_tokens_with_an_idle_rank() -> None:
     for rank in run_ranks(evaluated, 2, 3, timeout_s=120):
         assert rank["shards"]
         for name, expected in alone()["measured"].items():
@@ -109,7 +109,7 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     [(2, {}), (3, {}), (2, {"engine": "deepspeed", "zero_stage": 3})],
     ids=["ddp-2", "ddp-3", "zero3-2"],
 )
-def test_ranks_take_the_steps_of_one_process_and_measure_the_same(
+def test_ranks_train_and_evaluate_like_one_process(
     world_size: int, changed: dict[str, Any], of_one: tuple[dict[str, Any], Path]
 ) -> None:
     expected, _ = of_one
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_off_by_a_ten_thousandth_is_rejected(of_one: tuple[di
     assert training.worst(of_one[0], found) > 1e-6
 
 
-def test_the_exported_model_writes_the_same_texts_in_plain_transformers(
+def test_the_exported_model_generates_the_same_texts_in_plain_transformers(
     of_one: tuple[dict[str, Any], Path],
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

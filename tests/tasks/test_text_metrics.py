@@ -22,7 +22,7 @@ REFERENCES = [
 LENGTHS = [8, 1, 4, 8, 3]
 
 
-def test_translations_get_sacrebleus_own_figures() -> None:
+def test_translations_have_the_values_of_sacrebleu() -> None:
     found = TextMetrics("translation")(TEXTS, REFERENCES, LENGTHS)
 
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(TEXTS, [REFERENCES]).score, abs=1e-12)
@@ -32,7 +32,7 @@ def test_translations_get_sacrebleus_own_figures() -> None:
     assert 1.0 < found["bleu"] < 99.0  # a figure that could be wrong
 
 
-def test_bleu_is_the_corpus_figure_and_no_mean_over_sentences() -> None:
+def test_bleu_is_computed_on_the_corpus_not_averaged_over_sentences() -> None:
     found = TextMetrics("translation")(TEXTS, REFERENCES, LENGTHS)["bleu"]
 
     sentences = [
@@ -41,7 +41,7 @@ def test_bleu_is_the_corpus_figure_and_no_mean_over_sentences() -> None:
     assert abs(found - math.fsum(sentences) / 5) > 0.1
 
 
-def test_summaries_get_rouge_scores_own_figures() -> None:
+def test_summaries_have_the_values_of_rouge_score() -> None:
     texts = ["a dog runs\nthe cat sees a bird", *TEXTS[:4]]
     references = ["the cat sees the bird\na dog runs", *REFERENCES[:4]]
 
@@ -64,7 +64,7 @@ def test_the_names_are_known_before_the_first_text(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["translation", "summarization"])
-def test_texts_without_a_reference_are_not_judged(kind: str) -> None:
+def test_texts_without_a_reference_are_left_out(kind: str) -> None:
     judge = TextMetrics(kind)  # type: ignore[arg-type]
 
     assert judge(["a", "b"], [None, None], [1, 1]) == {}
@@ -73,14 +73,14 @@ def test_texts_without_a_reference_are_not_judged(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["translation", "summarization"])
 @pytest.mark.parametrize(("texts", "references"), [([""], ["a"]), (["a"], [""]), ([""], [""]), (["a"], ["a"])])
-def test_degenerate_texts_have_figures(kind: str, texts: list[str], references: list[str]) -> None:
+def test_degenerate_texts_have_metrics(kind: str, texts: list[str], references: list[str]) -> None:
     found = TextMetrics(kind)(texts, references, [1])  # type: ignore[arg-type]
 
     assert all(math.isfinite(value) for value in found.values())
     assert found["exact_match"] == float(texts == references)
 
 
-def test_the_signature_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_signature_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     judge = TextMetrics("translation")
 
     with caplog.at_level(logging.INFO, logger="dtrain"):

@@ -85,14 +85,14 @@ def test_the_first_token_of_a_word_carries_its_tag() -> None:
     assert set(made) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
 
 
-def test_words_beyond_the_last_token_and_words_of_nothing_have_no_place() -> None:
+def test_truncated_words_and_words_without_a_token_have_no_place() -> None:
     encoded = encode_words([["cat", "\x01", "unsees", "dog", "cat"]], word_pieces(), max_length=6)
 
     assert encoded["input_ids"] == [[2, 8, 5, 6, 7, 3]]
     assert encoded["places"] == [[1, -1, 2, -1, -1]]
 
 
-def test_padding_is_on_the_right_where_places_do_not_move() -> None:
+def test_padding_is_on_the_right() -> None:
     left = task()
     left.tokenizer.padding_side = "left"
 
@@ -101,7 +101,7 @@ def test_padding_is_on_the_right_where_places_do_not_move() -> None:
     assert made["input_ids"][1].tolist() == [2, 9, 3, 0, 0, 0]
 
 
-def test_a_byte_level_tokenizer_gets_the_blank_before_each_word() -> None:
+def test_a_byte_level_tokenizer_gets_a_space_before_each_word() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import RobertaTokenizerFast
 
@@ -127,7 +127,7 @@ def test_the_loss_is_summed_over_words() -> None:
     assert made.loss(Says(logits.bfloat16()), batch(made)).dtype == torch.float32
 
 
-def test_scores_are_one_for_each_sentence_and_predictions_as_wide_in_every_batch() -> None:
+def test_scores_are_per_sentence_and_predictions_have_a_fixed_width() -> None:
     made, logits = task(), random_logits(2, 6, 5)
 
     scored = made.score(Says(logits), batch(made), lock_step=False)
@@ -140,7 +140,7 @@ def test_scores_are_one_for_each_sentence_and_predictions_as_wide_in_every_batch
     assert scored.prediction.tolist() == [[*guesses[0], -100, -100], [*guesses[1][:3], *[-100] * 5]]
 
 
-def test_a_sentence_without_tags_is_predicted_and_not_judged() -> None:
+def test_a_sentence_without_tags_is_predicted_but_not_in_the_metrics() -> None:
     made = task([["unsees", "cat"], ["dog"]], [None, None])
 
     assert made.targets(batch(made)) == Targets(0.0, 0)
@@ -166,7 +166,7 @@ def metrics(truth: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> t
     return made.metrics("validation", loss=0.0, predictions=predictions), expected
 
 
-def test_entities_count_only_whole() -> None:
+def test_an_entity_counts_only_if_all_of_it_is_correct() -> None:
     # Wanted: PER in words 1-2, LOC in word 4, LOC in word 1 of the second. Found: half of the first, the second, PER.
     truth = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC"]]
     found, expected = metrics(truth, [["B-PER", "O", "O", "B-LOC"], ["B-PER"]])
@@ -185,7 +185,7 @@ def test_entities_count_only_whole() -> None:
         ([["B-LOC"], ["I-LOC"]], [["B-LOC"], ["I-LOC"]]),  # sentences are not joined
     ],
 )
-def test_metrics_are_those_of_seqeval_where_there_is_nothing_or_not_what_it_should_be(
+def test_degenerate_metrics_are_those_of_seqeval(
     truth: list[list[str]], found: list[list[str]], recwarn: pytest.WarningsRecorder
 ) -> None:
     result, expected = metrics(truth, found)
@@ -194,7 +194,7 @@ def test_metrics_are_those_of_seqeval_where_there_is_nothing_or_not_what_it_shou
     assert not recwarn.list
 
 
-def test_words_without_a_token_are_null_in_the_predictions_and_not_judged() -> None:
+def test_words_without_a_token_have_no_prediction() -> None:
     made = task([["cat", "\x01", "dog"]], [[1, 0, 4]])
 
     found = made.metrics("validation", loss=0.0, predictions=[[-100, 1, 4, -100]])
@@ -205,7 +205,7 @@ def test_words_without_a_token_are_null_in_the_predictions_and_not_judged() -> N
     assert found == {"f1": 1.0, "precision": 1.0, "recall": 1.0, "accuracy": 1.0}
 
 
-def test_tags_that_are_no_entities_have_accuracy_alone() -> None:
+def test_tags_that_are_not_entities_have_only_accuracy() -> None:
     made = task(labels=("NN", "DT", "VB", "JJ", "O"))
 
     assert made.metric_names == ("accuracy",)
@@ -243,7 +243,7 @@ def test_a_document_line_ends_a_sentence_and_odd_spaces_belong_to_a_token(tmp_pa
     assert rows["tokens"][:] == [["a\u00a0b"], ["\u2028"]]
 
 
-def test_a_split_cut_off_is_of_sentences(tmp_path: Path) -> None:
+def test_validation_fraction_cuts_between_sentences(tmp_path: Path) -> None:
     found = load(write(tmp_path, train=CONLL), validation_fraction=0.5)
 
     assert found["validation"].rows["tokens"][:] == [["a", "dog"]]
@@ -284,7 +284,7 @@ def test_columns_may_have_other_names_and_tags_be_numbers(tmp_path: Path) -> Non
         ("\n-DOCSTART- O\n\n", r"train.conll has no rows"),
     ],
 )
-def test_what_is_wrong_with_a_text_is_named_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+def test_faults_in_a_text_are_named_by_line(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write(tmp_path, train=text))
 
@@ -307,7 +307,7 @@ def test_what_is_wrong_with_a_text_is_named_with_its_line(tmp_path: Path, text: 
         ({"tokens": ["a"]}, r"line 2: the column 'tags' is missing"),
     ],
 )
-def test_what_is_wrong_with_a_row_is_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
+def test_faults_in_a_row_are_named(tmp_path: Path, row: dict[str, Any], said: str) -> None:
     good = {"tokens": ["a"], "tags": ["O"]}
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(values) for values in (good, row, good)))
 
@@ -318,7 +318,7 @@ def test_what_is_wrong_with_a_row_is_named(tmp_path: Path, row: dict[str, Any], 
 
 
 @pytest.mark.parametrize(("row", "said"), [('{"text": ["a"]}', "the tokens"), ('{"tokens": ["a"]}', "the tags")])
-def test_a_table_without_tokens_or_tags_is_told_so(tmp_path: Path, row: str, said: str) -> None:
+def test_a_table_without_tokens_or_tags_is_refused(tmp_path: Path, row: str, said: str) -> None:
     (tmp_path / "train.jsonl").write_text(row)
 
     with pytest.raises(DataError, match=rf"train.jsonl has no column with a usual name for {said}"):
@@ -371,7 +371,7 @@ def test_an_unknown_tag_is_named_with_its_line(tmp_path: Path) -> None:
         prepare(tmp_path)
 
 
-def test_words_that_are_cut_off_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_words_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, train="cat O\n" * 9 + "\ndog O\n")
 
     with caplog.at_level(logging.WARNING, logger="dtrain"):

@@ -67,7 +67,7 @@ def test_a_repeated_example_is_noticed() -> None:
         parity.assert_same(truth(), run_ranks(trained, 2, "repeated_example")[0])
 
 
-def test_scores_are_those_of_seqeval_on_the_predictions_written() -> None:
+def test_metrics_are_those_of_seqeval_on_the_written_predictions() -> None:
     records, metrics = truth()["records"], truth()["metrics"]
     written = ([r["reference"] for r in records], [r["prediction"] for r in records])
 

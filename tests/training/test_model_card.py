@@ -49,7 +49,7 @@ def folder_of(folder: Path, model: dict[str, Any], adapters: dict[str, Any] | No
     return folder
 
 
-def test_the_front_matter_is_what_the_hub_wants() -> None:
+def test_the_front_matter_is_valid_for_the_hub() -> None:
     data = ModelCard(card_of()).data.to_dict()
 
     assert data["base_model"] == "bert-base-uncased"
@@ -81,7 +81,7 @@ def test_the_text_has_data_rows_metrics_settings_versions_and_the_command() -> N
         assert row in card
 
 
-def test_the_command_line_makes_the_same_settings_again() -> None:
+def test_the_command_line_gives_the_same_settings() -> None:
     settings = [
         *SETTINGS,
         "optim.learning_rate=3e-5",
@@ -102,7 +102,7 @@ def test_the_command_line_makes_the_same_settings_again() -> None:
     assert load_config(None, words[2:]) == config
 
 
-def test_nothing_of_a_machine_is_told() -> None:
+def test_the_card_does_not_mention_the_machine() -> None:
     home = "/ho" + "me/ann"
     token = "hf_" + "a1B2c3D4e5F6"
     card = card_of(
@@ -124,7 +124,7 @@ def test_nothing_of_a_machine_is_told() -> None:
     assert "base_model" not in card, "a folder is no name on the hub"
 
 
-def test_data_and_models_of_ones_own_have_no_name_on_the_hub() -> None:
+def test_the_users_data_and_models_have_no_name_on_the_hub() -> None:
     settings = ["data.name=null", "data.path=reviews.csv", "model.from_scratch=true"]
 
     card = card_of(*settings)
@@ -169,7 +169,7 @@ def test_a_run_without_evaluation_and_a_model_from_elsewhere_have_a_card_too(tmp
         (None, None),
     ],
 )
-def test_only_the_last_part_of_a_path_is_told(value: Any, told: Any) -> None:
+def test_only_the_last_part_of_a_path_is_kept(value: Any, told: Any) -> None:
     assert redact_paths(value) == told
 
 
@@ -177,7 +177,7 @@ def test_a_bar_in_a_value_does_not_break_a_table() -> None:
     assert '| freeze.modules | ["a\\|b"] |' in card_of('freeze.modules=["a|b"]')
 
 
-def test_the_card_is_written_beside_the_weights(tmp_path: Path) -> None:
+def test_the_card_is_written_into_the_models_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
 
     write_card(tmp_path, Config.model_validate({"task": {"name": "classification"}}), SUMMARY, task="own_task")
@@ -189,7 +189,7 @@ def test_the_card_is_written_beside_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["translation", "summarization"])
-def test_the_hub_tells_translations_from_summaries_as_the_metric_does(metric: str) -> None:
+def test_the_pipeline_of_seq2seq_is_its_metric(metric: str) -> None:
     settings = ["task.name=seq2seq", "model.name_or_path=t5-small", "data.name=opus", f"task.metric={metric}"]
     config = load_config(None, settings)
 
@@ -203,7 +203,7 @@ def test_the_hub_tells_translations_from_summaries_as_the_metric_does(metric: st
     assert "pipeline_tag" not in ModelCard(own).data.to_dict()
 
 
-def test_adapters_are_said_to_go_on_their_base_model() -> None:
+def test_the_card_of_adapters_loads_the_base_model() -> None:
     adapters = {"base_model_name_or_path": "bert-base-uncased", "modules_to_save": ["classifier"]}
 
     card = card_of("model.lora={r: 8}", adapters=adapters)
@@ -221,7 +221,7 @@ def test_adapters_are_said_to_go_on_their_base_model() -> None:
     assert "base_model_relation" not in ModelCard(card_of()).data.to_dict()
 
 
-def test_adapters_on_a_folder_of_this_machine_tell_its_name_alone() -> None:
+def test_the_card_of_adapters_keeps_only_the_name_of_the_base_folder() -> None:
     card = card_of("model.lora={r: 8}", adapters={"base_model_name_or_path": "/ho" + "me/ann/models/mine"})
 
     assert 'from_pretrained("mine", config=config)' in card
