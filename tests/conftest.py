@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ SET_BY_LIBRARIES = {
 }
 """Environment variables that an import changes: no test can be blamed for them."""
 
+
+MEMORY_BYTES = 1 << 30
+"""Room that /dev/shm must have for the folders of `memory_path`; a container may have 64 MB."""
 
 SLOWEST, AT_LEAST_S = 40, 1.0
 """How many tests the closing table names, and how long one has to take to be named."""
@@ -103,6 +108,19 @@ def _has_cuda() -> bool:
 def real_data() -> Path:
     """The folder of the real data. A test that takes it is marked `data`, and so skipped where there is none."""
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def memory_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Makes folders in memory, for tests that flush thousands of files to the disk; on the disk where memory has no room.
+
+    Nothing of them is left after the run. Simulated nodes do not see them.
+    """
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= MEMORY_BYTES
+    base = Path(tempfile.mkdtemp(prefix="dtrain-tests-", dir=memory)) if has_room else tmp_path_factory.mktemp("disk")
+    yield lambda name: Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
+    shutil.rmtree(base)
 
 
 # Where the time went

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from dtrain.checkpoint.publish import Order, Piece, clear_drafts, publish
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
+ROOT = Path(__file__).resolve().parents[2]
 KILLED = 9
 OLD, NEW = 2, 4
 SIZE = 400
@@ -178,25 +181,44 @@ def sweep(
     raise AssertionError("the writer never ended")
 
 
+def swept(
+    folder: Path, write: Callable[[Path, int], None], read: Callable[[Path], Saved | None], *, power_cut: bool
+) -> tuple[int, list[str]]:
+    """`sweep` in a process that is small: to fork one that has run hundreds of tests costs ten times as much."""
+    program = (
+        "import json, sys; from pathlib import Path; from tests.checkpoint import test_kill_sweep as it\n"
+        "folder, write, read, power_cut = json.loads(sys.argv[1])\n"
+        "print(json.dumps(it.sweep(Path(folder), getattr(it, write), getattr(it, read), power_cut=power_cut)))"
+    )
+    told = json.dumps([str(folder), write.__name__, read.__name__, power_cut])
+    ended = subprocess.run([sys.executable, "-c", program, told], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    moments, wrong = json.loads(ended.stdout)
+    return moments, wrong
+
+
+@pytest.fixture
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return memory_path("sweep")
+
+
 @pytest.mark.parametrize("power_cut", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
-    tmp_path: Path, power_cut: bool
-) -> None:
-    moments, wrong = sweep(tmp_path, write, newest_whole, power_cut=power_cut)
+def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(folder: Path, power_cut: bool) -> None:
+    moments, wrong = swept(folder, write, newest_whole, power_cut=power_cut)
 
     assert wrong == []
     assert moments >= 40
 
 
 @pytest.mark.slow
-def test_a_writer_that_renames_before_it_flushes_is_caught(tmp_path: Path) -> None:
-    _, wrong = sweep(tmp_path, write_after_the_rename, newest_whole, power_cut=True)
+def test_a_writer_that_renames_before_it_flushes_is_caught(folder: Path) -> None:
+    _, wrong = swept(folder, write_after_the_rename, newest_whole, power_cut=True)
 
     assert wrong
 
 
 @pytest.mark.slow
-def test_a_reader_that_looks_at_no_manifest_is_caught(tmp_path: Path) -> None:
-    _, wrong = sweep(tmp_path, write_after_the_rename, newest_unchecked, power_cut=False)
+def test_a_reader_that_looks_at_no_manifest_is_caught(folder: Path) -> None:
+    _, wrong = swept(folder, write_after_the_rename, newest_unchecked, power_cut=False)
 
     assert wrong
