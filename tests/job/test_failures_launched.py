@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import jobs
-from tests.support.jobs import Job
+from tests.support.jobs import Job, train
 
 pytestmark = pytest.mark.launchers
 
@@ -22,13 +22,6 @@ slow = pytest.mark.slow
 HOST = os.uname().nodename
 GONE_S = 10.0
 """How soon after Ctrl-C all processes are gone."""
-
-
-def train(folder: Path, **more: object) -> list[str]:
-    """A run without an end, named `run`."""
-    return jobs.settings(
-        folder, "run", **{key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}, **more
-    )
 
 
 def send(job: Job, number: signal.Signals, target: str) -> None:
