@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ SET_BY_LIBRARIES = {
 """Environment variables that an import changes: no test can be blamed for them."""
 
 
+MEMORY_BYTES = 1 << 30
+"""Room that /dev/shm must have for the folders of `memory_path`; a container may have 64 MB."""
+
+SLOWEST, AT_LEAST_S = 40, 1.0
+"""How many tests the closing table names, and how long one has to take to be named."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --nightly; without it the tests marked `nightly` are deselected."""
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly as well")
+
+
 def pytest_configure() -> None:
     """Undoes what a shell does to its background jobs: with SIGINT ignored, no job that a test starts could be stopped by it."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -44,14 +58,24 @@ def pytest_configure() -> None:
 # Time limits, order, resources
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sorts by stage, limits unit tests, and skips what needs a GPU, data or a simulated cluster that is not to be had."""
+    if not config.getoption("--nightly"):
+        _deselect_nightly(config, items)
     items.sort(key=_stage)
     for item in items:
+        item.user_properties.append(("stage", STAGES[_stage(item)]))  # for the closing table: reports have no markers
         if _stage(item) == 0 and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(UNIT_LIMIT_S))
         if reason := _missing_resource(item) or _missing_cluster(item):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _deselect_nightly(config: pytest.Config, items: list[pytest.Item]) -> None:
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
 def _stage(item: pytest.Item) -> int:
@@ -84,6 +108,44 @@ def _has_cuda() -> bool:
 def real_data() -> Path:
     """The folder of the real data. A test that takes it is marked `data`, and so skipped where there is none."""
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def memory_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Makes folders in memory, for tests that flush thousands of files to the disk; on the disk where memory has no room.
+
+    Nothing of them is left after the run. Simulated nodes do not see them.
+    """
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free >= MEMORY_BYTES
+    base = Path(tempfile.mkdtemp(prefix="dtrain-tests-", dir=memory)) if has_room else tmp_path_factory.mktemp("disk")
+    yield lambda name: Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
+    shutil.rmtree(base)
+
+
+# Where the time went
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the time of each stage and the slowest tests. A shared fixture counts for the test that set it up."""
+    tests: dict[tuple[str, str], float] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            test = (dict(report.user_properties).get("stage", STAGES[0]), report.nodeid)
+            tests[test] = tests.get(test, 0.0) + report.duration
+    total = sum(tests.values())
+    if total < AT_LEAST_S:
+        return
+    terminalreporter.section("time")
+    terminalreporter.write_line(f"{'stage':10}{'tests':>6}{'seconds':>9}{'share':>7}")
+    for stage in STAGES:
+        seconds = [taken for (of, _), taken in tests.items() if of == stage]
+        if seconds:
+            terminalreporter.write_line(f"{stage:10}{len(seconds):6}{sum(seconds):9.1f}{sum(seconds) / total:7.0%}")
+    slowest = sorted(((taken, test) for (_, test), taken in tests.items() if taken >= AT_LEAST_S), reverse=True)
+    terminalreporter.write_line(f"{'all':10}{len(tests):6}{total:9.1f}\n")
+    for taken, test in slowest[:SLOWEST]:
+        terminalreporter.write_line(f"{taken:7.1f}  {test}")
 
 
 # What must run: with DTRAIN_MUST_RUN=1 (CI) a skip for any other reason is a failure

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.launchers
 pytest_plugins = ["pytester"]
 
 CONFTEST = Path(__file__).parents[0] / "conftest.py"
-MARKERS = "markers =\n    gpu: needs CUDA\n    data: needs real data\n"
+MARKERS = "markers =\n" + "".join(
+    f"    {name}: as in pyproject.toml\n" for name in ("ranks", "launchers", "cluster", "gpu", "data", "nightly")
+)
 
 
 @pytest.fixture
@@ -107,13 +109,43 @@ def test_a_module_that_skips_itself_is_a_failure_where_everything_must_run(
     result.stdout.fnmatch_lines(["*must run here*no_such_module*"])
 
 
-def test_quick_tests_come_first_and_unit_tests_have_a_minute(inner: pytest.Pytester) -> None:
+def test_quick_stages_come_first_and_unit_tests_have_a_minute(inner: pytest.Pytester) -> None:
     limit = "limit = request.node.get_closest_marker('timeout')"
-    body = f"def test_it(request):\n    {limit}\n    print('limit', limit and limit.args)\n"
-    for stage in ("benchmarks", "distributed", "launchers", "unit"):
-        inner.mkdir(stage).joinpath(f"test_{stage}.py").write_text(body, encoding="utf-8")
+    for name, stages in (("a", "cluster launchers"), ("b", "launchers"), ("c", "ranks"), ("d", "")):
+        marks = "".join(f"@pytest.mark.{stage}\n" for stage in stages.split())
+        body = (
+            f"import pytest\n{marks}def test_{name}(request):\n    {limit}\n    print('limit', limit and limit.args)\n"
+        )
+        inner.makepyfile(**{f"test_{name}": body})
 
     result = run(inner, "-s", "-v")
 
     result.assert_outcomes(passed=4)
-    result.stdout.fnmatch_lines(["unit/*limit (60,)*", "distributed/*limit None*", "launchers/*", "benchmarks/*"])
+    result.stdout.fnmatch_lines(["test_d.py*limit (60,)*", "test_c.py*limit None*", "test_b.py*", "test_a.py*"])
+
+
+def test_what_is_marked_nightly_runs_with_the_option_alone(inner: pytest.Pytester) -> None:
+    inner.makepyfile("import pytest\n@pytest.mark.nightly\ndef test_rest(): pass\ndef test_first(): pass\n")
+
+    run(inner).assert_outcomes(passed=1, deselected=1)
+    run(inner, "--nightly").assert_outcomes(passed=2)
+
+
+def test_a_run_ends_with_the_time_of_each_stage_and_the_slowest_tests(inner: pytest.Pytester) -> None:
+    # A fixture's time counts for the test that set it up; what takes no time is not listed.
+    inner.makepyfile(
+        "import pytest, time\n"
+        "@pytest.fixture(scope='module')\n"
+        "def shared(): time.sleep(1.1)\n"
+        "def test_unit(): pass\n"
+        "@pytest.mark.ranks\n"
+        "def test_first(shared): pass\n"
+        "@pytest.mark.ranks\n"
+        "def test_second(shared): pass\n"
+    )
+
+    result = run(inner)
+
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["stage*", "unit*1*0.0*0%", "ranks*2*1.1*100%", "all*3*1.1*", "*1.1  *::test_first"])
+    assert "::test_second" not in result.stdout.str()

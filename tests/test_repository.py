@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -88,6 +89,39 @@ def test_a_path_of_one_machine_would_be_seen(text: str) -> None:
 )
 def test_other_paths_are_left_alone(text: str) -> None:
     assert not OF_ONE_MACHINE.search(text)
+
+
+def imports_of_tests(source: str) -> list[str]:
+    """The test files that a file's imports name, at its top or within a function."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if re.search(r"^tests\.(\w+\.)*test_", name)]
+
+
+def test_no_test_imports_another() -> None:
+    """What two of them need is in tests/support/: a test file can then be read, moved and deleted by itself."""
+    files = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("tests/**/*.py")
+    }
+
+    assert {name: found for name, text in files.items() if (found := imports_of_tests(text))} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from tests.tasks.test_chat import gpt", ["tests.tasks.test_chat.gpt"]),
+        ("from tests.tasks import test_chat, other", ["tests.tasks.test_chat"]),
+        ("def test_it():\n    import tests.test_fit", ["tests.test_fit"]),
+        ("from tests.support.jobs import train\nimport test", []),
+    ],
+)
+def test_an_import_of_a_test_is_found(source: str, found: list[str]) -> None:
+    assert imports_of_tests(source) == found
 
 
 def test_versions_agree() -> None:

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from dtrain.checkpoint.publish import StagedTensor, WriteRequest, clear_drafts, 
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
+ROOT = Path(__file__).resolve().parents[2]
 KILLED = 9
 OLD, NEW = 2, 4
 SIZE = 400
@@ -185,25 +188,44 @@ def sweep(
     raise AssertionError("the writer never ended")
 
 
+def sweep_in_a_process(
+    folder: Path, write: Callable[[Path, int], None], read: Callable[[Path], SavedCheckpoint | None], *, power_cut: bool
+) -> tuple[int, list[str]]:
+    """`sweep` in a process that is small: to fork one that has run hundreds of tests costs ten times as much."""
+    program = (
+        "import json, sys; from pathlib import Path; from tests.checkpoint import test_kill_sweep as it\n"
+        "folder, write, read, power_cut = json.loads(sys.argv[1])\n"
+        "print(json.dumps(it.sweep(Path(folder), getattr(it, write), getattr(it, read), power_cut=power_cut)))"
+    )
+    told = json.dumps([str(folder), write.__name__, read.__name__, power_cut])
+    ended = subprocess.run([sys.executable, "-c", program, told], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    moments, wrong = json.loads(ended.stdout)
+    return moments, wrong
+
+
+@pytest.fixture
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return memory_path("sweep")
+
+
 @pytest.mark.parametrize("power_cut", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(
-    tmp_path: Path, power_cut: bool
-) -> None:
-    num_calls, wrong = sweep(tmp_path, write, newest_intact, power_cut=power_cut)
+def test_a_writer_killed_at_any_moment_leaves_the_old_checkpoint_or_the_new_one(folder: Path, power_cut: bool) -> None:
+    num_calls, wrong = sweep_in_a_process(folder, write, newest_intact, power_cut=power_cut)
 
     assert wrong == []
     assert num_calls >= 40
 
 
 @pytest.mark.slow
-def test_a_writer_that_renames_before_it_flushes_is_caught(tmp_path: Path) -> None:
-    _, wrong = sweep(tmp_path, write_after_the_rename, newest_intact, power_cut=True)
+def test_a_writer_that_renames_before_it_flushes_is_caught(folder: Path) -> None:
+    _, wrong = sweep_in_a_process(folder, write_after_the_rename, newest_intact, power_cut=True)
 
     assert wrong
 
 
 @pytest.mark.slow
-def test_a_reader_that_ignores_the_manifest_is_caught(tmp_path: Path) -> None:
-    _, wrong = sweep(tmp_path, write_after_the_rename, newest_unchecked, power_cut=False)
+def test_a_reader_that_ignores_the_manifest_is_caught(folder: Path) -> None:
+    _, wrong = sweep_in_a_process(folder, write_after_the_rename, newest_unchecked, power_cut=False)
 
     assert wrong

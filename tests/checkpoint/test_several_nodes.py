@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ SHARDED = {"checkpoint.format": "sharded"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resuming.material(tmp_path_factory.mktemp("nodes"))
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return resuming.material(memory_path("nodes"))
 
 
 FULL_FROM = """

@@ -36,8 +36,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resuming.material(tmp_path_factory.mktemp("use"))
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return resuming.material(memory_path("use"))
 
 
 def commands(context: RankContext, folder: str, runs: list[tuple[str, str, dict[str, Any], int | None]]) -> list[Any]:

@@ -13,7 +13,8 @@ from tests.support.simulated import needs_cluster, simulated_cluster
 
 pytestmark = [pytest.mark.launchers, needs_cluster, pytest.mark.slow]
 
-TWO = ("launch/torchrun.sh", "launch/deepspeed.sh")
+TORCHRUN, DEEPSPEED, MPIRUN = SCRIPTS
+nightly = pytest.mark.nightly
 
 
 def _settings(folder: Path, **more: object) -> list[str]:
@@ -22,15 +23,22 @@ def _settings(folder: Path, **more: object) -> list[str]:
     return jobs.settings(folder / "runs", "run", train__hang_timeout=HANG_TIMEOUT_S, **{**endless, **more})
 
 
-MPIRUN = ("SIGKILL of a rank on node2", "node2 cut off", "node2 without power")
-"""If one of its daemons dies, mpirun itself reports that above our last line, and exits with 1."""
+# Every fault is tried under torchrun, and every other launcher with two of them; the rest of the product is nightly.
+# A daemon of mpirun's that dies is named by mpirun itself, above our last line, and ends it with 1: no test says otherwise.
 
 
 @pytest.mark.parametrize(
     ("fault", "command"),
     [
-        *((fault, command) for fault in WHILE_IT_RUNS for command in TWO),
-        *((fault, "launch/mpirun.sh") for fault in MPIRUN),
+        *((fault, TORCHRUN) for fault in WHILE_IT_RUNS),
+        ("SIGKILL of the launcher on node2", DEEPSPEED),
+        ("node2 without power", DEEPSPEED),
+        ("SIGKILL of a rank on node2", MPIRUN),
+        ("node2 cut off", MPIRUN),
+        pytest.param("SIGKILL of a rank on node2", DEEPSPEED, marks=nightly),
+        pytest.param("SIGKILL of the launcher on node1", DEEPSPEED, marks=nightly),
+        pytest.param("node2 cut off", DEEPSPEED, marks=nightly),
+        pytest.param("node2 without power", MPIRUN, marks=nightly),
     ],
 )
 def test_a_fault_on_one_node_ends_the_job_on_all_and_is_the_last_line(fault: str, command: str, tmp_path: Path) -> None:
@@ -47,19 +55,30 @@ def test_a_fault_on_one_node_ends_the_job_on_all_and_is_the_last_line(fault: str
     assert any(re.search(message, job.last_line()) for message in expected.messages), job.first.text
 
 
-@pytest.mark.parametrize("fault", BEFORE_IT_STARTS)
-def test_a_host_that_cannot_take_part_is_reported_before_anything_starts(fault: str, tmp_path: Path) -> None:
+UNDER_DEEPSPEED = ("python missing on node2", "other data on node2")
+
+
+@pytest.mark.parametrize(
+    ("fault", "command"),
+    [
+        *((fault, TORCHRUN) for fault in BEFORE_IT_STARTS),
+        *((fault, DEEPSPEED) for fault in UNDER_DEEPSPEED),
+        *(pytest.param(fault, DEEPSPEED, marks=nightly) for fault in BEFORE_IT_STARTS if fault not in UNDER_DEEPSPEED),
+    ],
+)
+def test_a_host_that_cannot_take_part_is_reported_before_anything_starts(
+    fault: str, command: str, tmp_path: Path
+) -> None:
     planted, settings = BEFORE_IT_STARTS[fault], _settings(tmp_path)
     runs = tmp_path / "runs"
     with simulated_cluster(2, private=[] if planted.is_found_by_preflight else [runs]) as cluster:
         planted.plant(cluster, tmp_path)
-        for command in TWO:
-            with started(command, cluster, settings, *planted.options) as job:
-                code, took_s = job.end()
-            assert code == planted.code, job.first.text
-            assert took_s < 10 or not planted.is_found_by_preflight, job.first.text
-            assert re.search(planted.message, job.last_line()), job.first.text
-            assert not (planted.is_found_by_preflight and (runs / "run").exists())
+        with started(command, cluster, settings, *planted.options) as job:
+            code, took_s = job.end()
+        assert code == planted.code, job.first.text
+        assert took_s < 10 or not planted.is_found_by_preflight, job.first.text
+        assert re.search(planted.message, job.last_line()), job.first.text
+        assert not (planted.is_found_by_preflight and (runs / "run").exists())
 
 
 def test_a_killed_script_leaves_no_process_on_any_node(tmp_path: Path) -> None:

@@ -14,6 +14,15 @@ from tests.support.simulated import SimulatedCluster, needs_cluster, simulated_c
 pytestmark = [pytest.mark.launchers, needs_cluster, pytest.mark.slow]
 
 SHAPES = {"3 nodes x 1 rank": [1, 1, 1], "2 nodes x 2 ranks": [2, 2], "1 rank and 2": [1, 2]}
+PAIRS = {
+    "3 nodes x 1 rank": ("launch/torchrun.sh", "launch/mpirun.sh"),
+    "2 nodes x 2 ranks": ("launch/deepspeed.sh", "torchrun"),
+    "1 rank and 2": (*SCRIPTS, *LITERAL),
+}
+"""Every command to start a job, and two ways on every shape; the rest of the product is nightly."""
+
+ON_ONE_SHAPE = [pytest.param(shape, marks=[] if shape == "1 rank and 2" else pytest.mark.nightly) for shape in SHAPES]
+"""For what does not depend on the shape."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, folder: Path) -> Iterator[SimulatedCluster]:
     slots = SHAPES[request.param]
     with simulated_cluster(len(slots), slots=slots) as found:
@@ -42,8 +51,16 @@ def losses(run: Path) -> list[float]:
     return [event["loss"] for event in jobs.read_events(run)]
 
 
-@pytest.mark.parametrize("command", [*SCRIPTS, *LITERAL])
-def test_every_command_that_starts_a_job_gives_the_losses_of_one_process(
+@pytest.mark.parametrize(
+    ("cluster", "command"),
+    [
+        pytest.param(shape, command, marks=[] if command in PAIRS[shape] else pytest.mark.nightly)
+        for shape in SHAPES
+        for command in (*SCRIPTS, *LITERAL)
+    ],
+    indirect=["cluster"],
+)
+def test_every_way_to_start_it_gives_the_losses_of_one_process(
     command: str, cluster: SimulatedCluster, folder: Path, alone: list[float]
 ) -> None:
     name = f"{Path(command).name}-{len(cluster.names)}"
@@ -54,6 +71,7 @@ def test_every_command_that_starts_a_job_gives_the_losses_of_one_process(
     assert jobs.summary_of(folder / name)["world_size"] == sum(cluster.status(node)["slots"] for node in cluster.names)
 
 
+@pytest.mark.parametrize("cluster", ON_ONE_SHAPE, indirect=True)
 def test_no_secret_leaves_the_node_unless_it_is_exported(
     cluster: SimulatedCluster, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +94,8 @@ def _endless() -> dict[str, str]:
     return {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
 
 
-def test_ranks_listen_on_the_cluster_interface_only(cluster: SimulatedCluster, folder: Path) -> None:
+@pytest.mark.parametrize("cluster", ON_ONE_SHAPE, indirect=True)
+def test_ranks_meet_on_the_cluster_interface_only(cluster: SimulatedCluster, folder: Path) -> None:
     with started("launch/deepspeed.sh", cluster, jobs.settings(folder, "bound", **_endless())) as job:
         job.wait_for(" 5/1000000")
         output = cluster.exec("node1", ["ss", "-Hltnp"]).stdout

@@ -25,7 +25,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import ChatMessage
 from tests.support import tiny
 from tests.support.contexts import placed
-from tests.tasks.test_chat import CLS, HAO, NI, SEP, gpt, tokenizer
+from tests.support.tiny_chat import CLS, HAO, NI, SEP, gpt, tokenizer
 
 
 class Echo:

@@ -5,50 +5,22 @@ Most tests call `main` in this process, which saves the time of the imports.
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import resource
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dtrain.config.load import load_config
-from dtrain.main import main
 from tests.support import jobs
+from tests.support.command_line import Ended, dtrain
 
 pytestmark = pytest.mark.launchers
 
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "sklearn", "scipy", "numpy", "mpi4py"}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A command's exit code and what it printed."""
-
-    code: int
-    text: str
-
-    @property
-    def last(self) -> str:
-        return self.text.rstrip().splitlines()[-1]
-
-
-def dtrain(*arguments: str) -> Ended:
-    """Runs a command line in this process. Restores the environment variables that a run sets for its libraries."""
-    before, printed = dict(os.environ), io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            code = main(arguments)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    return Ended(code, printed.getvalue())
 
 
 def metrics_of(run: Path) -> dict[str, float]:

@@ -20,13 +20,12 @@ from dtrain.commands.download import run_download
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
-from tests.data.test_hub_launched import ROOT, data, model
+from tests.support.hub_files import write_data, write_model
 from tests.support.hub_server import serve_hub
 
 pytestmark = pytest.mark.launchers
 
-__all__ = ["data", "model"]  # fixtures
-
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "model.name_or_path=tester/tiny"
 DATA = "data.name=tester/tiny-data"
 NOWHERE = "http://127.0.0.1:9"
@@ -49,6 +48,16 @@ class Ended:
     @property
     def last(self) -> str:
         return self.text.rstrip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def run(hub: str, home: Path, *commands: Sequence[str], offline: bool = False) -> list[Ended]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.commands.test_command_line import dtrain
 from tests.support import jobs, tiny
+from tests.support.command_line import dtrain
 
 pytestmark = pytest.mark.launchers
 

@@ -16,24 +16,13 @@ from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase, read
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.tokenizer import build_char_tokenizer
+from tests.support.tiny_lm import gpt
 
 CHINESE = "\u5929\u5730\u7384\u9ec4\uff0c\u5b87\u5b99\u6d2a\u8352\u3002\U00020000\n"
 
 
 def config(**generate: Any) -> Config:
     return Config.model_validate({"task": {"name": "causal_lm"}, "generate": generate})
-
-
-def gpt(*, positions: int, vocabulary: int = 11, seed: int = 0) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"vocab_size": vocabulary, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": positions}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)).eval()
-        for parameter in model.parameters():  # Larger weights, so that the output depends on the input.
-            parameter.data.mul_(6.0)
-        return model
 
 
 class CallCounter(torch.nn.Module):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
-from tests.commands.test_command_line import dtrain
 from tests.support import jobs, tiny
+from tests.support.command_line import dtrain
 
 pytestmark = pytest.mark.launchers
 

@@ -19,9 +19,8 @@ from dtrain.console import log
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError, DtrainError
 from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
-from tests.commands.test_generate import gpt
-from tests.support import tiny
-from tests.tasks import test_chat
+from tests.support import tiny, tiny_chat
+from tests.support.tiny_lm import bert, gpt
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 6, "temperature": 2.0}
 
@@ -33,40 +32,24 @@ def logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     return caplog
 
 
-def bert(tokenizer: Any) -> Any:
-    from transformers import BertConfig, BertForMaskedLM
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = BertForMaskedLM(
-            BertConfig(
-                vocab_size=len(tokenizer), max_position_embeddings=12, pad_token_id=tokenizer.pad_token_id, **sizes
-            )
-        ).eval()
-        for parameter in made.parameters():
-            parameter.data.mul_(5.0)
-        return made
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model for each task, by its name."""
     folder = tmp_path_factory.mktemp("models")
     characters = build_char_tokenizer(["abcdefghi "])
     trained = train_bpe_tokenizer(["the cat sleeps, the dog sleeps"] * 3, vocab_size=280, pad=True)
-    strict = test_chat.tokenizer()
+    strict = tiny_chat.tokenizer()
     strict.chat_template = (
         "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}"
         "{% endfor %}"
     )
     for name, model, tokenizer in (
-        ("strict", test_chat.gpt(positions=16), strict),
+        ("strict", tiny_chat.gpt(positions=16), strict),
         ("causal_lm", gpt(positions=16, vocabulary=len(characters)), characters),
         ("masked_lm", bert(tiny.tokenizer()), tiny.tokenizer()),
         ("trained", bert(trained), trained),
-        ("chat", test_chat.gpt(positions=16), test_chat.tokenizer()),
-        ("unmasked", bert(test_chat.tokenizer()), test_chat.tokenizer()),
+        ("chat", tiny_chat.gpt(positions=16), tiny_chat.tokenizer()),
+        ("unmasked", bert(tiny_chat.tokenizer()), tiny_chat.tokenizer()),
     ):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

@@ -14,10 +14,9 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
-from tests.commands.test_prompts import bert
-from tests.support import tiny
+from tests.support import tiny, tiny_chat
 from tests.support.multirank import run_ranks
-from tests.tasks import test_chat
+from tests.support.tiny_lm import bert
 
 pytestmark = pytest.mark.ranks
 
@@ -34,8 +33,8 @@ PROMPTS = {
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     for task, text in PROMPTS.items():
-        tokenizer = tiny.tokenizer() if task == "masked_lm" else test_chat.tokenizer()
-        (bert(tokenizer) if task == "masked_lm" else test_chat.gpt()).save_pretrained(folder / task)
+        tokenizer = tiny.tokenizer() if task == "masked_lm" else tiny_chat.tokenizer()
+        (bert(tokenizer) if task == "masked_lm" else tiny_chat.gpt()).save_pretrained(folder / task)
         tokenizer.save_pretrained(folder / task)
         (folder / f"{task}.txt").write_text(text, encoding="utf-8")
     tagger = BertForTokenClassification(bert(tiny.tokenizer()).config)

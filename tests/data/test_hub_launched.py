@@ -9,18 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from tests.support.hub_files import write_data, write_model
 from tests.support.hub_server import serve_hub
 
 pytestmark = pytest.mark.launchers
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"name": "tester/tiny-data"}
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat"]
-
 LOAD_DATA = """
 import json, sys
 from dtrain.data.tables import LABELED
@@ -47,27 +44,12 @@ print(AutoModel.from_pretrained("tester/tiny").num_parameters(), tokenizer("the 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **sizes)).save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes one configuration in the layout of push_to_hub: Parquet below data/, class names in the card."""
-    folder = tmp_path_factory.mktemp("data")
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    (folder / "data").mkdir()
-    for split, rows in (("train", [("the cat", 1), ("a mat", 0), ("on", 1)]), ("validation", [("the mat", 0)])):
-        columns = {"sentence": [text for text, _ in rows], "label": [label for _, label in rows]}
-        table = datasets.Dataset.from_dict(columns, features=features)
-        table.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 def run(script: str, *arguments: str, home: Path, hub: str, offline: bool = False) -> subprocess.CompletedProcess[str]:

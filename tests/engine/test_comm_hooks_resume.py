@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resuming.material(tmp_path_factory.mktemp("slow-links"))
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return resuming.material(memory_path("slow-links"))
 
 
 def lives(context: RankContext, folder: str, name: str, changes: Mapping[str, Any], forgets: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """How a job ends when something goes wrong in the middle: told to stop, a launcher or a rank that dies, a bad loss.
 
-A mark `slow` here means: the same as a test above it, under another launcher.
+Every fault is tried under torchrun, and every other launcher with two of them. The mark `slow` stands for the same as a test
+above it under another launcher, `nightly` for the rest of the product of launchers and faults.
 """
 
 from __future__ import annotations
@@ -14,21 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import jobs
-from tests.support.jobs import Job
+from tests.support.jobs import Job, train
 
 pytestmark = pytest.mark.launchers
 
-slow = pytest.mark.slow
+slow, nightly = pytest.mark.slow, pytest.mark.nightly
 HOST = os.uname().nodename
 GONE_S = 10.0
 """How soon after Ctrl-C all processes are gone."""
-
-
-def train(folder: Path, **more: object) -> list[str]:
-    """A run without an end, named `run`."""
-    return jobs.settings(
-        folder, "run", **{key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}, **more
-    )
 
 
 def send(job: Job, number: signal.Signals, target: str) -> None:
@@ -61,14 +55,14 @@ def lines_after(job: Job, text: str) -> list[str]:
         # Its launcher sends a second signal after the first, and not to all ranks.
         pytest.param(jobs.deepspeed, signal.SIGINT, "group", "Stopped by SIGINT", id="deepspeed-int-group", marks=slow),
         pytest.param(
-            jobs.deepspeed, signal.SIGINT, "launcher", "The launcher (deepspeed)", id="deepspeed-int", marks=slow
+            jobs.deepspeed, signal.SIGINT, "launcher", "The launcher (deepspeed)", id="deepspeed-int", marks=nightly
         ),
         pytest.param(
-            jobs.deepspeed, signal.SIGTERM, "launcher", "The launcher (deepspeed)", id="deepspeed-term", marks=slow
+            jobs.deepspeed, signal.SIGTERM, "launcher", "The launcher (deepspeed)", id="deepspeed-term", marks=nightly
         ),
         # mpirun kills 0.25 s later and prints nothing that comes after the signal: exit.json alone tells.
         pytest.param(jobs.mpirun, signal.SIGTERM, "launcher", "", id="mpirun-term"),
-        pytest.param(jobs.mpirun, signal.SIGINT, "group", "", id="mpirun-int-group", marks=slow),
+        pytest.param(jobs.mpirun, signal.SIGINT, "group", "", id="mpirun-int-group", marks=nightly),
     ],
 )
 def test_a_job_told_to_stop_is_gone_in_10_s_and_says_so_once(
@@ -128,9 +122,9 @@ def test_a_job_that_gets_a_signal_before_it_trains_reports_it_too(tmp_path: Path
     ("start", "target", "named"),
     [
         pytest.param(jobs.torchrun, "launcher", "torchrun", id="torchrun"),
-        pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner", marks=slow),
+        pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner", marks=nightly),
         pytest.param(jobs.deepspeed, "deepspeed.launcher.launch", "deepspeed", id="deepspeed-launch", marks=slow),
-        pytest.param(jobs.mpirun, "launcher", "openmpi", id="mpirun", marks=slow),
+        pytest.param(jobs.mpirun, "launcher", "openmpi", id="mpirun", marks=nightly),
     ],
 )
 def test_ranks_are_gone_5_s_after_their_launcher_was_killed(
@@ -155,9 +149,9 @@ def test_ranks_are_gone_5_s_after_their_launcher_was_killed(
     [
         pytest.param(jobs.torchrun, 1, id="torchrun-1"),
         pytest.param(jobs.torchrun, 0, id="torchrun-0", marks=slow),
-        pytest.param(jobs.deepspeed, 1, id="deepspeed-1", marks=slow),
+        pytest.param(jobs.deepspeed, 1, id="deepspeed-1", marks=nightly),
         pytest.param(jobs.mpirun, 1, id="mpirun-1", marks=slow),
-        pytest.param(jobs.mpirun, 0, id="mpirun-0", marks=slow),
+        pytest.param(jobs.mpirun, 0, id="mpirun-0", marks=nightly),
     ],
 )
 def test_a_rank_that_is_killed_is_named_by_the_other_which_ends_at_once(

@@ -11,16 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import jobs
+from tests.support.jobs import train
 
 pytestmark = pytest.mark.launchers
 
 slow = pytest.mark.slow
-
-
-def train(folder: Path, **more: object) -> list[str]:
-    """Returns the settings of an endless run named `run`."""
-    endless = {key.replace(".", "__"): value for key, value in jobs.ENDLESS.items()}
-    return jobs.settings(folder, "run", **{**endless, **more})
 
 
 @slow

@@ -71,6 +71,12 @@ def settings(folder: Path, name: str, **more: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def train(folder: Path, **more: object) -> list[str]:
+    """A run without an end, named `run`. more: section__key=value."""
+    endless = {key.replace(".", "__"): value for key, value in ENDLESS.items()}
+    return settings(folder, "run", **{**endless, **more})
+
+
 def launcher(name: str) -> str:
     """The program, from the environment that the tests run in; skips the test where it is not installed."""
     beside = BIN / name

@@ -27,27 +27,7 @@ from dtrain.training.evaluation import evaluate
 from dtrain.training.export import save
 from tests.support import tiny
 from tests.support.tiny import Table
-
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "\u4f60", "\u597d", "\u5417", "\uff1f", "a", "b"]
-CLS, SEP, NI, HAO, MA, ASKS, A, B = range(2, 10)
-
-
-def tokenizer() -> Any:
-    from transformers import BertTokenizerFast
-
-    return BertTokenizerFast(vocab={token: number for number, token in enumerate(VOCABULARY)}, mask_token=None)
-
-
-def gpt(*, positions: int = 16, seed: int = 0) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=len(VOCABULARY), n_layer=1, n_head=2, n_embd=8, n_positions=positions,
-        bos_token_id=CLS, eos_token_id=SEP, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
+from tests.support.tiny_chat import ASKS, CLS, HAO, MA, NI, SEP, VOCABULARY, A, B, gpt, tokenizer
 
 
 class Says(nn.Module):
@@ -305,3 +285,26 @@ def test_an_exported_model_gives_the_same_logits_and_stops_where_a_turn_ends(tmp
         assert float((again(ids).logits - model(ids).logits).abs().max()) <= 1e-6
     assert again.config.eos_token_id == again.generation_config.eos_token_id == SEP
     assert words("\u4f60 \u597d")["input_ids"] == [CLS, NI, HAO, SEP]
+
+
+def test_a_dialogue_that_the_template_refuses_is_a_bad_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.INFO, logger="dtrain")
+    made = tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
+    made.save_pretrained(tmp_path / "words")
+    turns = [["a", "a"], ["b", "a"], ["a"]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
+    data = {"path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache"), "max_bad_rows": 1}
+
+    for _ in range(2):  # the second start reads what the first one kept
+        found = prepare(tmp_path, data=data, tokenizer=str(tmp_path / "words"))  # type: ignore[arg-type]
+
+    assert len(found.splits["train"]) == 2
+    assert sum("rows.jsonl, line 2: the tokenizer's chat template rejects" in text for text in caplog.messages) == 1
+    assert caplog.messages.count("data: train: skipped 1 bad row(s), as data.max_bad_rows allows") == 2

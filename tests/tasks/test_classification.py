@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,20 +22,10 @@ from dtrain.tasks.classification import ClassificationTask, prepare_classificati
 from dtrain.tasks.protocol import Targets
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny
+from tests.support.fixed_logits import Says
 from tests.support.tiny import Table
 
 LOGITS = [[2.0, 0.0], [0.5, 1.5], [-1.0, 1.0]]
-
-
-class Says(nn.Module):
-    """A model that answers with these logits, whatever it is given."""
-
-    def __init__(self, logits: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.logits = torch.tensor(logits, dtype=dtype)
-
-    def forward(self, **_inputs: torch.Tensor) -> Any:
-        return SimpleNamespace(logits=self.logits)
 
 
 def task(

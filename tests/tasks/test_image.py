@@ -22,7 +22,7 @@ from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
 from dtrain.training import build
 from tests.support import pictures, tiny
-from tests.tasks.test_classification import Says
+from tests.support.fixed_logits import Says
 
 LANDMARKS = {"name": "image_regression", "targets": ["x", "y"]}
 

@@ -16,7 +16,6 @@ from dtrain.data.sources import Source, load_sources
 from dtrain.data.tables import TEXT
 from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.prepare import map_rows
-from tests.tasks import test_chat, test_question_answering
 
 ROWS = ["one", "bad", "three", "bad", "five"]
 
@@ -93,37 +92,3 @@ def test_a_wrong_setting_is_not_a_bad_row(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="change it"):
         map_rows(rows, refuse, settings)
-
-
-# The tasks whose encoding may refuse a row
-
-
-def test_a_dialogue_that_the_template_refuses_is_a_bad_row(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
-    made = test_chat.tokenizer()
-    made.chat_template = (
-        "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}"
-        "{% endfor %}"
-    )
-    made.save_pretrained(tmp_path / "words")
-    turns = [["a", "a"], ["b", "a"], ["a"]]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"turns": each}) + "\n" for each in turns))
-    data = {"path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache"), "max_bad_rows": 1}
-
-    for _ in range(2):  # the second start reads what the first one kept
-        found = test_chat.prepare(tmp_path, data=data, tokenizer=str(tmp_path / "words"))  # type: ignore[arg-type]
-
-    assert len(found.splits["train"]) == 2
-    assert sum("rows.jsonl, line 2: the tokenizer's chat template rejects" in text for text in said.messages) == 1
-    assert said.messages.count("data: train: skipped 1 bad row(s), as data.max_bad_rows allows") == 2
-
-
-def test_a_question_that_leaves_no_room_is_a_bad_row(tmp_path: Path) -> None:
-    asked = [test_question_answering.question("a", 0), test_question_answering.question("dog", 2)]
-    asked[0]["question"] = "a cat " * 9
-    test_question_answering.write(tmp_path, train=test_question_answering.squad(("a dog", asked)))
-
-    found = test_question_answering.prepare(tmp_path, data={"max_bad_rows": 1})
-
-    assert len(found.splits["train"]) == 1
-    with pytest.raises(DataError, match=r"row 1: the question has 18 tokens, expected .* data\.max_bad_rows"):
-        test_question_answering.prepare(tmp_path)

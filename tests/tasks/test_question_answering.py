@@ -487,3 +487,15 @@ def test_a_tokenizer_without_offsets_is_refused(tmp_path: Path, monkeypatch: pyt
 
     with pytest.raises(ConfigError, match=r"does not map tokens to characters"):
         prepare(tmp_path)
+
+
+def test_a_question_that_leaves_no_room_is_a_bad_row(tmp_path: Path) -> None:
+    asked = [question("a", 0), question("dog", 2)]
+    asked[0]["question"] = "a cat " * 9
+    write(tmp_path, train=squad(("a dog", asked)))
+
+    found = prepare(tmp_path, data={"max_bad_rows": 1})
+
+    assert len(found.splits["train"]) == 1
+    with pytest.raises(DataError, match=r"row 1: the question has 18 tokens, expected .* data\.max_bad_rows"):
+        prepare(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ THAW = {"freeze.modules": "[embeddings,'encoder.layer[0]']", "freeze.thaw": "[{e
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return resuming.material(tmp_path_factory.mktemp("resume"))
+def folder(memory_path: Callable[[str], Path]) -> Path:
+    return resuming.material(memory_path("resume"))
 
 
 def start(folder: Path, name: str, world: int, changes: Mapping[str, Any], **death: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from tests.support.jobs import Job
 
 pytestmark = pytest.mark.launchers
 
-slow = pytest.mark.slow
+slow, nightly = pytest.mark.slow, pytest.mark.nightly
 LONG = {"train__max_steps": 100000, "train__log_every": 1}
 SHORT = {"train__max_steps": 300, "train__log_every": 1, "checkpoint__every": 20}
 
@@ -49,7 +49,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
     ("start", "number", "target", "code"),
     [
         pytest.param(jobs.python, TERM, "launcher", 75, id="python-term", marks=slow),
-        pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=slow),
+        pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=nightly),
         pytest.param(jobs.torchrun, TERM, "launcher", 1, id="torchrun-term"),
         pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1", marks=slow),
         pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term", marks=slow),
@@ -119,7 +119,9 @@ def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_othe
 
 
 @slow
-@pytest.mark.parametrize("start", [jobs.python, jobs.torchrun], ids=["python", "torchrun"])
+@pytest.mark.parametrize(
+    "start", [pytest.param(jobs.python, id="python", marks=nightly), pytest.param(jobs.torchrun, id="torchrun")]
+)
 def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
     tmp_path: Path, start: Callable[[], list[str]]
 ) -> None:
@@ -140,7 +142,7 @@ def test_after_sigkill_and_after_sigterm_the_run_ends_with_every_bit(
 
 
 @slow
-@pytest.mark.parametrize("kills", [2, 10])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=nightly)])
 def test_torchrun_starts_killed_ranks_again_and_the_run_ends_as_if_nothing_had_been(tmp_path: Path, kills: int) -> None:
     folder, rng = tmp_path / "runs", random.Random(kills)
     start = jobs.torchrun(2, "--standalone", "--max-restarts", str(kills + 2), "--monitor-interval", "0.1")

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.job.test_failures_launched import train
 from tests.support import jobs
-from tests.support.jobs import Job
+from tests.support.jobs import Job, train
 
 pytestmark = pytest.mark.launchers
 

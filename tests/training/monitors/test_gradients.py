@@ -9,8 +9,8 @@ import pytest
 
 from dtrain.config.load import load_config
 from dtrain.errors import ConfigError
-from tests.commands.test_command_line import dtrain
 from tests.support import jobs
+from tests.support.command_line import dtrain
 
 pytestmark = pytest.mark.launchers
 

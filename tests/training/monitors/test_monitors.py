@@ -12,30 +12,9 @@ from dtrain.errors import NonFiniteError
 from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest, is_better, is_due
 from dtrain.training.monitors.logging_steps import LogSteps
 from dtrain.training.monitors.non_finite import NonFinite, describe
-from dtrain.training.monitors.protocol import Decision, Fault, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, Fault, RunState
 from tests.support.faults import Journal
-
-STEPS_PER_EPOCH, TOTAL = 4, 14
-
-
-def record(step: int, **changes: Any) -> StepRecord:
-    """A step of a run of 14 with 4 in an epoch, so that the last epoch is cut short."""
-    values: dict[str, Any] = {
-        "step": step,
-        "epoch": step / STEPS_PER_EPOCH,
-        "loss": 0.5,
-        "grad_norm": 1.0,
-        "learning_rate": 0.1,
-        "examples": 8,
-        "targets": 20,
-        "applied": True,
-        "finite": True,
-        "faults": (),
-        "ends_epoch": step % STEPS_PER_EPOCH == 0,
-        "is_last": step == TOTAL,
-    }
-    return StepRecord(**{**values, **changes})
-
+from tests.support.steps import TOTAL, record
 
 # When
 

@@ -20,7 +20,7 @@ from dtrain.training.monitors.protocol import Decision, RunState
 from dtrain.training.monitors.replicas import Replicas, hashes_of
 from dtrain.training.monitors.spikes import Spikes
 from tests.support.faults import Journal
-from tests.training.monitors.test_monitors import record
+from tests.support.steps import record
 
 
 def watch(losses: list[float], **settings: Any) -> tuple[list[int], RunState, Journal, list[Decision]]:
