@@ -23,7 +23,8 @@ case "$*" in
 "-m venv "*) echo venv >>"$NOTES"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
 "-m pip "*) for what; do :; done; echo "pip for $what" >>"$NOTES"; sleep "${{PIP_S:-0}}"; exit "${{PIP_CODE:-0}}" ;;
 *import\\ torch*) exit 1 ;;
-"-m ruff "*|"-m mypy"*|"-m pytest"*) echo "$2" >>"$NOTES" ;;
+"-m ruff "*|"-m mypy"*) echo "$2" >>"$NOTES" ;;
+"-m pytest"*) shift; echo "$*" >>"$NOTES" ;;
 "-c import pip") exit 0 ;;
 *"import venv, ensurepip"*) exit "${{ENSUREPIP_CODE:-0}}" ;;
 *version_info*) exit "${{VERSION_CODE:-0}}" ;;
@@ -180,12 +181,36 @@ def test_of_two_parallel_set_ups_one_installs_and_the_other_waits(checkout: Path
     assert notes(checkout) == ["venv", "pip for ."]
 
 
+TWO_FILES = "pytest -n 2 --dist loadfile --no-loadscope-reorder"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "user", "installs"), [(["--all"], 0, True), ([], 0, False), (["--all"], 1000, False)]
+    ("arguments", "user", "installs", "tests"),
+    [
+        (
+            [],
+            0,
+            False,
+            [
+                f"{TWO_FILES} -m not launchers and not cluster and not slow and not gpu",
+                "pytest -m (launchers or cluster) and not slow and not gpu",
+            ],
+        ),
+        (["--all"], 0, True, [f"{TWO_FILES} -m not launchers and not cluster", "pytest -m (launchers or cluster)"]),
+        (
+            ["--nightly"],
+            0,
+            True,
+            [f"{TWO_FILES} -m not launchers and not cluster --nightly", "pytest -m (launchers or cluster) --nightly"],
+        ),
+        (["--all", "tests/job"], 1000, False, ["pytest tests/job"]),
+        (["tests/job", "-k", "a b"], 0, False, ["pytest -m not slow and not gpu tests/job -k a b"]),
+    ],
+    ids=["plain", "all", "nightly", "part of all", "part"],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="the simulated cluster needs Linux")
-def test_only_a_complete_test_run_by_root_installs_the_tools_of_a_simulated_cluster(
-    checkout: Path, arguments: list[str], user: int, installs: bool
+def test_a_test_run_selects_its_stages_and_only_a_complete_one_by_root_installs_cluster_tools(
+    checkout: Path, arguments: list[str], user: int, installs: bool, tests: list[str]
 ) -> None:
     (checkout / "bin").mkdir()
     for path, text in (
@@ -207,7 +232,7 @@ def test_only_a_complete_test_run_by_root_installs_the_tools_of_a_simulated_clus
     )
 
     assert ended.returncode == 0, ended.stderr  # also if they cannot be installed: those tests are then skipped
-    checks = ["ruff", "ruff", "mypy", "pytest"]
+    checks = ["ruff", "ruff", "mypy", *tests]
     assert notes(checkout) == ["venv", "pip for .[dev]", *(["install"] if installs else []), *checks]
 
 
