@@ -104,9 +104,8 @@ def imports_of_tests(source: str) -> list[str]:
 
 def test_no_test_imports_another() -> None:
     """What two of them need is in tests/support/: a test file can then be read, moved and deleted by itself."""
-    files = {
-        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("tests/**/*.py")
-    }
+    paths = (ROOT / "tests").rglob("*.py")
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
     assert {name: found for name, text in files.items() if (found := imports_of_tests(text))} == {}
 
