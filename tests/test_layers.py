@@ -242,7 +242,7 @@ def breaches(root: Path) -> list[str]:
             f"{module.path.relative_to(root)}:{text}"
             for text in [*_of_order(module, modules), *_of_places(module), *_of_engines(module), *_of_size(module)]
         ]
-    return [*found, *_of_cycles(modules), *_of_torch(modules), *_of_names(root)]
+    return [*found, *_of_cycles(modules), *_of_torch(modules), *_of_names(root), *_of_types(modules)]
 
 
 def _of_order(module: Module, modules: dict[str, Module]) -> Iterator[str]:
@@ -304,6 +304,24 @@ def _of_engines(module: Module) -> Iterator[str]:
         parts = used.split(".")
         if parts[:2] == ["dtrain", "engine"] and len(parts) > 2 and parts[2] not in ENGINE_API:
             yield f"{line}: {module.name} imports {used}, which belongs to one engine"
+
+
+def _of_types(modules: dict[str, Module]) -> Iterator[str]:
+    """A type's name means one thing in the whole package. Names that begin with an underscore stay in their file."""
+    homes: dict[str, list[str]] = {}
+    for module in modules.values():
+        for node in ast.parse(module.path.read_text(encoding="utf-8")).body:
+            is_alias = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            name = node.name if isinstance(node, ast.ClassDef) else node.targets[0].id if is_alias else ""
+            if isinstance(node, ast.ClassDef) or (is_alias and _is_type_name(name)):
+                homes.setdefault(name, []).append(module.name)
+    for name, places in homes.items():
+        if len(places) > 1 and not name.startswith("_"):
+            yield f"{name}: a type of this name is in {' and '.join(places)}"
+
+
+def _is_type_name(name: str) -> bool:
+    return name[:1].isupper() and not name.isupper() and len(name) > 1  # T, U: type variables; CAPITALS: constants
 
 
 def _of_size(module: Module) -> Iterator[str]:
@@ -417,6 +435,10 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         (
             {"training/loop.py": "from dtrain.engine.ddp import DdpEngine"},
             "training/loop.py:1: training.loop imports dtrain.engine.ddp.DdpEngine, which belongs to one engine",
+        ),
+        (
+            {"data/cache.py": "Json = dict", "engine/state.py": "class Json:\n    pass"},
+            "Json: a type of this name is in data.cache and engine.state",
         ),
         ({"logging.py": ""}, "logging.py: hides the library logging"),
         ({"yaml/__init__.py": ""}, "yaml: hides the library yaml"),

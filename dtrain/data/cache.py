@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -26,10 +25,8 @@ import transformers
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, node_first
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.serialization import Json
 from dtrain.errors import DataError
-
-Json = Any
-"""A value that json.dumps accepts."""
 
 Build = Callable[[Path], Mapping[str, Json]]
 """Writes splits (with save_split) and other files into an empty folder. Returns further information for the ranks."""

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.data.cache import Json, prepare, save_split
+from dtrain.data.cache import prepare, save_split
 from dtrain.data.sources import Source, load_sources, source_key
 from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.serialization import Json
 from dtrain.errors import DataError
 from dtrain.models.load import pretrained_label_names
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
