@@ -175,14 +175,14 @@ def test_the_merged_model_is_a_plain_one_with_the_same_outputs(base: Path, tmp_p
 
 
 def test_unknown_target_layers_are_refused_with_the_names_of_existing_ones(base: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.lora.targets: .*querry.* are called classifier, dense, key, query"):
+    with pytest.raises(ConfigError, match=r"model.lora.targets: .*querry.* are named classifier, dense, key, query"):
         adapted(base, targets=("querry",))
 
 
 def test_adapters_of_another_size_are_refused(base: Path, tmp_path: Path) -> None:
     folder = saved(adapted(base), tmp_path / "model")
 
-    with pytest.raises(ConfigError, match=r"adapters with r=2 and alpha=4; model.lora says r=5"):
+    with pytest.raises(ConfigError, match=r"adapters with r=2 and alpha=4, but model.lora has r=5"):
         load(name_or_path=str(folder), lora=schema.Lora(r=5))
 
 
