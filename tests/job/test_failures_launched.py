@@ -386,11 +386,19 @@ def test_a_node_with_other_software_or_another_time_is_refused_and_it_is_named(
 
 
 def test_a_rank_that_does_not_arrive_is_named_after_the_start_up_time_out(tmp_path: Path) -> None:
-    sides = {}
     settings = jobs.settings(tmp_path / "runs", "run", run__startup_timeout_s=3)
-    for rank in (0, 1):
-        env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(jobs.free_port())}
-        sides[rank] = jobs.run([*jobs.python(), *settings], env=env)
+    with ExitStack() as stack:
+        sides = {}
+        for rank in (0, 1):  # each at a port where nobody else is
+            env = {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(jobs.free_port()),
+            }
+            sides[rank] = stack.enter_context(jobs.started([*jobs.python(), *settings], env=env))
+        for job in sides.values():
+            job.end()
 
     alone = "error: 1 of 2 ranks arrived within 3 s. Missing: rank 1. Arrived: rank 0"
     assert sides[0].process.returncode == 4

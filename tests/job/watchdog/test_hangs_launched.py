@@ -9,6 +9,9 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -84,61 +87,121 @@ def line_of(text: str) -> int:
     return next(number for number, line in enumerate(FAULT.splitlines(), 1) if text in line)
 
 
-def ends(job: Job) -> tuple[bool, str]:
-    """Whether nothing of the job is left soon after it said why it ends, and the last that dtrain said."""
-    job.wait_for(" hang")
-    gone = job.gone_within(10)
-    job.end()
-    return gone, "\n".join(job.said)
+@dataclass(frozen=True)
+class Case:
+    """A job with a fault.
+
+    Attributes:
+        fault: what `stall` does on the ranks in `bad_rank`.
+        sign: in the line that says why the job ends.
+        gone_s: seconds from that line until nothing of the job is left.
+    """
+
+    start: Callable[[], list[str]]
+    fault: str
+    bad_rank: str = "1"
+    workers: int = 0
+    sign: str = " hang"
+    gone_s: float = 10.0
+
+
+CASES = {
+    "sleeps": Case(jobs.torchrun, "sleeps"),
+    "worker": Case(jobs.torchrun, "sleeps", workers=1),
+    "lock": Case(jobs.torchrun, "holds the lock"),
+    "skips": Case(jobs.torchrun, "skips"),
+    "deadlocks": Case(jobs.torchrun, "deadlocks", bad_rank=""),
+    "one process sleeps": Case(jobs.python, "sleeps", "0", sign="Rank 0 (process ", gone_s=5.0),
+    "one process segfault": Case(jobs.python, "segfault", "0", sign="Rank 0 (process ", gone_s=5.0),
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job of `CASES` that is over.
+
+    Attributes:
+        trouble: what went wrong if it did not say why it ended, or if something of it was left `gone_s` later.
+    """
+
+    job: Job
+    run: Path
+    trouble: str | None
+
+    @property
+    def said(self) -> str:
+        return "\n".join(self.job.said)
+
+
+@pytest.fixture(scope="module")
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """The jobs of the selected tests, side by side: most of the time they wait for their limits."""
+    selected = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and "ended" in item.fixturenames
+    }
+    with ExitStack() as stack:
+        started = {}
+        for name in sorted(selected):
+            case, folder = CASES[name], tmp_path_factory.mktemp("job")
+            settings = train(folder / "runs", train__hang_timeout=LIMIT, data__workers=case.workers)
+            command, env = [*faulty(folder, case.start()), *settings], {"FAULT": case.fault, "BAD_RANK": case.bad_rank}
+            started[name] = (stack.enter_context(jobs.started(command, env=env)), folder / "runs" / "run")
+
+        def wait(name: str) -> Ended:
+            (job, run), trouble = started[name], None
+            try:
+                job.wait_for(CASES[name].sign)
+                if not job.gone_within(CASES[name].gone_s):
+                    trouble = f"left: {job.members()}"
+                job.end()
+            except AssertionError as error:  # fails the test of this job, and no other
+                trouble = str(error)
+            return Ended(job, run, trouble)
+
+        with ThreadPoolExecutor(len(started)) as waiting:
+            return dict(zip(started, waiting.map(wait, started), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("fault", "workers", "place", "says"),
+    ("name", "place", "says"),
     [
-        pytest.param("sleeps", 0, "time.sleep(1000)", "reading the next batches", id="sleeps", marks=slow),
-        pytest.param("sleeps", 1, "time.sleep(1000)", "(in a data worker)", id="worker", marks=slow),
-        pytest.param(
-            "holds the lock", 0, "PyDLL", "it holds the interpreter lock (GIL) while reading", id="lock", marks=slow
-        ),
+        pytest.param("sleeps", "time.sleep(1000)", "reading the next batches", marks=slow),
+        pytest.param("worker", "time.sleep(1000)", "(in a data worker)", marks=slow),
+        pytest.param("lock", "PyDLL", "it holds the interpreter lock (GIL) while reading", marks=slow),
     ],
+    ids=["sleeps", "worker", "lock"],
 )
 def test_a_rank_that_stalls_in_its_data_is_named_with_the_line(
-    tmp_path: Path, fault: str, workers: int, place: str, says: str
+    ended: dict[str, Ended], name: str, place: str, says: str
 ) -> None:
-    settings = train(tmp_path / "runs", train__hang_timeout=LIMIT, data__workers=workers)
-    command = [*faulty(tmp_path, jobs.torchrun()), *settings]
+    job, run = ended[name].job, ended[name].run
 
-    with jobs.started(command, env={"FAULT": fault, "BAD_RANK": "1"}) as job:
-        gone, said = ends(job)
-
-    assert gone, job.members()
-    end = jobs.exit_of(tmp_path / "runs" / "run")
+    assert ended[name].trouble is None
+    end = jobs.exit_of(run)
     assert (end["code"], end["cause"], end["rank"]) == (4, "Hang", 1)
-    assert said.endswith(end["message"])
+    assert ended[name].said.endswith(end["message"])
     first = end["message"].splitlines()[0]
     assert first.startswith("Rank 1 (process ")
     assert says in first
     assert f"/{jobs.SCRIPT}:{line_of(place)} in stall" in first
     assert f"rank 0 on {os.uname().nodename}: waits in collective " in end["message"]
     assert "gloo:all_reduce" in end["message"]
-    (fault_line,) = jobs.read_events(tmp_path / "runs" / "run", "fault")
+    (fault_line,) = jobs.read_events(run, "fault")
     assert (fault_line["kind"], fault_line["ranks"]) == ("hang", [1])
-    stacks = (tmp_path / "runs" / "run" / "hang-stacks.txt").read_text()
+    stacks = (run / "hang-stacks.txt").read_text()
     assert "in stall" in stacks
     assert "in take_step" in stacks
     assert "Traceback" not in "\n".join(job.said)
 
 
-def test_a_rank_that_skips_a_collective_is_named_with_the_others_collective(tmp_path: Path) -> None:
-    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
-
-    with jobs.started(command, env={"FAULT": "skips", "BAD_RANK": "1"}) as job:
-        gone, said = ends(job)
-
-    assert gone, job.members()
-    end = jobs.exit_of(tmp_path / "runs" / "run")
+@pytest.mark.parametrize("name", ["skips"])
+def test_a_rank_that_skips_a_collective_is_named_with_the_others_collective(ended: dict[str, Ended], name: str) -> None:
+    assert ended[name].trouble is None
+    end = jobs.exit_of(ended[name].run)
     assert (end["code"], end["cause"]) == (4, "Hang")
-    assert said.endswith(end["message"])
+    assert ended[name].said.endswith(end["message"])
     first = end["message"].splitlines()[0]
     assert "wait in different collectives: rank 0 (process " in first
     numbers = {word for word in first.replace(",", "").split() if word.isdecimal() and len(word) < 4}
@@ -149,16 +212,14 @@ def test_a_rank_that_skips_a_collective_is_named_with_the_others_collective(tmp_
 
 
 @slow
-def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended(tmp_path: Path) -> None:
-    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
-
-    with jobs.started(command, env={"FAULT": "deadlocks", "BAD_RANK": ""}) as job:
-        gone, said = ends(job)
-
-    assert gone, job.members()
-    end = jobs.exit_of(tmp_path / "runs" / "run")
+@pytest.mark.parametrize("name", ["deadlocks"])
+def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended(
+    ended: dict[str, Ended], name: str
+) -> None:
+    assert ended[name].trouble is None
+    end = jobs.exit_of(ended[name].run)
     assert (end["code"], end["cause"]) == (4, "Hang")
-    assert said.endswith(end["message"])
+    assert ended[name].said.endswith(end["message"])
     assert "gloo:all_reduce [[7]] at " in end["message"].splitlines()[0]
     assert "gloo:barrier [] at " in end["message"].splitlines()[0]
 
@@ -244,20 +305,13 @@ def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Pa
 
 
 @slow
-@pytest.mark.parametrize("fault", ["sleeps", "segfault"])
-def test_one_process_is_watched_as_well(tmp_path: Path, fault: str) -> None:
-    command = [*faulty(tmp_path, jobs.python()), *train(tmp_path / "runs", train__hang_timeout=LIMIT)]
-
-    with jobs.started(command, env={"FAULT": fault, "BAD_RANK": "0"}) as job:
-        job.wait_for("Rank 0 (process ")
-        gone = job.gone_within(5)
-        job.end()
-
-    assert gone, job.members()
-    end = jobs.exit_of(tmp_path / "runs" / "run")
+@pytest.mark.parametrize("name", ["one process sleeps", "one process segfault"])
+def test_one_process_is_watched_as_well(ended: dict[str, Ended], name: str) -> None:
+    assert ended[name].trouble is None
+    end = jobs.exit_of(ended[name].run)
     assert end["code"] == 4
     assert " in stall" in end["message"].splitlines()[0]
-    assert "\n".join(job.said).endswith(end["message"])
+    assert ended[name].said.endswith(end["message"])
 
 
 LONG = f"""
