@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("dtrain", "tests", "launch", "configs", "hostfiles", ".ci")
+FOLDERS = ("dtrain", "docs", "tests", "launch", "configs", "hostfiles", ".ci")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # In pieces, so that this file does not hold what it looks for.
@@ -50,7 +50,7 @@ def test_the_usual_root_files_are_there(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8").strip()
 
 
-@pytest.mark.parametrize("folder", ["dtrain", "tests", "launch", "configs", "hostfiles"])
+@pytest.mark.parametrize("folder", ["dtrain", "docs", "tests", "launch", "configs", "hostfiles"])
 def test_each_folder_explains_itself(folder: str) -> None:
     assert (ROOT / folder / "README.md").read_text(encoding="utf-8").strip()
 
