@@ -21,7 +21,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("dtrain", "docs", "tests", "launch", "configs", "hostfiles", ".ci")
+FOLDERS = ("dtrain", "tests", "docs", "launch", "configs", "hostfiles", ".ci")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # In pieces, so that this file does not hold what it looks for.
