@@ -51,7 +51,7 @@ def test_the_usual_root_files_are_there(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8").strip()
 
 
-@pytest.mark.parametrize("folder", ["dtrain", "tests", "launch", "configs", "hostfiles"])
+@pytest.mark.parametrize("folder", ["dtrain", "docs", "tests", "launch", "configs", "hostfiles"])
 def test_each_folder_explains_itself(folder: str) -> None:
     assert (ROOT / folder / "README.md").read_text(encoding="utf-8").strip()
 
