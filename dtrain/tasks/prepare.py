@@ -38,7 +38,7 @@ class Recipe:
 
     Attributes:
         task: Name for the cache. A number is appended when the meaning of the other parts changes.
-        shape: What a row of the data consists of.
+        row_format: What a row of the data consists of.
         texts: Returns the texts of the training split, for a tokenizer that is built from them.
         encode: Returns the examples of a split. `Task.collate` gets their columns.
         describe: Returns further values that all ranks need, from all splits, before any split is encoded, e.g. the
@@ -49,7 +49,7 @@ class Recipe:
     """
 
     task: str
-    shape: RowFormat
+    row_format: RowFormat
     texts: Callable[[Source], Iterable[str]]
     encode: Callable[[Source, Any, Meta], datasets.Dataset]
     describe: Callable[[Mapping[str, Source], Any], Meta] = lambda _sources, _tokenizer: {}
@@ -87,7 +87,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
             return None
         return load_tokenizer(
             config.model,
-            training_texts=lambda: recipe.texts(load_sources(config.data, recipe.shape)["train"]),
+            training_texts=lambda: recipe.texts(load_sources(config.data, recipe.row_format)["train"]),
             needs_padding=recipe.needs_padding,
         )
 
@@ -100,7 +100,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
         key: dict[str, Json] = {
             "task": recipe.task,
-            "shape": recipe.shape.name,
+            "shape": recipe.row_format.name,
             "source": source_key(config.data),
             "tokenizer": tokenizer_key(),
             "max_length": config.max_length if recipe.has_text else None,
@@ -110,7 +110,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         def build(folder: Path) -> Meta:
             tokenizer = built_tokenizer()
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
-                sources = load_sources(config.data, recipe.shape, scratch=Path(scratch))
+                sources = load_sources(config.data, recipe.row_format, scratch=Path(scratch))
                 meta = dict(recipe.describe(sources, tokenizer))
                 for split, source in sources.items():
                     save_split(folder, split, recipe.encode(source, tokenizer, meta))
