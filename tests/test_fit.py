@@ -142,7 +142,7 @@ class Lengths:
         self.tokenizer = tiny.tokenizer()
         self.splits: Mapping[str, Any] = {"train": tiny.sentences(24), "validation": tiny.sentences(9, seed=1)}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         batch: Batch = dict(self.tokenizer.pad({"input_ids": rows["input_ids"]}, return_tensors="pt"))
         return {**batch, "labels": torch.tensor([len(ids) / 20 for ids in rows["input_ids"]])}
 

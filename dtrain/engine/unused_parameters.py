@@ -21,13 +21,13 @@ def without_gradient(
 
     Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
     """
-    place = DataPosition(0, plan.micro_batches(0)[0])
-    rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(place.example_index)]
+    position = DataPosition(0, plan.micro_batches(0)[0])
+    rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(position.example_index)]
     device = next(module.parameters()).device
     train_mode(module)
     seed_all(plan.seed, "forward", 0, 0)
     with frozen_statistics(module):
-        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, place).items()})
+        loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)
     found = [

@@ -93,7 +93,7 @@ class CausalLmTask:
         self._is_packed = settings is not None and settings.packing == "documents"
         self._is_checked = not self._is_packed
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         ids: Sequence[Sequence[int]] = rows["input_ids"]
         lengths = rows.get("lengths") or [[len(row)] for row in ids]
         scored = rows.get("scored") or [[length - 1 for length in row] for row in lengths]

@@ -59,7 +59,7 @@ class ChatTask:
         self.head_config: dict[str, Any] = dict(chat.head_config)
         self._padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         longest = max(max(len(ids) for ids in rows["input_ids"]) - 1, 1)
         shape = (len(rows["input_ids"]), longest)
         inputs, labels = torch.full(shape, self._padding), torch.full(shape, IGNORED)

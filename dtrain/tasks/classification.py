@@ -86,7 +86,7 @@ class ClassificationTask:
         self._smoothing = settings.label_smoothing
         self._weights = self._class_weights(settings)
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         return {**pad_rows(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
 

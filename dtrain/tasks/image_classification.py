@@ -69,7 +69,7 @@ class ImageClassificationTask(ClassificationTask):
         self.processor = processor
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         return {**read_pixels(rows, self._folder, self.processor), "labels": label_tensor(rows["label"])}
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:

@@ -70,7 +70,7 @@ class ImageRegressionTask:
         self.head_config: dict[str, Any] = label_config(targets)
         self._folder = folder
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns pixel_values, and labels (batch, targets) float64, nan for an example without targets."""
         values = [[math.nan] * len(self.names) if row is None else row for row in rows["values"]]
         return {**read_pixels(rows, self._folder, self.processor), "labels": torch.tensor(values, dtype=torch.float64)}

@@ -80,11 +80,11 @@ class MaskedLmTask:
         vocabulary = np.array(sorted(tokenizer.get_vocab().values()), dtype=np.int64)
         self._ordinary = vocabulary[~np.isin(vocabulary, self._special)]
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         words = rows["word_ids"] if self._settings.whole_word else rows["input_ids"]
         inputs, labels = [], []
-        for ids, word_ids, index in zip(rows["input_ids"], words, place.example_index, strict=True):
-            draws = np.random.default_rng(derive_seed(self._seed, "mask", place.epoch, index))
+        for ids, word_ids, index in zip(rows["input_ids"], words, position.example_index, strict=True):
+            draws = np.random.default_rng(derive_seed(self._seed, "mask", position.epoch, index))
             masked, targets = self._mask(np.array(ids, dtype=np.int64), np.array(word_ids, dtype=np.int64), draws)
             inputs.append(masked.tolist())
             labels.append(torch.from_numpy(targets))

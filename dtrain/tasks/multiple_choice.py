@@ -68,7 +68,7 @@ class MultipleChoiceTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns inputs (batch, choices, length) and labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}

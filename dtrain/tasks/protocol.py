@@ -81,10 +81,10 @@ class Task(Protocol):
     splits: Mapping[str, Split]
     """Encoded splits: train, validation, and further ones to evaluate."""
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Converts columns of some examples to padded tensors on the host.
 
-        Pure. Random numbers are drawn from the place only, with `dtrain.data.seeding.derive_seed` (law 5).
+        Pure. Random numbers are drawn from the position only, with `dtrain.data.seeding.derive_seed` (law 5).
         """
         ...
 

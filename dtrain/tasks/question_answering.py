@@ -73,7 +73,7 @@ class QuestionAnsweringTask:
         self.head_config: dict[str, Any] = {"num_labels": 2}  # an output for the start, one for the end
         self._settings = settings
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns all windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
 
         `example`, (windows,), is the row of this batch that a window belongs to, in order. Each row has a window.

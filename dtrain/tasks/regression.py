@@ -58,7 +58,7 @@ class RegressionTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {"num_labels": 1}
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         labels = [math.nan if label is None else label for label in rows["label"]]  # nan: no target
         return {**pad_rows(self.tokenizer, inputs), "labels": torch.tensor(labels, dtype=torch.float64)}

@@ -98,7 +98,7 @@ class Seq2SeqTask:
             **language_generation_options(tokenizer, language),
         }
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]})
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
         batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)

@@ -81,7 +81,7 @@ class TokenClassificationTask:
             ("f1", "precision", "recall", "accuracy") if self._has_entities else ("accuracy",)
         )
 
-    def collate(self, rows: Mapping[str, Sequence[Any]], place: DataPosition) -> Batch:
+    def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns inputs and labels (batch, length). The label of a word is at its first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         # Always on the right: places count from the first token.

@@ -92,10 +92,10 @@ def test_collate_gets_the_epoch_and_each_rows_index() -> None:
     table = Table({"row": list(range(5))})
     told: list[tuple[int, list[int]]] = []
 
-    def collate(rows: Any, place: DataPosition) -> dict[str, torch.Tensor]:
-        assert rows["row"] == list(place.example_index)
-        told.append((place.epoch, list(place.example_index)))
-        return {"labels": torch.zeros(len(place.example_index))}
+    def collate(rows: Any, position: DataPosition) -> dict[str, torch.Tensor]:
+        assert rows["row"] == list(position.example_index)
+        told.append((position.epoch, list(position.example_index)))
+        return {"labels": torch.zeros(len(position.example_index))}
 
     for _ in step_batches(plan, table, collate, SINGLE, lock_step=False, start=1, stop=4, workers=0):
         pass
@@ -106,8 +106,8 @@ def test_collate_gets_the_epoch_and_each_rows_index() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_that_cannot_be_collated_raises_the_same_error_with_and_without_workers(workers: int) -> None:
-    def collate(_rows: Any, place: DataPosition) -> dict[str, torch.Tensor]:
-        raise DataError(f"row {place.example_index[0]} is torn")
+    def collate(_rows: Any, position: DataPosition) -> dict[str, torch.Tensor]:
+        raise DataError(f"row {position.example_index[0]} is torn")
 
     batches = evaluation_batches(
         Table({"row": [1]}), collate, SINGLE, micro_batch_size=1, lock_step=False, workers=workers

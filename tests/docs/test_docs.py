@@ -250,7 +250,7 @@ def test_the_messages_in_troubleshooting_are_dtrains_own() -> None:
 
 def test_every_exit_code_has_its_section() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    codes = {0, *(kind.exit_code for kind in errors.KINDS.values())}
+    codes = {0, *(kind.exit_code for kind in errors.ERROR_TYPES.values())}
 
     assert {int(code) for code in re.findall(r"^## (\d+): ", text, flags=re.MULTILINE)} == codes
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == codes
