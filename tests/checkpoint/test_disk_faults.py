@@ -62,7 +62,7 @@ def test_a_full_disk_is_a_fault_and_training_continues_with_the_old_checkpoint(d
 
         def has_failed() -> bool:
             occupy(filler)  # Repeated, because removing an old checkpoint frees space for a new one.
-            return "Training goes on" in job.text
+            return "Training continues" in job.text
 
         assert jobs.until(has_failed), job.text
         at = max(list_checkpoints(run / "checkpoints"))
@@ -121,7 +121,7 @@ def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_pat
     (fault,) = jobs.read_events(run, "fault")
     assert (fault["kind"], fault["step"]) == ("checkpoint", 20)
     assert "model.safetensors: Input/output error" in fault["message"]
-    assert sum("Input/output error. Training goes on" in line for line in job.said) == 1
+    assert sum("Input/output error. Training continues" in line for line in job.said) == 1
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         "step-000010",
         "step-000030",
