@@ -239,18 +239,14 @@ def test_the_messages_in_troubleshooting_are_dtrains_own() -> None:
     cells = re.findall(r"^\| (`.*?`) \|", text, flags=re.MULTILINE)
     assert len(cells) > 40, "found no messages to check"
 
-    lost = [
-        cell
-        for cell in cells
-        if not any(all(map(is_a_message, re.findall("`(.*?)`", one))) for one in cell.split(" or "))
-    ]
+    lost = [quoted for cell in cells for quoted in re.findall("`(.*?)`", cell) if not is_a_message(quoted)]
 
     assert lost == []
 
 
 def test_every_exit_code_has_its_section() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    codes = {0, *(kind.exit_code for kind in errors.KINDS.values())}
+    codes = {0, *(kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code"))}
 
     assert {int(code) for code in re.findall(r"^## (\d+): ", text, flags=re.MULTILINE)} == codes
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == codes
