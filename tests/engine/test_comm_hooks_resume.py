@@ -81,7 +81,7 @@ def test_a_checkpoint_at_another_step_changes_rounding_and_nothing_else(folder: 
     assert steady.keys() == asked.keys()
     assert max(abs(asked[step] / loss - 1) for step, loss in steady.items()) < 1e-5
     same = [weights_and_moments(folder, name, STEPS) for name in ("on-schedule", "asked")]
-    assert same[0] != same[1], "if every bit is the same, say so in README.md and engine/powersgd.py"
+    assert same[0] != same[1], "if every bit is the same, say so in docs/exactness.md and engine/powersgd.py"
 
 
 def life_of(context: RankContext, folder: str, name: str) -> str:
