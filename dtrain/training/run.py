@@ -288,9 +288,9 @@ class TrainingRun:
         self.checkpoints.save()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=cause)
-        how = "the same command goes on from it"
+        how = "the same command resumes from it"
         if self.config.run.overwrite or self.config.checkpoint.resume != "auto":
-            how = "the same command with run.overwrite=false checkpoint.resume=auto goes on from it"
+            how = "the same command with run.overwrite=false checkpoint.resume=auto resumes from it"
         raise Preempted(f"Stopped after step {self.state.step}: {cause}. The checkpoint is saved; {how}.")
 
     def _traffic_per_step(self) -> dict[str, float]:
