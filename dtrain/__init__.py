@@ -37,7 +37,7 @@ def fit(
         config: from `load_config`, or built as `Config(...)`; an unset `run.name` is the task's name.
         model: to train instead of what the config's model section names.
         task: your own (see dtrain/tasks/protocol.py) instead of what the task and data sections say.
-        monitors: further ones (see dtrain/monitors/protocol.py).
+        monitors: further ones (see dtrain/training/monitors/protocol.py).
 
     Returns:
         Final metrics and the run folder, also where the run was finished already.

@@ -81,7 +81,7 @@ def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str
 
 
 def exactness(config: Config, traits: EngineTraits) -> str:
-    """Returns the row of the README's exactness table that this run is in."""
+    """Returns the row of docs/exactness.md that this run is in."""
     if config.model.batch_norm == "train":
         return "inexact: model.batch_norm=train updates running statistics on each rank apart"
     if traits.other_algorithm:
