@@ -77,7 +77,7 @@ class EngineSettings(Section):
 
     @model_validator(mode="after")
     def _check_deepspeed_keys(self) -> EngineSettings:
-        if self.name in ("single", "ddp") and (self.zero_stage is not None or self.deepspeed):
+        if self.name not in ("auto", "deepspeed") and (self.zero_stage is not None or self.deepspeed):
             key = "zero_stage" if self.zero_stage is not None else "deepspeed"
             raise ValueError(
                 f"engine.{key} belongs to DeepSpeed, but engine.name={self.name}: set engine.name=deepspeed, "

@@ -103,7 +103,7 @@ class Schedule(Section):
 
     name: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = setting("linear", "shape after the warm-up")
+    ] = setting("linear", "shape after the warm-up: cosine, constant, ...; the names of Hugging Face")
     warmup_steps: int | None = setting(None, "steps of the linear warm-up from 0", ge=0)
     warmup_ratio: float | None = setting(None, "warm-up as a share of all steps", ge=0, le=1)
 

@@ -163,7 +163,10 @@ class Engine(Protocol):
         ...
 
     def loss_scale(self, weight: StepWeight) -> float:
-        """Returns what turns a loss sum into what `backward` takes; 0 without a target. Not a collective."""
+        """Returns what turns a loss sum into what `backward` takes; 0 without a target. Not a collective.
+
+        Usually inherited from `AveragesEveryStep`, below. The loss scale of fp16 is another number: see `scalars`.
+        """
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -240,7 +243,7 @@ class Engine(Protocol):
         ...
 
     def scalars(self) -> dict[str, float]:
-        """Returns what else a step depends on, as JSON: the loss scale, and the steps since it last changed."""
+        """Returns what else a step depends on, as JSON: the loss scale of fp16, and the steps since it last changed."""
         ...
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:

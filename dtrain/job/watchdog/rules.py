@@ -19,7 +19,7 @@ GIL_STALL_S = 3.0
 
 @dataclass(frozen=True)
 class HangSettings:
-    """What decides whether a rank hangs.
+    """What decides whether the job hangs.
 
     Attributes:
         hang_timeout_s: train.hang_timeout; None: nothing counts as a hang.
