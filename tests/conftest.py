@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import shutil
@@ -181,6 +182,15 @@ def pytest_make_collect_report() -> Generator[None, Any, Any]:
 
 
 # Leaks: a test that leaves something behind fails, and what it left is put right for the next one
+
+
+@pytest.fixture(autouse=True)
+def restores_the_log() -> Iterator[None]:
+    """Undoes what a command that ran in this process did to dtrain's logger: its handler writes to a stream of that test."""
+    log = logging.getLogger("dtrain")
+    handlers, level, propagates = list(log.handlers), log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = handlers, level, propagates
 
 
 @pytest.fixture(autouse=True)
