@@ -32,6 +32,7 @@ TOP = ("dtrain", "docs", "configs", "hostfiles", "launch", "tests", ".ci")
 MADE_BY_THE_READER = {"hostfiles/mine", "hostfiles/simulated"}
 
 RUN_ELSEWHERE = {
+    "export": "sets a variable that every test of a page has",
     "cd": "enters the copy",
     "git": "copies a repository that has no address here",
     "source": "needs .venv, which launch/quickstart makes",
@@ -211,10 +212,14 @@ def test_a_wrong_command_line_would_be_noticed(line: str) -> None:
 
 @cache
 def texts_of_dtrain() -> tuple[str, ...]:
-    """Every string in dtrain's source; what an f-string fills in is a zero character."""
+    """Every string in dtrain's source except docstrings; what an f-string fills in is a zero character."""
     found = []
     for file in (ROOT / "dtrain").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings are no messages
+        for node in ast.walk(tree):
+            if id(node) in prose:
+                continue
             if isinstance(node, ast.JoinedStr):
                 parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
                 found.append("".join(map(str, parts)))
