@@ -51,19 +51,19 @@ GROUPS_OF_PAIR = 2
 REPEATS, LATENCY_REPEATS = 3, 20
 
 
-def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Collective. Latency in seconds of an all-reduce of 4 bytes; rates in bytes per second that a rank sends.
+def measure(context: RankContext, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Collective. Measures the links: latency of an all-reduce of 4 bytes in seconds, rates in bytes/s that a rank sends.
 
     Args:
-        asked: `firsts`, the first rank of each host; `hosts`, the names of the hosts.
+        order: `firsts`, the first rank of each host; `hosts`, the names of the hosts.
     """
     device = device_of(context.topology)
-    hosts, firsts = asked["hosts"], asked["firsts"]
+    hosts, firsts = order["hosts"], order["firsts"]
     backend = "nccl" if device.type == "cuda" else "gloo"
-    told = {"hosts": hosts, "ranks": context.world_size, "backend": backend}
+    facts = {"hosts": hosts, "ranks": context.world_size, "backend": backend}
     if context.world_size == 1:  # no group is formed for one
-        return {**told, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}}
-    mine = []
+        return {**facts, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}}
+    measured = []
     for one, other in host_pairs(len(hosts)):
         ranks, names = [firsts[one], firsts[other]], [hosts[one], hosts[other]]
         groups = [_group(ranks) for _ in range(GROUPS_OF_PAIR if device.type == "cpu" else 1)]
@@ -71,17 +71,17 @@ def measure(context: RankContext, asked: Mapping[str, Any]) -> dict[str, Any]:
             say({"next": names})
         if context.rank in ranks:
             try:
-                found = _timed(2, groups, device)
+                rates = _timed(2, groups, device)
             except RuntimeError as error:
                 raise TopologyError(f"between {' and '.join(names)}: {error}") from error
             if context.rank == ranks[0]:
-                mine.append({"hosts": names, **found})
+                measured.append({"hosts": names, **rates})
         dist.all_reduce(torch.zeros(1, device=device))  # the next pair has the network for itself
     if context.is_main:
         say({"next": hosts})
     every = _timed(context.world_size, [None], device)
-    pairs = [pair for some in all_gather_object(mine, context) for pair in some]
-    return {**told, "pairs": pairs, "all": every}
+    pairs = [pair for some in all_gather_object(measured, context) for pair in some]
+    return {**facts, "pairs": pairs, "all": every}
 
 
 def _group(ranks: Sequence[int]) -> Any:
@@ -153,9 +153,9 @@ def spawn(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
 def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
     """Runs one rank; without LOCAL_RANK in the environment, starts all ranks of a host. Returns the exit code."""
-    asked = json.loads(argv[0])
+    order = json.loads(argv[0])
     # faulthandler's thread does not need the interpreter, so it also ends a rank that hangs in C code.
-    faulthandler.dump_traceback_later(limit_s(len(asked["hosts"])), exit=True)
+    faulthandler.dump_traceback_later(limit_s(len(order["hosts"])), exit=True)
     if "LOCAL_RANK" not in env:
         return spawn(argv, env)
     torch.set_num_threads(1)
@@ -163,12 +163,12 @@ def main(argv: Sequence[str], env: MutableMapping[str, str]) -> int:
     console.configure_logging(rank=topology.rank, world_size=topology.world_size)
     try:
         with process_group(topology, env, timeout_s=FORM_S, collective_timeout_s=COLLECTIVE_S) as complete:
-            found = measure(RankContext(complete), asked)
+            result = measure(RankContext(complete), order)
     except (DtrainError, RuntimeError) as error:
         say({"problem": str(error).strip()})
         return 4
     if topology.is_main:
-        say(found)
+        say(result)
     return 0
 
 

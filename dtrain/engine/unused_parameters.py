@@ -1,4 +1,4 @@
-"""Which trainable parameters get no gradient: found by one micro-batch before any engine is built."""
+"""Finds trainable parameters that get no gradient, by one micro-batch before any engine is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtrain.tasks.protocol import Task
 def without_gradient(
     module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]
 ) -> list[str]:
-    """Names of parameters that learn but got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
+    """Returns the names of trainable parameters that got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
 
     Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
     """

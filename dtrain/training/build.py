@@ -1,4 +1,4 @@
-"""From config and task to a model that an engine can wrap: loads, checks and freezes it."""
+"""Builds the model that an engine wraps, from config and task: loads, checks and freezes it."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> PreparedModel:
-    """Freezes what must not learn in an epoch, and finds what cannot.
+    """Freezes the parameters that must not learn in an epoch, and finds those that cannot.
 
     Raises:
         ConfigError: a path that matches nothing, or nothing is left to learn.
@@ -157,7 +157,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
 
     def freeze(module: nn.Module, epoch: int) -> list[str]:
         freezing.freeze(module, config.freeze, epoch=epoch)
-        # What micro-batch 0 leaves out may be used by a later one, where the user says that batches differ.
+        # If the user says that batches differ, a later one may use parameters that micro-batch 0 does not use.
         unused = [] if config.engine.find_unused else without_gradient(module, task, plan, train_mode=train_mode)
         frozen = freezing.freeze(module, config.freeze, epoch=epoch, keep_frozen=unused)
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -171,7 +171,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
 
     freeze(module, epoch)
     if config.model.compile:
-        # In place, so that names in the state dict stay what they are.
+        # In place, so that names in the state dict do not change.
         module.compile(dynamic=True)
     return PreparedModel(module, freeze, train_mode)
 
@@ -182,12 +182,12 @@ def count(parameters: list[nn.Parameter]) -> int:
 
 
 def gigabytes(number: float) -> str:
-    """Bytes for a person."""
+    """Formats a number of bytes for people."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 def describe_device() -> str:
-    """What the ranks run on."""
+    """Returns a description of the devices that the ranks run on."""
     return (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Checkpoints in a run: when they are due, how they are reported, and the end of a run that was asked to stop."""
+"""Saves and reports checkpoints during a run, and stops a run on request."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from dtrain.training.summary import versions
 
 
 class CheckpointMonitor:
-    """Saves the run every `checkpoint.every` steps, at a new best one, and at its end. Last in the list of monitors.
+    """Saves the run every `checkpoint.every` steps, at each new best step, and at its end. Last in the list of monitors.
 
-    Without `checkpoint.every` it saves only when a run is pre-empted, and starts no writer process before.
+    Without `checkpoint.every` it saves only when a run is pre-empted, and starts the writer process only then.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class CheckpointMonitor:
         """Collective.
 
         Args:
-            state: of the run, complete once the monitors before this one have seen a step.
+            state: state of the run, complete once the monitors before this one have seen a step.
             engine: returns the current engine.
         """
         self._config, self._context = config, context
@@ -133,7 +133,7 @@ class CheckpointMonitor:
             raise error
 
     def settle(self) -> str | None:
-        """Collective. Waits until all checkpoints are written; returns why the last one failed, if it did."""
+        """Collective. Waits until all checkpoints are written; returns why the last one failed, None if it did not."""
         with self._context.heartbeat.within(Phase.CHECKPOINT):
             if self._saver is not None:
                 self._report(self._saver.wait())
@@ -141,7 +141,7 @@ class CheckpointMonitor:
         return failed
 
     def close(self) -> None:
-        """Abandons what is not written yet."""
+        """Abandons a checkpoint that is not written yet."""
         if self._saver is not None:
             self._saver.close()
 
@@ -167,24 +167,24 @@ class CheckpointMonitor:
 class StopOnRequest:
     """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` is over."""
 
-    def __init__(self, asked: StopRequest, max_minutes: float | None, *, began: float) -> None:
+    def __init__(self, request: StopRequest, max_minutes: float | None, *, began: float) -> None:
         """
         Args:
             began: time.monotonic() when this start began.
         """
-        self._asked = asked
+        self._request = request
         self._end = None if max_minutes is None else began + 60 * max_minutes
         self.why: str | None = None
 
     def after_step(self, record: StepRecord) -> Decision:
-        if self._asked.name is not None:
-            self.why = f"asked to by {self._asked.name}"
+        if self._request.name is not None:
+            self.why = f"asked to by {self._request.name}"
         elif self._end is not None and time.monotonic() > self._end:
             self.why = "train.max_minutes is over"
         return Decision.CONTINUE if self.why is None else Decision.PREEMPT
 
 
 def deferring(config: Config) -> AbstractContextManager[StopRequest]:
-    """Defers the signals that a run answers with a checkpoint: SIGUSR1 always, others only if checkpoint.every is set."""
+    """Defers the signals that stop a run with a checkpoint: SIGUSR1 always, others only if checkpoint.every is set."""
     signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
     return deferred(signals)

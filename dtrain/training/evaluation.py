@@ -115,7 +115,7 @@ def evaluate_split(
         if batch.counted:
             done.append((batch, scored))
     gathered = gather_for_metrics(*_values(done), forward.context, num_examples=len(rows))
-    heartbeat.at(Phase.METRICS)  # a phase without a time limit
+    heartbeat.at(Phase.METRICS)  # A phase without a time limit.
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records = [
@@ -125,7 +125,7 @@ def evaluate_split(
 
     def compute_metrics() -> dict[str, float]:
         """Runs on rank 0 only, so that all ranks decide by the same number."""
-        if sum(targets) == 0:  # a test split without labels has predictions, but no metrics
+        if sum(targets) == 0:  # A test split without labels has predictions, but no metrics.
             return {}
         loss = math.fsum(losses) / sum(targets)
         of_task = {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}

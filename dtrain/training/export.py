@@ -55,7 +55,7 @@ def save_without_weights(module: nn.Module, task: Task, folder: Path) -> None:
 
 
 def processor_or_tokenizer(task: Task) -> Any:
-    """Returns what is saved with the weights: the tokenizer, or the image processor."""
+    """Returns the tokenizer or image processor, which is saved with the weights."""
     return getattr(task, "processor", None) or task.tokenizer
 
 

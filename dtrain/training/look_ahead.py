@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What the step that was just taken came to, over all micro-batches and ranks.
+    """Totals of the step that was just taken, over all micro-batches and ranks.
 
     Attributes:
         loss: summed loss in nats; nan where a loss was not finite.
@@ -57,14 +57,14 @@ class LookAhead:
 
     Attributes:
         next_step: None at the end of the run.
-        requested: what this rank's monitors request; it rides with the next all-reduce.
+        requested: what this rank's monitors request; the next all-reduce carries it.
         decision: what all ranks had requested by the last all-reduce, combined into one.
     """
 
     def __init__(self, steps: Iterator[StepBatches], task: Task, context: RankContext) -> None:
         """
         Args:
-            steps: this rank's batches of every step to come.
+            steps: this rank's batches of every remaining step.
         """
         self._steps, self._task, self._context = steps, task, context
         self.next_step: Step | None = None
@@ -119,5 +119,5 @@ def resolve_decision(*, stops: int, preempts: int) -> Decision:
 
 
 def counted(batches: StepBatches | None) -> list[MicroBatch]:
-    """Returns the micro-batches that count; stand-ins of an engine that runs in lock step do not."""
+    """Returns the micro-batches that count; fillers for an engine that runs in lock step do not."""
     return [batch for batch in batches.micro_batches if batch.counted] if batches is not None else []

@@ -31,18 +31,18 @@ from dtrain.training.out_of_memory import explain_in_step, explain_in_training
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What stays the same during a run.
+    """The values that do not change during a run.
 
     Attributes:
         plan: which examples each step takes.
         total_steps: the step at which the run ends.
         seed: run.seed.
         workers: data loader processes.
-        loss_is_scaled: whether precision is fp16, where a smaller loss scale answers an overflow of the gradient.
-        learning_rate: from the number of updates applied so far.
+        loss_is_scaled: whether precision is fp16, where a smaller loss scale handles a gradient overflow.
+        learning_rate: returns the learning rate, given the number of updates applied so far.
         train_mode: puts the module in training mode, except its frozen parts.
-        log_gradients: steps between two that measure each parameter's gradient; None: never.
-        drops: from a step's loss per target, before the update, whether to leave the update out. Equal on every rank.
+        log_gradients: number of steps between two measurements of each parameter's gradient; None: never.
+        drops: given a step's loss per target before the update, returns whether to skip the update. Equal on every rank.
     """
 
     plan: StepPlan
@@ -57,7 +57,7 @@ class LoopSettings:
 
 
 class LoopRun(Protocol):
-    """What the loop needs of a run. The run owns the engine: `begin_epoch` and `roll_back` may replace it."""
+    """The part of a run that the loop uses. The run owns the engine: `begin_epoch` and `roll_back` may replace it."""
 
     @property
     def engine(self) -> Engine: ...
@@ -71,7 +71,7 @@ class LoopRun(Protocol):
     def look_ahead(self) -> LookAhead: ...
 
     def begin_epoch(self, epoch: int) -> None:
-        """Collective. Called before the first step of an epoch; thaws what is due."""
+        """Collective. Called before the first step of an epoch; unfreezes the parameters that are due."""
         ...
 
     def roll_back(self) -> None:
@@ -106,9 +106,9 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
     while (step := look_ahead.next_step) is not None and decision == Decision.CONTINUE:
         if step.batches.step % plan.steps_per_epoch == 0:
             run.begin_epoch(plan.epoch_of(step.batches.step))
-        if not run.engine.module.training:  # at the start, and after an evaluation
+        if not run.engine.module.training:  # At the start, and after an evaluation.
             run.settings.train_mode(run.engine.module)
-        if run.engine is not prepared_engine:  # new: at the start, after a thaw, after a rollback
+        if run.engine is not prepared_engine:  # The engine is new at the start, after a thaw and after a rollback.
             with context.heartbeat.within(Phase.BUILDING):  # it may compile
                 warm_up(run.engine, run.task, step.batches)
             prepared_engine = run.engine
@@ -172,17 +172,17 @@ def decide(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
     if answer == Decision.ROLLBACK:  # on every rank: it follows from the record alone
         run.roll_back()
         answer = Decision.CONTINUE
-    # Between two averages of local steps the ranks have no common weights to stop with: a request is kept until then.
+    # Between two averages of local steps the ranks hold different weights, so a request waits for the next average.
     look_ahead.requested = answer if record.averaged else max(look_ahead.requested, answer)
     decision = look_ahead.decision if record.averaged else Decision.CONTINUE
-    # A request rides with the next step's all-reduce and holds one step later; after an evaluation it holds at once.
+    # The next step's all-reduce carries a request, so it takes effect one step later; after an evaluation, immediately.
     if record.metrics is not None:
         decision = Decision(agree(max(decision, look_ahead.requested), context))
     return decision
 
 
 def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
-    """Returns the largest answer. Stops at the first monitor that requests a rollback: this step's state is given up."""
+    """Returns the largest request. Stops at the first monitor that requests a rollback: this step's state is discarded."""
     requested = Decision.CONTINUE
     for monitor in monitors:
         requested = max(requested, answer := monitor.after_step(record))
@@ -229,7 +229,7 @@ def _epochs_after(plan: StepPlan, step: int) -> float:
 
 
 def _norm_is_fine(grad_norm: float, settings: LoopSettings, engine: Engine) -> bool:
-    """Whether a gradient norm is no fault. fp16 answers an overflow with a smaller loss scale, down to a scale of 1."""
+    """Returns whether a gradient norm is acceptable. fp16 handles an overflow by a smaller loss scale, down to 1."""
     return math.isfinite(grad_norm) or (settings.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
 
 
@@ -241,7 +241,7 @@ def _update(
     *,
     learning_rate: float,
 ) -> StepResult:
-    """Collective. Takes the optimizer's step, unless it is left out; the result is the same on every rank.
+    """Collective. Takes the optimizer's step or skips it; the result is the same on every rank.
 
     Args:
         gradient_norms: each parameter's, if they are measured already.
@@ -260,7 +260,7 @@ def _update(
 
 
 def _is_dropped(settings: LoopSettings, totals: StepTotals, weight: float) -> bool:
-    """Whether the update is left out for its loss, which is finite."""
+    """Returns whether to skip the update because of its loss, which is finite."""
     return settings.drops is not None and totals.faults == 0 and weight > 0 and settings.drops(totals.loss / weight)
 
 

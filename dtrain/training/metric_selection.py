@@ -19,7 +19,7 @@ RESERVED = ("loss", "event", "step", "seconds", "time_s", "monotonic_s")
 
 @dataclass(frozen=True)
 class UserMetrics:
-    """The user's function: from (predictions, references) in data order to metrics by name.
+    """The user's function, which maps (predictions, references) in data order to metrics by name.
 
     Attributes:
         spec: package.module:function.
@@ -76,11 +76,11 @@ class UserMetrics:
 
 @dataclass(frozen=True)
 class Reported:
-    """What is reported besides `loss`.
+    """The metrics that are reported in addition to `loss`.
 
     Attributes:
-        chosen: of the task's metrics; None: all.
-        user: the user's own metrics; None: none.
+        chosen: names of the task's metrics; None selects all.
+        user: the user's metric function, if there is one.
     """
 
     chosen: tuple[str, ...] | None = None

@@ -192,7 +192,7 @@ def _describe_data(config: Config) -> str:
 
 
 def _pipeline(config: Config, task: str) -> str | None:
-    """Returns what the hub calls the task. None for a task from Python, of which only the name is known."""
+    """Returns the hub's name of the task. None for a task from Python, of which only the name is known."""
     return task_info(config.task).pipeline_tag if task == config.task.name else None
 
 

@@ -15,7 +15,7 @@ from dtrain.training.build import PreparedModel, count, describe_device, gigabyt
 def describe(
     config: Config, context: RankContext, task: Task, prepared: PreparedModel, steps: StepPlan, *, in_full: bool
 ) -> str:
-    """Returns the plan, a line each: ranks, engine, data, steps, parameters, memory, exactness, warnings."""
+    """Returns the plan, one line for each of: ranks, engine, data, steps, parameters, memory, exactness, warnings."""
     engine, why = engine_name(config, context)
     total = total_steps(config, steps)
     traits = engine_traits(config, context, total_steps=total)
@@ -70,7 +70,7 @@ def _memory(traits: EngineTraits, context: RankContext, parameters: int, trainab
 
 
 def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str]:
-    """Returns lines about what is allowed but may not be intended."""
+    """Returns warnings about settings that are allowed but may not be intended."""
     most = len(steps.micro_batches(0))
     if context.world_size <= most:
         return []

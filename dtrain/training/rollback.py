@@ -54,7 +54,7 @@ class Rollback:
         spike, below = self._config.train.spike, None
         if self._last is not None and spike is not None and step - self._last[0] <= spike.window:
             below = self._last[1]
-        with self._context.heartbeat.within(Phase.LOADING):  # every byte of it is read
+        with self._context.heartbeat.within(Phase.LOADING):  # Verification reads every byte.
             folder = RunFolder(self._config.run_dir).checkpoints
             chosen, _ = select.newest(folder, self._context, below=below)
         if chosen is None:

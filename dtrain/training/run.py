@@ -1,6 +1,6 @@
-"""One training run: what it owns, and everything in the order in which it is built, trained and written.
+"""One training run: builds the model and engine, trains, evaluates, and writes the results, in this order.
 
-The run is the only owner of the engine. The loop (loop.py) reads it from here; a thaw or a rollback replaces it here.
+The run is the only owner of the engine. The loop (loop.py) reads the engine from the run. A thaw or a rollback replaces it here.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def prepare_run(
     """Collective. Prepares the data, loads and freezes the model, and restores its weights; builds no engine yet.
 
     Args:
-        model: to train instead of what the config's model section names.
-        task: instead of what the task and data sections name.
-        checkpoint: to resume from; None: start from the beginning.
+        model: model to train instead of the one that the config's model section names.
+        task: task to use instead of the one that the task and data sections name.
+        checkpoint: checkpoint to resume from; None starts from the beginning.
     """
     context.heartbeat.at(Phase.PREPARING)
     task = task or build_task(config, context)
@@ -78,7 +78,7 @@ def prepare_run(
         data_guard.check(task, checkpoint, config)
         rollback.forget_lost_best(state, checkpoint, config, context)
         restore_weights(module, checkpoint, context)
-    # A thaw that is due at the very step of the checkpoint has not happened yet.
+    # A thaw that is due exactly at the step of the checkpoint has not happened yet.
     epoch = steps.epoch_of(max(state.step - 1, 0))
     prepared = build.prepare_training(module, config, task, steps, epoch=epoch)
     return TrainingRun(config, context, task, prepared, steps, metrics, checkpoint, state)
@@ -102,21 +102,21 @@ class TrainingRun:
 
     Attributes:
         config: the resolved config.
-        context: this rank.
-        task: what is learned.
+        context: place and services of this rank.
+        task: the task.
         prepared: the model before it is wrapped.
         steps: which examples each step takes.
         reported: which metrics an evaluation reports.
-        checkpoint: what the run resumes from; None: nothing.
-        state: what a checkpoint saves besides weights and moments.
+        checkpoint: checkpoint that the run resumes from, if any.
+        state: state that a checkpoint saves besides weights and moments.
         began: time.monotonic() at this start's beginning.
-        engine: the current one.
-        settings: what the loop needs and does not change.
+        engine: the current engine.
+        settings: values that the loop needs and does not change.
         look_ahead: the next step.
         tracker: writes metrics.jsonl.
-        checkpoints: saves them.
-        last: the latest evaluation.
-        last_step: its step; -1 before the first.
+        checkpoints: saves checkpoints.
+        last: results of the latest evaluation.
+        last_step: step of the latest evaluation; -1 before the first.
         best: the evaluation of the best step, if it was in this start.
     """
 
@@ -150,7 +150,7 @@ class TrainingRun:
         """Collective. Trains to the end and writes everything.
 
         Raises:
-            Preempted: on every rank; the run was asked to stop, and stopped with a checkpoint.
+            Preempted: on every rank; the run stopped on request, with a checkpoint.
         """
         config, total = self.config, self._total_steps()
         self._rollback = rollback.Rollback(config, self.context)
@@ -180,7 +180,7 @@ class TrainingRun:
                 self.tracker.event("end", step=self.state.step, **self._traffic_per_step())
 
     def begin_epoch(self, epoch: int) -> None:
-        """Collective. Thaws what is due, which replaces the engine."""
+        """Collective. Unfreezes the parameters that are due, which replaces the engine."""
         thaws = len(self.state.thawed)
         self.context.heartbeat.at(Phase.BUILDING)
         self.engine = thaw(self.engine, epoch, self.config, self.prepared, self.state)
@@ -220,7 +220,7 @@ class TrainingRun:
         return total
 
     def _start_engine(self) -> None:
-        """Collective. Builds the engine in the state of the checkpoint, and what saves the next checkpoints."""
+        """Collective. Builds the engine in the state of the checkpoint, and the saver of the next checkpoints."""
         self.engine = build_engine(self.prepared.module, self.config, self.context, thawed=self.state.thawed)
         if self.checkpoint is not None:
             restore_slots(self.engine, self.checkpoint, self.context)
@@ -261,7 +261,7 @@ class TrainingRun:
         )
 
     def _monitors(self, extra: Sequence[Monitor]) -> list[Monitor]:
-        """Returns what looks at every step, in this order."""
+        """Returns the monitors, in the order in which they run after every step."""
         train, best = self.config.train, self.config.evaluation.best
         self._log_steps = LogSteps(train.log_every, self.tracker)
         monitors: list[Monitor] = [
@@ -282,7 +282,7 @@ class TrainingRun:
         return [*monitors, *extra]
 
     def _stop(self, why: str | None) -> NoReturn:
-        """Collective. Saves a checkpoint, and leaves the rest of the run to another start."""
+        """Collective. Saves a checkpoint, from which a later start continues the run."""
         reasons = all_gather_object(why, self.context)
         cause = next((reason for reason in reasons if reason is not None), "a monitor asked to")
         self.checkpoints.save()
@@ -294,7 +294,7 @@ class TrainingRun:
         raise Preempted(f"Stopped after step {self.state.step}: {cause}. The checkpoint is saved; {how}.")
 
     def _traffic_per_step(self) -> dict[str, float]:
-        """Returns what a step sent between ranks."""
+        """Returns the traffic of a step between ranks."""
         return self._log_steps.per_step() if self._log_steps is not None else {}
 
     def _evaluate(self, step: int) -> dict[str, float]:
@@ -333,7 +333,7 @@ class TrainingRun:
             restore_slots(self.engine, chosen, self.context)
 
     def _finish(self) -> Result:
-        """Collective. Writes the model, its predictions and the summary; those of the best step where one is kept."""
+        """Collective. Writes the model, its predictions and the summary; uses the best step if there is one."""
         config = self.config
         self.context.heartbeat.at(Phase.EXPORT)
         if self.last_step != self.state.step and config.train.eval_every != "never":
@@ -377,7 +377,7 @@ class TrainingRun:
         }
 
     def _restore_best(self, step: int) -> None:
-        """Collective. Brings back the best step's model and results, which an earlier start had, from its checkpoint."""
+        """Collective. Restores the best step's model and results from its checkpoint, which an earlier start wrote."""
         chosen = rollback.best_of_an_earlier_start(step, self.config, self.context)
         if chosen is None:
             self.state.best_step = self.last_step

@@ -1,4 +1,4 @@
-"""The run folder at a command's start: rank 0 decides and claims it, and all ranks get the decision."""
+"""Claims the run folder when a command starts: rank 0 decides, and all ranks get the decision."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunClaim:
     """The decision for this start.
 
     Attributes:
-        action: what the command does.
-        checkpoint: to resume from; None: start from the beginning.
+        action: what the command does with the folder.
+        checkpoint: checkpoint to resume from; None starts from the beginning.
     """
 
     action: StartAction
@@ -40,8 +40,8 @@ def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[R
     Rank 0 holds the folder's lock until the end, so that there is one writer.
 
     Raises:
-        ConfigError: on all ranks, where the folder is in use, may not be touched or cannot be written.
-        CheckpointError: on all ranks, where the run cannot go on from where it was.
+        ConfigError: on all ranks; the folder is in use, must not be changed, or cannot be written.
+        CheckpointError: on all ranks; the run cannot be resumed.
     """
     with ExitStack() as lock:
         yield _claim(config, context, command, lock)
@@ -64,10 +64,10 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         return lock_id, is_relaunch(folder, context.topology.launches)
 
     def work() -> dict[str, object]:
-        # config.yaml may be that of a start that saved no checkpoint.
-        changes = differences(chosen.config_text if chosen is not None else folder.old_config(), asked)
+        # config.yaml may come from a start that saved no checkpoint.
+        changes = differences(chosen.config_text if chosen is not None else folder.old_config(), settings)
         try:
-            decision = decide_start(asked, command=command, changes=changes, checkpoints=there)
+            decision = decide_start(settings, command=command, changes=changes, checkpoints=available)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest
             raise
@@ -83,16 +83,16 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
     try:
         lock_id, is_again = on_main(hold, context)
-        asked = resume_settings(config) if is_again else config
-        chosen, there = _checkpoints(asked, context) if command == "train" else (None, AvailableCheckpoints())
-        told = on_main(work, context)
+        settings = resume_settings(config) if is_again else config
+        chosen, available = _checkpoints(settings, context) if command == "train" else (None, AvailableCheckpoints())
+        result = on_main(work, context)
     except ConfigError as error:
         error.is_recorded = False
         raise
-    for note in told["notes"]:
+    for note in result["notes"]:
         log.info("%s", note)
     context.heartbeat.claim_run_dir(lock_id)
-    action: StartAction = told["action"]
+    action: StartAction = result["action"]
     chosen = chosen if action == "resume" else None
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
@@ -100,12 +100,12 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
 
 def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, AvailableCheckpoints]:
-    """Collective. Returns the checkpoint that a training run would resume from, and what is known of all."""
+    """Collective. Returns the checkpoint that a training run would resume from, and the state of all checkpoints."""
     resume = config.checkpoint.resume
     if config.run.overwrite or resume == "never":
         return None, AvailableCheckpoints()
     if resume != "auto":
         chosen = select.at(Path(resume), context, setting="checkpoint.resume")
         return chosen, AvailableCheckpoints(chosen.step, is_user_choice=True)
-    found, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
-    return found, AvailableCheckpoints(found.step if found is not None else None, damaged)
+    newest, damaged = select.newest(RunFolder(config.run_dir).checkpoints, context)
+    return newest, AvailableCheckpoints(newest.step if newest is not None else None, damaged)

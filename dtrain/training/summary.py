@@ -1,4 +1,4 @@
-"""summary.json and predictions/: what every command that evaluates writes to its run folder."""
+"""Writes summary.json and predictions/, which every command that evaluates leaves in its run folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Result:
     """The result of a run.
 
     Attributes:
-        metrics: of the best step's evaluation where evaluation.best is set, else of the last one.
+        metrics: results of the best step's evaluation if evaluation.best is set, else of the last one.
         run_dir: the run folder.
     """
 

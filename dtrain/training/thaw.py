@@ -12,9 +12,9 @@ from dtrain.training.monitors.protocol import RunState
 
 
 def thaw(engine: Engine, epoch: int, config: Config, prepared: PreparedModel, state: RunState) -> Engine:
-    """Collective. Unfreezes what `freeze.thaw` names for this epoch; returns the engine to continue with.
+    """Collective. Unfreezes the parameters that `freeze.thaw` names for this epoch; returns the engine to continue with.
 
-    Takes the state out, changes the freezing, builds a new engine and puts the state in. A live engine has fixed its
+    Saves the state, changes the freezing, builds a new engine and restores the state. A live engine has fixed its
     gradient buckets: if requires_grad changes under it, DDP silently computes wrong gradients and ZeRO stops.
     """
     if not any(stage.epoch == epoch for stage in config.freeze.thaw):

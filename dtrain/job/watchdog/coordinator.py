@@ -200,8 +200,8 @@ class Coordinator:
         states = {state.rank: state for state in self._reported_states()}
         self._send_all({"send_evidence": True})
         deadline = time.monotonic() + EVIDENCE_S
-        asked = [self._ranks[rank] for rank, state in states.items() if state.unreachable_s == 0]
-        while not all(record.has_all_evidence for record in asked) and time.monotonic() < deadline:
+        reachable = [self._ranks[rank] for rank, state in states.items() if state.unreachable_s == 0]
+        while not all(record.has_all_evidence for record in reachable) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         if self._is_done:  # it stood down in the meantime, so the ranks may continue
             return

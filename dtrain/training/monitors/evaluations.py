@@ -17,7 +17,7 @@ class Evaluate:
         """
         Args:
             every: steps, "epoch", "N epochs" or "never".
-            run: evaluates and logs at a step; collective.
+            run: collective function that evaluates and logs at a step.
         """
         self._every = every
         self._run = run
@@ -29,7 +29,7 @@ class Evaluate:
 
 
 def is_due(every: int | str, record: StepRecord) -> bool:
-    """Whether an evaluation is due after this step."""
+    """Returns whether an evaluation is due after this step."""
     if every == "never":
         return False
     if record.is_last:
@@ -65,7 +65,7 @@ class KeepBest:
 
 
 def is_better(value: float, best: float | None, mode: str) -> bool:
-    """Whether a value is strictly better. A value that is not finite never is; the first finite one always is."""
+    """Returns whether a value is strictly better. A value that is not finite never is; the first finite one always is."""
     if not math.isfinite(value):
         return False
     return best is None or (value > best if mode == "max" else value < best)

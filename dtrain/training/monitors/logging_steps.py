@@ -35,7 +35,7 @@ class LogSteps:
         return Decision.CONTINUE
 
     def per_step(self) -> dict[str, float]:
-        """Returns what a step of this start sent on average; empty if that is not known."""
+        """Returns the average traffic of a step in this start; empty if that is not known."""
         if not self._steps:
             return {}
         return {

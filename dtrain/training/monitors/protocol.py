@@ -1,4 +1,4 @@
-"""What a monitor sees of a step, and what it may request."""
+"""The interface between the loop and its monitors: the record of a step, and the requests that a monitor may make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dtrain.distributed.traffic import Traffic
 
 
 class Decision(IntEnum):
-    """What a monitor requests. The largest value of all monitors on all ranks is what happens."""
+    """A request of a monitor. The largest request of all monitors on all ranks takes effect."""
 
     CONTINUE = 0
     STOP = 1
@@ -33,13 +33,13 @@ class RunState:
     Attributes:
         step: optimizer steps taken, which is the position in the data. It always advances.
         updates: the steps that changed weights; the argument of the schedule.
-        examples: seen so far.
-        targets: seen so far.
+        examples: number of examples so far.
+        targets: number of targets so far.
         best: the best value of evaluation.best; None before the first.
         best_step: the step of `best`.
         patience: evaluations since `best_step`.
         thawed: parameter names of each thaw so far.
-        recent_losses: per target, of the last steps, oldest first; only where train.spike needs them.
+        recent_losses: loss per target of the last steps, oldest first; empty unless train.spike is set.
     """
 
     step: int = 0
@@ -58,7 +58,7 @@ class Fault:
     """A micro-batch whose loss is not finite.
 
     Attributes:
-        rank: that computed it.
+        rank: the rank that computed it.
         micro_batch: its index in the step.
         loss: "nan", "inf" or "-inf".
         examples: indices in the training split.
@@ -83,18 +83,18 @@ class StepRecord:
         epoch: passes over the data so far.
         loss: per target, in nats, before the update.
         grad_norm: L2 norm of the gradient before clipping.
-        learning_rate: what the step used.
-        examples: of this step, on all ranks.
-        targets: of this step, on all ranks.
+        learning_rate: the one that the step used.
+        examples: number of examples in this step, on all ranks.
+        targets: number of targets in this step, on all ranks.
         applied: whether the weights changed.
         finite: whether loss and gradient were finite. An fp16 overflow, which lowers the loss scale, counts as finite.
         faults: the micro-batches whose loss was not finite.
         ends_epoch: whether it is the last step of its epoch.
         is_last: whether it is the last step of the run.
-        metrics: of an evaluation after this step; set by the evaluation monitor, read by the monitors after it.
-        gradient_norms: of each parameter, before clipping, at the steps of train.log_gradients.
+        metrics: results of an evaluation after this step; set by the evaluation monitor, read by the monitors after it.
+        gradient_norms: norm of each parameter's gradient before clipping, at the steps of train.log_gradients.
         averaged: whether all ranks hold the same weights after it; False between two averages of train.local_steps.
-        traffic: what a rank sent in this step, without evaluation and checkpoints; None if the engine does not count it.
+        traffic: data that a rank sent in this step, without evaluation and checkpoints; None if not counted.
     """
 
     step: int
@@ -116,7 +116,7 @@ class StepRecord:
 
 
 class Log(Protocol):
-    """Where monitors write. runs/tracking.py's Tracker is one."""
+    """The log that monitors write to. `Tracker` in runs/tracking.py implements it."""
 
     def train(self, **values: Any) -> None:
         """Writes a train line."""
@@ -127,7 +127,7 @@ class Log(Protocol):
         ...
 
     def step(self, examples: int) -> None:
-        """Notes that a step was taken, whether it gets a line or not."""
+        """Counts a step, also if it gets no line."""
         ...
 
 

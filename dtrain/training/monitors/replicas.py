@@ -15,7 +15,7 @@ from dtrain.errors import TopologyError
 from dtrain.training.monitors.protocol import Decision, Log, StepRecord
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""From the size of an element in bytes to the integer type that shows its bits."""
+"""Integer type that shows the bits of an element, by the size of the element in bytes."""
 
 _SPREAD = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio, odd: multiples of it differ in all bits (Knuth, TAOCP vol. 3, 6.4)."""
@@ -77,7 +77,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _all_have(hashes: torch.Tensor, context: RankContext) -> bool:
-    """Collective. Whether all ranks have the same hashes, by one number made of them all, with int64 wrap-around."""
+    """Collective. Returns whether all ranks have the same hashes, by one number made of them all, with int64 wrap-around."""
     factors = torch.arange(1, len(hashes) + 1, dtype=torch.int64) * torch.tensor(_SPREAD - 2**64, dtype=torch.int64)
     mixed = (hashes * (factors | 1)).sum()
     # One all-reduce gives the largest number and, by its complement, the smallest.

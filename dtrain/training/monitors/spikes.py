@@ -10,7 +10,7 @@ from dtrain.console import log
 from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
 
 MIN_LOSSES = 10
-"""The median of fewer losses is not used."""
+"""Minimum number of losses for a median."""
 
 
 class Spikes:
@@ -25,7 +25,7 @@ class Spikes:
         self._tracker = tracker
 
     def drops(self, loss: float) -> bool:
-        """Whether to leave out the update of a step. Equal on every rank.
+        """Returns whether to skip the update of a step. Equal on every rank.
 
         Args:
             loss: of the step, per target, in nats.
