@@ -35,15 +35,15 @@ def fit(
 
     Args:
         config: from `load_config`, or built as `Config(...)`; an unset `run.name` is the task's name.
-        model: to train instead of what the config's model section names.
-        task: your own (see dtrain/tasks/protocol.py) instead of what the task and data sections say.
-        monitors: further ones (see dtrain/training/monitors/protocol.py).
+        model: model to train instead of the one that the config's model section names.
+        task: your own (see dtrain/tasks/protocol.py) instead of the one that the task and data sections name.
+        monitors: further monitors (see dtrain/training/monitors/protocol.py).
 
     Returns:
-        Final metrics and the run folder, also where the run was finished already.
+        Final metrics and the run folder, also if the run was already finished.
 
     Raises:
-        DtrainError: what the command line would print; `exit_code` says which kind.
+        DtrainError: with the message that the command line would print; `exit_code` shows the kind.
     """
     from dtrain.main import fit as run
 

@@ -1,4 +1,4 @@
-"""What dtrain prints on the terminal: logging setup, and a filter that adds the rank and decides which ranks log.
+"""Output on the terminal: logging setup, and a filter that adds the rank and decides which ranks log.
 
 Rank 0 logs everything; other ranks log warnings and errors. Code calls `log.info(...)` on every rank.
 """

@@ -50,7 +50,7 @@ class SaveResult:
 
 @dataclass(frozen=True)
 class SaverSettings:
-    """How checkpoints are made.
+    """Settings for saving checkpoints.
 
     Attributes:
         sharded: each rank writes its own shards. If false, rank 0 writes the full state, and so does one rank on each

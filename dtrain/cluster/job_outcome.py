@@ -18,7 +18,7 @@ INTERRUPTED = Interrupted.__name__
 
 @dataclass(frozen=True)
 class HostResult:
-    """How one host's command ended.
+    """The end of one host's command.
 
     Attributes:
         host: the host's name.
@@ -48,12 +48,12 @@ class HostResult:
 
 
 class JobOutcome(NamedTuple):
-    """How a job ended.
+    """The end of a job.
 
     Attributes:
         code: the job's exit code; 0 only if every host's command succeeded.
         message: why the job failed, with the host's name; empty on success.
-        stop_signal: the signal that asked this process to stop the job; None if there was none.
+        stop_signal: the signal by which this process was told to stop the job; None if there was none.
     """
 
     code: int

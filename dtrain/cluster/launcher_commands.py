@@ -34,7 +34,7 @@ SHUTDOWN_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What to start, independent of the launcher.
+    """The job to start, independent of the launcher.
 
     Attributes:
         hosts: in the order of ranks.

@@ -1,4 +1,4 @@
-"""The answer to predict.text: one example that is in no file, read and encoded like an example of a split.
+"""Answers predict.text: a single example, which is read and encoded like an example of a split.
 
 The text becomes a row with the columns that the task reads, in a file in a temporary folder. From there on it is treated
 like any other file. A text that starts with { is such a row itself, as JSON.

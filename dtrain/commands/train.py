@@ -31,9 +31,9 @@ def run_train(
     """Collective. Trains, evaluates and exports; returns the old result if the run was finished already.
 
     Args:
-        model: to train instead of what the config's model section names.
-        task: instead of what the task and data sections name.
-        monitors: further ones, called after dtrain's own.
+        model: model to train instead of the one that the config's model section names.
+        task: task to use instead of the one that the task and data sections name.
+        monitors: further monitors, called after dtrain's own.
         began: time.monotonic() at this start's beginning, imports included; default: now.
     """
     began = time.monotonic() if began is None else began
@@ -49,7 +49,7 @@ def run_train(
 
 
 def run_dry(config: Config, context: RankContext) -> None:
-    """Collective. Prints what `run_train` would do; makes no folder and takes no step."""
+    """Collective. Prints what `run_train` would do; creates no folder and takes no step."""
     engine_name(config, context)
     run = prepare_run(config, context, None, None, None)
     log.info("%s", run.describe(in_full=True))

@@ -25,7 +25,7 @@ from dtrain.config.task import TaskSettings
 
 
 class Run(Section):
-    """Where the run is stored and what it is called."""
+    """The name and the folder of the run."""
 
     name: str | None = setting(
         None, "folder in output_dir; default: the config file's name without suffix", resume="free"
@@ -64,7 +64,7 @@ class Freeze(Section):
 
 
 class Data(Section):
-    """Where the examples come from."""
+    """The source of the examples."""
 
     name: str | None = setting(None, "a GLUE task (cola, sst2, ...), swag, python_docs, or a data set on the hub")
     path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")

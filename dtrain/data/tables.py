@@ -40,7 +40,7 @@ SHOWN_BAD_ROWS = 5
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the rows of one split come from.
+    """The source of the rows of one split.
 
     Attributes:
         name: file or hub name, for messages.

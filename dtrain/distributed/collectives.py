@@ -247,7 +247,7 @@ def _check_permutation(index: Tensor, num_examples: int) -> None:
 
 
 def _has_peers(context: RankContext) -> bool:
-    """Whether there are other ranks to communicate with.
+    """Returns whether there are other ranks to communicate with.
 
     Raises:
         RuntimeError: there are, but no process group.
@@ -338,7 +338,7 @@ def job_store(context: RankContext) -> KeyValueStore | None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective or the store failed because another rank is gone. That rank may have reported why."""
+    """Returns whether a collective or the store failed because another rank is gone. That rank may have reported why."""
     signs = (
         "Connection closed by peer",
         "Connection reset by peer",

@@ -40,7 +40,7 @@ class CpuShare(NamedTuple):
     Attributes:
         threads: number of threads.
         cpus: logical CPUs to bind the rank to; None to leave the rank where it is.
-        reason: why, in words.
+        reason: the reason in words.
     """
 
     threads: int

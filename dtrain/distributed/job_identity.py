@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class JobIdentity:
-    """What a process knows about the job that it belongs to.
+    """The job that a process belongs to, as far as the process knows it.
 
     Attributes:
         job: the launcher's names for the job, by kind of name; empty if it has none.
@@ -24,11 +24,11 @@ class JobIdentity:
     run: Mapping[str, str] = field(default_factory=dict)
 
     def is_same_start(self, other: JobIdentity) -> bool:
-        """Whether both belong to the same start of the same job, as far as the launcher shows it."""
+        """Returns whether both belong to the same start of the same job, as far as the launcher shows it."""
         return self.job == other.job and (not self._can_compare(other) or self.restart == other.restart)
 
     def is_older_start(self, other: JobIdentity) -> bool:
-        """Whether `other` belongs to a later start of the same job."""
+        """Returns whether `other` belongs to a later start of the same job."""
         return self.job == other.job and self._can_compare(other) and self.restart < other.restart
 
     def _can_compare(self, other: JobIdentity) -> bool:
@@ -76,7 +76,7 @@ class Arrival:
 
     @property
     def capitalized(self) -> str:
-        """The same for the start of a sentence."""
+        """Returns the description with a capital letter, for the start of a sentence."""
         return f"R{str(self)[1:]}"
 
 

@@ -17,7 +17,7 @@ FIX = "or set the address yourself: mpirun -x MASTER_ADDR=<host of rank 0> -x MA
 
 
 class MpiRendezvous(NamedTuple):
-    """Where all ranks meet.
+    """The address where all ranks meet.
 
     Attributes:
         address: address of rank 0's socket.

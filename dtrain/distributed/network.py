@@ -33,12 +33,12 @@ def resolve(host: str, port: int) -> tuple[int, str]:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address (not a name) stays on this machine."""
+    """Returns whether an address (not a name) stays on this machine."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def is_literally_local(host: str) -> bool:
-    """Whether a host means "this machine" on every machine: localhost, 127.x, ::1."""
+    """Returns whether a host means "this machine" on every machine: localhost, 127.x, ::1."""
     try:
         return is_loopback(host)
     except ValueError:

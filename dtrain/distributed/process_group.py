@@ -51,7 +51,7 @@ def process_group(
         run: what the ranks work on, equal on all: a process with another value is rejected.
 
     Raises:
-        TopologyError: ranks are missing, or this one belongs to another job; the message says which.
+        TopologyError: ranks are missing, or this one belongs to another job; the message says which ranks, or why.
     """
     if topology.world_size == 1:
         with _exported(topology, env):

@@ -47,7 +47,7 @@ def this_process() -> ProcessIdentity:
 
 
 def is_alive(process: ProcessIdentity, *, observer: ProcessIdentity | None = None) -> bool | None:
-    """Whether a process is still running; None if that cannot be seen from here.
+    """Returns whether a process is still running; None if that cannot be seen from here.
 
     A zombie is not running; a stopped process is.
 
@@ -69,7 +69,7 @@ def is_alive(process: ProcessIdentity, *, observer: ProcessIdentity | None = Non
 
 
 def is_running(pid: int, started: str) -> bool:
-    """Whether the process with this id and start time, on this host, is running. A zombie is not.
+    """Returns whether the process with this id and start time, on this host, is running. A zombie is not.
 
     Args:
         started: as in ProcessIdentity.

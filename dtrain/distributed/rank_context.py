@@ -1,4 +1,4 @@
-"""One rank at work: its place in the job, and the services beside it."""
+"""The context of one rank: its place in the job, and the services that it uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RankContext:
     """Passed to everything that communicates with other ranks or reports progress.
 
     Attributes:
-        topology: this process's place among the ranks. Pure and comparable.
+        topology: this process's place among the ranks; comparable.
         heartbeat: where this process reports its progress; the watchdog reads it.
         traffic: counts what this process hands to its process group.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Traffic:
-    """What this rank has sent since the process started.
+    """Counters of the data that this rank has sent since the process started.
 
     Attributes:
         collectives: number of collectives that sent something.
@@ -34,6 +34,6 @@ class Traffic:
         return Traffic(self.collectives, self.payload_bytes, self.is_complete)
 
     def since(self, before: Traffic) -> Traffic:
-        """Returns what was sent after the snapshot `before`."""
+        """Returns the traffic since the snapshot `before`."""
         sent = self.collectives - before.collectives, self.payload_bytes - before.payload_bytes
         return Traffic(*sent, self.is_complete)

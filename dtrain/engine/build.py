@@ -1,4 +1,4 @@
-"""Which engine runs, and its construction: the one visible choice."""
+"""Chooses and builds the engine. This is the only place that does."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def engine_class(config: Config, context: RankContext) -> type[Engine]:
 
 
 def engine_traits(config: Config, context: RankContext, *, total_steps: int = 0) -> EngineTraits:
-    """Returns what the engine of this config would be, before it is built.
+    """Returns the properties of the engine of this config, before it is built.
 
     Args:
-        total_steps: of the run; 0 where no step is taken.
+        total_steps: number of steps of the run; 0 if no step is taken.
     """
     return engine_class(config, context).traits(config, context, total_steps=total_steps)
 
@@ -67,11 +67,11 @@ def engine_traits(config: Config, context: RankContext, *, total_steps: int = 0)
 def build_engine(
     module: nn.Module, config: Config, context: RankContext, *, thawed: Sequence[Sequence[str]] = ()
 ) -> Engine:
-    """Collective. Wraps what learns in `module` and makes its optimizer.
+    """Collective. Wraps `module` in its engine and creates the optimizer.
 
     Args:
-        module: on its device (sharded engines: anywhere), frozen as wanted: DDP and ZeRO fix their gradient buckets now.
-        thawed: names of the parameters that began to learn at each thaw so far.
+        module: the model on its device (any device for sharded engines), already frozen: DDP and ZeRO now fix their buckets.
+        thawed: names of the parameters that each thaw so far has unfrozen.
     """
     groups = optim.parameter_groups(module, weight_decay=config.optim.weight_decay, stages=thawed)
     optimizer = optim.build_optimizer(groups, config.optim)

@@ -1,4 +1,4 @@
-"""DDP communication hooks: gradients cross ranks uncompressed, in bf16, or as low-rank factors (powersgd.py).
+"""DDP communication hooks: send gradients between ranks uncompressed, in bf16, or as low-rank factors (powersgd.py).
 
 A hook takes one bucket of gradients that sum up to (sum of losses) x world_size / (summed weight), and returns their
 average. All ranks get the same bits: they add the same parts in the same order. Hooks count their collectives.
@@ -23,7 +23,7 @@ class CommHook:
     """Averages gradients as they are, as DDP does by itself."""
 
     bucket_mb: float | None
-    """Size of DDP's buckets; None: torch's default."""
+    """Size of DDP's buckets; None for torch's default."""
     needs_warm_up = False
     """Whether a backward pass must come before the first step, because it decides which gradients share a bucket."""
     extra_slots = 0
@@ -34,7 +34,7 @@ class CommHook:
         self._world_size, self._traffic = context.world_size, context.traffic
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
-        """Collective. Starts to average a bucket; DDP waits for the result."""
+        """Collective. Starts to average a bucket. DDP waits for the result."""
         return self._all_reduce(bucket.buffer().div_(self._world_size))
 
     def _all_reduce(self, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
@@ -44,13 +44,13 @@ class CommHook:
         return summed
 
     def reset(self) -> None:
-        """Drops the error-feedback state, after a step that was left out."""
+        """Drops the error-feedback state, after a step that was skipped."""
 
     def begin(self, step: int) -> None:
-        """Notes that DDP has its final buckets, and that the next step is this one of the data (0-based)."""
+        """Records that DDP has its final buckets, and the next step of the data (0-based)."""
 
     def error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Collective. Returns what later steps depend on, by parameter, equal on every rank: further optimizer slots."""
+        """Collective. Returns state for later steps by parameter, equal on every rank, as further optimizer slots."""
         return {}
 
     def load_error_feedback(self, name: str, slots: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Replicas on every rank, gradients averaged by torch's DistributedDataParallel."""
+"""A replica on every rank; torch's DistributedDataParallel averages the gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dtrain.errors import ConfigError
 
 
 class DdpEngine(SingleEngine):
-    """The single engine, with gradients averaged over ranks in the last micro-batch of a step."""
+    """Extends the single engine: gradients are averaged over ranks in the last micro-batch of a step."""
 
     name = "ddp"
 
@@ -129,7 +129,7 @@ class DdpEngine(SingleEngine):
 
 
 def build_comm_hook(config: Config, context: RankContext, module: nn.Module) -> CommHook:
-    """Returns the hook of the settings; the plain one for one process, which sends nothing."""
+    """Returns the hook that the settings select; for one process the plain one, which sends nothing."""
     if context.world_size > 1 and config.engine.powersgd is not None:
         return PowerSgdCommHook(config, context, module)
     if context.world_size > 1 and config.engine.gradient_wire == "bf16":

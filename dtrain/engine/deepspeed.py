@@ -47,7 +47,7 @@ from dtrain.engine.state import (
 )
 
 HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
-"""What ZeRO 3's hooks keep on a module. It refers to the engine that made it, and a new engine would reuse it. Private API."""
+"""Attributes that ZeRO 3's hooks set on a module. They refer to its engine, but a new engine would reuse them. Private API."""
 
 
 class DeepSpeedEngine(AveragesEveryStep):
@@ -137,11 +137,11 @@ class DeepSpeedEngine(AveragesEveryStep):
         if optimizer.overflow and scaler is not None and not discard:
             # DeepSpeed skips the step without telling torch's scaler, so the scale would never decrease.
             scaler.update(scale * scaler.get_backoff_factor())
-        # The norm is that of the scaled gradients.
+        # This is the norm of the scaled gradients.
         return StepResult(float("nan") if norm is None else float(norm) / scale, applied=not optimizer.overflow)
 
     def _step_unsharded(self, *, discard: bool) -> StepResult:
-        """ZeRO 0: DeepSpeed neither reports the norm nor refuses a bad one, so dtrain clips the reduced gradients."""
+        """Clips the reduced gradients. With ZeRO 0, DeepSpeed does not report the norm and accepts an invalid one."""
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self._engine.optimizer)
@@ -287,7 +287,7 @@ class DeepSpeedEngine(AveragesEveryStep):
                 yield Shard(name, key, start, safe_get_local_optimizer_state(parameter, key).reshape(-1)[:count])
 
     def _create_slots(self, keys: Sequence[str]) -> None:
-        """Makes zero slots for every flat shard, which is what a parameter without slots starts from."""
+        """Makes zero slots for every flat shard, the initial state of a parameter without slots."""
         for flat in self._flats():
             self._inner_optimizer().state[flat] = {
                 key: torch.zeros(()) if key == STEP else torch.zeros_like(flat.data) for key in keys
@@ -361,7 +361,7 @@ def _norm(parameters: list[nn.Parameter]) -> float:
 
 
 def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:
-    """Collective. Gives a ZeRO 3 module plain, complete parameters again and removes the hooks that gathered them."""
+    """Collective. Restores plain, complete parameters in a ZeRO 3 module, and removes the hooks that gathered them."""
     import deepspeed
 
     names = {id(p): p for p in module.parameters()}

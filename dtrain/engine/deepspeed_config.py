@@ -1,4 +1,4 @@
-"""What DeepSpeed gets as its config, and what its engine would be under a config. Imports no deepspeed."""
+"""Builds DeepSpeed's config, and describes its engine before it is built. Imports no deepspeed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HARMLESS_KEYS = (
 
 
 def deepspeed_traits(config: Config, *, world_size: int) -> EngineTraits:
-    """Returns what the engine would be, before it is built."""
+    """Returns the properties of the engine, before it is built."""
     stage = config.engine.zero_stage or 0
     # ZeRO keeps a flat fp32 master copy of its shard beside the module's parameters.
     optimizer = 4.0 * (slots_per_value(config.optim) + (stage >= 1)) / (world_size if stage >= 1 else 1)
@@ -39,7 +39,7 @@ def deepspeed_traits(config: Config, *, world_size: int) -> EngineTraits:
 
 
 def needs_lock_step(stage: int) -> bool:
-    """Whether forward or backward is a collective: ZeRO 2 sends gradients in backward, ZeRO 3 also parameters in forward."""
+    """Returns whether forward or backward is a collective: ZeRO 2 sends gradients in backward, ZeRO 3 also parameters in forward."""
     return stage >= 2
 
 

@@ -1,4 +1,4 @@
-"""A model that only runs forward: what evaluation needs of an engine, without training."""
+"""A model that only runs forward passes, for evaluation without training."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Each rank steps on its local share of the examples, and the ranks average weights every `train.local_steps` steps.
+"""Local SGD: each rank steps on its local share of the examples, and the ranks average weights every `train.local_steps` steps.
 
-Local SGD (Stich 2019, arXiv:1805.09767). Moments are averaged together with the weights, which local Adam needs to
+See Stich 2019, arXiv:1805.09767. Moments are averaged together with the weights, which local Adam needs to
 converge (Chen et al. 2020, "Toward communication efficient adaptive gradient method"). After each average all ranks
 hold the same state, so a run can resume on any number of ranks.
 """
@@ -86,12 +86,12 @@ class LocalSgd:
         self._local_weight = self._total_weight = 0.0
 
     def local_norm(self) -> float:
-        """Returns the L2 norm of this rank's gradient, before clipping. Between the last backward and the step."""
+        """Returns the L2 norm of this rank's gradient, before clipping. Call it between the last backward and the step."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(gradients))
 
     def count(self, weight: StepWeight) -> None:
-        """Notes a step that was applied."""
+        """Counts a step that was applied."""
         self._local_weight += weight.local
         self._total_weight += weight.total
 

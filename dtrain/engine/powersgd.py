@@ -31,20 +31,20 @@ ERROR, FACTOR = f"{FEEDBACK_PREFIX}error", f"{FEEDBACK_PREFIX}factor"
 EVERYTHING_MB = 2.0**20
 
 BUCKET = 0
-"""The index of the only bucket."""
+"""Index of the only bucket."""
 
 VANISHED = 1e-8
 """A column of a factor that is shorter than this has no direction and is not normalized."""
 
 
 class FactoredParameter(NamedTuple):
-    """A parameter that crosses ranks as factors.
+    """A parameter whose gradient is sent as two factors.
 
     Attributes:
-        name: the parameter's.
-        rows: of its matrix.
-        columns: of its matrix.
-        rank: of the factors.
+        name: name of the parameter.
+        rows: rows of its matrix.
+        columns: columns of its matrix.
+        rank: rank of the factors.
     """
 
     name: str
@@ -74,7 +74,7 @@ class PowerSgdCommHook(CommHook):
         self._state = hooks.PowerSGDState(
             None,
             matrix_approximation_rank=settings.rank,
-            start_powerSGD_iter=2,  # torch's least; this class counts the uncompressed steps itself
+            start_powerSGD_iter=2,  # torch's minimum; this class counts the uncompressed steps itself
             min_compression_rate=settings.min_rate,
             # Ranks 1 and 2 are orthogonalized column by column: a gradient of zeros, or with a single nonzero row (an
             # embedding), would divide zero by zero.
@@ -108,7 +108,7 @@ class PowerSgdCommHook(CommHook):
         return averaged
 
     def _factored(self) -> list[FactoredParameter]:
-        """Returns what crosses as factors, in the order of the hook's buffers: matrices of one shape together."""
+        """Returns the parameters that are sent as factors, in the order of the hook's buffers: matrices of one shape together."""
         by_shape: dict[tuple[int, int], list[FactoredParameter]] = {}
         for name, shape in self._members:
             rows, columns = shape[0], shape.numel() // shape[0]
@@ -158,7 +158,7 @@ class PowerSgdCommHook(CommHook):
             self._loaded[name] = feedback
 
     def _restore(self, like: torch.Tensor) -> None:
-        """Puts the loaded state where the hook looks for it. If a factor is missing, the hook draws new ones."""
+        """Stores the loaded state in the hook. If a factor is missing, the hook draws new ones."""
         if not self._loaded:
             return
         loaded, self._loaded = self._loaded, {}
@@ -187,7 +187,7 @@ class PowerSgdCommHook(CommHook):
 
 
 def _refuse_scalars(module: nn.Module) -> None:
-    """Refuses trainable parameters without dimensions, which the hook cannot view as a matrix.
+    """Rejects trainable parameters without dimensions, which the hook cannot view as a matrix.
 
     Raises:
         ConfigError: there is one.

@@ -1,7 +1,7 @@
-"""What the rest of dtrain knows of a back end, and nothing more.
+"""The interface between the engines and the rest of dtrain.
 
-One file beside this one implements one engine. Adding an engine is adding its file, its name in config/engine.py and one
-`case` in build.py.
+Each engine is one file in this folder. A new engine needs its file, its name in config/engine.py and one `case` in
+build.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dtrain.distributed.rank_context import RankContext
 
 
 class BytesPerNumber(NamedTuple):
-    """Memory of one rank, in bytes, without activations.
+    """Memory of one rank in bytes per number, without activations.
 
     Attributes:
-        weights: per parameter value.
-        gradients: per trainable value.
-        optimizer: per trainable value.
-        exchange: per trainable value, at most, while gradients cross ranks.
+        weights: bytes per parameter value.
+        gradients: bytes per trainable value.
+        optimizer: bytes per trainable value.
+        exchange: maximum bytes per trainable value while gradients are sent between ranks.
     """
 
     weights: float
@@ -36,17 +36,17 @@ class BytesPerNumber(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineTraits:
-    """What an engine would be under a config, before it is built: for the plan that is printed, and for loading.
+    """Properties of an engine for a config, known before it is built. The printed plan and model loading use them.
 
     Attributes:
-        memory: what a parameter costs.
-        detail: more than the name for the banner, for example "ZeRO 2"; empty for none.
-        is_sharded: parameters are spread over the ranks. The engine takes the module from the host and places it itself,
+        memory: memory for each parameter.
+        detail: addition to the name in the banner, for example "ZeRO 2"; may be empty.
+        is_sharded: whether parameters are spread over the ranks. The engine takes the module from the host and places it itself,
             and a forward pass needs every rank.
-        lock_step: forward or backward of a micro-batch is a collective, so that all ranks need equal numbers of them.
+        lock_step: whether forward or backward of a micro-batch is a collective, so that all ranks must run equally many.
         other_rounding: why results differ by rounding from fp32 on one process, apart from `engine.precision`.
         other_algorithm: why results differ by more than rounding; empty if they do not.
-        evaluation_note: what the exactness of an evaluation is, where it is not every digit.
+        evaluation_note: exactness of an evaluation; empty if it is exact to every digit.
         notes: warnings and notes for the plan, one line each.
     """
 
@@ -64,8 +64,8 @@ class StepWeight(NamedTuple):
     """Summed weight of a step's targets.
 
     Attributes:
-        total: on all ranks.
-        local: on this rank.
+        total: weight on all ranks.
+        local: weight on this rank.
     """
 
     total: float
@@ -77,8 +77,8 @@ class StepResult:
     """The outcome of one optimizer step.
 
     Attributes:
-        grad_norm: L2 norm of the gradient of the whole step, over all ranks, before clipping.
-        applied: False where the weights were left alone: on request, or because a gradient was not finite.
+        grad_norm: L2 norm of the gradient of the complete step, over all ranks, before clipping.
+        applied: False if the weights did not change: on request, or because a gradient was not finite.
     """
 
     grad_norm: float
@@ -86,11 +86,11 @@ class StepResult:
 
 
 class ParameterState(NamedTuple):
-    """One whole parameter or buffer, valid until the next one is requested: copy what must stay.
+    """One complete parameter or buffer. Its tensors are valid until the next one is requested; copy them to keep them.
 
     Attributes:
         name: the parameter's or buffer's.
-        value: the fp32 (or float64) tensor, None on ranks that did not request it.
+        value: the fp32 (or float64) tensor; None on ranks that did not request it.
         slots: the optimizer's tensors and counts for it (exp_avg, exp_avg_sq, step, momentum_buffer, ...); empty for
             buffers, frozen parameters, and before the first step.
     """
@@ -108,7 +108,7 @@ class Shard(NamedTuple):
         slot: the optimizer's name for it, or None for a parameter's or buffer's own values.
         start: the part's first element in the flattened tensor; None for a tensor that is complete here and in no other
             rank's part.
-        tensor: flat, unless it is complete.
+        tensor: the values; flat, unless the tensor is complete.
     """
 
     name: str
@@ -118,23 +118,23 @@ class Shard(NamedTuple):
 
 
 ReadSlots = Callable[[str, torch.Size], Mapping[str, torch.Tensor]]
-"""From a parameter's name and full shape to its optimizer slots."""
+"""A function that takes a parameter's name and full shape, and returns its optimizer slots."""
 
 
 class Engine(Protocol):
-    """A model that learns, with the same result on every rank. Every method is a collective.
+    """Trains a model, with the same result on every rank. Every method is a collective unless it says otherwise.
 
     Gradients are sums: `backward` takes a loss that is already scaled by `loss_scale`, so that the result is the gradient
-    of (sum of losses / sum of weights) of the whole step.
+    of (sum of losses / sum of weights) of the complete step.
     """
 
     name: str
-    """As `engine.name` has it; a label, never a question."""
+    """The value of `engine.name`. Only for messages: no code outside engine/ depends on it."""
     context: RankContext
     model: nn.Module
-    """Call it for the forward pass in training."""
+    """The model to call for the forward pass in training."""
     module: nn.Module
-    """The bare model: evaluation, generation, export."""
+    """The bare model, for evaluation, generation and export."""
     lock_step: bool
     """See EngineTraits."""
     extra_slots: int
@@ -142,7 +142,7 @@ class Engine(Protocol):
 
     @classmethod
     def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
-        """Returns what the engine would be, before it is built. Not a collective."""
+        """Returns the properties of the engine, before it is built. Not a collective."""
         ...
 
     @property
@@ -155,7 +155,7 @@ class Engine(Protocol):
         ...
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of one micro-batch. Gradients cross ranks in the last one only."""
+        """Surrounds forward and backward of one micro-batch. Gradients are sent between ranks in the last one only."""
         ...
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -163,7 +163,7 @@ class Engine(Protocol):
         ...
 
     def loss_scale(self, weight: StepWeight) -> float:
-        """Returns what turns a loss sum into what `backward` takes; 0 without a target. Not a collective.
+        """Returns the factor for a loss sum before `backward`; 0 without a target. Not a collective.
 
         Usually inherited from `AveragesEveryStep`, below. The loss scale of fp16 is another number: see `scalars`.
         """
@@ -174,27 +174,27 @@ class Engine(Protocol):
         ...
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
-        """Does, before the first step, what the very first backward pass does differently from later ones.
+        """Runs a backward pass before the first step, if the engine sets itself up in its first backward pass.
 
         Leaves weights, moments and gradients as they are.
 
         Args:
-            loss: of any micro-batch; it does not count.
-            step: the next one of the data, 0-based.
+            loss: computes the loss of any micro-batch; it does not count.
+            step: the next step of the data, 0-based.
         """
         ...
 
     def weighted_sq_norm(self, weight: StepWeight) -> float | None:
         """Returns the local weight times the squared norm of the local gradient, before clipping. Not a collective.
 
-        None where gradients are averaged in every step, so that `step` knows the norm by itself.
+        None if gradients are averaged in every step, because `step` then computes the norm itself.
         """
         ...
 
     def gradient_norms(self) -> dict[str, float]:
-        """Returns the L2 norm of each parameter's gradient of the whole step, over all ranks, before clipping, by name.
+        """Returns by name the L2 norm of each parameter's gradient of the complete step, over all ranks, before clipping.
 
-        Between the last backward and `step`. A parameter without a gradient is left out.
+        Call it between the last backward and `step`. A parameter without a gradient is left out.
         """
         ...
 
@@ -202,9 +202,9 @@ class Engine(Protocol):
         """Clips, updates, and clears the gradients.
 
         Args:
-            weight: of the step.
-            weighted_sq_norm: the sum over ranks of what `weighted_sq_norm` returned.
-            discard: clears the gradients only; weights and moments stay.
+            weight: weight of the step.
+            weighted_sq_norm: the sum over ranks of the results of `weighted_sq_norm`.
+            discard: whether to clear the gradients only, and keep weights and moments.
         """
         ...
 
@@ -220,7 +220,7 @@ class Engine(Protocol):
         """Yields every parameter and buffer with its optimizer slots, one at a time. Every rank must exhaust it.
 
         Args:
-            here: whether this rank wants the values; others only take part.
+            here: whether this rank needs the values; other ranks only take part.
         """
         ...
 
@@ -238,12 +238,12 @@ class Engine(Protocol):
         """Yields this rank's part of every parameter, buffer and slot, without gathering; all ranks' parts are the state.
 
         With engine.powersgd the ranks average their error-feedback state first, so that it is a collective there, too.
-        As with `named_state`, a tensor is valid until the next one is requested.
+        As in `named_state`, a tensor is valid until the next one is requested.
         """
         ...
 
     def scalars(self) -> dict[str, float]:
-        """Returns what else a step depends on, as JSON: the loss scale of fp16, and the steps since it last changed."""
+        """Returns the other values that a step depends on, as JSON: the loss scale of fp16, and the steps since it last changed."""
         ...
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:

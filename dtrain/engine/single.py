@@ -37,7 +37,7 @@ from dtrain.engine.state import (
 
 
 class SingleEngine(AveragesEveryStep):
-    """Forward, backward, clip, step, in one process and on one device."""
+    """Runs forward, backward, clipping and step in one process on one device."""
 
     name = "single"
     lock_step = False
@@ -114,7 +114,7 @@ class SingleEngine(AveragesEveryStep):
             yield ParameterState(name, buffer if here else None, {})
 
     def _error_feedback(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Collective. Returns what a communication hook keeps for each parameter, as further slots."""
+        """Collective. Returns the state that a communication hook keeps for each parameter, as further slots."""
         return {}
 
     def load_named_slots(self, read: ReadSlots) -> None:
@@ -149,9 +149,9 @@ class SingleEngine(AveragesEveryStep):
 
 
 def replicated_memory(config: Config, *, exchange: float = 0.0) -> BytesPerNumber:
-    """Returns what an engine costs that keeps everything, in fp32, on every rank.
+    """Returns the memory of an engine that keeps everything on every rank, in fp32.
 
     Args:
-        exchange: bytes per trainable value while gradients cross.
+        exchange: bytes per trainable value while gradients are sent.
     """
     return BytesPerNumber(4.0, 4.0, 4.0 * slots_per_value(config.optim), exchange)

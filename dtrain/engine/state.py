@@ -12,7 +12,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Shard
 
 STEP = "step"
-"""Every torch optimizer's name for its count of steps; it stays on the host."""
+"""The name that every torch optimizer has for its count of steps. It stays on the host."""
 
 FEEDBACK_PREFIX = "exchange_"
 """Slots of this prefix hold a communication hook's error-feedback state. Checkpoints contain this name."""
@@ -44,7 +44,7 @@ def host_slots(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def device_slots(slots: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the entries where the optimizer wants them: on the parameter's device, except the count of steps."""
+    """Returns the entries on the device that the optimizer expects: the parameter's device, or the host for the count of steps."""
     return {key: value if key == STEP else value.to(parameter.device, parameter.dtype) for key, value in slots.items()}
 
 
@@ -71,7 +71,7 @@ def even_part(tensor: torch.Tensor, context: RankContext) -> tuple[int, torch.Te
 def replicated_shards(
     name: str, value: torch.Tensor, slots: Mapping[str, torch.Tensor], context: RankContext
 ) -> Iterator[Shard]:
-    """Yields what this rank saves of a replicated parameter: an even part of each tensor of its size; counts on rank 0."""
+    """Yields the shards of a replicated parameter that this rank saves: an even part of each tensor of its size; counts on rank 0."""
     for slot, tensor in (None, value), *sorted(slots.items()):
         if tensor.numel() == value.numel():
             start, part = even_part(tensor, context)

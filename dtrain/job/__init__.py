@@ -1,1 +1,1 @@
-"""What surrounds every command on every rank: start, watchdog, error reports, exit."""
+"""Code that surrounds every command on every rank: start, watchdog, error reports, exit."""

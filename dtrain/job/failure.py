@@ -56,7 +56,7 @@ class JobSession:
     """The job after all ranks have met.
 
     Attributes:
-        context: this rank.
+        context: place and services of this rank.
         store: the store that all ranks share; None for one process.
         processes: the ranks' processes, by rank.
         watchdog: this rank's side of its monitor.
@@ -155,7 +155,7 @@ def record_failure(error: BaseException, config: Config, job: JobSession) -> Top
 
 
 def report_failure_alone(error: BaseException, config: Config, context: RankContext, *, has_exit_json: bool) -> int:
-    """Does what `report_failure` does, before the ranks have met or after they have parted."""
+    """Reports a failure like `report_failure`, before the ranks have met or after they have separated."""
     ignore_further()
     topology = context.topology
     record = error_record(error, topology)
@@ -168,7 +168,7 @@ def report_failure_alone(error: BaseException, config: Config, context: RankCont
 
 
 def lost_peer_error(error: BaseException, topology: Topology, job: JobSession | None) -> TopologyError:
-    """Returns what to raise for an error that shows only that another rank is gone.
+    """Returns the error to raise instead of one that shows only that another rank is gone.
 
     Args:
         job: None if the ranks have not exchanged their processes yet.
@@ -180,14 +180,14 @@ def lost_peer_error(error: BaseException, topology: Topology, job: JobSession | 
 
 
 def _follows_another(error: BaseException, job: JobSession) -> bool:
-    """Whether this rank ends because another one has ended."""
+    """Returns whether this rank ends because another one has ended."""
     from dtrain.distributed.collectives import is_lost_peer
 
     return job.context.world_size > 1 and (is_lost_peer(error) or _is_signal_after_failure(error, job))
 
 
 def _is_signal_after_failure(error: BaseException, job: JobSession) -> bool:
-    """Whether a launcher stops this rank because another one failed; its signal may precede the broken connection."""
+    """Returns whether a launcher stops this rank because another one failed; its signal may precede the broken connection."""
     if not isinstance(error, KeyboardInterrupt):
         return False
     failure = job.watchdog.peer_failure(PEER_FAILURE_AT_SIGNAL_S)

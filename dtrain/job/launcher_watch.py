@@ -38,7 +38,7 @@ LAUNCHER_PATTERNS = {
     "intelmpi": r"mpirun|mpiexec(\.hydra)?|hydra_\w+|pmi_proxy",
     "slurm": r"slurmstepd.*",
 }
-"""By topology.launcher, what matches a word in the command line of its process. `none` and `env` have no launcher."""
+"""By topology.launcher, a pattern for a word in the command line of its process. `none` and `env` have no launcher."""
 
 MAX_WORDS = 6
 """How many words of a command line are matched: the interpreter and its options come before the name."""

@@ -19,7 +19,7 @@ from dtrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class ResolvedPaths:
-    """What a list of paths selects, in the model's order, without duplicates.
+    """The modules and parameters that a list of paths selects, in the model's order, without duplicates.
 
     Attributes:
         modules: names of modules that hold parameters; "" is the model itself.

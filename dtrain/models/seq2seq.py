@@ -1,4 +1,4 @@
-"""What an encoder-decoder needs besides its weights: the end of its targets, languages, the decoder's first token."""
+"""Helpers for encoder-decoder models: the end of the targets, languages, the decoder's first token."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is learned: one file per task behind one protocol."""
+"""The tasks, one file each, behind one protocol."""

@@ -1,4 +1,4 @@
-"""Which task runs: the one visible choice."""
+"""Chooses and builds the task. This is the only place that does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def build_task(config: Config, context: RankContext) -> Task:
 
 
 def task_info(options: task.TaskSettings) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of the task with these settings."""
+    """Returns the information about the task with these settings that the rest of dtrain uses."""
     match options:
         case task.Classification():
             from dtrain.tasks import classification

@@ -41,7 +41,7 @@ HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabular
 
 
 def info(settings: CausalLm) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_causal_lm(config, settings, context),
         head=HEAD,

@@ -27,7 +27,7 @@ from dtrain.tasks.tensors import compute_logits, count_targets, perplexity
 
 
 def info(settings: Chat) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_chat(config, settings, context),
         head=HEAD,

@@ -45,7 +45,7 @@ HEAD = Head(
 
 
 def info(settings: Classification) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_classification(config, settings, context),
         head=HEAD,

@@ -33,7 +33,7 @@ HEAD = Head(
 
 
 def info(settings: ImageClassification) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_image_classification(config, settings, context),
         head=HEAD,

@@ -31,7 +31,7 @@ HEAD = Head("image_regression", AutoModelForImageClassification, problem_type="r
 
 
 def info(settings: ImageRegression) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_image_regression(config, settings, context),
         head=HEAD,

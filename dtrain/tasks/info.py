@@ -1,4 +1,4 @@
-"""What the rest of dtrain has to know of a task, so that nothing outside dtrain/tasks/ asks for a task's name."""
+"""The facts about a task that the rest of dtrain uses, so that no code outside dtrain/tasks/ checks a task's name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _format_value_alone(prediction: Any, _row: Mapping[str, Any], _columns: Mapp
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """One task for the commands and the model card. The function `info` in the task's file makes it of the task's settings.
+    """Describes a task for the commands and the model card. The function `info` in the task's file returns it.
 
     Attributes:
         prepare: Collective. Reads and encodes the data, once per node, and returns the task.
@@ -40,7 +40,7 @@ class TaskInfo:
             text. `reply`: it replies to the last message of a dialogue. None: `predict` writes down the predictions of
             an evaluation.
         chat_format: Format of a dialogue in the `chat` command (see `models.chat_format`). None: the model cannot chat.
-        pipeline_tag: What the Hugging Face hub calls the task. None: it has no name for it.
+        pipeline_tag: The name of the task on the Hugging Face hub. None: the hub has no name for it.
     """
 
     prepare: Callable[[Config, RankContext], Task]

@@ -43,7 +43,7 @@ HEAD = Head("masked_lm", AutoModelForMaskedLM, logits="token", is_over_vocabular
 
 
 def info(settings: MaskedLm) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_masked_lm(config, settings, context),
         head=HEAD,

@@ -28,7 +28,7 @@ HEAD = Head("multiple_choice", AutoModelForMultipleChoice, logits="choice")
 
 
 def info(settings: MultipleChoice) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_multiple_choice(config, settings, context),
         head=HEAD,

@@ -1,4 +1,4 @@
-"""What a task must provide: splits, batches, a loss, predictions and metrics.
+"""The interface of a task: splits, batches, a loss, predictions and metrics.
 
 A new task is one file in this folder, one option class in config/task.py and one `case` in build.py.
 docs/new-task.md explains it step by step.
@@ -25,7 +25,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch contributes to a step, known from its labels before any forward pass.
+    """Weight and number of the targets in a batch, known from its labels before any forward pass.
 
     Attributes:
         weight: Summed weight of the batch's targets. The summed loss of a step is divided by the summed weight.

@@ -38,7 +38,7 @@ HEAD = Head("question_answering", AutoModelForQuestionAnswering, logits=None)
 
 
 def info(settings: QuestionAnswering) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_question_answering(config, settings, context),
         head=HEAD,

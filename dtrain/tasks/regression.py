@@ -30,7 +30,7 @@ HEAD = Head("regression", AutoModelForSequenceClassification, problem_type="regr
 
 
 def info(settings: Regression) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_regression(config, context),
         head=HEAD,

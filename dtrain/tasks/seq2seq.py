@@ -44,7 +44,7 @@ HEAD = Head("seq2seq_lm", AutoModelForSeq2SeqLM, logits=None, has_decoder=True)
 
 
 def info(settings: Seq2Seq) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     source = settings.source or "source"
     return TaskInfo(
         prepare=lambda config, context: prepare_seq2seq(config, settings, context),

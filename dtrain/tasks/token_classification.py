@@ -39,7 +39,7 @@ HEAD = Head("token_classification", AutoModelForTokenClassification, logits="tok
 
 
 def info(settings: TokenClassification) -> TaskInfo:
-    """Returns what the rest of dtrain has to know of this task."""
+    """Returns the information about this task that the rest of dtrain uses."""
     return TaskInfo(
         prepare=lambda config, context: prepare_token_classification(config, settings, context),
         head=HEAD,

@@ -1,1 +1,1 @@
-"""What launch/simulate-cluster is made of. Standard library only: it runs before dtrain is installed."""
+"""The parts of launch/simulate-cluster. Standard library only: it runs before dtrain is installed."""

@@ -14,7 +14,7 @@ from simulated.cluster import ClusterError
 
 PACKAGES = {"sshd": "openssh-server", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "ip": "iproute2"}
 FOR_LAUNCHERS = {"pdsh": "pdsh"}
-"""What `deepspeed` needs in addition. A cluster starts without it."""
+"""Additional programs for `deepspeed`. A cluster starts without them."""
 
 POLICY = Path("/usr/sbin/policy-rc.d")
 NO_SERVICE = "#!/bin/sh\n# Of launch/simulate-cluster: no service starts while it installs packages. This file may be removed.\nexit 101\n"

@@ -33,7 +33,7 @@ SAME_BUILD = "install torch from the same wheel index on every host; {name} is p
 
 @dataclass(frozen=True)
 class HostReport:
-    """What is known about one host.
+    """The known facts about one host.
 
     Attributes:
         host: the host's name.

@@ -269,7 +269,7 @@ def _stacks_file() -> Iterator[int | None]:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether that child is gone, also if other code has collected it."""
+    """Returns whether that child is gone, also if other code has collected it."""
     try:
         return os.waitpid(pid, os.WNOHANG)[0] == pid
     except ChildProcessError:

@@ -29,7 +29,7 @@ AFTER_ERROR_S = 4.0
 
 UNREACHABLE_S = 30.0
 MIN_UNREACHABLE_S = 10.0
-"""A monitor that sends nothing for so long counts as out of reach; sooner if ranks may not be idle for as long."""
+"""A monitor counts as unreachable after this silence: UNREACHABLE_S, or less if the limit for idle ranks is lower."""
 
 JOINING_S = 30.0
 """Monitors that have not connected by then are not waited for."""
@@ -44,7 +44,7 @@ def unreachable_after_s(settings: HangSettings) -> float:
 
 @dataclass
 class RankRecord:
-    """What the coordinator knows about a rank.
+    """The coordinator's record of a rank.
 
     Attributes:
         send: sends a message to its monitor.
@@ -75,7 +75,7 @@ class RankRecord:
 
 
 class CoordinatorEndpoint(NamedTuple):
-    """Where monitors connect to the coordinator.
+    """The address at which monitors connect to the coordinator.
 
     Attributes:
         address: host or address.
@@ -120,7 +120,7 @@ class Coordinator:
         self._unreachable_after_s = unreachable_after_s(settings)
 
     def add_rank(self, rank: int, record: RankRecord) -> None:
-        """Adds a rank whose monitor has connected."""
+        """Adds a rank when its monitor connects."""
         self._ranks[rank] = record
 
     def receive(self, rank: int, message: MonitorMessage) -> None:
@@ -203,7 +203,7 @@ class Coordinator:
         reachable = [self._ranks[rank] for rank, state in states.items() if state.unreachable_s == 0]
         while not all(record.has_all_evidence for record in reachable) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        if self._is_done:  # it stood down in the meantime, so the ranks may continue
+        if self._is_done:  # another coordinator has taken over, so the ranks may continue
             return
         ranks = [self._evidence(rank, state) for rank, state in sorted(states.items())]
         text, suspects = hang_message(ranks, self._settings, stacks_file=None)

@@ -50,7 +50,7 @@ class WatchedRank:
 
 
 class HelperAnswer(NamedTuple):
-    """What the helper thread of a rank answers.
+    """The answer of a rank's helper thread.
 
     Attributes:
         collectives: see flight_recorder.last_collectives.
@@ -72,7 +72,7 @@ async def collect_evidence(
     The rank prints nothing from now on, unless the decision to end it is withdrawn.
 
     Args:
-        query: asks the helper thread what it knows.
+        query: requests the answer of the helper thread.
         silence: tells the helper thread to stop the main thread from printing.
         send: sends a message to the coordinator.
     """

@@ -61,7 +61,7 @@ ALONE_FACTOR = 10.0
 """Multiplies train.hang_timeout, outside of timed steps, for a rank whose monitor has lost the others."""
 
 ALONE_WARNING_S = 5.0
-"""How long a monitor is alone before it warns about that."""
+"""Time without the coordinator after which a monitor warns."""
 
 PR_SET_NAME = 15
 
@@ -308,7 +308,7 @@ class RankMonitor:
     async def _follow(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, endpoint: CoordinatorEndpoint
     ) -> None:
-        """Obeys the coordinator until the connection is closed. While that is silent, this process watches the rank.
+        """Obeys the coordinator until the connection is closed. While the coordinator is silent, this process watches the rank.
 
         The coordinator sends a line every few seconds. If it does not, its node or the network is down, and the others'
         monitors see the same from their side. So a rank that waits for others waits no longer than its limit.

@@ -26,12 +26,12 @@ MAX_LISTED = 8
 """How many ranks a line names."""
 
 COLLECTIVE_CODE = ("/torch/distributed/", "/deepspeed/comm/", "/dtrain/distributed/collectives.py")
-"""A rank whose stack ends there waits in a collective, whatever torch's recorder knows."""
+"""A rank whose stack ends there waits in a collective, even if torch's recorder does not show it."""
 
 LIBRARY_CODE = ("/site-packages/", "/lib/python3", "/dtrain/distributed/collectives.py")
 OWN_CODE = f"{Path(__file__).parents[2]}/"
 IDLE_WORKER_CODE = ("/multiprocessing/", "/torch/utils/data/_utils/", "/selectors.py", "/threading.py")
-"""Where a data worker without work is."""
+"""The place of a data worker that waits for work."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class CollectiveCall:
 
 @dataclass(frozen=True)
 class RankEvidence:
-    """What is known about one rank of a job that hangs.
+    """The evidence about one rank of a job that hangs.
 
     Attributes:
-        state: as its monitor saw it last.
+        state: its last state, as its monitor saw it.
         host: its host name.
         pid: its process id.
         process_state: letter in /proc.
-        stack: of its main thread, innermost first; empty if it could not be asked.
+        stack: stack of its main thread, innermost first; empty if it is unknown.
         workers: stacks of its data workers.
         collectives: the last one of each group; empty if unknown.
         is_reachable: whether its monitor is in reach.

@@ -19,7 +19,7 @@ GIL_STALL_S = 3.0
 
 @dataclass(frozen=True)
 class HangSettings:
-    """What decides whether the job hangs.
+    """The settings that decide whether the job hangs.
 
     Attributes:
         hang_timeout_s: train.hang_timeout; None: nothing counts as a hang.
@@ -79,7 +79,7 @@ def idle_limit_s(state: RankState, settings: HangSettings) -> float | None:
 
 
 def needs_query(state: RankState, settings: HangSettings) -> bool:
-    """Whether that rank has been idle for so long that its monitor asks it which collective it waits in."""
+    """Returns whether that rank has been idle for so long that its monitor asks it which collective it waits in."""
     limit, timeout_s = idle_limit_s(state, settings), settings.hang_timeout_s
     if timeout_s is None or state.stopped_s or IDLE_RULES[state.phase] is IdleRule.WAITING:
         return False
@@ -87,7 +87,7 @@ def needs_query(state: RankState, settings: HangSettings) -> bool:
 
 
 def is_hang(ranks: Sequence[RankState], settings: HangSettings) -> bool:
-    """Whether the job hangs and must be ended.
+    """Returns whether the job hangs and must be ended.
 
     A rank that is stopped, or idle outside of a collective, hangs whatever the others do. A rank that waits in a
     collective hangs if no other rank may still join it: all others wait as well or are out of reach. A rank at work in
@@ -108,19 +108,19 @@ def is_hang(ranks: Sequence[RankState], settings: HangSettings) -> bool:
 
 
 def is_overdue(state: RankState, settings: HangSettings) -> bool:
-    """Whether that rank has been idle for longer than its phase allows."""
+    """Returns whether that rank has been idle for longer than its phase allows."""
     limit = idle_limit_s(state, settings)
     return limit is not None and state.idle_s > limit and state.unreachable_s <= limit
 
 
 def is_unreachable(state: RankState, settings: HangSettings) -> bool:
-    """Whether that rank has been out of reach for longer than it was allowed to be idle in its last known phase."""
+    """Returns whether that rank has been out of reach for longer than it was allowed to be idle in its last known phase."""
     limit = idle_limit_s(state, settings) or settings.hang_timeout_s
     return limit is not None and state.unreachable_s > limit
 
 
 def _may_be_awaited(state: RankState, settings: HangSettings) -> bool:
-    """Whether other ranks may wait for that rank.
+    """Returns whether other ranks may wait for that rank.
 
     A rank that has only just started to wait for another's work was at work itself until then. A rank that waited for
     it in a collective continues, and may not have reported that yet.
@@ -132,7 +132,7 @@ def _may_be_awaited(state: RankState, settings: HangSettings) -> bool:
 
 
 def _is_stuck(state: RankState, settings: HangSettings) -> bool:
-    """Whether that rank has waited in a collective for too long, also in a phase without a limit.
+    """Returns whether that rank has waited in a collective for too long, also in a phase without a limit.
 
     In such a phase it must be the same collective: many of them may take long, for example to gather a large model.
     """
@@ -145,7 +145,7 @@ def _is_stuck(state: RankState, settings: HangSettings) -> bool:
 
 
 def _may_be_at_work(state: RankState, settings: HangSettings) -> bool:
-    """Whether that rank may be at work, as far as is known, so that others wait for it with reason."""
+    """Returns whether that rank may be at work, as far as is known, so that others wait for it with reason."""
     assert settings.hang_timeout_s is not None
     if is_unreachable(state, settings) or state.stopped_s > settings.hang_timeout_s:
         return False

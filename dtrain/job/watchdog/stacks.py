@@ -81,7 +81,7 @@ def find_fatal_error(text: str) -> str | None:
 
 
 def is_debugged(frame: FrameType | None) -> bool:
-    """Whether a debugger is among the callers of a frame, so that the process waits for a person."""
+    """Returns whether a debugger is among the callers of a frame, so that the process waits for a person."""
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0].lstrip("_") in DEBUGGERS:
             return True
@@ -156,7 +156,7 @@ def _signal_thread(pid: int, thread: int) -> None:
 
 
 def handles_stack_signal(pid: int) -> bool:
-    """Whether it handles the signal, as a rank and its forks do. The signal would end any other process."""
+    """Returns whether it handles the signal, as a rank and its forks do. The signal would end any other process."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
