@@ -119,8 +119,8 @@ def compare_nodes(splits: Mapping[str, Mapping[str, Json]], context: RankContext
     Raises:
         DataError: with a table of node, host, split, rows and fingerprint.
     """
-    mine = {"node": context.topology.node_rank, "host": socket.gethostname(), "splits": splits}
-    every_rank = all_gather_object(mine, context)
+    local = {"node": context.topology.node_rank, "host": socket.gethostname(), "splits": splits}
+    every_rank = all_gather_object(local, context)
     nodes = {entry["node"]: entry for entry in sorted(every_rank, key=lambda entry: entry["node"])}
     for entry in nodes.values():
         where = f" on node {entry['node']} ({entry['host']})" if len(nodes) > 1 else ""

@@ -64,9 +64,9 @@ def rank_share(
         cores: the cores of this rank's mask, as `physical_cores` returns them.
         limit: CPU time per second that the container may use, shared by the ranks of the node; None: no limit.
     """
-    mine = set(masks[local_rank])
-    overlapping = [rank for rank, mask in masks.items() if mine & set(mask)]
-    sharers = sorted(rank for rank in overlapping if set(masks[rank]) == mine)
+    mask_of_rank = set(masks[local_rank])
+    overlapping = [rank for rank, mask in masks.items() if mask_of_rank & set(mask)]
+    sharers = sorted(rank for rank in overlapping if set(masks[rank]) == mask_of_rank)
     threads = max(1, len(cores) // len(overlapping))
     if limit is not None:
         threads = min(threads, max(1, int(limit // len(masks))))

@@ -82,8 +82,9 @@ class Arrival:
 
 def difference_table(one: Arrival, other: Arrival) -> str:
     """Returns a table of what two processes disagree about; empty if they agree."""
-    mine, its = ({**arrival.identity.table_rows(), "world size": str(arrival.world_size)} for arrival in (one, other))
-    rows = [(key, mine.get(key, "-"), its.get(key, "-")) for key in {**mine, **its} if mine.get(key) != its.get(key)]
+    left, right = ({**arrival.identity.table_rows(), "world size": str(arrival.world_size)} for arrival in (one, other))
+    names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
+    rows = [(name, left.get(name, "-"), right.get(name, "-")) for name in names]
     if not rows:
         return ""
     table = [("", str(one), str(other)), *rows]

@@ -265,14 +265,14 @@ class _Leader:
 
     def _admit(self, number: int, arrival: Arrival) -> None:
         """Admits a live process, or rejects it, or records why the job cannot start."""
-        me, mine, its = self._me, self._me.identity, arrival.identity
-        has_other_size, has_other_run = arrival.world_size != me.world_size, its.run != mine.run
+        leader, our_job, its_job = self._me, self._me.identity, arrival.identity
+        has_other_size, has_other_run = arrival.world_size != leader.world_size, its_job.run != our_job.run
         # A launcher that names the job gives all its ranks one world size, but each node may be given another command.
         # Without a launcher, ranks are started by hand: another size is a mistake then, another run is another job.
-        is_other_job = not mine.is_same_start(its) or (has_other_size if mine.job else has_other_run)
-        if mine.is_older_start(its):
+        is_other_job = not our_job.is_same_start(its_job) or (has_other_size if our_job.job else has_other_run)
+        if our_job.is_older_start(its_job):
             self._superseded = (
-                f"{me.capitalized} is left over from an older start of this job, to which {arrival} belongs."
+                f"{leader.capitalized} is left over from an older start of this job, to which {arrival} belongs."
             )
             return
         if is_other_job:
@@ -280,13 +280,13 @@ class _Leader:
             return
         self.num_followers += 1
         if has_other_run:
-            table = difference_table(me, arrival)
+            table = difference_table(leader, arrival)
             self._problem = (
-                f"{me.capitalized} and {arrival} work on different runs:\n{table}\nStart all with one command."
+                f"{leader.capitalized} and {arrival} work on different runs:\n{table}\nStart all with one command."
             )
         elif has_other_size:
             self._problem = (
-                f"{arrival.capitalized} expects {arrival.world_size} processes, rank 0 expects {me.world_size}: start "
+                f"{arrival.capitalized} expects {arrival.world_size} processes, rank 0 expects {leader.world_size}: start "
                 "every rank with the same WORLD_SIZE."
             )
         elif arrival.rank in self.present:

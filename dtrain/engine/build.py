@@ -21,14 +21,17 @@ def engine_name(config: Config, context: RankContext) -> tuple[str, str]:
     """
     chosen = config.engine.name
     if config.engine.is_deepspeed:
-        return "deepspeed", "as asked" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set"
+        return (
+            "deepspeed",
+            "set by engine.name" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set",
+        )
     if chosen == "single" and context.world_size > 1:
         raise ConfigError(
             f"engine.name=single runs one process, but {context.topology.launcher} started {context.world_size}: each would train alone. "
             "Use engine.name=ddp or auto, or start one process."
         )
     if chosen != "auto":
-        return chosen, "as asked"
+        return chosen, "set by engine.name"
     return ("single", "one process") if context.world_size == 1 else ("ddp", f"{context.world_size} processes")
 
 

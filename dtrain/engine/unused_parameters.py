@@ -30,8 +30,8 @@ def without_gradient(
         loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)
-    found = [
+    unused = [
         name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
     module.zero_grad(set_to_none=True)
-    return found
+    return unused

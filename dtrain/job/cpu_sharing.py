@@ -36,10 +36,10 @@ def share_cores(context: RankContext, env: Mapping[str, str], *, bind: bool) -> 
         env: the environment; OMP_NUM_THREADS, if set, decides the number of threads (torchrun sets it to 1 by default).
         bind: run.bind_cores: also bind this rank to its cores.
     """
-    mine = cpu.allowed_cpus()
-    reports = all_gather_object([context.topology.node_rank, context.topology.local_rank, sorted(mine)], context)
+    allowed = cpu.allowed_cpus()
+    reports = all_gather_object([context.topology.node_rank, context.topology.local_rank, sorted(allowed)], context)
     masks = {local_rank: mask for node, local_rank, mask in reports if node == context.topology.node_rank}
-    share = cpu.rank_share(context.topology.local_rank, masks, cpu.physical_cores(mine), cpu.cpu_time_limit())
+    share = cpu.rank_share(context.topology.local_rank, masks, cpu.physical_cores(allowed), cpu.cpu_time_limit())
     if not env.get("OMP_NUM_THREADS"):
         torch.set_num_threads(share.threads)
     if not bind:
@@ -47,7 +47,7 @@ def share_cores(context: RankContext, env: Mapping[str, str], *, bind: bool) -> 
     if torch.cuda.is_available():
         log.info("run.bind_cores is for ranks on the CPU. With GPUs, let the launcher bind each rank near its GPU.")
     elif share.cpus is None:
-        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.format_cpu_list(mine), share.reason)
+        log.info("run.bind_cores: rank 0 keeps CPUs %s: %s.", cpu.format_cpu_list(allowed), share.reason)
     else:
         _bind(share, context)
 

@@ -24,8 +24,8 @@ def compare_software(context: RankContext, processes: list[ProcessIdentity]) -> 
     """
     if context.world_size == 1:
         return
-    mine = {**versions(), "dtrain's code": str(hash_source(ROOT))[:12]}
-    all_versions = all_gather_object(mine, context)
+    local_versions = {**versions(), "dtrain's code": str(hash_source(ROOT))[:12]}
+    all_versions = all_gather_object(local_versions, context)
 
     def check() -> None:
         if differences := _differences("has other software", all_versions, processes):

@@ -103,7 +103,7 @@ def is_relaunch(folder: RunFolder, launches: Mapping[str, int]) -> bool:
 
     Args:
         launches: names of possible launches of this job, and how often each was restarted; see
-            launcher_env.launches_of.
+            launcher_env.count_launches.
     """
     try:
         file = folder.path / LAUNCHES

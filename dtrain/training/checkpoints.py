@@ -178,7 +178,7 @@ class StopOnRequest:
 
     def after_step(self, record: StepRecord) -> Decision:
         if self._request.name is not None:
-            self.why = f"asked to by {self._request.name}"
+            self.why = f"requested by {self._request.name}"
         elif self._end is not None and time.monotonic() > self._end:
             self.why = "train.max_minutes is over"
         return Decision.CONTINUE if self.why is None else Decision.PREEMPT

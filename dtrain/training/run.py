@@ -239,8 +239,8 @@ class TrainingRun:
         self.settings = self._loop_settings(total)
         steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
         self.look_ahead = LookAhead(steps, self.task, self.context)
-        with deferring(self.config) as asked:
-            request = StopOnRequest(asked, self.config.train.max_minutes, began=self.began)
+        with deferring(self.config) as stop_request:
+            request = StopOnRequest(stop_request, self.config.train.max_minutes, began=self.began)
             decision = train(self, [*self._monitors(extra_monitors), request, self.checkpoints])
             if decision == Decision.PREEMPT and self.state.step < total:
                 self._stop(request.why)
@@ -284,7 +284,7 @@ class TrainingRun:
     def _stop(self, why: str | None) -> NoReturn:
         """Collective. Saves a checkpoint, from which a later start continues the run."""
         reasons = all_gather_object(why, self.context)
-        cause = next((reason for reason in reasons if reason is not None), "a monitor asked to")
+        cause = next((reason for reason in reasons if reason is not None), "requested by a monitor")
         self.checkpoints.save()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=cause)

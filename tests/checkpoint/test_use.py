@@ -204,7 +204,7 @@ def test_a_best_step_without_weights_is_searched_again(folder: Path) -> None:
     alone, hurt = run(folder, 2, ("train", "unsaved", unsaved, None), ("train", "hurt-best", saved, None))
 
     assert asked[0] == "Preempted"
-    assert "Stopped after step 6: a monitor asked to. The checkpoint is saved" in asked[1]
+    assert "Stopped after step 6: requested by a monitor. The checkpoint is saved" in asked[1]
     assert died == "died"
     assert resumed_at(folder, "unsaved") == [6]
     summaries = [json.loads((folder / "runs" / n / "summary.json").read_text()) for n in ("unsaved", "hurt-best")]

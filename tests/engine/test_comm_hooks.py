@@ -1,6 +1,6 @@
 """What crosses ranks in a step: counted as torch counts it, halved in bf16, squeezed by PowerSGD, seldom by local steps.
 
-21 rows, global batch 8, micro-batches of 3, as in test_training_exactness.py: at W = 3 a rank has nothing to do in the last
+21 rows, global batch 8, micro-batches of 3, as in tests/training/test_exactness.py: at W = 3 a rank has nothing to do in the last
 step of an epoch.
 """
 

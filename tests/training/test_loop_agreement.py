@@ -1,6 +1,6 @@
 """What ranks decide together: stopping, the best step, steps that cannot be taken; and ranks without an example.
 
-The one bad example is rank 1's; see tests/faults.py. Each engine goes through everything in one start of its ranks.
+The one bad example is rank 1's; see tests/support/faults.py. Each engine goes through everything in one start of its ranks.
 """
 
 from __future__ import annotations
