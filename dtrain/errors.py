@@ -73,4 +73,4 @@ ERROR_TYPES: dict[str, type[DtrainError]] = {
         Preempted,
     )
 }
-"""By name, so that ranks can exchange errors as JSON."""
+"""Error types by name, so that ranks can exchange errors as JSON."""

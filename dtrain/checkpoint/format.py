@@ -35,14 +35,14 @@ MODEL = "model"
 OPTIMIZER = "optimizer"
 """Stem of the files with the optimizer's slots."""
 BUFFER = "buffer"
-"""Used instead of a slot name for buffers that do not belong in a model folder."""
+"""Replaces the slot name for buffers that do not belong in a model folder."""
 
 SHARD = "shard"
 """Stem of the files of a sharded checkpoint, one part per rank that wrote: `shard-00003.safetensors`."""
 VALUE = "value"
-"""Used instead of a slot name for the parameter or buffer itself, in the files of a sharded checkpoint."""
+"""Replaces the slot name for the parameter or buffer itself, in the files of a sharded checkpoint."""
 FULL_TENSOR = -1
-"""Used instead of the first element's index for a piece that is the complete tensor."""
+"""Replaces the index of the first element for a piece that is the complete tensor."""
 
 CHUNK = 2**22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

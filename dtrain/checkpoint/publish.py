@@ -43,12 +43,12 @@ class StagedTensor:
     """A tensor in the staging buffer.
 
     Attributes:
-        stem: selects the files it goes to: model, optimizer, ...
+        stem: stem of the files that it is written to: model, optimizer, ...
         key: its name in that file.
         dtype: type name of safetensors, such as F32.
-        shape: of the tensor.
-        offset: of its first byte in the buffer.
-        size: in bytes.
+        shape: shape of the tensor.
+        offset: index of its first byte in the buffer.
+        size: size in bytes.
     """
 
     stem: str

@@ -26,7 +26,7 @@ class TensorPiece(NamedTuple):
 
     Attributes:
         start: index of its first element in the flattened tensor, or FULL_TENSOR.
-        shape: of the piece.
+        shape: shape of the piece.
         dtype: type name of safetensors.
     """
 

@@ -139,7 +139,7 @@ def at(path: Path, context: RankContext, *, setting: str) -> SelectedCheckpoint:
     """Collective. Selects the checkpoint in that folder.
 
     Args:
-        setting: what named the folder, for the error message.
+        setting: the setting that names the folder, for the error message.
 
     Raises:
         CheckpointError: on every rank; the nodes do not have a complete checkpoint there.

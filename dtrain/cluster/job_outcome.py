@@ -67,7 +67,7 @@ def combine_results(
     """Returns the job's outcome.
 
     Args:
-        results: of all hosts, in the order in which they arrived.
+        results: results of all hosts, in the order in which they arrived.
         launcher: the name of the program that was started on each host.
         is_elastic: failed hosts do not count if another host finished the job.
         stop_signal: the signal that was forwarded to the hosts, if any.

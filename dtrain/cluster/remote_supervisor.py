@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 GRACE_S = 3.0
-"""From the end of the input to SIGKILL: time for a rank to write why it ended."""
+"""Time from the end of the input to SIGKILL, in which a rank can write why it ended."""
 
 SILENCE_LIMIT_S = 10.0
 """The launching process sends a ping every few seconds. If none arrives for this long, a launcher without ranks is

@@ -39,7 +39,7 @@ SILENCE_LIMIT_S = 9.0
 """After another host has failed, a host that has been silent for this long is not waited for."""
 
 SILENCE_LIMIT_AFTER_SUCCESS_S = 60.0
-"""The same after another host has succeeded: longer, because a busy network may delay the answer."""
+"""The same limit after another host has succeeded. It is longer, because a busy network may delay the answer."""
 
 HARMLESS_CODES = (0, 75)
 """Exit codes that are not a failure, so that the other hosts have no time limit."""

@@ -99,7 +99,7 @@ def explain_exit(host: str, code: int, stderr: str) -> str:
 
     Args:
         code: the exit code; 255 comes from ssh itself, any other from the remote command.
-        stderr: what the command wrote to standard error.
+        stderr: the text that the command wrote to standard error.
     """
     for text, explanation in SSH_ERRORS:
         if code == 255 and text in stderr:

@@ -37,7 +37,7 @@ BASE_LIMIT_S, LIMIT_PER_PAIR_S = 180.0, 15.0
 """Time limit of the complete test; a rank that hangs, in any call, ends after it."""
 
 SIZES = tuple(mib << 20 for mib in (1, 4, 16, 32, 64, 128, 256))
-"""Bytes, in ascending order: the first ones open TCP's window."""
+"""Sizes in bytes, in ascending order: the first ones open TCP's window."""
 
 LONG_ENOUGH_S = 0.25
 """A size that takes this long is large enough: the startup time no longer matters."""

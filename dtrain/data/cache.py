@@ -55,7 +55,7 @@ class PreparedData:
 
     Attributes:
         folder: the folder.
-        meta: what `build` returned, plus "splits": {split: {"rows": count, "fingerprint": SHA-256 over the rows}}.
+        meta: the result of `build`, plus "splits": {split: {"rows": count, "fingerprint": SHA-256 over the rows}}.
         splits: the memory-mapped splits.
     """
 

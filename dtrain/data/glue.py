@@ -115,7 +115,10 @@ class GlueRows:
     """The rows of one file, read again by each iteration, with text, text_pair (in tasks with pairs) and label."""
 
     def __init__(self, path: Path, task: GlueTask, *, is_test: bool) -> None:
-        """`is_test`: the file has no labels, and in every task a header."""
+        """
+        Args:
+            is_test: whether this is a test file, which has no labels and always a header.
+        """
         self._path = path
         self._task = task
         self._has_label = not is_test

@@ -65,14 +65,14 @@ def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which examples each training step takes. Steps count from 0 and continue over epochs.
+    """Selects the examples of each training step. Steps count from 0 and continue over epochs.
 
     Attributes:
         num_examples: rows of the training split.
         global_batch_size: examples per step, over all ranks.
         micro_batch_size: examples per forward pass.
-        seed: decides the order.
-        shuffle: False: file order.
+        seed: seed of the random order.
+        shuffle: whether the order is random; if not, it is that of the file.
     """
 
     num_examples: int

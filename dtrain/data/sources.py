@@ -35,7 +35,7 @@ class Source:
         origin: file or hub name, for messages.
         label_names: the labels in the order of their ids if the source defines them; None: the sorted training labels.
         bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
-        unit: what `line` counts: lines of a file, or rows if there are no lines.
+        unit: unit that `line` counts: lines of a file, or rows if there are no lines.
     """
 
     split: str

@@ -44,7 +44,7 @@ class Origin:
 
     Attributes:
         name: file or hub name, for messages.
-        unit: what row numbers count.
+        unit: unit that row numbers count.
         needs_label: False for a split that is only predicted.
         columns: `data.columns`: our column name -> the source's.
         class_names: the labels in order, for columns whose labels the source defines.

@@ -17,10 +17,10 @@ from mmap import mmap
 from typing import NamedTuple
 
 _MAIN_THREAD = struct.Struct("<QqdQQBBQ")
-"""Writes, step, median step, steps timed, evaluations, phase, whether the run folder is ours, and writes again."""
+"""Format of: writes, step, median step, steps timed, evaluations, phase, owns_run_dir, and writes again."""
 
 _HELPER_THREAD = struct.Struct("<dq")
-"""When the helper thread last held the interpreter lock (GIL), and the number of the last collective."""
+"""Format of: time when the helper thread last held the interpreter lock (GIL), and number of the last collective."""
 
 HEARTBEAT_BYTES = _MAIN_THREAD.size + _HELPER_THREAD.size
 
@@ -111,7 +111,7 @@ class HeartbeatReading(NamedTuple):
         median_step_s: median duration of the last steps; 0 until two steps have started.
         steps_timed: number of steps timed since the start.
         evaluations: number of evaluations completed since the start.
-        phase: what the rank is doing.
+        phase: the kind of work that the rank is doing.
         owns_run_dir: whether this run may write exit.json.
         gil_acquired_s: time.monotonic() when the helper thread last held the interpreter lock (GIL).
         collective: number of the last collective; -1 for none.

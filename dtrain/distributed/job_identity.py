@@ -1,4 +1,4 @@
-"""Which job a process belongs to, as it describes itself; and a table of what two processes disagree about."""
+"""Describes which job a process belongs to, and compares the descriptions of two processes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Arrival:
 
 
 def difference_table(one: Arrival, other: Arrival) -> str:
-    """Returns a table of what two processes disagree about; empty if they agree."""
+    """Returns a table of the differences between two processes; empty if there are none."""
     left, right = ({**arrival.identity.table_rows(), "world size": str(arrival.world_size)} for arrival in (one, other))
     names = [name for name in {**left, **right} if left.get(name) != right.get(name)]
     rows = [(name, left.get(name, "-"), right.get(name, "-")) for name in names]

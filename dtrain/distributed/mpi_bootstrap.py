@@ -21,8 +21,8 @@ class MpiRendezvous(NamedTuple):
 
     Attributes:
         address: address of rank 0's socket.
-        port: its port.
-        listener: that socket, open, on rank 0; None elsewhere.
+        port: port of rank 0's socket.
+        listener: the open socket on rank 0; None on other ranks.
         node: equal for all ranks of one node.
     """
 

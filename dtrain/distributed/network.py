@@ -15,7 +15,7 @@ from dtrain.console import log
 from dtrain.errors import TopologyError
 
 SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
+"""Linux ioctl that returns the IPv4 address of an interface."""
 
 OUTSIDE_ADDRESS = "192.0.2.1"
 """An address reserved for documentation (RFC 5737): the route to it is the default route."""

@@ -48,7 +48,7 @@ def process_group(
         timeout_s: how long to wait for all ranks to arrive.
         collective_timeout_s: how long a collective waits after that.
         store: used for the rendezvous instead of one at the master's address (tests use a file store).
-        run: what the ranks work on, equal on all: a process with another value is rejected.
+        run: name of the run, equal on all ranks: a process with another value is rejected.
 
     Raises:
         TopologyError: ranks are missing, or this one belongs to another job; the message says which ranks, or why.

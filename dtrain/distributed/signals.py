@@ -59,12 +59,12 @@ class StopRequest:
 
 
 _stop_request: StopRequest | None = None
-"""Signal handlers belong to the process, and so does this: set in `deferred` only."""
+"""The request of this process, because signal handlers belong to the process. Only `deferred` sets it."""
 
 
 @contextmanager
 def deferred(signals: Collection[signal.Signals]) -> Iterator[StopRequest]:
-    """Inside, the first of these signals is only recorded; a second one, more than 3 s later, ends the process."""
+    """Defers these signals inside the block: the first is only recorded; one more than 3 s later ends the process."""
     global _stop_request
     _stop_request = request = StopRequest(signals)
     try:

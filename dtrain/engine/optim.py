@@ -18,7 +18,7 @@ def parameter_groups(
     """Returns the trainable parameters in groups with and without weight decay; biases and norm layers have none.
 
     Args:
-        weight_decay: of the first group of each stage.
+        weight_decay: weight decay of the first group of each stage.
         stages: names of parameters that began to learn later, one list per thaw. Each stage gets separate groups, since
             ZeRO counts Adam's steps per group and these have taken fewer.
 

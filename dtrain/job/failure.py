@@ -45,7 +45,7 @@ PEER_FAILURE_S = 0.5
 """How long the monitors may take to report a rank that has died."""
 
 PEER_FAILURE_AT_SIGNAL_S = 0.1
-"""The same after a signal from the launcher: mpirun kills this rank 0.25 s later."""
+"""The same limit after a signal from the launcher: mpirun kills this rank 0.25 s later."""
 
 STORE_S = 3.0
 """How long an exchange through the store may take in total: its host may be gone."""
@@ -75,8 +75,8 @@ class ExitRecord:
     Attributes:
         code: exit code.
         cause: type of the error.
-        rank: where it happened.
-        host: host of that rank.
+        rank: the rank where it happened.
+        host: host name of that rank.
         message: the message for the user.
     """
 

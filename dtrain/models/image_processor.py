@@ -28,7 +28,7 @@ FILE = "preprocessor_config.json"
 
 BILINEAR, NATIVE_SIZE = 2, 224
 CONVNEXT_SQUARE_SIZE = 384
-"""From this size on, ConvNeXT's processor resizes to a square. Below, it resizes to a larger image and crops."""
+"""Size from which ConvNeXT's processor resizes to a square. Below it, the processor resizes to a larger image and crops."""
 
 
 @dataclass(frozen=True)

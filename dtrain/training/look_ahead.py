@@ -57,8 +57,8 @@ class LookAhead:
 
     Attributes:
         next_step: None at the end of the run.
-        requested: what this rank's monitors request; the next all-reduce carries it.
-        decision: what all ranks had requested by the last all-reduce, combined into one.
+        requested: request of this rank's monitors; the next all-reduce carries it.
+        decision: combined requests of all ranks, as of the last all-reduce.
     """
 
     def __init__(self, steps: Iterator[StepBatches], task: Task, context: RankContext) -> None:

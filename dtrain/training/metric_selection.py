@@ -1,4 +1,4 @@
-"""Which metrics an evaluation reports: all or some of the task's, and those of the user's own function."""
+"""Selects the metrics that an evaluation reports: all or some of the task's, and those of the user's own function."""
 
 from __future__ import annotations
 

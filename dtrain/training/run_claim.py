@@ -25,7 +25,7 @@ class RunClaim:
     """The decision for this start.
 
     Attributes:
-        action: what the command does with the folder.
+        action: action of the command in the folder.
         checkpoint: checkpoint to resume from; None starts from the beginning.
     """
 

@@ -33,7 +33,7 @@ SSH_FAILED = 255
 """ssh's own exit code; any other is the remote command's."""
 
 FIRST_ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 20.0
-"""From the start of ssh to the first answer. A slow login is not a failure."""
+"""Time from the start of ssh to the first answer. A slow login is not a failure."""
 
 END_TIMEOUT_S = 5.0
 """Time for an agent to end after its input is closed."""

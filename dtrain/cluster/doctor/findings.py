@@ -101,7 +101,7 @@ def format_summary(findings: Sequence[Finding], hosts: Sequence[str], rates: str
     """Returns the last line, which summarizes all findings.
 
     Args:
-        rates: what the process group measured, as text; empty if there was none.
+        rates: rates that the process group measured, as text; empty if there was none.
     """
     rows = merge_findings(findings)
     red, warn = ([row for row in rows if row.state == state] for state in (RED, WARN))

@@ -10,19 +10,19 @@ from dtrain.cluster.doctor.findings import OK, RED, WARN, Finding, compare_value
 from dtrain.cluster.preflight import CLOCK_WARNING_S, MAX_CLOCK_OFFSET_S
 
 MIN_SHM, GOOD_SHM = 128 << 20, 1 << 30
-"""Bytes of /dev/shm. A container has 64 MiB by default. Writing past the end kills the process with SIGBUS."""
+"""Minimum size of /dev/shm in bytes. A container has 64 MiB by default. Writing past the end kills the process with SIGBUS."""
 
 MIN_OPEN_FILES, GOOD_OPEN_FILES = 1024, 4096
 """Limit of open files. Below the first, sockets to other ranks and pipes of workers exhaust it; below the second they may."""
 
 MIN_DISK, GOOD_DISK = 1 << 30, 10 << 30
-"""Bytes free where runs are written. A checkpoint of BERT-base with AdamW's moments takes 1.3 GB."""
+"""Minimum free bytes where runs are written. A checkpoint of BERT-base with AdamW's moments takes 1.3 GB."""
 
 MIN_RANK_MEMORY = 2 << 30
-"""Bytes available for each rank."""
+"""Minimum available memory for each rank, in bytes."""
 
 MIN_LOCKED_MEMORY = 1 << 30
-"""Bytes that may be locked. InfiniBand locks its buffers."""
+"""Minimum number of bytes that may be locked. InfiniBand locks its buffers."""
 
 SAME_VERSIONS = "install the same versions everywhere: pip install -c constraints.txt . in the .venv of each host"
 

@@ -95,7 +95,7 @@ class WatchdogClient:
         """Starts to watch this rank together with all others, after the process group has formed.
 
         Args:
-            endpoint: what `start_coordinator` returned on rank 0.
+            endpoint: the result of `start_coordinator` on rank 0.
         """
         self._has_group = True
         if endpoint is not None:

@@ -53,7 +53,7 @@ class RankRecord:
         state: None before its first report.
         owns_run_dir: whether this run may write exit.json.
         heard_s: time.monotonic() when its monitor last sent something.
-        evidence: what its monitor has sent about a hang.
+        evidence: evidence about a hang that its monitor has sent.
         has_left: whether the rank has ended or its monitor has left.
         is_disconnected: whether the connection to its monitor is closed.
     """
@@ -107,7 +107,7 @@ class Coordinator:
         """
         Args:
             ranks: all ranks of the job, or those that this coordinator watches.
-            settings: what counts as a hang.
+            settings: the settings that define a hang.
             report_end: prints and writes how the job ends: the fields of exit.json, and the evidence about a hang.
         """
         self._expected = frozenset(ranks)

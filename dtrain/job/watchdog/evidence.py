@@ -34,7 +34,7 @@ class WatchedRank:
         memory: its heartbeat.
         stacks: file that faulthandler writes to; None if another handler has the signal.
         channel: the monitor's end of the socket pair.
-        settings: what counts as a hang.
+        settings: the settings that define a hang.
         run_dir: the run's folder.
     """
 

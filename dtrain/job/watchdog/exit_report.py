@@ -25,7 +25,7 @@ RUN_DIR_S = 3.0
 """How long the run folder may take. The ranks may hang in its file system, and must be ended nevertheless."""
 
 PRINT_S = 1.0
-"""The same for standard output, which may be a file there."""
+"""The same limit for standard output, which may be a file there."""
 
 
 def death_message(rank: int, pid: int, stacks: int | None, thread: int) -> str:

@@ -36,7 +36,7 @@ class RankState:
 
     Attributes:
         rank: its number.
-        phase: what it is doing.
+        phase: the kind of work that it is doing.
         step: 0-based; -1 before the first.
         idle_s: seconds since the last heartbeat, counted only while the monitor itself was running.
         stopped_s: seconds for which a signal has stopped the process.

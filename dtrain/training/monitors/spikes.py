@@ -28,7 +28,7 @@ class Spikes:
         """Returns whether to skip the update of a step. Equal on every rank.
 
         Args:
-            loss: of the step, per target, in nats.
+            loss: loss of the step per target, in nats.
         """
         return self._settings.action == "skip" and self._is_spike(loss)
 
