@@ -45,7 +45,7 @@ def run_train(
         run = prepare_run(config, context, model, task, claim.checkpoint)
         run.began = began
         log.info("%s", run.describe(in_full=False))
-        return run.go(monitors)
+        return run.run(monitors)
 
 
 def run_dry(config: Config, context: RankContext) -> None:

@@ -127,10 +127,10 @@ def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Dat
         loaded: by our names if `data.splits` is set, else by the source's names.
     """
     readers = {}
-    for split, theirs in choose_splits(list(loaded), data, origin=name).items():
-        rows = loaded[split if data.splits else theirs]
+    for split, source_split in choose_splits(list(loaded), data, origin=name).items():
+        rows = loaded[split if data.splits else source_split]
         origin = Origin(
-            f"{name} ({theirs})",
+            f"{name} ({source_split})",
             "row",
             needs_label=not _is_test(split),
             columns=data.columns,
@@ -195,12 +195,12 @@ def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
             f"data.path={data.path} was written by save_to_disk but cannot be loaded: {error}. Save it again"
         ) from None
     splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else dict(loaded)
-    if missing := [theirs for theirs in data.splits.values() if theirs not in splits]:
+    if missing := [source_split for source_split in data.splits.values() if source_split not in splits]:
         raise DataError(
             f"data.path={data.path} has no split {missing[0]!r}, which data.splits names. Its splits: "
             f"{', '.join(splits)}"
         )
-    return {ours: splits[theirs] for ours, theirs in data.splits.items()} or splits
+    return {ours: splits[source_split] for ours, source_split in data.splits.items()} or splits
 
 
 def hub_name(data: Data) -> tuple[str, str | None]:

@@ -190,11 +190,11 @@ def configured_columns(columns: Sequence[str], origin: Origin, ours: Sequence[st
             f"data.columns.{unknown[0]} is not a column that this task reads. Those are {', '.join(ours[:-1])}"
             f"{' and ' if len(ours) > 1 else ''}{ours[-1]}"
         )
-    present = {our: theirs for our, theirs in origin.columns.items() if theirs in columns}
-    for our, theirs in origin.columns.items():
+    present = {our: column for our, column in origin.columns.items() if column in columns}
+    for our, column in origin.columns.items():
         if our not in present and (our != "label" or origin.needs_label):
             raise DataError(
-                f"{origin.name} has no column {theirs!r}, which data.columns.{our} names. Its columns: "
+                f"{origin.name} has no column {column!r}, which data.columns.{our} names. Its columns: "
                 f"{', '.join(columns)}"
             )
     return present

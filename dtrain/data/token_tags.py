@@ -133,7 +133,7 @@ def _converter(first: Values, origin: Origin) -> RowConverter:
             row["tags"] = names
         return row
 
-    names = [name for name, theirs in (("tokens", tokens), ("tags", tags)) if theirs is not None]
+    names = [name for name, column in (("tokens", tokens), ("tags", tags)) if column is not None]
     schema = pa.schema([(name, pa.list_(pa.string())) for name in names])
     return RowConverter(schema, convert, origin.class_names.get(tags or ""))
 

@@ -149,7 +149,7 @@ def leave_to_parent() -> None:
 def _end_if_blocked(
     read_end: socket.socket, done: threading.Event, grace_s: float, before_exit: Callable[[str], None]
 ) -> None:
-    """The helper thread: ends the process if the main thread does not react to a signal, or at a later signal."""
+    """Runs in the helper thread: ends the process if the main thread does not react to a signal, or at a later signal."""
     first = _next_signal(read_end)
     if first:
         begin = time.monotonic()

@@ -14,7 +14,7 @@ from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 
 
-def without_gradient(
+def parameters_without_gradient(
     module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]
 ) -> list[str]:
     """Returns the names of trainable parameters that got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.

@@ -80,7 +80,7 @@ class ChatTask:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
-        """The prediction of a dialogue is how many of its targets were the most likely token, and its number of targets."""
+        """Returns as prediction (batch, 2) how many targets were the most likely token, and the number of targets."""
         logits, labels = compute_logits(module, batch, use_cache=False), batch["labels"]
         # The layout (batch, vocabulary, length) takes several times as long on a CPU.
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")

@@ -221,8 +221,8 @@ def token_positions(offsets: Sequence[tuple[int, int]], begin: int, stop: int) -
     inside = [token for token, (first, _) in enumerate(offsets) if first != NOT_IN_CONTEXT]
     if not inside or offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < stop:
         return 0, 0
-    touched = [token for token in inside if offsets[token][1] > begin and offsets[token][0] < stop]
-    return (touched[0], touched[-1]) if touched else (0, 0)
+    overlapping = [token for token in inside if offsets[token][1] > begin and offsets[token][0] < stop]
+    return (overlapping[0], overlapping[-1]) if overlapping else (0, 0)
 
 
 def _check_tokenizer(tokenizer: Any, settings: QuestionAnswering, max_length: int) -> None:

@@ -20,7 +20,7 @@ from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.engine.build import engine_traits
-from dtrain.engine.unused_parameters import without_gradient
+from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.compatibility import check_fit, check_images
@@ -158,7 +158,9 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
     def freeze(module: nn.Module, epoch: int) -> list[str]:
         freezing.freeze(module, config.freeze, epoch=epoch)
         # If the user says that batches differ, a later one may use parameters that micro-batch 0 does not use.
-        unused = [] if config.engine.find_unused else without_gradient(module, task, plan, train_mode=train_mode)
+        unused = (
+            [] if config.engine.find_unused else parameters_without_gradient(module, task, plan, train_mode=train_mode)
+        )
         frozen = freezing.freeze(module, config.freeze, epoch=epoch, keep_frozen=unused)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError(

@@ -71,7 +71,7 @@ class LoopRun(Protocol):
     def look_ahead(self) -> LookAhead: ...
 
     def begin_epoch(self, epoch: int) -> None:
-        """Collective. Called before the first step of an epoch; unfreezes the parameters that are due."""
+        """Collective. Unfreezes the parameters that are due. Called before the first step of an epoch."""
         ...
 
     def roll_back(self) -> None:
@@ -154,7 +154,7 @@ def take_step(run: LoopRun, step: Step) -> StepRecord:
         examples=batches.examples,
         targets=step.targets,
         applied=result.applied,
-        finite=totals.faults == 0 and _norm_is_fine(grad_norm, settings, engine),
+        finite=totals.faults == 0 and _is_norm_acceptable(grad_norm, settings, engine),
         faults=faults,
         ends_epoch=ends_epoch,
         is_last=is_last,
@@ -168,12 +168,12 @@ def decide(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
     """Collective. Runs the monitors; returns whether, and how, the loop ends after this step."""
     look_ahead, context = run.look_ahead, run.engine.context
     context.heartbeat.at(Phase.MONITORS)
-    answer = run_monitors(monitors, record)
-    if answer == Decision.ROLLBACK:  # on every rank: it follows from the record alone
+    request = run_monitors(monitors, record)
+    if request == Decision.ROLLBACK:  # the same on every rank, because it depends on the record alone
         run.roll_back()
-        answer = Decision.CONTINUE
+        request = Decision.CONTINUE
     # Between two averages of local steps the ranks hold different weights, so a request waits for the next average.
-    look_ahead.requested = answer if record.averaged else max(look_ahead.requested, answer)
+    look_ahead.requested = request if record.averaged else max(look_ahead.requested, request)
     decision = look_ahead.decision if record.averaged else Decision.CONTINUE
     # The next step's all-reduce carries a request, so it takes effect one step later; after an evaluation, immediately.
     if record.metrics is not None:
@@ -183,12 +183,12 @@ def decide(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
 
 def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
     """Returns the largest request. Stops at the first monitor that requests a rollback: this step's state is discarded."""
-    requested = Decision.CONTINUE
+    largest = Decision.CONTINUE
     for monitor in monitors:
-        requested = max(requested, answer := monitor.after_step(record))
-        if answer == Decision.ROLLBACK:
-            return answer
-    return requested
+        largest = max(largest, request := monitor.after_step(record))
+        if request == Decision.ROLLBACK:
+            return request
+    return largest
 
 
 def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:
@@ -228,7 +228,7 @@ def _epochs_after(plan: StepPlan, step: int) -> float:
     return plan.epoch_of(step) + (step % plan.steps_per_epoch + 1) / plan.steps_per_epoch
 
 
-def _norm_is_fine(grad_norm: float, settings: LoopSettings, engine: Engine) -> bool:
+def _is_norm_acceptable(grad_norm: float, settings: LoopSettings, engine: Engine) -> bool:
     """Returns whether a gradient norm is acceptable. fp16 handles an overflow by a smaller loss scale, down to 1."""
     return math.isfinite(grad_norm) or (settings.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
 
@@ -244,7 +244,7 @@ def _update(
     """Collective. Takes the optimizer's step or skips it; the result is the same on every rank.
 
     Args:
-        gradient_norms: each parameter's, if they are measured already.
+        gradient_norms: norm of each parameter's gradient, if already measured.
     """
     engine = run.engine
     for group in engine.param_groups:

@@ -29,7 +29,7 @@ def forget_lost_best(state: RunState, checkpoint: SelectedCheckpoint, config: Co
         state.best, state.best_step, state.patience = None, None, 0
 
 
-def best_of_an_earlier_start(step: int, config: Config, context: RankContext) -> SelectedCheckpoint | None:
+def find_best(step: int, config: Config, context: RankContext) -> SelectedCheckpoint | None:
     """Collective. Returns the checkpoint of the best step; None, with a warning, if it is damaged."""
     path = RunFolder(config.run_dir).checkpoints / folder_name(step)
     try:

@@ -143,10 +143,10 @@ class TrainingRun:
     _spikes: Spikes | None = None
 
     def describe(self, *, in_full: bool) -> str:
-        """Returns the plan of this run, for people."""
+        """Returns the plan of this run as text."""
         return plan.describe(self.config, self.context, self.task, self.prepared, self.steps, in_full=in_full)
 
-    def go(self, extra_monitors: Sequence[Monitor]) -> Result:
+    def run(self, extra_monitors: Sequence[Monitor]) -> Result:
         """Collective. Trains to the end and writes everything.
 
         Raises:
@@ -339,10 +339,10 @@ class TrainingRun:
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
             if self._keep_best is not None and self.state.best_step != self.state.step:
-                # Stopped between two evaluations, at what may be the best step.
-                self._keep_best.judge(self.state.step, metrics)
+                # The run stopped between two evaluations, and this may be the best step.
+                self._keep_best.compare(self.state.step, metrics)
         if config.checkpoint.every is not None:
-            self.checkpoints.save()  # stopped early, between two of them
+            self.checkpoints.save()  # the run may have stopped early, between two checkpoints
         if config.evaluation.best is not None and self.best is None and self.state.best_step is not None:
             self._restore_best(self.state.best_step)
         has_best = config.evaluation.best is not None and self.best is not None
@@ -378,7 +378,7 @@ class TrainingRun:
 
     def _restore_best(self, step: int) -> None:
         """Collective. Restores the best step's model and results from its checkpoint, which an earlier start wrote."""
-        chosen = rollback.best_of_an_earlier_start(step, self.config, self.context)
+        chosen = rollback.find_best(step, self.config, self.context)
         if chosen is None:
             self.state.best_step = self.last_step
         else:

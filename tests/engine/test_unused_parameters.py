@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.data.order import StepPlan
-from dtrain.engine.unused_parameters import without_gradient
+from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.models.freezing import frozen_statistics, train_mode
 from tests.support import training
 from tests.support.training import Setting
@@ -38,7 +38,7 @@ def test_the_probe_names_what_gets_no_gradient_and_moves_nothing() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = StepPlan(21, 8, 3, seed=0, shuffle=True)
 
-    found = without_gradient(model, training.task(Setting()), plan, train_mode=moving)
+    found = parameters_without_gradient(model, training.task(Setting()), plan, train_mode=moving)
 
     assert found == ["unused.weight", "unused.bias"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

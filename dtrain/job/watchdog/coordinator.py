@@ -151,7 +151,7 @@ class Coordinator:
         """Records that the connection to a monitor is closed. It may have been killed alone, so the job continues."""
         self._ranks[rank].is_disconnected = True
 
-    def stand_down(self) -> None:
+    def stop_deciding(self) -> None:
         """Stops all decisions here, because another coordinator takes them."""
         self._is_over = self._is_done = True
 

@@ -113,7 +113,7 @@ class RankMonitor:
         self._is_over = self._is_released = self._is_reported = self._watches_all = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._coordinator: Coordinator | None = None
-        self._stand_in: Coordinator | None = None
+        self._local_coordinator: Coordinator | None = None
         self._pidfd: int | None = None
         self._workers: list[int] = []
 
@@ -289,7 +289,7 @@ class RankMonitor:
             await self._follow(reader, writer, endpoint)
         except (OSError, ValueError, TimeoutError, asyncio.TimeoutError) as error:
             reason = str(error) or f"no answer within {CONNECT_S:g} s"
-        if self._is_over or self._done.is_set() or self._stand_in is not None:
+        if self._is_over or self._done.is_set() or self._local_coordinator is not None:
             return  # a connection that was silent before and is closed now changes nothing
         # It is unknown now whether the others still work, so a rank that waits for them gets much more time.
         limit = self._rank.settings.hang_timeout_s
@@ -322,13 +322,15 @@ class RankMonitor:
             if not received:
                 silence_s += min(time.monotonic() - begin, MAX_PAUSE_PERIODS * self._period_s)
                 if silence_s >= limit_s:
-                    self._start_stand_in(to_coordinator, endpoint, silence_s)
+                    self._start_local_coordinator(to_coordinator, endpoint, silence_s)
                 continue
-            if not (text := line.result()):  # the end of the stream, like an error, is no sign of life
+            if not (
+                text := line.result()
+            ):  # the stream has ended, which, like an error, does not show a working coordinator
                 return
-            if self._stand_in is not None:
-                self._stand_in.stand_down()
-                self._coordinator = self._stand_in = None
+            if self._local_coordinator is not None:
+                self._local_coordinator.stop_deciding()
+                self._coordinator = self._local_coordinator = None
                 self._send_up = to_coordinator
                 send_message(self._rank_writer, {"silence": False})
                 log.warning("Rank %d on %s has reached rank 0's monitor again.", self._rank.rank, socket.gethostname())
@@ -336,7 +338,7 @@ class RankMonitor:
             self._obey(json.loads(text))
             line = asyncio.ensure_future(reader.readline())
 
-    def _start_stand_in(
+    def _start_local_coordinator(
         self, to_coordinator: Callable[[MonitorMessage], None], endpoint: CoordinatorEndpoint, silence_s: float
     ) -> None:
         """Starts a coordinator for this rank alone, until the other one is heard again; messages still go to both.
@@ -346,18 +348,20 @@ class RankMonitor:
         """
         if self._coordinator is not None or self._is_over or self._done.is_set():
             return
-        stand_in = self._stand_in = self._new_coordinator([self._rank.rank], self._rank.settings.hang_timeout_s)
+        local_coordinator = self._local_coordinator = self._new_coordinator(
+            [self._rank.rank], self._rank.settings.hang_timeout_s
+        )
         heard_s = time.monotonic() - silence_s
         reading = read_heartbeat(self._rank.memory)
         in_step = IDLE_RULES[reading.phase] is IdleRule.STEP
         state = IdleTimers().state(0, reading) if in_step else RankState(0, Phase.STARTING)
         rank0 = RankRecord(lambda _: None, endpoint.host, endpoint.pid, state, heard_s=heard_s, is_disconnected=True)
-        stand_in.add_rank(0, rank0)
-        self._attach(stand_in)
-        to_stand_in = self._send_up
+        local_coordinator.add_rank(0, rank0)
+        self._attach(local_coordinator)
+        to_local_coordinator = self._send_up
 
         def send_to_both(message: MonitorMessage) -> None:
-            to_stand_in(message)
+            to_local_coordinator(message)
             if "evidence" not in message:  # only the coordinator that has asked for it needs it
                 to_coordinator(message)
 

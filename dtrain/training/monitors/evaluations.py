@@ -50,10 +50,10 @@ class KeepBest:
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.metrics is not None:
-            self.judge(record.step, record.metrics)
+            self.compare(record.step, record.metrics)
         return Decision.CONTINUE
 
-    def judge(self, step: int, metrics: Mapping[str, float]) -> None:
+    def compare(self, step: int, metrics: Mapping[str, float]) -> None:
         """Collective. Keeps the model of this step if its evaluation is the best so far."""
         value = metrics[self._best.metric]
         if is_better(value, self._state.best, self._best.mode):

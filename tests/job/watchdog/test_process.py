@@ -48,9 +48,9 @@ class Cut:
         self.following = asyncio.create_task(self.monitor._follow(reader, writer, NODE1))
 
     async def stand_in(self) -> Any:
-        while self.monitor._stand_in is None:
+        while self.monitor._local_coordinator is None:
             await asyncio.sleep(0.01)
-        return self.monitor._stand_in
+        return self.monitor._local_coordinator
 
     async def received(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(await self.from_monitor.readline())
@@ -94,7 +94,7 @@ def test_a_stand_in_watches_the_rank_while_the_coordinator_is_silent(
         await cut.begin()
         alone = await cut.stand_in()
         cut.to_monitor.write(b'{"alive": true}\n')
-        while cut.monitor._stand_in is not None:
+        while cut.monitor._local_coordinator is not None:
             await asyncio.sleep(0.01)
         cut.monitor._send_up({"state": {}})
         received = await cut.received()
@@ -124,13 +124,17 @@ def test_the_end_of_a_dead_connection_is_no_sign_of_life(monkeypatch: pytest.Mon
     async def life() -> tuple[Any, Any, float | None]:
         await cut.begin()
         await cut.end()
-        cut.monitor._stand_in = cut.monitor._coordinator = None
+        cut.monitor._local_coordinator = cut.monitor._coordinator = None
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         await cut.monitor._join(CoordinatorEndpoint("127.0.0.1", port, "word", "node1", 100))
         server.close()
         assert cut.monitor._coordinator is not None
-        return cut.monitor._coordinator, cut.monitor._stand_in, cut.monitor._coordinator._settings.hang_timeout_s
+        return (
+            cut.monitor._coordinator,
+            cut.monitor._local_coordinator,
+            cut.monitor._coordinator._settings.hang_timeout_s,
+        )
 
     coordinator, stand_in, limit = asyncio.run(asyncio.wait_for(life(), 10))
 
@@ -225,7 +229,7 @@ def test_a_pause_of_the_whole_job_does_not_count_as_out_of_reach(monkeypatch: py
         monkeypatch.setattr("dtrain.job.watchdog.process.time", looks)
         while clock["now"] < 1e5:
             await asyncio.sleep(0.01)
-        is_calm = cut.monitor._stand_in is None
+        is_calm = cut.monitor._local_coordinator is None
         await cut.end()
         return is_calm
 

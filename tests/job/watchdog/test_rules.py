@@ -550,7 +550,7 @@ def test_a_coordinator_that_stands_down_while_it_waits_for_evidence_ends_no_rank
         judging = asyncio.create_task(ranks.coordinator.watch(0.01))
         while {"send_evidence": True} not in ranks.sent[0]:
             await asyncio.sleep(0.005)
-        ranks.coordinator.stand_down()
+        ranks.coordinator.stop_deciding()
         await asyncio.wait_for(judging, 5)
         return ranks
 
