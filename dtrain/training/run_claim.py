@@ -41,7 +41,7 @@ def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[R
 
     Raises:
         ConfigError: on all ranks, where the folder is in use, may not be touched or cannot be written.
-        CheckpointError: on all ranks, where the run cannot go on from where it was.
+        CheckpointError: on all ranks; the run cannot be resumed.
     """
     with ExitStack() as lock:
         yield _claim(config, context, command, lock)
