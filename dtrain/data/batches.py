@@ -5,7 +5,7 @@ Worker processes only prepare batches ahead of time. They draw no random numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -74,7 +74,7 @@ def step_batches(
     start: int,
     stop: int,
     workers: int,
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches, None, None]:
     """Yields this rank's micro-batches of the steps from `start` to `stop`, excluding `stop`."""
 
     def planned() -> Iterator[tuple[int, int, Assignment, list[int]]]:

@@ -19,25 +19,27 @@ def engine_name(config: Config, context: RankContext) -> tuple[str, str]:
     Raises:
         ConfigError: a combination that only the world size shows to be wrong.
     """
-    chosen = config.engine.name
-    if config.engine.is_deepspeed:
-        return (
-            "deepspeed",
-            "set by engine.name" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set",
-        )
-    if chosen == "single" and context.world_size > 1:
+    if config.engine.name == "single" and context.world_size > 1:
         raise ConfigError(
             f"engine.name=single runs one process, but {context.topology.launcher} started {context.world_size}: each would train alone. "
             "Use engine.name=ddp or auto, or start one process."
         )
+    return _resolve_name(config, context)
+
+
+def _resolve_name(config: Config, context: RankContext) -> tuple[str, str]:
+    """Returns name and reason without a check, for commands that need no engine but the placement of the model."""
+    chosen = config.engine.name
+    if config.engine.is_deepspeed:
+        return "deepspeed", "as configured" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set"
     if chosen != "auto":
-        return chosen, "set by engine.name"
+        return chosen, "as configured"
     return ("single", "one process") if context.world_size == 1 else ("ddp", f"{context.world_size} processes")
 
 
 def engine_class(config: Config, context: RankContext) -> type[Engine]:
     """Returns the class of the engine that runs. Each back end is imported only where it is chosen."""
-    name, _ = engine_name(config, context)
+    name, _ = _resolve_name(config, context)
     match name:
         case "single":
             from dtrain.engine.single import SingleEngine
@@ -58,11 +60,11 @@ def engine_class(config: Config, context: RankContext) -> type[Engine]:
     raise AssertionError(name)
 
 
-def engine_traits(config: Config, context: RankContext, *, total_steps: int = 0) -> EngineTraits:
+def engine_traits(config: Config, context: RankContext, *, total_steps: int | None = None) -> EngineTraits:
     """Returns the properties of the engine of this config, before it is built.
 
     Args:
-        total_steps: number of steps of the run; 0 if no step is taken.
+        total_steps: number of steps of the run; None if no step is taken.
     """
     return engine_class(config, context).traits(config, context, total_steps=total_steps)
 

@@ -53,7 +53,7 @@ class DdpEngine(SingleEngine):
         self.model = self._replica
 
     @classmethod
-    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
         powersgd, crosses = config.engine.powersgd, context.world_size > 1
         if powersgd is None or not crosses:
             is_bf16 = config.engine.gradient_wire == "bf16" and crosses
@@ -62,9 +62,9 @@ class DdpEngine(SingleEngine):
                 other_rounding=("bf16 on the wire",) if is_bf16 else (),
             )
         notes = []
-        if powersgd.start_step >= total_steps:
+        if total_steps is not None and powersgd.start_step >= total_steps:
             notes.append(
-                f"warning: no gradient will cross as factors, for engine.powersgd.start_step={powersgd.start_step} is not below "
+                f"warning: gradients will never be sent as factors, because engine.powersgd.start_step={powersgd.start_step} is not below "
                 f"the {total_steps} steps of this run"
             )
         return EngineTraits(

@@ -47,7 +47,8 @@ from dtrain.engine.state import (
 )
 
 HOOK_STATE = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
-"""Attributes that ZeRO 3's hooks set on a module. They refer to its engine, but a new engine would reuse them. Private API."""
+"""Attributes that ZeRO 3's hooks set on a module: functions of their engine, and counters. A new engine would reuse both.
+Private API."""
 
 
 class DeepSpeedEngine(AveragesEveryStep):
@@ -79,7 +80,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         self.module: nn.Module = self._engine.module
 
     @classmethod
-    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
         return deepspeed_traits(config, world_size=context.world_size)
 
     @property

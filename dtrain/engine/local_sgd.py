@@ -38,7 +38,7 @@ class LocalSgdEngine(SingleEngine):
         weighted_mean([p.data for p in module.parameters()], float(context.is_main), context)
 
     @classmethod
-    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
         every = config.train.local_steps
         return EngineTraits(
             memory=replicated_memory(config),

@@ -74,7 +74,7 @@ class PowerSgdCommHook(CommHook):
         self._state = hooks.PowerSGDState(
             None,
             matrix_approximation_rank=settings.rank,
-            start_powerSGD_iter=2,  # torch's minimum; this class counts the uncompressed steps itself
+            start_powerSGD_iter=2,  # the smallest value that torch allows; this class counts the uncompressed steps itself
             min_compression_rate=settings.min_rate,
             # Ranks 1 and 2 are orthogonalized column by column: a gradient of zeros, or with a single nonzero row (an
             # embedding), would divide zero by zero.

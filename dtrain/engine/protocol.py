@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,7 +57,7 @@ class EngineTraits:
     other_rounding: tuple[str, ...] = ()
     other_algorithm: str = ""
     evaluation_note: str = ""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 class StepWeight(NamedTuple):
@@ -122,14 +122,16 @@ ReadSlots = Callable[[str, torch.Size], Mapping[str, torch.Tensor]]
 
 
 class Engine(Protocol):
-    """Trains a model, with the same result on every rank. Every method is a collective unless it says otherwise.
+    """Trains a model, with the same result on every rank.
+
+    Call every method on all ranks, in the same order. Methods marked "Not a collective" are exempt.
 
     Gradients are sums: `backward` takes a loss that is already scaled by `loss_scale`, so that the result is the gradient
     of (sum of losses / sum of weights) of the complete step.
     """
 
     name: str
-    """The value of `engine.name`. Only for messages: no code outside engine/ depends on it."""
+    """Equal to `engine.name`; for messages and manifests only. Nothing may branch on it."""
     context: RankContext
     model: nn.Module
     """The model to call for the forward pass in training."""
@@ -141,8 +143,12 @@ class Engine(Protocol):
     """Numbers that the engine keeps for each trainable value, apart from the optimizer's."""
 
     @classmethod
-    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
-        """Returns the properties of the engine, before it is built. Not a collective."""
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
+        """Returns the properties of the engine, before it is built. Not a collective.
+
+        Args:
+            total_steps: number of steps of the run; None if no step is taken.
+        """
         ...
 
     @property
@@ -256,7 +262,7 @@ class Engine(Protocol):
 
 
 class AveragesEveryStep:
-    """The part of an engine that follows from averaging gradients over ranks in every step."""
+    """Defaults of an engine that averages gradients over ranks in every step. LocalSgdEngine replaces them."""
 
     context: RankContext
     extra_slots = 0

@@ -57,7 +57,7 @@ class SingleEngine(AveragesEveryStep):
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=config.engine.precision == "fp16")
 
     @classmethod
-    def traits(cls, config: Config, context: RankContext, *, total_steps: int) -> EngineTraits:
+    def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
         return EngineTraits(memory=replicated_memory(config))
 
     @property

@@ -17,9 +17,9 @@ from dtrain.tasks.protocol import Task
 def parameters_without_gradient(
     module: nn.Module, task: Task, plan: StepPlan, *, train_mode: Callable[[nn.Module], None]
 ) -> list[str]:
-    """Returns the names of trainable parameters that got no gradient from micro-batch 0 of step 0, e.g. an unused pooler.
+    """Returns the names of trainable parameters without a gradient from micro-batch 0 of step 0, e.g. an unused pooler.
 
-    Every rank computes the same from the same micro-batch. Leaves weights and buffers alone and gradients empty.
+    Every rank computes the same from the same micro-batch. Leaves weights and buffers unchanged, and all gradients None.
     """
     position = DataPosition(0, plan.micro_batches(0)[0])
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(position.example_index)]

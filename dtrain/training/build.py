@@ -184,7 +184,7 @@ def count(parameters: list[nn.Parameter]) -> int:
 
 
 def gigabytes(number: float) -> str:
-    """Formats a number of bytes for people."""
+    """Formats a number of bytes."""
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 

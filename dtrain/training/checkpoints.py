@@ -165,7 +165,7 @@ class CheckpointMonitor:
 
 
 class StopOnRequest:
-    """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` is over."""
+    """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` has passed."""
 
     def __init__(self, request: StopRequest, max_minutes: float | None, *, began: float) -> None:
         """
@@ -178,9 +178,9 @@ class StopOnRequest:
 
     def after_step(self, record: StepRecord) -> Decision:
         if self._request.name is not None:
-            self.why = f"requested by {self._request.name}"
+            self.why = f"stop requested by {self._request.name}"
         elif self._end is not None and time.monotonic() > self._end:
-            self.why = "train.max_minutes is over"
+            self.why = "train.max_minutes has passed"
         return Decision.CONTINUE if self.why is None else Decision.PREEMPT
 
 

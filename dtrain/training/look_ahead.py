@@ -7,7 +7,7 @@ carries its own losses and the weight of the step after it, and no step needs a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ class LookAhead:
         decision: combined requests of all ranks, as of the last all-reduce.
     """
 
-    def __init__(self, steps: Iterator[StepBatches], task: Task, context: RankContext) -> None:
+    def __init__(self, steps: Generator[StepBatches, None, None], task: Task, context: RankContext) -> None:
         """
         Args:
             steps: this rank's batches of every remaining step.
@@ -72,8 +72,12 @@ class LookAhead:
 
     def start(self) -> None:
         """Collective. Reads the first step."""
-        self._context.heartbeat.at(Phase.DATA)
         self.advance([], weighted_sq_norm=None)
+
+    def close(self) -> None:
+        """Ends the data workers, which would otherwise live as long as the run."""
+        self._steps.close()
+        self.next_step = None
 
     def advance(self, losses: Sequence[float], *, weighted_sq_norm: float | None) -> StepTotals:
         """Collective. Reads the next step, and adds up the one that was just taken.
@@ -119,5 +123,5 @@ def resolve_decision(*, stops: int, preempts: int) -> Decision:
 
 
 def counted(batches: StepBatches | None) -> list[MicroBatch]:
-    """Returns the micro-batches that count; fillers for an engine that runs in lock step do not."""
+    """Returns the micro-batches that count; the dummies that lock step adds do not."""
     return [batch for batch in batches.micro_batches if batch.counted] if batches is not None else []

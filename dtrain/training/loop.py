@@ -7,7 +7,7 @@ Everything in a StepRecord is equal on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -75,11 +75,13 @@ class LoopRun(Protocol):
         ...
 
     def roll_back(self) -> None:
-        """Collective. Restores the newest checkpoint, when a monitor requests it. The data position stays."""
+        """Collective. Restores a checkpoint, if there is one, when a monitor requests it. The data position stays."""
         ...
 
 
-def batches_ahead(settings: LoopSettings, task: Task, engine: Engine, *, start: int) -> Iterator[StepBatches]:
+def batches_ahead(
+    settings: LoopSettings, task: Task, engine: Engine, *, start: int
+) -> Generator[StepBatches, None, None]:
     """Returns this rank's batches of every step from `start` to the end."""
     return step_batches(
         settings.plan,
@@ -132,11 +134,19 @@ def take_step(run: LoopRun, step: Step) -> StepRecord:
     heartbeat.at(Phase.MICRO_BATCH, step=batches.step)
     learning_rate = settings.learning_rate(state.updates)
     losses = run_micro_batches(engine, run.task, batches, scale=engine.loss_scale(step.weight), seed=settings.seed)
-    totals = run.look_ahead.advance(losses, weighted_sq_norm=engine.weighted_sq_norm(step.weight))
+    local_sq_norm = engine.weighted_sq_norm(step.weight)
+    totals = run.look_ahead.advance(losses, weighted_sq_norm=local_sq_norm)
     heartbeat.at(Phase.UPDATE)
     gradient_norms = engine.gradient_norms() if _measures_gradients(settings, state) else None
     with explain_in_step():
-        result = _update(run, step.weight, totals, gradient_norms, learning_rate=learning_rate)
+        result = _update(
+            run,
+            step.weight,
+            totals,
+            gradient_norms,
+            learning_rate=learning_rate,
+            has_summed_norm=local_sq_norm is not None,
+        )
     _advance_state(state, step, applied=result.applied)
     ends_epoch = (batches.step + 1) % settings.plan.steps_per_epoch == 0
     is_last = state.step == settings.total_steps
@@ -240,18 +250,20 @@ def _update(
     gradient_norms: Mapping[str, float] | None,
     *,
     learning_rate: float,
+    has_summed_norm: bool,
 ) -> StepResult:
     """Collective. Takes the optimizer's step or skips it; the result is the same on every rank.
 
     Args:
         gradient_norms: norm of each parameter's gradient, if already measured.
+        has_summed_norm: whether `totals` has the gradient's norm.
     """
     engine = run.engine
     for group in engine.param_groups:
         group["lr"] = learning_rate
     is_dropped = _is_dropped(run.settings, totals, weight.total)
     # DeepSpeed does not report the norm of a gradient that it discards.
-    measures_norm = is_dropped and engine.weighted_sq_norm(weight) is None
+    measures_norm = is_dropped and not has_summed_norm
     dropped_norm = _total_norm(gradient_norms or engine.gradient_norms()) if measures_norm else None
     # Without a target there is no gradient: a step would only decay weights and moments.
     discard = totals.faults > 0 or weight.total == 0 or is_dropped

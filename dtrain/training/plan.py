@@ -36,7 +36,7 @@ def describe(
     ]
     if set(task.splits) <= {"train"}:
         lines.append(
-            "warning: nothing will be evaluated, for there is only a train split (data.validation_fraction=0.1 makes one)"
+            "warning: nothing will be evaluated, because there is only a train split (data.validation_fraction=0.1 makes one)"
         )
     if frozen:
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
@@ -83,9 +83,9 @@ def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str
 def exactness(config: Config, traits: EngineTraits) -> str:
     """Returns the row of docs/exactness.md that this run is in."""
     if config.model.batch_norm == "train":
-        return "inexact: model.batch_norm=train updates running statistics on each rank apart"
+        return "inexact: model.batch_norm=train updates running statistics separately on each rank"
     if traits.other_algorithm:
-        return f"another algorithm: {traits.other_algorithm}; the loss follows plain ddp's nearly, with no bound"
+        return f"another algorithm: {traits.other_algorithm}; the loss stays close to plain ddp's, without a guaranteed bound"
     other_rounding = [
         *([config.engine.precision] if config.engine.precision != "fp32" else []),
         *traits.other_rounding,

@@ -117,7 +117,7 @@ class TrainingRun:
         checkpoints: saves checkpoints.
         last: results of the latest evaluation.
         last_step: step of the latest evaluation; -1 before the first.
-        best: the evaluation of the best step, if it was in this start.
+        best: the evaluation of the exported best step; None until one was exported in this start.
     """
 
     config: Config
@@ -199,7 +199,7 @@ class TrainingRun:
         self.state.updates = int(chosen.state["run"]["updates"])
         seconds = time.monotonic() - begin
         self.tracker.event("rollback", step=self.state.step, to_step=chosen.step, seconds=seconds)
-        log.info("step %d: weights and moments are those of step %d again", self.state.step, chosen.step)
+        log.info("step %d: restored weights and moments of step %d", self.state.step, chosen.step)
 
     def _total_steps(self) -> int:
         """Returns the step at which this run ends; the current one if it stopped early before.
@@ -210,11 +210,11 @@ class TrainingRun:
         patience, step = self.config.train.early_stopping, self.state.step
         total = build.total_steps(self.config, self.steps)
         if patience is not None and self.state.patience >= patience:
-            log.info("stopped early already, at step %d: no better result in %d evaluations", step, self.state.patience)
+            log.info("already stopped early at step %d: no better result in %d evaluations", step, self.state.patience)
             return step
         if step > total:
             raise ConfigError(
-                f"The run is at step {step} already, and is to end at step {total} (train.max_steps, train.epochs). Raise that, "
+                f"The run is already at step {step}, but ends at step {total} (train.max_steps, train.epochs). Raise that, "
                 "go back to an earlier checkpoint by checkpoint.resume=PATH, or choose another run.name."
             )
         return total
@@ -236,12 +236,16 @@ class TrainingRun:
 
     def _train(self, total: int, extra_monitors: Sequence[Monitor]) -> Result:
         """Collective. Runs the loop, then finishes the run."""
-        self.settings = self._loop_settings(total)
-        steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
-        self.look_ahead = LookAhead(steps, self.task, self.context)
         with deferring(self.config) as stop_request:
             request = StopOnRequest(stop_request, self.config.train.max_minutes, began=self.began)
-            decision = train(self, [*self._monitors(extra_monitors), request, self.checkpoints])
+            monitors = [*self._monitors(extra_monitors), request, self.checkpoints]
+            self.settings = self._loop_settings(total)
+            steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
+            self.look_ahead = LookAhead(steps, self.task, self.context)
+            try:
+                decision = train(self, monitors)
+            finally:
+                self.look_ahead.close()
             if decision == Decision.PREEMPT and self.state.step < total:
                 self._stop(request.why)
         return self._finish()
@@ -261,7 +265,7 @@ class TrainingRun:
         )
 
     def _monitors(self, extra: Sequence[Monitor]) -> list[Monitor]:
-        """Returns the monitors, in the order in which they run after every step."""
+        """Returns the monitors, in the order in which they are called."""
         train, best = self.config.train, self.config.evaluation.best
         self._log_steps = LogSteps(train.log_every, self.tracker)
         monitors: list[Monitor] = [
@@ -284,7 +288,7 @@ class TrainingRun:
     def _stop(self, why: str | None) -> NoReturn:
         """Collective. Saves a checkpoint, from which a later start continues the run."""
         reasons = all_gather_object(why, self.context)
-        cause = next((reason for reason in reasons if reason is not None), "requested by a monitor")
+        cause = next((reason for reason in reasons if reason is not None), "stop requested by a monitor")
         self.checkpoints.save()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=cause)
@@ -318,7 +322,7 @@ class TrainingRun:
         export_model(self.engine, processor_or_tokenizer(self.task), self.config.run_dir / "model")
 
     def _export_best(self) -> None:
-        """Collective. Writes the model of this step as the run's model."""
+        """Collective. Writes the model of this step as the run's model, and keeps its evaluation as `best`."""
         self.best, begin = self.last, time.monotonic()
         with self.context.heartbeat.within(Phase.EXPORT):
             self._export()

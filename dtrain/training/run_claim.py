@@ -40,7 +40,7 @@ def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[R
     Rank 0 holds the folder's lock until the end, so that there is one writer.
 
     Raises:
-        ConfigError: on all ranks; the folder is in use, must not be changed, or cannot be written.
+        ConfigError: on all ranks, where the folder is in use, may not be touched or cannot be written.
         CheckpointError: on all ranks; the run cannot be resumed.
     """
     with ExitStack() as lock:

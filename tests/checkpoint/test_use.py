@@ -204,7 +204,7 @@ def test_a_best_step_without_weights_is_searched_again(folder: Path) -> None:
     alone, hurt = run(folder, 2, ("train", "unsaved", unsaved, None), ("train", "hurt-best", saved, None))
 
     assert asked[0] == "Preempted"
-    assert "Stopped after step 6: requested by a monitor. The checkpoint is saved" in asked[1]
+    assert "Stopped after step 6: stop requested by a monitor. The checkpoint is saved" in asked[1]
     assert died == "died"
     assert resumed_at(folder, "unsaved") == [6]
     summaries = [json.loads((folder / "runs" / n / "summary.json").read_text()) for n in ("unsaved", "hurt-best")]
@@ -241,7 +241,7 @@ def test_other_data_and_another_model_are_refused(folder: Path) -> None:
     assert refused[0] == ConfigError.__name__
     assert "data.limit: null -> 100" in refused[1]
     assert shorter[0] == ConfigError.__name__
-    assert "The run is at step 3 already, and is to end at step 2" in shorter[1]
+    assert "The run is already at step 3, but ends at step 2" in shorter[1]
     assert isinstance(mended, dict), mended  # The refused starts changed nothing.
 
 

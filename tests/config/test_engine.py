@@ -103,7 +103,10 @@ def test_the_plan_says_how_exact_a_run_is(overrides: list[str], label: str) -> N
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["engine.powersgd={start_step: 20}"], "no gradient will cross as factors, for engine.powersgd.start_step=20"),
+        (
+            ["engine.powersgd={start_step: 20}"],
+            "gradients will never be sent as factors, because engine.powersgd.start_step=20",
+        ),
         (["engine.powersgd={start_step: 19}"], ""),
         (["train.local_steps=4", "train.eval_every=never"], "waits for the next average of the weights, up to 4 steps"),
     ],

@@ -45,6 +45,6 @@ def test_every_command_of_the_page_runs(changed_checkout: Path) -> None:
     printed = [pages.run(block.text, changed_checkout) for block in pages.blocks(PAGE, "sh")]
 
     assert len(printed) == 5
-    assert "engine     allreduce (set by engine.name), fp32" in printed[1]
+    assert "engine     allreduce (as configured), fp32" in printed[1]
     assert len(printed[3].splitlines()) == 6  # a line per step, each of equal losses
     assert "6 passed" in printed[4]

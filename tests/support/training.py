@@ -159,7 +159,10 @@ class Run:
         """Collective. Trains to the end; returns the engine to continue with."""
         steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
         self.look_ahead = LookAhead(steps, self.task, self.context)
-        train(self, monitors)
+        try:
+            train(self, monitors)
+        finally:
+            self.look_ahead.close()
         return self.engine
 
     def begin_epoch(self, epoch: int) -> None:

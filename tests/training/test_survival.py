@@ -71,7 +71,9 @@ def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(
     assert step > 0
     assert ended == code
     assert (told["code"], told["cause"]) == (75, "Preempted")
-    assert told["message"].startswith(f"Stopped after step {step}: requested by {number.name}. The checkpoint is saved")
+    assert told["message"].startswith(
+        f"Stopped after step {step}: stop requested by {number.name}. The checkpoint is saved"
+    )
     assert sum("The checkpoint is saved" in line for line in job.said) == 1
     verify(folder / "run" / "checkpoints" / f"step-{step:06d}")
     assert jobs.read_events(folder / "run", "preempt")[-1]["step"] == step
@@ -115,7 +117,7 @@ def test_sigusr1_and_the_end_of_the_time_save_where_no_checkpoints_are_made_othe
 
     assert job.process.returncode == 75
     assert newest(folder) > first > 0
-    assert "train.max_minutes is over" in jobs.exit_of(folder / "run")["message"]
+    assert "train.max_minutes has passed" in jobs.exit_of(folder / "run")["message"]
 
 
 @slow
