@@ -290,6 +290,7 @@ def test_the_python_example_trains_and_prints_its_loss_and_model_folder(tmp_path
     assert (tmp_path / folder / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.launchers
 @pytest.mark.timeout(600)
 def test_the_tutorial_runs(tmp_path: Path) -> None:

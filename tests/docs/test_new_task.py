@@ -68,6 +68,7 @@ def test_the_pages_code_is_what_ruff_would_make_of_it(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.launchers
 @pytest.mark.timeout(600)
 def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
