@@ -248,6 +248,7 @@ def breaches(root: Path) -> list[str]:
 def _of_order(module: Module, modules: dict[str, Module]) -> Iterator[str]:
     here = home_of(module.name)
     if here not in ORDER:
+        yield f"1: {here} has no place in the order: move it into a package, or name it in tests/test_layers.py"
         return
     seen = set()
     for used, line in module.uses.items():
@@ -440,6 +441,8 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
             {"data/cache.py": "Json = dict", "engine/state.py": "class Json:\n    pass"},
             "Json: a type of this name is in data.cache and engine.state",
         ),
+        ({"helpers.py": ""}, "helpers.py:1: helpers has no place in the order"),
+        ({"utils/text.py": ""}, "utils/text.py:1: utils has no place in the order"),
         ({"logging.py": ""}, "logging.py: hides the library logging"),
         ({"yaml/__init__.py": ""}, "yaml: hides the library yaml"),
         ({"distutils.py": ""}, "distutils.py: hides the library distutils"),
