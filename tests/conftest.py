@@ -60,7 +60,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sorts by stage, limits unit tests, and skips what needs a GPU, data or a simulated cluster that is not to be had."""
+    """Sorts by stage, limits unit tests, and skips what needs a GPU, data or a simulated cluster that this machine lacks."""
     if not config.getoption("--nightly"):
         _deselect_nightly(config, items)
     items.sort(key=_stage)

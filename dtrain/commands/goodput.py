@@ -209,7 +209,7 @@ class _Interval:
     is_first: bool = False
     is_last: bool = False
     known: dict[str, float] = field(default_factory=dict)
-    """Seconds by category, as far as the lines say."""
+    """Seconds by category, from what the lines report."""
     rest: float = 0.0
     """The remaining seconds."""
     steps: int = 0

@@ -84,7 +84,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build_plan(options: argparse.Namespace, env: Mapping[str, str]) -> LaunchPlan:
-    """Returns the plan as far as it is known before the hosts are probed.
+    """Returns the plan without what only a probe of the hosts can tell.
 
     Raises:
         ConfigError: the hostfile, an option, or an argument of dtrain is wrong.

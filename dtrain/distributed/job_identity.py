@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class JobIdentity:
-    """The job that a process belongs to, as far as the process knows it.
+    """What a process knows about the job that it belongs to.
 
     Attributes:
         job: the launcher's names for the job, by kind of name; empty if it has none.
@@ -24,7 +24,7 @@ class JobIdentity:
     run: Mapping[str, str] = field(default_factory=dict)
 
     def is_same_start(self, other: JobIdentity) -> bool:
-        """Returns whether both belong to the same start of the same job, as far as the launcher shows it."""
+        """Returns whether both belong to the same start of the same job, by what the launcher has set."""
         return self.job == other.job and (not self._can_compare(other) or self.restart == other.restart)
 
     def is_older_start(self, other: JobIdentity) -> bool:

@@ -320,6 +320,6 @@ def _lost_connection_record(error: BaseException, rank: int, host: str) -> ExitR
 
 
 def _dead(job: JobSession) -> list[int]:
-    """Returns the ranks whose process has ended, as far as it can be seen from this host."""
+    """Returns the ranks whose process has ended. Only processes on this host can be checked."""
     observer = this_process()
     return [rank for rank, process in enumerate(job.processes) if is_alive(process, observer=observer) is False]

@@ -132,7 +132,7 @@ def read_memory() -> dict[str, int] | None:
 
 
 def control_groups(controller: str) -> list[Path]:
-    """Returns the folders of this process's control group and of its parents, as far as they are visible."""
+    """Returns the folders of this process's control group and of its visible parents."""
     root, folders = Path("/sys/fs/cgroup"), []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

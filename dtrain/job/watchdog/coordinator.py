@@ -167,7 +167,7 @@ class Coordinator:
     def _missing_ranks(self) -> list[RankState] | None:
         """Returns ranks without a monitor, and warns about them once; None while monitors may still connect.
 
-        Such a rank counts as starting, which has no limit: as far as is known, others wait for it with reason.
+        Such a rank counts as starting, which has no limit: others may rightly wait for it.
         """
         missing = sorted(self._expected - self._ranks.keys())
         if missing and time.monotonic() - self._start_s < JOINING_S:

@@ -145,7 +145,7 @@ def _is_stuck(state: RankState, settings: HangSettings) -> bool:
 
 
 def _may_be_at_work(state: RankState, settings: HangSettings) -> bool:
-    """Returns whether that rank may be at work, as far as is known, so that others wait for it with reason."""
+    """Returns whether that rank may be at work, so that others rightly wait for it. Judges by what it last reported."""
     assert settings.hang_timeout_s is not None
     if is_unreachable(state, settings) or state.stopped_s > settings.hang_timeout_s:
         return False
