@@ -41,7 +41,6 @@ ORDER = (
 ONLY_IN = {
     "os.environ": (
         "main",
-        "distributed.topology",
         "commands.launch",
         "commands.link_test",
         "cluster.remote_supervisor",
@@ -50,7 +49,6 @@ ONLY_IN = {
     "torch.distributed": (
         "distributed.process_group",
         "distributed.collectives",
-        "job.launcher_watch",
         "job.watchdog.flight_recorder",
         "engine",
         "commands.link_test",
@@ -65,29 +63,20 @@ SAME_AS_ENVIRON = {"os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.un
 WITHOUT_TORCH = (
     "errors",
     "console",
-    "config.fields",
-    "config.task",
-    "config.commands",
-    "config.model",
-    "config.engine",
-    "config.schema",
-    "distributed.traffic",
-    "distributed.launcher_env",
-    "distributed.network",
-    "distributed.cpu",
-    "distributed.heartbeat",
-    "config.yaml_dialect",
-    "config.load",
-    "commands.arguments",
+    "config",
     "cluster",
-    "commands.doctor",
+    "runs",
     "distributed.topology",
-    "runs.folder",
-    "runs.resume_policy",
+    "distributed.traffic",
+    "distributed.network",
+    "commands.arguments",
+    "commands.doctor",
     "main",
     "dtrain",
 )
-"""Imported for --help and for errors in the config: whatever they import when they are imported comes along."""
+"""Files and whole packages that are imported for --help, for errors in the config, or on a host without torch.
+
+Whatever they import at import time comes along."""
 
 HEAVY = {
     "torch",
@@ -331,7 +320,8 @@ def _of_size(module: Module) -> Iterator[str]:
 
 
 def _of_torch(modules: dict[str, Module]) -> Iterator[str]:
-    for start in WITHOUT_TORCH:
+    starts = [name for name in modules if any(is_in(name, start) for start in WITHOUT_TORCH)]
+    for start in starts:
         waiting, seen = [(start,)], set()
         while waiting:
             chain = waiting.pop(0)
@@ -441,6 +431,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
             {"data/cache.py": "Json = dict", "engine/state.py": "class Json:\n    pass"},
             "Json: a type of this name is in data.cache and engine.state",
         ),
+        ({"cluster/ssh.py": "import torch"}, "cluster.ssh -> torch: imported for --help"),
         ({"helpers.py": ""}, "helpers.py:1: helpers has no place in the order"),
         ({"utils/text.py": ""}, "utils/text.py:1: utils has no place in the order"),
         ({"logging.py": ""}, "logging.py: hides the library logging"),
