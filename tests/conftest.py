@@ -19,7 +19,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 REAL_DATA = TESTS.parent.parent / "shared" / "data"
-STAGES = ("unit", "ranks", "launchers", "cluster")
+STAGES = ("unit", "ranks", "commands", "launchers", "cluster")
 """What a test costs, in the order in which they run. A marker says so; a test without one is a unit test."""
 
 gc.set_threshold(20_000)  # Python's 700 costs a run of the unit tests a sixth of its time, most of it during imports

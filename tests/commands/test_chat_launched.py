@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import jobs
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 CHARACTERS = [chr(0x4E00 + number) for number in range(20)]
 

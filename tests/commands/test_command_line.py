@@ -18,7 +18,7 @@ from dtrain.config.load import load_config
 from tests.support import jobs
 from tests.support.command_line import Ended, dtrain
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 HEAVY = {"torch", "transformers", "datasets", "deepspeed", "sklearn", "scipy", "numpy", "mpi4py"}
 

@@ -23,7 +23,7 @@ from dtrain.errors import ConfigError
 from tests.support.hub_files import write_data, write_model
 from tests.support.hub_server import serve_hub
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "model.name_or_path=tester/tiny"

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from tests.support import jobs, tiny
 from tests.support.command_line import dtrain
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dtrain.errors import ConfigError
 from tests.support import jobs, tiny
 from tests.support.command_line import dtrain
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 TEXT = "the old cat sleeps near a dog"
 

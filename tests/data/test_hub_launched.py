@@ -14,7 +14,7 @@ import pytest
 from tests.support.hub_files import write_data, write_model
 from tests.support.hub_server import serve_hub
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"name": "tester/tiny-data"}

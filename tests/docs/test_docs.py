@@ -278,7 +278,7 @@ def test_every_event_and_field_of_metrics_jsonl_is_documented() -> None:
 # What runs
 
 
-@pytest.mark.launchers
+@pytest.mark.commands
 def test_the_python_example_trains_and_prints_its_loss_and_model_folder(tmp_path: Path) -> None:
     (block,) = pages.blocks(ROOT / "docs" / "python-api.md", "python")
     (tmp_path / "own_data.py").write_text(block.text, encoding="utf-8")
@@ -291,7 +291,7 @@ def test_the_python_example_trains_and_prints_its_loss_and_model_folder(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.launchers
+@pytest.mark.commands
 @pytest.mark.timeout(600)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     for name in ("dtrain", "configs", "launch"):

@@ -38,7 +38,7 @@ def test_the_pages_code_is_what_ruff_would_make_of_it(changed_checkout: Path) ->
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.launchers
+@pytest.mark.commands
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_command_of_the_page_runs(changed_checkout: Path) -> None:

@@ -69,7 +69,7 @@ def test_the_pages_code_is_what_ruff_would_make_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.launchers
+@pytest.mark.commands
 @pytest.mark.timeout(600)
 def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     copy = copy_of_the_checkout(tmp_path)

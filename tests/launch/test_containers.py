@@ -21,7 +21,7 @@ import yaml
 from dtrain.config.load import load_config
 from tests.support import jobs
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 ROOT = jobs.ROOT
 FILES = ("kubernetes.yaml", "kubernetes-trainer.yaml")

@@ -12,7 +12,7 @@ from dtrain.errors import ConfigError
 from tests.support import jobs
 from tests.support.command_line import dtrain
 
-pytestmark = pytest.mark.launchers
+pytestmark = pytest.mark.commands
 
 
 def test_a_run_logs_the_norm_of_each_layer_at_every_second_step(tmp_path: Path) -> None:
