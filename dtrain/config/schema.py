@@ -17,10 +17,13 @@ from dtrain.config.commands import Download, Export, Generate, Inspect, Predict,
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, Beta, Section, setting
+from dtrain.config.fields import AnyPath, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
+from dtrain.config.optim import Optim as Optim
+from dtrain.config.optim import OptimGroup as OptimGroup
+from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
 
 
@@ -84,39 +87,6 @@ class Data(Section):
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
     num_proc: int = setting(1, "processes that tokenize rows, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "cache of tokenized data; default: the datasets library's", resume="free")
-
-
-class Optim(Section):
-    """The optimizer."""
-
-    name: Literal["adamw", "sgd", "adafactor"] = setting("adamw", "torch.optim's AdamW, SGD or Adafactor")
-    learning_rate: float = setting(5e-5, "peak learning rate", gt=0)
-    weight_decay: float = setting(0.01, "decoupled weight decay; not applied to biases and norm layers", ge=0)
-    max_grad_norm: float | None = setting(1.0, "clip the gradient's global L2 norm to this; null: no clipping", gt=0)
-    betas: tuple[Beta, Beta] = setting((0.9, 0.999), "AdamW's betas")
-    eps: float = setting(1e-8, "AdamW's eps", gt=0)
-    momentum: float = setting(0.0, "SGD's momentum", ge=0, lt=1)
-
-
-class Schedule(Section):
-    """The learning rate schedule, by its Hugging Face name."""
-
-    name: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = setting("linear", "shape after the warm-up: cosine, constant, ...; the names of Hugging Face")
-    warmup_steps: int | None = setting(None, "steps of the linear warm-up from 0", ge=0)
-    warmup_ratio: float | None = setting(None, "warm-up as a share of all steps", ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> Schedule:
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("set schedule.warmup_steps or schedule.warmup_ratio, not both: set the other to null")
-        if self.name == "constant" and (self.warmup_steps or self.warmup_ratio):
-            key = "warmup_steps" if self.warmup_steps else "warmup_ratio"
-            raise ValueError(
-                f"schedule.name=constant has no warm-up: use constant_with_warmup, or set schedule.{key}=null"
-            )
-        return self
 
 
 def _read_eval_every(value: Any) -> Any:

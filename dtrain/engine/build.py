@@ -9,6 +9,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
+from dtrain.engine.parameter_groups import parameter_groups
 from dtrain.engine.protocol import Engine, EngineTraits
 from dtrain.errors import ConfigError
 
@@ -78,7 +79,7 @@ def build_engine(
         module: the model on its device (any device for sharded engines), already frozen: DDP and ZeRO now fix their buckets.
         thawed: names of the parameters that each thaw so far has unfrozen.
     """
-    groups = optim.parameter_groups(module, weight_decay=config.optim.weight_decay, stages=thawed)
+    groups = parameter_groups(module, config.optim, stages=thawed)
     optimizer = optim.build_optimizer(groups, config.optim)
     make: type = engine_class(config, context)
     engine: Engine = make(module, optimizer, config, context)

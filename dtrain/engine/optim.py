@@ -1,46 +1,19 @@
-"""Parameter groups, optimizers, and the learning rate as a function of the number of updates."""
+"""Optimizers, and the learning rate as a function of the number of updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dtrain.config import schema
+from dtrain.errors import ConfigError
 
-
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, stages: Sequence[Sequence[str]] = ()
-) -> list[dict[str, Any]]:
-    """Returns the trainable parameters in groups with and without weight decay; biases and norm layers have none.
-
-    Args:
-        weight_decay: weight decay of the first group of each stage.
-        stages: names of parameters that began to learn later, one list per thaw. Each stage gets separate groups, since
-            ZeRO counts Adam's steps per group and these have taken fewer.
-
-    Returns:
-        Groups in a fixed order, none empty (ZeRO cannot take an empty one).
-    """
-    stage_of = {name: number for number, names in enumerate(stages, start=1) for name in names}
-    plain = _without_decay(model)
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault((stage_of.get(name, 0), name in plain), []).append(parameter)
-    return [
-        {"params": members, "weight_decay": 0.0 if is_plain else weight_decay}
-        for (_, is_plain), members in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
-def _without_decay(model: nn.Module) -> set[str]:
-    norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    prefixes = tuple(f"{name}." for name in norms)
-    return {name for name, _ in model.named_parameters() if name.endswith("bias") or name.startswith(prefixes)}
+DEFAULT_DECAY_RATIO = 0.1
+"""Share of the steps in which warmup_stable_decay lowers the learning rate, if neither steps nor share are set."""
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: schema.Optim) -> torch.optim.Optimizer:
@@ -72,12 +45,50 @@ def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps
     """
     from transformers.optimization import get_scheduler
 
-    warmup = (
-        settings.warmup_steps
-        if settings.warmup_steps is not None
-        else math.ceil((settings.warmup_ratio or 0.0) * total_steps)
+    name, options = _shape(optim, settings, total_steps=total_steps)
+    scheduler = get_scheduler(
+        name,
+        torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=optim.learning_rate),
+        num_warmup_steps=_steps(settings.warmup_steps, settings.warmup_ratio or 0.0, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=options,
     )
-    carrier = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=optim.learning_rate)
-    scheduler = get_scheduler(settings.name, carrier, num_warmup_steps=warmup, num_training_steps=total_steps)
     shape: Callable[[int], float] = scheduler.lr_lambdas[0]
     return lambda updates: optim.learning_rate * float(shape(updates))
+
+
+def _shape(optim: schema.Optim, settings: schema.Schedule, *, total_steps: int) -> tuple[str, dict[str, Any]]:
+    """Returns Hugging Face's name and options of a schedule."""
+    floor = settings.min_ratio
+    match settings.name:
+        case "cosine" if floor is not None:
+            return "cosine_with_min_lr", {"min_lr_rate": floor}
+        case "cosine_with_restarts":
+            return settings.name, {"num_cycles": settings.cycles or 1}
+        case "polynomial":
+            end = {} if floor is None else {"lr_end": floor * optim.learning_rate}
+            return settings.name, {"power": settings.power or 1.0, **end}
+        case "inverse_sqrt":
+            return settings.name, {"timescale": settings.timescale}
+        case "warmup_stable_decay":
+            decay_ratio = DEFAULT_DECAY_RATIO if settings.decay_ratio is None else settings.decay_ratio
+            decay_steps = _steps(settings.decay_steps, decay_ratio, total_steps)
+            warmup = _steps(settings.warmup_steps, settings.warmup_ratio or 0.0, total_steps)
+            if warmup + decay_steps > total_steps:
+                raise ConfigError(
+                    f"schedule.name=warmup_stable_decay: {warmup} steps of warm-up and {decay_steps} of decay are more than the "
+                    f"{total_steps} steps of this run. Lower schedule.warmup_steps or schedule.decay_steps, or set the shares "
+                    "schedule.warmup_ratio and schedule.decay_ratio."
+                )
+            options = {
+                "num_decay_steps": decay_steps,
+                "decay_type": settings.decay_shape or "linear",
+                "min_lr_ratio": floor or 0.0,
+            }
+            return settings.name, options
+        case _:
+            return settings.name, {}
+
+
+def _steps(steps: int | None, ratio: float, total_steps: int) -> int:
+    return steps if steps is not None else math.ceil(ratio * total_steps)

@@ -20,6 +20,7 @@ from dtrain.data.order import StepPlan
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
+from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine, StepResult, StepWeight
 from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
@@ -259,8 +260,7 @@ def _update(
         has_summed_norm: whether `totals` has the gradient's norm.
     """
     engine = run.engine
-    for group in engine.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(engine.param_groups, learning_rate)
     is_dropped = _is_dropped(run.settings, totals, weight.total)
     # DeepSpeed does not report the norm of a gradient that it discards.
     measures_norm = is_dropped and not has_summed_norm

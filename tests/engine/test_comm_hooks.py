@@ -20,6 +20,7 @@ from dtrain.data.batches import step_batches
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine import local_sgd, optim
 from dtrain.engine.build import build_engine
+from dtrain.engine.parameter_groups import parameter_groups
 from dtrain.engine.protocol import StepWeight
 from dtrain.engine.single import SingleEngine
 from dtrain.job.watchdog.flight_recorder import collective_number
@@ -161,7 +162,7 @@ def local_every_step(context: RankContext, setting: Setting, broken: str | None)
         local_sgd.LocalSgd.count = lambda self, weight: _add(self, 1.0, float(context.world_size))  # type: ignore[method-assign]
     run = training.build(context, replace(setting, engine="auto"))
     module, config = run.engine.release(), setting.config()
-    optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
+    optimizer = optim.build_optimizer(parameter_groups(module, config.optim), config.optim)
     run.engine = local_sgd.LocalSgdEngine(module, optimizer, config, context)
     recorder = training.Recorder()
     engine = run.go(recorder)
@@ -207,7 +208,7 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
     for rank in range(world_size):
         module = training.tiny.bert(dropout=setting.dropout, layers=2)
         build.prepare_training(module, config, learns, plan).train_mode(module)
-        optimizer = optim.build_optimizer(optim.parameter_groups(module, weight_decay=0.01), config.optim)
+        optimizer = optim.build_optimizer(parameter_groups(module, config.optim), config.optim)
         engines.append(SingleEngine(module, optimizer, config, ONE_PROCESS))
         place = placed(ONE_PROCESS, rank=rank, world_size=world_size)
         rows = learns.splits["train"]

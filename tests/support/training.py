@@ -66,6 +66,8 @@ class Setting:
     double: bool = False
     optimizer: str = "sgd"
     learning_rate: float = 0.5
+    layer_decay: float | None = None
+    groups: tuple[dict[str, Any], ...] = ()
     max_grad_norm: float | None = 0.4
     precision: str = "fp32"
     engine: str = "auto"
@@ -113,6 +115,8 @@ class Setting:
                     "learning_rate": self.learning_rate,
                     "max_grad_norm": self.max_grad_norm,
                     "momentum": self.momentum,
+                    "layer_decay": self.layer_decay,
+                    "groups": self.groups,
                 },
                 "schedule": {"warmup_steps": self.warmup},
                 "freeze": {

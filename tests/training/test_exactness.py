@@ -83,13 +83,15 @@ def test_in_float64_two_ranks_end_with_the_weights_of_one_process() -> None:
         ("deepspeed", 3, 3),
     ],
 )
-def test_adamw_with_frozen_and_thawed_parts_is_the_same_on_every_engine(
+def test_adamw_with_frozen_and_thawed_parts_and_rates_by_layer_is_the_same_on_every_engine(
     engine: str, stage: int | None, world_size: int
 ) -> None:
     setting = replace(
         PLAIN,
         optimizer="adamw",
         learning_rate=1e-2,
+        layer_decay=0.8,
+        groups=({"modules": ["pooler"], "learning_rate": 3e-2, "weight_decay": 0.2},),
         steps=8,
         freeze=("embeddings", "encoder.layer[:1]"),
         thaw=((1, "encoder.layer[0]"),),
@@ -97,8 +99,10 @@ def test_adamw_with_frozen_and_thawed_parts_is_the_same_on_every_engine(
 
     one = training.run(ONE_PROCESS, setting)
     other = run_ranks(training.run, world_size, replace(setting, engine=engine, zero_stage=stage), timeout_s=120)[0]
+    equal_rates = training.run(ONE_PROCESS, replace(setting, layer_decay=None, groups=()))
 
     assert worst(one, other) <= 1e-5
+    assert worst(one, equal_rates) > 1e-3
     assert worst(one, other, "grad_norm") <= 1e-4
     assert one["slots"] == other["slots"]
     assert one["slots"]["bert.embeddings.word_embeddings.weight"] == []
