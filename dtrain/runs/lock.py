@@ -109,7 +109,6 @@ def locked(
         OSError: the lock cannot be written.
     """
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     owner = LockOwner(this_process(), command, since, uuid.uuid4().hex)
     done = threading.Event()
@@ -189,7 +188,7 @@ def _parse_owner(text: str) -> LockOwner | None:
 def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
     draft = folder / f".{LOCK}.{owner.id}.tmp"
     try:
-        draft.write_text(owner.as_text(), encoding="utf-8")
+        _write_in_folder(draft, owner.as_text())
         current = None
         for _ in range(MAX_ATTEMPTS):
             with suppress(FileExistsError):
@@ -213,6 +212,18 @@ def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def _write_in_folder(file: Path, text: str) -> None:
+    """Writes a file in a folder that is created if needed, also if another start that failed removes its empty folder."""
+    for attempt in range(MAX_ATTEMPTS):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.write_text(text, encoding="utf-8")
+            return
+        except FileNotFoundError:
+            if attempt == MAX_ATTEMPTS - 1:
+                raise
 
 
 def _stale_reason(folder: Path, lock: LockState, period_s: float) -> str:

@@ -126,6 +126,27 @@ def test_a_folder_that_was_created_only_for_the_lock_is_removed_with_it(tmp_path
     assert [entry.name for entry in (tmp_path / "two").iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_start_succeeds_while_another_one_that_fails_removes_its_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_text, removed = Path.write_text, []
+
+    def write_after_removal(path: Path, *args: Any, **kwargs: Any) -> int:
+        if len(removed) < 3:
+            removed.append(path.parent)
+            path.parent.rmdir()  # what another start does between our mkdir and our first file
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_after_removal)
+
+    with locked(tmp_path / "run", command="train") as held:
+        current = read_lock(tmp_path / "run")
+
+    assert len(removed) == 3
+    assert current is not None
+    assert current.owner == held
+
+
 def test_the_heartbeat_updates_the_lock_while_the_job_runs(tmp_path: Path) -> None:
     with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
         os.utime(tmp_path / LOCK, ns=(0, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,9 @@ JOINING_S = 30.0
 """Monitors that have not connected by then are not waited for."""
 
 MAX_LINE = 2**20
+
+HELLO_TIMEOUT_S = 10.0
+"""Time limit for the first line of a connection."""
 
 
 def unreachable_after_s(settings: HangSettings) -> float:
@@ -292,8 +296,8 @@ async def serve_monitor(
     """Serves the connection of one monitor, whose first line must have the job's token, until it is closed."""
     rank: int | None = None
     try:
-        hello = json.loads(await asyncio.wait_for(reader.readline(), timeout=10.0) or b"{}")
-        if hello.get("token") != token:
+        hello = _parse_hello(await asyncio.wait_for(reader.readline(), timeout=HELLO_TIMEOUT_S), token)
+        if hello is None:
             return
         rank = int(hello["rank"])
         record = RankRecord(lambda message: send_message(writer, message), hello["host"], hello["pid"])
@@ -301,11 +305,22 @@ async def serve_monitor(
         while line := await reader.readline():
             coordinator.receive(rank, json.loads(line))
     except (OSError, ValueError, KeyError, TimeoutError, asyncio.TimeoutError):
-        pass  # the connection is broken, or it was no monitor of this job
+        pass  # the connection is broken, or a stranger sent a line without an end
     finally:
         if rank is not None:
             coordinator.disconnect(rank)
         writer.close()
+
+
+def _parse_hello(line: bytes, token: str) -> MonitorMessage | None:
+    """Returns the first line of a monitor of this job; None for anything that a stranger may send to the port."""
+    try:
+        hello = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(hello, dict) or not secrets.compare_digest(str(hello.get("token")).encode(), token.encode()):
+        return None
+    return hello
 
 
 def send_message(writer: asyncio.StreamWriter, message: MonitorMessage) -> None:
