@@ -41,6 +41,16 @@ class Classification(TaskOptions):
         return _positive(weights)
 
 
+class MultiLabel(TaskOptions):
+    """Any number of labels for a text or a pair of texts."""
+
+    name: Literal["multi_label"] = setting(..., "multi_label: any number of labels for a text or a pair")
+    threshold: float = setting(
+        0.5, "a label is predicted if its probability is at least this", resume="warn", gt=0, lt=1
+    )
+    separator: str = setting(",", "text between two labels of a row, where they are a text (CSV)", min_length=1)
+
+
 class Regression(TaskOptions):
     """One number for a sentence or a pair of sentences."""
 
@@ -195,6 +205,7 @@ def _positive(weights: Any) -> Any:
 
 TaskSettings = Annotated[
     Classification
+    | MultiLabel
     | Regression
     | CausalLm
     | MaskedLm

@@ -21,6 +21,10 @@ def task_info(options: task.TaskSettings) -> TaskInfo:
             from dtrain.tasks import classification
 
             return classification.info(options)
+        case task.MultiLabel():
+            from dtrain.tasks import multi_label
+
+            return multi_label.info(options)
         case task.Regression():
             from dtrain.tasks import regression
 

@@ -39,6 +39,7 @@ SHORT = {"doc_stride": 2, "name": "question_answering"}
 
 TRAINED: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {
     "classification": ({}, BERT, [{"text": "a cat", "label": "x"}, {"text": "dog", "label": "y"}]),
+    "multi_label": ({}, BERT, [{"text": "a cat", "label": ["x", "y"]}, {"text": "dog", "label": []}]),
     "regression": ({}, BERT, [{"text": "a cat", "label": 1.5}]),
     "multiple_choice": ({}, BERT, [{**ENDINGS, "label": 1}]),
     "question_answering": (
@@ -138,6 +139,8 @@ def texts_of(task: str, folder: Path) -> tuple[str, str | None, dict[str, Any], 
             return picture, None, {"image": "2.png"}, str
         case "image_regression":
             return picture, None, {"image": "2.png"}, lambda found: f"u {number(found[0])}, v {number(found[1])}"
+        case "multi_label":
+            return "the cat", None, {"text": "the cat"}, lambda found: ", ".join(found) or "no label"
         case "regression":
             return "the cat", "a dog", {"text": "the cat", "text_pair": "a dog"}, number
         case _:
@@ -155,10 +158,12 @@ def test_a_text_is_answered_like_a_row_of_a_file_and_no_file_is_written(
     line = told(tmp_path, task, said, text, pair)
 
     assert set(tmp_path.rglob("*")) == before
-    assert re.sub(r" \(probability [01]\.\d{4}\)$", "", line) == wording(written(tmp_path, task, row))
+    assert re.sub(r" \(probability [^()]*[01]\.\d{4}\)$", "", line) == wording(written(tmp_path, task, row))
     if not task.startswith("image"):  # whose row names a file processor_or_tokenizer the table
         assert told(tmp_path, task, said, json.dumps(row)) == line
-    assert ("probability" in line) == ("classification" in task or task == "multiple_choice") or "token" in task
+    assert ("probability" in line) == (
+        "classification" in task or task in ("multiple_choice", "multi_label")
+    ) or "token" in task
 
 
 def test_a_json_row_has_the_users_columns_and_paths_relative_to_the_working_folder(
