@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dtrain.config.fields import Section, setting
 
@@ -165,6 +165,15 @@ class MaskedLm(TaskOptions):
     whole_word: bool = setting(False, "mask all tokens of a word or none")
 
 
+def _low_below_high(limits: tuple[float, float]) -> tuple[float, float]:
+    if not limits[0] < limits[1]:
+        raise ValueError(f"the first value {limits[0]:g} (black) must be below the second {limits[1]:g} (white)")
+    return limits
+
+
+PixelLimits = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_low_below_high)]
+
+
 class ImageClassification(TaskOptions):
     """One label for an image."""
 
@@ -177,6 +186,9 @@ class ImageClassification(TaskOptions):
     )
     image_size: int | None = setting(
         None, "side of the square that images are resized to; default: the model's image size", ge=1
+    )
+    pixel_range: PixelLimits | None = setting(
+        None, "black and white in images with more than 8 bits; default: [0, 65535] in 16 bits, [0, 1] for floats"
     )
 
     @field_validator("class_weights")
@@ -194,6 +206,9 @@ class ImageRegression(TaskOptions):
     )
     image_size: int | None = setting(
         None, "side of the square that images are resized to; default: the model's image size", ge=1
+    )
+    pixel_range: PixelLimits | None = setting(
+        None, "black and white in images with more than 8 bits; default: [0, 65535] in 16 bits, [0, 1] for floats"
     )
 
 

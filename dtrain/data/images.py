@@ -1,15 +1,14 @@
 """Images with labels or values: a folder of images for each class, or a table with a column of paths.
 
-Rows hold paths and labels. Pixels are read when a batch is made. Preparing the data checks each file once and stores its
-SHA-256 in its row, which reveals different images under the same names on other nodes. The cache key consists of names,
-sizes and times of the files in class folders, or of the hash of a table: if images change while the table does not, they
-are not checked again.
+Rows hold paths and labels. Pixels are read when a batch is made. Preparing the data decodes each file once, so that a
+damaged one is found before training, and stores its SHA-256 in its row. That reveals different images under the same names
+on other nodes, and images that change later. The cache key consists of names, sizes and times of the files in class
+folders, or of the hash of a table.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrain.console import log
 from dtrain.data.readers import Row, Values
 from dtrain.data.tables import (
     LABELS,
@@ -30,8 +30,32 @@ from dtrain.data.tables import (
     missing_column,
 )
 from dtrain.errors import DataError
+from dtrain.models.image_file import PixelRange, check_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+SUFFIXES: tuple[str, ...] = (
+    ".png",
+    ".apng",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+    ".tga",
+)
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "icon\r")
+"""Files that file managers leave in folders, in lower case. Hidden files are not read either."""
 IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path", "img")
 
 
@@ -52,7 +76,16 @@ def class_folder_rows(folder: Path) -> Iterator[Row]:
     classes = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     images: list[tuple[bytes, str, str]] = []
     for class_folder in classes:
-        files = [file for file in class_folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [file for file in class_folder.rglob("*") if _is_visible(file, folder) and file.is_file()]
+        files = [file for file in found if file.suffix.lower() in SUFFIXES]
+        if others := sorted(file for file in found if file.suffix.lower() not in SUFFIXES):
+            log.warning(
+                "data: %s: %d file(s) are not read, such as %s: the suffix is not one of an image (%s)",
+                class_folder,
+                len(others),
+                others[0].relative_to(class_folder),
+                ", ".join(SUFFIXES),
+            )
         if not files:
             raise DataError(f"{class_folder} holds no images ({', '.join(SUFFIXES)}): a class needs at least one")
         for file in files:
@@ -60,6 +93,11 @@ def class_folder_rows(folder: Path) -> Iterator[Row]:
             images.append((hashlib.blake2b(path.encode(), digest_size=8).digest(), path, class_folder.name))
     for number, (_, path, label) in enumerate(sorted(images), start=1):
         yield number, {"image": path, "label": label}
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    parts = file.relative_to(folder).parts
+    return not any(part.startswith(".") for part in parts) and file.name.lower() not in SYSTEM_FILES
 
 
 def class_folder_state(folder: Path) -> str:
@@ -71,12 +109,13 @@ def class_folder_state(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def image_row_format(root: Path, targets: Sequence[str] = ()) -> RowFormat:
-    """Returns the format of rows with `image` (path below root), its `digest`, and `label` or, for regression, `values`.
+def image_row_format(root: Path, targets: Sequence[str] = (), *, pixel_range: PixelRange | None = None) -> RowFormat:
+    """Returns the format of rows with `image` (path below root), its `digest`, `traits`, and `label` or `values`.
 
     Args:
         root: folder that stored paths are relative to.
         targets: columns of numbers to use instead of a label.
+        pixel_range: see image_file.read_image.
     """
 
     def converter(first: Values, origin: Origin) -> RowConverter:
@@ -92,12 +131,14 @@ def image_row_format(root: Path, targets: Sequence[str] = ()) -> RowFormat:
             read, field = _label(first, origin, configured.get("label"), image)
 
         def convert(values: Values, location: str) -> dict[str, Any]:
-            path, digest = _check_image(get_value(values, image, location), base, root, location)
-            return {"image": path, "digest": digest, **({} if read is None else {field.name: read(values, location)})}
+            target = {} if read is None else {field.name: read(values, location)}
+            path, digest, traits = _check_image(get_value(values, image, location), base, root, location, pixel_range)
+            return {"image": path, "digest": digest, "traits": traits, **target}
 
         columns = [
             pa.field("image", pa.string()),
             pa.field("digest", pa.string()),
+            pa.field("traits", pa.list_(pa.string())),
             *([field] if read is not None else []),
         ]
         return RowConverter(pa.schema(columns), convert, origin.class_names.get("label"))
@@ -148,26 +189,22 @@ def _number(value: Any, name: str, location: str) -> float:
     return number
 
 
-def _check_image(value: Any, base: Path, root: Path, location: str) -> tuple[str, str]:
-    """Checks that a file begins like an image. Returns its path below root and its SHA-256."""
-    from PIL import Image, UnidentifiedImageError
-
+def _check_image(
+    value: Any, base: Path, root: Path, location: str, pixel_range: PixelRange | None
+) -> tuple[str, str, list[str]]:
+    """Checks that a file can be decoded. Returns its path below root, its SHA-256, and the names of its traits."""
     if not isinstance(value, str) or not value:
         raise DataError(f"{location}: an image is the path of a file, found {value!r}")
-    file = base / Path(value).expanduser()
     try:
+        file = base / Path(value).expanduser()
         content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{location}: the image {file} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, or the home of an unknown user
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{location}: the image {base / value} cannot be read: {reason}") from None
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "Pillow does not recognize its format" if unknown else str(error)
-        raise DataError(
-            f"{location}: {file} is not an image: {reason}. Remove it, or skip such rows with data.max_bad_rows"
-        ) from None
+        traits = check_image(content, file, pixel_range=pixel_range)
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from None
     is_relative = not Path(value).expanduser().is_absolute()
     path = Path(os.path.relpath(file, root)).as_posix() if is_relative else str(file)
-    return path, hashlib.sha256(content).hexdigest()
+    return path, hashlib.sha256(content).hexdigest(), [name for name, has in traits._asdict().items() if has]

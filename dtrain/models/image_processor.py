@@ -1,5 +1,7 @@
 """Turns an image file into the model's input: resized, cropped and normalized as its preprocessor_config.json says.
 
+image_file.py decodes it.
+
 Uses only Pillow and numpy, so the numbers do not depend on whether torchvision is installed. Tests compare them with
 transformers' own processors, which may differ in the last bits. A model without preprocessor_config.json gets its own
 image size, mean 0.5 and deviation 0.5. The file is saved with the trained model, where AutoImageProcessor finds it.
@@ -7,6 +9,7 @@ image size, mean 0.5 and deviation 0.5. The file is saved with the trained model
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +23,15 @@ from transformers.utils import cached_file
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.architecture import check_name_or_path, read_config
+from dtrain.models.image_file import PixelRange, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
 FILE = "preprocessor_config.json"
+
+PIXEL_RANGE = "pixel_range"
+"""dtrain's own key in that file. transformers' processors ignore it."""
 
 BILINEAR, NATIVE_SIZE = 2, 224
 CONVNEXT_SQUARE_SIZE = 384
@@ -44,6 +51,7 @@ class PixelProcessor:
         mean: subtracted from the scaled values, one per channel.
         std: the result is divided by this, one per channel.
         content: the content of preprocessor_config.json.
+        pixel_range: values of black and white in images with more than 8 bits; None: see image_file.py.
     """
 
     size: tuple[int, int] | None
@@ -54,18 +62,24 @@ class PixelProcessor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     content: Mapping[str, Any]
+    pixel_range: PixelRange | None = None
 
-    def __call__(self, file: Path) -> NDArray[np.float32]:
+    def __call__(self, file: Path, *, digest: str | None = None) -> NDArray[np.float32]:
         """Reads an image. Returns (channels, height, width).
 
+        Args:
+            digest: the file's SHA-256 when the data was prepared; None: not known.
+
         Raises:
-            DataError: the file is missing or cannot be decoded.
+            DataError: the file is missing, cannot be decoded, or has changed since.
         """
-        image = self._resized(open_image(file, "RGB" if len(self.mean) == 3 else "L"))
+        content = _read_file(file, digest)
+        image = self._resized(read_image(content, file, gray=len(self.mean) == 1, pixel_range=self.pixel_range))
         if self.crop is not None:
             top, left = (image.height - self.crop[0]) // 2, (image.width - self.crop[1]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        pixels = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, len(self.mean))
+        values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
+        pixels = np.broadcast_to(values, (*values.shape[:2], len(self.mean)))  # images with more than 8 bits are gray
         scaled = pixels * np.float32(self.scale)
         normalized = (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         result: NDArray[np.float32] = np.ascontiguousarray(normalized.transpose(2, 0, 1), dtype=np.float32)
@@ -93,26 +107,28 @@ class PixelProcessor:
         return image.resize(size, self.resample)
 
 
-def open_image(file: Path, mode: str) -> Image.Image:
-    """Returns the decoded image in the given mode, RGB or L (gray).
-
-    Raises:
-        DataError: the file is missing or damaged. Preparing the data checks only the headers; the pixels are read here.
-    """
-    from PIL import Image
-
+def _read_file(file: Path, digest: str | None) -> bytes:
     try:
-        with Image.open(file) as image:
-            return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be decoded: {error}. Remove it from the data or write it again") from None
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be decoded: {error}. Restore it or remove it from the data") from None
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise DataError(
+            f"{file} has changed since the data was prepared. Restore it, or set data.cache_dir to a new folder, so that "
+            "all images are checked again"
+        )
+    return content
 
 
-def load_processor(model: schema.Model, *, image_size: int | None) -> PixelProcessor:
+def load_processor(
+    model: schema.Model, *, image_size: int | None, pixel_range: PixelRange | None = None
+) -> PixelProcessor:
     """Returns the model's own processor, or a default one.
 
     Args:
         image_size: side of the square that images are resized to; None: as the model's config says.
+        pixel_range: values of black and white in images with more than 8 bits; None: what the model was trained with, or
+            the full range.
 
     Raises:
         ConfigError: preprocessor_config.json asks for something that dtrain does not support, or Pillow is missing.
@@ -140,6 +156,8 @@ def load_processor(model: schema.Model, *, image_size: int | None) -> PixelProce
         content = {key: value for key, value in content.items() if key not in dropped}
         size = {"height": image_size, "width": image_size}
         content.update(image_processor_type="ViTImageProcessor", do_resize=True, size=size)
+    if pixel_range is not None:
+        content = {**content, PIXEL_RANGE: list(pixel_range)}
     return _parse_config(content, channels, str(model.name_or_path))
 
 
@@ -195,7 +213,18 @@ def _parse_config(content: Mapping[str, Any], channels: int, name: str) -> Pixel
         mean,
         std,
         content,
+        _pixel_range(content.get(PIXEL_RANGE), name),
     )
+
+
+def _pixel_range(value: Any, name: str) -> PixelRange | None:
+    try:
+        low, high = (0.0, 1.0) if value is None else (float(value[0]), float(value[1]))
+    except (TypeError, ValueError, LookupError):
+        low, high = 0.0, 0.0
+    if not low < high:
+        raise ConfigError(f"model.name_or_path={name}: {FILE} has {PIXEL_RANGE} {value!r}: it must be [black, white].")
+    return None if value is None else (low, high)
 
 
 def _sizes(content: Mapping[str, Any], name: str) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:

@@ -83,7 +83,7 @@ def prepare_image_classification(
 ) -> ImageClassificationTask:
     """Collective. Finds and checks the images of each split, once per node, and fixes the order of the labels."""
     folder = image_folder(config)
-    processor = load_processor(config.model, image_size=settings.image_size)
+    processor = load_processor(config.model, image_size=settings.image_size, pixel_range=settings.pixel_range)
     order = pretrained_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
@@ -100,6 +100,8 @@ def prepare_image_classification(
         return map_rows(source, number_labels, config)
 
     options = {"labels": None if order is None else list(order)}
-    examples = prepare_images(config, context, targets=(), encode=encode, describe=describe, options=options)
+    examples = prepare_images(
+        config, context, processor=processor, targets=(), encode=encode, describe=describe, options=options
+    )
     labels = [str(name) for name in examples.meta["labels"]]
     return ImageClassificationTask(examples.splits, processor, labels, settings, folder=folder)

@@ -118,7 +118,7 @@ class ImageRegressionTask:
 
 def prepare_image_regression(config: Config, settings: ImageRegression, context: RankContext) -> ImageRegressionTask:
     """Collective. Finds and checks the images and numbers of each split, once per node."""
-    processor = load_processor(config.model, image_size=settings.image_size)
+    processor = load_processor(config.model, image_size=settings.image_size, pixel_range=settings.pixel_range)
     known = pretrained_labels(config, context)
     if known is not None and set(known) == set(settings.targets) and known != settings.targets:
         raise ConfigError(
@@ -136,6 +136,7 @@ def prepare_image_regression(config: Config, settings: ImageRegression, context:
     examples = prepare_images(
         config,
         context,
+        processor=processor,
         targets=settings.targets,
         encode=encode,
         describe=lambda _sources, _tokenizer: {},

@@ -56,3 +56,12 @@ def write_landmarks(folder: Path, *, train: int, validation: int, seed: int = 0)
             lines.append(f"images/{split}-{number}.png,{x:.3f},{y:.3f}")
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def write_classes(folder: Path, images: dict[str, list[tuple[str, Image.Image, dict[str, Any]]]]) -> Path:
+    """train/<class>/<name> with each image, saved with these arguments."""
+    for label, files in images.items():
+        (folder / "train" / label).mkdir(parents=True)
+        for name, image, options in files:
+            image.save(folder / "train" / label / name, **options)
+    return folder

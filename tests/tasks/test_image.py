@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 from torch import nn
 
-from dtrain.config.schema import Config, Data
+from dtrain.config.schema import Config, Data, Model
 from dtrain.data.images import image_row_format
 from dtrain.data.resolve_source import source_kind
 from dtrain.data.sources import load_sources, source_key
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_images
+from dtrain.models.image_processor import load_processor
 from dtrain.models.load import load_model
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Targets
@@ -208,7 +214,93 @@ def test_checking_the_image_size_keeps_running_statistics() -> None:
     assert float(module[0].running_mean.abs().max()) == 0.0
 
 
+# What a viewer shows
+
+
+def test_images_of_more_bits_and_landmarks_on_rotated_photos_are_read_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pixels of the two classes differ by their upper byte alone, and by the photo's rotation."""
+    dark, light = (np.full((8, 8), value, np.uint16) for value in (1000, 60000))
+    folder = pictures.write_classes(
+        tmp_path / "deep",
+        {
+            "dark": [("a.png", Image.fromarray(dark), {})],
+            "light": [("b.png", Image.fromarray(light), {}), ("notes.txt.png", Image.new("RGBA", (4, 4)), {})],
+        },
+    )
+    (folder / "train" / "dark" / "c.heic").write_bytes(b"?")
+    (folder / "train" / "dark" / "._a.png").write_bytes(b"?")
+
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        task = prepared(folder)
+
+    rows = task.splits["train"][[0, 1, 2]]
+    mean = dict(zip(rows["image"], task.collate(rows, tiny.HERE)["pixel_values"].mean((1, 2, 3)).tolist(), strict=True))
+    assert mean["train/dark/a.png"] == pytest.approx(1000 / 65535 * 2 - 1, abs=1e-5)
+    assert mean["train/light/b.png"] == pytest.approx(60000 / 65535 * 2 - 1, abs=1e-5)
+    assert mean["train/light/notes.txt.png"] == pytest.approx(1.0)
+    assert "2 image(s) have more than 8 bits per pixel" in caplog.text
+    assert "1 image(s) have transparent pixels, which are read as white" in caplog.text
+    assert "train/dark: 1 file(s) are not read, such as c.heic" in caplog.text
+
+
+def test_a_rotated_photo_gives_the_pixels_of_the_upright_one(landmarks: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright, rotated = landmarks / "images" / "train-0.png", landmarks / "images" / "train-1.png"
+    with Image.open(upright) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(rotated, exif=exif)
+
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        task = prepared(landmarks, task=LANDMARKS)
+
+    pixels = task.collate(task.splits["train"][[0, 1]], tiny.HERE)["pixel_values"]
+    assert torch.equal(pixels[0], pixels[1])
+    assert "train: 1 image(s) have an EXIF orientation and are read upright" in caplog.text
+
+
+def test_the_range_of_pixels_is_a_setting_and_saved_with_the_model(tmp_path: Path) -> None:
+    folder = pictures.write_classes(
+        tmp_path / "scans",
+        {
+            name: [(f"{name}.tif", Image.fromarray(np.full((8, 8), value, np.int32)), {})]
+            for name, value in {"dark": 0, "light": 4000}.items()
+        },
+    )
+    with pytest.raises(DataError, match=r"32-bit integers .*task.pixel_range='\[0, 0\]'"):
+        prepared(folder)
+
+    task = prepared(folder, task={"name": "image_classification", "pixel_range": [0, 4000]})
+    task.processor.save_pretrained(str(tmp_path))
+    model = Model(from_scratch=True, config=pictures.VIT)
+
+    pixels = task.collate(task.splits["train"][[0, 1]], tiny.HERE)["pixel_values"].mean((1, 2, 3))
+    assert sorted(pixels.tolist()) == [-1.0, 1.0]
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["pixel_range"] == [0.0, 4000.0]
+    assert load_processor(model, image_size=None).pixel_range is None
+
+
 # What is refused
+
+
+def test_a_truncated_photo_is_a_bad_row_before_training(landmarks: Path) -> None:
+    file = landmarks / "images" / "train-2.png"
+    with Image.open(file) as image:
+        image.resize((64, 64)).save(file, "JPEG")
+    file.write_bytes(file.read_bytes()[:-300])
+
+    with pytest.raises(DataError, match=r"train.csv, line 4: .*train-2.png cannot be decoded: .*truncated"):
+        prepared(landmarks, task=LANDMARKS)
+    assert len(prepared(landmarks, task=LANDMARKS, max_bad_rows=1).splits["train"]) == 4
+
+
+def test_an_image_that_changes_after_the_check_is_named(landmarks: Path) -> None:
+    task = prepared(landmarks, task=LANDMARKS)
+    pictures.draw(landmarks / "images" / "train-0.png", (1, 2, 3), random.Random(9))
+
+    with pytest.raises(DataError, match=r"train-0.png has changed since the data was prepared. Restore it"):
+        task.collate(task.splits["train"][[0]], tiny.HERE)
 
 
 def test_a_file_that_is_not_an_image_is_named_by_line_and_can_be_skipped(landmarks: Path) -> None:
@@ -243,7 +335,7 @@ def test_a_damaged_image_of_a_class_is_named(folders: Path) -> None:
     file = sorted((folders / "train" / "red").iterdir())[0]
     file.write_bytes(file.read_bytes()[:100])
 
-    with pytest.raises(DataError, match=rf"train/red/{file.name} is not an image"):
+    with pytest.raises(DataError, match=rf"train/red/{file.name} cannot be decoded: .*truncated"):
         prepared(folders)
 
 
