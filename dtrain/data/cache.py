@@ -2,6 +2,10 @@
 
 The caller (a task) decides what is prepared and how. This file owns the cache folders and checks that all nodes hold the
 same rows. A folder has `<split>/` (Arrow), other files of the caller, and meta.json.
+
+One rank of each node reads all bytes of the folder at every start and compares their hashes with meta.json. Only wrong
+content counts as damage: then the folder is moved aside, since other jobs may have mapped it, and built again. What this
+process may not read or write is an error with a cure.
 """
 
 from __future__ import annotations
@@ -10,9 +14,11 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +29,7 @@ import tokenizers
 import transformers
 
 from dtrain.console import log
+from dtrain.data.fingerprint import fingerprint
 from dtrain.distributed.collectives import all_gather_object, node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.serialization import Json
@@ -31,10 +38,13 @@ from dtrain.errors import DataError
 Build = Callable[[Path], Mapping[str, Json]]
 """Writes splits (with save_split) and other files into an empty folder. Returns further information for the ranks."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the folder's layout and of dtrain's processing of rows. Increase it when either changes."""
 
 META = "meta.json"
+
+OTHER_FOLDER = "data.cache_dir=~/dtrain-cache"
+"""A setting to paste where the folder of caches cannot be used."""
 
 
 class Splits(dict[str, datasets.Dataset]):
@@ -80,9 +90,9 @@ def prepare(
     """
     datasets.disable_progress_bars()
     cache = cache_dir.expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "dtrain"
-    folder = Path(node_first(lambda: str(_find_or_build(plan, cache)), context))
-    prepared = open_prepared(folder)
-    compare_nodes(prepared.meta["splits"], context)
+    found = node_first(lambda: _find_or_build(plan, cache), context)
+    prepared = open_prepared(Path(found["folder"]))
+    compare_nodes(found["splits"], context)
     return prepared
 
 
@@ -92,25 +102,86 @@ def save_split(folder: Path, split: str, rows: datasets.Dataset) -> None:
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """Memory-maps a folder that `prepare` published.
+    """Memory-maps a folder that `prepare` published. Does not read the rows: see `_verify`.
 
     Raises:
-        DataError: something is missing or does not match meta.json.
+        DataError: something is missing or does not match meta.json, or may not be read.
     """
     try:
+        return _open(folder)
+    except _DamageError as error:
+        raise DataError(f"{folder} is damaged: {error}") from None
+
+
+class _DamageError(Exception):
+    """The content of a cache folder is not what was written."""
+
+
+def _open(folder: Path) -> PreparedData:
+    try:
         content = json.loads((folder / META).read_text(encoding="utf-8"))
-        if missing := [name for name, size in content["files"].items() if _size(folder / name) != size]:
-            raise DataError(f"{folder}: {missing[0]} is missing or has another size than when it was written")
+        if content["checksum"] != _checksum(content):
+            raise _DamageError(f"{META} was changed")
+        if wrong := [name for name, info in content["files"].items() if _size(folder / name) != info["bytes"]]:
+            raise _DamageError(f"{wrong[0]} is missing or has another size than when it was written")
         saved = content["meta"]["splits"]
         splits = {split: datasets.load_from_disk(str(folder / split)) for split in saved}
-        fingerprints = {split: str(saved[split]["fingerprint"]) for split in saved}
         if wrong := [split for split, rows in splits.items() if len(rows) != saved[split]["rows"]]:
-            raise DataError(
-                f"{folder}: the split {wrong[0]} has {len(splits[wrong[0]])} rows, not as many as were written"
-            )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise DataError(f"{folder} cannot be read ({type(error).__name__}: {error})") from None
+            raise _DamageError(f"the split {wrong[0]} has {len(splits[wrong[0]])} rows, not as many as were written")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise _DamageError(f"{error.filename or folder} is missing") from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise _DamageError(f"it cannot be read ({type(error).__name__}: {error})") from None
+    fingerprints = {split: str(saved[split]["fingerprint"]) for split in saved}
     return PreparedData(folder, content["meta"], Splits(splits, fingerprints))
+
+
+def _verify(folder: Path) -> dict[str, Json]:
+    """Reads all bytes of a folder. Returns rows and fingerprint of each split, as they are now.
+
+    Raises:
+        _DamageError: a hash is not the one in meta.json.
+        DataError: a file may not be read.
+    """
+    prepared = _open(folder)
+    files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
+    try:
+        for name, info in files.items():
+            if info.get("sha256") not in (None, _file_hash(folder / name)):
+                raise _DamageError(f"the bytes of {name} are not those that were written")
+        now = {split: _describe(rows) for split, rows in prepared.splits.items()}
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    except (ValueError, pa.ArrowException) as error:
+        raise _DamageError(f"its rows cannot be read ({type(error).__name__}: {error})") from None
+    if changed := [split for split in now if now[split] != prepared.meta["splits"][split]]:
+        raise _DamageError(f"the rows of the split {changed[0]} are not those that were written")
+    return now
+
+
+def _unreadable(folder: Path, error: OSError) -> DataError:
+    return DataError(
+        f"the cache {folder} cannot be read: {describe_os_error(error)}. It may be sound, so it was left as it is. Make it "
+        f"readable, or use another folder: {OTHER_FOLDER}"
+    )
+
+
+def describe_os_error(error: OSError) -> str:
+    """Returns the reason and the file, with the file's owner and mode where access was denied."""
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        return reason
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return f"{reason}: {error.filename}"
+    try:
+        info = Path(error.filename).stat()
+    except OSError:
+        return f"{reason}: {error.filename}"
+    return f"{reason}: {error.filename} (mode {info.st_mode & 0o777:04o}, user {info.st_uid}; this process is user {os.getuid()})"
 
 
 def compare_nodes(splits: Mapping[str, Mapping[str, Json]], context: RankContext) -> None:
@@ -151,78 +222,149 @@ def compare_nodes(splits: Mapping[str, Mapping[str, Json]], context: RankContext
     )
 
 
-def fingerprint(rows: datasets.Dataset) -> str:
-    """Returns the SHA-256 over the column names and the rows in order, independent of chunks, files and formats."""
-    digest = hashlib.sha256()
-    names = sorted(rows.column_names)
-    digest.update(json.dumps(names).encode())
-    for batch in rows.with_format(None).select_columns(names).iter(batch_size=1000):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            digest.update(json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode())
-            digest.update(b"\n")
-    return digest.hexdigest()
-
-
-def _find_or_build(plan: Callable[[], tuple[Mapping[str, Json], Build]], cache: Path) -> Path:
-    """Returns the folder for the plan's key, and builds it unless a complete one exists."""
+def _find_or_build(plan: Callable[[], tuple[Mapping[str, Json], Build]], cache: Path) -> dict[str, Json]:
+    """Returns the folder for the plan's key, built unless a sound one exists, and rows and fingerprint of its splits."""
     key, build = plan()
     versions = {library.__name__: library.__version__ for library in (datasets, tokenizers, transformers)}
     identity = json.dumps({"format": FORMAT, "key": key, "versions": versions}, sort_keys=True)
     folder = cache / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    _refuse_odd(cache)
+    _refuse_odd(folder)
     if folder.exists():
+        inode = folder.stat().st_ino
         try:
-            open_prepared(folder)
-            return folder
-        except DataError as error:
-            log.warning("data: the cache is damaged and will be rebuilt: %s", error)
-            shutil.rmtree(folder, ignore_errors=True)
+            return {"folder": str(folder), "splits": _verify(folder)}
+        except _DamageError as error:
+            _move_aside(folder, inode, str(error))
+    return {"folder": str(folder), "splits": _build_and_publish(build, key, folder)}
+
+
+def _refuse_odd(folder: Path) -> None:
+    """Refuses a path that is taken by something that is no folder. Nothing of it is dtrain's, so nothing is deleted."""
+    try:
+        if folder.is_dir() or not os.path.lexists(folder):
+            return
+        found = f"a symbolic link to {folder.readlink()}, which" if folder.is_symlink() else "a file, which"
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    raise DataError(
+        f"the cache cannot use {folder}: it is {found} is not a folder. Remove it (rm {shlex.quote(str(folder))}), or use "
+        f"another folder: {OTHER_FOLDER}"
+    )
+
+
+def _move_aside(folder: Path, inode: int, damage: str) -> None:
+    """Renames a damaged folder, unless another job has replaced it already."""
+    aside = folder.with_name(f"{folder.name}-damaged-{time.time_ns()}")
+    try:
+        if folder.stat().st_ino == inode:
+            folder.rename(aside)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise DataError(
+            f"the cache {folder} is damaged ({damage}) and cannot be moved aside: {describe_os_error(error)}. Ask its owner "
+            f"to delete it, or use another folder: {OTHER_FOLDER}"
+        ) from None
+    log.warning(
+        "data: the cache is damaged and will be rebuilt: %s: %s. It is now %s; delete that when no other job uses it",
+        folder,
+        damage,
+        aside.name,
+    )
+
+
+def _build_and_publish(build: Build, key: Mapping[str, Json], folder: Path) -> dict[str, Json]:
+    """Returns rows and fingerprint of each split."""
+    cache = folder.parent
     try:
         cache.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}-building-", dir=cache))
     except OSError as error:
         raise DataError(
-            f"the cache {cache} cannot be written: {error.strerror}. Set data.cache_dir to a writable folder"
+            f"the cache {cache} cannot be written: {describe_os_error(error)}. Set data.cache_dir to a writable folder: "
+            f"{OTHER_FOLDER}"
         ) from None
     try:
-        _build(build, temporary, key)
-        _publish(temporary, folder)
+        splits = _build(build, temporary, key)
+        return splits if _publish(temporary, folder) else _verify(folder)
+    except _DamageError as error:
+        raise DataError(f"another job has just built {folder}, and it is damaged: {error}. Start again") from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise DataError(
+                f"the cache {cache} is full: {error.strerror}. Free space there or set data.cache_dir"
+            ) from None
+        if error.filename is None or cache not in Path(os.fsdecode(error.filename)).parents:
+            raise  # not of the cache
         raise DataError(
-            f"the cache {cache} is full: {error.strerror}. Free space there or set data.cache_dir"
+            f"the cache {cache} cannot be written: {describe_os_error(error)}. Set data.cache_dir to a writable folder: "
+            f"{OTHER_FOLDER}"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def _build(build: Build, folder: Path, key: Mapping[str, Json]) -> None:
-    """Fills the folder and finally writes meta.json, which lists the folder's content."""
+def _build(build: Build, folder: Path, key: Mapping[str, Json]) -> dict[str, Json]:
+    """Fills the folder and finally writes meta.json, which lists the folder's content. Returns what it says of the splits."""
     returned = dict(build(folder))
     names = [state.parent.name for state in folder.glob("*/state.json")]
-    splits = {}
-    for name in sorted(names, key=lambda name: (name != "train", name)):
-        rows = datasets.load_from_disk(str(folder / name))
-        splits[name] = {"rows": len(rows), "fingerprint": fingerprint(rows)}
-    files = {file.relative_to(folder).as_posix(): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    splits = {
+        name: _describe(datasets.load_from_disk(str(folder / name)))
+        for name in sorted(names, key=lambda name: (name != "train", name))
+    }
+    files = {
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            # The rows have their own hash, which does not depend on how they are cut into files.
+            **({} if file.suffix == ".arrow" else {"sha256": _file_hash(file)}),
+        }
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     content = {"key": key, "meta": {**returned, "splits": splits}, "files": files}
-    (folder / META).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
+    (folder / META).write_text(text, encoding="utf-8")
+    return splits
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    """Renames the finished folder to its final name. If another job was faster, its folder is equivalent and is kept."""
+def _publish(temporary: Path, folder: Path) -> bool:
+    """Renames the finished folder to its final name. If another job was faster, keeps its folder and returns False.
+
+    Whoever may read the folder of caches may read what is in it, whatever the umask of the process that built it.
+    """
+    mode = folder.parent.stat().st_mode & 0o777 | 0o700
     for file in temporary.rglob("*"):
+        file.chmod(mode if file.is_dir() else mode & 0o666)
         if file.is_file():
             with file.open("rb+") as content:
                 os.fsync(content.fileno())  # otherwise a power cut could leave the final name with missing content
-    temporary.chmod(0o755)  # mkdtemp makes private folders, but a cache may be shared
+    temporary.chmod(mode)
     try:
         temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        return False
+    return True
+
+
+def _describe(rows: datasets.Dataset) -> dict[str, Json]:
+    return {"rows": len(rows), "fingerprint": fingerprint(rows)}
+
+
+def _checksum(content: Mapping[str, Json]) -> str:
+    """Returns the SHA-256 over meta.json without its checksum."""
+    text = json.dumps({name: value for name, value in content.items() if name != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _file_hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _size(file: Path) -> int:
-    return file.stat().st_size if file.is_file() else -1
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return -1
