@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
 from dtrain.data.seeding import DataPosition
+from dtrain.data.worker_batches import PackedBatch, pack, unpack
 from dtrain.distributed.signals import leave_to_parent
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ERROR_TYPES, DtrainError
@@ -124,15 +125,15 @@ class WorkerError(NamedTuple):
     message: str
 
 
-class _CollatedDataset(Dataset[BatchTensors | WorkerError]):
+class _CollatedDataset(Dataset[PackedBatch | WorkerError]):
     """Maps positions to batches. Returns user errors as values, so that the user does not see the worker's traceback."""
 
     def __init__(self, rows: Rows, collate: Collate) -> None:
         self._rows, self._collate = rows, collate
 
-    def __getitem__(self, position: DataPosition) -> BatchTensors | WorkerError:
+    def __getitem__(self, position: DataPosition) -> PackedBatch | WorkerError:
         try:
-            return self._collate(self._rows[list(position.example_index)], position)
+            return pack(self._collate(self._rows[list(position.example_index)], position))
         except DtrainError as error:
             return WorkerError(type(error).__name__, str(error))
 
@@ -149,8 +150,7 @@ def _collate_in_order(
     rows: Rows, collate: Collate, positions: Iterable[DataPosition], *, workers: int
 ) -> Iterator[BatchTensors]:
     if workers == 0:
-        batches = _CollatedDataset(rows, collate)
-        return map(_raise_if_error, (batches[position] for position in positions))
+        return (collate(rows[list(position.example_index)], position) for position in positions)
     # DataLoader draws a base seed. A separate generator keeps that from advancing torch's global random state.
     loader = DataLoader(
         _CollatedDataset(rows, collate),
@@ -160,18 +160,24 @@ def _collate_in_order(
         generator=torch.Generator(),
         worker_init_fn=_leave_signals_to_rank,
     )
-    batches_ahead: Any = iter(loader)
+    try:
+        batches_ahead: Any = iter(loader)
+    except OSError as error:
+        raise DtrainError(
+            f"data.workers={workers}: the worker processes cannot be started: {error}. They need a little room in /dev/shm "
+            "(docker run --shm-size 1g), open files (ulimit -n) and processes (ulimit -u). data.workers=0 needs none of these"
+        ) from None
     for worker in batches_ahead._workers:
         # torch, or Python at exit, ends workers with SIGTERM, which they ignore (see leave_to_parent). Use SIGKILL.
         worker._popen.terminate = worker._popen.kill
-    return map(_raise_if_error, batches_ahead)
+    return map(_unpack, batches_ahead)
 
 
 def _leave_signals_to_rank(_worker: int) -> None:
     leave_to_parent()
 
 
-def _raise_if_error(result: BatchTensors | WorkerError) -> BatchTensors:
+def _unpack(result: PackedBatch | WorkerError) -> BatchTensors:
     if isinstance(result, WorkerError):
         raise ERROR_TYPES[result.kind](result.message)
-    return result
+    return unpack(result)

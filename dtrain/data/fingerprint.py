@@ -60,7 +60,7 @@ def _update(digest: Any, array: pa.Array) -> None:
     if pa.types.is_null(kind):
         return
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        lengths = pc.list_value_length(array).fill_null(0)  # type: ignore[attr-defined] - made when pyarrow is imported
+        lengths = pc.list_value_length(array).fill_null(0)
         digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
         _update(digest, array.flatten())
     elif pa.types.is_struct(kind):

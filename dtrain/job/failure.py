@@ -97,8 +97,16 @@ def success_record(topology: Topology) -> ExitRecord:
     return ExitRecord(0, "done", topology.rank, socket.gethostname(), "done")
 
 
+def for_user(error: BaseException) -> BaseException:
+    """Returns the error to report: one that has a message for the user, where a library raised another."""
+    from dtrain.data.worker_batches import worker_death
+
+    return error if _is_for_user(error) else worker_death(error) or error
+
+
 def error_record(error: BaseException, topology: Topology) -> ExitRecord:
     """Returns the record of an error on this rank."""
+    error = for_user(error)
     message = str(error) if _is_for_user(error) and str(error) else f"{type(error).__name__}: {error}"
     code = error.exit_code if isinstance(error, DtrainError) else 1
     return ExitRecord(code, type(error).__name__, topology.rank, socket.gethostname(), message)
@@ -221,12 +229,12 @@ def _is_for_user(error: BaseException) -> bool:
 
 def _error_text(error: BaseException, own: ExitRecord) -> str:
     """Returns the message of an error that has one for the user, else the traceback."""
-    return own.message if _is_for_user(error) else "".join(traceback.format_exception(error)).rstrip()
+    return own.message if _is_for_user(for_user(error)) else "".join(traceback.format_exception(error)).rstrip()
 
 
 def _traceback_title(error: BaseException, topology: Topology) -> str:
     """Returns a line to print above a traceback: which rank it is from."""
-    if _is_for_user(error) or topology.world_size == 1:
+    if _is_for_user(for_user(error)) or topology.world_size == 1:
         return ""
     return f"Rank {topology.rank} on {socket.gethostname()} failed:\n"
 
