@@ -5,10 +5,14 @@ Rank 0 logs everything; other ranks log warnings and errors. Code calls `log.inf
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TextIO
 
 log = logging.getLogger("dtrain")
 
@@ -34,6 +38,78 @@ def configure_logging(*, rank: int, world_size: int) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+CLOSED_ERRORS = (errno.EPIPE, errno.EIO)
+"""What a write raises when the reader (`| head`) or the terminal is gone."""
+
+
+def protect_streams() -> None:
+    """Makes sure that output can be written until the process ends, also when nobody reads it.
+
+    A stream that was closed before the start (`>&-`) is opened on /dev/null: otherwise the next file that is opened gets
+    its number, and the output of libraries. When a reader is gone, further output is dropped without a traceback.
+    """
+    for number, mode in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            _redirect_to_null(number, mode)
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115, PTH123 - open until the process ends
+    sys.stdout = _protected(sys.stdout, "stdout")
+    sys.stderr = _protected(sys.stderr, "stderr")
+
+
+def flush_streams() -> None:
+    """Flushes both streams; what a missing reader leaves is dropped."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError):  # closed
+            stream.flush()
+
+
+class _ProtectedStream(io.TextIOWrapper):
+    """A standard stream that goes to /dev/null once its reader is gone."""
+
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self._drop(error)
+            with suppress(OSError):
+                super().flush()  # empties the buffer
+
+    def _drop(self, error: OSError) -> None:
+        if error.errno not in CLOSED_ERRORS:
+            raise error
+        _redirect_to_null(self.fileno(), os.O_WRONLY)
+
+
+def _protected(stream: TextIO | None, name: str) -> TextIO:
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - open until the process ends
+    if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _ProtectedStream):
+        return stream  # a notebook, or a test that captures output
+    settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    encoding, errors = stream.encoding, stream.errors
+    if errors == "strict":
+        errors = "backslashreplace"  # a terminal that cannot show a character must not end the run
+    replacement = _ProtectedStream(stream.detach(), encoding=encoding, errors=errors, **settings)
+    setattr(sys, f"__{name}__", replacement)  # the detached one would raise errors at exit
+    return replacement
+
+
+def _redirect_to_null(number: int, mode: int) -> None:
+    null = os.open(os.devnull, mode)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
 
 
 @contextmanager

@@ -276,9 +276,11 @@ def _run_command(command: str, config: Config, context: RankContext, *, dry_run:
 
 def console_script() -> None:
     """Entry point of the `dtrain` command and of this file."""
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    console.protect_streams()
+    try:
+        code = main()
+    finally:  # also when argparse has printed its help
+        console.flush_streams()
     if "torch.distributed" in sys.modules:
         # Interpreter shutdown after a gloo group existed sometimes aborts (SIGABRT in 3 of 24 measured runs).
         finalize_mpi()

@@ -27,6 +27,11 @@ from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
 
 
+def is_folder_name(name: str) -> bool:
+    """Returns whether a name is one folder's on every system: it cannot lead out of the folder that it is put in."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", name) is not None
+
+
 class Run(Section):
     """The name and the folder of the run."""
 
@@ -42,7 +47,7 @@ class Run(Section):
     @field_validator("name")
     @classmethod
     def _is_one_folder(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if name is not None and not is_folder_name(name):
             raise ValueError(
                 "a run name is one folder name: letters, digits, '.', '_', '-', and a letter or digit first"
             )
@@ -87,6 +92,15 @@ class Data(Section):
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
     num_proc: int = setting(1, "processes that tokenize rows, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "cache of tokenized data; default: the datasets library's", resume="free")
+
+    @field_validator("splits")
+    @classmethod
+    def _splits_are_folders(cls, splits: dict[str, str]) -> dict[str, str]:
+        if wrong := [name for name in splits if not is_folder_name(name)]:
+            raise ValueError(
+                f"the split {wrong[0]!r} is not a name: letters, digits, '.', '_', '-', not '.' or '-' first"
+            )
+        return splits
 
 
 def _read_eval_every(value: Any) -> Any:

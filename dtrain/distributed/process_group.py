@@ -5,6 +5,8 @@ Moves no tensors: see collectives.py. torch is imported when used.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -13,7 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from dtrain.distributed import launcher_env, mpi_bootstrap, network, rendezvous
+from dtrain.distributed import launcher_env, mpi_bootstrap, network, process_info, rendezvous
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
@@ -59,6 +61,7 @@ def process_group(
         return
     import torch.distributed as dist
 
+    _make_room_for_sockets(topology)
     deadline = time.monotonic() + timeout_s
     topology, group_store = _meet(topology, env, deadline, timeout_s, store, run or {})
     _start_group(topology, group_store, deadline, collective_timeout_s)
@@ -71,6 +74,16 @@ def process_group(
     # Rank 0 hosts the store, so no rank leaves while another still needs it.
     dist.all_reduce(_one_zero())
     _destroy_group()
+
+
+def _make_room_for_sockets(topology: Topology) -> None:
+    """Raises the limit of open files, and refuses one that cannot hold a socket for every other rank."""
+    limit, is_open = process_info.raise_open_files(), process_info.count_open_files()
+    if limit < is_open + topology.world_size - 1:
+        raise TopologyError(
+            f"Rank {topology.rank} on {socket.gethostname()} needs a socket for each of the {topology.world_size - 1} other "
+            f"ranks and has {is_open} files open, but {process_info.open_files_hint(limit)}"
+        )
 
 
 def _meet(
@@ -171,6 +184,12 @@ def _start_group(topology: Topology, store: Store, deadline: float, collective_t
         )
         dist.all_reduce(_one_zero())
     except RuntimeError as error:
+        if os.strerror(errno.EMFILE) in str(error):
+            limit = process_info.raise_open_files()
+            raise TopologyError(
+                f"Rank {topology.rank} on {socket.gethostname()} cannot connect to all {topology.world_size} ranks: "
+                f"{process_info.open_files_hint(limit)}"
+            ) from error
         raise TopologyError(
             f"All {topology.world_size} ranks arrived, but rank {topology.rank} on {socket.gethostname()} cannot "
             f"connect to them: {error}\n"

@@ -1,4 +1,4 @@
-"""Identifies processes: this one, whether another is still alive, and how long one has been running.
+"""Identifies processes: this one, whether another is still alive, how long one has been running, its limit of open files.
 
 Reads /proc. Without /proc (macOS), a process is known by its number alone.
 """
@@ -6,8 +6,10 @@ Reads /proc. Without /proc (macOS), a process is known by its number alone.
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +95,35 @@ def age_s(pid: int) -> float | None:
     if stat is None or not hasattr(time, "CLOCK_BOOTTIME"):
         return None
     return max(time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
+def raise_open_files() -> int:
+    """Raises this process's soft limit of open files to the hard limit: each rank needs a socket for every other one.
+
+    Returns:
+        The limit now.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # macOS refuses values above its own limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def count_open_files() -> int:
+    """Returns how many files, pipes and sockets this process has open; 0 without /proc."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - the entries are not files to open
+    except OSError:
+        return 0
+
+
+def open_files_hint(limit: int) -> str:
+    """Returns the limit of open files in words, and how to raise it."""
+    return (
+        f"the limit of open files is {limit} (dtrain has raised it to the hard limit). Raise that: ulimit -Hn 65536 as root, "
+        "nofile in /etc/security/limits.conf, LimitNOFILE= of a service, or docker run --ulimit nofile=65536"
+    )
 
 
 def boot_id() -> str:

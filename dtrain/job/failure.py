@@ -6,6 +6,7 @@ fails. The first reason counts for the job and goes into exit.json.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -21,7 +22,13 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.heartbeat import Heartbeat, Phase
-from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
+from dtrain.distributed.process_info import (
+    ProcessIdentity,
+    is_alive,
+    open_files_hint,
+    raise_open_files,
+    this_process,
+)
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
@@ -101,7 +108,11 @@ def for_user(error: BaseException) -> BaseException:
     """Returns the error to report: one that has a message for the user, where a library raised another."""
     from dtrain.data.worker_batches import worker_death
 
-    return error if _is_for_user(error) else worker_death(error) or error
+    if _is_for_user(error):
+        return error
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return TopologyError(f"{error}: {open_files_hint(raise_open_files())}")
+    return worker_death(error) or error
 
 
 def error_record(error: BaseException, topology: Topology) -> ExitRecord:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -130,7 +131,7 @@ def explain(error: BaseException, *, name: str, setting: str) -> DtrainError:
             f"{setting}={name} contains Python code that has to run to load it. Read the code, and if you trust its "
             "author set model.trust_remote_code=true."
         )
-    if isinstance(error, SafetensorError) or "is not a valid JSON" in text:
+    if isinstance(error, SafetensorError | UnpicklingError | EOFError) or "is not a valid JSON" in text:
         return CheckpointError(
             f"{setting}={name}: a file in it is damaged ({_first_line(error)}). Copy or download it again."
         )

@@ -33,6 +33,7 @@ from dtrain.models.architecture import (
 from dtrain.models.custom_head import CONFIG_KEY, add_head, head_settings
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
+from dtrain.models.pickled_weights import PICKLE_ERRORS, damaged_pickle
 from dtrain.models.seq2seq import fit_decoder
 
 ALIGNMENT = 64
@@ -192,14 +193,16 @@ def _pretrained(
             ignore_mismatched_sizes=True,  # _refuse_mismatch raises a better error below
             attn_implementation=model.attn_implementation,
         )
-    except LOADING_ERRORS as error:
-        raise _unsupported_error(error, model, config, head) or explain(
-            error, name=name, setting="model.name_or_path"
+    except (*LOADING_ERRORS, *PICKLE_ERRORS) as error:
+        raise (
+            damaged_pickle(name)
+            or _unsupported_error(error, model, config, head)
+            or explain(error, name=name, setting="model.name_or_path")
         ) from error
     _refuse_mismatch(name, loaded, info["mismatched_keys"])
     new, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if len(new) >= sum(1 for _ in loaded.parameters()):
-        raise ConfigError(
+        raise damaged_pickle(name) or ConfigError(
             f"model.name_or_path={name}: none of its weights belongs to a {config.model_type} model, the type in its "
             "config.json. Copy both from the same source."
         )

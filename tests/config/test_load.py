@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from dtrain.config.error_messages import models_in
 from dtrain.config.fields import OnResume
 from dtrain.config.load import differences, load_config, to_yaml
 from dtrain.config.quickstart import QUICKSTART
-from dtrain.config.schema import OWNED_DEEPSPEED_KEYS, Config
+from dtrain.config.schema import OWNED_DEEPSPEED_KEYS, Config, Data
 from dtrain.config.task import TaskSettings
 from dtrain.errors import ConfigError
 
@@ -653,3 +654,10 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
     )
 
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "/tmp/x", "a\\\\b", "x" * 300])
+def test_a_split_name_cannot_lead_out_of_a_folder(name: str) -> None:
+    with pytest.raises(ValidationError, match="is not a name"):
+        Data(splits={name: "train.csv"})
+    assert Data(splits={"validation_2.de-x": "b"}).splits == {"validation_2.de-x": "b"}

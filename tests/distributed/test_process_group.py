@@ -94,6 +94,28 @@ def test_two_processes_started_by_hand_find_each_other_and_their_node() -> None:
         assert found["interface"] == "lo"
 
 
+def test_a_low_soft_limit_of_open_files_does_not_keep_ranks_from_meeting() -> None:
+    """Each rank has about 14 files open before it meets the others."""
+    port = _free_port()
+    limited = ["bash", "-c", 'ulimit -Sn 18 && exec "$0" "$@"']
+    ranks = [_start(rank, 6, port, "60", inside=limited) for rank in range(6)]
+
+    ended = [_end(process) for process in ranks]
+
+    assert [code for code, _ in ended] == [0] * 6
+    assert all(found["everyone"] == [0, 1, 2, 3, 4, 5] for _, found in ended)
+
+
+def test_a_hard_limit_of_open_files_that_is_too_low_is_named() -> None:
+    limited = ["bash", "-c", 'ulimit -n 18 && exec "$0" "$@"']
+
+    code, found = _end(_start(0, 40, _free_port(), "60", inside=limited))
+
+    assert code == 4
+    assert "needs a socket for each of the 39 other ranks" in str(found["error"])
+    assert "the limit of open files is 18 (dtrain has raised it to the hard limit). Raise that" in str(found["error"])
+
+
 def test_a_missing_or_wrong_process_is_named_after_the_start_up_time_out() -> None:
     host, unused = socket.gethostname(), _free_port()
     with socket.socket() as stranger:
