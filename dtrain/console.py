@@ -96,11 +96,12 @@ def _protected(stream: TextIO | None, name: str) -> TextIO:
         return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - open until the process ends
     if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, _ProtectedStream):
         return stream  # a notebook, or a test that captures output
-    settings = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    encoding, errors = stream.encoding, stream.errors
-    if errors == "strict":
-        errors = "backslashreplace"  # a terminal that cannot show a character must not end the run
-    replacement = _ProtectedStream(stream.detach(), encoding=encoding, errors=errors, **settings)
+    buffered, immediate = stream.line_buffering, stream.write_through
+    # A terminal that cannot show a character must not end the run.
+    encoding, errors = stream.encoding, stream.errors if stream.errors != "strict" else "backslashreplace"
+    replacement = _ProtectedStream(
+        stream.detach(), encoding=encoding, errors=errors, line_buffering=buffered, write_through=immediate
+    )
     setattr(sys, f"__{name}__", replacement)  # the detached one would raise errors at exit
     return replacement
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +36,17 @@ def setting(default: Any, meaning: str, *, resume: OnResume = "refuse", **limits
 def _expand_home(path: str | Path) -> Any:
     return type(path)(os.path.expanduser(path))  # noqa: PTH111 - a str may also be a name on the hub
 
+
+def _check_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", name):
+        raise ValueError(
+            f"{name!r} is not a name for a folder: letters, digits, '.', '_', '-', and a letter or digit first"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_check_folder_name)]
+"""One folder's name on every system: it cannot lead out of the folder that it is put in."""
 
 AnyPath = Annotated[Path, Strict(False), AfterValidator(_expand_home)]
 NameOrPath = Annotated[str, AfterValidator(_expand_home)]

@@ -17,7 +17,7 @@ from dtrain.config.commands import Download, Export, Generate, Inspect, Predict,
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, Section, setting
+from dtrain.config.fields import AnyPath, FolderName, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -25,11 +25,6 @@ from dtrain.config.optim import Optim as Optim
 from dtrain.config.optim import OptimGroup as OptimGroup
 from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
-
-
-def is_folder_name(name: str) -> bool:
-    """Returns whether a name is one folder's on every system: it cannot lead out of the folder that it is put in."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", name) is not None
 
 
 class Run(Section):
@@ -47,7 +42,7 @@ class Run(Section):
     @field_validator("name")
     @classmethod
     def _is_one_folder(cls, name: str | None) -> str | None:
-        if name is not None and not is_folder_name(name):
+        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
                 "a run name is one folder name: letters, digits, '.', '_', '-', and a letter or digit first"
             )
@@ -77,7 +72,7 @@ class Data(Section):
     name: str | None = setting(None, "a GLUE task (cola, sst2, ...), swag, python_docs, or a data set on the hub")
     path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")
     config: str | None = setting(None, "configuration of a hub data set")
-    splits: dict[str, str] = setting({}, "our split (train, validation) -> the source's split or file name")
+    splits: dict[FolderName, str] = setting({}, "our split (train, validation) -> the source's split or file name")
     validation_fraction: float | None = setting(None, "validation share of a single split, from its end", gt=0, lt=1)
     columns: dict[str, str] = setting({}, "our column (text, text_pair, label) -> the source's column")
     delimiter: str | None = setting(None, "delimiter of CSV and TSV files; default: by file suffix")
@@ -92,15 +87,6 @@ class Data(Section):
     workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
     num_proc: int = setting(1, "processes that tokenize rows, once per node", resume="free", ge=1)
     cache_dir: AnyPath | None = setting(None, "cache of tokenized data; default: the datasets library's", resume="free")
-
-    @field_validator("splits")
-    @classmethod
-    def _splits_are_folders(cls, splits: dict[str, str]) -> dict[str, str]:
-        if wrong := [name for name in splits if not is_folder_name(name)]:
-            raise ValueError(
-                f"the split {wrong[0]!r} is not a name: letters, digits, '.', '_', '-', not '.' or '-' first"
-            )
-        return splits
 
 
 def _read_eval_every(value: Any) -> Any:

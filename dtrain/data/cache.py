@@ -331,7 +331,7 @@ def _build(build: Build, folder: Path, key: Mapping[str, Json]) -> dict[str, Jso
 def _publish(temporary: Path, folder: Path) -> bool:
     """Renames the finished folder to its final name. If another job was faster, keeps its folder and returns False.
 
-    Whoever may read the folder of caches may read what is in it, whatever the umask of the process that built it.
+    A cache gets the permissions of the folder of caches, whatever the umask of the process that built it.
     """
     mode = folder.parent.stat().st_mode & 0o777 | 0o700
     for file in temporary.rglob("*"):

@@ -658,6 +658,6 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "/tmp/x", "a\\\\b", "x" * 300])
 def test_a_split_name_cannot_lead_out_of_a_folder(name: str) -> None:
-    with pytest.raises(ValidationError, match="is not a name"):
+    with pytest.raises(ValidationError, match="is not a name for a folder"):
         Data(splits={name: "train.csv"})
     assert Data(splits={"validation_2.de-x": "b"}).splits == {"validation_2.de-x": "b"}

@@ -28,16 +28,25 @@ PRINT_S = 1.0
 """The same limit for standard output, which may be a file there."""
 
 
-def death_message(rank: int, pid: int, stacks: int | None, thread: int) -> str:
+def death_message(
+    rank: int, pid: int, stacks: int | None, thread: int, *, oom_kills: tuple[int | None, int | None] = (None, None)
+) -> str:
     """Returns what is known about a rank that has died. The interpreter may have written why.
 
     Args:
         stacks: file that faulthandler wrote to.
         thread: threading.get_ident() of its main thread.
+        oom_kills: count_oom_kills() at the start and now.
     """
     name = f"Rank {rank} (process {pid} on {socket.gethostname()})"
     text = read_from(stacks, 0) if stacks is not None else ""
     error = find_fatal_error(text)
+    before, now = oom_kills
+    if error is None and before is not None and now is not None and now > before:
+        return (
+            f"{name} was killed by the kernel because the container's memory was full ({now - before} process(es) since the "
+            "start). Give the job more memory, or use a smaller train.micro_batch_size, fewer ranks or fewer data.workers."
+        )
     if error is None:
         return f"{name} exited without an error message: killed by a signal, or out of memory?"
     frames = parse_stack(text[text.index("Fatal Python error") :], thread)

@@ -29,6 +29,7 @@ from typing import Any
 from dtrain.console import log
 from dtrain.distributed import network
 from dtrain.distributed.heartbeat import IDLE_RULES, IdleRule, Phase, read_heartbeat
+from dtrain.distributed.oom_kills import count_oom_kills
 from dtrain.errors import TopologyError
 from dtrain.job.watchdog import exit_report, stacks
 from dtrain.job.watchdog.coordinator import (
@@ -110,6 +111,7 @@ class RankMonitor:
         self._rank_writer: asyncio.StreamWriter
         self._queries: deque[asyncio.Future[HelperAnswer]] = deque()
         self._done = asyncio.Event()
+        self._oom_kills_at_start = count_oom_kills()
         self._is_over = self._is_released = self._is_reported = self._watches_all = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._coordinator: Coordinator | None = None
@@ -182,7 +184,8 @@ class RankMonitor:
         rank = self._rank
         if not (self._is_released or self._is_over or self._is_reported):
             owns_run_dir = read_heartbeat(rank.memory).owns_run_dir
-            text = exit_report.death_message(rank.rank, rank.pid, rank.stacks, rank.thread)
+            counts = self._oom_kills_at_start, count_oom_kills()
+            text = exit_report.death_message(rank.rank, rank.pid, rank.stacks, rank.thread, oom_kills=counts)
             self._send_up({"died": text, "owns_run_dir": owns_run_dir})
         # A data worker that waits for work notices that its rank is dead, but one that is stuck does not.
         for worker in self._workers:
