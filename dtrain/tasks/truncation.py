@@ -1,4 +1,7 @@
-"""Counts the texts that are cut at a maximum number of tokens, so that every start says how many there are."""
+"""Counts the texts that are cut at a maximum number of tokens, so that every start says how many there are.
+
+Also counts the rows of a language model's text that are too short to have a target. They are left out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import datasets
 
 from dtrain.console import log
+from dtrain.data.sources import Source
 from dtrain.distributed.serialization import Json
 
 FULL_LENGTH = "full_length"
@@ -69,3 +73,17 @@ def report_cuts(cuts: Mapping[str, Any]) -> None:
                 *(split, cut, count, "targets" if column == FULL_TARGET_LENGTH else "texts", 100 * cut / count),
                 *(setting, found["limit"], setting, found["longest"]),
             )
+
+
+def report_rows_without_targets(source: Source, used: int) -> None:
+    """Logs how many rows of a split have no token to predict and are left out.
+
+    Args:
+        used: the number of rows that have one.
+    """
+    number = len(source.rows)
+    if used < number:
+        log.warning(
+            "data: %s: %d of %d rows have no token to predict and are left out (empty lines, or a single token)",
+            *(source.split, number - used, number),
+        )
