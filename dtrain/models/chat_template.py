@@ -123,11 +123,13 @@ class TurnEnd:
         token: the special token that ends it; None: it does not end with one.
         text: the token as the template writes it, with a blank before it if there is one.
         tail: all that the template writes after the last reply.
+        probe: the dialogue that showed it.
     """
 
     token: int | None
     text: str
     tail: str
+    probe: Sequence[ChatMessage]
 
     def stop(self, text: str, begin: int) -> int:
         """Returns where the last reply of a text ends. The reply begins at `begin`."""
@@ -152,24 +154,30 @@ def find_turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     Raises:
         TemplateLimitError: the template exceeds the limits.
     """
-    try:
-        text = render(tokenizer, PROBE).text
-    except TemplateLimitError:
-        raise
-    except DataError:
-        return TurnEnd(None, "", "")  # it wants other dialogues than this one, e.g. with a system message
-    _, found, tail = text.rpartition(PROBE[-1]["content"])
-    if not found:
-        return TurnEnd(None, "", "")
+    for probe in (PROBE, ({"role": "system", "content": "a"}, *PROBE)):  # some templates demand a system message
+        try:
+            text = render(tokenizer, probe).text
+        except TemplateLimitError:
+            raise
+        except DataError:
+            continue
+        _, found, tail = text.rpartition(PROBE[-1]["content"])
+        if found:
+            return _turn_end(tokenizer, tail, probe)
+    return TurnEnd(None, "", "", PROBE)
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, tail: str, probe: Sequence[ChatMessage]) -> TurnEnd:
+    """Returns the special token that the text after a reply begins with, blanks aside."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     for number in tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]:
         token = str(tokenizer.convert_ids_to_tokens(number))
         before, is_there, _ = tail.partition(token)
         if number in special and is_there and not before.strip():
-            return TurnEnd(number, before + token, tail)
+            return TurnEnd(number, before + token, tail, probe)
         if str(tokenizer.decode([number])).strip():
             break
-    return TurnEnd(None, "", tail)
+    return TurnEnd(None, "", tail, probe)
 
 
 def turn_end_tokens(tokenizer: Any) -> frozenset[int]:

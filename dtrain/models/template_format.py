@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_template import PROBE, ChatMessage, find_turn_end, render
+from dtrain.models.chat_template import ChatMessage, find_turn_end, render
 from dtrain.models.encoded_dialogue import EncodedDialogue, FormatName, is_learned
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -71,7 +71,7 @@ class TemplateFormat:
                 f"the chat template ends a reply {written} is not one special token of the tokenizer: chat and generate "
                 "cannot stop there. Use a template and a tokenizer of the same model"
             )
-        rendered = render(self._tokenizer, PROBE, marks=self._marks_replies)
+        rendered = render(self._tokenizer, self._end.probe, marks=self._marks_replies)
         ends_marked = any(rendered.text[stop:].startswith(self._end.text) for _, stop in rendered.spans)
         if ends_marked and not any(self._end.text in rendered.text[a:b] for a, b in rendered.spans):
             return (

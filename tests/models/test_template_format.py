@@ -191,3 +191,10 @@ def test_an_error_inside_a_template_is_a_bad_row() -> None:
     for template in ("{{ 1 / 0 }}", "{{ messages[7].content }}", "{{ messages.nothing.more }}", "{% if %}"):
         with pytest.raises(DataError, match="chat template rejects this dialogue"):
             render(characters(template), talk("a"))
+
+
+def test_a_template_that_demands_a_system_message_still_shows_its_end() -> None:
+    strict = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+    assert TemplateFormat(characters(strict)).warning is None
+    assert len(turn_end_tokens(characters(strict))) == 1
