@@ -198,3 +198,11 @@ def test_a_template_that_demands_a_system_message_still_shows_its_end() -> None:
 
     assert TemplateFormat(characters(strict)).warning is None
     assert len(turn_end_tokens(characters(strict))) == 1
+
+
+def test_what_the_prompt_supplies_is_no_target_inside_marks_either() -> None:
+    tokenizer = characters(CHATML_MARKED.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"))
+
+    [[found]] = learned(TemplateFormat(tokenizer), talk("a", "<think>\na</think>ok"))
+
+    assert found == tokenizer("a</think>ok<|im_end|>", add_special_tokens=False)["input_ids"]
