@@ -27,7 +27,8 @@ from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatFormat, ChatMessage, choose_format, prompt_truncated
+from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
+from dtrain.models.chat_template import ChatMessage
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer

@@ -17,6 +17,7 @@ from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError
+from dtrain.models.chat_template import turn_end_tokens
 from dtrain.models.compatibility import longest_input
 from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
@@ -76,6 +77,7 @@ class TextGenerator:
             config.model, head=info.head, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
         )
         self._model = model.to(device_of(context.topology)).eval()
+        self._stops = end_tokens(model) | turn_end_tokens(self._tokenizer)
 
     def has_tokens(self, prompt: str) -> bool:
         """Returns whether the prompt has at least one token. A model cannot continue an empty prompt."""
@@ -90,7 +92,7 @@ class TextGenerator:
         """
         ids = torch.tensor(self._tokens(prompt), device=self._model.device)
         seed_all(self._config.run.seed, "generate", *([number] if number else []))
-        all_ids = continue_tokens(self._model, ids, self._config, heartbeat=self._heartbeat)
+        all_ids = continue_tokens(self._model, ids, self._config, stops=self._stops, heartbeat=self._heartbeat)
         decoded_prompt, full = self._decode(ids), self._decode(all_ids)
         # Decoded alone, the new tokens would lose the space that they begin with.
         if full.startswith(decoded_prompt):

@@ -18,7 +18,7 @@ import pyarrow as pa
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit, text_lines
 from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, missing_column, require_text
 from dtrain.errors import DataError
-from dtrain.models.chat_format import ChatMessage
+from dtrain.models.chat_template import ChatMessage
 
 FORMAT_SAMPLE_LINES = 100
 """Number of nonempty lines that decide the format of a text file."""
@@ -27,6 +27,10 @@ COLUMNS = ("messages", "turns", "dialog", "dialogue", "conversation", "conversat
 ROLES = ("system", "user", "assistant")
 ROLE_ALIASES = {"human": "user", "gpt": "assistant"}
 """Role names of other data sets."""
+NOT_WRITTEN = ("tool_calls", "tool_call_id", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that other programs write into its text, and dtrain does not."""
+TOOLS = "tools"
+"""Column of the functions that a model may call."""
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 
 
@@ -110,7 +114,20 @@ def _message(turn: Any, location: str) -> ChatMessage:
         raise DataError(
             f"{location}: the role {_shown(role)} is unknown. Expected {', '.join(ROLES[:-1])} or {ROLES[-1]}"
         )
-    return {"role": role, "content": _turn_text(turn[content_key], location, may_be_empty=role == "system")}
+    if lost := [key for key in NOT_WRITTEN if turn.get(key)]:
+        raise DataError(
+            f"{location}: the message has {lost[0]}, which would not be learned: only content is. Write it into content, as "
+            f"the model should write it, and remove {lost[0]}"
+        )
+    message = {"role": role, "content": _turn_text(turn[content_key], location, may_be_empty=role == "system")}
+    weight = turn.get("weight")
+    if weight is None:
+        return message
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise DataError(
+            f"{location}: weight must be 1 (the turn is learned) or 0 (it is only context), found {_shown(weight)}"
+        )
+    return {**message, "weight": int(weight)}
 
 
 def _turn_text(value: Any, location: str, *, may_be_empty: bool = False) -> str:
@@ -129,14 +146,21 @@ def _converter(first: Values, origin: Origin, *, needs_reply: bool) -> RowConver
         if column not in values:
             raise DataError(f"{location}: the column {column!r} is missing; the row has {', '.join(values) or 'none'}")
         turns = parse_dialogue(values[column], column, location)
-        if needs_reply and origin.needs_label and all(turn["role"] != "assistant" for turn in turns):
+        if values.get(TOOLS) not in (None, "", [], "[]"):
             raise DataError(
-                f"{location}: a dialogue without a reply ({len(turns)} turn(s), none by the assistant) has no targets with "
+                f"{location}: the row has {TOOLS}, which would not be learned. Write them into the system message, as the "
+                f"model should read them, and remove the column {TOOLS}"
+            )
+        replies = [turn for turn in turns if turn["role"] == "assistant"]
+        if needs_reply and origin.needs_label and all(turn.get("weight") == 0 for turn in replies):
+            which = "the assistant has weight 0" if replies else "none by the assistant"
+            raise DataError(
+                f"{location}: a dialogue without a reply ({len(turns)} turn(s), {which}) has no targets with "
                 "task.loss_on=replies. Remove it, skip such rows with data.max_bad_rows, or set task.loss_on=all"
             )
         return {"turns": turns}
 
-    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())])
     return RowConverter(pa.schema([("turns", pa.list_(turn))]), convert)
 
 
@@ -152,7 +176,7 @@ def _column(columns: Sequence[str], origin: Origin) -> str:
 
 def dialogue_row_format(*, needs_reply: bool) -> RowFormat:
     """Returns the row format of dialogues. needs_reply: rows without a reply are bad rows, except in a test split."""
-    name = "dialogue-with-reply" if needs_reply else "dialogue"
+    name = "dialogue-with-reply-2" if needs_reply else "dialogue-2"
     return RowFormat(name, partial(_converter, needs_reply=needs_reply), text_rows=text_dialogues)
 
 

@@ -36,6 +36,7 @@ class Source:
         label_names: the labels in the order of their ids if the source defines them; None: the sorted training labels.
         bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
         unit: unit that `line` counts: lines of a file, or rows if there are no lines.
+        needs_label: False for a split that is only predicted, whose rows need no targets.
     """
 
     split: str
@@ -44,6 +45,7 @@ class Source:
     label_names: tuple[str, ...] | None
     bad: BadRows
     unit: Unit = "line"
+    needs_label: bool = True
 
     @property
     def skipped(self) -> int:
@@ -100,7 +102,10 @@ def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = No
         for name, table in _tables(split, reader, data, row_format, scratch).items():
             # Two splits that were cut from one table continue the count separately.
             bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
-            sources[name] = Source(name, table.rows, reader.origin.name, table.label_names, bad, reader.origin.unit)
+            origin = reader.origin
+            sources[name] = Source(
+                name, table.rows, origin.name, table.label_names, bad, origin.unit, origin.needs_label
+            )
     return sources
 
 

@@ -148,6 +148,9 @@ def save(module: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> 
     model_config: Any = module.config
     model_config.architectures = [type(module).__name__]  # as save_pretrained does; `load_merged` reads it
     model_config.save_pretrained(str(folder))
+    if getattr(module, "generation_config", None) is not None:  # it may name the end of a turn, unlike the base model's
+        generation_config: Any = module.generation_config
+        generation_config.save_pretrained(str(folder))
 
 
 def load_merged(folder: Path) -> Any:
@@ -177,6 +180,8 @@ def load_merged(folder: Path) -> Any:
     except LOADING_ERRORS as error:
         raise explain(error, name=saved.base, setting="base_model_name_or_path") from error
     load(module, saved)
+    if (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return merge(module)
 
 

@@ -36,6 +36,7 @@ from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import count_targets, full_precision, perplexity
+from dtrain.tasks.truncation import report_rows_without_targets
 
 HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabulary=True, is_causal=True)
 
@@ -197,6 +198,8 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
         if not pieces:
             content = "documents of at most one token" if is_packed else f"{len(streams[0])} token(s)"
             raise DataError(f"{source.origin} has {content}, but a next token needs at least two: use a longer text.")
+        if is_packed:
+            report_rows_without_targets(source, sum(len(ids) > 1 for ids in streams))
         return Dataset.from_dict(pack_segments(pieces, row_length=config.max_length if is_packed else None))
 
     recipe = Recipe(

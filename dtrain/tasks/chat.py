@@ -19,11 +19,14 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, encode_truncated
+from dtrain.models.chat_template import ChatMessage
+from dtrain.models.encoded_dialogue import EncodedDialogue
 from dtrain.tasks.causal_lm import HEAD
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Examples, Meta, Recipe, map_rows, prepare_examples
+from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, perplexity
+from dtrain.tasks.truncation import FULL_LENGTH
 
 
 def info(settings: Chat) -> TaskInfo:
@@ -57,6 +60,7 @@ class ChatTask:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = dict(chat.head_config)
+        self.stop_ids = chat.stop_ids
         self._padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
@@ -98,7 +102,7 @@ class ChatTask:
 
 
 def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTask:
-    """Collective. Encodes each dialogue, once per node, and logs how many were truncated to data.max_length."""
+    """Collective. Encodes each dialogue, once per node. A dialogue without a target is a bad row."""
     replies_only = settings.loss_on == "replies"
 
     def describe(_sources: Mapping[str, Source], tokenizer: Any) -> Meta:
@@ -108,22 +112,24 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
         chat = choose_format(tokenizer, meta["format"])
 
         def tokenize(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
-            columns: dict[str, list[Any]] = {"input_ids": [], "is_target": [], "is_cut": []}
+            columns: dict[str, list[Any]] = {"input_ids": [], "is_target": [], FULL_LENGTH: []}
             for line, messages in zip(rows["line"], rows["turns"], strict=True):
                 try:
-                    encoded, is_cut = encode_truncated(
-                        chat, messages, max_length=config.max_length, replies_only=replies_only
+                    examples, longest = _examples(
+                        chat, messages, config.max_length, replies_only=replies_only, needs_targets=source.needs_label
                     )
                 except DataError as error:
                     raise DataError(f"{source.origin}, {source.unit} {line}: {error}") from None
-                for column, value in zip(columns, (encoded.ids, encoded.is_target, is_cut), strict=True):
-                    columns[column].append(value)
+                for number, example in enumerate(examples):
+                    values = (example.ids, example.is_target, longest if number == 0 else 0)
+                    for column, value in zip(columns, values, strict=True):
+                        columns[column].append(value)
             return columns
 
         return map_rows(source, tokenize, config)
 
     recipe = Recipe(
-        "chat",
+        "chat-2",
         dialogue_row_format(needs_reply=replies_only),
         texts=_texts,
         encode=encode,
@@ -132,26 +138,42 @@ def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTa
         needs_padding=False,
     )
     examples = prepare_examples(recipe, config, context)
-    _log_truncated(examples, config.max_length)
     chat = choose_format(examples.tokenizer, examples.meta["format"])
+    if chat.warning is not None:
+        log.warning("%s", chat.warning)
     return ChatTask(examples.splits, examples.tokenizer, chat, max_length=config.max_length)
+
+
+def _examples(
+    chat: ChatFormat,
+    messages: Sequence[ChatMessage],
+    max_length: int,
+    *,
+    replies_only: bool,
+    needs_targets: bool,
+) -> tuple[list[EncodedDialogue], int]:
+    """Returns what `encode_truncated` does.
+
+    Raises:
+        DataError: the dialogue cannot be encoded, or has no target.
+    """
+    examples, longest = encode_truncated(chat, messages, max_length=max_length, replies_only=replies_only)
+    if needs_targets and not any(example.has_targets for example in examples):
+        if longest > max_length:
+            reason = (
+                f"the first data.max_length={max_length} of its {longest} tokens have no target. Set "
+                f"data.max_length={longest}, or skip such rows with data.max_bad_rows"
+            )
+        else:
+            reason = (
+                "the chat template writes no token of a reply (or marks none with {% generation %}). Remove the dialogue, "
+                "or skip such rows with data.max_bad_rows"
+            )
+        raise DataError(f"a dialogue without a target: {reason}")
+    return examples, longest
 
 
 def _texts(source: Source) -> Iterator[str]:
     for turns in source.rows["turns"]:
         for turn in turns:
             yield turn["content"]
-
-
-def _log_truncated(examples: Examples, max_length: int) -> None:
-    for split, rows in examples.splits.items():
-        marks = rows.select_columns("is_cut").with_format("arrow")[:]["is_cut"].to_pylist()  # row by row is slow
-        cut = [index for index, is_cut in enumerate(marks) if is_cut]
-        if not cut:
-            continue
-        without = sum(not any(is_target[1:]) for is_target in rows[cut]["is_target"])
-        log.info(
-            "data: %s: %d of %d dialogues have more than data.max_length=%d tokens: only their first turns are used%s",
-            *(split, len(cut), len(rows), max_length),
-            f", and {without} of them have no target left" if without else "",
-        )

@@ -33,6 +33,7 @@ from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import count_targets, full_precision, pad_rows, perplexity
+from dtrain.tasks.truncation import report_rows_without_targets
 
 MASKED, REPLACED = 0.8, 0.1
 """Shares of the tokens to predict that become the mask token, and another token."""
@@ -150,13 +151,17 @@ def prepare_masked_lm(config: Config, settings: MaskedLm, context: RankContext) 
         def tokenize(rows: Mapping[str, Any]) -> dict[str, list[Any]]:
             examples = _examples(rows["text"], tokenizer, config.max_length)
             kept = [example for example in examples if not special.issuperset(example[0])]
-            columns = {"input_ids": [ids for ids, _ in kept]}
-            return {**columns, "word_ids": [words for _, words in kept]} if settings.whole_word else columns
+            columns: dict[str, list[Any]] = {
+                "input_ids": [ids for ids, _, _ in kept],
+                "line": [rows["line"][row] for _, _, row in kept],
+            }
+            return {**columns, "word_ids": [words for _, words, _ in kept]} if settings.whole_word else columns
 
         rows = map_rows(source, tokenize, config)
         if len(rows) == 0:
             raise DataError(f"{source.origin} has only special tokens, and no token that can be masked: use a text.")
-        return rows
+        report_rows_without_targets(source, len(rows.unique("line")))
+        return rows.remove_columns("line")
 
     def describe(_sources: Mapping[str, Source], tokenizer: Any) -> Meta:
         _check_tokenizer(tokenizer, config, settings)
@@ -194,18 +199,22 @@ def _check_tokenizer(tokenizer: Any, config: Config, settings: MaskedLm) -> None
         )
 
 
-def _examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields tokens and, with a fast tokenizer, the word of each token (-1: special). A long text gives several examples."""
+def _examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> Iterator[tuple[list[int], list[int], int]]:
+    """Yields tokens, with a fast tokenizer the word of each token (-1: special), and the number of the text.
+
+    A long text gives several examples.
+    """
     if not tokenizer.is_fast:
         room = max_length - tokenizer.num_special_tokens_to_add()
-        for text in texts:
+        for row, text in enumerate(texts):
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             for start in range(0, len(ids), room):
-                yield tokenizer.build_inputs_with_special_tokens(ids[start : start + room]), []
+                yield tokenizer.build_inputs_with_special_tokens(ids[start : start + room]), [], row
         return
     encoded = tokenizer(texts, truncation=True, max_length=max_length, return_overflowing_tokens=True)
     for number, ids in enumerate(encoded["input_ids"]):
-        yield ids, [-1 if word is None else word for word in encoded.word_ids(number)]
+        words = [-1 if word is None else word for word in encoded.word_ids(number)]
+        yield ids, words, encoded["overflow_to_sample_mapping"][number]
 
 
 def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,9 +20,10 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
+from dtrain.tasks.prepare import Meta, Recipe, encode_texts, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, label_tensor, pad_rows
+from dtrain.tasks.truncation import FULL_LENGTH
 
 HEAD = Head("multiple_choice", AutoModelForMultipleChoice, logits="choice")
 
@@ -122,17 +123,19 @@ def prepare_multiple_choice(config: Config, settings: MultipleChoice, context: R
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             choices = [len(endings) for endings in rows["endings"]]
-            encoded = tokenizer(
-                [sent1 for sent1, number in zip(rows["sent1"], choices, strict=True) for _ in range(number)],
-                [_join(sent2, e) for sent2, ends in zip(rows["sent2"], rows["endings"], strict=True) for e in ends],
-                truncation=True,
-                max_length=config.max_length,
-                return_attention_mask=False,
-            )
-            flat = {key: iter(values) for key, values in encoded.items()}
+            texts = {
+                "text": [sent1 for sent1, number in zip(rows["sent1"], choices, strict=True) for _ in range(number)],
+                "text_pair": [
+                    _join(sent2, e) for sent2, ends in zip(rows["sent2"], rows["endings"], strict=True) for e in ends
+                ],
+            }
+            encoded = encode_texts(texts, tokenizer, max_length=config.max_length)
+            lengths = iter(encoded[FULL_LENGTH])
+            flat = {key: iter(values) for key, values in encoded.items() if key != FULL_LENGTH}
             return {
                 **{key: [[next(values) for _ in range(number)] for number in choices] for key, values in flat.items()},
                 "label": rows.get("label") or [None] * len(choices),
+                FULL_LENGTH: [max(next(lengths) for _ in range(number)) for number in choices],
             }
 
         return map_rows(source, tokenize, config)

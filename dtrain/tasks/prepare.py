@@ -23,8 +23,10 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.serialization import Json
 from dtrain.errors import DataError
 from dtrain.models.load import pretrained_label_names
+from dtrain.models.template_limits import TemplateLimitError
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
 from dtrain.tasks.protocol import Split
+from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
 
 Meta = Mapping[str, Json]
 
@@ -46,6 +48,7 @@ class Recipe:
         options: Other values that the result depends on, such as settings of the task.
         needs_padding: Whether batches hold examples of different lengths.
         has_text: False for a task without text, and so without a tokenizer.
+        max_target_length: Maximum tokens of a target, for tasks whose targets are texts of their own.
     """
 
     task: str
@@ -56,6 +59,7 @@ class Recipe:
     options: Meta | None = None
     needs_padding: bool = True
     has_text: bool = True
+    max_target_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,12 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         tokenizer = built_tokenizer()
         return None if tokenizer is None else fingerprint(tokenizer)
 
+    limits = {FULL_LENGTH: config.max_length, FULL_TARGET_LENGTH: recipe.max_target_length or 0}
+
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
         key: dict[str, Json] = {
             "task": recipe.task,
+            "cuts": True,  # the part of the format that counts truncated texts
             "shape": recipe.row_format.name,
             "source": source_key(config.data),
             "tokenizer": tokenizer_key(),
@@ -112,10 +119,13 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, recipe.row_format, scratch=Path(scratch))
                 meta = dict(recipe.describe(sources, tokenizer))
+                cuts: dict[str, Json] = {}
                 for split, source in sources.items():
-                    save_split(folder, split, recipe.encode(source, tokenizer, meta))
+                    rows, cuts[split] = take_cuts(recipe.encode(source, tokenizer, meta), limits)
+                    save_split(folder, split, rows)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / "tokenizer")
+            meta["cuts"] = cuts
             return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
 
         return key, build
@@ -123,6 +133,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
     prepared = prepare(plan, cache_dir=config.data.cache_dir, context=context)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s: skipped %d bad row(s), as data.max_bad_rows allows", split, number)
+    report_cuts(prepared.meta["cuts"])
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
@@ -139,15 +150,17 @@ def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset
     A row that `encode` refuses with a DataError is a bad row. At most data.max_bad_rows of them are skipped.
 
     Raises:
-        DataError: there are more bad rows, or no others.
+        DataError: there are more bad rows, or no others. It names the first that is too many, and counts all.
     """
     try:
         return _encode_rows(source.rows, encode, config)
+    except TemplateLimitError:  # trying the other rows could take as long for each
+        raise
     except DataError:
-        if config.data.max_bad_rows == 0:
-            raise
+        pass
     # Bad rows are rare: only if there is one, all rows are checked again, and this process reports them in order.
     faults = _encode_rows(source.rows, partial(_find_faults, encode), config, features=_FAULT)["fault"][:]
+    _refuse_too_many(source, [fault for fault in faults if fault is not None], config)
     for fault in faults:
         if fault is not None:
             source.bad.add(DataError(fault))
@@ -155,6 +168,22 @@ def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset
     if not kept:
         raise DataError(f"{source.origin} has no rows that can be used: a split needs at least one")
     return _encode_rows(source.rows.select(kept), encode, config)
+
+
+def _refuse_too_many(source: Source, faults: Sequence[str], config: Config) -> None:
+    """Raises DataError if more rows are bad than data.max_bad_rows allows and the message must say how many."""
+    number, needed = len(source.rows), source.skipped + len(faults)
+    if len(faults) == number and number > 1:
+        raise DataError(
+            f"{source.origin} has no rows that can be used: a split needs at least one. The first of {number}: {faults[0]}"
+        )
+    if needed > config.data.max_bad_rows and len(faults) > 1:
+        allowed = config.data.max_bad_rows
+        more = f" (data.max_bad_rows={allowed} were skipped before it)" if allowed else ""
+        raise DataError(
+            f"{faults[allowed - source.skipped]}{more}. In all, {len(faults)} of {number} rows cannot be used; "
+            f"data.max_bad_rows={needed} skips them"
+        )
 
 
 _FAULT = datasets.Features({"fault": datasets.Value("string")})
@@ -217,4 +246,5 @@ def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) ->
     encoded: Mapping[str, Any] = tokenizer(
         rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
     )
-    return encoded
+    texts = {"text": rows["text"], "text_pair": rows.get("text_pair")}
+    return {**encoded, FULL_LENGTH: full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length)}

@@ -39,6 +39,7 @@ from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
+from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
 HEAD = Head("seq2seq_lm", AutoModelForSeq2SeqLM, logits=None, has_decoder=True)
 
@@ -83,6 +84,7 @@ class Seq2SeqTask:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.head_config: dict[str, Any] = {}
+        self.stop_ids = frozenset(end for end in [end_token_id(tokenizer)] if end is not None)
         self._smoothing = settings.label_smoothing
         self._text_metrics = TextMetrics(settings.metric)
         self.metric_names: Sequence[str] = self._text_metrics.names if evaluation.generate else ()
@@ -183,10 +185,14 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
             sources = [settings.prefix + text for text in rows["source"]]
             targets = rows.get("target")
             inputs = tokenizer(sources, truncation=True, max_length=config.max_length)["input_ids"]
+            lengths = full_lengths(tokenizer, inputs, {"text": sources}, max_length=config.max_length)
+            columns = {"input_ids": inputs, FULL_LENGTH: lengths}
             if targets is None:
-                return {"input_ids": inputs, "labels": [None] * len(inputs), "reference": [None] * len(inputs)}
-            labels = tokenizer(text_target=targets, truncation=True, max_length=settings.max_target_length)
-            return {"input_ids": inputs, "labels": labels["input_ids"], "reference": targets}
+                return {**columns, "labels": [None] * len(inputs), "reference": [None] * len(inputs)}
+            most = settings.max_target_length
+            labels = tokenizer(text_target=targets, truncation=True, max_length=most)["input_ids"]
+            lengths = full_lengths(tokenizer, labels, {"text_target": targets}, max_length=most)
+            return {**columns, "labels": labels, "reference": targets, FULL_TARGET_LENGTH: lengths}
 
         return map_rows(source, tokenize, config)
 
@@ -195,6 +201,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
         translation_row_format(settings.source, settings.target),
         texts=lambda source: [*source.rows["source"], *source.rows["target"]],
         encode=encode,
+        max_target_length=settings.max_target_length,
         options=settings.model_dump(mode="json", exclude={"name", "metric", "label_smoothing"}),
     )
     examples = prepare_examples(recipe, config, context)

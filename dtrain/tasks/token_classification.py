@@ -25,7 +25,7 @@ from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, TOKEN_COLUMNS, check_tags, tag_names
 from dtrain.distributed.rank_context import RankContext
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, label_config, map_rows, prepare_examples, pretrained_labels, read_columns
@@ -167,8 +167,16 @@ def prepare_token_classification(
 
         def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             tags = rows.get("tags") or [None] * len(rows["tokens"])
+            encoded = encode_words(rows["tokens"], tokenizer, max_length=config.max_length)
+            for line, words, places in zip(rows["line"], rows["tokens"], encoded["places"], strict=True):
+                if set(places) == {NO_TOKEN} and source.needs_label:
+                    raise DataError(
+                        f"{source.origin}, {source.unit} {line}: a sentence without a target: the tokenizer has no token for "
+                        f"any of its {len(words)} word(s) ({', '.join(map(ascii, words[:3]))}) within "
+                        f"data.max_length={config.max_length}. Remove it, or skip such rows with data.max_bad_rows"
+                    )
             return {
-                **encode_words(rows["tokens"], tokenizer, max_length=config.max_length),
+                **encoded,
                 "tags": [None if row is None else [identity[tag] for tag in row] for row in tags],
             }
 

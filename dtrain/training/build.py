@@ -23,6 +23,7 @@ from dtrain.engine.build import engine_traits
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
+from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
@@ -74,6 +75,7 @@ def load(config: Config, task: Task, context: RankContext) -> nn.Module:
         )
         if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
+        name_turn_end(model, getattr(task, "stop_ids", frozenset()))
         processor = getattr(task, "processor", None)
         if processor is not None:
             check_images(model, processor.shape)

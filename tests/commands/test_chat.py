@@ -22,7 +22,7 @@ from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.chat_format import ChatMessage
+from dtrain.models.chat_template import ChatMessage
 from tests.support import tiny
 from tests.support.contexts import placed
 from tests.support.tiny_chat import CLS, HAO, NI, SEP, gpt, tokenizer

@@ -183,6 +183,33 @@ def test_a_dialogue_without_a_reply_is_refused_if_only_replies_are_targets(tmp_p
         read(file, needs_reply=True)
 
 
+def test_weights_are_read_and_what_would_not_be_learned_is_refused(tmp_path: Path) -> None:
+    reply = {"role": "assistant", "content": "b"}
+
+    def rows(*, turn: dict[str, Any] | None = None, **columns: Any) -> Path:
+        return write(tmp_path / "a.jsonl", [{"messages": [USER, {**reply, **(turn or {})}], **columns}])
+
+    for harmless in (rows(tools=None), rows(tools=[]), rows(turn={"tool_calls": None, "id": 3})):
+        assert len(read(harmless)) == 1
+    settings = Data.model_validate({"path": str(rows(turn={"weight": 0}))})
+    found = load_sources(settings, dialogue_row_format(needs_reply=False))["train"].rows[0]["turns"]
+    assert [turn["weight"] for turn in found] == [None, 0]
+    with pytest.raises(
+        DataError, match=r"line 1: a dialogue without a reply \(2 turn\(s\), the assistant has weight 0\)"
+    ):
+        read(rows(turn={"weight": 0}), needs_reply=True)
+    with pytest.raises(DataError, match=r"line 1, turn 2: weight must be 1 .* or 0 .*, found 0\.5"):
+        read(rows(turn={"weight": 0.5}))
+    with pytest.raises(
+        DataError, match=r"line 1: the row has tools, which would not be learned.*remove the column tools"
+    ):
+        read(rows(tools=[{"name": "search"}]))
+    with pytest.raises(DataError, match=r"line 1, turn 2: the message has tool_calls, which would not be learned"):
+        read(rows(turn={"tool_calls": [{"name": "search"}]}))
+    with pytest.raises(DataError, match="the message has reasoning_content"):
+        read(rows(turn={"reasoning_content": "because"}))
+
+
 # Prompts
 
 

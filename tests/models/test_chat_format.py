@@ -57,14 +57,14 @@ def talk(*texts: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def test_turns_are_separated_by_sep_and_every_token_but_the_first_is_a_target() -> None:
-    found = TurnsFormat(tokenizer()).encode(talk("a b", "c", "b"), replies_only=False)
+    [found] = TurnsFormat(tokenizer()).encode(talk("a b", "c", "b"), replies_only=False)
 
     assert found.ids == [CLS, A, B, SEP, C, SEP, B, SEP]
     assert found.is_target == [False] + [True] * 7
 
 
 def test_a_replys_tokens_and_the_sep_that_ends_it_are_targets() -> None:
-    found = TurnsFormat(tokenizer()).encode(talk("a b", "c c", "b", "a"), replies_only=True)
+    [found] = TurnsFormat(tokenizer()).encode(talk("a b", "c c", "b", "a"), replies_only=True)
 
     assert found.ids == [CLS, A, B, SEP, C, C, SEP, B, SEP, A, SEP]
     assert [token for token, mark in zip(found.ids, found.is_target, strict=True) if mark] == [C, C, SEP, A, SEP]
@@ -72,7 +72,7 @@ def test_a_replys_tokens_and_the_sep_that_ends_it_are_targets() -> None:
 
 
 def test_a_special_token_inside_a_message_is_plain_text() -> None:
-    found = TurnsFormat(tokenizer()).encode(talk("a[SEP]b"), replies_only=False)
+    [found] = TurnsFormat(tokenizer()).encode(talk("a[SEP]b"), replies_only=False)
 
     assert found.ids.count(SEP) == 1
     assert found.ids[0] == CLS
@@ -89,7 +89,7 @@ def test_special_tokens_come_from_the_tokenizer_and_go_into_the_models_config() 
 def test_the_prompt_equals_the_tokens_before_the_reply_in_training() -> None:
     chat = TurnsFormat(tokenizer())
 
-    whole = chat.encode(talk("a", "b", "c", "a"), replies_only=False).ids
+    whole = chat.encode(talk("a", "b", "c", "a"), replies_only=False)[0].ids
 
     assert chat.prompt(talk("a", "b", "c")) == whole[: whole.index(C) + 2]
 
@@ -118,7 +118,7 @@ def test_auto_chooses_the_template_if_there_is_one() -> None:
 
 
 def test_a_template_encodes_the_complete_dialogue() -> None:
-    found = TemplateFormat(tokenizer(PLAIN)).encode(talk("a", "b", system="c"), replies_only=False)
+    [found] = TemplateFormat(tokenizer(PLAIN)).encode(talk("a", "b", system="c"), replies_only=False)
 
     assert found.ids == [CLS, SYSTEM, C, SEP, CLS, USER, A, SEP, CLS, ASSISTANT, B, SEP]
     assert all(found.is_target)
@@ -126,22 +126,24 @@ def test_a_template_encodes_the_complete_dialogue() -> None:
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["prefixes", "generation blocks"])
 def test_a_templates_replies_are_found_with_and_without_marks(template: str) -> None:
-    found = TemplateFormat(tokenizer(template)).encode(talk("a", "b c", "a", "c"), replies_only=True)
+    [found] = TemplateFormat(tokenizer(template)).encode(talk("a", "b c", "a", "c"), replies_only=True)
 
     turn = [CLS, USER, A, SEP, CLS, ASSISTANT]
     assert found.ids == [*turn, B, C, SEP, *turn, C, SEP]
     assert [number for number, mark in enumerate(found.is_target) if mark] == [6, 7, 8, 15, 16]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_tokens_are_targets() -> None:
+def test_with_a_template_that_rewrites_earlier_turns_each_reply_is_the_last_of_its_own_example() -> None:
     chat = TemplateFormat(tokenizer(FORGETS))
 
-    assert chat.encode(talk("a", "b"), replies_only=True).is_target == [False] * 6 + [True] * 2
-    with pytest.raises(
-        DataError, match=r"changes the text up to turn 2 when the dialogue continues.*\{% generation %\}.*loss_on=all"
-    ):
-        chat.encode(talk("a", "b", "a", "b"), replies_only=True)
-    assert len(chat.encode(talk("a", "b", "a", "b"), replies_only=False).ids) == 15
+    first, second = chat.encode(talk("a", "b", "a", "c"), replies_only=True)
+
+    assert first.ids == [CLS, USER, A, SEP, CLS, ASSISTANT, B, SEP]
+    assert first.is_target == [False] * 6 + [True] * 2
+    assert second.ids == [CLS, USER, A, SEP, CLS, ASSISTANT, SEP, CLS, USER, A, SEP, CLS, ASSISTANT, C, SEP]
+    assert second.is_target == [False] * 13 + [True] * 2
+    [every] = chat.encode(talk("a", "b", "a", "c"), replies_only=False)
+    assert every.is_target == [True] * 15
 
 
 def test_a_dialogue_that_the_template_rejects_raises_its_reason() -> None:
@@ -169,20 +171,20 @@ def test_a_dialogue_that_the_template_rejects_raises_its_reason() -> None:
 def test_complete_turns_are_kept_from_the_start_as_far_as_they_fit(
     max_length: int, ids: list[int], is_cut: bool
 ) -> None:
-    found, cut = encode_truncated(
+    [found], length = encode_truncated(
         TurnsFormat(tokenizer()), talk("a b", "c", "b"), max_length=max_length, replies_only=False
     )
 
-    assert (found.ids, cut) == (ids, is_cut)
+    assert (found.ids, length > max_length, length) == (ids, is_cut, 8)
 
 
 def test_the_reply_is_cut_if_the_turns_that_fit_have_no_target() -> None:
     chat = TurnsFormat(tokenizer())
 
-    found, is_cut = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=6, replies_only=True)
-    none, _ = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=3, replies_only=True)
+    [found], length = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=6, replies_only=True)
+    [none], _ = encode_truncated(chat, talk("a b", "c c c", "b"), max_length=3, replies_only=True)
 
-    assert (found.ids, is_cut) == ([CLS, A, B, SEP, C, C], True)
+    assert (found.ids, length) == ([CLS, A, B, SEP, C, C], 10)
     assert found.is_target == [False] * 4 + [True] * 2
     assert not none.has_targets
 

@@ -233,25 +233,37 @@ def test_messages_are_encoded_by_the_template_and_refused_ones_are_named_by_line
         prepare(tmp_path, data=data, **options)  # type: ignore[arg-type]
 
 
-def test_every_start_logs_how_many_dialogues_were_truncated(
+def test_every_start_says_how_many_dialogues_were_cut_and_which_had_no_target_left(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log, "propagate", True)
     write(tmp_path, "\u4f60 \u597d\ta\n\u4f60 \u597d \u5417 \uff1f \uff1f\t\u597d\tb\na\tb\tb\tb\n")
 
+    with pytest.raises(
+        DataError,
+        match=r"train\.txt, line 2: a dialogue without a target: the first data\.max_length=6 of its 11 tokens have no "
+        r"target\. Set data\.max_length=11, or skip such rows with data\.max_bad_rows$",
+    ):
+        prepare(tmp_path, max_length=6, loss_on="replies")
     for _ in range(2):  # the second start reads what the first one kept
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="dtrain"):
-            made = prepare(tmp_path, max_length=6, loss_on="replies")
+            made = prepare(tmp_path, max_length=6, loss_on="replies", data={"max_bad_rows": 1})
+        assert "train: skipped 1 bad row(s)" in caplog.text
         assert (
-            "train: 2 of 3 dialogues have more than data.max_length=6 tokens: only their first turns are used, and 1 of "
-            "them have no target left" in caplog.text
+            "train: 1 of 2 texts (50.0 %) have more than data.max_length=6 tokens and are cut there; data.max_length=9 "
+            "keeps all" in caplog.text
         )
-    assert [ids for ids, _ in rows_of(made)] == [
-        [CLS, NI, HAO, SEP, A, SEP],
-        [CLS, NI, HAO, MA, ASKS, ASKS],
-        [CLS, A, SEP, B, SEP],
-    ]
+    assert [ids for ids, _ in rows_of(made)] == [[CLS, NI, HAO, SEP, A, SEP], [CLS, A, SEP, B, SEP]]
+
+
+def test_if_no_dialogue_has_a_target_the_run_is_refused_and_all_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, "a b a b\ta\n\u4f60 \u597d \u5417 \uff1f\ta\n")
+
+    with pytest.raises(
+        DataError, match=r"no rows that can be used.*The first of 2: .*line 1: a dialogue without a target"
+    ):
+        prepare(tmp_path, max_length=4, loss_on="replies", data={"max_bad_rows": 9})
 
 
 def test_a_dialogue_of_one_turn_has_targets_but_no_reply(tmp_path: Path) -> None:
@@ -294,7 +306,7 @@ def test_a_dialogue_that_the_template_refuses_is_a_bad_row(
     caplog.set_level(logging.INFO, logger="dtrain")
     made = tokenizer()
     made.chat_template = (
-        "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}"
+        "{% for m in messages %}{% if m.content == 'b' %}{{ raise_exception('no b') }}{% endif %}{{ m.content }}[SEP]"
         "{% endfor %}"
     )
     made.save_pretrained(tmp_path / "words")

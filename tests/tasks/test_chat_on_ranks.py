@@ -38,7 +38,7 @@ def dialogues(rows: int, *, seed: int = 0) -> Table:
         if row == 1:
             said[0] = " ".join(tiny.WORDS * 2)  # longer than all that is kept: no target is left
         messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
-        encoded.append(encode_truncated(chat, messages, max_length=24, replies_only=True)[0])
+        encoded.extend(encode_truncated(chat, messages, max_length=24, replies_only=True)[0])
     return Table({"input_ids": [one.ids for one in encoded], "is_target": [one.is_target for one in encoded]})
 
 
