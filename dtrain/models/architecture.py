@@ -37,6 +37,9 @@ OWNED_CONFIG_KEYS = {
 }
 """Keys of a model's config that are set elsewhere, and where."""
 
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Keys that a model may need although its config class does not declare them (T5's decoder start)."""
+
 
 def check_name_or_path(model: schema.Model) -> bool:
     """Checks model.name_or_path before transformers tries it. Returns whether to load from local files only."""
@@ -88,12 +91,17 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
         raise ConfigError(
             f"model.config.model_type={kind}, but {name} is a {config.model_type} model: leave model_type out."
         )
-    _reject_unknown_overrides(config, overrides)
+    tokens = {key: overrides[key] for key in TOKEN_KEYS if key in overrides}
+    _reject_unknown_overrides(config, {key: value for key, value in overrides.items() if key not in tokens})
     try:
         with quiet():
             if name is None:
-                return AutoConfig.for_model(kind, **overrides)
-            return AutoConfig.from_pretrained(name, **options, **overrides)
+                config = AutoConfig.for_model(kind, **overrides)
+            else:
+                config = AutoConfig.from_pretrained(name, **options, **overrides)
+        for key, value in tokens.items():  # from_pretrained ignores what the config does not declare
+            setattr(config, key, value)
+        return config
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.config is not a valid {config.model_type} config: {reason}") from error

@@ -7,7 +7,6 @@ whether or not model.head is set.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from transformers.utils import cached_file
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.compatibility import learned_positions
 from dtrain.models.heads import Head
 from dtrain.models.pooling import pool
 
@@ -45,24 +43,18 @@ class HeadedModel(nn.Module):
         task_head: Head,
         outputs: int,
         width: int,
-        pads_left: bool,
     ) -> None:
         """
         Args:
             task_head: the task's kind of head: logits per example or per token.
             outputs: number of logits.
             width: width of the backbone's last hidden state.
-            pads_left: whether batches are padded on the left, so that positions must count from the first token.
         """
         super().__init__()
         self.backbone = backbone
         self.head = LinearHead(width, outputs, settings)
         self.config: PretrainedConfig = backbone.config
         self._pooling, self._task_head = settings.pooling, task_head
-        takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-        numbers_by_padding = any(table.padding_idx is not None for table in learned_positions(backbone))
-        # RoBERTa and similar models derive positions from the pad tokens themselves, with another offset.
-        self._counts_positions = pads_left and takes_positions and not numbers_by_padding
         setattr(
             backbone.config,
             CONFIG_KEY,
@@ -80,8 +72,6 @@ class HeadedModel(nn.Module):
             choices = next(iter(inputs.values())).shape[1]
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
         mask = inputs.get("attention_mask")
-        if self._counts_positions and mask is not None and "position_ids" not in inputs:
-            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         hidden = self.backbone(**inputs).last_hidden_state
         if self._task_head.logits != "token":
             hidden = pool(hidden, mask, self._pooling)
@@ -169,7 +159,6 @@ def add_head(
     model: schema.Model,
     *,
     task_head: Head,
-    pads_left: bool,
     local_only: bool,
     is_stored: bool,
 ) -> HeadedModel:
@@ -199,9 +188,7 @@ def add_head(
             f"this task needs {task_head.name} with {outputs}. {_how_to_replace(str(model.name_or_path))}"
         )
     width = _hidden_width(backbone, settings, task_head)
-    headed = HeadedModel(
-        backbone, settings, task_head=task_head, outputs=outputs, width=width, pads_left=pads_left
-    ).train(backbone.training)
+    headed = HeadedModel(backbone, settings, task_head=task_head, outputs=outputs, width=width).train(backbone.training)
     if is_stored:
         _load(headed.head, str(model.name_or_path), local_only=local_only)
     return headed

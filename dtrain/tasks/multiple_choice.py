@@ -20,8 +20,8 @@ from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, label_tensor, pad_rows
 
 HEAD = Head("multiple_choice", AutoModelForMultipleChoice, logits="choice")
@@ -55,6 +55,7 @@ class MultipleChoiceTask:
     name = "multiple_choice"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("accuracy",)
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int) -> None:
@@ -72,7 +73,7 @@ class MultipleChoiceTask:
         """Returns inputs (batch, choices, length) and labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}
-        flat = pad_rows(self.tokenizer, inputs)
+        flat = pad_rows(self.tokenizer, inputs, self.padding)
         labels = label_tensor(rows.get("label") or [None] * examples)
         return {**{key: value.reshape(examples, choices, -1) for key, value in flat.items()}, "labels": labels}
 
@@ -122,14 +123,14 @@ def prepare_multiple_choice(config: Config, settings: MultipleChoice, context: R
     def encode(source: Source, tokenizer: Any, _meta: Meta) -> Dataset:
         def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             choices = [len(endings) for endings in rows["endings"]]
-            encoded = tokenizer(
+            flat_rows = tokenizer(
                 [sent1 for sent1, number in zip(rows["sent1"], choices, strict=True) for _ in range(number)],
                 [_join(sent2, e) for sent2, ends in zip(rows["sent2"], rows["endings"], strict=True) for e in ends],
                 truncation=True,
                 max_length=config.max_length,
                 return_attention_mask=False,
             )
-            flat = {key: iter(values) for key, values in encoded.items()}
+            flat = {key: iter(values) for key, values in fill_empty(flat_rows, tokenizer).items()}
             return {
                 **{key: [[next(values) for _ in range(number)] for number in choices] for key, values in flat.items()},
                 "label": rows.get("label") or [None] * len(choices),

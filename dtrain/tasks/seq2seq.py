@@ -35,8 +35,8 @@ from dtrain.models.seq2seq import (
     set_languages,
 )
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 
@@ -61,6 +61,7 @@ class Seq2SeqTask:
     name = "seq2seq"
     head = HEAD
     needs_padding = True
+    padding = Padding()
 
     def __init__(
         self,
@@ -82,6 +83,7 @@ class Seq2SeqTask:
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.max_target_length = settings.max_target_length
         self.head_config: dict[str, Any] = {}
         self._smoothing = settings.label_smoothing
         self._text_metrics = TextMetrics(settings.metric)
@@ -99,9 +101,12 @@ class Seq2SeqTask:
         }
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
-        batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]})
+        batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]}, self.padding)
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
-        batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        if self.padding.target_length is not None:
+            labels = F.pad(labels, (0, self.padding.target_length - labels.shape[1]), value=IGNORED)
+        batch["labels"] = labels
         return batch
 
     def targets(self, batch: Batch) -> Targets:
@@ -182,7 +187,8 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
         def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             sources = [settings.prefix + text for text in rows["source"]]
             targets = rows.get("target")
-            inputs = tokenizer(sources, truncation=True, max_length=config.max_length)["input_ids"]
+            encoded = tokenizer(sources, truncation=True, max_length=config.max_length)
+            inputs = fill_empty(encoded, tokenizer)["input_ids"]
             if targets is None:
                 return {"input_ids": inputs, "labels": [None] * len(inputs), "reference": [None] * len(inputs)}
             labels = tokenizer(text_target=targets, truncation=True, max_length=settings.max_target_length)

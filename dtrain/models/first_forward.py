@@ -1,0 +1,103 @@
+"""Words for what a model raises in its first forward pass: what its config lacks, and how to set it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dtrain.errors import ConfigError
+
+FORWARD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a forward pass may raise for a config that does not fit itself or the data."""
+
+SIZES = ("dim", "size", "head", "embd", "layer", "channel", "group", "len", "window", "stride", "position", "rank")
+"""Parts of the names of settings that have to fit each other."""
+
+
+def reads_padding_by_config(module: nn.Module, *, max_length: int) -> bool:
+    """Returns whether the config already says that a row's answer depends on the length of its batch.
+
+    BigBird's sparse attention needs a number of tokens. At the first batch with fewer, the model changes to full
+    attention for good, so that the answer for a long row would depend on the batches before it.
+    """
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return False
+    return bool(max_length > (5 + 2 * config.num_random_blocks) * config.block_size)
+
+
+def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids: torch.Tensor) -> ConfigError:
+    """Returns what to tell the user about an error of a model's forward pass.
+
+    Args:
+        ids: the tokens of the example, of any shape.
+    """
+    config: Any = module.config
+    missing = _missing_token(config, tokenizer, ids, error=str(error)) or _too_many_rotated(config)
+    if missing is not None:
+        return ConfigError(f"A {config.model_type} model {missing}")
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(
+        f"This {config.model_type} model cannot compute the first example ({type(error).__name__}: {reason}). Its sizes have "
+        f"to fit each other: {_sizes(config)}. Change them with model.config={{NAME: VALUE}}, or use a pretrained model."
+    )
+
+
+def _missing_token(config: Any, tokenizer: Any, ids: torch.Tensor, *, error: str) -> str | None:
+    """Returns which special token the config lacks and how to set it; None if it lacks none."""
+    last = int(ids.flatten()[-1])
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if pad is None and ("None" in error or "pad" in error):
+        tokens = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
+        token = next((number for number in tokens if number is not None), 0)
+        return (
+            "numbers positions, or finds the end of a text, by the pad token, and its config has none: set "
+            f"model.config={{pad_token_id: {token}}}."
+        )
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    end = getattr(config, "eos_token_id", None)
+    if end is None or not (ids == end).any():
+        found = f"its config has none (eos_token_id: {end})" if end is None else f"token {end} ends no text here"
+        if last in tokenizer.all_special_ids:
+            return f"reads its answer at the end token, but {found}: set model.config={{eos_token_id: {last}}}."
+        return (
+            f"reads its answer at the end token, but {found}, and the tokenizer adds none. Use a tokenizer that adds an end "
+            "token, such as T5's or BART's, or a model without a decoder."
+        )
+    if getattr(config, "decoder_start_token_id", None) is None:
+        return (
+            "needs a token with which its decoder starts, and its config has none: set "
+            f"model.config={{decoder_start_token_id: {end if pad is None else pad}}}."
+        )
+    return None
+
+
+def _too_many_rotated(config: Any) -> str | None:
+    """Returns that more values of a head are rotated than it has (GPT-J, CodeGen), and how to set it; None otherwise."""
+    rotated, width, heads = (
+        getattr(config, name, None) for name in ("rotary_dim", "hidden_size", "num_attention_heads")
+    )
+    if not (isinstance(rotated, int) and isinstance(width, int) and heads) or rotated <= width // heads:
+        return None
+    return (
+        f"rotates rotary_dim={rotated} values of each attention head, and a head has only {width // heads} (hidden size "
+        f"{width}, {heads} heads): set model.config={{rotary_dim: {width // heads // 2 * 2}}}."
+    )
+
+
+def _sizes(config: Any) -> str:
+    values = config.get_text_config().to_dict()
+    names = [name for name in values if any(part in name for part in SIZES) and type(values[name]) is int]
+    return ", ".join(f"{name}={values[name]}" for name in names if not name.endswith("_token_id"))
