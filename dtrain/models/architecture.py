@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config import schema
@@ -88,6 +89,10 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
             ) from error
         raise explain(error, name=name, setting="model.name_or_path") from error
     if kind not in (None, config.model_type):
+        if name is None:
+            raise ConfigError(
+                f"model.config.model_type={kind} has the models of {config.model_type}: write that instead."
+            )
         raise ConfigError(
             f"model.config.model_type={kind}, but {name} is a {config.model_type} model: leave model_type out."
         )
@@ -99,6 +104,7 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
                 config = AutoConfig.for_model(kind, **overrides)
             else:
                 config = AutoConfig.from_pretrained(name, **options, **overrides)
+        config.get_text_config()  # raises ValueError for a model of several texts
         for key, value in tokens.items():  # from_pretrained ignores what the config does not declare
             setattr(config, key, value)
         return config
@@ -153,4 +159,12 @@ def fit_to_tokenizer(config: PretrainedConfig, model: schema.Model, tokenizer: P
         config.vocab_size = max(tokenizer.get_vocab().values()) + 1
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in model.config and hasattr(config, key):
-            setattr(config, key, getattr(tokenizer, key))
+            _set_token(config, key, getattr(tokenizer, key), tokenizer)
+
+
+def _set_token(config: PretrainedConfig, key: str, token: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets a special token. If the tokenizer has none and the config needs one, it gets another special token."""
+    try:
+        setattr(config, key, token)
+    except StrictDataclassError:
+        setattr(config, key, min(tokenizer.all_special_ids, default=0))

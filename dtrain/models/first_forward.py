@@ -29,9 +29,12 @@ def reads_padding_by_config(module: nn.Module, *, max_length: int) -> bool:
     """Returns whether the config already says that a row's answer depends on the length of its batch.
 
     BigBird's sparse attention needs a number of tokens. At the first batch with fewer, the model changes to full
-    attention for good, so that the answer for a long row would depend on the batches before it.
+    attention for good, so that the answer for a long row would depend on the batches before it. CANINE joins groups of
+    characters, the last of them with padding, which new weights show too little for a trial.
     """
     config: Any = getattr(module, "config", None)
+    if getattr(config, "model_type", None) == "canine":
+        return True
     if getattr(config, "attention_type", None) != "block_sparse":
         return False
     return bool(max_length > (5 + 2 * config.num_random_blocks) * config.block_size)
@@ -48,9 +51,15 @@ def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids
     if missing is not None:
         return ConfigError(f"A {config.model_type} model {missing}")
     reason = " ".join(str(error).split())[:200]
+    found = f"This {config.model_type} model cannot compute the first example ({type(error).__name__}: {reason})."
+    if isinstance(error, RuntimeError | ArithmeticError):  # as torch raises them
+        return ConfigError(
+            f"{found} Its sizes have to fit each other: {_sizes(config)}. Change them with model.config={{NAME: VALUE}}, or use "
+            "a pretrained model."
+        )
     return ConfigError(
-        f"This {config.model_type} model cannot compute the first example ({type(error).__name__}: {reason}). Its sizes have "
-        f"to fit each other: {_sizes(config)}. Change them with model.config={{NAME: VALUE}}, or use a pretrained model."
+        f"{found} It gets token ids and a mask, and nothing else. If a setting is missing, set it with "
+        "model.config={NAME: VALUE}; otherwise use another model, such as BERT."
     )
 
 

@@ -143,7 +143,7 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class PadsRows(Protocol):
+class PadsRows(Task, Protocol):
     """An optional part of a task: it pads rows as told, so that a model that reads padding can be trained (trial.py)."""
 
     padding: Padding

@@ -51,6 +51,9 @@ def try_model(module: nn.Module, task: Task, context: RankContext) -> None:
     found = node_first(lambda: _try(module, task), context)
     if found is not None and _pads(task):
         task.padding = Padding(**found)
+        task.tokenizer.padding_side = (
+            task.padding.side
+        )  # is saved with the model, so that transformers pads as dtrain does
         settings = {"data.max_length": task.padding.length, "task.max_target_length": task.padding.target_length}
         for setting, length in settings.items():
             if length is not None:
@@ -75,7 +78,7 @@ def _try(module: nn.Module, task: Task) -> Json:
             return vars(padding)
         batch = _collate(task, *place)
         if task.head.is_causal:
-            batch = _shorten(batch)
+            batch = _shorten(batch, TOKENS)
         outputs = _run(module, task, batch)
         if task.head.is_causal:
             _check_causal(module, task, batch, outputs)
@@ -84,16 +87,31 @@ def _try(module: nn.Module, task: Task) -> Json:
 
 def _find_padding(module: nn.Module, task: Any, split: str, row: int) -> Padding:
     """Returns the first padding that does not change the answer for a row: right, left, or one length for all rows."""
-    always = Padding(length=task.max_length)
-    if reads_padding_by_config(module, max_length=task.max_length):
-        return always
-    before = task.padding
+    always, before = Padding(length=task.max_length), task.padding
+
+    def fits(padding: Padding) -> bool:
+        task.padding = padding
+        alone = _run(module, task, _collate(task, split, row))
+        for number in longer:
+            task.padding = replace(padding, length=number)
+            try:
+                padded = _run(module, task, _collate(task, split, row, copies=2))
+            except ConfigError:
+                return False
+            if not _are_equal(alone, padded, side=padding.side):
+                return False
+        return True
+
     try:
+        if reads_padding_by_config(module, max_length=task.max_length):
+            task.padding = always
+            _run(module, task, _collate(task, split, row))
+            return always
         task.padding = Padding()
         batch = _collate(task, split, row)
         length = batch["input_ids"].shape[-1]
         try:
-            alone = _run(module, task, batch)
+            _run(module, task, batch)
             _run(module, task, _collate(task, split, row, copies=2))  # some models compute no batch without a pad token
         except ConfigError as error:
             task.padding = always  # some models cannot compute short rows
@@ -103,18 +121,7 @@ def _find_padding(module: nn.Module, task: Any, split: str, row: int) -> Padding
                 raise error from None
             return always
         longer = sorted({min(length + more, task.max_length) for more in (1, 6)} - {length})
-        for side in ("right", "left"):
-            for number in longer:
-                task.padding = Padding(side, number)
-                try:
-                    padded = _run(module, task, _collate(task, split, row, copies=2))
-                except ConfigError:
-                    break
-                if not _are_equal(alone, padded, side=side):
-                    break
-            else:
-                return Padding(side)
-        return always
+        return next((padding for padding in (Padding("right"), Padding("left")) if fits(padding)), always)
     finally:
         task.padding = before
 
@@ -155,11 +162,10 @@ def _collate(task: Task, split: str, row: int, *, copies: int = 1) -> Batch:
     return task.collate(task.splits[split][[row] * copies], DataPosition(0, (row,) * copies))
 
 
-def _shorten(batch: Batch) -> Batch:
+def _shorten(batch: Batch, most: int) -> Batch:
     length = batch["input_ids"].shape[1]
     return {
-        key: value[:, :TOKENS] if value.dim() == 2 and value.shape[1] == length else value
-        for key, value in batch.items()
+        key: value[:, :most] if value.dim() == 2 and value.shape[1] == length else value for key, value in batch.items()
     }
 
 
@@ -212,7 +218,7 @@ def _are_equal(alone: Outputs, padded: Outputs, *, side: str) -> bool:
 
 
 def _check_causal(module: nn.Module, task: Task, batch: Batch, outputs: Outputs) -> None:
-    """Raises ConfigError if another last token changes the logits of the tokens before it."""
+    """Raises ConfigError if another last token, or none, changes the logits of the tokens before it."""
     logits, ids = outputs.get("logits"), batch["input_ids"]
     if logits is None or logits.dim() != 3 or ids.shape[1] < 2:
         return
@@ -220,9 +226,15 @@ def _check_causal(module: nn.Module, task: Task, batch: Batch, outputs: Outputs)
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], (ids[:, 0] + 1) % logits.shape[-1], ids[:, 0])
     changed = _run(module, task, {**batch, "input_ids": other})["logits"]
     kept = slice(0, ids.shape[1] - 1)
+    kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
     if not _are_equal({"logits": logits[:, kept]}, {"logits": changed[:, kept]}, side="right"):
-        kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
         raise ConfigError(
             f"The task predicts the next token, but this {kind} model sees the tokens that it has to predict. Set "
             "model.config={is_decoder: true} if the model has this setting, or use a decoder such as gpt2."
+        )
+    shorter = _run(module, task, _shorten(batch, ids.shape[1] - 1))["logits"]
+    if not _are_equal({"logits": shorter}, {"logits": logits}, side="right"):
+        raise ConfigError(
+            f"What this {kind} model predicts for a token depends on the number of tokens after it, so that losses would depend on "
+            "data.max_length: use another model, such as gpt2."
         )

@@ -21,6 +21,7 @@ from dtrain.data.seeding import DataPosition
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.load import load_model
+from dtrain.models.seq2seq import decoder_inputs
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.masked_lm import MaskedLmTask
@@ -64,6 +65,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "t5": {"d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1, "initializer_factor": 4.0},
     "bart": SEQ2SEQ,
     "m2m_100": SEQ2SEQ,
+    "fsmt": {**SEQ2SEQ, "src_vocab_size": 25, "tgt_vocab_size": 25, "langs": ["en", "de"]},
+    "canine": {**WIDE, "num_hash_buckets": 64, "num_hash_functions": 4},
     "prophetnet": {
         "hidden_size": 16,
         "num_encoder_layers": 1,
@@ -161,14 +164,14 @@ def scores(module: nn.Module, task: Any, indices: list[int]) -> list[tuple[float
     [
         *[
             ("classification", kind)
-            for kind in ("bert", "roberta", "gpt2", "llama", "xlnet", "convbert", "fnet", "t5", "bart")
+            for kind in ("bert", "roberta", "gpt2", "llama", "xlnet", "convbert", "fnet", "canine", "t5", "bart")
         ],
         *[("regression", kind) for kind in ("bert", "gpt2", "xlnet")],
         *[("multiple_choice", kind) for kind in ("bert", "roberta", "xlnet")],
         *[("masked_lm", kind) for kind in ("bert", "roberta", "convbert")],
         *[("token_classification", kind) for kind in ("bert", "xlnet", "convbert")],
         *[("question_answering", kind) for kind in ("bert", "convbert")],
-        *[("seq2seq", kind) for kind in ("t5", "bart", "m2m_100", "prophetnet")],
+        *[("seq2seq", kind) for kind in ("t5", "bart", "m2m_100", "fsmt", "prophetnet")],
     ],
 )
 def test_a_row_has_one_answer_alone_and_beside_longer_rows_on_either_padding_side(name: str, kind: str) -> None:
@@ -214,6 +217,8 @@ def test_the_answer_is_the_models_own_for_the_tokens_without_any_padding(kind: s
         ("token_classification", "xlnet", Padding("right")),
         ("masked_lm", "convbert", Padding("right", LONGEST)),  # its convolutions read neighbors, padding as well
         ("classification", "fnet", Padding("right", LONGEST)),  # it has no mask
+        ("multiple_choice", "canine", Padding("right", LONGEST)),  # it joins groups of characters
+        ("multiple_choice", "xlnet", Padding("left")),
         ("seq2seq", "t5", Padding("right")),
         ("seq2seq", "prophetnet", Padding("right", target_length=8)),  # its logits depend on the number of targets
     ],
@@ -224,6 +229,7 @@ def test_the_padding_is_the_first_that_changes_no_answer(name: str, kind: str, e
     try_model(model(task, kind), task, ONE_PROCESS)
 
     assert task.padding == expected
+    assert task.tokenizer.padding_side == expected.side  # as it is saved with the model
 
 
 def test_padding_to_one_length_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +242,7 @@ def test_padding_to_one_length_is_said(caplog: pytest.LogCaptureFixture, monkeyp
     assert "every row is padded to data.max_length=24" in caplog.text
 
 
-@pytest.mark.parametrize(("length", "expected"), [(24, None), (600, 600)])
+@pytest.mark.parametrize(("length", "expected"), [(24, None), (592, 592)])
 def test_a_sparse_attention_that_changes_with_the_batch_gets_rows_of_one_length(
     length: int, expected: int | None
 ) -> None:
@@ -303,6 +309,18 @@ def test_a_trial_leaves_the_model_and_the_random_state_as_they_were() -> None:
             {"num_landmarks": 5},
             r"nystromformer model cannot compute the first example .*segment_means_seq_len=64",
         ),
+        (
+            "classification",
+            "xmod",
+            {},
+            r"xmod model cannot compute .*Input language unknown.* ids and a mask, and nothing else",
+        ),
+        (
+            "causal_lm",
+            "prophetnet",
+            {},
+            r"prophetnet model predicts for a token depends on the number of tokens after it",
+        ),
         ("causal_lm", "bert", {}, r"bert model sees the tokens that it has to predict.*is_decoder: true"),
     ],
 )
@@ -320,6 +338,44 @@ def test_what_a_model_raises_in_its_first_forward_is_answered_with_what_its_conf
     cure = re.search(r"model\.config=\{(\w+): (\w+)\}", str(refusal.value))
     if cure is not None and cure[1] != "NAME":  # it works when pasted
         try_model(model(task, kind, **{**lacks, cure[1]: json.loads(cure[2])}), task, ONE_PROCESS)
+
+
+def test_the_decoders_inputs_do_not_change_the_labels() -> None:
+    task = make("seq2seq")
+    labels = torch.tensor([[7, 8, SEP], [9, SEP, -100]])
+    before = labels.clone()
+
+    decoder_inputs(model(task, "fsmt"), labels)
+
+    assert torch.equal(labels, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("modernbert-decoder", {}), ("cwm", {"num_key_value_heads": 2, "head_dim": 8})]
+)
+def test_a_config_that_needs_a_token_gets_one_that_the_tokenizer_has(kind: str, sizes: dict[str, int]) -> None:
+    task = make("causal_lm")
+    module = model(task, kind, layer_types=["full_attention"], **sizes)
+
+    try_model(module, task, ONE_PROCESS)
+
+    assert module.config.bos_token_id in task.tokenizer.all_special_ids
+
+
+def test_a_model_type_with_the_models_of_another_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model_type=gpt-sw3 has the models of gpt2: write that instead"):
+        model(make("causal_lm"), "gpt-sw3", **SIZES["gpt2"])
+
+
+def test_a_model_of_several_texts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"not a valid musicgen config: Multiple valid text configs"):
+        load_model(
+            schema.Model(from_scratch=True, tokenizer="tokenizer", config={"model_type": "musicgen"}),
+            head=make("causal_lm").head,
+            head_config={},
+            tokenizer=tiny.tokenizer(),
+            seed=0,
+        )
 
 
 def test_a_decoder_passes() -> None:
