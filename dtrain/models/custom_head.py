@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
+from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward
 from dtrain.models.heads import Head
 from dtrain.models.pooling import pool
 
@@ -224,11 +225,16 @@ def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head
     """Returns the width of the last hidden state, measured by a forward pass, because configs use many names for it.
 
     Raises:
-        ConfigError: the pooling makes no sense for this backbone, or a language model sees the token to predict.
+        ConfigError: the backbone cannot compute states, the pooling makes no sense for it, or a language model sees the
+            token to predict.
     """
     was_training, kind = backbone.training, backbone.config.model_type
     backbone.eval()
-    states = backbone(**_two_inputs(backbone)).last_hidden_state
+    inputs = _two_inputs(backbone)
+    try:
+        states = backbone(**inputs).last_hidden_state
+    except FORWARD_ERRORS as error:
+        raise explain_forward(error, backbone, None, inputs.get("input_ids")) from error
     backbone.train(was_training)
     if states.dim() == 4:
         if settings.pooling != "mean":
@@ -253,7 +259,7 @@ def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head
 
 
 def _two_inputs(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Returns a batch of two: texts of two tokens that differ in the second token, or two blank images."""
+    """Returns a batch of two: texts of eight tokens that differ in the last one, or two blank images."""
     config = backbone.config
     if backbone.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 64
@@ -261,5 +267,7 @@ def _two_inputs(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
     pad = getattr(config, "pad_token_id", None)
     first, second, third = [token for token in range(5) if token != pad][:3]
-    ids = torch.tensor([[first, second], [first, third]]).clamp(max=config.get_text_config().vocab_size - 1)
+    ids = torch.tensor([[first] * 7 + [last] for last in (second, third)]).clamp(
+        max=config.get_text_config().vocab_size - 1
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

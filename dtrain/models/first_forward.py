@@ -40,14 +40,17 @@ def reads_padding_by_config(module: nn.Module, *, max_length: int) -> bool:
     return bool(max_length > (5 + 2 * config.num_random_blocks) * config.block_size)
 
 
-def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids: torch.Tensor) -> ConfigError:
+def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids: torch.Tensor | None) -> ConfigError:
     """Returns what to tell the user about an error of a model's forward pass.
 
     Args:
-        ids: the tokens of the example, of any shape.
+        tokenizer: the one that made the tokens; None if they are not a text's.
+        ids: the tokens of the example, of any shape; None for a model of images.
     """
     config: Any = module.config
-    missing = _missing_token(config, tokenizer, ids, error=str(error)) or _too_many_rotated(config)
+    missing = _missing_pad_token(config, tokenizer, error=str(error)) or _too_many_rotated(config)
+    if missing is None and tokenizer is not None and ids is not None:
+        missing = _missing_decoder_token(config, tokenizer, ids)
     if missing is not None:
         return ConfigError(f"A {config.model_type} model {missing}")
     reason = " ".join(str(error).split())[:200]
@@ -63,20 +66,24 @@ def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids
     )
 
 
-def _missing_token(config: Any, tokenizer: Any, ids: torch.Tensor, *, error: str) -> str | None:
-    """Returns which special token the config lacks and how to set it; None if it lacks none."""
-    last = int(ids.flatten()[-1])
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    if pad is None and ("None" in error or "pad" in error):
-        tokens = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id)
-        token = next((number for number in tokens if number is not None), 0)
-        return (
-            "numbers positions, or finds the end of a text, by the pad token, and its config has none: set "
-            f"model.config={{pad_token_id: {token}}}."
-        )
+def _missing_pad_token(config: Any, tokenizer: Any, *, error: str) -> str | None:
+    """Returns that the config lacks a pad token, and how to set it; None otherwise."""
+    if getattr(config.get_text_config(), "pad_token_id", None) is not None or not ("None" in error or "pad" in error):
+        return None
+    tokens = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "unk", "eos"))
+    token = next((number for number in tokens if number is not None), 0)
+    return (
+        "numbers positions, or finds the end of a text, by the pad token, and its config has none: set "
+        f"model.config={{pad_token_id: {token}}}."
+    )
+
+
+def _missing_decoder_token(config: Any, tokenizer: Any, ids: torch.Tensor) -> str | None:
+    """Returns which token of its decoder the config lacks, and how to set it; None if it lacks none."""
     if not getattr(config, "is_encoder_decoder", False):
         return None
     end = getattr(config, "eos_token_id", None)
+    pad, last = getattr(config, "pad_token_id", None), int(ids.flatten()[-1])
     if end is None or not (ids == end).any():
         found = f"its config has none (eos_token_id: {end})" if end is None else f"token {end} ends no text here"
         if last in tokenizer.all_special_ids:

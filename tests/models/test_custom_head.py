@@ -126,6 +126,14 @@ def test_padding_changes_nothing_whatever_side_the_tokenizer_names(
 # What is made
 
 
+def test_a_backbone_that_computes_no_states_is_answered_with_its_reason() -> None:
+    shape = {**ROBERTA, "model_type": "xmod"}
+    with pytest.raises(ConfigError, match=r"xmod model cannot compute .*Input language unknown.*model\.config="):
+        load(new(shape, pooling="cls"))
+
+    load(new({**shape, "default_language": "en_XX"}, pooling="cls"))
+
+
 def test_the_new_head_depends_only_on_the_seed(base: Path) -> None:
     torch.manual_seed(1)
     first = load(on(base))
