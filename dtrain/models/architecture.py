@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from dtrain.config import schema
@@ -36,6 +37,9 @@ OWNED_CONFIG_KEYS = {
     "dtrain_head": "model.head",
 }
 """Keys of a model's config that are set elsewhere, and where."""
+
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Keys that a model may need although its config class does not declare them (T5's decoder start)."""
 
 
 def check_name_or_path(model: schema.Model) -> bool:
@@ -85,15 +89,25 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
             ) from error
         raise explain(error, name=name, setting="model.name_or_path") from error
     if kind not in (None, config.model_type):
+        if name is None:
+            raise ConfigError(
+                f"model.config.model_type={kind} has the models of {config.model_type}: write that instead."
+            )
         raise ConfigError(
             f"model.config.model_type={kind}, but {name} is a {config.model_type} model: leave model_type out."
         )
-    _reject_unknown_overrides(config, overrides)
+    tokens = {key: overrides[key] for key in TOKEN_KEYS if key in overrides}
+    _reject_unknown_overrides(config, {key: value for key, value in overrides.items() if key not in tokens})
     try:
         with quiet():
             if name is None:
-                return AutoConfig.for_model(kind, **overrides)
-            return AutoConfig.from_pretrained(name, **options, **overrides)
+                config = AutoConfig.for_model(kind, **overrides)
+            else:
+                config = AutoConfig.from_pretrained(name, **options, **overrides)
+        config.get_text_config()  # raises ValueError for a model of several texts
+        for key, value in tokens.items():  # from_pretrained ignores what the config does not declare
+            setattr(config, key, value)
+        return config
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.config is not a valid {config.model_type} config: {reason}") from error
@@ -145,4 +159,12 @@ def fit_to_tokenizer(config: PretrainedConfig, model: schema.Model, tokenizer: P
         config.vocab_size = max(tokenizer.get_vocab().values()) + 1
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if key not in model.config and hasattr(config, key):
-            setattr(config, key, getattr(tokenizer, key))
+            _set_token(config, key, getattr(tokenizer, key), tokenizer)
+
+
+def _set_token(config: PretrainedConfig, key: str, token: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets a special token. If the tokenizer has none and the config needs one, it gets another special token."""
+    try:
+        setattr(config, key, token)
+    except StrictDataclassError:
+        setattr(config, key, min(tokenizer.all_special_ids, default=0))

@@ -7,7 +7,6 @@ whether or not model.head is set.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.utils import cached_file
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.compatibility import learned_positions
+from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward
 from dtrain.models.heads import Head
 from dtrain.models.pooling import pool
 
@@ -45,24 +44,18 @@ class HeadedModel(nn.Module):
         task_head: Head,
         outputs: int,
         width: int,
-        pads_left: bool,
     ) -> None:
         """
         Args:
             task_head: the task's kind of head: logits per example or per token.
             outputs: number of logits.
             width: width of the backbone's last hidden state.
-            pads_left: whether batches are padded on the left, so that positions must count from the first token.
         """
         super().__init__()
         self.backbone = backbone
         self.head = LinearHead(width, outputs, settings)
         self.config: PretrainedConfig = backbone.config
         self._pooling, self._task_head = settings.pooling, task_head
-        takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-        numbers_by_padding = any(table.padding_idx is not None for table in learned_positions(backbone))
-        # RoBERTa and similar models derive positions from the pad tokens themselves, with another offset.
-        self._counts_positions = pads_left and takes_positions and not numbers_by_padding
         setattr(
             backbone.config,
             CONFIG_KEY,
@@ -80,8 +73,6 @@ class HeadedModel(nn.Module):
             choices = next(iter(inputs.values())).shape[1]
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
         mask = inputs.get("attention_mask")
-        if self._counts_positions and mask is not None and "position_ids" not in inputs:
-            inputs["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
         hidden = self.backbone(**inputs).last_hidden_state
         if self._task_head.logits != "token":
             hidden = pool(hidden, mask, self._pooling)
@@ -169,7 +160,6 @@ def add_head(
     model: schema.Model,
     *,
     task_head: Head,
-    pads_left: bool,
     local_only: bool,
     is_stored: bool,
 ) -> HeadedModel:
@@ -199,9 +189,7 @@ def add_head(
             f"this task needs {task_head.name} with {outputs}. {_how_to_replace(str(model.name_or_path))}"
         )
     width = _hidden_width(backbone, settings, task_head)
-    headed = HeadedModel(
-        backbone, settings, task_head=task_head, outputs=outputs, width=width, pads_left=pads_left
-    ).train(backbone.training)
+    headed = HeadedModel(backbone, settings, task_head=task_head, outputs=outputs, width=width).train(backbone.training)
     if is_stored:
         _load(headed.head, str(model.name_or_path), local_only=local_only)
     return headed
@@ -237,11 +225,16 @@ def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head
     """Returns the width of the last hidden state, measured by a forward pass, because configs use many names for it.
 
     Raises:
-        ConfigError: the pooling makes no sense for this backbone, or a language model sees the token to predict.
+        ConfigError: the backbone cannot compute states, the pooling makes no sense for it, or a language model sees the
+            token to predict.
     """
     was_training, kind = backbone.training, backbone.config.model_type
     backbone.eval()
-    states = backbone(**_two_inputs(backbone)).last_hidden_state
+    inputs = _two_inputs(backbone)
+    try:
+        states = backbone(**inputs).last_hidden_state
+    except FORWARD_ERRORS as error:
+        raise explain_forward(error, backbone, None, inputs.get("input_ids")) from error
     backbone.train(was_training)
     if states.dim() == 4:
         if settings.pooling != "mean":
@@ -266,7 +259,7 @@ def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head
 
 
 def _two_inputs(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Returns a batch of two: texts of two tokens that differ in the second token, or two blank images."""
+    """Returns a batch of two: texts of eight tokens that differ in the last one, or two blank images."""
     config = backbone.config
     if backbone.main_input_name == "pixel_values":
         size = getattr(config, "image_size", None) or 64
@@ -274,5 +267,7 @@ def _two_inputs(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width)}
     pad = getattr(config, "pad_token_id", None)
     first, second, third = [token for token in range(5) if token != pad][:3]
-    ids = torch.tensor([[first, second], [first, third]]).clamp(max=config.get_text_config().vocab_size - 1)
+    ids = torch.tensor([[first] * 7 + [last] for last in (second, third)]).clamp(
+        max=config.get_text_config().vocab_size - 1
+    )
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

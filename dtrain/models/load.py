@@ -82,16 +82,17 @@ def load_model(
     if model.from_scratch and tokenizer is not None:
         default_pad_id = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)
-        if head.has_decoder:
+        if head.has_decoder or config.is_encoder_decoder:  # a classifier may have a decoder, too
             fit_decoder(config, model, tokenizer, default_pad_id=default_pad_id)
     for key, value in head_config.items():
         setattr(config, key, value)
-    if tokenizer is not None and not head.is_causal and getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier uses it to find the last token
+    for part in (config, config.get_text_config()):
+        if tokenizer is not None and not head.is_causal and getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier uses it to find the last token
     if head.problem_type is not None:
         config.problem_type = head.problem_type
     with quiet(), _seeded(seed):
-        loaded = _build_model(model, config, head=head, tokenizer=tokenizer, local_only=local_only)
+        loaded = _build_model(model, config, head=head, local_only=local_only)
     new_labels = real_label_names(loaded.config)
     if head.has_label_names and not model.from_scratch and old_labels not in (None, new_labels):
         log.info("Note: %s has the labels %s; they are replaced by %s", model.name_or_path, old_labels, new_labels)
@@ -118,7 +119,6 @@ def _build_model(
     config: PretrainedConfig,
     *,
     head: Head,
-    tokenizer: PreTrainedTokenizerBase | None,
     local_only: bool,
 ) -> Any:
     """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters."""
@@ -141,7 +141,6 @@ def _build_model(
             new_head,
             model,
             task_head=head,
-            pads_left=tokenizer is not None and tokenizer.padding_side == "left",
             local_only=local_only,
             is_stored=is_stored,
         )

@@ -113,7 +113,7 @@ def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
     bare: Any = getattr(model, "module", model)  # DDP and DeepSpeed wrap the model, and DDP hides its methods
     shift = getattr(bare, "prepare_decoder_input_ids_from_labels", None)
     if shift is not None:
-        inputs: torch.Tensor = shift(labels=labels)
+        inputs: torch.Tensor = shift(labels=labels.clone())  # FSMT's writes its pad token into them, as further targets
         return inputs
     shifted = labels.roll(1, dims=1)  # M2M100 and BlenderBot use this rule, but have no such method
     shifted[:, 0] = bare.config.decoder_start_token_id

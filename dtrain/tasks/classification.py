@@ -33,7 +33,7 @@ from dtrain.tasks.prepare import (
     pretrained_labels,
     read_columns,
 )
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, label_tensor, pad_rows
 
 HEAD = Head(
@@ -61,6 +61,7 @@ class ClassificationTask:
     name = "classification"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("accuracy", "f1", "precision", "recall", "matthews_correlation")
 
     def __init__(
@@ -88,7 +89,7 @@ class ClassificationTask:
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
-        return {**pad_rows(self.tokenizer, inputs), "labels": label_tensor(rows["label"])}
+        return {**pad_rows(self.tokenizer, inputs, self.padding), "labels": label_tensor(rows["label"])}
 
     def targets(self, batch: Batch) -> Targets:
         labels = batch["labels"][batch["labels"] != IGNORED]

@@ -31,7 +31,7 @@ from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import count_targets, full_precision, pad_rows, perplexity
 from dtrain.tasks.truncation import report_rows_without_targets
 
@@ -60,6 +60,7 @@ class MaskedLmTask:
     name = "masked_lm"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("accuracy", "perplexity")
 
     def __init__(
@@ -89,7 +90,7 @@ class MaskedLmTask:
             masked, targets = self._mask(np.array(ids, dtype=np.int64), np.array(word_ids, dtype=np.int64), draws)
             inputs.append(masked.tolist())
             labels.append(torch.from_numpy(targets))
-        batch = pad_rows(self.tokenizer, {"input_ids": inputs})
+        batch = pad_rows(self.tokenizer, {"input_ids": inputs}, self.padding)
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["labels"][batch["attention_mask"].bool()] = torch.cat(labels)  # on whichever side padding is
         return batch

@@ -21,7 +21,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, encode_texts, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, label_tensor, pad_rows
 from dtrain.tasks.truncation import FULL_LENGTH
 
@@ -56,6 +56,7 @@ class MultipleChoiceTask:
     name = "multiple_choice"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("accuracy",)
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int) -> None:
@@ -73,7 +74,7 @@ class MultipleChoiceTask:
         """Returns inputs (batch, choices, length) and labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
         inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}
-        flat = pad_rows(self.tokenizer, inputs)
+        flat = pad_rows(self.tokenizer, inputs, self.padding)
         labels = label_tensor(rows.get("label") or [None] * examples)
         return {**{key: value.reshape(examples, choices, -1) for key, value in flat.items()}, "labels": labels}
 

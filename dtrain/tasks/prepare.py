@@ -106,7 +106,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
     def plan() -> tuple[Meta, Callable[[Path], Meta]]:
         key: dict[str, Json] = {
             "task": recipe.task,
-            "cuts": True,  # the part of the format that counts truncated texts
+            "encoding": 3,  # increased when the same settings begin to give other examples
             "shape": recipe.row_format.name,
             "source": source_key(config.data),
             "tokenizer": tokenizer_key(),
@@ -227,9 +227,15 @@ def all_texts(source: Source) -> Iterator[str]:
 
 def read_columns(rows: Split, *names: str) -> Mapping[str, Sequence[Any]]:
     """Reads some columns of a split in data order, without loading its tokens."""
+    selected = select_columns(rows, *names)
+    return selected[list(range(len(selected)))]
+
+
+def select_columns(rows: Split, *names: str) -> Split:
+    """Returns a view of a split that loads only these columns, if the split can leave any out."""
     selected: Any = rows.select_columns(list(names)) if isinstance(rows, datasets.Dataset) else rows
-    columns: Mapping[str, Sequence[Any]] = selected[list(range(len(selected)))]
-    return columns
+    split: Split = selected
+    return split
 
 
 def label_config(labels: Sequence[str]) -> dict[str, Any]:
@@ -243,8 +249,36 @@ def label_config(labels: Sequence[str]) -> dict[str, Any]:
 
 def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:
     """Encodes `text`, or `text` and `text_pair` joined by the tokenizer, truncated to max_length tokens."""
-    encoded: Mapping[str, Any] = tokenizer(
+    encoded = tokenizer(
         rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
     )
     texts = {"text": rows["text"], "text_pair": rows.get("text_pair")}
-    return {**encoded, FULL_LENGTH: full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length)}
+    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length)
+    return {**fill_empty(encoded, tokenizer), FULL_LENGTH: lengths}
+
+
+def fill_empty(encoded: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Any]:
+    """Gives a row without tokens one token: the first that the tokenizer has of CLS, BOS, EOS, unknown and pad.
+
+    A tokenizer that adds no special tokens has none for an empty text, and a model needs at least one to compute an answer.
+    """
+    if all(encoded["input_ids"]):
+        return encoded
+    tokens = ("cls_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+    token = next((number for name in tokens if (number := getattr(tokenizer, name)) is not None), None)
+    if token is None:
+        raise DataError("a text is empty, and the tokenizer has no special token that could stand for it")
+    _say_what_stands_for_no_text(tokenizer.convert_ids_to_tokens(token))
+    empty = [not ids for ids in encoded["input_ids"]]
+    values = {"input_ids": token, "token_type_ids": 0, "attention_mask": 1}
+    return {
+        name: [
+            [values[name]] if is_empty and name in values else row for row, is_empty in zip(rows, empty, strict=True)
+        ]
+        for name, rows in encoded.items()
+    }
+
+
+@cache
+def _say_what_stands_for_no_text(token: str) -> None:  # once per process, not in every batch of rows
+    log.info("Note: some texts are empty, and the tokenizer adds no special tokens: %s stands for an empty text", token)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -34,6 +34,22 @@ class Targets:
 
     weight: float
     count: int
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where padding goes, and how long rows become.
+
+    Attributes:
+        side: The right, so that a row's tokens have the same positions in every batch. The left for models that read the
+            last position of a row.
+        length: Length of every batch. None: that of the batch's longest row.
+        target_length: Length of the targets of a decoder in every batch. None: that of the batch's longest target.
+    """
+
+    side: Literal["right", "left"] = "right"
+    length: int | None = None
+    target_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +140,13 @@ class Task(Protocol):
         They become the lines of predictions/<split>.jsonl.
         """
         ...
+
+
+@runtime_checkable
+class PadsRows(Task, Protocol):
+    """An optional part of a task: it pads rows as told, so that a model that reads padding can be trained (trial.py)."""
+
+    padding: Padding
 
 
 @runtime_checkable

@@ -29,7 +29,7 @@ from dtrain.models.heads import Head
 from dtrain.tasks.answers import NOT_IN_CONTEXT, best_spans, squad_scores
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import full_precision, pad_rows
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
@@ -56,6 +56,7 @@ class QuestionAnsweringTask:
     name = "question_answering"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("exact_match", "f1")
 
     def __init__(
@@ -80,7 +81,9 @@ class QuestionAnsweringTask:
         """
         flat = {key: list(chain.from_iterable(rows[key])) for key in rows if key in (*INPUTS, *_PLACES)}
         # Always on the right: positions count from the start of the window.
-        batch = pad_rows(self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, side="right")
+        batch = pad_rows(
+            self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, Padding("right", self.padding.length)
+        )
         batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOT_IN_CONTEXT)
         for side, key in enumerate(("offset_starts", "offset_ends")):
             for window, offsets in enumerate(flat[key]):
@@ -190,6 +193,8 @@ def encode_windows(
     tokens = [key for key in INPUTS if key in encoded]
     columns: dict[str, list[list[Any]]] = {key: [[] for _ in range(number)] for key in (*tokens, *_PLACES)}
     for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
+        if not encoded["input_ids"][window]:
+            raise DataError(f"{places[row]}: question and context are both empty")
         for key in tokens:
             columns[key][row].append(encoded[key][window])
         offsets = [

@@ -23,7 +23,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, encode_texts, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import full_precision, pad_rows
 
 HEAD = Head("regression", AutoModelForSequenceClassification, problem_type="regression")
@@ -46,6 +46,7 @@ class RegressionTask:
     name = "regression"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("pearson", "spearman")
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, *, max_length: int) -> None:
@@ -61,7 +62,7 @@ class RegressionTask:
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         labels = [math.nan if label is None else label for label in rows["label"]]  # nan: no target
-        return {**pad_rows(self.tokenizer, inputs), "labels": torch.tensor(labels, dtype=torch.float64)}
+        return {**pad_rows(self.tokenizer, inputs, self.padding), "labels": torch.tensor(labels, dtype=torch.float64)}
 
     def targets(self, batch: Batch) -> Targets:
         count = int((~batch["labels"].isnan()).sum())

@@ -35,8 +35,8 @@ from dtrain.models.seq2seq import (
     set_languages,
 )
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
@@ -62,6 +62,7 @@ class Seq2SeqTask:
     name = "seq2seq"
     head = HEAD
     needs_padding = True
+    padding = Padding()
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class Seq2SeqTask:
         self.splits: Mapping[str, Split] = splits
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.max_target_length = settings.max_target_length
         self.head_config: dict[str, Any] = {}
         self.stop_ids = frozenset(end for end in [end_token_id(tokenizer)] if end is not None)
         self._smoothing = settings.label_smoothing
@@ -101,9 +103,12 @@ class Seq2SeqTask:
         }
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
-        batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]})
+        batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]}, self.padding)
         targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
-        batch["labels"] = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        if self.padding.target_length is not None:
+            labels = F.pad(labels, (0, self.padding.target_length - labels.shape[1]), value=IGNORED)
+        batch["labels"] = labels
         return batch
 
     def targets(self, batch: Batch) -> Targets:
@@ -184,8 +189,9 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
         def tokenize(rows: Mapping[str, Any]) -> dict[str, Any]:
             sources = [settings.prefix + text for text in rows["source"]]
             targets = rows.get("target")
-            inputs = tokenizer(sources, truncation=True, max_length=config.max_length)["input_ids"]
-            lengths = full_lengths(tokenizer, inputs, {"text": sources}, max_length=config.max_length)
+            encoded = tokenizer(sources, truncation=True, max_length=config.max_length)
+            inputs = fill_empty(encoded, tokenizer)["input_ids"]
+            lengths = full_lengths(tokenizer, encoded["input_ids"], {"text": sources}, max_length=config.max_length)
             columns = {"input_ids": inputs, FULL_LENGTH: lengths}
             if targets is None:
                 return {**columns, "labels": [None] * len(inputs), "reference": [None] * len(inputs)}

@@ -9,18 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from dtrain.tasks.protocol import IGNORED, Batch, Targets
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, Targets
 
 
-def pad_rows(tokenizer: Any, columns: Mapping[str, Sequence[Any]], *, side: str | None = None) -> Batch:
-    """Returns columns of token lists as (rows, longest) tensors, with `attention_mask`.
+def pad_rows(tokenizer: Any, columns: Mapping[str, Sequence[Any]], padding: Padding) -> Batch:
+    """Returns columns of token lists as (rows, length) tensors, with `attention_mask`.
 
-    Args:
-        side: The side that padding goes to. None: the tokenizer's setting.
+    The tokenizer's own `padding_side` is meant for generating. Most models number positions from the first column of a
+    batch, so with padding on the left a row's answer would depend on the rows beside it.
     """
     # A fast tokenizer warns that one call for text and padding is faster. Here the text was encoded long before.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-    return dict(tokenizer.pad(columns, padding=True, padding_side=side, return_tensors="pt"))
+    return dict(
+        tokenizer.pad(
+            columns,
+            padding=True if padding.length is None else "max_length",
+            max_length=padding.length,
+            padding_side=padding.side,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+    )
 
 
 def label_tensor(labels: Sequence[int | None]) -> torch.Tensor:

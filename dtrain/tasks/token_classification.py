@@ -28,8 +28,17 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
-from dtrain.tasks.prepare import Meta, Recipe, label_config, map_rows, prepare_examples, pretrained_labels, read_columns
-from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.prepare import (
+    Meta,
+    Recipe,
+    fill_empty,
+    label_config,
+    map_rows,
+    prepare_examples,
+    pretrained_labels,
+    read_columns,
+)
+from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
 
 NO_TOKEN = -1
@@ -62,6 +71,7 @@ class TokenClassificationTask:
     name = "token_classification"
     head = HEAD
     needs_padding = True
+    padding = Padding()
 
     def __init__(self, splits: Mapping[str, Split], tokenizer: Any, labels: Sequence[str], *, max_length: int) -> None:
         """
@@ -85,7 +95,7 @@ class TokenClassificationTask:
         """Returns inputs and labels (batch, length). The label of a word is at its first token."""
         inputs = {key: rows[key] for key in rows if key in ("input_ids", "token_type_ids")}
         # Always on the right: places count from the first token.
-        batch: Batch = pad_rows(self.tokenizer, inputs, side="right")
+        batch: Batch = pad_rows(self.tokenizer, inputs, Padding("right", self.padding.length))
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         for row, (places, tags) in enumerate(zip(rows["places"], rows["tags"], strict=True)):
             for token, tag in zip(places, tags or [], strict=False):
@@ -220,7 +230,7 @@ def encode_words(sentences: Sequence[Sequence[str]], tokenizer: Any, *, max_leng
             if word is not None:
                 first.setdefault(word, token)
         places.append([first.get(word, NO_TOKEN) for word in range(len(words))])
-    return {**encoded, "places": places}
+    return {**fill_empty(encoded, tokenizer), "places": places}
 
 
 def _space_before_words(tokenizer: Any) -> str:

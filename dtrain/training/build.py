@@ -27,6 +27,7 @@ from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
+from dtrain.tasks.trial import try_model
 
 T = TypeVar("T")
 
@@ -85,8 +86,21 @@ def load(config: Config, task: Task, context: RankContext) -> nn.Module:
     # Verifying a checkpoint reads every byte of it, so one rank per node does it.
     is_sharded: bool = node_first(lambda: verify_start(config.model.name_or_path), context)
     if is_sharded:
-        return place(_from_shards(config, load_with, context), config, context)
-    return place(in_turn(lambda: load_with(config.model), context), config, context)
+        module = _from_shards(config, load_with, context)
+    else:
+        module = in_turn(lambda: load_with(config.model), context)
+    return place_and_try(module, config, task, context)
+
+
+def place_and_try(module: nn.Module, config: Config, task: Task, context: RankContext) -> nn.Module:
+    """Collective. Moves the model to this rank's device, and runs it on an example, which decides the task's padding.
+
+    Raises:
+        ConfigError: the model cannot compute the example.
+    """
+    module = place(module, config, context)
+    try_model(module, task, context)
+    return module
 
 
 def _from_shards(config: Config, make: Callable[[Model], nn.Module], context: RankContext) -> nn.Module:

@@ -71,7 +71,7 @@ def prepare_run(
         _check_best(config, names)
     steps = build.step_plan(config, task)
     context.heartbeat.at(Phase.LOADING)
-    module = build.place(model, config, context) if model is not None else build.load(config, task, context)
+    module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])

@@ -11,12 +11,15 @@ import torch
 from transformers import AutoModel
 
 from dtrain.config import schema
+from dtrain.config.task import Classification
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.freezing import frozen_parameters
 from dtrain.models.load import load_model, pretrained_label_names
 from dtrain.models.paths import resolve
 from dtrain.models.pooling import pool
+from dtrain.tasks.classification import ClassificationTask
+from dtrain.tasks.tensors import compute_logits
 from dtrain.training import build
 from dtrain.training.export import save
 from tests.support import tiny, training
@@ -77,9 +80,8 @@ def saved(module: Any, folder: Path) -> Path:
     return folder
 
 
-def text(ids: list[int], *, pad: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
-    padding, ones = [0] * pad, [1] * len(ids)
-    row, mask = (ids + padding, ones + padding) if side == "right" else (padding + ids, padding + ones)
+def text(ids: list[int], *, pad: int = 0) -> dict[str, torch.Tensor]:
+    row, mask = ids + [0] * pad, [1] * len(ids) + [0] * pad
     return {"input_ids": torch.tensor([row]), "attention_mask": torch.tensor([mask])}
 
 
@@ -103,20 +105,33 @@ def test_a_map_of_states_is_averaged_over_its_positions() -> None:
 @pytest.mark.parametrize(
     ("shape", "pooling"), [(GPT, "last"), (GPT, "mean"), (ROBERTA, "mean"), (ROBERTA, "cls")], ids=str
 )
-def test_padding_on_either_side_changes_nothing(shape: dict[str, Any], pooling: str) -> None:
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_changes_nothing_whatever_side_the_tokenizer_names(
+    shape: dict[str, Any], pooling: str, side: str
+) -> None:
     ids = [2, 7, 11, 9, 3]
-    right, left = (load(new(shape, pooling=pooling), side=side) for side in ("right", "left"))
+    module = load(new(shape, pooling=pooling), side=side)
+    tokenizer = tiny.tokenizer()
+    tokenizer.padding_side = side
+    rows = tiny.Table({"input_ids": [ids, [2, *ids, *ids]], "label": [0, 1]})
+    task = ClassificationTask({}, tokenizer, ["a", "b"], Classification(name="classification"), max_length=16)
 
     with torch.no_grad():
-        alone = right(**text(ids)).logits
-        padded = right(**text(ids, pad=3)).logits
-        in_front = left(**text(ids, pad=3, side="left")).logits
+        alone = module(**text(ids)).logits
+        together = compute_logits(module, task.collate(rows[[0, 1]], tiny.HERE))
 
-    assert torch.allclose(padded, alone, atol=1e-6)
-    assert torch.allclose(in_front, alone, atol=1e-6)
+    assert torch.allclose(together[:1], alone, atol=1e-6)
 
 
 # What is made
+
+
+def test_a_backbone_that_computes_no_states_is_answered_with_its_reason() -> None:
+    shape = {**ROBERTA, "model_type": "xmod"}
+    with pytest.raises(ConfigError, match=r"xmod model cannot compute .*Input language unknown.*model\.config="):
+        load(new(shape, pooling="cls"))
+
+    load(new({**shape, "default_language": "en_XX"}, pooling="cls"))
 
 
 def test_the_new_head_depends_only_on_the_seed(base: Path) -> None:

@@ -15,7 +15,11 @@ from dtrain.console import log
 from dtrain.data.sources import Source, load_sources
 from dtrain.data.tables import TEXT
 from dtrain.errors import ConfigError, DataError
-from dtrain.tasks.prepare import map_rows
+from dtrain.models.tokenizer import build_char_tokenizer, train_bpe_tokenizer
+from dtrain.tasks.classification import ClassificationTask
+from dtrain.tasks.prepare import encode_texts, map_rows
+from dtrain.tasks.token_classification import encode_words
+from tests.support import tiny
 
 ROWS = ["one", "bad", "three", "bad", "five"]
 
@@ -94,3 +98,47 @@ def test_a_wrong_setting_is_not_a_bad_row(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="change it"):
         map_rows(rows, refuse, settings)
+
+
+# Texts without tokens
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "stands_for_nothing"),
+    [
+        (build_char_tokenizer(["abc"], pad=True), "<unk>"),
+        (train_bpe_tokenizer(["abc"], vocab_size=300, pad=True), "<|endoftext|>"),
+    ],
+    ids=["char", "train-bpe"],
+)
+def test_an_empty_text_becomes_one_token_where_the_tokenizer_adds_none(tokenizer: Any, stands_for_nothing: str) -> None:
+    token = tokenizer.convert_tokens_to_ids(stands_for_nothing)
+
+    encoded = encode_texts({"text": ["ab", "", "c"], "text_pair": None}, tokenizer, max_length=8)
+    words = encode_words([["a", "b"], []], tokenizer, max_length=8)
+
+    assert [len(ids) for ids in encoded["input_ids"]] == [len(tokenizer("ab")["input_ids"]), 1, 1]
+    assert encoded["input_ids"][1] == words["input_ids"][1] == [token]
+    assert words["places"][1] == []
+    assert all(
+        len(row) == len(ids) for name in encoded for row, ids in zip(encoded[name], encoded["input_ids"], strict=True)
+    )
+
+
+def test_an_empty_text_can_be_a_batch_of_its_own_and_is_seen_beside_others() -> None:
+    tokenizer = build_char_tokenizer(["abc"], pad=True)
+    settings = Config.model_validate({"task": {"name": "classification"}}).task
+    task = ClassificationTask({}, tokenizer, ["x", "y"], settings, max_length=8)  # type: ignore[arg-type]
+    rows = {**encode_texts({"text": ["", "abc"], "text_pair": None}, tokenizer, max_length=8), "label": [0, 1]}
+
+    alone = task.collate({name: values[:1] for name, values in rows.items()}, tiny.HERE)
+    together = task.collate(rows, tiny.HERE)
+
+    assert alone["input_ids"].tolist() == [[tokenizer.unk_token_id]]
+    assert together["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_a_tokenizer_that_adds_special_tokens_encodes_an_empty_text_as_before() -> None:
+    encoded = encode_texts({"text": ["", "the cat"], "text_pair": None}, tiny.tokenizer(), max_length=8)
+
+    assert encoded["input_ids"][0] == [2, 3]
