@@ -15,7 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit, text_lines
+from dtrain.data.encodings import text_lines
+from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit
 from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, missing_column, require_text
 from dtrain.errors import DataError
 from dtrain.models.chat_format import ChatMessage
@@ -30,15 +31,15 @@ ROLE_ALIASES = {"human": "user", "gpt": "assistant"}
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 
 
-def text_dialogues(path: Path) -> Iterator[Row]:
+def text_dialogues(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Yields the dialogues of a plain text file, each with its first line number."""
-    begin = islice(((line, text) for line, text in text_lines(path) if text.strip()), FORMAT_SAMPLE_LINES)
+    begin = islice(((line, text) for line, text in text_lines(path, encoding) if text.strip()), FORMAT_SAMPLE_LINES)
     tab = next((line for line, text in begin if "\t" in text.strip()), None)
-    return _utterance_per_line(path) if tab is None else _dialogue_per_line(path, tab)
+    return _utterance_per_line(path, encoding) if tab is None else _dialogue_per_line(path, tab, encoding)
 
 
-def _dialogue_per_line(path: Path, tab: int) -> Iterator[Row]:
-    for line, text in text_lines(path):
+def _dialogue_per_line(path: Path, tab: int, encoding: str | None) -> Iterator[Row]:
+    for line, text in text_lines(path, encoding):
         turns = text.rstrip("\r\n").split("\t")
         if not text.strip():
             continue
@@ -55,9 +56,9 @@ def _dialogue_per_line(path: Path, tab: int) -> Iterator[Row]:
         yield line, {"turns": turns}
 
 
-def _utterance_per_line(path: Path) -> Iterator[Row]:
+def _utterance_per_line(path: Path, encoding: str | None) -> Iterator[Row]:
     begin, turns = 0, list[str]()
-    for line, text in text_lines(path):
+    for line, text in text_lines(path, encoding):
         if text.strip():
             begin = begin if turns else line
             turns.append(text.rstrip("\r\n"))
@@ -156,7 +157,7 @@ def dialogue_row_format(*, needs_reply: bool) -> RowFormat:
     return RowFormat(name, partial(_converter, needs_reply=needs_reply), text_rows=text_dialogues)
 
 
-def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
+def read_prompts(path: Path, encoding: str | None = None) -> Iterator[tuple[int, list[ChatMessage]]]:
     """Yields dialogues to answer, each with its line (or row) number. The last turn is the user's.
 
     In a text file, each line is a dialogue with its turns separated by tabs. Other files hold dialogues as training data
@@ -167,7 +168,7 @@ def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
     """
     is_text = path.suffix.lower() in TEXT_SUFFIXES
     unit = row_unit(path)
-    rows = _lines(path) if is_text else read_rows(path, delimiter=None, header=None)
+    rows = _lines(path, encoding) if is_text else read_rows(path, delimiter=None, header=None, encoding=encoding)
     for number, values in rows:
         if isinstance(values, DataError):
             raise values
@@ -183,8 +184,8 @@ def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
         yield number, messages
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    for line, text in text_lines(path):
+def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
+    for line, text in text_lines(path, encoding):
         if text.strip():
             yield line, {"turns": text.rstrip("\r\n").split("\t")}
 

@@ -72,7 +72,9 @@ def source_kind(data: Data) -> SourceKind:
             "can be read by name. Remove data.name to read data.path by its suffix, or data.path to load the name from "
             "the hub"
         )
-    if ignored := [key for key in ("columns", "delimiter", "header") if getattr(data, key) not in (None, {})]:
+    if ignored := [
+        key for key in ("columns", "delimiter", "header", "encoding") if getattr(data, key) not in (None, {})
+    ]:
         raise ConfigError(
             f"data.{ignored[0]} has no effect on the files of a GLUE task, whose layout is fixed: remove it, or "
             f"data.name={data.name}"

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from dtrain.config.schema import Data
 from dtrain.data import glue, hub
+from dtrain.data.encodings import read_text
 from dtrain.data.images import class_folder_rows
-from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, read_schema, read_text, row_unit
+from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, read_schema, row_unit
 from dtrain.data.resolve_source import (
     PYTHON_DOCS,
     SWAG,
@@ -94,9 +95,11 @@ def _file_split(split: str, file: Path, data: Data, row_format: RowFormat) -> Sp
     needs_label = not _is_test(split)
     if file.suffix.lower() in TEXT_SUFFIXES:
         if row_format.text_rows is not None:
-            return SplitReader(Origin(str(file), needs_label=needs_label), row_format.text_rows(file))
+            return SplitReader(Origin(str(file), needs_label=needs_label), row_format.text_rows(file, data.encoding))
         _refuse_plain_text(row_format, str(file))
-        return SplitReader(Origin(str(file)), ((1, {"text": read_text(path)}) for path in [file]), is_text=True)
+        return SplitReader(
+            Origin(str(file)), ((1, {"text": read_text(path, data.encoding)}) for path in [file]), is_text=True
+        )
     origin = Origin(
         str(file),
         row_unit(file),
@@ -105,7 +108,7 @@ def _file_split(split: str, file: Path, data: Data, row_format: RowFormat) -> Sp
         class_names=_stored_classes(file),
     )
     key = data.splits[split] if data.splits and source_path(data).is_file() else None
-    rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key)
+    rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key, encoding=data.encoding)
     return SplitReader(origin, _with_class_names(rows, origin.class_names))
 
 
