@@ -22,13 +22,18 @@ TEXTS = ("text", "sentence", "content", "review", "comment", "document", "uttera
 LABELS = ("label", "labels", "class", "category", "target", "gold_label", "is_duplicate", "sentiment", "intent")
 
 
-def cure(setting: str, value: str) -> str:
+def cure(setting: str, value: Any) -> str:
     """Returns `setting=value` as it can be pasted into a shell, with quotes where the shell or YAML needs them."""
-    return shlex.quote(f"{setting}={show(value)}")
+    plain = value in (",", ";")  # YAML would quote them, but does not need to
+    return shlex.quote(f"{setting}={value if plain else show(value)}")
 
 
 def propose_column(
-    ours: str, usual: Sequence[str], columns: Sequence[str], taken: Iterable[str | None], first: Mapping[str, Any] | None
+    ours: str,
+    usual: Sequence[str],
+    columns: Sequence[str],
+    taken: Iterable[str | None],
+    first: Mapping[str, Any] | None,
 ) -> str | None:
     """Returns the column that probably is ours, never one that has another meaning; None: no column is likely."""
     free = [name for name in columns if name not in taken]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrain.data.column_names import cure
 from dtrain.data.encodings import text_lines
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit
 from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, missing_column, require_text
@@ -147,7 +148,7 @@ def _column(columns: Sequence[str], origin: Origin) -> str:
     if column is None:
         error = missing_column("the turns of a dialogue", "turns", COLUMNS, columns, origin)
         first = "train" if "train" in columns else (*columns, "...")[0]
-        raise DataError(f"{error}. If these are splits in one JSON file: data.splits={{train: {first}}}")
+        raise DataError(f"{error}. If these are splits in one JSON file: {cure('data.splits', {'train': first})}")
     return column
 
 

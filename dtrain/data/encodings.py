@@ -22,6 +22,7 @@ _MARKS = (  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 _SAMPLE_BYTES = 1 << 16
+_WORKBOOKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")
 
 _FREQUENT = {  # characters that make up a quarter or more of ordinary text, and almost nothing of wrongly decoded text
     "gb18030": "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工也能下过子说产种面而方后多"
@@ -82,12 +83,12 @@ def guess_encoding(path: Path) -> str | None:
     if utf16 := _guess_utf16(sample):
         return utf16
     runs = re.findall(rb"[\x80-\xff]+", sample)
+    if runs and sum(len(run) == 1 for run in runs) >= 0.7 * len(runs):
+        return "cp1252"  # single accented letters among ASCII
     share = {encoding: _frequent_share(sample, encoding) for encoding in _FREQUENT}
     best = max(share, key=lambda name: share[name])
     if share[best] >= 0.15:
         return best
-    if runs and sum(len(run) == 1 for run in runs) >= 0.7 * len(runs):
-        return "cp1252"  # single accented letters among ASCII
     return "gb18030" if _frequent_share(sample, "gb18030") >= 0.05 else None
 
 
@@ -104,6 +105,10 @@ def _encoding_of(file: BinaryIO, path: Path, encoding: str | None) -> str:
     """Returns the encoding of an open file, which stays at its beginning."""
     head = file.read(4096)
     file.seek(0)
+    if head.startswith(_WORKBOOKS):
+        raise DataError(
+            f"{path} is a workbook (Excel, LibreOffice) or a zip archive, not text: open it and save it as CSV UTF-8"
+        )
     if encoding is not None:
         return codecs.lookup(encoding).name
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)

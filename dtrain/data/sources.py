@@ -21,6 +21,7 @@ import numpy as np
 from dtrain.config.schema import Data
 from dtrain.data import hub
 from dtrain.data.draws import Indices, Method, draw
+from dtrain.data.label_names import check_classes
 from dtrain.data.readers import Row
 from dtrain.data.resolve_source import file_hashes, source_kind
 from dtrain.data.split_readers import SplitReader, hub_name, open_splits, python_docs
@@ -39,6 +40,7 @@ class Source:
         label_names: the labels in the order of their ids if the source defines them; None: the sorted training labels.
         bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
         unit: unit that `line` counts: lines of a file, or rows if there are no lines.
+        unused: a line about splits of the source that are not used; None if there are none.
     """
 
     split: str
@@ -47,6 +49,7 @@ class Source:
     label_names: tuple[str, ...] | None
     bad: BadRows
     unit: Unit = "line"
+    unused: str | None = None
 
     @property
     def skipped(self) -> int:
@@ -88,17 +91,31 @@ def source_key(data: Data) -> dict[str, Any]:
     return {"name": data.name, "identity": identity, **settings}
 
 
-def missing_classes(sources: Mapping[str, Source]) -> list[str]:
+def source_notes(sources: Mapping[str, Source]) -> list[str]:
+    """Returns what users should know about the splits and their classes, one line each.
+
+    Raises:
+        DataError: the training labels cannot be classes.
+    """
+    unused = list(dict.fromkeys(source.unused for source in sources.values() if source.unused))
+    train = sources.get("train")
+    if train is None or not _has_classes(train.rows):
+        return unused
+    odd = check_classes(Counter(train.rows["label"]), train.origin) if train.label_names is None else []
+    return [*unused, *odd, *_missing_classes(sources)]
+
+
+def _missing_classes(sources: Mapping[str, Source]) -> list[str]:
     """Returns a line for each split that lacks classes of the training split, or has classes that it lacks."""
     rows = {split: source.rows for split, source in sources.items() if _has_classes(source.rows)}
-    if "train" not in rows:
-        return []
     known = Counter(rows["train"]["label"])
     lines = []
-    for split in rows.keys() - {"train"}:
+    for split in [name for name in rows if name != "train"]:
         counts = Counter(rows[split]["label"])
         for name, other, lacking in ((split, "train", known - counts), ("train", split, counts - known)):
-            lost = {label: count for label, count in lacking.items() if label not in (counts if name == split else known)}
+            lost = {
+                label: count for label, count in lacking.items() if label not in (counts if name == split else known)
+            }
             if lost:
                 shown = ", ".join(f"{label} ({count} rows)" for label, count in list(lost.items())[:10])
                 more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
@@ -136,7 +153,9 @@ def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = No
         for name, table in _tables(split, reader, data, row_format, scratch).items():
             # Two splits that were cut from one table continue the count separately.
             bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
-            sources[name] = Source(name, table.rows, reader.origin.name, table.label_names, bad, reader.origin.unit)
+            sources[name] = Source(
+                name, table.rows, reader.origin.name, table.label_names, bad, reader.origin.unit, reader.unused
+            )
     if data.validation_fraction is not None and (lost := _unlearned(sources)):
         raise DataError(
             f"{sources['train'].origin}: data.validation_fraction={data.validation_fraction} puts all rows of the label(s) "

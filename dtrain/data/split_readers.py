@@ -26,6 +26,8 @@ from dtrain.data.resolve_source import (
     source_kind,
     source_path,
     split_files,
+    unused_files,
+    unused_splits,
 )
 from dtrain.data.tables import Origin, RowFormat
 from dtrain.errors import ConfigError, DataError
@@ -39,11 +41,13 @@ class SplitReader:
         origin: where the rows come from.
         rows: the rows.
         is_text: the only row is a complete text, which is cut by characters instead of rows.
+        unused: a line about splits of the source that are not used; None if there are none.
     """
 
     origin: Origin
     rows: Iterable[Row]
     is_text: bool = False
+    unused: str | None = None
 
 
 def open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
@@ -65,7 +69,9 @@ def _open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
             return _glue_splits(data)
         case "files":
             files = split_files(data, "files")
-            return {split: _file_split(split, file, data, row_format) for split, file in files.items()}
+            readers = {split: _file_split(split, file, data, row_format) for split, file in files.items()}
+            unused = unused_files(data, files)
+            return {split: replace(reader, unused=unused) for split, reader in readers.items()}
         case "class_folders":
             return {
                 split: SplitReader(
@@ -130,7 +136,9 @@ def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Dat
         loaded: by our names if `data.splits` is set, else by the source's names.
     """
     readers = {}
-    for split, source_split in choose_splits(list(loaded), data, origin=name).items():
+    chosen = choose_splits(list(loaded), data, origin=name)
+    unused = None if data.splits or data.name in glue.NAMES else unused_splits(list(loaded), chosen)
+    for split, source_split in chosen.items():
         rows = loaded[split if data.splits else source_split]
         origin = Origin(
             f"{name} ({source_split})",
@@ -141,7 +149,7 @@ def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Dat
         )
         if data.name in glue.NAMES and not origin.needs_label:
             rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # always -1 there
-        readers[split] = SplitReader(origin, _with_class_names(_dataset_rows(rows), origin.class_names))
+        readers[split] = SplitReader(origin, _with_class_names(_dataset_rows(rows), origin.class_names), unused=unused)
     return readers
 
 

@@ -344,4 +344,4 @@ def _class_converter(first: Values, origin: Origin) -> RowConverter:
 
 
 TEXT = RowFormat("text", _text_converter, is_whole_text=True, usual_draw="end")
-LABELED = RowFormat("labelled-2", _class_converter, usual_draw="stratified")
+LABELED = RowFormat("labeled", _class_converter, usual_draw="stratified")

@@ -15,10 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification, ImageClassification
-from dtrain.console import log
-from dtrain.data.label_names import check_classes, label_text
+from dtrain.data.label_names import label_text
 from dtrain.data.seeding import DataPosition
-from dtrain.data.sources import Source, check_labels, label_names, missing_classes
+from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -228,11 +227,6 @@ def choose_label_order(sources: Mapping[str, Source], known: tuple[str, ...] | N
         )
     else:
         names = label_names(sources)
-        if sources["train"].label_names is None:
-            for line in check_classes(Counter(sources["train"].rows["label"]), sources["train"].origin):
-                log.warning("data: %s", line)
-    for line in missing_classes(sources):
-        log.warning("data: %s", line)
     if known is not None and set(known) == set(names):
         names = known  # so that the model's outputs keep their meaning
     return list(names)
@@ -243,5 +237,10 @@ def _as_written(known: tuple[str, ...] | None, sources: Mapping[str, Source]) ->
     if known is None or all(source.label_names is not None for source in sources.values()):
         return known
     names = tuple(label_text(name, "the model") or name for name in known)
-    used = {label for source in sources.values() if "label" in source.rows.column_names for label in source.rows.unique("label")}
+    used = {
+        label
+        for source in sources.values()
+        if "label" in source.rows.column_names
+        for label in source.rows.unique("label")
+    }
     return names if len(set(names)) == len(names) and used - set(known) and used <= set(names) else known

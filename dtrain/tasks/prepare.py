@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.cache import prepare, save_split
-from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.data.sources import Source, load_sources, source_key, source_notes
 from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
@@ -111,18 +111,22 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
             tokenizer = built_tokenizer()
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, recipe.row_format, scratch=Path(scratch))
+                notes = source_notes(sources)
                 meta = dict(recipe.describe(sources, tokenizer))
                 for split, source in sources.items():
                     save_split(folder, split, recipe.encode(source, tokenizer, meta))
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / "tokenizer")
-            return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
+            skipped = {split: source.skipped for split, source in sources.items() if source.skipped}
+            return {**meta, "skipped": skipped, "notes": notes}
 
         return key, build
 
     prepared = prepare(plan, cache_dir=config.data.cache_dir, context=context)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s: skipped %d bad row(s), as data.max_bad_rows allows", split, number)
+    for note in prepared.meta["notes"]:
+        log.info("warning: data: %s", note)  # once, not on every rank
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 
