@@ -139,7 +139,7 @@ def _converter(first: Values, origin: Origin, *, needs_reply: bool) -> RowConver
         return {"turns": turns}
 
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-    return RowConverter(pa.schema([("turns", pa.list_(turn))]), convert)
+    return RowConverter(pa.schema([("turns", pa.list_(turn))]), convert, columns={"turns": column})
 
 
 def _column(columns: Sequence[str], origin: Origin) -> str:

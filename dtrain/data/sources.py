@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Source:
         bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
         unit: unit that `line` counts: lines of a file, or rows if there are no lines.
         unused: a line about splits of the source that are not used; None if there are none.
+        columns: our column -> the source's, where they are columns of a table.
+        read: number of usable rows in the source, before `validation_fraction` and `limit`.
     """
 
     split: str
@@ -50,6 +52,8 @@ class Source:
     bad: BadRows
     unit: Unit = "line"
     unused: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    read: int = 0
 
     @property
     def skipped(self) -> int:
@@ -154,7 +158,15 @@ def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = No
             # Two splits that were cut from one table continue the count separately.
             bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
             sources[name] = Source(
-                name, table.rows, reader.origin.name, table.label_names, bad, reader.origin.unit, reader.unused
+                name,
+                table.rows,
+                reader.origin.name,
+                table.label_names,
+                bad,
+                reader.origin.unit,
+                reader.unused,
+                table.columns,
+                table.read,
             )
     if data.validation_fraction is not None and (lost := _unlearned(sources)):
         raise DataError(
@@ -266,6 +278,7 @@ def _tables(
     else:
         drawn = _drawn(full.rows, number - cut, data, method, keeps_each=True)
         if not len(drawn):
+            check_classes(Counter(full.rows["label"]), reader.origin.name)  # a quantity is the likelier fault
             raise DataError(
                 f"{reader.origin.name} has {number} rows, each with another label: data.validation_fraction={fraction} "
                 "leaves none to evaluate. Name the right column in data.columns.label"

@@ -57,11 +57,13 @@ class RowConverter:
         convert: makes a row of `schema` from a source row and its location ("a.csv, line 3"). Raises DataError for a row
             that cannot be used.
         label_names: the labels in the order of their ids if the source defines them.
+        columns: our column -> the source's, where they are columns of a table.
     """
 
     schema: pa.Schema
     convert: Callable[[Values, str], Mapping[str, Any]]
     label_names: tuple[str, ...] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,15 @@ class Table:
         rows: the columns of the converter's schema, and `line`.
         label_names: the labels in the order of their ids if the source defines them.
         bad: the count of skipped rows.
+        columns: our column -> the source's.
+        read: number of rows before any draw.
     """
 
     rows: datasets.Dataset
     label_names: tuple[str, ...] | None
     bad: BadRows
+    columns: Mapping[str, str] = field(default_factory=dict)
+    read: int = 0
 
 
 def to_table(
@@ -161,7 +167,7 @@ def to_table(
         if file
         else datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
     )
-    return Table(table, converter.label_names, bad)
+    return Table(table, converter.label_names, bad, converter.columns, len(table))
 
 
 # For all row formats
@@ -301,7 +307,7 @@ def _text_converter(first: Values, origin: Origin) -> RowConverter:
     def convert(values: Values, location: str) -> dict[str, str]:
         return {"text": get_text(values, columns.text, location)}
 
-    return RowConverter(pa.schema([("text", pa.string())]), convert)
+    return RowConverter(pa.schema([("text", pa.string())]), convert, columns={"text": columns.text})
 
 
 def labeled_converter(
@@ -336,7 +342,8 @@ def labeled_converter(
         return row
 
     schema = pa.schema([(name, arrow_type) for name, arrow_type in types.items() if names[name] is not None])
-    return RowConverter(schema, convert, origin.class_names.get(columns.label or "label"))
+    used = {ours: name for ours, name in names.items() if name is not None}
+    return RowConverter(schema, convert, origin.class_names.get(columns.label or "label"), used)
 
 
 def _class_converter(first: Values, origin: Origin) -> RowConverter:

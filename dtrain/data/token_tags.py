@@ -136,7 +136,9 @@ def _converter(first: Values, origin: Origin) -> RowConverter:
 
     names = [name for name, column in (("tokens", tokens), ("tags", tags)) if column is not None]
     schema = pa.schema([(name, pa.list_(pa.string())) for name in names])
-    return RowConverter(schema, convert, origin.class_names.get(tags or ""))
+    return RowConverter(
+        schema, convert, origin.class_names.get(tags or ""), {"tokens": tokens, **({"tags": tags} if tags else {})}
+    )
 
 
 def _list(values: Values, name: str, location: str) -> list[Any]:

@@ -24,6 +24,7 @@ from dtrain.distributed.serialization import Json
 from dtrain.errors import DataError
 from dtrain.models.load import pretrained_label_names
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.tasks.data_facts import split_facts
 from dtrain.tasks.protocol import Split
 
 Meta = Mapping[str, Json]
@@ -113,18 +114,22 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
                 sources = load_sources(config.data, recipe.row_format, scratch=Path(scratch))
                 notes = source_notes(sources)
                 meta = dict(recipe.describe(sources, tokenizer))
+                facts = {}
                 for split, source in sources.items():
-                    save_split(folder, split, recipe.encode(source, tokenizer, meta))
+                    examples = recipe.encode(source, tokenizer, meta)
+                    facts[split] = split_facts(source, examples, tokenizer, max_length=config.max_length)
+                    save_split(folder, split, examples)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / "tokenizer")
             skipped = {split: source.skipped for split, source in sources.items() if source.skipped}
-            return {**meta, "skipped": skipped, "notes": notes}
+            return {**meta, "skipped": skipped, "notes": notes, "facts": facts}
 
         return key, build
 
     prepared = prepare(plan, cache_dir=config.data.cache_dir, context=context)
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s: skipped %d bad row(s), as data.max_bad_rows allows", split, number)
+    prepared.splits.facts = prepared.meta["facts"]
     for note in prepared.meta["notes"]:
         log.info("warning: data: %s", note)  # once, not on every rank
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
