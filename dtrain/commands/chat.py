@@ -70,7 +70,7 @@ def run_chat(config: Config, context: RankContext) -> None:
         raise ConfigError(f"chat needs a chat model (task.name=chat), not task.name={config.task.name}.")
     begin = time.monotonic()
     file, system = config.talk.input, config.talk.system
-    prompts = list(read_prompts(file)) if file is not None else []
+    prompts = list(read_prompts(file, config.data.encoding)) if file is not None else []
     if file is not None and not prompts:
         raise DataError(f"{file} has no dialogue to answer: each line of text is one dialogue")
     claim = run_claim.claimed(config, context, command="chat") if config.talk.makes_run_folder else nullcontext()

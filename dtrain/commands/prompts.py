@@ -19,7 +19,8 @@ from dtrain.commands.generate import TextGenerator
 from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
-from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit, text_lines
+from dtrain.data.encodings import text_lines
+from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit
 from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -93,9 +94,11 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
 
     def read() -> list[tuple[int, Any]]:
         if task_info(config.task).prompt == "reply":
-            prompts: list[tuple[int, Any]] = list(read_prompts(file))
+            prompts: list[tuple[int, Any]] = list(read_prompts(file, config.data.encoding))
         elif file.suffix.lower() in TEXT_SUFFIXES:
-            prompts = [(line, text.rstrip("\r\n")) for line, text in text_lines(file) if text.strip()]
+            prompts = [
+                (line, text.rstrip("\r\n")) for line, text in text_lines(file, config.data.encoding) if text.strip()
+            ]
         else:
             prompts = list(_table_texts(file, config.data))
         if not prompts:
@@ -108,7 +111,9 @@ def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, A
 def _table_texts(file: Path, data: Data) -> Iterator[tuple[int, str]]:
     """Yields line number and text of each row."""
     origin = Origin(str(file), row_unit(file), needs_label=False, columns=data.columns)
-    table = to_table(read_rows(file, delimiter=data.delimiter, header=data.header), TEXT, origin).rows
+    table = to_table(
+        read_rows(file, delimiter=data.delimiter, header=data.header, encoding=data.encoding), TEXT, origin
+    ).rows
     return zip(table["line"], table["text"], strict=True)
 
 

@@ -52,11 +52,15 @@ class Splits(dict[str, datasets.Dataset]):
 
     Attributes:
         fingerprints: SHA-256 over the rows of each split.
+        facts: split -> what was read, for the banner; the caller sets them.
     """
+
+    facts: Mapping[str, Json]
 
     def __init__(self, splits: Mapping[str, datasets.Dataset], fingerprints: Mapping[str, str]) -> None:
         super().__init__(splits)
         self.fingerprints = dict(fingerprints)
+        self.facts = {}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrain.data.label_names import label_text
 from dtrain.data.readers import Values
-from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, get_text, get_value, label_text
+from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, get_text, get_value
 from dtrain.errors import DataError
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit, text_lines
+from dtrain.data.column_names import cure
+from dtrain.data.encodings import text_lines
+from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, read_rows, row_unit
 from dtrain.data.tables import Origin, RowConverter, RowFormat, configured_columns, missing_column, require_text
 from dtrain.errors import DataError
 from dtrain.models.chat_template import ChatMessage
@@ -34,15 +36,15 @@ TOOLS = "tools"
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 
 
-def text_dialogues(path: Path) -> Iterator[Row]:
+def text_dialogues(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Yields the dialogues of a plain text file, each with its first line number."""
-    begin = islice(((line, text) for line, text in text_lines(path) if text.strip()), FORMAT_SAMPLE_LINES)
+    begin = islice(((line, text) for line, text in text_lines(path, encoding) if text.strip()), FORMAT_SAMPLE_LINES)
     tab = next((line for line, text in begin if "\t" in text.strip()), None)
-    return _utterance_per_line(path) if tab is None else _dialogue_per_line(path, tab)
+    return _utterance_per_line(path, encoding) if tab is None else _dialogue_per_line(path, tab, encoding)
 
 
-def _dialogue_per_line(path: Path, tab: int) -> Iterator[Row]:
-    for line, text in text_lines(path):
+def _dialogue_per_line(path: Path, tab: int, encoding: str | None) -> Iterator[Row]:
+    for line, text in text_lines(path, encoding):
         turns = text.rstrip("\r\n").split("\t")
         if not text.strip():
             continue
@@ -59,9 +61,9 @@ def _dialogue_per_line(path: Path, tab: int) -> Iterator[Row]:
         yield line, {"turns": turns}
 
 
-def _utterance_per_line(path: Path) -> Iterator[Row]:
+def _utterance_per_line(path: Path, encoding: str | None) -> Iterator[Row]:
     begin, turns = 0, list[str]()
-    for line, text in text_lines(path):
+    for line, text in text_lines(path, encoding):
         if text.strip():
             begin = begin if turns else line
             turns.append(text.rstrip("\r\n"))
@@ -161,7 +163,7 @@ def _converter(first: Values, origin: Origin, *, needs_reply: bool) -> RowConver
         return {"turns": turns}
 
     turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())])
-    return RowConverter(pa.schema([("turns", pa.list_(turn))]), convert)
+    return RowConverter(pa.schema([("turns", pa.list_(turn))]), convert, columns={"turns": column})
 
 
 def _column(columns: Sequence[str], origin: Origin) -> str:
@@ -170,7 +172,7 @@ def _column(columns: Sequence[str], origin: Origin) -> str:
     if column is None:
         error = missing_column("the turns of a dialogue", "turns", COLUMNS, columns, origin)
         first = "train" if "train" in columns else (*columns, "...")[0]
-        raise DataError(f"{error}. If these are splits in one JSON file: data.splits={{train: {first}}}")
+        raise DataError(f"{error}. If these are splits in one JSON file: {cure('data.splits', {'train': first})}")
     return column
 
 
@@ -180,7 +182,7 @@ def dialogue_row_format(*, needs_reply: bool) -> RowFormat:
     return RowFormat(name, partial(_converter, needs_reply=needs_reply), text_rows=text_dialogues)
 
 
-def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
+def read_prompts(path: Path, encoding: str | None = None) -> Iterator[tuple[int, list[ChatMessage]]]:
     """Yields dialogues to answer, each with its line (or row) number. The last turn is the user's.
 
     In a text file, each line is a dialogue with its turns separated by tabs. Other files hold dialogues as training data
@@ -191,7 +193,7 @@ def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
     """
     is_text = path.suffix.lower() in TEXT_SUFFIXES
     unit = row_unit(path)
-    rows = _lines(path) if is_text else read_rows(path, delimiter=None, header=None)
+    rows = _lines(path, encoding) if is_text else read_rows(path, delimiter=None, header=None, encoding=encoding)
     for number, values in rows:
         if isinstance(values, DataError):
             raise values
@@ -207,8 +209,8 @@ def read_prompts(path: Path) -> Iterator[tuple[int, list[ChatMessage]]]:
         yield number, messages
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    for line, text in text_lines(path):
+def _lines(path: Path, encoding: str | None) -> Iterator[Row]:
+    for line, text in text_lines(path, encoding):
         if text.strip():
             yield line, {"turns": text.rstrip("\r\n").split("\t")}
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.console import log
-from dtrain.data.readers import Row, Values, plain_records
+from dtrain.data.delimiters import plain_records
+from dtrain.data.encodings import text_lines
+from dtrain.data.readers import Row, Values
 from dtrain.errors import ConfigError, DataError
 
 HUB_NAME = "nyu-mll/glue"
@@ -128,7 +130,7 @@ class GlueRows:
         skipped = rows = 0
         names: Sequence[str] | None = self._columns
         indices: tuple[list[int], int | None] | None = None if names is None else self._column_indices(names)
-        for line, fields in plain_records(self._path, "\t"):
+        for line, fields in plain_records(text_lines(self._path), "\t"):
             if names is None or indices is None:
                 names, indices = fields, self._column_indices(fields)
                 continue

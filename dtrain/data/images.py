@@ -18,15 +18,15 @@ from typing import Any
 import pyarrow as pa
 
 from dtrain.console import log
+from dtrain.data.column_names import LABELS
+from dtrain.data.label_names import label_text
 from dtrain.data.readers import Row, Values
 from dtrain.data.tables import (
-    LABELS,
     Origin,
     RowConverter,
     RowFormat,
     configured_columns,
     get_value,
-    label_text,
     missing_column,
 )
 from dtrain.errors import DataError
@@ -67,8 +67,7 @@ def is_class_folders(folder: Path) -> bool:
 def class_folder_rows(folder: Path) -> Iterator[Row]:
     """Yields `image` (path below the folder) and `label` (its top-level folder) of each image.
 
-    The order mixes the classes and is the same on every machine, so that data.limit and data.validation_fraction select
-    some images of each class.
+    The order mixes the classes and is the same on every machine.
 
     Raises:
         DataError: a class has no image.
@@ -143,7 +142,8 @@ def image_row_format(root: Path, targets: Sequence[str] = (), *, pixel_range: Pi
         ]
         return RowConverter(pa.schema(columns), convert, origin.class_names.get("label"))
 
-    return RowFormat(f"images{list(targets) if targets else ''}", converter)
+    name = f"images{list(targets) if targets else '-2'}"
+    return RowFormat(name, converter, usual_draw="mixed" if targets else "stratified")
 
 
 def _label(first: Values, origin: Origin, label: str | None, image: str) -> tuple[Any, pa.Field]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrain.data.column_names import LABELS
+from dtrain.data.label_names import label_text
 from dtrain.data.readers import Values
 from dtrain.data.sources import Source, fixed_label_names, label_order
-from dtrain.data.tables import LABELS, Origin, RowConverter, RowFormat, label_text, labeled_converter
+from dtrain.data.tables import Origin, RowConverter, RowFormat, labeled_converter
 from dtrain.errors import DataError
 
 LIST_COLUMNS = ("labels", "label", "tags", "classes", "categories", "topics", "genres", *LABELS[2:])

@@ -6,17 +6,17 @@ is the text and which the label.
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dtrain.errors import ConfigError, DataError
+from dtrain.data.delimiters import NumberedFields, delimited_records
+from dtrain.data.encodings import read_text, text_lines
+from dtrain.errors import DataError
 
 Values = Mapping[str, Any]
 """The values of one row by column name."""
@@ -34,32 +34,34 @@ ARROW_FILE_MAGIC = b"ARROW1"
 """First bytes of Arrow's file format. Arrow's stream format has none."""
 
 
-def read_rows(path: Path, *, delimiter: str | None, header: bool | None, key: str | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, *, delimiter: str | None, header: bool | None, key: str | None = None, encoding: str | None = None
+) -> Iterator[Row]:
     """Yields the rows of a file in the format of its suffix.
 
-    CSV is quoted as in spreadsheets. TSV has no quoting, because a stray quotation mark in a text would swallow the rows
-    up to the next one. Empty lines are skipped. A malformed row is yielded as its error, and reading continues after it.
+    Empty lines are skipped. A malformed row is yielded as its error, and reading continues after it.
 
     Args:
         path: a file with a suffix of TABLE_SUFFIXES.
-        delimiter: between the fields of CSV and TSV; None: by suffix.
+        delimiter: between the fields of CSV and TSV; None: by suffix, unless the file certainly has another.
         header: whether CSV and TSV begin with column names (None: they do). If not, columns are named "0", "1", ...
         key: entry of a JSON object that holds the rows, e.g. one of several splits.
+        encoding: of a text file; None: UTF-8, or what the byte order mark says.
 
     Raises:
-        DataError: the file is unreadable, is not UTF-8, or cannot be read any further.
+        DataError: the file is unreadable, is not in its encoding, or cannot be read any further.
     """
     match path.suffix.lower():
-        case ".csv":
-            records = _quoted_records(path, _check_delimiter(delimiter or ","))
-            return _with_column_names(records, path, header=header is not False)
-        case ".tsv":
-            records = plain_records(path, _check_delimiter(delimiter or "\t"))
-            return _with_column_names(records, path, header=header is not False)
+        case ".csv" | ".tsv" as suffix:
+            has_header = header is not False
+            records = delimited_records(
+                path, delimiter=delimiter, header=has_header, encoding=encoding, is_quoted=suffix == ".csv"
+            )
+            return _with_column_names(records, path, header=has_header)
         case ".json":
-            return _json_rows(path, key)
+            return _json_rows(path, key, encoding)
         case ".jsonl":
-            return _json_line_rows(path)
+            return _json_line_rows(path, encoding)
         case ".parquet":
             return _parquet_rows(path)
         case ".arrow":
@@ -76,91 +78,15 @@ def row_unit(path: Path) -> Literal["line", "row"]:
     return "row" if path.suffix.lower() in NUMBERED_BY_ROW else "line"
 
 
-def plain_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    r"""Yields the fields of each nonempty line, split at the delimiter, without quoting. A final "\r" is removed."""
-    for line, text in text_lines(path):
-        record = text.rstrip("\r\n")
-        if record:
-            yield line, record.split(delimiter)
-
-
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    r"""Yields numbered lines with their line breaks. Only "\n" ends a line; U+2028, \x0b and \x85 are part of the text."""
-    offset = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, start=1):
-            yield number, _decode(raw, path, line=number, offset=offset)
-            offset += len(raw)
-
-
-def read_text(path: Path) -> str:
-    """Returns the text of a file unchanged, with all line breaks but without a byte order mark."""
-    with _open(path) as file:
-        return _decode(file.read(), path, line=1, offset=0)
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}. data.path and data.splits select the files"
-        ) from None
-
-
-def _decode(raw: bytes, path: Path, *, line: int, offset: int) -> str:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        guess = "; it looks like UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0 else ""
-        raise DataError(
-            f"{path}, line {line}: the byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not "
-            f"UTF-8{guess}. Save the file as UTF-8 (iconv -f OLD -t UTF-8)"
-        ) from None
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _check_delimiter(delimiter: str) -> str:
-    delimiter = "\t" if delimiter == r"\t" else delimiter  # as shells pass it
-    if len(delimiter) != 1 or delimiter in '\r\n"':
-        raise ConfigError(
-            f"data.delimiter={delimiter!r} is not valid: it must be one character, such as ',' ';' or '\\t'"
-        )
-    return delimiter
-
-
-def _quoted_records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(sys.maxsize)  # the default limit of 131,072 characters would reject a long document
-    reader = csv.reader((text for _, text in text_lines(path)), delimiter=delimiter, strict=True)
-    while True:
-        first_line = reader.line_num + 1  # a quoted field may span several lines
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {first_line}: not a row of CSV: {error}. Quote a field that contains the delimiter, a "
-                'quotation mark or a line break, and double the quotation marks in it: "a ""b"", c"'
-            ) from None
-        if fields is None:
-            return
-        if fields:
-            yield first_line, fields
-
-
-def _with_column_names(records: Iterable[tuple[int, list[str]]], path: Path, *, header: bool) -> Iterator[Row]:
+def _with_column_names(records: Iterable[NumberedFields], path: Path, *, header: bool) -> Iterator[Row]:
+    """Yields the records as rows. Trailing columns without a name must be empty, and are left out."""
     names: list[str] | None = None
     for line, fields in records:
         if names is None:
-            names = fields if header else [str(index) for index in range(len(fields))]
-            if duplicates := {name for name in names if names.count(name) > 1}:
-                raise DataError(
-                    f"{path}, line {line}: the column name {min(duplicates)!r} appears twice. If this line is a row "
-                    "instead of the column names, set data.header=false"
-                )
+            names = _column_names(fields, path, line) if header else [str(index) for index in range(len(fields))]
             if header:
                 continue
-        if len(fields) != len(names):
+        if len(fields) < len(names) or any(field.strip() for field in fields[len(names) :]):
             expected = "the header names" if header else "the first row has"
             yield (
                 line,
@@ -170,11 +96,27 @@ def _with_column_names(records: Iterable[tuple[int, list[str]]], path: Path, *, 
                 ),
             )
             continue
-        yield line, dict(zip(names, fields, strict=True))
+        yield line, dict(zip(names, fields, strict=False))
 
 
-def _json_line_rows(path: Path) -> Iterator[Row]:
-    for line, text in text_lines(path):
+def _column_names(fields: Sequence[str], path: Path, line: int) -> list[str]:
+    """Returns the names in a header without blanks around them. A nameless column before others is called `column 2`."""
+    stripped = [field.strip() for field in fields]
+    while stripped and not stripped[-1]:
+        stripped.pop()
+    names = [name or f"column {number}" for number, name in enumerate(stripped, start=1)]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise DataError(
+            f"{path}, line {line}: the column name {min(duplicates)!r} appears twice. If this line is a row "
+            "instead of the column names, set data.header=false"
+        )
+    if not names:
+        raise DataError(f"{path}, line {line}: the header names no column. Add the column names, e.g. text,label")
+    return names
+
+
+def _json_line_rows(path: Path, encoding: str | None) -> Iterator[Row]:
+    for line, text in text_lines(path, encoding):
         if not text.strip():
             continue
         try:
@@ -185,13 +127,13 @@ def _json_line_rows(path: Path) -> Iterator[Row]:
         yield line, _as_row(values, f"{path}, line {line}")
 
 
-def _json_rows(path: Path, key: str | None) -> Iterator[Row]:
+def _json_rows(path: Path, key: str | None, encoding: str | None) -> Iterator[Row]:
     """Yields the rows of a list, alone or as the only value (or "data") of an object; or objects by line, as in JSONL."""
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path, encoding))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
-            yield from _json_line_rows(path)
+            yield from _json_line_rows(path, encoding)
             return
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except RecursionError:
@@ -230,7 +172,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 def _arrow_rows(path: Path) -> Iterator[Row]:
     def batches() -> Iterator[pa.RecordBatch]:
-        with _open(path) as file, _opened_arrow(file) as reader:
+        with path.open("rb") as file, _opened_arrow(file) as reader:
             if isinstance(reader, pa.ipc.RecordBatchFileReader):
                 yield from map(reader.get_batch, range(reader.num_record_batches))
             else:

@@ -5,6 +5,7 @@ Looks only at names and folders; reads no rows.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal, TypeVar
 
 from dtrain.config.schema import Data
 from dtrain.data import glue
+from dtrain.data.column_names import cure
 from dtrain.data.images import class_folder_state, is_class_folders
 from dtrain.data.readers import SUFFIXES
 from dtrain.errors import ConfigError, DataError
@@ -59,7 +61,7 @@ def source_kind(data: Data) -> SourceKind:
             "data.name=null"
         )
     if not source_path(data).exists():
-        raise DataError(f"data.path={data.path} does not exist. {_expected(data)}")
+        raise DataError(f"data.path={data.path} does not exist{_nearest(source_path(data))}. {_expected(data)}")
     if is_saved(source_path(data)):
         return "saved"
     if data.name is None and class_folders(data):
@@ -72,7 +74,9 @@ def source_kind(data: Data) -> SourceKind:
             "can be read by name. Remove data.name to read data.path by its suffix, or data.path to load the name from "
             "the hub"
         )
-    if ignored := [key for key in ("columns", "delimiter", "header") if getattr(data, key) not in (None, {})]:
+    if ignored := [
+        key for key in ("columns", "delimiter", "header", "encoding") if getattr(data, key) not in (None, {})
+    ]:
         raise ConfigError(
             f"data.{ignored[0]} has no effect on the files of a GLUE task, whose layout is fixed: remove it, or "
             f"data.name={data.name}"
@@ -114,9 +118,7 @@ def split_files(data: Data, kind: Literal["glue", "files"]) -> dict[str, Path]:
         files = _files_by_usual_names(path, data)
     for split, file in files.items():
         if not file.is_file():
-            raise DataError(
-                f"{file} is missing: it is the split {split} of data.path={data.path}. In that folder: {_listing(path)}"
-            )
+            raise DataError(f"{file} is missing: it is the split {split} of data.path={data.path}{_nearest(file)}")
     return train_first(files)
 
 
@@ -146,7 +148,7 @@ def choose_splits(available: Sequence[str], data: Data, *, origin: str) -> dict[
     if "train" not in available:
         raise DataError(
             f"{origin} has no split called train. Its splits: {', '.join(available)}. "
-            f"Name them: data.splits={{train: {available[0]}}}"
+            f"Name them: {cure('data.splits', {'train': available[0]})}"
         )
     validation = next((name for name in (*VALIDATION_NAMES, "validation_matched") if name in available), None)
     chosen = {"train": "train", **({"validation": validation} if validation else {})}
@@ -176,21 +178,22 @@ def train_first(splits: Mapping[str, T]) -> dict[str, T]:
 
 
 def _files_by_usual_names(folder: Path, data: Data) -> dict[str, Path]:
-    files = {}
+    files: dict[str, Path] = {}
     for split, stems in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES)):
         matches = [file for stem in stems for suffix in SUFFIXES if (file := folder / f"{stem}{suffix}").is_file()]
         if len(matches) > 1:
             names = " and ".join(file.name for file in matches)
             raise DataError(
-                f"data.path={data.path} holds {names}: which one is the split {split}? Name it: data.splits={{{split}: "
-                f"{matches[0].name}}}"
+                f"data.path={data.path} holds {names}: which one is the split {split}? Name each file: "
+                f"{cure('data.splits', {**{name: file.name for name, file in files.items()}, split: matches[0].name})}"
             )
         if matches:
             files[split] = matches[0]
     if "train" not in files:
         raise DataError(
-            f"data.path={data.path} holds no train{{{','.join(SUFFIXES)}}} and was not written by save_to_disk. In that "
-            f"folder: {_listing(folder)}. Name the file of each split: data.splits={{train: ..., validation: ...}}"
+            f"data.path={data.path} holds no train{{{','.join(SUFFIXES)}}} and was not written by save_to_disk. In "
+            f"{folder.absolute()}: {_listing(folder)}. Name the file of each split: "
+            "data.splits='{train: ..., validation: ...}'"
         )
     return files
 
@@ -207,6 +210,46 @@ def _expected(data: Data) -> str:
         f"Expected: a file ({', '.join(SUFFIXES)}), a folder with train and validation in one of these formats, "
         "or a folder written by save_to_disk"
     )
+
+
+def unused_splits(available: Sequence[str], used: Mapping[str, str]) -> str | None:
+    """Returns a line about splits or files of the source that no split of ours is; None if there are none.
+
+    Args:
+        available: the source's names.
+        used: our split -> the source's name.
+    """
+    unused = [name for name in available if name not in used.values()]
+    if not unused:
+        return None
+    test = next((name for name in unused if Path(name).stem.startswith("test")), unused[0])
+    wanted = {**used, "test" if "test" in test else Path(test).stem: test}
+    return f"not used: {', '.join(unused)}. To evaluate it as well: {cure('data.splits', wanted)}"
+
+
+def unused_files(data: Data, files: Mapping[str, Path]) -> str | None:
+    """Returns a line about files beside the splits that look like splits but are not used; None if there are none."""
+    path = source_path(data)
+    if data.splits:
+        return None
+    stems = (*TRAIN_NAMES, *VALIDATION_NAMES, "test", "testing")
+    if path.is_file() and path.stem not in stems:
+        return None
+    folder = path.parent if path.is_file() else path
+    usual = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES and file.stem in stems)
+    line = unused_splits(usual, {split: file.name for split, file in files.items()})
+    return f"{line} {cure('data.path', str(folder))}" if line and path.is_file() else line
+
+
+def _nearest(path: Path) -> str:
+    """Returns where a missing path was looked for, and what the nearest existing folder holds."""
+    looked = "" if path.is_absolute() else f" (looked for {path.absolute()})"
+    path = path.absolute()
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    missing = path.relative_to(folder).parts[0]
+    similar = difflib.get_close_matches(missing, [entry.name for entry in folder.iterdir()], 1)
+    hint = f". Did you mean {folder / similar[0]}?" if similar else ""
+    return f"{looked}. In {folder}: {_listing(folder)}{hint}"
 
 
 def _listing(folder: Path) -> str:

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from dtrain.config.schema import Data
 from dtrain.data import hub
+from dtrain.data.draws import Indices, Method, draw
+from dtrain.data.label_names import check_classes
 from dtrain.data.readers import Row
 from dtrain.data.resolve_source import file_hashes, source_kind
 from dtrain.data.split_readers import SplitReader, hub_name, open_splits, python_docs
@@ -37,6 +41,9 @@ class Source:
         bad: counts the bad rows that data.max_bad_rows allows; encoding the rows continues the count.
         unit: unit that `line` counts: lines of a file, or rows if there are no lines.
         needs_label: False for a split that is only predicted, whose rows need no targets.
+        unused: a line about splits of the source that are not used; None if there are none.
+        columns: our column -> the source's, where they are columns of a table.
+        read: number of usable rows in the source, before `validation_fraction` and `limit`.
     """
 
     split: str
@@ -46,6 +53,9 @@ class Source:
     bad: BadRows
     unit: Unit = "line"
     needs_label: bool = True
+    unused: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    read: int = 0
 
     @property
     def skipped(self) -> int:
@@ -63,7 +73,18 @@ def source_key(data: Data) -> dict[str, Any]:
     """
     settings = data.model_dump(
         mode="json",
-        include={"columns", "delimiter", "header", "splits", "limit", "validation_fraction", "max_bad_rows"},
+        include={
+            "columns",
+            "delimiter",
+            "header",
+            "encoding",
+            "splits",
+            "limit",
+            "validation_fraction",
+            "split",
+            "split_seed",
+            "max_bad_rows",
+        },
     )
     match source_kind(data):
         case "python_docs":
@@ -76,12 +97,48 @@ def source_key(data: Data) -> dict[str, Any]:
     return {"name": data.name, "identity": identity, **settings}
 
 
+def source_notes(sources: Mapping[str, Source]) -> list[str]:
+    """Returns what users should know about the splits and their classes, one line each.
+
+    Raises:
+        DataError: the training labels cannot be classes.
+    """
+    unused = list(dict.fromkeys(source.unused for source in sources.values() if source.unused))
+    train = sources.get("train")
+    if train is None or not _has_classes(train.rows):
+        return unused
+    odd = check_classes(Counter(train.rows["label"]), train.origin) if train.label_names is None else []
+    return [*unused, *odd, *_missing_classes(sources)]
+
+
+def _missing_classes(sources: Mapping[str, Source]) -> list[str]:
+    """Returns a line for each split that lacks classes of the training split, or has classes that it lacks."""
+    rows = {split: source.rows for split, source in sources.items() if _has_classes(source.rows)}
+    known = Counter(rows["train"]["label"])
+    lines = []
+    for split in [name for name in rows if name != "train"]:
+        counts = Counter(rows[split]["label"])
+        for name, other, lacking in ((split, "train", known - counts), ("train", split, counts - known)):
+            lost = {
+                label: count for label, count in lacking.items() if label not in (counts if name == split else known)
+            }
+            if lost:
+                shown = ", ".join(f"{label} ({count} rows)" for label, count in list(lost.items())[:10])
+                more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+                lines.append(f"the split {name} has no row of {len(lost)} class(es) that {other} has: {shown}{more}")
+    return lines
+
+
+def _has_classes(rows: datasets.Dataset) -> bool:
+    return "label" in rows.column_names and rows.features["label"] == datasets.Value("string")
+
+
 def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = None) -> dict[str, Source]:
     """Loads all splits that the config names, train first. Test splits are included only if `data.splits` has them.
 
     A plain text file is one row with the complete text: `data.validation_fraction` cuts off the last part of its
-    characters, and `data.limit` keeps the first n lines of each split. In tables, both count rows. The limit applies after
-    the cut.
+    characters, and `data.limit` keeps the first n lines of each split. In tables, both count rows, which `data.split`
+    draws. The limit applies after the cut.
 
     Args:
         row_format: the rows that the task needs.
@@ -102,11 +159,34 @@ def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = No
         for name, table in _tables(split, reader, data, row_format, scratch).items():
             # Two splits that were cut from one table continue the count separately.
             bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
-            origin = reader.origin
             sources[name] = Source(
-                name, table.rows, origin.name, table.label_names, bad, origin.unit, origin.needs_label
+                name,
+                table.rows,
+                reader.origin.name,
+                table.label_names,
+                bad,
+                reader.origin.unit,
+                reader.origin.needs_label,
+                reader.unused,
+                table.columns,
+                table.read,
             )
+    if data.validation_fraction is not None and (lost := _unlearned(sources)):
+        raise DataError(
+            f"{sources['train'].origin}: data.validation_fraction={data.validation_fraction} puts all rows of the label(s) "
+            f"{', '.join(lost[:10])} into the validation split, so they cannot be learned. Rows in random order or sorted by "
+            "label: data.split=stratified takes some of each"
+        )
     return sources
+
+
+def _unlearned(sources: Mapping[str, Source]) -> list[str]:
+    """Returns the labels of the validation rows that no training row has, unless the source defines the labels."""
+    train, validation = sources["train"], sources["validation"]
+    if train.label_names is not None or not (_has_classes(train.rows) and _has_classes(validation.rows)):
+        return []
+    known = set(train.rows.unique("label"))
+    return [label for label in validation.rows.unique("label") if label not in known]
 
 
 def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
@@ -172,6 +252,7 @@ def _tables(
         return to_table(rows, row_format, reader.origin, file=file, max_bad_rows=data.max_bad_rows)
 
     fraction, limit = data.validation_fraction, data.limit
+    method = _method(data, row_format, reader)
     if reader.is_text:
         ((_, values),) = reader.rows
         assert not isinstance(values, DataError)
@@ -184,7 +265,10 @@ def _tables(
             name: table([(line, {"text": _first_lines(text, limit)})], name) for name, (line, text) in texts.items()
         }
     if fraction is None:
-        return {split: table(islice(reader.rows, limit), split)}
+        if method == "end" or limit is None:
+            return {split: table(islice(reader.rows, limit), split)}
+        full = table(reader.rows, split)
+        return {split: replace(full, rows=_limited(full.rows, data, method))}
     full = table(reader.rows, "all")
     number = len(full.rows)
     cut = min(int(number * (1 - fraction)), number - 1)
@@ -192,10 +276,50 @@ def _tables(
         raise DataError(
             f"{reader.origin.name} has {number} rows, of which data.validation_fraction={fraction} leaves none to train on"
         )
-    ranges = {"train": range(cut), "validation": range(cut, number)}
-    return {
-        name: replace(full, rows=full.rows.select(indices[: limit or len(indices)])) for name, indices in ranges.items()
-    }
+    if method == "end":
+        parts = {"train": full.rows.select(range(cut)), "validation": full.rows.select(range(cut, number))}
+    else:
+        drawn = _drawn(full.rows, number - cut, data, method, keeps_each=True)
+        if not len(drawn):
+            check_classes(Counter(full.rows["label"]), reader.origin.name)  # a quantity is the likelier fault
+            raise DataError(
+                f"{reader.origin.name} has {number} rows, each with another label: data.validation_fraction={fraction} "
+                "leaves none to evaluate. Name the right column in data.columns.label"
+            )
+        rest = np.setdiff1d(np.arange(number), drawn)
+        parts = {"train": full.rows.select(rest), "validation": full.rows.select(drawn)}
+    return {name: replace(full, rows=_limited(rows, data, method)) for name, rows in parts.items()}
+
+
+def _method(data: Data, row_format: RowFormat, reader: SplitReader) -> Method:
+    """Returns how rows are drawn: `data.split`, or the usual method of these rows.
+
+    Raises:
+        ConfigError: the rows cannot be drawn like this.
+    """
+    if data.split not in (None, "end") and reader.is_text:
+        raise ConfigError(
+            f"data.split={data.split}: {reader.origin.name} is one text, whose last part is the validation split. Remove "
+            "data.split, or set it to end"
+        )
+    if data.split == "stratified" and row_format.usual_draw != "stratified":
+        raise ConfigError(
+            "data.split=stratified needs rows with one class each, as in classification: set data.split=mixed"
+        )
+    return data.split or row_format.usual_draw
+
+
+def _limited(rows: datasets.Dataset, data: Data, method: Method) -> datasets.Dataset:
+    """Returns the rows that `data.limit` keeps."""
+    if data.limit is None or data.limit >= len(rows):
+        return rows
+    return rows.select(range(data.limit) if method == "end" else _drawn(rows, data.limit, data, method))
+
+
+def _drawn(rows: datasets.Dataset, count: int, data: Data, method: Method, *, keeps_each: bool = False) -> Indices:
+    has_classes = method == "stratified" and "label" in rows.column_names  # a test split may have no labels
+    classes = rows["label"][:] if has_classes else None
+    return draw(rows["line"][:], count, seed=data.split_seed, classes=classes, keeps_each=keeps_each)
 
 
 def _cut_text(text: str, fraction: float) -> dict[str, tuple[int, str]]:

@@ -15,8 +15,9 @@ import pyarrow as pa
 
 from dtrain.config.schema import Data
 from dtrain.data import glue, hub
+from dtrain.data.encodings import read_text
 from dtrain.data.images import class_folder_rows
-from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, read_schema, read_text, row_unit
+from dtrain.data.readers import TEXT_SUFFIXES, Row, read_rows, read_schema, row_unit
 from dtrain.data.resolve_source import (
     PYTHON_DOCS,
     SWAG,
@@ -25,6 +26,8 @@ from dtrain.data.resolve_source import (
     source_kind,
     source_path,
     split_files,
+    unused_files,
+    unused_splits,
 )
 from dtrain.data.tables import Origin, RowFormat
 from dtrain.errors import ConfigError, DataError
@@ -38,11 +41,13 @@ class SplitReader:
         origin: where the rows come from.
         rows: the rows.
         is_text: the only row is a complete text, which is cut by characters instead of rows.
+        unused: a line about splits of the source that are not used; None if there are none.
     """
 
     origin: Origin
     rows: Iterable[Row]
     is_text: bool = False
+    unused: str | None = None
 
 
 def open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
@@ -64,7 +69,9 @@ def _open_splits(data: Data, row_format: RowFormat) -> dict[str, SplitReader]:
             return _glue_splits(data)
         case "files":
             files = split_files(data, "files")
-            return {split: _file_split(split, file, data, row_format) for split, file in files.items()}
+            readers = {split: _file_split(split, file, data, row_format) for split, file in files.items()}
+            unused = unused_files(data, files)
+            return {split: replace(reader, unused=unused) for split, reader in readers.items()}
         case "class_folders":
             return {
                 split: SplitReader(
@@ -94,9 +101,11 @@ def _file_split(split: str, file: Path, data: Data, row_format: RowFormat) -> Sp
     needs_label = not _is_test(split)
     if file.suffix.lower() in TEXT_SUFFIXES:
         if row_format.text_rows is not None:
-            return SplitReader(Origin(str(file), needs_label=needs_label), row_format.text_rows(file))
+            return SplitReader(Origin(str(file), needs_label=needs_label), row_format.text_rows(file, data.encoding))
         _refuse_plain_text(row_format, str(file))
-        return SplitReader(Origin(str(file)), ((1, {"text": read_text(path)}) for path in [file]), is_text=True)
+        return SplitReader(
+            Origin(str(file)), ((1, {"text": read_text(path, data.encoding)}) for path in [file]), is_text=True
+        )
     origin = Origin(
         str(file),
         row_unit(file),
@@ -105,7 +114,7 @@ def _file_split(split: str, file: Path, data: Data, row_format: RowFormat) -> Sp
         class_names=_stored_classes(file),
     )
     key = data.splits[split] if data.splits and source_path(data).is_file() else None
-    rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key)
+    rows = read_rows(file, delimiter=data.delimiter, header=data.header, key=key, encoding=data.encoding)
     return SplitReader(origin, _with_class_names(rows, origin.class_names))
 
 
@@ -127,7 +136,9 @@ def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Dat
         loaded: by our names if `data.splits` is set, else by the source's names.
     """
     readers = {}
-    for split, source_split in choose_splits(list(loaded), data, origin=name).items():
+    chosen = choose_splits(list(loaded), data, origin=name)
+    unused = None if data.splits or data.name in glue.NAMES else unused_splits(list(loaded), chosen)
+    for split, source_split in chosen.items():
         rows = loaded[split if data.splits else source_split]
         origin = Origin(
             f"{name} ({source_split})",
@@ -138,7 +149,7 @@ def _dataset_splits(loaded: Mapping[str, datasets.Dataset], name: str, data: Dat
         )
         if data.name in glue.NAMES and not origin.needs_label:
             rows = rows.remove_columns([name for name in rows.column_names if name == "label"])  # always -1 there
-        readers[split] = SplitReader(origin, _with_class_names(_dataset_rows(rows), origin.class_names))
+        readers[split] = SplitReader(origin, _with_class_names(_dataset_rows(rows), origin.class_names), unused=unused)
     return readers
 
 

@@ -17,22 +17,13 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 
 from dtrain.console import log
+from dtrain.data.column_names import LABELS, PAIRS, TEXTS, cure, looks_like_a_value, propose_column
+from dtrain.data.delimiters import likely_delimiter
+from dtrain.data.label_names import label_text
 from dtrain.data.readers import Row, Values
 from dtrain.errors import ConfigError, DataError
 
 Unit = Literal["line", "row"]
-
-PAIRS = (
-    ("text", "text_pair"),
-    ("sentence1", "sentence2"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("query", "passage"),
-)
-TEXTS = ("text", "sentence", "content", "review", "comment", "document", "utterance", "question", "query")
-LABELS = ("label", "labels", "class", "category", "target", "gold_label", "is_duplicate", "sentiment", "intent")
 
 BATCH_ROWS = 1000
 SHOWN_BAD_ROWS = 5
@@ -66,11 +57,13 @@ class RowConverter:
         convert: makes a row of `schema` from a source row and its location ("a.csv, line 3"). Raises DataError for a row
             that cannot be used.
         label_names: the labels in the order of their ids if the source defines them.
+        columns: our column -> the source's, where they are columns of a table.
     """
 
     schema: pa.Schema
     convert: Callable[[Values, str], Mapping[str, Any]]
     label_names: tuple[str, ...] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,16 +73,18 @@ class RowFormat:
     Attributes:
         name: part of the cache key. Change it (e.g. add a number) when the meaning of the rows changes.
         converter: returns the converter of a split, given its first row.
-        text_rows: reads rows from a plain text file; None: this task has no such rows.
+        text_rows: reads rows from a plain text file in `data.encoding`; None: this task has no such rows.
         unnest: turns source rows that hold several of this task's rows into single rows.
         is_whole_text: whether a plain text file is one text, for language models.
+        usual_draw: default of `data.split`. Only rows with a class as `label` can be stratified.
     """
 
     name: str
     converter: Callable[[Values, Origin], RowConverter]
-    text_rows: Callable[[Path], Iterator[Row]] | None = None
+    text_rows: Callable[[Path, str | None], Iterator[Row]] | None = None
     unnest: Callable[[Iterable[Row], Origin], Iterator[Row]] | None = None
     is_whole_text: bool = False
+    usual_draw: Literal["stratified", "mixed", "end"] = "mixed"
 
 
 class BadRows:
@@ -121,11 +116,15 @@ class Table:
         rows: the columns of the converter's schema, and `line`.
         label_names: the labels in the order of their ids if the source defines them.
         bad: the count of skipped rows.
+        columns: our column -> the source's.
+        read: number of rows before any draw.
     """
 
     rows: datasets.Dataset
     label_names: tuple[str, ...] | None
     bad: BadRows
+    columns: Mapping[str, str] = field(default_factory=dict)
+    read: int = 0
 
 
 def to_table(
@@ -168,7 +167,7 @@ def to_table(
         if file
         else datasets.Dataset(InMemoryTable(pa.ipc.open_stream(sink.getvalue()).read_all()))
     )
-    return Table(table, converter.label_names, bad)
+    return Table(table, converter.label_names, bad, converter.columns, len(table))
 
 
 # For all row formats
@@ -200,13 +199,34 @@ def configured_columns(columns: Sequence[str], origin: Origin, ours: Sequence[st
     return present
 
 
-def missing_column(meaning: str, ours: str, usual: Sequence[str], columns: Sequence[str], origin: Origin) -> DataError:
-    """Returns the error for a column that has none of the usual names."""
-    example = columns[0 if ours == "text" else -1] if columns else "..."
-    return DataError(
-        f"{origin.name} has no column with a usual name for {meaning} ({', '.join(usual)}). Its columns: "
-        f"{', '.join(columns)}. Name the right one: data.columns={{{ours}: {example}}}"
-    )
+def missing_column(
+    meaning: str,
+    ours: str,
+    usual: Sequence[str],
+    columns: Sequence[str],
+    origin: Origin,
+    *,
+    taken: Iterable[str | None] = (),
+    first: Values | None = None,
+) -> DataError:
+    """Returns the error for a column that has none of the usual names.
+
+    Args:
+        taken: columns that are already used for something else.
+        first: the first row, to propose the column with the longest text for a text.
+    """
+    found = f"{origin.name} has no column with a usual name for {meaning} ({', '.join(usual)}). Its columns: "
+    found += ", ".join(map(repr, columns)) if any(name != name.strip() for name in columns) else ", ".join(columns)
+    if mark := likely_delimiter(columns):
+        return DataError(f"{found}. These look separated by {mark!r}: {cure('data.delimiter', mark)}")
+    if columns and Path(origin.name).suffix.lower() in (".csv", ".tsv") and all(map(looks_like_a_value, columns)):
+        return DataError(
+            f"{found}. If this line is a row, there is no header: data.header=false {cure(f'data.columns.{ours}', '0')}"
+        )
+    example = propose_column(ours, usual, columns, {*taken, *origin.columns.values()}, first)
+    if example is None:
+        return DataError(f"{found}. Name the right one, if there is one: data.columns.{ours}=NAME")
+    return DataError(f"{found}. Name the right one: {cure(f'data.columns.{ours}', example)}")
 
 
 def get_value(values: Values, name: str, location: str) -> Any:
@@ -234,15 +254,6 @@ def require_text(value: Any, name: str, location: str) -> str:
     return value
 
 
-def label_text(value: Any, location: str) -> str | None:
-    """Returns a label's name; None for an empty label."""
-    if value is None or isinstance(value, str):
-        return value or None
-    if isinstance(value, bool | int | float):
-        return str(value)
-    raise DataError(f"{location}: a label is a name or a number, found {value!r}")
-
-
 # Text, and text with a label
 
 
@@ -256,9 +267,17 @@ class TextColumns:
 
 
 def find_text_columns(
-    columns: Sequence[str], origin: Origin, *, is_labeled: bool, usual_labels: Sequence[str] = LABELS
+    columns: Sequence[str],
+    origin: Origin,
+    *,
+    is_labeled: bool,
+    usual_labels: Sequence[str] = LABELS,
+    first: Values | None = None,
 ) -> TextColumns:
     """Finds the text and label columns by `data.columns`, or else by their usual names.
+
+    Args:
+        first: the first row, to propose a column that has texts.
 
     Raises:
         ConfigError: `data.columns` has a name that is not one of ours.
@@ -271,23 +290,24 @@ def find_text_columns(
         text, pair = next(pairs, (None, pair))
     text = text or next((name for name in TEXTS if name in columns and name not in (label, pair)), None)
     if text is None:
-        raise missing_column("text", "text", TEXTS, columns, origin)
+        labels = [name for name in columns if name.strip().casefold() in usual_labels]
+        raise missing_column("text", "text", TEXTS, columns, origin, taken=(label, pair, *labels), first=first)
     if not is_labeled:
         return TextColumns(text, None, None)
     if "label" not in origin.columns:
         label = next((name for name in usual_labels if name in columns and name not in (text, pair)), None)
     if label is None and origin.needs_label:
-        raise missing_column("the label", "label", usual_labels, columns, origin)
+        raise missing_column("the label", "label", usual_labels, columns, origin, taken=(text, pair))
     return TextColumns(text, pair, label)
 
 
 def _text_converter(first: Values, origin: Origin) -> RowConverter:
-    columns = find_text_columns(list(first), origin, is_labeled=False)
+    columns = find_text_columns(list(first), origin, is_labeled=False, first=first)
 
     def convert(values: Values, location: str) -> dict[str, str]:
         return {"text": get_text(values, columns.text, location)}
 
-    return RowConverter(pa.schema([("text", pa.string())]), convert)
+    return RowConverter(pa.schema([("text", pa.string())]), convert, columns={"text": columns.text})
 
 
 def labeled_converter(
@@ -299,10 +319,11 @@ def labeled_converter(
     usual_labels: Sequence[str] = LABELS,
 ) -> RowConverter:
     """Converts to text, text_pair (if there are pairs) and label. Without needs_label, all rows have labels or none."""
-    columns = find_text_columns(list(first), origin, is_labeled=True, usual_labels=usual_labels)
+    columns = find_text_columns(list(first), origin, is_labeled=True, usual_labels=usual_labels, first=first)
     label = columns.label
     if label is not None and not origin.needs_label and read_label(first.get(label), origin.name) is None:
         label = None
+    is_defined = label in origin.class_names and pa.types.is_string(label_type)
     types = {"text": pa.string(), "text_pair": pa.string(), "label": label_type}
     names = {"text": columns.text, "text_pair": columns.text_pair, "label": label}
 
@@ -312,7 +333,8 @@ def labeled_converter(
             row["text_pair"] = get_text(values, columns.text_pair, location)
         if label is not None:
             value = get_value(values, label, location)
-            row["label"] = read_label(value, location)
+            # Names that the source defines are exact.
+            row["label"] = value if is_defined and isinstance(value, str) else read_label(value, location)
             if row["label"] is None:
                 raise DataError(
                     f"{location}: no label ({label} is {value!r}). Every training or evaluation row needs one"
@@ -320,12 +342,13 @@ def labeled_converter(
         return row
 
     schema = pa.schema([(name, arrow_type) for name, arrow_type in types.items() if names[name] is not None])
-    return RowConverter(schema, convert, origin.class_names.get(columns.label or "label"))
+    used = {ours: name for ours, name in names.items() if name is not None}
+    return RowConverter(schema, convert, origin.class_names.get(columns.label or "label"), used)
 
 
 def _class_converter(first: Values, origin: Origin) -> RowConverter:
     return labeled_converter(first, origin, label_type=pa.string(), read_label=label_text)
 
 
-TEXT = RowFormat("text", _text_converter, is_whole_text=True)
-LABELED = RowFormat("labelled", _class_converter)
+TEXT = RowFormat("text", _text_converter, is_whole_text=True, usual_draw="end")
+LABELED = RowFormat("labeled", _class_converter, usual_draw="stratified")

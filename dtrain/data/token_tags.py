@@ -14,7 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dtrain.data.readers import TEXT_SUFFIXES, Row, Values, text_lines
+from dtrain.data.encodings import text_lines
+from dtrain.data.label_names import label_text
+from dtrain.data.readers import TEXT_SUFFIXES, Row, Values
 from dtrain.data.sources import Source, fixed_label_names, label_order
 from dtrain.data.tables import (
     Origin,
@@ -22,7 +24,6 @@ from dtrain.data.tables import (
     RowFormat,
     configured_columns,
     get_value,
-    label_text,
     missing_column,
     require_text,
 )
@@ -69,14 +70,14 @@ def check_tags(sources: Mapping[str, Source], names: Iterable[str]) -> None:
                     )
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
+def _text_rows(path: Path, encoding: str | None) -> Iterator[Row]:
     """Yields the sentences of a file, each with its first line number.
 
     The first line decides whether lines have tags. A file with only tokens is for prediction.
     """
     sentence: list[list[str]] = []
     begin, has_tags, error = 0, None, None
-    for line, text in text_lines(path):
+    for line, text in text_lines(path, encoding):
         fields = [field for field in re.split(r"[ \t]+", text.strip(" \t\r\n")) if field]
         if not fields or fields[0].startswith("-DOCSTART-"):
             if sentence:
@@ -135,7 +136,9 @@ def _converter(first: Values, origin: Origin) -> RowConverter:
 
     names = [name for name, column in (("tokens", tokens), ("tags", tags)) if column is not None]
     schema = pa.schema([(name, pa.list_(pa.string())) for name in names])
-    return RowConverter(schema, convert, origin.class_names.get(tags or ""))
+    return RowConverter(
+        schema, convert, origin.class_names.get(tags or ""), {"tokens": tokens, **({"tags": tags} if tags else {})}
+    )
 
 
 def _list(values: Values, name: str, location: str) -> list[Any]:

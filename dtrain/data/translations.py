@@ -111,7 +111,8 @@ def _columns(first: Values, origin: Origin, source: str | None, target: str | No
         row = {"source": get_text(values, source_column, location)}
         return row if target_column is None else {**row, "target": get_text(values, target_column, location)}
 
-    return RowConverter(_schema(has_target=target_column is not None), convert)
+    used = {"source": source_column, **({} if target_column is None else {"target": target_column})}
+    return RowConverter(_schema(has_target=target_column is not None), convert, columns=used)
 
 
 def _by_usual_names(columns: Sequence[str], source: str | None, target: str | None) -> tuple[str | None, str | None]:

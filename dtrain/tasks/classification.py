@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification, ImageClassification
+from dtrain.data.label_names import label_text
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source, check_labels, label_names
 from dtrain.data.tables import LABELED
@@ -217,6 +218,7 @@ def choose_label_order(sources: Mapping[str, Source], known: tuple[str, ...] | N
         ConfigError: neither the data nor the model has label names.
         DataError: a label is not one of the model's.
     """
+    known = _as_written(known, sources)
     if "train" not in sources and known is not None:
         check_labels(sources, names := known)  # an evaluation: the labels are the model's
     elif "train" not in sources and all(source.label_names is None for source in sources.values()):
@@ -229,3 +231,17 @@ def choose_label_order(sources: Mapping[str, Source], known: tuple[str, ...] | N
     if known is not None and set(known) == set(names):
         names = known  # so that the model's outputs keep their meaning
     return list(names)
+
+
+def _as_written(known: tuple[str, ...] | None, sources: Mapping[str, Source]) -> tuple[str, ...] | None:
+    """Returns the model's labels as the data writes them: a model may call a class 1.0 that is now read as 1."""
+    if known is None or all(source.label_names is not None for source in sources.values()):
+        return known
+    names = tuple(label_text(name, "the model") or name for name in known)
+    used = {
+        label
+        for source in sources.values()
+        if "label" in source.rows.column_names
+        for label in source.rows.unique("label")
+    }
+    return names if len(set(names)) == len(names) and used - set(known) and used <= set(names) else known

@@ -37,7 +37,7 @@ from dtrain.tasks.prepare import (
     pretrained_labels,
     read_columns,
 )
-from dtrain.tasks.protocol import Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.protocol import Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.tensors import compute_logits, pad_rows
 
 HEAD = Head(
@@ -66,6 +66,7 @@ class MultiLabelTask:
     name = "multi_label"
     head = HEAD
     needs_padding = True
+    padding = Padding()
     metric_names: Sequence[str] = ("f1_micro", "f1_macro", "precision_micro", "recall_micro", "subset_accuracy")
 
     def __init__(
@@ -98,7 +99,7 @@ class MultiLabelTask:
                 labels[row] = math.nan
             else:
                 labels[row, indices] = 1.0
-        return {**pad_rows(self.tokenizer, inputs), "labels": labels}
+        return {**pad_rows(self.tokenizer, inputs, self.padding), "labels": labels}
 
     def targets(self, batch: Batch) -> Targets:
         count = int((~batch["labels"].isnan()).sum())

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.cache import prepare, save_split
-from dtrain.data.sources import Source, load_sources, source_key
+from dtrain.data.sources import Source, load_sources, source_key, source_notes
 from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
@@ -25,6 +25,7 @@ from dtrain.errors import DataError
 from dtrain.models.load import pretrained_label_names
 from dtrain.models.template_limits import TemplateLimitError
 from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.tasks.data_facts import split_facts
 from dtrain.tasks.protocol import Split
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
 
@@ -118,15 +119,18 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
             tokenizer = built_tokenizer()
             with TemporaryDirectory(dir=folder) as scratch:  # rows on disk, not in memory
                 sources = load_sources(config.data, recipe.row_format, scratch=Path(scratch))
+                notes = source_notes(sources)
                 meta = dict(recipe.describe(sources, tokenizer))
+                facts: dict[str, Json] = {}
                 cuts: dict[str, Json] = {}
                 for split, source in sources.items():
-                    rows, cuts[split] = take_cuts(recipe.encode(source, tokenizer, meta), limits)
-                    save_split(folder, split, rows)
+                    examples, cuts[split] = take_cuts(recipe.encode(source, tokenizer, meta), limits)
+                    facts[split] = split_facts(source, examples, tokenizer, max_length=config.max_length)
+                    save_split(folder, split, examples)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder / "tokenizer")
-            meta["cuts"] = cuts
-            return {**meta, "skipped": {split: source.skipped for split, source in sources.items() if source.skipped}}
+            skipped = {split: source.skipped for split, source in sources.items() if source.skipped}
+            return {**meta, "skipped": skipped, "notes": notes, "facts": facts, "cuts": cuts}
 
         return key, build
 
@@ -134,6 +138,9 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
     for split, number in prepared.meta["skipped"].items():
         log.warning("data: %s: skipped %d bad row(s), as data.max_bad_rows allows", split, number)
     report_cuts(prepared.meta["cuts"])
+    prepared.splits.facts = prepared.meta["facts"]
+    for note in prepared.meta["notes"]:
+        log.info("warning: data: %s", note)  # once, not on every rank
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
 

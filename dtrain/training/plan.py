@@ -10,6 +10,7 @@ from dtrain.engine.protocol import EngineTraits
 from dtrain.models import freezing
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel, count, describe_device, gigabytes, total_steps
+from dtrain.training.understood import describe_data
 
 
 def describe(
@@ -28,6 +29,7 @@ def describe(
         f"topology   {context.topology.describe()}, {describe_device()}",
         f"engine     {engine} ({why}), {config.engine.precision}" + (f", {traits.detail}" if traits.detail else ""),
         f"data       {rows} examples",
+        *describe_data(task, has_decoder=task.head.has_decoder),
         f"steps      {total}: {steps.steps_per_epoch} per epoch, global batch {config.train.global_batch_size}",
         f"per step   {_shares(config, context, steps, lock_step=traits.lock_step)}",
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dtrain.data.readers import Row, read_rows, read_text
+from dtrain.data.encodings import read_text
+from dtrain.data.readers import Row, read_rows
 from dtrain.errors import ConfigError, DataError
 
 
@@ -171,7 +172,11 @@ def test_an_arrow_file_with_damaged_bytes_is_named_and_does_not_crash(tmp_path: 
         ("a.json", '[{"text": "a"},\n{"text": }]', r"a\.json, line 2, column 10: not JSON"),
         ("a.json", '[{"text": "a"}, 3]', r"a\.json, row 2: not a row"),
         ("a.json", b'{"text":\n"\xe4"}', r"a\.json, line 2: the byte 0xe4 at offset 10"),
-        ("a.csv", "text\nx".encode("utf-16"), r"a\.csv, line 1: the byte 0xff at offset 0 .* looks like UTF-16"),
+        (
+            "a.csv",
+            b"text\n" + "\u00e9t\u00e9\n".encode("latin-1"),
+            r"line 2: .* It looks like cp1252: set data\.encoding=cp1252",
+        ),
         ("a.parquet", b"PAR1 not really", r"a\.parquet: not a Parquet file"),
         ("a.arrow", b"ARROW1 not really", r"a\.arrow: not an Arrow file"),
         ("a.arrow", "text\na\n", r"a\.arrow: not an Arrow file"),

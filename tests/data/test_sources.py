@@ -117,10 +117,10 @@ def test_a_test_split_has_labels_in_all_rows_or_in_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "said"),
     [
-        ({"path": "nowhere"}, DataError, r"data\.path=.*nowhere does not exist\. Expected: a file"),
+        ({"path": "nowhere"}, DataError, r"data\.path=.*nowhere does not exist\. In .*: other\.csv\. Expected: a file"),
         ({"path": "nowhere", "name": "cola"}, DataError, r"nowhere does not exist.* train\.tsv and dev\.tsv"),
-        ({"path": "", "splits": {"train": "no.csv"}}, DataError, r"no\.csv is missing: .* In that folder: other\.csv"),
-        ({"path": ""}, DataError, r"holds no train\{.*In that folder: other\.csv.*data\.splits=\{train"),
+        ({"path": "", "splits": {"train": "no.csv"}}, DataError, r"no\.csv is missing: .* In .*: other\.csv"),
+        ({"path": ""}, DataError, r"holds no train\{.*In .*: other\.csv.*data\.splits='\{train"),
         ({"path": "other.csv", "splits": {"train": "a.csv"}}, DataError, "is one file"),
         ({"path": "other.csv", "name": "python_docs"}, ConfigError, r"data\.name=null"),
         ({"path": "other.csv", "name": "some/name"}, ConfigError, "only the files of GLUE tasks"),
@@ -289,21 +289,22 @@ def test_text_is_cut_by_characters_and_limited_by_lines(tmp_path: Path) -> None:
     assert (texts(limited["train"]), texts(limited["validation"])) == (["0\n2\n"], ["\n8\n"])
 
 
-def test_a_table_is_cut_by_rows_and_then_limited(tmp_path: Path) -> None:
+def test_a_table_can_be_cut_at_its_end_and_then_limited(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{k},x\n" for k in range(10)))
+    end: dict[str, Any] = {"path": tmp_path / "a.csv", "validation_fraction": 0.25, "split": "end"}
 
-    halves = load(path=tmp_path / "a.csv", validation_fraction=0.25)
-    limited = load(path=tmp_path / "a.csv", validation_fraction=0.25, limit=2)
+    halves = load(**end)
+    limited = load(**end, limit=2)
 
     assert (texts(halves["train"]), texts(halves["validation"])) == (list("0123456"), list("789"))
     assert (texts(limited["train"]), texts(limited["validation"])) == (list("01"), list("78"))
 
 
-def test_a_limit_keeps_the_first_rows_and_reads_no_further(tmp_path: Path) -> None:
+def test_a_limit_can_keep_the_first_rows_and_read_no_further(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\na,x\nb,y\nbroken\n")
 
-    assert texts(load(path=tmp_path / "a.csv", limit=2)["train"]) == ["a", "b"]
-    assert texts(load(path=tmp_path / "a.csv", limit=1)["train"]) == ["a"]
+    assert texts(load(path=tmp_path / "a.csv", limit=2, split="end")["train"]) == ["a", "b"]
+    assert texts(load(path=tmp_path / "a.csv", limit=1, split="end")["train"]) == ["a"]
 
 
 def test_a_validation_fraction_is_refused_with_a_validation_split_or_too_few_rows(tmp_path: Path) -> None:

@@ -244,9 +244,13 @@ def test_a_document_line_ends_a_sentence_and_odd_spaces_belong_to_a_token(tmp_pa
 
 
 def test_validation_fraction_cuts_between_sentences(tmp_path: Path) -> None:
-    found = load(write(tmp_path, train=CONLL), validation_fraction=0.5)
+    cut = load(write(tmp_path, train=CONLL), validation_fraction=0.5, split="end")
+    drawn = load(write(tmp_path, train=CONLL), validation_fraction=0.5)
 
-    assert found["validation"].rows["tokens"][:] == [["a", "dog"]]
+    assert cut["validation"].rows["tokens"][:] == [["a", "dog"]]
+    assert sorted(drawn["train"].rows["tokens"][:] + drawn["validation"].rows["tokens"][:]) == sorted(
+        cut["train"].rows["tokens"][:] + cut["validation"].rows["tokens"][:]
+    )
 
 
 def test_lists_of_tables_keep_the_names_of_their_classes(tmp_path: Path) -> None:
