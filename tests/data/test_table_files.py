@@ -15,7 +15,7 @@ from dtrain.data.sources import load_sources
 from dtrain.data.tables import LABELED
 from dtrain.errors import DataError
 
-ZH = "这个电影很好看,我非常喜欢"
+ZH = "\u8fd9\u4e2a\u7535\u5f71\u5f88\u597d\u770b,\u6211\u975e\u5e38\u559c\u6b22"
 EXPECTED = [("a good one, really", "pos"), ("bad", "neg"), (ZH, "pos")]
 HEADER = ("text", "label")
 
@@ -72,7 +72,7 @@ def test_another_encoding_is_named_by_the_error_and_read_when_it_is_set(
 ) -> None:
     text = written(";", line_end=line_end)
     if encoding == "big5":
-        text = text.replace(ZH, "這個電影很好看,我非常喜歡")
+        text = text.replace(ZH, "\u9019\u500b\u96fb\u5f71\u5f88\u597d\u770b,\u6211\u975e\u5e38\u559c\u6b61")
     content = text.encode(encoding)
 
     with pytest.raises(DataError, match=r"a\.csv, line \d.*It looks like .*data\.encoding=") as error:
@@ -86,12 +86,28 @@ def test_another_encoding_is_named_by_the_error_and_read_when_it_is_set(
 @pytest.mark.parametrize(
     ("text", "encoding", "guess"),
     [
-        ("一二三四五,六七八九十。" * 3, "gb18030", "gb18030"),
-        ("これは日本語のテキストです。とても良い映画でした", "shift_jis", "shift_jis"),
-        ("これは日本語のテキストです。とても良い映画でした", "euc_jp", "euc_jp"),
-        ("이 영화는 정말 재미있습니다. 나는 이것을 다시 보고 싶다", "cp949", "cp949"),
-        ("Это очень хороший фильм и я люблю", "cp1251", "cp1251"),
-        ("Un très bon film, déjà vu à l'été", "cp1252", "cp1252"),
+        ("\u4e00\u4e8c\u4e09\u56db\u4e94,\u516d\u4e03\u516b\u4e5d\u5341\u3002" * 3, "gb18030", "gb18030"),
+        (
+            "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3067\u3059\u3002\u3068\u3066\u3082\u826f\u3044\u6620\u753b\u3067\u3057\u305f",
+            "shift_jis",
+            "shift_jis",
+        ),
+        (
+            "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3067\u3059\u3002\u3068\u3066\u3082\u826f\u3044\u6620\u753b\u3067\u3057\u305f",
+            "euc_jp",
+            "euc_jp",
+        ),
+        (
+            "\uc774 \uc601\ud654\ub294 \uc815\ub9d0 \uc7ac\ubbf8\uc788\uc2b5\ub2c8\ub2e4. \ub098\ub294 \uc774\uac83\uc744 \ub2e4\uc2dc \ubcf4\uace0 \uc2f6\ub2e4",
+            "cp949",
+            "cp949",
+        ),
+        (
+            "\u042d\u0442\u043e \u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u0438\u0439 \u0444\u0438\u043b\u044c\u043c \u0438 \u044f \u043b\u044e\u0431\u043b\u044e",
+            "cp1251",
+            "cp1251",
+        ),
+        ("Un tr\u00e8s bon film, d\u00e9j\u00e0 vu \u00e0 l'\u00e9t\u00e9", "cp1252", "cp1252"),
     ],
 )
 def test_the_guess_of_an_encoding(tmp_path: Path, text: str, encoding: str, guess: str) -> None:
@@ -160,7 +176,7 @@ def test_text_in_a_nameless_column_is_an_error_of_its_row(tmp_path: Path) -> Non
         ("text,Label", "a,x", "data.columns.label=Label"),
         ("text,note,verdict", "a,b,x", "data.columns.label=verdict"),
         ("yes,label", "a b,x", "data.columns.text='yes'"),
-        ("评论,label", "好,x", "data.columns.text=评论"),
+        ("\u8bc4\u8bba,label", "\u597d,x", "data.columns.text=\u8bc4\u8bba"),
     ],
 )
 def test_the_cure_works_when_it_is_pasted(tmp_path: Path, header: str, row: str, pasted: str) -> None:
