@@ -15,6 +15,11 @@ from dtrain.data.sources import load_sources
 from dtrain.data.tables import LABELED
 from dtrain.errors import DataError
 
+SENTENCES = dict(
+    line.split(" ", 1) for line in (Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8").splitlines()
+)
+"""By language, a sentence; in a file, since code is ASCII."""
+
 ZH = "\u8fd9\u4e2a\u7535\u5f71\u5f88\u597d\u770b,\u6211\u975e\u5e38\u559c\u6b22"
 EXPECTED = [("a good one, really", "pos"), ("bad", "neg"), (ZH, "pos")]
 HEADER = ("text", "label")
@@ -88,22 +93,22 @@ def test_another_encoding_is_named_by_the_error_and_read_when_it_is_set(
     [
         ("\u4e00\u4e8c\u4e09\u56db\u4e94,\u516d\u4e03\u516b\u4e5d\u5341\u3002" * 3, "gb18030", "gb18030"),
         (
-            "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3067\u3059\u3002\u3068\u3066\u3082\u826f\u3044\u6620\u753b\u3067\u3057\u305f",
+            SENTENCES["ja"],
             "shift_jis",
             "shift_jis",
         ),
         (
-            "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8\u3067\u3059\u3002\u3068\u3066\u3082\u826f\u3044\u6620\u753b\u3067\u3057\u305f",
+            SENTENCES["ja"],
             "euc_jp",
             "euc_jp",
         ),
         (
-            "\uc774 \uc601\ud654\ub294 \uc815\ub9d0 \uc7ac\ubbf8\uc788\uc2b5\ub2c8\ub2e4. \ub098\ub294 \uc774\uac83\uc744 \ub2e4\uc2dc \ubcf4\uace0 \uc2f6\ub2e4",
+            SENTENCES["ko"],
             "cp949",
             "cp949",
         ),
         (
-            "\u042d\u0442\u043e \u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u0438\u0439 \u0444\u0438\u043b\u044c\u043c \u0438 \u044f \u043b\u044e\u0431\u043b\u044e",
+            SENTENCES["ru"],
             "cp1251",
             "cp1251",
         ),
