@@ -236,7 +236,7 @@ def write_data(home: Path) -> None:
             file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for side in ("right", "left"):
         tokenizer = tiny.tokenizer()
-        tokenizer.padding_side = side
+        tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = side  # only arguments are saved
         tokenizer.save_pretrained(home / side)
 
 
