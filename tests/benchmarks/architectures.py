@@ -281,7 +281,7 @@ def try_pairs(context: RankContext, pairs: Sequence[tuple[str, str]], folder: st
                     (result[label],) = commands(context, [("evaluate", again)])
         except DtrainError as error:
             result["error"], result["refused"] = " ".join(str(error).split()), True
-        except Exception as error:  # whatever a model raises is a row of the table
+        except Exception as error:  # noqa: BLE001 - whatever a model raises is a row of the table
             result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         result["seconds"] = time.monotonic() - begin
         if context.is_main:
