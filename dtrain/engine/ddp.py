@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain.config.schema import Config
-from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.comm_hooks import Bf16CommHook, CommHook
+from dtrain.engine.missing_gradients import drop_unused_gradients
 from dtrain.engine.powersgd import PowerSgdCommHook
 from dtrain.engine.protocol import EngineTraits, ReadSlots, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
@@ -120,12 +120,9 @@ class DdpEngine(SingleEngine):
     def settle_missing_gradients(self, ranks: int) -> None:
         if ranks < self.context.world_size:
             return  # a gradient that nobody gave was filled on every rank
-        used = torch.ones(len(self._trainable), dtype=torch.int32)
-        used[self._zero_filled] = 0
-        for parameter, users in zip(self._trainable, all_reduce_sum(used, self.context).tolist(), strict=True):
-            # Error feedback of earlier steps is a gradient too.
-            if not users and not (self._hook.extra_slots and parameter.grad is not None and parameter.grad.any()):
-                parameter.grad = None
+        # Error feedback of earlier steps is a gradient too.
+        keep_nonzero = self._hook.extra_slots > 0
+        drop_unused_gradients(self._trainable, self._zero_filled, self.context, keep_nonzero=keep_nonzero)
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         # DDP reorders its buckets after the first backward pass. From three ranks on, the order in which the ranks' parts

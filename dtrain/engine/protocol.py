@@ -284,7 +284,10 @@ class AveragesEveryStep:
 
     context: RankContext
     extra_slots = 0
-    lacks_gradients = False
+
+    @property
+    def lacks_gradients(self) -> bool:
+        return False
 
     def settle_missing_gradients(self, ranks: int) -> None:
         """Does nothing: a parameter without a gradient has None."""
