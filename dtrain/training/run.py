@@ -32,7 +32,7 @@ from dtrain.tasks.protocol import Task
 from dtrain.training import build, data_guard, plan, rollback, summary
 from dtrain.training.checkpoints import CheckpointMonitor, StopOnRequest, deferring
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.training.export import export_model, processor_or_tokenizer
+from dtrain.training.export import check_reload, export_model, processor_or_tokenizer
 from dtrain.training.look_ahead import LookAhead
 from dtrain.training.loop import LoopSettings, batches_ahead, train
 from dtrain.training.metric_selection import Reported, reported
@@ -72,6 +72,7 @@ def prepare_run(
     steps = build.step_plan(config, task)
     context.heartbeat.at(Phase.LOADING)
     module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
+    on_main(lambda: check_reload(module, task, config), context)
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])
