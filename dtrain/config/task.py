@@ -97,6 +97,10 @@ class QuestionAnswering(TaskOptions):
     doc_stride: int = setting(128, "tokens shared by two neighboring windows of a long context", ge=0)
     max_answer_length: int = setting(30, "maximum tokens of a predicted answer", resume="warn", ge=1)
     n_best: int = setting(20, "start and end positions per window that are considered", resume="warn", ge=1)
+    no_answer: bool = setting(False, "whether a context may not answer the question (SQuAD 2); answers is then empty")
+    no_answer_threshold: float = setting(
+        0.0, "with no_answer: by how much [CLS] must score above the best span to predict no answer", resume="warn"
+    )
 
 
 class TokenClassification(TaskOptions):

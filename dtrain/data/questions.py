@@ -1,12 +1,14 @@
 """Questions about a text with answers quoted from it: SQuAD's nested JSON, or one question per row.
 
 A row is {id, context, question, answers}, where answers is {text: [...], answer_start: [...]} or a list of {text,
-answer_start}. answer_start counts characters (Unicode code points) from 0. `data.columns` can name other columns.
+answer_start}. answer_start counts characters (Unicode code points) from 0. `data.columns` can name other columns. In SQuAD 2
+answers is empty where the context does not answer the question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -49,7 +51,7 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _converter(first: Values, origin: Origin) -> RowConverter:
+def _converter(first: Values, origin: Origin, *, allows_none: bool) -> RowConverter:
     columns = list(first)
     configured = configured_columns(columns, origin, OURS)
     names = {our: configured.get(our, our) for our in OURS}
@@ -72,10 +74,10 @@ def _converter(first: Values, origin: Origin) -> RowConverter:
         }
         if has_answers:
             answers = _answers(get_value(values, names["answers"], location), names["answers"], location)
-            if not answers:
+            if not answers and not allows_none:
                 raise DataError(
-                    f"{location}: the question has no answer. This task needs questions that the context answers, as in "
-                    "SQuAD 1.1: remove the others, or skip them with data.max_bad_rows"
+                    f"{location}: the question has no answer. If that may be so, as in SQuAD 2, set task.no_answer=true; "
+                    "otherwise remove such rows, or skip them with data.max_bad_rows"
                 )
             for text, start in answers:
                 _check_answer(text, start, context, location)
@@ -121,4 +123,11 @@ def _check_answer(text: Any, start: Any, context: str, location: str) -> None:
         )
 
 
-QUESTIONS = RowFormat("questions", _converter, unnest=_unnested)
+def questions(*, allows_none: bool) -> RowFormat:
+    """Returns the format of questions.
+
+    Args:
+        allows_none: Whether a question may have no answer.
+    """
+    name = "questions, some without answer" if allows_none else "questions"
+    return RowFormat(name, partial(_converter, allows_none=allows_none), unnest=_unnested)

@@ -10,6 +10,7 @@ import errno
 import json
 import re
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -106,13 +107,14 @@ def success_record(topology: Topology) -> ExitRecord:
 
 def for_user(error: BaseException) -> BaseException:
     """Returns the error to report: one that has a message for the user, where a library raised another."""
-    from dtrain.data.worker_batches import worker_death
-
     if _is_for_user(error):
         return error
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return TopologyError(f"{error}: {open_files_hint(raise_open_files())}")
-    return worker_death(error) or error
+    # Not imported here: a signal may have interrupted the first import of torch, and a second one would crash.
+    workers = sys.modules.get("dtrain.data.worker_batches")
+    death: BaseException | None = workers.worker_death(error) if workers is not None else None
+    return death or error
 
 
 def error_record(error: BaseException, topology: Topology) -> ExitRecord:

@@ -140,8 +140,13 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
         # A summary that is older than the new config would look like the result of this run.
         for stale in (folder.exit, folder.summary):
             stale.unlink(missing_ok=True)
-        for draft in folder.path.glob(".*.[0-9]*.tmp"):  # of a process that was killed while it wrote
-            draft.unlink(missing_ok=True)
+        for part in (
+            "summary.json",
+            "config.yaml",
+            LAUNCHES,
+        ):  # only the lock's owner writes these, so no draft is in use
+            for draft in folder.path.glob(f".{part}.[0-9]*.tmp"):
+                draft.unlink(missing_ok=True)
         for results in (folder.predictions, folder.submission, folder.path / INSPECTION):
             if results.exists():
                 shutil.rmtree(results)

@@ -5,6 +5,7 @@ They are stored with the cache, so a later start shows the same.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def token_facts(
 
     Returns:
         sample: examples. mean, longest: tokens. unknown: share of tokens that the tokenizer does not know. per_character:
-        tokens per character; None if the texts are unknown. at_limit: share of examples that fill max_length.
+        tokens per character; None if the texts are unknown. is_chinese: of the texts. at_limit: share of examples that fill max_length.
     """
     if tokenizer is None or "input_ids" not in examples.column_names:
         return None
@@ -62,13 +63,14 @@ def token_facts(
     if unknown_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         unknown_id = None  # GPT-2: its bytes know every text
     content = [token for row in rows for token in row if token not in special]
-    characters = sum(len(texts[index]) for index in indices) if texts is not None else 0
+    text = "".join(texts[index] for index in indices) if texts is not None else ""
     at_limit = sum(len(row) >= max_length for row in rows) / len(rows)
     return {
         "sample": len(rows),
         "mean": sum(map(len, rows)) / len(rows),
         "longest": max(map(len, rows)),
         "unknown": content.count(unknown_id) / len(content) if content and unknown_id is not None else 0.0,
-        "per_character": len(content) / characters if characters and at_limit == 0 else None,
+        "per_character": len(content) / len(text) if text and at_limit == 0 else None,
+        "is_chinese": len(re.findall(r"[\u4e00-\u9fff]", text)) > 0.3 * len(text) > 0,
         "at_limit": at_limit if can_be_cut else None,
     }

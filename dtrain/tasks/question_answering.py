@@ -1,5 +1,7 @@
 """The answer to a question as a span of a text (SQuAD).
 
+With task.no_answer a context may not answer the question (SQuAD 2). Position 0 is then the target of all of its windows.
+
 An example is one question. A context longer than data.max_length is cut into windows, and neighboring windows share
 task.doc_stride tokens. A batch holds all windows of its examples. Each window is one target: the positions at which the
 answer starts and ends, or position 0 (the [CLS] token) for both if the window does not contain the complete answer. The
@@ -20,13 +22,13 @@ from transformers import AutoModelForQuestionAnswering
 
 from dtrain.config.schema import Config
 from dtrain.config.task import QuestionAnswering
-from dtrain.data.questions import QUESTIONS
+from dtrain.data.questions import questions
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.heads import Head
-from dtrain.tasks.answers import NOT_IN_CONTEXT, best_spans, squad_scores
+from dtrain.tasks.answers import NOT_IN_CONTEXT, best_spans, squad2_scores, squad_scores
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
@@ -73,6 +75,9 @@ class QuestionAnsweringTask:
         self.max_length = max_length
         self.head_config: dict[str, Any] = {"num_labels": 2}  # an output for the start, one for the end
         self._settings = settings
+        if settings.no_answer:
+            parts = ("has_answer_exact_match", "has_answer_f1", "no_answer_exact_match", "no_answer_f1")
+            self.metric_names = (*self.metric_names, *parts)
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns all windows of the rows: inputs (windows, length), offsets (windows, length, 2), positions (windows,).
@@ -114,6 +119,7 @@ class QuestionAnsweringTask:
             windows,
             n_best=self._settings.n_best,
             max_answer_length=self._settings.max_answer_length,
+            no_answer_threshold=self._settings.no_answer_threshold if self._settings.no_answer else None,
         )
         losses = _losses(start, end, batch).double()
         return ScoredBatch(_by_example(losses, windows), _by_example(targets, windows), spans)
@@ -122,7 +128,8 @@ class QuestionAnsweringTask:
         labeled = [record for record in self.records(split, predictions) if record["reference"] is not None]
         if not labeled:
             return {}
-        return squad_scores([record["prediction"] for record in labeled], [record["reference"] for record in labeled])
+        scores = squad2_scores if self._settings.no_answer else squad_scores
+        return scores([record["prediction"] for record in labeled], [record["reference"] for record in labeled])
 
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """Returns records. `prediction` is the text of the span, `reference` all answers that count as correct."""
@@ -158,7 +165,11 @@ def prepare_question_answering(
         return map_rows(source, windows, config)
 
     recipe = Recipe(
-        "question_answering", QUESTIONS, texts=_texts, encode=encode, options={"doc_stride": settings.doc_stride}
+        "question_answering",
+        questions(allows_none=settings.no_answer),
+        texts=_texts,
+        encode=encode,
+        options={"doc_stride": settings.doc_stride},
     )
     examples = prepare_examples(recipe, config, context)
     return QuestionAnsweringTask(examples.splits, examples.tokenizer, settings, max_length=config.max_length)
@@ -204,9 +215,11 @@ def encode_windows(
         columns["offset_starts"][row].append([begin for begin, _ in offsets])
         columns["offset_ends"][row].append([stop for _, stop in offsets])
         first, last = None, None
-        if answers[row] is not None:  # of several answers the first one is the target
+        if answers[row]:  # of several answers the first one is the target
             begin = starts[row][0]
             first, last = token_positions(offsets, begin, begin + len(answers[row][0]))
+        elif answers[row] is not None:
+            first, last = 0, 0
         columns["start_positions"][row].append(first)
         columns["end_positions"][row].append(last)
     return {**columns, "context": rows["context"], "answers": answers, "id": rows["id"]}

@@ -51,9 +51,8 @@ def try_model(module: nn.Module, task: Task, context: RankContext) -> None:
     found = node_first(lambda: _try(module, task), context)
     if found is not None and _pads(task):
         task.padding = Padding(**found)
-        task.tokenizer.padding_side = (
-            task.padding.side
-        )  # is saved with the model, so that transformers pads as dtrain does
+        # Is saved with the model, so that transformers pads as dtrain does. Only the arguments of a tokenizer are saved.
+        task.tokenizer.padding_side = task.tokenizer.init_kwargs["padding_side"] = task.padding.side
         settings = {"data.max_length": task.padding.length, "task.max_target_length": task.padding.target_length}
         for setting, length in settings.items():
             if length is not None:

@@ -28,11 +28,11 @@ def describe_data(task: Task, *, has_decoder: bool) -> list[str]:
         has_decoder: the labels are another text than the inputs.
     """
     facts: Mapping[str, Any] = getattr(task.splits, "facts", {})
-    lines = [f"  {split:<9}{line}" for split in facts for line in _split_lines(facts[split])]
+    lines = [f"  {split:<8} {_split_line(facts[split])}" for split in facts]
     columns: Mapping[str, str] = next((facts[split]["columns"] for split in facts if facts[split]["columns"]), {})
     if columns:
         lines.insert(0, "  columns  " + ", ".join(f"{ours}: {theirs!r}" for ours, theirs in columns.items()))
-    lines += [f"  {'baseline':<9}{line}" for line in _baselines(facts)]
+    lines += [f"  baseline {line}" for line in _baselines(facts)]
     first = facts.get("train") or next(iter(facts.values()), None)
     if first and first["tokens"]:
         lines += [f"  tokens   {_token_line(first['tokens'], task)}", *_token_warnings(first["tokens"])]
@@ -43,14 +43,14 @@ def describe_data(task: Task, *, has_decoder: bool) -> list[str]:
     return lines
 
 
-def _split_lines(facts: Mapping[str, Any]) -> list[str]:
+def _split_line(facts: Mapping[str, Any]) -> str:
     rows = f"{facts['used']} of {facts['read']} rows" if facts["used"] != facts["read"] else f"{facts['used']} rows"
     skipped = f", {facts['skipped']} bad rows skipped" if facts["skipped"] else ""
-    examples = f", {facts['examples']} examples" if facts["examples"] != facts["used"] - facts["skipped"] else ""
+    examples = f", {facts['examples']} examples" if facts["examples"] != facts["used"] else ""
     labels: Mapping[str, int] = facts["labels"] or {}
     shown = [f"{label!r} {count}" for label, count in list(labels.items())[:SHOWN_LABELS]]
     more = f" and {len(labels) - SHOWN_LABELS} more" if len(labels) > SHOWN_LABELS else ""
-    return [rows + skipped + examples + (f"; labels {', '.join(shown)}{more}" if shown else "")]
+    return rows + skipped + examples + (f"; labels {', '.join(shown)}{more}" if shown else "")
 
 
 def _baselines(facts: Mapping[str, Any]) -> list[str]:
@@ -68,16 +68,17 @@ def _baselines(facts: Mapping[str, Any]) -> list[str]:
 
 def _token_line(tokens: Mapping[str, Any], task: Task) -> str:
     parts = [f"{tokens['mean']:.1f} per example, at most {tokens['longest']} (of {tokens['sample']} examples)"]
-    if tokens["at_limit"] is not None:
+    if tokens["at_limit"]:
         parts.append(f"{tokens['at_limit']:.1%} fill max_length={task.max_length} and may be cut")
     return ", ".join([*parts, f"{tokens['unknown']:.1%} unknown"])
 
 
 def _token_warnings(tokens: Mapping[str, Any]) -> list[str]:
     if tokens["unknown"] >= MANY_UNKNOWN:
+        chinese = "; for Chinese, e.g., model.name_or_path=bert-base-chinese" if tokens["is_chinese"] else ""
         return [
-            f"warning: the tokenizer does not know {tokens['unknown']:.0%} of the tokens, so the model cannot read them. Is it made "
-            "for another language? For Chinese, for example, model.name_or_path=bert-base-chinese"
+            f"warning: the tokenizer does not know {tokens['unknown']:.0%} of the tokens, so the model cannot read them. Choose a "
+            f"model of the language of this text{chinese}"
         ]
     if (tokens["per_character"] or 0) >= MANY_PER_CHARACTER:
         return [

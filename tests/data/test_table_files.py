@@ -15,7 +15,12 @@ from dtrain.data.sources import load_sources
 from dtrain.data.tables import LABELED
 from dtrain.errors import DataError
 
-ZH = "这个电影很好看,我非常喜欢"
+SENTENCES = dict(
+    line.split(" ", 1) for line in (Path(__file__).parent / "sentences.txt").read_text(encoding="utf-8").splitlines()
+)
+"""By language, a sentence; in a file, since code is ASCII."""
+
+ZH = "\u8fd9\u4e2a\u7535\u5f71\u5f88\u597d\u770b,\u6211\u975e\u5e38\u559c\u6b22"
 EXPECTED = [("a good one, really", "pos"), ("bad", "neg"), (ZH, "pos")]
 HEADER = ("text", "label")
 
@@ -72,7 +77,7 @@ def test_another_encoding_is_named_by_the_error_and_read_when_it_is_set(
 ) -> None:
     text = written(";", line_end=line_end)
     if encoding == "big5":
-        text = text.replace(ZH, "這個電影很好看,我非常喜歡")
+        text = text.replace(ZH, "\u9019\u500b\u96fb\u5f71\u5f88\u597d\u770b,\u6211\u975e\u5e38\u559c\u6b61")
     content = text.encode(encoding)
 
     with pytest.raises(DataError, match=r"a\.csv, line \d.*It looks like .*data\.encoding=") as error:
@@ -86,12 +91,28 @@ def test_another_encoding_is_named_by_the_error_and_read_when_it_is_set(
 @pytest.mark.parametrize(
     ("text", "encoding", "guess"),
     [
-        ("一二三四五,六七八九十。" * 3, "gb18030", "gb18030"),
-        ("これは日本語のテキストです。とても良い映画でした", "shift_jis", "shift_jis"),
-        ("これは日本語のテキストです。とても良い映画でした", "euc_jp", "euc_jp"),
-        ("이 영화는 정말 재미있습니다. 나는 이것을 다시 보고 싶다", "cp949", "cp949"),
-        ("Это очень хороший фильм и я люблю", "cp1251", "cp1251"),
-        ("Un très bon film, déjà vu à l'été", "cp1252", "cp1252"),
+        ("\u4e00\u4e8c\u4e09\u56db\u4e94,\u516d\u4e03\u516b\u4e5d\u5341\u3002" * 3, "gb18030", "gb18030"),
+        (
+            SENTENCES["ja"],
+            "shift_jis",
+            "shift_jis",
+        ),
+        (
+            SENTENCES["ja"],
+            "euc_jp",
+            "euc_jp",
+        ),
+        (
+            SENTENCES["ko"],
+            "cp949",
+            "cp949",
+        ),
+        (
+            SENTENCES["ru"],
+            "cp1251",
+            "cp1251",
+        ),
+        ("Un tr\u00e8s bon film, d\u00e9j\u00e0 vu \u00e0 l'\u00e9t\u00e9", "cp1252", "cp1252"),
     ],
 )
 def test_the_guess_of_an_encoding(tmp_path: Path, text: str, encoding: str, guess: str) -> None:
@@ -160,7 +181,7 @@ def test_text_in_a_nameless_column_is_an_error_of_its_row(tmp_path: Path) -> Non
         ("text,Label", "a,x", "data.columns.label=Label"),
         ("text,note,verdict", "a,b,x", "data.columns.label=verdict"),
         ("yes,label", "a b,x", "data.columns.text='yes'"),
-        ("评论,label", "好,x", "data.columns.text=评论"),
+        ("\u8bc4\u8bba,label", "\u597d,x", "data.columns.text=\u8bc4\u8bba"),
     ],
 )
 def test_the_cure_works_when_it_is_pasted(tmp_path: Path, header: str, row: str, pasted: str) -> None:

@@ -661,3 +661,17 @@ def test_a_change_inside_a_setting_is_allowed_by_its_name(tmp_path: Path) -> Non
     for allowed in ("data.columns.label", "data.columns", "data"):
         config = config_for(tmp_path, *changes, f"checkpoint.allow_changes=[{allowed}]")
         assert asked(config, checkpoints=AvailableCheckpoints(2)).action == "resume"
+
+
+def test_drafts_of_a_killed_writer_are_removed_but_not_those_that_another_process_may_be_writing(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    in_use = [".exit.json.host.12.tmp", ".lock.12.tmp"]
+    for name in [".summary.json.12.tmp", ".config.yaml.7.tmp", *in_use]:
+        (folder.path / name).write_text("{")
+
+    claim(folder, "a: 1\n")
+
+    assert sorted(file.name for file in folder.path.glob(".*.tmp")) == sorted(in_use)

@@ -16,11 +16,11 @@ from torch import nn
 
 from dtrain.config.schema import Config, Data
 from dtrain.config.task import QuestionAnswering
-from dtrain.data.questions import QUESTIONS
+from dtrain.data.questions import questions
 from dtrain.data.sources import Source, load_sources
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError, DataError
-from dtrain.tasks.answers import best_spans, exact_match, f1, squad_scores
+from dtrain.tasks.answers import best_spans, exact_match, f1, squad2_scores, squad_scores
 from dtrain.tasks.protocol import Targets
 from dtrain.tasks.question_answering import (
     QuestionAnsweringTask,
@@ -290,6 +290,19 @@ def test_the_best_span_is_the_best_of_all_allowed_pairs() -> None:
     assert found == expected
 
 
+def test_no_answer_is_predicted_where_the_first_token_beats_every_span_in_every_window() -> None:
+    low, high, null = [0.0, 1, 0, 0, 0, 0], [0.0, 0, 3, 0, 0, 0], [2.0, 0, 0, 0, 0, 0]
+
+    # A question of each kind: the span wins; token 0 wins; a window without the answer does not hide it in the other one.
+    windows = [low, null, null, high]
+    found = spans(windows, windows, [1, 1, 2], no_answer_threshold=0.0)
+
+    assert found == [[10, 15], [-1, -1], [23, 28]]
+    assert spans([null], [null], [1], no_answer_threshold=4.0) == [[10, 15]]  # 4 is not above 0 by more than 4
+    assert spans([null], [null], [1], no_answer_threshold=3.9) == [[-1, -1]]
+    assert spans([null], [null], [1]) == [[10, 15]]
+
+
 # Judgement
 
 
@@ -317,6 +330,30 @@ def test_scores_are_percentages_of_the_best_fitting_answers() -> None:
     found = squad_scores(["big black cat", "dog"], [["cat", "black cat"], ["a dog"]])
 
     assert found == pytest.approx({"exact_match": 50.0, "f1": 100 * (0.8 + 1) / 2}, abs=1e-12)
+
+
+def test_squad_2_counts_an_empty_prediction_as_right_where_there_is_no_answer() -> None:
+    found = squad2_scores(["big black cat", "", "", "dog", "the"], [["black cat"], ["a dog"], [], [], ["a", "cat"]])
+
+    # The last question: "a" has no word and does not count as an answer, so "cat" is the only one.
+    assert found == pytest.approx(
+        {
+            "exact_match": 100 * 1 / 5,
+            "f1": 100 * (0.8 + 1) / 5,
+            "has_answer_exact_match": 0.0,
+            "has_answer_f1": 100 * 0.8 / 3,
+            "no_answer_exact_match": 50.0,
+            "no_answer_f1": 50.0,
+        },
+        abs=1e-12,
+    )
+
+
+def test_figures_of_questions_that_do_not_occur_are_nan() -> None:
+    found = squad2_scores(["cat"], [["cat"]])
+
+    assert (found["f1"], found["has_answer_f1"]) == (100.0, 100.0)
+    assert math.isnan(found["no_answer_f1"])
 
 
 def test_predictions_are_spans_of_the_context_and_unlabeled_ones_are_not_in_the_metrics() -> None:
@@ -355,7 +392,7 @@ def write(folder: Path, **splits: str) -> Path:
 
 
 def load(folder: Path, **data: Any) -> dict[str, Source]:
-    return load_sources(Data.model_validate({"path": str(folder), **data}), QUESTIONS)
+    return load_sources(Data.model_validate({"path": str(folder), **data}), questions(allows_none=False))
 
 
 def test_squads_articles_become_a_row_for_each_question(tmp_path: Path) -> None:
@@ -411,7 +448,7 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
         ([question("a", "0")], r"row 1: answer_start of 'a' must be a number of characters, found '0'"),
         ([question("", 0)], r"row 1: the text of an answer is empty"),
         ([question(None, 0)], r"row 1: the text of an answer must be text, found None"),
-        ([{"question": "what", "answers": [], "is_impossible": True}], r"row 1: the question has no answer. This task"),
+        ([{"question": "what", "answers": [], "is_impossible": True}], r"row 1: the question has no answer. If .*set task.no_answer=true"),
         ([{"question": "what", "answers": "a"}], r"row 1: expected answers such as .*found 'a'. CSV and TSV do not support this"),
         ([{"question": "what", "answers": {"text": ["a"], "answer_start": []}}], r"1 text but 0 answer_start"),
         ([{"question": 3, "answers": []}], r"row 1: question must be text, found 3"),
@@ -423,6 +460,25 @@ def test_characters_are_counted_not_bytes(tmp_path: Path) -> None:
 def test_faults_in_a_file_are_named(tmp_path: Path, questions: list[Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write(tmp_path, train=squad(("a dog", questions))))
+
+
+def test_with_no_answer_an_empty_list_is_a_label_whose_target_is_the_first_token(tmp_path: Path) -> None:
+    none = {"id": "n", "question": "cat", "answers": [], "is_impossible": True}
+    write(tmp_path, train=squad((CONTEXT, [question("a dog", 13, 1), none])))
+
+    made = prepare(tmp_path, task={"no_answer": True})
+
+    rows = made.splits["train"][[0, 1]]
+    assert any(position > 0 for position in rows["start_positions"][0])
+    assert len(rows["start_positions"][1]) > 1
+    assert set(rows["start_positions"][1]) == set(rows["end_positions"][1]) == {0}
+    assert made.records("train", [[13, 18], [-1, -1]]) == [
+        {"prediction": "a dog", "reference": ["a dog"], "id": "q1"},
+        {"prediction": "", "reference": [], "id": "n"},
+    ]
+    metrics = made.metrics("train", loss=0.0, predictions=[[13, 18], [-1, -1]])
+    assert set(metrics.values()) == {100.0}
+    assert set(metrics) == set(made.metric_names)
 
 
 def test_bad_questions_can_be_skipped(tmp_path: Path) -> None:

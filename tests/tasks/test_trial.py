@@ -7,15 +7,17 @@ import logging
 import random
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from dtrain.config import schema
-from dtrain.config.task import CausalLm, Classification, MaskedLm, QuestionAnswering, Seq2Seq
+from dtrain.config.task import CausalLm, Classification, MaskedLm, MultiLabel, QuestionAnswering, Seq2Seq
 from dtrain.console import log
 from dtrain.data.seeding import DataPosition
 from dtrain.distributed.rank_context import ONE_PROCESS
@@ -25,6 +27,7 @@ from dtrain.models.seq2seq import decoder_inputs
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.masked_lm import MaskedLmTask
+from dtrain.tasks.multi_label import MultiLabelTask
 from dtrain.tasks.multiple_choice import MultipleChoiceTask
 from dtrain.tasks.protocol import Padding
 from dtrain.tasks.question_answering import QuestionAnsweringTask
@@ -94,7 +97,7 @@ def rows() -> list[list[int]]:
 def make(name: str, side: str = "right") -> Any:
     """A task of this name with texts of different lengths, and a tokenizer that pads on this side."""
     tokenizer, ids = tiny.tokenizer(), rows()
-    tokenizer.padding_side = side
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
     number = len(ids)
     limits = {"max_length": LONGEST}
 
@@ -102,6 +105,9 @@ def make(name: str, side: str = "right") -> Any:
         return {"validation": Table({"input_ids": ids, **columns})}
 
     match name:
+        case "multi_label":
+            lists = [[0], [], [1], [0, 1], [0], [1], []]
+            return MultiLabelTask(splits(label=lists), tokenizer, ["A", "B"], MultiLabel(name="multi_label"), **limits)
         case "classification":
             settings = Classification(name="classification")
             return ClassificationTask(splits(label=[0, 1, 0, 1, 0, 1, 0]), tokenizer, ["no", "yes"], settings, **limits)
@@ -166,6 +172,7 @@ def scores(module: nn.Module, task: Any, indices: list[int]) -> list[tuple[float
             ("classification", kind)
             for kind in ("bert", "roberta", "gpt2", "llama", "xlnet", "convbert", "fnet", "canine", "t5", "bart")
         ],
+        *[("multi_label", kind) for kind in ("gpt2", "xlnet")],
         *[("regression", kind) for kind in ("bert", "gpt2", "xlnet")],
         *[("multiple_choice", kind) for kind in ("bert", "roberta", "xlnet")],
         *[("masked_lm", kind) for kind in ("bert", "roberta", "convbert")],
@@ -206,6 +213,18 @@ def test_the_answer_is_the_models_own_for_the_tokens_without_any_padding(kind: s
     assert [prediction[0] for _, prediction in scores(module, task, list(range(7)))] == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize(("before", "kind", "expected"), [("left", "gpt2", "right"), ("right", "xlnet", "left")])
+def test_the_saved_tokenizer_pads_on_the_side_of_training(
+    tmp_path: Path, before: str, kind: str, expected: str
+) -> None:
+    task = make("classification", before)
+
+    try_model(model(task, kind), task, ONE_PROCESS)
+    task.tokenizer.save_pretrained(tmp_path)
+
+    assert AutoTokenizer.from_pretrained(tmp_path, local_files_only=True).padding_side == expected
 
 
 @pytest.mark.parametrize(

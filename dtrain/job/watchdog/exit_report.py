@@ -24,6 +24,11 @@ STACKS_FILE = "hang-stacks.txt"
 RUN_DIR_S = 3.0
 """How long the run folder may take. The ranks may hang in its file system, and must be ended nevertheless."""
 
+BUS_ERROR_CAUSE = (
+    " A file that it had mapped into memory was cut short (the prepared data in data.cache_dir, or a model's weights), its "
+    "disk failed, or /dev/shm is full."
+)
+
 PRINT_S = 1.0
 """The same limit for standard output, which may be a file there."""
 
@@ -50,7 +55,8 @@ def death_message(
     if error is None:
         return f"{name} exited without an error message: killed by a signal, or out of memory?"
     frames = parse_stack(text[text.index("Fatal Python error") :], thread)
-    return f"{name} died: {error} at {format_place(frames)}."
+    cause = BUS_ERROR_CAUSE if error == "Bus error" else ""
+    return f"{name} died: {error} at {format_place(frames)}.{cause}"
 
 
 async def report_end(
