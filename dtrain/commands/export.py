@@ -20,7 +20,7 @@ from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
-from dtrain.models import adapters
+from dtrain.models import adapters, merging
 from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
 from dtrain.training.build import verify_start
 from dtrain.training.model_card import CARD, bare_card, trained_card
@@ -48,7 +48,7 @@ def run_export(config: Config, context: RankContext) -> None:
             dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
             if config.export.merge:
                 with TemporaryDirectory(prefix=".tmp-merged-", dir=draft.parent) as folder:
-                    _copy(_merge_adapters(source, Path(folder)), draft, dtype)
+                    _copy(_merge_adapters(source, Path(folder), config.model.lora_base), draft, dtype)
             else:
                 _copy(source, draft, dtype)
             _write_card(source, draft, config)
@@ -118,9 +118,9 @@ def _target(config: Config) -> Path:
     return target
 
 
-def _merge_adapters(source: Path, folder: Path) -> Path:
+def _merge_adapters(source: Path, folder: Path, base: str | None) -> Path:
     """Merges adapters into their base model and writes it to `folder`, with the tokenizer. Returns `folder`."""
-    adapters.load_merged(source).save_pretrained(str(folder))
+    merging.merge_folder(source, folder, base=base)
     for file in _model_files(source):
         target = folder / file.relative_to(source)
         if file.suffix not in WEIGHT_SUFFIXES and file.name != adapters.CONFIG_FILE and not target.exists():

@@ -62,6 +62,9 @@ class Model(Section):
         None, "a new head on the bare backbone, e.g. {pooling: mean}; null: the head of transformers"
     )
     lora: Lora | None = setting(None, "train adapters instead of the model, e.g. {r: 8, alpha: 16}; needs peft")
+    lora_base: NameOrPath | None = setting(
+        None, "base model of the adapters in name_or_path, if it is not where they say", resume="free"
+    )
     factory: str | None = setting(
         None, "package.module:function that builds your own torch module, instead of a model by name"
     )

@@ -9,20 +9,19 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtrain.config import schema
-from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
+from dtrain.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -75,6 +74,8 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
         config, base = config_class.from_pretrained(str(folder)), str(content["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}). Copy it again.") from None
+    if model.lora_base is not None:
+        base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora
     if lora is not None and (lora.r, lora.alpha) != (config.r, config.lora_alpha):
         raise ConfigError(
@@ -82,6 +83,22 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"has r={lora.r} and alpha={lora.alpha}. Leave model.lora out to use them, or name the base model {base}."
         )
     return SavedAdapters(folder, base, config)
+
+
+@contextmanager
+def naming_the_base(saved: SavedAdapters) -> Iterator[None]:
+    """Says in errors about the base model which file names it, and which setting replaces it.
+
+    Raises:
+        ConfigError, DataError or CheckpointError, as inside.
+    """
+    try:
+        yield
+    except (ConfigError, DataError, CheckpointError) as error:
+        raise type(error)(
+            f"{saved.folder} holds adapters for the base model {saved.base}, which cannot be used. If it has moved, set "
+            f"model.lora_base to its folder or name. The reason: {error}"
+        ) from error
 
 
 def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) -> None:
@@ -96,7 +113,6 @@ def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) 
     Raises:
         ConfigError: model.lora.targets matches no layer, or is not set and peft has no default for this model type.
     """
-    base_folder = Path(base)
     heads = sorted({name.rpartition(".")[0] for name in new} - {""})
     config = _peft().LoraConfig(
         r=lora.r,
@@ -104,7 +120,7 @@ def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) 
         lora_dropout=lora.dropout,
         target_modules=list(lora.targets) if lora.targets is not None else None,
         modules_to_save=heads or None,
-        base_model_name_or_path=str(base_folder.resolve()) if base_folder.is_dir() else base,
+        base_model_name_or_path=_whole_path(base),
     )
     _inject(module, config)
 
@@ -123,6 +139,7 @@ def load(module: nn.Module, saved: SavedAdapters) -> None:
             f"{saved.folder / WEIGHTS_FILE} is missing or damaged ({error}). Copy it again."
         ) from None
     trained = {_peft_name(name): value for name, value in module.named_parameters() if value.requires_grad}
+    _refuse_other_labels(saved, {name: value.shape for name, value in trained.items()}, weights)
     wrong = sorted(trained.keys() ^ weights.keys()) or [n for n, v in trained.items() if v.shape != weights[n].shape]
     if wrong:
         raise CheckpointError(
@@ -132,6 +149,26 @@ def load(module: nn.Module, saved: SavedAdapters) -> None:
     with torch.no_grad():
         for name, value in trained.items():
             value.copy_(weights[name])
+
+
+def _refuse_other_labels(
+    saved: SavedAdapters, expected: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuses a folder whose adapters fit, but whose head has another number of outputs."""
+    wrong = [name for name in expected.keys() & weights.keys() if expected[name] != weights[name].shape]
+    if not wrong or expected.keys() != weights.keys() or any(".lora_" in name for name in wrong):
+        return
+    shapes = ", ".join(
+        f"{name.removeprefix(PEFT_PREFIX)} is {tuple(weights[name].shape)}, expected {tuple(expected[name])}"
+        for name in sorted(wrong)[:2]
+    )
+    raise ConfigError(
+        f"model.name_or_path={saved.folder} was trained for another number of labels ({shapes}). To train its adapters on "
+        f"for other labels, merge them and leave out the head: dtrain export model.name_or_path={saved.folder} "
+        'export.to=MERGED export.merge=true && python -c "from transformers import AutoModel; '
+        "AutoModel.from_pretrained('MERGED').save_pretrained('BASE')\", then model.name_or_path=BASE model.tokenizer=MERGED "
+        "and model.lora as before."
+    )
 
 
 def save(module: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -146,55 +183,11 @@ def save(module: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> 
     save_file({_peft_name(name): state[name].clone() for name in state if name in trained}, folder / WEIGHTS_FILE)
     config.save_pretrained(str(folder))
     model_config: Any = module.config
-    model_config.architectures = [type(module).__name__]  # as save_pretrained does; `load_merged` reads it
+    model_config.architectures = [type(module).__name__]  # as save_pretrained does; merging.py reads it
     model_config.save_pretrained(str(folder))
     if getattr(module, "generation_config", None) is not None:  # it may name the end of a turn, unlike the base model's
         generation_config: Any = module.generation_config
         generation_config.save_pretrained(str(folder))
-
-
-def load_merged(folder: Path) -> Any:
-    """Returns the base model of a folder of adapters, as a plain transformers model with the adapters merged in.
-
-    Raises:
-        ConfigError: the folder holds no adapters or does not name the model class, or the base model is missing.
-        CheckpointError: files are damaged.
-    """
-    saved = find_saved_adapters(schema.Model(name_or_path=str(folder)))
-    if saved is None:
-        raise ConfigError(f"model.name_or_path={folder} holds no adapters ({CONFIG_FILE}): there is nothing to merge.")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model_class = getattr(transformers, (config.architectures or [""])[0], None)
-    if model_class is None:
-        raise ConfigError(f"{folder}/config.json does not name the model class of the adapters in `architectures`.")
-    local_only = check_reachable(saved.base, file="config.json", setting="base_model_name_or_path")
-    try:
-        with quiet():
-            module = model_class.from_pretrained(
-                saved.base,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=local_only,
-                ignore_mismatched_sizes=True,
-            )
-    except LOADING_ERRORS as error:
-        raise explain(error, name=saved.base, setting="base_model_name_or_path") from error
-    load(module, saved)
-    if (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file():
-        module.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    return merge(module)
-
-
-def merge(module: nn.Module) -> nn.Module:
-    """Merges the adapters into their base layers, in place, and returns the plain model."""
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, _peft_layer())]
-    for name, layer in layers:
-        layer.merge(safe_merge=True)
-        parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
-    if hasattr(module, CONFIG_ATTRIBUTE):
-        delattr(module, CONFIG_ATTRIBUTE)
-    return module
 
 
 def _inject(module: nn.Module, config: LoraConfig) -> None:
@@ -218,13 +211,19 @@ def _inject(module: nn.Module, config: LoraConfig) -> None:
     setattr(module, CONFIG_ATTRIBUTE, config)
 
 
+def _whole_path(base: str) -> str:
+    """Returns the absolute path of a folder, so that adapters find it from anywhere; a name on the hub as it is."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
 def _is_trained(name: str, heads: tuple[str, ...]) -> bool:
     """Returns whether a parameter belongs to an adapter or to a new head."""
     return ".lora_" in name or any(name.startswith(f"{head}.") for head in heads)
 
 
 def _peft_name(name: str) -> str:
-    return PEFT_PREFIX + name.replace(f".{ADAPTER_NAME}.", ".") if ".lora_" in name else PEFT_PREFIX + name
+    """Returns the name in peft's weights file. The adapter's name is a module's, or the parameter's for an embedding."""
+    return PEFT_PREFIX + (name.replace(f".{ADAPTER_NAME}", "", 1) if ".lora_" in name else name)
 
 
 def _peft() -> Any:
@@ -235,7 +234,8 @@ def _peft() -> Any:
     return peft
 
 
-def _peft_layer() -> Any:
+def peft_layer() -> Any:
+    """Returns the base class of layers with adapters."""
     _peft()
     from peft.tuners.tuners_utils import BaseTunerLayer
 

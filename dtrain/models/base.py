@@ -11,8 +11,9 @@ from transformers import AutoModel
 
 from dtrain.config import schema
 from dtrain.errors import ConfigError
-from dtrain.models import adapters
+from dtrain.models import adapters, merging
 from dtrain.models.architecture import check_name_or_path, read_config
+from dtrain.models.custom_head import HeadedModel
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 
 
@@ -28,7 +29,9 @@ def load_base(model: schema.Model) -> nn.Module:
     """
     name = model.name_or_path
     if name is not None and (Path(name) / adapters.CONFIG_FILE).is_file():
-        return _without_head(adapters.load_merged(Path(name)))
+        module = merging.load_with_adapters(Path(name), base=model.lora_base)
+        merging.merge(module)
+        return _without_head(module.backbone if isinstance(module, HeadedModel) else module)
     local_only = check_name_or_path(model)
     config = read_config(model, local_only)
     assert name is not None

@@ -78,7 +78,7 @@ def learned_positions(model: nn.Module) -> list[nn.Embedding]:
     return [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in tables
+        if isinstance(module, nn.Embedding) and name.removesuffix(".base_layer").rpartition(".")[2] in tables
     ]
 
 

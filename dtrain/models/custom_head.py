@@ -188,7 +188,7 @@ def add_head(
             f"model.name_or_path={model.name_or_path} has a head for {saved['task']} with {saved['outputs']} outputs; "
             f"this task needs {task_head.name} with {outputs}. {_how_to_replace(str(model.name_or_path))}"
         )
-    width = _hidden_width(backbone, settings, task_head)
+    width = hidden_width(backbone, settings, task_head)
     headed = HeadedModel(backbone, settings, task_head=task_head, outputs=outputs, width=width).train(backbone.training)
     if is_stored:
         _load(headed.head, str(model.name_or_path), local_only=local_only)
@@ -221,7 +221,7 @@ def _load(head: LinearHead, name: str, *, local_only: bool) -> None:
 
 
 @torch.no_grad()
-def _hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head) -> int:
+def hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head: Head) -> int:
     """Returns the width of the last hidden state, measured by a forward pass, because configs use many names for it.
 
     Raises:

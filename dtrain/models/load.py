@@ -123,12 +123,16 @@ def _build_model(
     saved = adapters.find_saved_adapters(model)
     if saved is not None:
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
-        local_only = check_name_or_path(model)
+        with adapters.naming_the_base(saved):
+            local_only = check_name_or_path(model)
     new_head = head_settings(model, config)
     auto_model = head.auto_class if new_head is None else AutoModel
     new: list[str] = []
     if model.from_scratch:
         loaded = _from_scratch(auto_model, model, config, head)
+    elif saved is not None:
+        with adapters.naming_the_base(saved):
+            loaded, new = _pretrained(auto_model, model, config, head, local_only)
     else:
         loaded, new = _pretrained(auto_model, model, config, head, local_only)
     if new_head is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders
 from tokenizers.models import BPE, WordLevel
@@ -16,7 +18,9 @@ from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBa
 from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.architecture import check_name_or_path, read_config
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, is_local, quiet
+from dtrain.models.saved_tokenizer import save_tokenizer
 
 UNKNOWN = "<unk>"
 PAD = "<pad>"
@@ -42,7 +46,9 @@ def load_tokenizer(
     if model.tokenizer == "char":
         return build_char_tokenizer(training_texts(), pad=needs_padding)
     if model.tokenizer == "train-bpe":
-        return train_bpe_tokenizer(training_texts(), vocab_size=model.tokenizer_vocab_size, pad=needs_padding)
+        return train_bpe_tokenizer(
+            training_texts(), vocab_size=model.tokenizer_vocab_size, pad=needs_padding, like=bpe_class(model)
+        )
     name = model.tokenizer or model.name_or_path
     if name is None:
         raise ConfigError(
@@ -149,12 +155,17 @@ def build_char_tokenizer(texts: Iterable[str], *, pad: bool = False) -> PreTrain
     )
 
 
-def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = False) -> PreTrainedTokenizerFast:
+def train_bpe_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, pad: bool = False, like: type | None = None
+) -> PreTrainedTokenizerBase:
     """Trains byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; over bytes as in GPT-2).
 
     The same texts give the same tokenizer. The vocabulary is <|endoftext|>, then <pad> and <mask> if requested, the 256
     bytes, and merges up to `vocab_size` tokens, or fewer if the text has too few repetitions. No text is unknown, and
-    decoding returns the encoded text exactly.
+    decoding returns the encoded text exactly, unless `like` normalizes texts.
+
+    Args:
+        like: a tokenizer class whose normalizer and pre-tokenizer are used; see `bpe_class`. None: those of GPT-2.
 
     Raises:
         DataError: the texts have no characters.
@@ -163,7 +174,11 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = Fa
     if not texts:
         raise DataError("model.tokenizer=train-bpe is trained on the training text, which contains no characters.")
     backend = Tokenizer(BPE())
-    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    if like is None:
+        backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    else:
+        template: Tokenizer = like().backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = template.normalizer, template.pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     # lstrip: <mask> replaces a word, so it includes the blank before it as the word's first token does.
     mask = AddedToken(MASK, lstrip=True, normalized=False, special=True)
@@ -175,15 +190,48 @@ def train_bpe_tokenizer(texts: Iterable[str], *, vocab_size: int, pad: bool = Fa
     )
     backend.train_from_iterator(texts, trainer)
     # split_special_tokens: "<mask>" in a text is six characters, not a token.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END,
-        eos_token=END,
-        pad_token=PAD if pad else None,
-        mask_token=mask if pad else None,
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
+    options: dict[str, Any] = {
+        "bos_token": END,
+        "eos_token": END,
+        "unk_token": None,
+        "pad_token": PAD if pad else None,
+        "mask_token": mask if pad else None,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    if like is None:
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    learned = json.loads(backend.to_str())["model"]
+    tokenizer: PreTrainedTokenizerBase = like(
+        vocab=learned["vocab"], merges=[tuple(merge) for merge in learned["merges"]], **options
     )
+    return tokenizer
+
+
+def bpe_class(model: schema.Model) -> type | None:
+    """Returns the class that a `train-bpe` tokenizer needs so that it reloads from the model's folder as the same one.
+
+    None: the general class does. For some model types transformers loads its own class, whatever was saved, and that class
+    splits words in its own way.
+    """
+    if model.factory is not None or (model.name_or_path is None and "model_type" not in model.config):
+        return None
+    kind = model.config.get("model_type")
+    return _bpe_class_of(str(kind or read_config(model, check_name_or_path(model)).model_type))
+
+
+@cache
+def _bpe_class_of(model_type: str) -> type | None:
+    general = train_bpe_tokenizer([" it's 12 \n\n"], vocab_size=260)
+    with TemporaryDirectory() as place, quiet():
+        (Path(place) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        if save_tokenizer(general, Path(place)) is None:
+            return None
+        try:
+            loaded = type(AutoTokenizer.from_pretrained(place, local_files_only=True))
+        except LOADING_ERRORS:
+            return None
+    return loaded if getattr(loaded, "model", None) is BPE else None
 
 
 def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -194,19 +242,3 @@ def has_characters_only(tokenizer: PreTrainedTokenizerBase) -> bool:
     sample = "a\u00e9\u4e2d\n"
     ids = tokenizer(sample, add_special_tokens=False)["input_ids"]
     return all(len(word) == 1 for word in words) and len(ids) == len(sample)
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the SHA-256 (hexadecimal) of everything that decides how a text becomes tokens.
-
-    It is the same in every process, before and after use, and after saving and loading. The folder, and the truncation
-    and padding of the last call, are not part of it (each call sets them).
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    state.update(truncation=None, padding=None)
-    state["chat_template"] = getattr(tokenizer, "chat_template", None)
-    state["special_tokens"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    state["sides"] = [tokenizer.padding_side, tokenizer.truncation_side]
-    state["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

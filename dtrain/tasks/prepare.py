@@ -21,10 +21,11 @@ from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.serialization import Json
-from dtrain.errors import DataError
+from dtrain.errors import ConfigError, DataError
 from dtrain.models.load import pretrained_label_names
+from dtrain.models.saved_tokenizer import fingerprint, save_tokenizer
 from dtrain.models.template_limits import TemplateLimitError
-from dtrain.models.tokenizer import fingerprint, load_tokenizer, reload_tokenizer
+from dtrain.models.tokenizer import bpe_class, load_tokenizer, reload_tokenizer
 from dtrain.tasks.data_facts import split_facts
 from dtrain.tasks.protocol import Split
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
@@ -98,7 +99,9 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
 
     def tokenizer_key() -> Json:
         if config.model.tokenizer == "train-bpe":  # its settings are the key, so that it is trained only once
-            return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding}
+            like = bpe_class(config.model)
+            own: dict[str, Json] = {} if like is None else {"like": like.__name__}
+            return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding, **own}
         tokenizer = built_tokenizer()
         return None if tokenizer is None else fingerprint(tokenizer)
 
@@ -128,7 +131,7 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
                     facts[split] = split_facts(source, examples, tokenizer, max_length=config.max_length)
                     save_split(folder, split, examples)
             if tokenizer is not None:
-                tokenizer.save_pretrained(folder / "tokenizer")
+                _save_tokenizer(tokenizer, folder / "tokenizer", config)
             skipped = {split: source.skipped for split, source in sources.items() if source.skipped}
             return {**meta, "skipped": skipped, "notes": notes, "facts": facts, "cuts": cuts}
 
@@ -143,6 +146,20 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         log.info("warning: data: %s", note)  # once, not on every rank
     tokenizer = reload_tokenizer(prepared.folder / "tokenizer", config.model) if recipe.has_text else None
     return Examples(prepared.splits, tokenizer, prepared.meta)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, config: Config) -> None:
+    """Saves the tokenizer that encoded the examples. Ranks load it from here.
+
+    Raises:
+        ConfigError: it does not reload as the same tokenizer.
+    """
+    difference = save_tokenizer(tokenizer, folder, trust_remote_code=config.model.trust_remote_code)
+    if difference is not None:
+        raise ConfigError(
+            f"The tokenizer {config.model.tokenizer or config.model.name_or_path} ({type(tokenizer).__name__}) cannot be "
+            f"saved by transformers: once saved, it {difference}. Set model.tokenizer to another one."
+        )
 
 
 def pretrained_labels(config: Config, context: RankContext) -> tuple[str, ...] | None:

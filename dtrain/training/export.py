@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dtrain.config.model import BUILT_TOKENIZERS
+from dtrain.config.schema import Config
+from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.engine.protocol import Engine
-from dtrain.errors import CheckpointError, DtrainError
+from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters, user_module
 from dtrain.models.custom_head import HeadedModel
+from dtrain.models.saved_tokenizer import find_difference, save_tokenizer
 from dtrain.runs.folder import replace_folder, write_json_atomic
 from dtrain.tasks.protocol import Task
+
+SAMPLE = 200
+"""Training examples whose texts are compared before training."""
 
 
 def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
@@ -29,7 +38,9 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
     def write() -> None:
         temporary = target.with_name(f".tmp-{target.name}")
         try:
-            save(engine.module, weights, tokenizer, temporary)
+            difference = save(engine.module, weights, tokenizer, temporary)
+            if difference is not None:  # `check_reload` refuses this at the start, so something changed since
+                log.warning("%s: do not use its tokenizer: it %s", target, difference)
             replace_folder(temporary, target)
         except (OSError, SafetensorError, DtrainError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -54,6 +65,54 @@ def save_without_weights(module: nn.Module, task: Task, folder: Path) -> None:
                 file.rename(folder / file.name)
 
 
+def check_reload(module: nn.Module, task: Task, config: Config) -> None:
+    """Checks before training that the model's folder will give its users the tokenizer that the model is trained with.
+
+    Raises:
+        ConfigError: it reloads as another one.
+    """
+    tokenizer = task.tokenizer
+    if not isinstance(processor_or_tokenizer(task), PreTrainedTokenizerBase):
+        return
+    remote = config.model.trust_remote_code
+    with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
+        folder = Path(place) / "model"
+        difference = save(module, {}, tokenizer, folder, config_only=True)
+        difference = difference or find_difference(tokenizer, folder, _some_texts(task), trust_remote_code=remote)
+    if difference is None:
+        return
+    kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+    name = config.model.tokenizer or config.model.name_or_path
+    fix = "Set model.tokenizer=train-bpe" if config.model.from_scratch else "Leave model.tokenizer out"
+    if config.model.tokenizer in BUILT_TOKENIZERS:
+        fix += ", or choose another architecture: model.config.model_type=qwen3 or llama, for example"
+    raise ConfigError(
+        f"The tokenizer {name} cannot be saved with a {kind} model: in the folder of such a model, the saved tokenizer "
+        f"{difference}. {fix}."
+    )
+
+
+def _some_texts(task: Task) -> list[str]:
+    """Returns the texts of the first training examples, if their columns have the usual names."""
+    split = task.splits.get("train")
+    rows: Any = split[list(range(min(SAMPLE, len(split))))] if split is not None and len(split) else {}
+    columns = [rows[name] for name in ("input_ids", "labels") if isinstance(rows, Mapping) and name in rows]
+    lists = chain.from_iterable(_token_lists(column) for column in columns)
+    return [task.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in lists]
+
+
+def _token_lists(values: Sequence[Any]) -> Iterator[list[int]]:
+    """Yields the innermost lists of tokens, without positions that are ignored. Multiple choice has a list per choice."""
+    if not len(values) or isinstance(values[0], str | float):
+        return
+    if isinstance(values[0], int):
+        yield [token for token in values if token >= 0]
+        return
+    for inner in values:
+        if hasattr(inner, "__len__"):
+            yield from _token_lists(inner)
+
+
 def processor_or_tokenizer(task: Task) -> Any:
     """Returns the tokenizer or image processor, which is saved with the weights."""
     return getattr(task, "processor", None) or task.tokenizer
@@ -61,13 +120,16 @@ def processor_or_tokenizer(task: Task) -> Any:
 
 def save(
     module: nn.Module, weights: dict[str, torch.Tensor], tokenizer: Any, folder: Path, *, config_only: bool = False
-) -> None:
+) -> str | None:
     """Writes config, weights and tokenizer into a new folder.
 
     Args:
         module: any; for one that is not from transformers, only its weights and the name of its class are saved.
         weights: each parameter once; shared ones get their other names here.
         config_only: the weights that are written are not meaningful.
+
+    Returns:
+        How the tokenizer differs from the one that AutoTokenizer loads from the folder; None if it does not.
     """
     shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted export
     first_name = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -87,5 +149,8 @@ def save(
         folder.mkdir(parents=True)
         save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
         write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **record})
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        return save_tokenizer(tokenizer, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+    return None

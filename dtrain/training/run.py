@@ -33,7 +33,7 @@ from dtrain.tasks.router_loss import with_router_loss
 from dtrain.training import build, data_guard, plan, rollback, summary
 from dtrain.training.checkpoints import CheckpointMonitor, StopOnRequest, deferring
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.training.export import export_model, processor_or_tokenizer
+from dtrain.training.export import check_reload, export_model, processor_or_tokenizer
 from dtrain.training.look_ahead import LookAhead
 from dtrain.training.loop import LoopSettings, batches_ahead, train
 from dtrain.training.metric_selection import Reported, reported
@@ -74,6 +74,7 @@ def prepare_run(
     context.heartbeat.at(Phase.LOADING)
     module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
     task = with_router_loss(task, module)
+    on_main(lambda: check_reload(module, task, config), context)
     state = RunState()
     if checkpoint is not None:
         state = RunState(**checkpoint.state["run"])

@@ -21,9 +21,9 @@ from dtrain.config import schema
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models import adapters
 from dtrain.models.base import load_base
 from dtrain.models.load import load_model, pretrained_label_names
+from dtrain.models.merging import merge
 from dtrain.training.export import save
 from dtrain.training.model_card import bare_card
 from tests.support import tiny
@@ -69,6 +69,11 @@ def adapted(base: Path, *, seed: int = 0, **lora: Any) -> Any:
 def saved(module: Any, folder: Path) -> Path:
     save(module, {name: value.detach() for name, value in module.named_parameters()}, tiny.tokenizer(), folder)
     return folder
+
+
+def merged(module: Any) -> Any:
+    merge(module)
+    return module
 
 
 def logits(module: Any) -> torch.Tensor:
@@ -164,7 +169,7 @@ def test_the_merged_model_is_a_plain_one_with_the_same_outputs(base: Path, tmp_p
     made = adapted(base)
     before = logits(made)
 
-    folder = saved(adapters.merge(made), tmp_path / "merged")
+    folder = saved(merged(made), tmp_path / "merged")
 
     plain, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(told.values())

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, BertConfig
 
 from dtrain.config import schema
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.saved_tokenizer import fingerprint
 from dtrain.models.tokenizer import (
     build_char_tokenizer,
-    fingerprint,
     has_characters_only,
     load_tokenizer,
     reload_tokenizer,
