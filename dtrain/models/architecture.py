@@ -118,7 +118,7 @@ def _reject_unknown_overrides(config: PretrainedConfig, overrides: Mapping[str, 
 def _as_field(config: PretrainedConfig, key: str, value: Any) -> Any:
     """Returns a whole number as a float for a setting that is one: transformers refuses `0` for `0.0`."""
     key = config.attribute_map.get(key, key)
-    kinds = next((str(field.type) for field in dataclasses.fields(config) if field.name == key), "")  # type: ignore[arg-type]
+    kinds = next((str(field.type) for field in dataclasses.fields(config) if field.name == key), "")
     needs_float = re.search(r"\bfloat\b", kinds) and not re.search(r"\bint\b", kinds)
     return float(value) if needs_float and type(value) is int else value
 
