@@ -73,13 +73,44 @@ def _memory(traits: EngineTraits, context: RankContext, parameters: int, trainab
 
 def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str]:
     """Returns warnings about settings that are allowed but may not be intended."""
-    most = len(steps.micro_batches(0))
-    if context.world_size <= most:
-        return []
-    return [
-        f"warning: {context.world_size - most} of {context.world_size} ranks are idle in every step: a global batch of "
-        f"{config.train.global_batch_size} has {most} micro-batch(es) of {config.train.micro_batch_size}"
-    ]
+    most, train = len(steps.micro_batches(0)), config.train
+    warnings = _length_warnings(config, steps)
+    if context.world_size > most:
+        warnings.append(
+            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in every step: a global batch of "
+            f"{train.global_batch_size} has {most} micro-batch(es) of {train.micro_batch_size}"
+        )
+    return warnings
+
+
+def _length_warnings(config: Config, steps: StepPlan) -> list[str]:
+    """Returns warnings about a batch that is larger than the data, and about the limit that ends a run with two limits."""
+    train, warnings = config.train, []
+    if train.global_batch_size > steps.num_examples:
+        warnings.append(
+            f"warning: train.global_batch_size={train.global_batch_size} is larger than the training data: each epoch is one step "
+            f"with all {steps.num_examples} examples"
+        )
+    if train.epochs is not None and train.max_steps is not None:
+        whole = train.epochs * steps.steps_per_epoch
+        if whole != train.max_steps:
+            names = [f"train.epochs={train.epochs} ({whole} steps)", f"train.max_steps={train.max_steps}"]
+            first, later = names if whole < train.max_steps else reversed(names)
+            warnings.append(f"warning: {first} ends the run before {later}")
+    return warnings
+
+
+def warn_without_update(config: Config, *, step: int, updates: int) -> str | None:
+    """Returns a warning for the end of a run that changed no weight; None if it did."""
+    if step == 0 or updates > 0:
+        return None
+    why = "no gradient could be used"
+    if config.engine.precision == "fp16":
+        why = (
+            "in fp16 the gradients overflowed in each, and each halved the loss scale. Train for more steps, or use "
+            "engine.precision=bf16"
+        )
+    return f"All {step} steps were skipped, so the model did not learn anything: {why}."
 
 
 def exactness(config: Config, traits: EngineTraits) -> str:

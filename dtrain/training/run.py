@@ -366,6 +366,9 @@ class TrainingRun:
         on_main(write, self.context)
         log.info("done: %s", json.dumps(content["eval"]) if content["eval"] else f"{self.state.step} steps")
         log.info("model and summary: %s", config.run_dir)
+        warning = plan.warn_without_update(config, step=self.state.step, updates=self.state.updates)
+        if warning is not None and self.context.is_main:
+            log.warning("%s", warning)
         return Result(dict(content["eval"]), config.run_dir)
 
     def _summary(self, final: EvaluationResult | None) -> dict[str, Any]:
