@@ -136,7 +136,7 @@ def _build_model(
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
         with adapters.naming_the_base(saved):
             local_only = check_name_or_path(model)
-    new_head = head_settings(model, config)
+    new_head = head_settings(given, config)
     auto_model = head.auto_class if new_head is None else AutoModel
     new: list[str] = []
     if model.from_scratch:
@@ -162,6 +162,7 @@ def _build_model(
             task_head=head,
             local_only=local_only,
             is_stored=is_stored,
+            shown_name=given.name_or_path,
         )
         drawn = [] if is_stored else [f"head.{name}" for name, _ in loaded.head.named_parameters()]
         new = [*(f"backbone.{name}" for name in new), *drawn]
