@@ -56,7 +56,9 @@ class EngineSettings(Section):
     )
     deepspeed: dict[str, Any] = setting({}, "other keys of DeepSpeed's config, passed through unchanged", resume="free")
     find_unused: bool = setting(
-        False, "ddp: for models that use different parameters in different steps (slower)", resume="free"
+        False,
+        "single, ddp: keep parts that the first micro-batches do not use trainable, because later ones do (rare experts or heads)",
+        resume="free",
     )
 
     gradient_wire: Literal["fp32", "bf16"] = setting(

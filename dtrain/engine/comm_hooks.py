@@ -31,7 +31,13 @@ class CommHook:
 
     def __init__(self, config: Config, context: RankContext) -> None:
         self.bucket_mb = config.engine.bucket_mb
+        self.has_sent_all = False
         self._world_size, self._traffic = context.world_size, context.traffic
+
+    def send(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
+        """Collective. Starts to average a bucket, and records whether it is the step's last one: DDP sends them in order."""
+        self.has_sent_all = bool(bucket.is_last())
+        return self.average(bucket)
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
         """Collective. Starts to average a bucket. DDP waits for the result."""

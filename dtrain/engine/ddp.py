@@ -1,9 +1,14 @@
-"""A replica on every rank; torch's DistributedDataParallel averages the gradients."""
+"""A replica on every rank; torch's DistributedDataParallel averages the gradients.
+
+A micro-batch may leave parameters without a gradient: dropped layers, experts without a token, heads that only some rows
+use. DDP would wait for them. This engine supplies zeros for them after the last backward pass, so that every rank always
+sends the same buckets, and gradients of earlier micro-batches are summed too.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,11 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.comm_hooks import Bf16CommHook, CommHook
+from dtrain.engine.missing_gradients import drop_unused_gradients
 from dtrain.engine.powersgd import PowerSgdCommHook
 from dtrain.engine.protocol import EngineTraits, ReadSlots, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
 from dtrain.engine.state import optimizer_slots
-from dtrain.errors import ConfigError
+
+NO_GRADIENT = 0
+"""Stands for the address of a gradient that does not exist."""
 
 
 class DdpEngine(SingleEngine):
@@ -44,12 +52,12 @@ class DdpEngine(SingleEngine):
             device_ids=[device] if device.type == "cuda" else None,
             **_without_buffer_broadcast(),
             gradient_as_bucket_view=True,
-            find_unused_parameters=config.engine.find_unused,
             bucket_cap_mb=self._hook.bucket_mb,
         )
-        self._replica.register_comm_hook(self._hook, lambda hook, bucket: hook.average(bucket))
-        trainable = sum(parameter.requires_grad for parameter in module.parameters())
-        self._unused_map_bytes = 4 * trainable if config.engine.find_unused else 0
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._micro_batches = 0  # of this step so far
+        self._zero_filled: list[int] = []  # indices in _trainable
+        self._replica.register_comm_hook(self._hook, lambda hook, bucket: hook.send(bucket))
         self.model = self._replica
 
     @classmethod
@@ -79,22 +87,42 @@ class DdpEngine(SingleEngine):
 
     @contextmanager
     def _micro_batch(self, *, last: bool) -> Iterator[None]:
-        try:
-            if last:
-                with self.autocast():
-                    yield
-                if self._unused_map_bytes:  # DDP's own all-reduce of which parameters were used
-                    self.context.traffic.add(self._unused_map_bytes)
-            else:
-                with self._replica.no_sync(), self.autocast():
-                    yield
-        except RuntimeError as error:
-            if "Expected to have finished reduction" in str(error):
-                raise ConfigError(
-                    "Some trainable parameters got no gradient in this step though they got one in the first: the model uses "
-                    "different parts for different batches. Set engine.find_unused=true, or freeze those parts (freeze.modules)."
-                ) from error
-            raise
+        self._micro_batches += 1
+        if not last:
+            with self._replica.no_sync(), self.autocast():
+                yield
+            return
+        # In the first micro-batch of a step no parameter has a gradient.
+        before = [_address(parameter) for parameter in self._trainable] if self._micro_batches > 1 else None
+        self._micro_batches, self._hook.has_sent_all, self._zero_filled = 0, False, []
+        with self.autocast():
+            yield
+        if not self._hook.has_sent_all:
+            self._fill(before or [NO_GRADIENT] * len(self._trainable))
+
+    def _fill(self, before: Sequence[int]) -> None:
+        """Collective. Adds zeros to the gradients that the last backward pass left out, so that DDP sends their buckets.
+
+        Args:
+            before: address of each gradient before the last backward pass. DDP moves a gradient into its bucket when
+                backward reaches the parameter, so the address of one that backward left out is unchanged.
+        """
+        missing = [index for index, address in enumerate(before) if _address(self._trainable[index]) == address]
+        self._zero_filled = [index for index in missing if self._trainable[index].grad is None]
+        parameters = [self._trainable[index] for index in missing]
+        torch.autograd.backward(parameters, [parameter.new_zeros(()).expand_as(parameter) for parameter in parameters])
+        assert self._hook.has_sent_all, "DDP did not send all buckets"
+
+    @property
+    def lacks_gradients(self) -> bool:
+        return bool(self._zero_filled)
+
+    def settle_missing_gradients(self, ranks: int) -> None:
+        if ranks < self.context.world_size:
+            return  # a gradient that nobody gave was filled on every rank
+        # Error feedback of earlier steps is a gradient too.
+        keep_nonzero = self._hook.extra_slots > 0
+        drop_unused_gradients(self._trainable, self._zero_filled, self.context, keep_nonzero=keep_nonzero)
 
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         # DDP reorders its buckets after the first backward pass. From three ranks on, the order in which the ranks' parts
@@ -104,6 +132,7 @@ class DdpEngine(SingleEngine):
             return
         with self.micro_batch(last=True):
             self.backward(loss() * 0.0)
+        self._zero_filled = []
         self._optimizer.zero_grad(set_to_none=True)
         self._hook.begin(step)
 
@@ -135,6 +164,10 @@ def build_comm_hook(config: Config, context: RankContext, module: nn.Module) -> 
     if context.world_size > 1 and config.engine.gradient_wire == "bf16":
         return Bf16CommHook(config, context)
     return CommHook(config, context)
+
+
+def _address(parameter: nn.Parameter) -> int:
+    return NO_GRADIENT if parameter.grad is None else parameter.grad.data_ptr()
 
 
 def _without_buffer_broadcast() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, needs_lock_step
 from dtrain.engine.forward_only import autocast
+from dtrain.engine.missing_gradients import GradientRecord, drop_unused_gradients, refuse_before, refuse_layer_drop
 from dtrain.engine.protocol import (
     AveragesEveryStep,
     EngineTraits,
@@ -63,6 +64,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         context.traffic.is_complete = context.world_size == 1  # DeepSpeed's collectives are not counted
         self.stage = config.engine.zero_stage or 0
         self.lock_step = needs_lock_step(self.stage)
+        refuse_layer_drop(module, self.stage)
         self._max_grad_norm = config.optim.max_grad_norm
         self._device_type = device_of(context.topology).type
         self._precision = config.engine.precision
@@ -78,6 +80,9 @@ class DeepSpeedEngine(AveragesEveryStep):
         )
         self.model: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
+        self._record = GradientRecord(module)
+        if self.stage > 0:
+            refuse_before(self._engine, self._record, self.stage)
 
     @classmethod
     def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
@@ -104,6 +109,14 @@ class DeepSpeedEngine(AveragesEveryStep):
     def warm_up(self, loss: Callable[[], torch.Tensor], *, step: int) -> None:
         """Does nothing: DeepSpeed's buckets are fixed when it is built."""
 
+    @property
+    def lacks_gradients(self) -> bool:
+        return self.stage == 0 and bool(self._record.missing)
+
+    def settle_missing_gradients(self, ranks: int) -> None:
+        if ranks == self.context.world_size:  # otherwise every parameter was used on some rank
+            drop_unused_gradients(self._record.parameters, self._record.missing, self.context)
+
     def gradient_norms(self) -> dict[str, float]:
         from deepspeed.utils import safe_get_full_grad
 
@@ -119,6 +132,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         return norms_by_name(gradients, scale=scale)
 
     def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
+        self._record.clear()
         if self.stage == 0:
             return self._step_unsharded(discard=discard)
         optimizer = self._engine.optimizer
@@ -327,6 +341,7 @@ class DeepSpeedEngine(AveragesEveryStep):
 
     def release(self) -> nn.Module:
         module = self.module
+        self._record.remove()
         if self.stage == 3:
             _replace_by_plain_parameters(module, self._engine.optimizer)
         self._engine.destroy()

@@ -197,6 +197,24 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def lacks_gradients(self) -> bool:
+        """Whether none of this rank's micro-batches gave some gradient that other ranks may have. Not a collective."""
+        ...
+
+    def settle_missing_gradients(self, ranks: int) -> None:
+        """Leaves parameters that no micro-batch of any rank used without a gradient, so that the optimizer skips them.
+
+        Call it after the last backward.
+
+        Args:
+            ranks: number of ranks where `lacks_gradients` is true; at least 1.
+
+        Raises:
+            ConfigError: the engine cannot do that.
+        """
+        ...
+
     def gradient_norms(self) -> dict[str, float]:
         """Returns by name the L2 norm of each parameter's gradient of the complete step, over all ranks, before clipping.
 
@@ -266,6 +284,13 @@ class AveragesEveryStep:
 
     context: RankContext
     extra_slots = 0
+
+    @property
+    def lacks_gradients(self) -> bool:
+        return False
+
+    def settle_missing_gradients(self, ranks: int) -> None:
+        """Does nothing: a parameter without a gradient has None."""
 
     def loss_scale(self, weight: StepWeight) -> float:
         # The engine averages gradients over ranks; this turns the average into (sum of losses) / (sum of weights).

@@ -74,6 +74,8 @@ class SingleEngine(AveragesEveryStep):
         return autocast(self._precision, self._device_type)
 
     def backward(self, loss: torch.Tensor) -> None:
+        if not loss.requires_grad:
+            return  # this micro-batch used no trainable part
         # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
         with torch.autocast(self._device_type, enabled=False):
             torch.autograd.backward(self._scaler.scale(loss))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,30 +100,70 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
         )
     tokens = {key: overrides[key] for key in TOKEN_KEYS if key in overrides}
     _reject_unknown_overrides(config, {key: value for key, value in overrides.items() if key not in tokens})
+    overrides = {key: _as_field(config, key, value) for key, value in overrides.items()}
     try:
         with quiet():
             if name is None:
-                config = AutoConfig.for_model(kind, **overrides)
+                made = AutoConfig.for_model(kind, **overrides)
             else:
-                config = AutoConfig.from_pretrained(name, **options, **overrides)
-        config.get_text_config()  # raises ValueError for a model of several texts
+                made = AutoConfig.from_pretrained(name, **options, **overrides)
+        made.get_text_config()  # raises ValueError for a model of several texts
         for key, value in tokens.items():  # from_pretrained ignores what the config does not declare
-            setattr(config, key, value)
-        return config
+            setattr(made, key, value)
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.config is not a valid {config.model_type} config: {reason}") from error
+    _check_rotary_overrides(made, overrides)
+    return made
 
 
 def _reject_unknown_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
-    known = sorted(
-        {key for key in (*vars(config), *config.attribute_map, *config.to_dict()) if not key.startswith("_")}
-    )
+    names = {*vars(config), *config.attribute_map, *config.to_dict(), *_rotary_values(config), *_read_by_model(config)}
+    known = sorted(name for name in names if not name.startswith("_"))
     for key in overrides:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
             hint = f"Did you mean {', '.join(near)}?" if near else f"It has: {', '.join(known)}."
             raise ConfigError(f"model.config.{key} is not a setting of a {config.model_type} model. {hint}")
+
+
+def _as_field(config: PretrainedConfig, key: str, value: Any) -> Any:
+    """Returns a whole number as a float for a setting that is one: transformers refuses `0` for `0.0`."""
+    key = config.attribute_map.get(key, key)
+    kinds = next((str(field.type) for field in dataclasses.fields(config) if field.name == key), "")
+    needs_float = re.search(r"\bfloat\b", kinds) and not re.search(r"\bint\b", kinds)
+    return float(value) if needs_float and type(value) is int else value
+
+
+def _read_by_model(config: PretrainedConfig) -> set[str]:
+    """Returns settings that a model of transformers reads though its config does not list them, such as `head_dim` of qwen2."""
+    place = inspect.getsourcefile(type(config)) or ""
+    code = Path(place).with_name(Path(place).name.replace("configuration_", "modeling_"))
+    if not code.is_file():
+        return set()
+    names = set(re.findall(r"""getattr\((?:self\.)?config,\s*["'](\w+)["'],""", code.read_text(encoding="utf-8")))
+    return {name for name in names if not isinstance(getattr(type(config), name, None), property)}
+
+
+def _rotary_values(config: PretrainedConfig) -> dict[str, list[Any]]:
+    """Returns the values of `rope_parameters` by name, from each kind of layer: transformers also takes them by themselves."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    layers = [part for part in parameters.values() if isinstance(part, Mapping)] or [parameters]
+    return {
+        name: [part[name] for part in layers if name in part]
+        for name in ("rope_theta", "partial_rotary_factor")
+        if any(name in part for part in layers)
+    }
+
+
+def _check_rotary_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    """Refuses a rotary setting that transformers ignored, as it does for gpt_neox."""
+    for name, values in _rotary_values(config).items():
+        if name in overrides and overrides[name] not in values:
+            raise ConfigError(
+                f"model.config.{name} has no effect on a {config.model_type} model. Set "
+                f"model.config={{rope_parameters: {{rope_type: default, {name}: {overrides[name]}}}}} instead."
+            )
 
 
 def _suggest_model_type(kind: object) -> str:
@@ -137,18 +179,9 @@ def real_label_names(config: PretrainedConfig) -> tuple[str, ...] | None:
     return None if not names or all(re.fullmatch(r"LABEL_\d+", name) for name in names) else tuple(names)
 
 
-def refuse_auxiliary_loss(config: PretrainedConfig) -> None:
-    """Rejects a mixture of experts that adds its own loss, which no task can sum exactly, unless its weight is 0."""
-    inner = config.get_text_config()
-    names = [n for n in ("router_aux_loss_coef", "router_z_loss_coef", "aux_loss_alpha") if getattr(inner, n, None)]
-    if not names and getattr(inner, "output_router_logits", False):
-        names = ["output_router_logits"]
-    if names:
-        off = ", ".join(f"{name}: {'false' if name.startswith('output') else 0}" for name in names)
-        raise ConfigError(
-            f"A {config.model_type} model is a mixture of experts that adds its own loss ({', '.join(names)}). That loss "
-            f"cannot be summed exactly over ranks. To train without it: model.config={{{off}}}"
-        )
+def asks_for_router_loss(config: PretrainedConfig) -> bool:
+    """Returns whether a mixture of experts adds the load-balancing loss of its router, as transformers decides it."""
+    return bool(getattr(config.get_text_config(), "output_router_logits", False))
 
 
 def fit_to_tokenizer(config: PretrainedConfig, model: schema.Model, tokenizer: PreTrainedTokenizerBase) -> None:

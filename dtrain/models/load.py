@@ -29,7 +29,6 @@ from dtrain.models.architecture import (
     fit_to_tokenizer,
     read_config,
     real_label_names,
-    refuse_auxiliary_loss,
 )
 from dtrain.models.custom_head import CONFIG_KEY, add_head, head_settings
 from dtrain.models.heads import Head
@@ -67,7 +66,7 @@ def load_model(
         The model, fp32, on the host, in PyTorch's initial train mode.
 
     Raises:
-        ConfigError: the name, folder or overrides do not make such a model, or the model adds its own loss.
+        ConfigError: the name, folder or overrides do not make such a model.
         DataError: the hub does not answer.
         CheckpointError: files are damaged.
     """
@@ -81,7 +80,6 @@ def load_model(
     config = read_config(model, local_only)
     old_labels = real_label_names(config)
     old_pad = getattr(config.get_text_config(), "pad_token_id", None)
-    refuse_auxiliary_loss(config)
     if model.from_scratch and tokenizer is not None:
         default_pad_id = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)

@@ -159,7 +159,7 @@ def _probe(module: Any) -> dict[str, torch.Tensor] | None:
     if isinstance(end, int):  # BART's classifier reads the state of the one end token
         ids[ids == end] = (end + 1) % 2
         ids[0, -1] = end
-    if type(module).__name__.endswith("MultipleChoice"):
+    if type(module).__name__.endswith("ForMultipleChoice"):
         ids = ids[:, None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return (

@@ -45,11 +45,13 @@ class StepTotals:
         faults: number of micro-batches whose loss was not finite.
         weighted_sq_norm: sum over ranks of (local weight x squared norm of the local gradient); 0.0 where the engine
             averages gradients in every step.
+        lacking: number of ranks that lack some gradient.
     """
 
     loss: float
     faults: int
     weighted_sq_norm: float
+    lacking: int
 
 
 class LookAhead:
@@ -79,12 +81,15 @@ class LookAhead:
         self._steps.close()
         self.next_step = None
 
-    def advance(self, losses: Sequence[float], *, weighted_sq_norm: float | None) -> StepTotals:
+    def advance(
+        self, losses: Sequence[float], *, weighted_sq_norm: float | None, lacks_gradients: bool = False
+    ) -> StepTotals:
         """Collective. Reads the next step, and adds up the one that was just taken.
 
         Args:
             losses: loss sums of this rank's counted micro-batches, in nats.
             weighted_sq_norm: as `Engine.weighted_sq_norm` returned it.
+            lacks_gradients: as in `Engine`.
         """
         heartbeat = self._context.heartbeat
         heartbeat.at(Phase.DATA)
@@ -100,14 +105,15 @@ class LookAhead:
             local_weight,
             sum(target.count for target in targets),
             weighted_sq_norm or 0.0,
+            int(lacks_gradients),
         ]
         # float64 holds the counts exactly.
-        loss, faults, stops, preempts, weight, count, sq_norm = all_reduce_sum(
+        loss, faults, stops, preempts, weight, count, sq_norm, lacking = all_reduce_sum(
             torch.tensor(local, dtype=torch.float64), self._context
         ).tolist()
         self.next_step = None if batches is None else Step(batches, StepWeight(weight, local_weight), int(count))
         self.decision = resolve_decision(stops=int(stops), preempts=int(preempts))
-        return StepTotals(loss, int(faults), sq_norm)
+        return StepTotals(loss, int(faults), sq_norm, int(lacking))
 
 
 def resolve_decision(*, stops: int, preempts: int) -> Decision:

@@ -136,8 +136,10 @@ def take_step(run: LoopRun, step: Step) -> StepRecord:
     learning_rate = settings.learning_rate(state.updates)
     losses = run_micro_batches(engine, run.task, batches, scale=engine.loss_scale(step.weight), seed=settings.seed)
     local_sq_norm = engine.weighted_sq_norm(step.weight)
-    totals = run.look_ahead.advance(losses, weighted_sq_norm=local_sq_norm)
+    totals = run.look_ahead.advance(losses, weighted_sq_norm=local_sq_norm, lacks_gradients=engine.lacks_gradients)
     heartbeat.at(Phase.UPDATE)
+    if totals.lacking:
+        engine.settle_missing_gradients(totals.lacking)
     gradient_norms = engine.gradient_norms() if _measures_gradients(settings, state) else None
     with explain_in_step():
         result = _update(

@@ -29,6 +29,7 @@ from dtrain.models import freezing
 from dtrain.runs.tracking import Tracker
 from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
+from dtrain.tasks.router_loss import with_router_loss
 from dtrain.training import build, data_guard, plan, rollback, summary
 from dtrain.training.checkpoints import CheckpointMonitor, StopOnRequest, deferring
 from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
@@ -72,6 +73,7 @@ def prepare_run(
     steps = build.step_plan(config, task)
     context.heartbeat.at(Phase.LOADING)
     module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
+    task = with_router_loss(task, module)
     on_main(lambda: check_reload(module, task, config), context)
     state = RunState()
     if checkpoint is not None:

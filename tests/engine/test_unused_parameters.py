@@ -11,7 +11,7 @@ from torch import nn
 from dtrain.data.order import StepPlan
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.models.freezing import frozen_statistics, train_mode
-from tests.support import training
+from tests.support import tiny, training
 from tests.support.training import Setting
 
 
@@ -43,6 +43,35 @@ def test_the_probe_names_what_gets_no_gradient_and_moves_nothing() -> None:
     assert found == ["unused.weight", "unused.bias"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Choosy(Normed):
+    """Drops a layer always, unless LayerDrop is off, and has a part that only rows with token 7 use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layerdrop = 1.0
+        self.layer, self.seldom = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = self.embed(input_ids).mean(dim=1)
+        if torch.rand([]) >= self.layerdrop:
+            hidden = self.layer(hidden)
+        if bool((input_ids == 7).any()):
+            hidden = self.seldom(hidden)
+        return SimpleNamespace(logits=self.head(self.norm(hidden)))
+
+
+def test_the_probe_does_not_name_a_dropped_layer_nor_a_part_that_a_later_micro_batch_uses() -> None:
+    model, learns = Choosy(), training.task(Setting())
+    rows = learns.splits["train"][[*range(21)]]
+    rows["input_ids"] = [[9] * len(ids) for ids in rows["input_ids"]]
+    plan = StepPlan(21, 8, 3, seed=0, shuffle=False)
+    rows["input_ids"][5][0] = 7  # micro-batch 1
+    learns.splits = {**learns.splits, "train": tiny.Table(rows)}
+
+    assert parameters_without_gradient(model, learns, plan, train_mode=moving) == ["unused.weight", "unused.bias"]
+    assert model.layerdrop == 1.0
 
 
 def test_held_statistics_stay_and_move_again_afterwards() -> None:

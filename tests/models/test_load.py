@@ -206,13 +206,37 @@ def test_a_model_without_that_head_is_refused() -> None:
         language_model(schema.Model(from_scratch=True, tokenizer="char", config={"model_type": "t5"}))
 
 
-def test_a_model_that_adds_its_own_loss_is_refused_until_that_is_off() -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    mixture = {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2, **sizes}
+SIZES = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
-    with pytest.raises(ConfigError, match=r"mixture of experts.*model.config=\{router_aux_loss_coef: 0\}"):
-        language_model(schema.Model(from_scratch=True, tokenizer="char", config=mixture))
-    language_model(schema.Model(from_scratch=True, tokenizer="char", config={**mixture, "router_aux_loss_coef": 0.0}))
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        ({"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 2}, "router_aux_loss_coef", 0),
+        ({"model_type": "stablelm", "num_key_value_heads": 2}, "layer_norm_eps", 1),
+        ({"model_type": "qwen2", "num_key_value_heads": 2}, "head_dim", 6),
+        ({"model_type": "qwen2", "num_key_value_heads": 2}, "rope_theta", 5000),
+    ],
+)
+def test_an_override_is_taken_where_transformers_takes_it(config: dict[str, Any], name: str, value: int) -> None:
+    model = language_model(schema.Model(from_scratch=True, tokenizer="char", config={**config, **SIZES, name: value}))
+
+    found = model.config.rope_parameters if name == "rope_theta" else vars(model.config)
+    assert found[name] == value
+    if name == "head_dim":
+        assert model.model.layers[0].self_attn.q_proj.out_features == 2 * value
+
+
+def test_a_rotary_setting_without_effect_is_refused_with_one_that_has_it() -> None:
+    config = {"model_type": "gpt_neox", **SIZES}
+
+    with pytest.raises(ConfigError, match=r"rope_parameters: \{rope_type: default, rope_theta: 5000\}"):
+        language_model(schema.Model(from_scratch=True, tokenizer="char", config={**config, "rope_theta": 5000}))
+    cure = {"rope_type": "default", "rope_theta": 5000}
+    model = language_model(
+        schema.Model(from_scratch=True, tokenizer="char", config={**config, "rope_parameters": cure})
+    )
+    assert model.config.rope_parameters["rope_theta"] == 5000
 
 
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
