@@ -49,6 +49,14 @@ class Model(Section):
         None, "name, folder, vocabulary file (.txt), char, or train-bpe; default: the model's"
     )
     tokenizer_vocab_size: int = setting(8000, "maximum number of tokens that train-bpe learns", ge=260)
+    add_tokens: tuple[str, ...] = setting(
+        (), "words to add to the tokenizer, e.g. [<name>, <date>]; the embeddings get rows for them", strict=False
+    )
+    pad_token: str | None = setting(
+        None,
+        "the token for padding, e.g. <pad>, added if the tokenizer lacks it; default: the tokenizer's",
+        min_length=1,
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
     attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
     gradient_checkpointing: bool = setting(
@@ -83,7 +91,7 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _check_factory(self) -> Model:
-        others = ("from_scratch", "head", "lora", "attn_implementation", "trust_remote_code")
+        others = ("from_scratch", "head", "lora", "lora_base", "add_tokens", "attn_implementation", "trust_remote_code")
         if self.factory is not None and (conflicting := [name for name in others if getattr(self, name)]):
             raise ValueError(
                 f"model.{conflicting[0]} has no effect on the module that model.factory={self.factory} builds: "

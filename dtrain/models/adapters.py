@@ -9,22 +9,27 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PretrainedConfig
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
+from dtrain.models.added_tokens import resize, set_pad_token
+from dtrain.models.hub_errors import LOADING_ERRORS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+T = TypeVar("T")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -65,6 +70,11 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
         CheckpointError: a file is damaged.
     """
     if model.name_or_path is None or not (folder := Path(model.name_or_path)).joinpath(CONFIG_FILE).is_file():
+        if model.lora_base is not None:
+            raise ConfigError(
+                f"model.lora_base={model.lora_base} is the base model of adapters, but model.name_or_path={model.name_or_path} "
+                f"has no {CONFIG_FILE}: leave model.lora_base out."
+            )
         return None
     config_class = _peft().LoraConfig
     try:
@@ -101,7 +111,33 @@ def naming_the_base(saved: SavedAdapters) -> Iterator[None]:
         ) from error
 
 
-def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) -> None:
+def load_base(saved: SavedAdapters, config: PretrainedConfig, load: Callable[[], T]) -> T:
+    """Calls `load` for the base model and gives it the vocabulary of the adapters' config, which may have added tokens.
+
+    Args:
+        config: the config in the adapters' folder, with which `load` loads the base.
+        load: returns the model, or a tuple that starts with it.
+    """
+    try:
+        content = PretrainedConfig.get_config_dict(saved.base)[0]
+    except LOADING_ERRORS:
+        return load()  # which says what is wrong
+    text = config.get_text_config()
+    stored = content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
+    wanted = getattr(text, "vocab_size", None)
+    if stored is None or wanted is None or wanted <= stored:
+        return load()
+    text.vocab_size, pad = stored, getattr(text, "pad_token_id", None)
+    if pad is not None and pad >= stored:
+        set_pad_token(config, None)  # the base has no row for it yet
+    loaded = load()
+    module: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+    resize(module, wanted)
+    set_pad_token(module.config, pad)
+    return loaded
+
+
+def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str], embeddings: Sequence[str] = ()) -> None:
     """Adds new adapters to the module and freezes all other parameters except `new`.
 
     The initial values are drawn from torch's random state.
@@ -109,11 +145,12 @@ def add(module: nn.Module, lora: schema.Lora, *, base: str, new: Sequence[str]) 
     Args:
         base: name or folder of the loaded model.
         new: names of parameters without pretrained weights, which train as well.
+        embeddings: names of modules that hold added tokens, which train as well.
 
     Raises:
         ConfigError: model.lora.targets matches no layer, or is not set and peft has no default for this model type.
     """
-    heads = sorted({name.rpartition(".")[0] for name in new} - {""})
+    heads = sorted({name.rpartition(".")[0] for name in new} - {""} | set(embeddings))
     config = _peft().LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -99,13 +99,10 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def _check_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token_id is None:
-        token = tokenizer.eos_token
-        fix = f"tokenizer.pad_token = {token!r}" if token else "tokenizer.add_special_tokens({'pad_token': '<pad>'})"
+        token = tokenizer.eos_token or "<pad>"
         raise ConfigError(
-            "The tokenizer has no pad token, but examples of different lengths have to be padded. Save a tokenizer with "
-            "one, and set model.tokenizer to its folder: "
-            f"tokenizer = AutoTokenizer.from_pretrained({tokenizer.name_or_path!r}); {fix}; "
-            "tokenizer.save_pretrained('FOLDER')"
+            "The tokenizer has no pad token, but examples of different lengths have to be padded. Set it: "
+            f"'model.pad_token={token}'"
         )
     model_pad = getattr(model.config, "pad_token_id", None)
     if model_pad is not None and model_pad != tokenizer.pad_token_id:

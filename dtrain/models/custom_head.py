@@ -30,6 +30,9 @@ CONFIG_KEY = "dtrain_head"
 
 WEIGHTS_FILE = "head.safetensors"
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""File of a folder of adapters, which holds no backbone that AutoModel loads without peft."""
+
 
 class HeadedModel(nn.Module):
     """A `backbone` and a `head`. Paths such as `embeddings` or `base_model` also resolve inside the backbone."""
@@ -162,11 +165,13 @@ def add_head(
     task_head: Head,
     local_only: bool,
     is_stored: bool,
+    shown_name: str | None = None,
 ) -> HeadedModel:
     """Returns the backbone with its head: the saved head, or a new one drawn from torch's random state.
 
     Args:
         is_stored: whether model.name_or_path has the head's weights.
+        shown_name: the user's model.name_or_path, if `model` names the base model of its adapters.
 
     Raises:
         ConfigError: the head does not fit the task or the backbone, or the saved head belongs to another task.
@@ -180,13 +185,14 @@ def add_head(
             "Leave model.head out: transformers has a head for it."
         )
     saved = None if model.from_scratch else _saved(config)
+    name = shown_name or str(model.name_or_path)
     outputs = config.vocab_size if task_head.is_over_vocabulary else int(config.num_labels)
     if task_head.logits == "choice":
         outputs = 1
     if saved is not None and (saved["task"], saved["outputs"]) != (task_head.name, outputs):
         raise ConfigError(
-            f"model.name_or_path={model.name_or_path} has a head for {saved['task']} with {saved['outputs']} outputs; "
-            f"this task needs {task_head.name} with {outputs}. {_how_to_replace(str(model.name_or_path))}"
+            f"model.name_or_path={name} has a head for {saved['task']} with {saved['outputs']} outputs; "
+            f"this task needs {task_head.name} with {outputs}. {_how_to_replace(name)}"
         )
     width = hidden_width(backbone, settings, task_head)
     headed = HeadedModel(backbone, settings, task_head=task_head, outputs=outputs, width=width).train(backbone.training)
@@ -201,10 +207,13 @@ def _saved(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _how_to_replace(name: str) -> str:
+    merge, folder = "", name
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        merge, folder = f"dtrain export model.name_or_path={name} export.to=MERGED export.merge=true && ", "MERGED"
     return (
-        'To put a new head on its backbone: python -c "from transformers import AutoModel; m = '
-        f"AutoModel.from_pretrained('{name}'); del m.config.{CONFIG_KEY}; m.save_pretrained('FOLDER')\", then "
-        f"model.name_or_path=FOLDER model.tokenizer={name}"
+        f'To put a new head on its backbone: {merge}python -c "from transformers import AutoModel; m = '
+        f"AutoModel.from_pretrained('{folder}'); del m.config.{CONFIG_KEY}; m.save_pretrained('FOLDER')\", then "
+        f"model.name_or_path=FOLDER model.tokenizer={folder}"
     )
 
 

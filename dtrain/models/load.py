@@ -23,6 +23,7 @@ from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters, user_module
+from dtrain.models.added_tokens import fit_config, fit_embeddings
 from dtrain.models.architecture import (
     check_name_or_path,
     fit_to_tokenizer,
@@ -34,6 +35,7 @@ from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 from dtrain.models.pickled_weights import PICKLE_ERRORS, damaged_pickle
 from dtrain.models.seq2seq import fit_decoder
+from dtrain.models.tokenizer import new_tokens
 
 ALIGNMENT = 64
 """PyTorch aligns tensors on the CPU to this many bytes."""
@@ -77,20 +79,25 @@ def load_model(
     local_only = check_name_or_path(model)
     config = read_config(model, local_only)
     old_labels = real_label_names(config)
+    old_pad = getattr(config.get_text_config(), "pad_token_id", None)
     if model.from_scratch and tokenizer is not None:
         default_pad_id = getattr(config, "pad_token_id", None)
         fit_to_tokenizer(config, model, tokenizer)
         if head.has_decoder or config.is_encoder_decoder:  # a classifier may have a decoder, too
             fit_decoder(config, model, tokenizer, default_pad_id=default_pad_id)
+    if tokenizer is not None and model.from_scratch:
+        fit_config(config, model, tokenizer)
     for key, value in head_config.items():
         setattr(config, key, value)
     for part in (config, config.get_text_config()):
-        if tokenizer is not None and not head.is_causal and getattr(part, "pad_token_id", None) is None:
+        if tokenizer is None or model.pad_token is not None:
+            break  # fit_config or fit_embeddings sets it
+        if not head.is_causal and getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier uses it to find the last token
     if head.problem_type is not None:
         config.problem_type = head.problem_type
     with quiet(), _seeded(seed):
-        loaded = _build_model(model, config, head=head, local_only=local_only)
+        loaded = _build_model(model, config, head=head, tokenizer=tokenizer, old_pad=old_pad, local_only=local_only)
     new_labels = real_label_names(loaded.config)
     if head.has_label_names and not model.from_scratch and old_labels not in (None, new_labels):
         log.info("Note: %s has the labels %s; they are replaced by %s", model.name_or_path, old_labels, new_labels)
@@ -117,24 +124,32 @@ def _build_model(
     config: PretrainedConfig,
     *,
     head: Head,
+    tokenizer: PreTrainedTokenizerBase | None,
+    old_pad: int | None,
     local_only: bool,
 ) -> Any:
     """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters."""
-    saved = adapters.find_saved_adapters(model)
+    saved, given = adapters.find_saved_adapters(model), model
     if saved is not None:
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
         with adapters.naming_the_base(saved):
             local_only = check_name_or_path(model)
-    new_head = head_settings(model, config)
+    new_head = head_settings(given, config)
     auto_model = head.auto_class if new_head is None else AutoModel
     new: list[str] = []
     if model.from_scratch:
         loaded = _from_scratch(auto_model, model, config, head)
     elif saved is not None:
         with adapters.naming_the_base(saved):
-            loaded, new = _pretrained(auto_model, model, config, head, local_only)
+            loaded, new = adapters.load_base(
+                saved, config, lambda: _pretrained(auto_model, model, config, head, local_only)
+            )
     else:
         loaded, new = _pretrained(auto_model, model, config, head, local_only)
+    holders: list[str] = []
+    adds = given.add_tokens or given.pad_token is not None
+    if tokenizer is not None and adds and not model.from_scratch:
+        holders = fit_embeddings(loaded, given, tokenizer, new_tokens(given, tokenizer), old_pad=old_pad)
     if new_head is not None:
         is_in_adapters = saved is not None and any(name.startswith("head.") for name in saved.heads)
         is_stored = hasattr(config, CONFIG_KEY) and not model.from_scratch and not is_in_adapters
@@ -145,13 +160,15 @@ def _build_model(
             task_head=head,
             local_only=local_only,
             is_stored=is_stored,
+            shown_name=given.name_or_path,
         )
         drawn = [] if is_stored else [f"head.{name}" for name, _ in loaded.head.named_parameters()]
         new = [*(f"backbone.{name}" for name in new), *drawn]
+        holders = [f"backbone.{name}" for name in holders]
     if saved is not None:
         adapters.load(loaded, saved)
     elif model.lora is not None:
-        adapters.add(loaded, model.lora, base=str(model.name_or_path), new=new)
+        adapters.add(loaded, model.lora, base=str(model.name_or_path), new=new, embeddings=holders)
     return loaded
 
 

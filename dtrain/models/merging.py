@@ -94,7 +94,7 @@ def load_with_adapters(folder: Path, *, base: str | None = None) -> Any:
     if model_class is None:
         raise ConfigError(f"{folder}/config.json does not name the model class of the adapters in `architectures`.")
     with adapters.naming_the_base(saved):
-        module = _build(model_class, saved.base, config)
+        module = adapters.load_base(saved, config, lambda: _build(model_class, saved.base, config))
     if isinstance(module, HeadedModel) and not any(name.startswith("head.") for name in saved.heads):
         module.head.load_state_dict(load_file(Path(saved.base) / WEIGHTS_FILE))
     adapters.load(module, saved)

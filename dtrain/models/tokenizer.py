@@ -16,8 +16,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dtrain.config import schema
+from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
+from dtrain.models.added_tokens import add_tokens
 from dtrain.models.architecture import check_name_or_path, read_config
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, is_local, quiet
 from dtrain.models.saved_tokenizer import save_tokenizer
@@ -43,6 +45,14 @@ def load_tokenizer(
         ConfigError: no tokenizer is named, or the named one cannot be used.
         DataError: the hub does not answer, or there is no text to build one from.
     """
+    tokenizer = _load(model, training_texts, needs_padding=needs_padding)
+    add_tokens(tokenizer, model)
+    return tokenizer
+
+
+def _load(
+    model: schema.Model, training_texts: Callable[[], Iterable[str]], *, needs_padding: bool
+) -> PreTrainedTokenizerBase:
     if model.tokenizer == "char":
         return build_char_tokenizer(training_texts(), pad=needs_padding)
     if model.tokenizer == "train-bpe":
@@ -59,6 +69,15 @@ def load_tokenizer(
     if name.endswith(".txt"):
         return _from_vocabulary(Path(name), setting=setting)
     return _from_name(name, model, setting=setting)
+
+
+def new_tokens(model: schema.Model, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Returns the numbers of the tokens that model.add_tokens and model.pad_token added to a tokenizer from elsewhere."""
+    wanted = [*model.add_tokens, *([] if model.pad_token is None else [model.pad_token])]
+    if not wanted or model.from_scratch or model.tokenizer in BUILT_TOKENIZERS:
+        return frozenset()
+    known = _load(model, list, needs_padding=False).get_vocab()
+    return frozenset(tokenizer.get_vocab()[token] for token in wanted if token not in known)
 
 
 def reload_tokenizer(folder: Path, model: schema.Model) -> PreTrainedTokenizerBase:

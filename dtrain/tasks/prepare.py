@@ -101,6 +101,8 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
         if config.model.tokenizer == "train-bpe":  # its settings are the key, so that it is trained only once
             like = bpe_class(config.model)
             own: dict[str, Json] = {} if like is None else {"like": like.__name__}
+            if config.model.add_tokens or config.model.pad_token is not None:
+                own["added"] = [list(config.model.add_tokens), config.model.pad_token]
             return {"train-bpe": config.model.tokenizer_vocab_size, "pad": recipe.needs_padding, **own}
         tokenizer = built_tokenizer()
         return None if tokenizer is None else fingerprint(tokenizer)

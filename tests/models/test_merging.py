@@ -5,6 +5,7 @@ Not a quick unit test, because peft takes seconds to import.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,18 +169,33 @@ def test_a_base_that_moved_is_named_and_can_be_set(tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
-def test_another_number_of_labels_is_named_as_the_cause(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", [None, {"pooling": "mean"}], ids=["transformers' head", "model.head"])
+def test_another_number_of_labels_is_named_as_the_cause_with_a_cure_that_works(
+    head: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     config = {"model_type": "bert", "vocab_size": len(tiny.tokenizer()), **BERT}
-    load("sequence_classification", from_scratch=True, config=config).base_model.save_pretrained(tmp_path / "bare")
+    load("sequence_classification", from_scratch=True, config=config).base_model.save_pretrained("bare")
+    extra = {} if head is None else {"head": schema.NewHead(**head)}
     lora = schema.Lora(r=2, alpha=4, targets=("query",))
-    module = load("sequence_classification", name_or_path=str(tmp_path / "bare"), lora=lora)
-    save(module, {n: p.detach() for n, p in module.named_parameters()}, tiny.tokenizer(), tmp_path / "adapters")
+    module = load("sequence_classification", name_or_path="bare", lora=lora, **extra)
+    save(module, {n: p.detach() for n, p in module.named_parameters()}, tiny.tokenizer(), Path("adapters"))
 
-    with pytest.raises(ConfigError, match=r"was trained for another number of labels \(classifier.bias is \(3,\)"):
-        load_model(
-            schema.Model(name_or_path=str(tmp_path / "adapters")),
+    def with_five_labels(**model: Any) -> Any:
+        return load_model(
+            schema.Model(**model),
             head=HEADS["sequence_classification"],
             head_config={"num_labels": 5},
             tokenizer=tiny.tokenizer(),
             seed=0,
         )
+
+    cause = r"another number of labels \(classifier.bias is \(3,\)" if head is None else "with 3 outputs; .* with 5"
+    with pytest.raises(ConfigError, match=cause) as refused:
+        with_five_labels(name_or_path="adapters")
+
+    command, code = re.findall(r"dtrain (export [^&]*) && python -c \"(.*?)\"", str(refused.value))[0]
+    run_export(load_config(None, command.split()[1:], command="export"), ONE_PROCESS)
+    exec(code, {})
+    (folder,) = re.findall(r"model.name_or_path=([A-Z]+) model.tokenizer=MERGED", str(refused.value))
+    assert with_five_labels(name_or_path=folder, lora=lora, **extra).config.num_labels == 5
