@@ -7,7 +7,6 @@ or a list as JSON (`["sport", "politics"]`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ import pyarrow as pa
 from dtrain.data.column_names import LABELS
 from dtrain.data.label_names import label_text
 from dtrain.data.readers import Values
-from dtrain.data.sources import Source, fixed_label_names, label_order
 from dtrain.data.tables import Origin, RowConverter, RowFormat, labeled_converter
 from dtrain.errors import DataError
 
@@ -69,38 +67,3 @@ def _json_list(text: str, location: str) -> list[Any]:
         ) from None
     assert isinstance(names, list), "it starts with ["
     return names
-
-
-def listed_label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
-    """Returns the labels in the order of their ids: those that the source defines, else the sorted training labels.
-
-    Raises:
-        DataError: a row has another label, or there is no train split to take the labels from.
-    """
-    names = fixed_label_names(sources)
-    if names is None and "train" in sources:
-        rows = sources["train"].rows
-        names = tuple(sorted({name for labels in rows["label"] for name in labels}, key=label_order))
-    if names is None:
-        raise DataError("there is no train split to take the labels from: name one in data.splits")
-    check_listed_labels(sources, names)
-    return names
-
-
-def check_listed_labels(sources: Mapping[str, Source], names: tuple[str, ...]) -> None:
-    """Checks that every label of every split is one of `names`.
-
-    Raises:
-        DataError: with file, line and label of the first row that has another label, and the known labels.
-    """
-    known = set(names)
-    for source in sources.values():
-        if "label" not in source.rows.column_names:
-            continue
-        for line, labels in zip(source.rows["line"], source.rows["label"], strict=True):
-            if unknown := [label for label in labels if label not in known]:
-                raise DataError(
-                    f"{source.origin}, {source.unit} {line}: {unknown[0]!r} is not one of the known labels: "
-                    f"{', '.join(names[:50])}{', ...' if len(names) > 50 else ''}. They come from the training rows, the data "
-                    "set or the model: correct the row, or add a training row with this label"
-                )

@@ -160,16 +160,16 @@ def load_sources(data: Data, row_format: RowFormat, *, scratch: Path | None = No
             # Two splits that were cut from one table continue the count separately.
             bad = BadRows(data.max_bad_rows, skipped=table.bad.skipped)
             sources[name] = Source(
-                name,
-                table.rows,
-                reader.origin.name,
-                table.label_names,
-                bad,
-                reader.origin.unit,
-                reader.origin.needs_label,
-                reader.unused,
-                table.columns,
-                table.read,
+                split=name,
+                rows=table.rows,
+                origin=reader.origin.name,
+                label_names=table.label_names,
+                bad=bad,
+                unit=reader.origin.unit,
+                needs_label=reader.origin.needs_label,
+                unused=reader.unused,
+                columns=table.columns,
+                read=table.read,
             )
     if data.validation_fraction is not None and (lost := _unlearned(sources)):
         raise DataError(
@@ -197,7 +197,7 @@ def label_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
     """
     names = fixed_label_names(sources)
     if names is None and "train" in sources:
-        names = tuple(sorted(sources["train"].rows.unique("label"), key=label_order))
+        names = tuple(sorted(distinct_labels(sources["train"].rows), key=label_order))
     if names is None:
         raise DataError("there is no train split to take the labels from: name one in data.splits")
     check_labels(sources, names)
@@ -217,6 +217,13 @@ def fixed_label_names(sources: Mapping[str, Source]) -> tuple[str, ...] | None:
     return next(iter(fixed), None)
 
 
+def distinct_labels(rows: datasets.Dataset) -> set[str]:
+    """Returns the labels that occur in the column `label`, which holds one label for each row, or a list of labels."""
+    if _has_classes(rows):
+        return set(rows.unique("label"))
+    return {label for labels in rows["label"] for label in labels}
+
+
 def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
     """Checks that every label of every split is one of `names`.
 
@@ -225,9 +232,10 @@ def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
     """
     known = tuple(names)
     for source in sources.values():
-        if "label" not in source.rows.column_names or set(source.rows.unique("label")) <= set(known):
+        if "label" not in source.rows.column_names or distinct_labels(source.rows) <= set(known):
             continue
-        labels = zip(source.rows["line"], source.rows["label"], strict=True)
+        cells = zip(source.rows["line"], source.rows["label"], strict=True)
+        labels = ((line, label) for line, cell in cells for label in ([cell] if isinstance(cell, str) else cell))
         line, label = next((line, label) for line, label in labels if label not in known)
         raise DataError(
             f"{source.origin}, {source.unit} {line}: {label!r} is not one of the known labels: {', '.join(known[:50])}"

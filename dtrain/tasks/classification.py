@@ -17,7 +17,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Classification, ImageClassification
 from dtrain.data.label_names import label_text
 from dtrain.data.seeding import DataPosition
-from dtrain.data.sources import Source, check_labels, label_names
+from dtrain.data.sources import Source, check_labels, distinct_labels, label_names
 from dtrain.data.tables import LABELED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
@@ -242,6 +242,6 @@ def _as_written(known: tuple[str, ...] | None, sources: Mapping[str, Source]) ->
         label
         for source in sources.values()
         if "label" in source.rows.column_names
-        for label in source.rows.unique("label")
+        for label in distinct_labels(source.rows)
     }
     return names if len(set(names)) == len(names) and used - set(known) and used <= set(names) else known

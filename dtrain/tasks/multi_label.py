@@ -19,12 +19,13 @@ from transformers import AutoModelForSequenceClassification
 
 from dtrain.config.schema import Config
 from dtrain.config.task import MultiLabel
-from dtrain.data.label_lists import check_listed_labels, label_lists, listed_label_names
+from dtrain.data.label_lists import label_lists
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
-from dtrain.errors import ConfigError, DataError
+from dtrain.errors import DataError
 from dtrain.models.heads import Head
+from dtrain.tasks.classification import choose_label_order
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import (
     Meta,
@@ -172,7 +173,9 @@ def prepare_multi_label(config: Config, settings: MultiLabel, context: RankConte
     known = pretrained_labels(config, context)
 
     def describe(sources: Mapping[str, Source], _tokenizer: Any) -> dict[str, list[str]]:
-        return {"labels": choose_listed_labels(sources, known, config.model.name_or_path)}
+        labels = choose_label_order(sources, known, config.model.name_or_path)
+        _refuse_single_label(labels)
+        return {"labels": labels}
 
     def encode(source: Source, tokenizer: Any, meta: Meta) -> Dataset:
         identity = {name: index for index, name in enumerate(meta["labels"])}
@@ -199,34 +202,13 @@ def prepare_multi_label(config: Config, settings: MultiLabel, context: RankConte
     return MultiLabelTask(examples.splits, examples.tokenizer, labels, settings, max_length=config.max_length)
 
 
-def choose_listed_labels(sources: Mapping[str, Source], known: tuple[str, ...] | None, name: str | None) -> list[str]:
-    """Returns the labels in the order of the model's outputs: the model's own labels if the data has the same.
-
-    Args:
-        known: Label names of the pretrained model. None: it has none.
-        name: Name of the model, for the message.
-
-    Raises:
-        ConfigError: neither the data nor the model has label names.
-        DataError: a label is not one of the model's, or there are fewer than two.
-    """
-    if "train" not in sources and known is not None:
-        check_listed_labels(sources, names := known)  # an evaluation: the labels are the model's
-    elif "train" not in sources and all(source.label_names is None for source in sources.values()):
-        raise ConfigError(
-            f"No label names found: there is no train split, and model.name_or_path={name} has no id2label in its "
-            "config.json. Use a trained classifier, or name a train split in data.splits."
-        )
-    else:
-        names = listed_label_names(sources)
-    if len(names) < 2:
+def _refuse_single_label(labels: Sequence[str]) -> None:
+    """Raises DataError for fewer than two labels: scikit-learn would read the table as one binary label."""
+    if len(labels) < 2:
         raise DataError(
-            f"the training rows have {len(names)} different label{'' if len(names) == 1 else 's'} ({', '.join(names)}): this task "
-            "needs at least two. For one yes-or-no label use task.name=classification, with a label for each row"
+            f"the training rows have {len(labels)} different label{'' if len(labels) == 1 else 's'} ({', '.join(labels)}): this "
+            "task needs at least two. For one yes-or-no label use task.name=classification, with a label for each row"
         )
-    if known is not None and set(known) == set(names):
-        names = known  # so that the model's outputs keep their meaning
-    return list(names)
 
 
 def _losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
