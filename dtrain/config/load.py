@@ -32,6 +32,7 @@ from dtrain.config.error_messages import (
     value_at,
 )
 from dtrain.config.fields import OnResume
+from dtrain.config.foreign_names import explain_key
 from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.config.quickstart import QUICKSTART
 from dtrain.config.schema import Config
@@ -85,12 +86,15 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
         return [*above, *below, str(path) if path else _COMMAND_LINE][0]
 
+    def explain(key: KeyPath) -> str | None:
+        return explain_key(key, settings.values, on_command_line=locate(key) == _COMMAND_LINE)
+
     problems = settings.problems
     try:
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
         problems += _check_allowed_changes(config, locate)
     except ValidationError as error:
-        problems += error_lines(error, Config, settings.values, locate=locate, show=show)
+        problems += error_lines(error, Config, settings.values, locate=locate, show=show, explain=explain)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config if command in ("train", "download") else _for_trained_model(config, command)
