@@ -135,7 +135,7 @@ def test_a_home_folder_is_expanded() -> None:
         ("- task\n- train\n", None, "expected sections"),
         ("classification\n", None, "found classification"),
         ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
-        ("task: &again [*again]\n", None, "contains itself"),
+        ("task: &again [*again]\n", 1, "contains itself"),
         ("task: {name: classification}\nrun: {seed: !!python/object/apply:os.getpid []}\n", 2, "python/object"),
         ("task: {name: classification}\nrun: {seed: !!int seven}\n", 2, "run.seed"),
         ("task: {name: 'classi\x01fication'}\n", None, "not valid YAML"),
