@@ -213,7 +213,7 @@ def _lines(
         for text in str(details["ctx"]["error"]).splitlines():
             mentioned = [tuple(name.split(".")) for name in re.findall(r"[a-z_]+(?:\.\w+)+", text)]
             locations = [locate(name) for name in mentioned if value_at(values, name) is not ABSENT] or [locate(key)]
-            yield f"{' and '.join(dict.fromkeys(locations))}: {text.removesuffix('.')}."
+            yield f"{' and '.join(dict.fromkeys(locations))}: {text if text.endswith('?') else text.removesuffix('.') + '.'}"
         return
     if len(models_in(annotation)) > 1 and (
         value_at(values, key) is ABSENT or isinstance(value_at(values, key), Mapping)
