@@ -133,7 +133,7 @@ class _Source:
                     if not name.endswith("DEFAULT"):
                         self.constants_of.setdefault(file, set()).add(text)
                 case ast.Assign(targets=[ast.Name(id=name)], value=ast.Dict(keys=keys)) if name in REMOVED:
-                    self.removed |= {key.value for key in keys if isinstance(key, ast.Constant)}
+                    self.removed |= {str(key.value) for key in keys if isinstance(key, ast.Constant)}
                 case ast.FunctionDef(name=name) if name != "__init__":
                     self.functions[name] = node
                 case ast.ClassDef(name=name, body=body):
