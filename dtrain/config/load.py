@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from dtrain.config.error_messages import (
     ABSENT,
+    COMMAND_LINE,
     Difference,
     KeyPath,
     annotation_at,
@@ -49,8 +50,6 @@ from dtrain.config.yaml_dialect import (
     show,
 )
 from dtrain.errors import ConfigError
-
-_COMMAND_LINE = "command line"
 
 
 @dataclass
@@ -95,10 +94,10 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         prefixes = [key[:n] for n in range(len(key), 0, -1)]
         above = [settings.locations[prefix] for prefix in prefixes if prefix in settings.locations]
         below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
-        return [*above, *below, str(path) if path else _COMMAND_LINE][0]
+        return [*above, *below, str(path) if path else COMMAND_LINE][0]
 
     def explain(key: KeyPath) -> str | None:
-        return explain_key(key, settings.values, on_command_line=locate(key) == _COMMAND_LINE)
+        return explain_key(key, settings.values, on_command_line=locate(key) == COMMAND_LINE)
 
     problems = settings.problems
     try:
@@ -319,7 +318,7 @@ def _read(node: yaml.Node, key: KeyPath, annotation: Any, settings: _RawSettings
 
 
 def _location(node: yaml.Node, file: str | None) -> str:
-    return f"{file}, line {node.start_mark.line + 1}" if file else _COMMAND_LINE
+    return f"{file}, line {node.start_mark.line + 1}" if file else COMMAND_LINE
 
 
 def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | None:
@@ -329,10 +328,10 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
     if not equals or not all(key):
         is_file = text.endswith((".yaml", ".yml"))
         fix = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
-        settings.problems.append(f"{_COMMAND_LINE}: {text!r} is not a setting: {fix}.")
+        settings.problems.append(f"{COMMAND_LINE}: {text!r} is not a setting: {fix}.")
         return None
     if len(key) > MAX_DEPTH:
-        settings.problems.append(f"{_COMMAND_LINE}: {text:.60}... is nested more than {MAX_DEPTH} levels deep.")
+        settings.problems.append(f"{COMMAND_LINE}: {text:.60}... is nested more than {MAX_DEPTH} levels deep.")
         return None
     annotation = annotation_at(Config, key)
     value_settings = _RawSettings()
@@ -344,7 +343,7 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
         if not takes_text_only(annotation):
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
             kind = "" if isinstance(error, LimitError) else "the value is not valid YAML: "
-            settings.problems.append(f"{_COMMAND_LINE}: {_shortened(text)}: {kind}{problem}.")
+            settings.problems.append(f"{COMMAND_LINE}: {_shortened(text)}: {kind}{problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
     if takes_text_only(annotation) and is_plain and (value is not None or (node is None and raw)):
@@ -368,10 +367,10 @@ def _apply(key: KeyPath, value: Any, settings: _RawSettings) -> None:
         if not isinstance(target, dict):
             parent = dotted_name(key[:depth])
             settings.problems.append(
-                f"{_COMMAND_LINE}: {dotted_name(key)} cannot be set, because {parent} is {show(target)}. "
+                f"{COMMAND_LINE}: {dotted_name(key)} cannot be set, because {parent} is {show(target)}. "
                 f"Set {parent} as one value."
             )
             return
     target[str(last)] = value
     settings.locations = {k: location for k, location in settings.locations.items() if k[: len(key)] != key}
-    settings.locations[key] = _COMMAND_LINE
+    settings.locations[key] = COMMAND_LINE
