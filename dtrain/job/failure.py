@@ -36,6 +36,7 @@ from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
 from dtrain.environment import missing_module
 from dtrain.errors import DtrainError, Preempted, TopologyError
+from dtrain.job.launcher_error import write_launcher_error
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_held_by_another_job
 
@@ -135,7 +136,11 @@ def write_exit_json(record: ExitRecord, config: Config, heartbeat: Heartbeat) ->
 
 
 def write_exit_file(record: ExitRecord, topology: Topology) -> None:
-    """Writes the file that launch/*.sh reads if the run has no exit.json. The first rank of a node wins."""
+    """Writes the files of the launcher: that of launch/*.sh, where the first rank of a node wins, and torchrun's.
+
+    launch/*.sh reads it if the run has no exit.json.
+    """
+    write_launcher_error(topology.launcher_error_file, record.message)
     file = topology.exit_file
     if file is not None and file.parent.is_dir():
         write_exit(file, **asdict(record))
