@@ -183,6 +183,9 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             log.error("%s", previous["message"])
         return int(previous["code"])
 
+    if config.note is not None and topology.is_main:
+        sys.stderr.write(f"{config.note}\n")  # standard output is for the answer
+
     def record_cause(cause: str) -> None:
         if has_exit_json:
             write_exit_json(error_record(Interrupted(cause), topology), config, context.heartbeat)

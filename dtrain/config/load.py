@@ -5,7 +5,6 @@ schema.py declares the settings, error_messages.py builds the messages, and yaml
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +32,27 @@ from dtrain.config.error_messages import (
 )
 from dtrain.config.fields import OnResume
 from dtrain.config.model import BUILT_TOKENIZERS
-from dtrain.config.quickstart import QUICKSTART
+from dtrain.config.quickstart import QUICKSTART, quickstart_without_replaced
 from dtrain.config.schema import Config
+from dtrain.config.trained_model import (
+    SOURCE,
+    ModelOrigin,
+    describe,
+    find_run,
+    model_folder,
+    take_settings,
+    unknown_task,
+)
 from dtrain.config.yaml_dialect import SCALARS, TAG, Loader, dump, show
 from dtrain.errors import ConfigError
 
 _COMMAND_LINE = "command line"
+
+EMPTY_TEXTS = (("predict", "text"), ("predict", "text_pair"), ("inspect", "text"))
+"""Settings for which nothing after the = is an empty text, and not null."""
+
+WITHOUT_TRAINED_MODEL = ("train", "download")
+"""Commands that need no trained model."""
 
 
 @dataclass
@@ -57,8 +71,8 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     """Reads the settings of one run.
 
     Args:
-        path: a YAML file. None starts from the quickstart, without the parts that the overrides replace; for predict,
-            None starts from the settings of the run that trained model.name_or_path.
+        path: a YAML file. None starts from the settings of the run that trained model.name_or_path, for commands that use
+            a trained model; else from the quickstart, without the parts that the overrides replace.
         overrides: `section.key=value` with a YAML value. A later one wins over an earlier one and over the file.
         command: names the default run folder of commands other than train (`cola-evaluate`).
 
@@ -69,12 +83,14 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     if path is not None:
         settings.values = _read_file(path, settings)
     pairs = [pair for text in overrides if (pair := _read_override(text, settings)) is not None]
-    if path is None and command == "predict" and (path := _config_of_model(pairs)) is not None:
-        settings.values, default_name = _read_file(path, settings), path.parent.name
-        # The run folder may have been moved since, so use its current place.
-        settings.values["run"] = {"output_dir": str(path.parent.parent)}
+    run, file = None, path
+    if path is None and command not in WITHOUT_TRAINED_MODEL:
+        run = _find_run(pairs, settings, command)
+    if run is not None:
+        settings.values = _settings_of_run(run, pairs, settings, command=command)
+        default_name, file = run.name, run.config_file
     elif path is None:
-        settings.values = _quickstart_without_replaced(pairs)
+        settings.values = quickstart_without_replaced(pairs)
     for key, value in pairs:
         _apply(key, value, settings)
     _name_run(settings, default_name=default_name, command=command)
@@ -83,38 +99,53 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         prefixes = [key[:n] for n in range(len(key), 0, -1)]
         above = [settings.locations[prefix] for prefix in prefixes if prefix in settings.locations]
         below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
-        return [*above, *below, str(path) if path else _COMMAND_LINE][0]
+        return [*above, *below, str(file) if file else _COMMAND_LINE][0]
 
     problems = settings.problems
     try:
+        # The user's modules are never searched in the folder of a model.
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
         problems += _check_allowed_changes(config, locate)
     except ValidationError as error:
         problems += error_lines(error, Config, settings.values, locate=locate, show=show)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    return config if command in ("train", "download") else _for_trained_model(config, command)
+    if command in WITHOUT_TRAINED_MODEL:
+        return config
+    config = _for_trained_model(config, command)
+    return config if run is None else config.with_note(describe(run, config, dict(pairs)))
 
 
-def _config_of_model(pairs: Sequence[tuple[KeyPath, Any]]) -> Path | None:
-    """Returns the config.yaml of the run that trained the model; None if the overrides name a task or no model.
+def _find_run(pairs: Sequence[tuple[KeyPath, Any]], settings: _RawSettings, command: str) -> ModelOrigin | None:
+    """Returns the run that trained the model of the overrides; None if there is none, or the command needs no task.
 
-    Raises:
-        ConfigError: the task is unknown.
+    If nothing shows the task, adds that problem.
     """
     values = dict(pairs)
     name = values.get(("model", "name_or_path"))
-    if not isinstance(name, str):
+    if not isinstance(name, str) or command == "export":
         return None
-    folder = Path(name).expanduser().absolute()
-    inside = folder / "config.yaml"  # A checkpoint contains its settings; those of a model are in the folder above.
-    file = inside if inside.is_file() else folder.parent / "config.yaml"
-    if not file.is_file() and values.keys().isdisjoint({("task", "name"), ("task",)}):
-        raise ConfigError(
-            f"predict does not know the task of model.name_or_path={name}: it is not the model folder of a run "
-            f"({file} does not exist). Set task.name=..., or pass the settings with --config."
-        )
-    return file if file.is_file() else None
+    run = find_run(model_folder(name))
+    reads_rows = command in ("evaluate", "predict") or ("inspect", "split") in values
+    if run is None and reads_rows and values.keys().isdisjoint({("task", "name"), ("task",)}):
+        settings.problems.append(unknown_task(name, command))
+    return run
+
+
+def _settings_of_run(
+    run: ModelOrigin, pairs: Sequence[tuple[KeyPath, Any]], settings: _RawSettings, *, command: str
+) -> dict[str, Any]:
+    """Returns what a command takes from the config.yaml of the run that trained its model."""
+    values, chosen = _read_file(run.config_file, settings), dict(pairs)
+    taken = take_settings(values, run, chosen, command=command)
+    task = chosen.get(("task", "name"))
+    if task is not None and isinstance(taken.get("task"), dict) and taken["task"].get("name") != task:
+        del taken["task"]  # its options belong to another task
+    if any(("data", name) in chosen for name in ("name", "path", "splits")) and isinstance(taken.get("data"), dict):
+        taken["data"] = {name: value for name, value in taken["data"].items() if name not in SOURCE}
+    # The run's folder may have been moved since, so use its current place.
+    place = {"output_dir": str(run.folder.parent)}
+    return {**taken, "run": {**taken.get("run", {}), **place}}
 
 
 def _for_trained_model(config: Config, command: str) -> Config:
@@ -125,8 +156,12 @@ def _for_trained_model(config: Config, command: str) -> Config:
     """
     model = config.model
     if model.name_or_path is None:
-        raise ConfigError(f"{command} uses a trained model: set model.name_or_path, e.g. to runs/quickstart/model.")
-    changes: dict[str, Any] = {"from_scratch": False, "config": {}} if model.from_scratch else {}
+        raise ConfigError(
+            f"{command} uses a trained model: name its run, as in {command} runs/quickstart, or set model.name_or_path."
+        )
+    changes: dict[str, Any] = {"name_or_path": model_folder(model.name_or_path)}
+    if model.from_scratch:
+        changes |= {"from_scratch": False, "config": {}}
     if model.tokenizer in BUILT_TOKENIZERS:  # Training built it from its text and saved it in the model's folder.
         changes["tokenizer"] = None
     return config.model_copy(update={"model": model.model_copy(update=changes)})
@@ -187,34 +222,16 @@ def _on_resume(key: KeyPath) -> OnResume:
     return nearest
 
 
-def _quickstart_without_replaced(pairs: Sequence[tuple[KeyPath, Any]]) -> dict[str, Any]:
-    """Returns the quickstart's settings without those that belong to a part that an override replaces."""
-
-    def is_set(section: str, *names: str) -> bool:
-        return any(
-            key[0] == section and (len(key) == 1 or key[1] in names) for key, value in pairs if value is not None
-        )
-
-    if is_set("task", "name"):
-        return {}
-    base = copy.deepcopy(QUICKSTART)
-    del base["run"]  # Its name is a default, not the user's choice: see _name_run.
-    new_model, new_data = is_set("model", "name_or_path"), is_set("data", "name", "path")
-    if new_model:
-        # Learning rate and decay suit a small new model. They would destroy what a pretrained one has learned.
-        for section in ("model", "optim", "schedule"):
-            del base[section]
-    if new_data:
-        # Any single file needs a validation split, but the block length belongs to the quickstart's model.
-        kept = ("validation_fraction",) if new_model else ("validation_fraction", "max_length")
-        base["data"] = {name: base["data"][name] for name in kept}
-    return base
-
-
 def _name_run(settings: _RawSettings, *, default_name: str | None, command: str) -> None:
-    """Names an unnamed run after `default_name`, else after the task or the quickstart, and after the command."""
+    """Names an unnamed run after `default_name`, else after the task or the quickstart, and any after the command."""
     run = settings.values.setdefault("run", {})
-    if not isinstance(run, dict) or run.get("name") is not None:
+    if not isinstance(run, dict):
+        return
+    if (name := run.get("name")) is not None:
+        # A name in a file is that of the training run. Another command gets its own folder.
+        is_in_file = _COMMAND_LINE not in (settings.locations.get(("run",)), settings.locations.get(("run", "name")))
+        if command != "train" and is_in_file and isinstance(name, str) and not name.endswith(f"-{command}"):
+            run["name"] = f"{name}-{command}"
         return
     if default_name is None:
         task = settings.values.get("task")
@@ -319,7 +336,8 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
             settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not valid YAML: {problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
-    if takes_text_only(annotation) and is_plain and (value is not None or (node is None and raw)):
+    is_empty_text = not raw and key in EMPTY_TEXTS
+    if takes_text_only(annotation) and is_plain and (value is not None or (node is None and raw) or is_empty_text):
         value = raw  # Text keeps a #, a colon or a bracket that YAML would interpret.
     settings.problems += value_settings.problems
     return key, value
