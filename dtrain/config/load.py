@@ -40,6 +40,7 @@ from dtrain.config.trained_model import (
     describe,
     find_run,
     model_folder,
+    shown_path,
     take_settings,
     unknown_task,
 )
@@ -144,7 +145,7 @@ def _settings_of_run(
     if any(("data", name) in chosen for name in ("name", "path", "splits")) and isinstance(taken.get("data"), dict):
         taken["data"] = {name: value for name, value in taken["data"].items() if name not in SOURCE}
     # The run's folder may have been moved since, so use its current place.
-    place = {"output_dir": str(run.folder.parent)}
+    place = {"output_dir": shown_path(run.folder.parent)}
     return {**taken, "run": {**taken.get("run", {}), **place}}
 
 
