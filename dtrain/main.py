@@ -17,13 +17,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
 from dtrain.commands.arguments import parse
+from dtrain.config import bounded_json
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -225,7 +225,7 @@ def _non_retryable_failure(config: Config, topology: Topology, env: Mapping[str,
     file, launcher_s = config.run_dir / "exit.json", age_s(os.getppid())
     try:
         is_of_this_job = launcher_s is not None and time.time() - file.stat().st_mtime < launcher_s
-        previous: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        previous: dict[str, Any] = bounded_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return previous if is_of_this_job and previous.get("code") in NON_RETRYABLE_CODES else None

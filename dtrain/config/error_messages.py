@@ -156,6 +156,7 @@ def error_lines(
     *,
     locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
+    explain: Callable[[KeyPath], str | None],
 ) -> list[str]:
     """Returns one line per pydantic error: location, setting, value found, value expected, nearest valid name.
 
@@ -165,6 +166,7 @@ def error_lines(
         values: nested plain values.
         locate: returns the location of a setting, such as `cola.yaml, line 3`.
         show: formats a value as the user would write it.
+        explain: returns the message for an unknown key that has a known meaning elsewhere, without its location; else None.
     """
     details_by_key = [(_key(details["loc"], root, values), details) for details in error.errors(include_url=False)]
     lines = []
@@ -173,7 +175,7 @@ def error_lines(
         is_outer = any(len(other) > len(key) and other[: len(key)] == key for other, _ in details_by_key)
         if is_outer and details["type"].endswith(("_type", "literal_error")):
             continue
-        lines += list(_lines(key, details, root, values, locate=locate, show=show))
+        lines += list(_lines(key, details, root, values, locate=locate, show=show, explain=explain))
     return list(dict.fromkeys(lines))
 
 
@@ -196,10 +198,16 @@ def _lines(
     *,
     locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
+    explain: Callable[[KeyPath], str | None],
 ) -> Iterator[str]:
     annotation = annotation_at(root, key)
     if details["type"] == "extra_forbidden":
-        yield f"{locate(key)}: {_unknown(key, root, values)}"
+        names = [key]
+        section = value_at(values, key)
+        if isinstance(section, Mapping) and not difflib.get_close_matches(str(key[-1]), root.model_fields, 1):
+            names += [(*key, name) for name in section]  # a section of another trainer, such as training_args
+        explained = [f"{locate(name)}: {text}" for name in names if (text := explain(name)) is not None]
+        yield from explained or [f"{locate(key)}: {_unknown(key, root, values)}"]
         return
     if details["type"] == "value_error" and (key == () or models_in(annotation)):
         for text in str(details["ctx"]["error"]).splitlines():

@@ -31,6 +31,7 @@ from dtrain.config.error_messages import (
     value_at,
 )
 from dtrain.config.fields import OnResume
+from dtrain.config.foreign_names import explain_key
 from dtrain.config.model import BUILT_TOKENIZERS
 from dtrain.config.quickstart import QUICKSTART, quickstart_without_replaced
 from dtrain.config.schema import Config
@@ -44,7 +45,18 @@ from dtrain.config.trained_model import (
     take_settings,
     unknown_task,
 )
-from dtrain.config.yaml_dialect import SCALARS, TAG, Loader, dump, show
+from dtrain.config.yaml_dialect import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    NUMBERS,
+    SCALARS,
+    TAG,
+    LimitError,
+    Loader,
+    dump,
+    show,
+)
 from dtrain.errors import ConfigError
 
 _COMMAND_LINE = "command line"
@@ -102,13 +114,16 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
         return [*above, *below, str(file) if file else _COMMAND_LINE][0]
 
+    def explain(key: KeyPath) -> str | None:
+        return explain_key(key, settings.values, on_command_line=locate(key) == _COMMAND_LINE)
+
     problems = settings.problems
     try:
         # The user's modules are never searched in the folder of a model.
         config = Config.model_validate(settings.values).in_folder(path.parent if path else Path())
         problems += _check_allowed_changes(config, locate)
     except ValidationError as error:
-        problems += error_lines(error, Config, settings.values, locate=locate, show=show)
+        problems += error_lines(error, Config, settings.values, locate=locate, show=show, explain=explain)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     if command in WITHOUT_TRAINED_MODEL:
@@ -244,11 +259,14 @@ def _name_run(settings: _RawSettings, *, default_name: str | None, command: str)
 
 def _read_file(path: Path, settings: _RawSettings) -> dict[str, Any]:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         nearest = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], 1)
         hint = f" Did you mean {path.parent / nearest[0]}?" if nearest else ""
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.{hint}") from None
+    if len(data) > MAX_BYTES:
+        raise ConfigError(f"{path} has more than {MAX_BYTES:,} bytes, the limit for a config file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -264,12 +282,12 @@ def _parse(text: str, settings: _RawSettings, *, file: str) -> dict[str, Any]:
         values = {} if node is None else _read(node, (), Config, settings, file=file)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        if isinstance(error, LimitError):
+            raise ConfigError(f"{file}{line}: {error.problem}.") from None
         tab = " Indent with spaces, not tabs." if "\\t" in str(error.problem) else ""
         raise ConfigError(f"{file}{line}: this is not valid YAML: {error.problem}.{tab}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: this is not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{file}: an alias (*name) contains itself") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected sections (task:, model:, data:, ...), found {show(values)}")
     return values
@@ -303,6 +321,12 @@ def _read(node: yaml.Node, key: KeyPath, annotation: Any, settings: _RawSettings
         return {}  # A section whose lines are all commented out.
     if isinstance(node, yaml.ScalarNode) and takes_text_only(annotation) and not is_null:
         return node.value
+    if node.tag in NUMBERS and len(node.value) > MAX_DIGITS:
+        settings.problems.append(
+            f"{location}: {dotted_name(key)} is a number of {len(node.value):,} characters, where at most {MAX_DIGITS} are "
+            "read."
+        )
+        return None
     if node.tag in SCALARS:
         with suppress(ValueError):  # For example `!!int abc`.
             return SCALARS[node.tag](node.value)
@@ -325,6 +349,9 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
         fix = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
         settings.problems.append(f"{_COMMAND_LINE}: {text!r} is not a setting: {fix}.")
         return None
+    if len(key) > MAX_DEPTH:
+        settings.problems.append(f"{_COMMAND_LINE}: {text:.60}... is nested more than {MAX_DEPTH} levels deep.")
+        return None
     annotation = annotation_at(Config, key)
     value_settings = _RawSettings()
     try:
@@ -334,7 +361,8 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
         node, value = None, raw
         if not takes_text_only(annotation):
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-            settings.problems.append(f"{_COMMAND_LINE}: {text}: the value is not valid YAML: {problem}.")
+            kind = "" if isinstance(error, LimitError) else "the value is not valid YAML: "
+            settings.problems.append(f"{_COMMAND_LINE}: {_shortened(text)}: {kind}{problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
     is_empty_text = not raw and key in EMPTY_TEXTS
@@ -342,6 +370,10 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
         value = raw  # Text keeps a #, a colon or a bracket that YAML would interpret.
     settings.problems += value_settings.problems
     return key, value
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _apply(key: KeyPath, value: Any, settings: _RawSettings) -> None:

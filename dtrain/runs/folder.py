@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dtrain.config import bounded_json
 from dtrain.errors import ConfigError
 from dtrain.runs.jsonl import json_safe, report_write_errors, to_json_line
 from dtrain.runs.lock import LOCK, move_lock
@@ -101,7 +102,7 @@ def _is_complete(weights: Path) -> bool:
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(length)) if length < 100 * 2**20 else {}
+            table = bounded_json.loads(file.read(length)) if length < 100 * 2**20 else {}
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
         return bool(ends) and weights.stat().st_size == 8 + length + max(ends)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -110,7 +111,7 @@ def _is_complete(weights: Path) -> bool:
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        return isinstance(bounded_json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
 

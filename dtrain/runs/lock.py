@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
 from dtrain.errors import ConfigError, TopologyError
@@ -172,7 +173,7 @@ def read_lock(folder: Path) -> LockState | None:
 
 def _parse_owner(text: str) -> LockOwner | None:
     try:
-        record = json.loads(text)
+        record = bounded_json.loads(text)
         process = ProcessIdentity(
             host=str(record["host"]),
             boot=str(record["boot"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dtrain.config import bounded_json
 from dtrain.config.error_messages import Difference
 from dtrain.config.schema import Config
 from dtrain.distributed.launcher_env import TORCHRUN
@@ -147,7 +147,7 @@ def _is_complete(folder: RunFolder, checkpoints: AvailableCheckpoints, changes: 
         return False
     if checkpoints.newest is None:
         return not checkpoints.damaged
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    summary = bounded_json.loads(folder.summary.read_text(encoding="utf-8"))
     return bool(summary.get("step") == checkpoints.newest)
 
 
