@@ -19,6 +19,7 @@ import pytest
 DTRAIN = Path(__file__).parents[1] / "dtrain"
 
 ORDER = (
+    "environment",
     "errors",
     "console",
     "config",
@@ -61,6 +62,7 @@ ONLY_IN = {
 SAME_AS_ENVIRON = {"os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 
 WITHOUT_TORCH = (
+    "environment",
     "errors",
     "console",
     "config",

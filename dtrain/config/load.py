@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from dtrain.config.error_messages import (
     ABSENT,
+    COMMAND_LINE,
     Difference,
     KeyPath,
     annotation_at,
@@ -58,8 +59,6 @@ from dtrain.config.yaml_dialect import (
     show,
 )
 from dtrain.errors import ConfigError
-
-_COMMAND_LINE = "command line"
 
 EMPTY_TEXTS = (("predict", "text"), ("predict", "text_pair"), ("inspect", "text"))
 """Settings for which nothing after the = is an empty text, and not null."""
@@ -112,10 +111,10 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
         prefixes = [key[:n] for n in range(len(key), 0, -1)]
         above = [settings.locations[prefix] for prefix in prefixes if prefix in settings.locations]
         below = [location for other, location in settings.locations.items() if other[: len(key)] == key]
-        return [*above, *below, str(file) if file else _COMMAND_LINE][0]
+        return [*above, *below, str(file) if file else COMMAND_LINE][0]
 
     def explain(key: KeyPath) -> str | None:
-        return explain_key(key, settings.values, on_command_line=locate(key) == _COMMAND_LINE)
+        return explain_key(key, settings.values, on_command_line=locate(key) == COMMAND_LINE)
 
     problems = settings.problems
     try:
@@ -245,7 +244,7 @@ def _name_run(settings: _RawSettings, *, default_name: str | None, command: str)
         return
     if (name := run.get("name")) is not None:
         # A name in a file is that of the training run. Another command gets its own folder.
-        is_in_file = _COMMAND_LINE not in (settings.locations.get(("run",)), settings.locations.get(("run", "name")))
+        is_in_file = COMMAND_LINE not in (settings.locations.get(("run",)), settings.locations.get(("run", "name")))
         if command != "train" and is_in_file and isinstance(name, str) and not name.endswith(f"-{command}"):
             run["name"] = f"{name}-{command}"
         return
@@ -337,7 +336,7 @@ def _read(node: yaml.Node, key: KeyPath, annotation: Any, settings: _RawSettings
 
 
 def _location(node: yaml.Node, file: str | None) -> str:
-    return f"{file}, line {node.start_mark.line + 1}" if file else _COMMAND_LINE
+    return f"{file}, line {node.start_mark.line + 1}" if file else COMMAND_LINE
 
 
 def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | None:
@@ -347,10 +346,10 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
     if not equals or not all(key):
         is_file = text.endswith((".yaml", ".yml"))
         fix = f"for a config file write --config {text}" if is_file else "write section.key=value, e.g. train.epochs=1"
-        settings.problems.append(f"{_COMMAND_LINE}: {text!r} is not a setting: {fix}.")
+        settings.problems.append(f"{COMMAND_LINE}: {text!r} is not a setting: {fix}.")
         return None
     if len(key) > MAX_DEPTH:
-        settings.problems.append(f"{_COMMAND_LINE}: {text:.60}... is nested more than {MAX_DEPTH} levels deep.")
+        settings.problems.append(f"{COMMAND_LINE}: {text:.60}... is nested more than {MAX_DEPTH} levels deep.")
         return None
     annotation = annotation_at(Config, key)
     value_settings = _RawSettings()
@@ -362,7 +361,7 @@ def _read_override(text: str, settings: _RawSettings) -> tuple[KeyPath, Any] | N
         if not takes_text_only(annotation):
             problem = getattr(error, "problem", None) or str(error).splitlines()[0]
             kind = "" if isinstance(error, LimitError) else "the value is not valid YAML: "
-            settings.problems.append(f"{_COMMAND_LINE}: {_shortened(text)}: {kind}{problem}.")
+            settings.problems.append(f"{COMMAND_LINE}: {_shortened(text)}: {kind}{problem}.")
             return None
     is_plain = not isinstance(node, yaml.ScalarNode) or node.style is None
     is_empty_text = not raw and key in EMPTY_TEXTS
@@ -387,10 +386,10 @@ def _apply(key: KeyPath, value: Any, settings: _RawSettings) -> None:
         if not isinstance(target, dict):
             parent = dotted_name(key[:depth])
             settings.problems.append(
-                f"{_COMMAND_LINE}: {dotted_name(key)} cannot be set, because {parent} is {show(target)}. "
+                f"{COMMAND_LINE}: {dotted_name(key)} cannot be set, because {parent} is {show(target)}. "
                 f"Set {parent} as one value."
             )
             return
     target[str(last)] = value
     settings.locations = {k: location for k, location in settings.locations.items() if k[: len(key)] != key}
-    settings.locations[key] = _COMMAND_LINE
+    settings.locations[key] = COMMAND_LINE

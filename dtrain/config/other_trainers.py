@@ -39,7 +39,7 @@ SAME_AS = {
         + ("cutoff_len", "sequence_len", "seq_len", "seq_length", "context_length"),
         "max_seq_length",
     ),
-    **dict.fromkeys(("model_name", "base_model", "model_path", "model_id", "checkpoint"), "model_name_or_path"),
+    **dict.fromkeys(("model_name", "base_model", "model_path", "model_id"), "model_name_or_path"),
     **dict.fromkeys(("pretrained_model_name_or_path", "model"), "model_name_or_path"),
     **dict.fromkeys(("tokenizer", "tokenizer_name_or_path"), "tokenizer_name"),
     **dict.fromkeys(("train_data", "train_data_file", "train_path"), "train_file"),

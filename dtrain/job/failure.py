@@ -34,6 +34,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
+from dtrain.environment import missing_module
 from dtrain.errors import DtrainError, Preempted, TopologyError
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_held_by_another_job
@@ -109,6 +110,8 @@ def for_user(error: BaseException) -> BaseException:
     """Returns the error to report: one that has a message for the user, where a library raised another."""
     if _is_for_user(error):
         return error
+    if (message := missing_module(error)) is not None:
+        return DtrainError(message)
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return TopologyError(f"{error}: {open_files_hint(raise_open_files())}")
     # Not imported here: a signal may have interrupted the first import of torch, and a second one would crash.
