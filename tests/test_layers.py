@@ -55,7 +55,7 @@ ONLY_IN = {
         "commands.link_test",
     ),
     "deepspeed": ("engine.deepspeed",),
-    "yaml": ("config.load", "config.yaml_dialect"),
+    "yaml": ("config.raw_settings", "config.yaml_dialect"),
 }
 """A thing, and the modules or packages that may use it."""
 
