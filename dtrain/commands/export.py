@@ -74,10 +74,6 @@ def _source(config: Config) -> Path:
             f"model.name_or_path={name} is not a local folder: export takes a run's model (<run>/model). To get a model "
             f"from the hub, run: download model.name_or_path={name} download.to=FOLDER"
         )
-    if folder.name == "checkpoints":
-        raise ConfigError(
-            f"model.name_or_path={name} contains checkpoints: set it to one of them, or to the run's model/."
-        )
     if (folder / format.MANIFEST).is_file():
         verify_start(name)
         if not list(folder.glob(f"{format.MODEL}*.safetensors")):
@@ -85,8 +81,6 @@ def _source(config: Config) -> Path:
                 f"model.name_or_path={name} is a sharded checkpoint, whose weights are split into pieces. A run can start "
                 "with it or resume from it; to export, use the run's model/."
             )
-    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.name_or_path={name} is a run folder: set it to its model, {folder / 'model'}.")
     if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG_FILE)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."

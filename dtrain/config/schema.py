@@ -263,6 +263,7 @@ class Config(Section):
     talk: Talk = setting(Talk(), "the chat command")
 
     _folder: Path = PrivateAttr(Path())
+    _note: str | None = PrivateAttr(None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.model_dump() == other.model_dump()  # The folder does not count.
@@ -271,6 +272,17 @@ class Config(Section):
     def folder(self) -> Path:
         """The config file's folder, where the user's modules are searched; the current folder without a file."""
         return self._folder
+
+    @property
+    def note(self) -> str | None:
+        """Which settings come from the run that trained the model, one line; None if the user has set all."""
+        return self._note
+
+    def with_note(self, note: str) -> Config:
+        """Returns a copy with another note."""
+        copied = self.model_copy()
+        copied._note = note
+        return copied
 
     def in_folder(self, folder: Path) -> Config:
         """Returns a copy that belongs to a config file in `folder`, where the user's modules are searched."""

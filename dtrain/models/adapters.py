@@ -83,6 +83,11 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
         config, base = config_class.from_pretrained(str(folder)), str(content["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}). Copy it again.") from None
+    if config.megatron_config is not None:  # peft would import the module that megatron_core names
+        raise ConfigError(
+            f"{folder / CONFIG_FILE} has megatron_config, which makes peft import {config.megatron_core}. dtrain supports "
+            "no Megatron layers: remove the entry."
+        )
     if model.lora_base is not None:
         base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.config import bounded_json
+from dtrain.distributed.torchrun_agent import find_agent
 from dtrain.errors import ConfigError
 from dtrain.runs.jsonl import json_safe, report_write_errors, to_json_line
+from dtrain.runs.launch_record import LAUNCHES, LaunchRecord
 from dtrain.runs.lock import LOCK, move_lock
 
 FolderState = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
@@ -33,8 +35,6 @@ _NAMES = {
     "exit": "exit.json",
     "tensorboard": "tensorboard",
 }
-LAUNCHES = ".launches"
-"""File that names what started the job of this folder, one line per launcher."""
 INSPECTION = "inspection"
 """Folder for the results of the inspect command."""
 
@@ -116,7 +116,9 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launches: Iterable[str] = ()) -> Path | None:
+def claim(
+    folder: RunFolder, config_text: str, *, set_aside: bool = False, launch: LaunchRecord | None = None
+) -> Path | None:
     """Prepares the folder for this run. Called by rank 0 before any work, while it holds the lock (lock.py).
 
     Removes the results of an earlier start.
@@ -125,7 +127,7 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
         folder: a folder that resume_policy.decide_start allowed.
         config_text: the resolved config, for config.yaml.
         set_aside: first move the existing folder to `<name>.old-<UTC time>`.
-        launches: names that identify a later start of the same job.
+        launch: what started this job; without it no later start is recognized.
 
     Returns:
         The new path of the old folder, or None.
@@ -153,8 +155,8 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
                 shutil.rmtree(results)
         _write(folder.config, [config_text])
         (folder.path / LAUNCHES).unlink(missing_ok=True)
-        if launches := list(launches):
-            _write(folder.path / LAUNCHES, [f"{name}\n" for name in launches])
+        if record := (launch or LaunchRecord()).to_json():
+            _write(folder.path / LAUNCHES, [record])
     except OSError as error:
         raise unwritable_error(folder, error) from None
     return moved
@@ -219,7 +221,9 @@ def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, messa
     Returns:
         Whether this call wrote the file.
     """
-    record = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
+    record: dict[str, Any] = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
+    if (start := find_agent()) is not None:
+        record["launcher"] = start.agent
     draft = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

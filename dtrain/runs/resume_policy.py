@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,10 +10,8 @@ from typing import Literal, NamedTuple
 from dtrain.config import bounded_json
 from dtrain.config.error_messages import Difference
 from dtrain.config.schema import Config
-from dtrain.distributed.launcher_env import TORCHRUN
-from dtrain.distributed.process_info import age_s
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import LAUNCHES, FolderState, RunFolder, folder_state
+from dtrain.runs.folder import FolderState, RunFolder, folder_state
 from dtrain.runs.jsonl import read_events
 
 StartAction = Literal["start", "resume", "already_finished"]
@@ -96,25 +92,6 @@ def decide_start(
         note = f"{path} is already finished; run.overwrite=true trains it again"
         return StartDecision("already_finished", False, (note,))
     return _decide_resume(path, state, changes, checkpoints)
-
-
-def is_relaunch(folder: RunFolder, launches: Mapping[str, int]) -> bool:
-    """Returns whether the launcher has started the same job again that claimed the folder before.
-
-    Args:
-        launches: names of possible launches of this job, and how often each was restarted; see
-            launcher_env.count_launches.
-    """
-    try:
-        file = folder.path / LAUNCHES
-        before, age = file.read_text(encoding="utf-8").splitlines(), time.time() - file.stat().st_mtime
-    except OSError:
-        return False
-    again = [name for name, count in launches.items() if count > 0 and name in before]
-    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job without an id: the file's age decides
-        launcher_s = age_s(os.getppid())
-        return launcher_s is not None and age < launcher_s
-    return bool(again)
 
 
 def resume_settings(config: Config) -> Config:

@@ -512,13 +512,14 @@ def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_comman
         model = () if command == "train" else ("model.name_or_path=some/model",)
         return load_config(path, [*overrides, *model], command=command).run.name
 
-    assert (name(None), name(None, command="evaluate")) == ("quickstart", "quickstart-evaluate")
+    assert (name(None), name(None, command="generate")) == ("quickstart", "quickstart-generate")
     assert (name(None, *CLASSIFY), name(None, *CLASSIFY, command="predict")) == (
         "classification",
         "classification-predict",
     )
     assert (name(unnamed), name(unnamed, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
-    assert (name(named), name(named, command="evaluate")) == ("given", "given")
+    # The name in a file is that of the training run, whose folder no other command may touch.
+    assert (name(named), name(named, command="evaluate")) == ("given", "given-evaluate")
     assert (name(unnamed, "run.name=x", command="evaluate"), name(unnamed, "run={name: x}", command="evaluate")) == (
         "x",
         "x",
@@ -527,12 +528,14 @@ def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_comman
 
 
 def test_commands_that_use_a_model_do_not_build_a_new_model_or_tokenizer() -> None:
-    quickstart = ["run.name=x", "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
+    quickstart = [*CLASSIFY, "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
 
     used = load_config(None, [*quickstart, "model.name_or_path=some/model"], command="evaluate").model
 
     assert (used.from_scratch, used.config, used.tokenizer) == (False, {}, None)
-    with pytest.raises(ConfigError, match=r"evaluate uses a trained model: set model\.name_or_path"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate uses a trained model: name its run, as in evaluate runs/quickstart"
+    ):
         load_config(None, [], command="evaluate")
 
 
