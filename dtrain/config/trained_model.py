@@ -6,7 +6,6 @@ what to execute or where to write: that counts only on the command line or in a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dtrain.config import bounded_json
 from dtrain.config.error_messages import KeyPath
 from dtrain.config.yaml_dialect import show
 from dtrain.errors import ConfigError
@@ -130,7 +130,7 @@ def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any])
 def unknown_task(model: str, command: str) -> str:
     """Returns the message for a model whose folder does not show its task."""
     try:
-        content = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
+        content = bounded_json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
         classes = ", ".join(map(str, content["architectures"]))[:100]
         hint = f" Its config.json names {classes}."
     except (OSError, ValueError, KeyError, TypeError):
