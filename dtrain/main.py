@@ -29,10 +29,11 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import process_start
+from dtrain.distributed.process_limit import check_process_limit
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import interruptible
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted, TopologyError
 from dtrain.job.failure import (
     error_record,
     record_failure,
@@ -184,6 +185,10 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             log.error("%s", previous["message"])
         return int(previous["code"])
 
+    try:
+        check_process_limit(os.environ, local_world_size=topology.local_world_size)
+    except TopologyError as error:
+        return report_failure_alone(error, config, context, has_exit_json=has_exit_json)
     if config.note is not None and topology.is_main:
         sys.stderr.write(f"{config.note}\n")  # standard output is for the answer
 

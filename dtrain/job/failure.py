@@ -30,6 +30,7 @@ from dtrain.distributed.process_info import (
     raise_open_files,
     this_process,
 )
+from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
@@ -115,6 +116,8 @@ def for_user(error: BaseException) -> BaseException:
         return DtrainError(message)
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return TopologyError(f"{error}: {open_files_hint(raise_open_files())}")
+    if (limit := process_limit_error(error)) is not None:
+        return limit
     # Not imported here: a signal may have interrupted the first import of torch, and a second one would crash.
     workers = sys.modules.get("dtrain.data.worker_batches")
     death: BaseException | None = workers.worker_death(error) if workers is not None else None

@@ -151,8 +151,7 @@ def claim(
             for draft in folder.path.glob(f".{part}.[0-9]*.tmp"):
                 draft.unlink(missing_ok=True)
         for results in (folder.predictions, folder.submission, folder.path / INSPECTION):
-            if results.exists():
-                shutil.rmtree(results)
+            _remove_results(results)
         _write(folder.config, [config_text])
         (folder.path / LAUNCHES).unlink(missing_ok=True)
         if record := (launch or LaunchRecord()).to_json():
@@ -160,6 +159,17 @@ def claim(
     except OSError as error:
         raise unwritable_error(folder, error) from None
     return moved
+
+
+def _remove_results(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError:
+        # On NFS, a file that a process of this host still reads stays there as .nfs...
+        if any(not entry.name.startswith(".nfs") for entry in path.rglob("*") if not entry.is_dir()):
+            raise
 
 
 def unwritable_error(folder: RunFolder, error: OSError) -> ConfigError:
@@ -257,20 +267,21 @@ def replace_folder(draft: Path, target: Path) -> None:
     Raises:
         DtrainError: a file cannot be written.
     """
-    old = target.with_name(f".{target.name}.old")
+    old, number = target.with_name(f".{target.name}.old"), 1
     with report_write_errors(target):
         for file in (entry for entry in draft.rglob("*") if entry.is_file()):
             file.chmod(0o644)
             _flush(file)
         _flush(draft)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+        while old.exists():  # on NFS, a file that a process of this host still reads stays there as .nfs...
+            number += 1
+            old = target.with_name(f".{target.name}.old-{number}")
         if target.exists():
             target.rename(old)
         draft.rename(target)
         _flush(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, parts: Iterable[str]) -> None:
