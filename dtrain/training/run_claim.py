@@ -68,10 +68,10 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         return lock_id, launch.restarts(read_launch(folder.path))
 
     def work() -> dict[str, object]:
-        _refuse_foreign(folder, chosen, available)
         # config.yaml may come from a start that saved no checkpoint.
         changes = differences(chosen.config_text if chosen is not None else folder.old_config(), settings)
         try:
+            _refuse_foreign(folder, chosen, available)
             decision = decide_start(settings, command=command, changes=changes, checkpoints=available)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest

@@ -55,9 +55,11 @@ import os, sys
 sys.path.insert(0, ROOT)
 from dtrain import main
 from dtrain.training import run, summary
+disk, full_at = sys.argv[-2:]
+del sys.argv[-2:]
 
 def fill():
-    with open(sys.argv[-2] + "/filler", "wb", buffering=0) as file:
+    with open(disk + "/filler", "wb", buffering=0) as file:
         for size in (1 << 16, 4096, 1):
             try:
                 while True:
@@ -72,8 +74,7 @@ def first_fill(module, name):
         return real(*args, **more)
     setattr(module, name, filled)
 
-first_fill(*{"export": (run, "export_model"), "summary": (summary, "write"), "exit": (main, "write_exit_json")}[sys.argv[-1]])
-sys.argv[-2:] = []
+first_fill(*{"export": (run, "export_model"), "summary": (summary, "write"), "exit": (main, "write_exit_json")}[full_at])
 main.console_script()
 """
 
@@ -91,7 +92,9 @@ def test_a_disk_that_is_full_after_training_is_named_and_costs_no_step(tmp_path:
     script, disk = tmp_path / "faulty.py", tmp_path / "disk"
     disk.mkdir()
     script.write_text(f"ROOT = {str(jobs.ROOT)!r}\n{FULL}")
-    settings = jobs.settings(tmp_path / "runs", "r", checkpoint__every="3", run__output_dir=disk / "runs")
+    settings = jobs.settings(
+        tmp_path / "runs", "r", checkpoint__every="3", checkpoint__asynchronous="false", run__output_dir=disk / "runs"
+    )
     again = " ".join(f"'{each}'" for each in [sys.executable, str(jobs.ROOT / "dtrain" / "main.py"), *settings])
     steps = f"""mount -t tmpfs -o size=8m none {disk} && cd {jobs.ROOT} || exit 99
 "$0" "$@"; echo "code $?"
