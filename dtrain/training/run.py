@@ -24,7 +24,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.protocol import Engine
-from dtrain.errors import ConfigError, Preempted
+from dtrain.errors import CheckpointError, ConfigError, Preempted
 from dtrain.models import freezing
 from dtrain.runs.tracking import Tracker
 from dtrain.tasks.build import build_task
@@ -346,16 +346,19 @@ class TrainingRun:
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
             if self._keep_best is not None and self.state.best_step != self.state.step:
-                # The run stopped between two evaluations, and this may be the best step.
-                self._keep_best.compare(self.state.step, metrics)
-        if config.checkpoint.every is not None:
-            self.checkpoints.save()  # the run may have stopped early, between two checkpoints
+                self._keep_best.compare(self.state.step, metrics)  # it stopped between two evaluations
+        if config.checkpoint.every is not None:  # the run may have stopped early, between two checkpoints
+            self.checkpoints.save()
         if config.evaluation.best is not None and self.best is None and self.state.best_step is not None:
             self._restore_best(self.state.best_step)
         has_best = config.evaluation.best is not None and self.best is not None
         final = self.best if has_best else self.last
         if not has_best:
-            self._export()
+            try:
+                self._export()
+            except CheckpointError:
+                self.checkpoints.finish()  # the next start exports from it
+                raise
         content = self._summary(final)
         self.checkpoints.finish()
 
