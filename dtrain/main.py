@@ -184,7 +184,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
         return int(previous["code"])
 
     if config.note is not None and topology.is_main:
-        sys.stderr.write(f"{config.note}\n")  # standard output is for the answer
+        sys.stderr.write(f"{console.printable(config.note)}\n")  # standard output is for the answer
 
     def record_cause(cause: str) -> None:
         if has_exit_json:

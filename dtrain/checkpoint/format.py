@@ -21,6 +21,7 @@ import errno
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ VALUE = "value"
 """Replaces the slot name for the parameter or buffer itself, in the files of a sharded checkpoint."""
 FULL_TENSOR = -1
 """Replaces the index of the first element for a piece that is the complete tensor."""
+
+MAX_PARTS = 1_000_000
+"""One for each rank."""
 
 CHUNK = 2**22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -148,6 +152,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         UnreadableCheckpointError: it cannot be read, or has another format version.
     """
     try:
+        _require_file(path / MANIFEST)
         manifest = json.loads((path / MANIFEST).read_bytes())
         stored_hash = manifest.pop("self")
         is_intact = stored_hash == _hash_of(manifest)
@@ -162,9 +167,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpointError(
             f"{MANIFEST} has format {version!r}, which this version of dtrain does not read (it reads {FORMAT})"
         )
+    if problem := _parts_problem(manifest):
+        raise DamagedCheckpointError(f"{MANIFEST} has {problem}")
     if invalid := [name for name in names if not is_valid_name(name)]:
         raise DamagedCheckpointError(f"{MANIFEST} lists {invalid[0]!r}, which is not a valid name of a checkpoint file")
     return dict(manifest)
+
+
+def _parts_problem(manifest: Mapping[str, Any]) -> str | None:
+    """Returns which entry about the checkpoint's parts is not possible; None if all are."""
+    num_parts, parts = manifest.get("of", 1), manifest.get("parts", [0])
+    if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
+        return f"of={num_parts!r:.40}: a checkpoint has 1 to {MAX_PARTS} parts"
+    if not isinstance(parts, list) or not parts or not all(type(part) is int and 0 <= part < num_parts for part in parts):
+        return f"parts={parts!r:.40}, which are no numbers of {num_parts} parts"
+    return None
 
 
 def is_valid_name(name: str) -> bool:
@@ -181,6 +198,7 @@ def _read_error(name: str, error: OSError) -> DamagedCheckpointError:
 
 def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     try:
+        _require_file(file)
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise DamagedCheckpointError(
@@ -192,6 +210,12 @@ def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
             )
     except OSError as error:
         raise _read_error(file.name, error) from None
+
+
+def _require_file(file: Path) -> None:
+    """Raises DamagedCheckpointError for a pipe or a device: reading it could wait forever, or never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise DamagedCheckpointError(f"{file.name} is not a regular file")
 
 
 def sha256(file: Path) -> str:

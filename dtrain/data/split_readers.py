@@ -170,6 +170,7 @@ def _class_names(features: datasets.Features) -> dict[str, tuple[str, ...]]:
 def _dataset_rows(rows: datasets.Dataset) -> Iterator[Row]:
     number = 0
     for batch in rows.with_format("arrow").iter(batch_size=1000):
+        batch.validate(full=True)  # the offsets in a damaged file could point outside its memory
         for values in batch.to_pylist():
             number += 1
             yield number, values

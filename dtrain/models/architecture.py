@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
+from dtrain.models.foreign_files import check_config_file
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 from dtrain.models.user_module import refuse_without_factory
 
@@ -80,6 +81,8 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
     kind = overrides.pop("model_type", None)
     for key in OWNED_CONFIG_KEYS.keys() & overrides.keys():
         raise ConfigError(f"model.config.{key} is set by {OWNED_CONFIG_KEYS[key]}: leave it out here.")
+    if model.name_or_path is not None:
+        check_config_file(model.name_or_path, local_only=local_only, setting="model.name_or_path")
     name, options = model.name_or_path, {"trust_remote_code": model.trust_remote_code, "local_files_only": local_only}
     try:
         with quiet():

@@ -21,6 +21,7 @@ from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.added_tokens import add_tokens
 from dtrain.models.architecture import check_name_or_path, read_config
+from dtrain.models.foreign_files import check_tokenizer_files
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, is_local, quiet
 from dtrain.models.saved_tokenizer import save_tokenizer
 
@@ -90,6 +91,7 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
     local_only = check_reachable(
         name, file="config.json" if name == model.name_or_path else "tokenizer_config.json", setting=setting
     )
+    check_tokenizer_files(name, local_only=local_only, setting=setting)
     missing = ConfigError(
         f"{setting}={name} has no tokenizer that can be loaded (tokenizer.json, vocab.txt, ...). Set model.tokenizer "
         "to a name, a folder, a vocabulary file (.txt) or char."

@@ -1,0 +1,126 @@
+"""Checks the small files of a model's folder before a library reads them, because the folder may come from a stranger.
+
+transformers builds as many layers and labels as config.json says, opens the files that tokenizer_config.json names, and
+follows links. So a few bytes could fill the memory, and a tokenizer could be made of a private file, which is then
+saved with the trained model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from dtrain.errors import ConfigError
+
+CONFIG_FILE, TOKENIZER_CONFIG_FILE = "config.json", "tokenizer_config.json"
+
+MAX_COUNT = 2000
+"""Layers, experts and other parts that a model may have. Each is a Python object, whatever its size."""
+
+MAX_LABELS = 1_000_000
+
+_COUNTS = re.compile(r"(^|_)(layers?|depths?|experts|stages|blocks|groups?_num|hidden_groups|feedforward_networks|repeats)$")
+
+FILE_ENTRIES = ("vocab", "merges", "init_inputs")
+"""Entries of tokenizer_config.json that transformers opens if they are paths. It ignores `vocab_file` and the like."""
+
+LINK_TARGETS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx")
+"""Files of weights. They are often kept on another disk, and nothing but weights is read from them."""
+
+
+def check_config_file(name: str, *, local_only: bool, setting: str) -> None:
+    """Checks the links of a folder, and the numbers in its config.json.
+
+    Args:
+        name: a folder or a name on the hub.
+        local_only: whether to read local files only.
+        setting: the setting that gave the name, for messages.
+
+    Raises:
+        ConfigError: a link leads out of the folder, or config.json asks for more parts than any model has.
+    """
+    _check_links(Path(name), setting)
+    file, content = _read(name, CONFIG_FILE, local_only=local_only)
+    for key, value in _numbers(content):
+        limit = MAX_LABELS if key == "num_labels" else MAX_COUNT if _COUNTS.search(key) else None
+        if limit is not None and value > limit:
+            raise ConfigError(
+                f"{setting}={name}: {file} has {key}={value:.15g}, and a model has at most {limit}: building it would take "
+                "all the memory. The file is damaged or forged: get the model again from a source that you trust."
+            )
+
+
+def check_tokenizer_files(name: str, *, local_only: bool, setting: str) -> None:
+    """Checks what `check_config_file` checks, and the files that tokenizer_config.json names.
+
+    Raises:
+        ConfigError: as there; or tokenizer_config.json names a file to read.
+    """
+    check_config_file(name, local_only=local_only, setting=setting)
+    file, content = _read(name, TOKENIZER_CONFIG_FILE, local_only=local_only)
+    for key in FILE_ENTRIES:
+        value = content.get(key) if isinstance(content, dict) else None
+        if value and (isinstance(value, str) or key == "init_inputs"):
+            raise ConfigError(
+                f"{setting}={name}: {file} has {key}={value!r:.100}, so that the tokenizer would be read from another file, "
+                f"which may be private. Remove that entry and put the tokenizer's own files beside {TOKENIZER_CONFIG_FILE}."
+            )
+
+
+def leads_outside(file: Path, folder: Path) -> bool:
+    """Returns whether a file is a link that leads out of its folder. The hub's cache may link to its own `blobs`."""
+    if not file.is_symlink() and file.parent == folder:
+        return False
+    target, root = file.resolve(), folder.resolve()
+    in_hub_cache = root.parent.name == "snapshots" and target.parent == root.parents[1] / "blobs"
+    return not in_hub_cache and not target.is_relative_to(root)
+
+
+def _check_links(folder: Path, setting: str) -> None:
+    if not folder.is_dir():
+        return  # of the hub's cache
+    for file in (*folder.iterdir(), *folder.glob("*/*.jinja")):
+        if file.suffix not in LINK_TARGETS and not file.is_dir() and leads_outside(file, folder):
+            raise ConfigError(
+                f"{setting}={folder}: {file.relative_to(folder)} is a link to {file.resolve()}, outside of the folder, "
+                f"which may be private. If the file belongs to the model, replace the link by a copy: {copy_command(file)}"
+            )
+
+
+def copy_command(file: Path) -> str:
+    """Returns the command that replaces a link by a copy of the file that it leads to."""
+    return f"cp --remove-destination {shlex.quote(str(file.resolve()))} {shlex.quote(str(file))}"
+
+
+def _read(name: str, file: str, *, local_only: bool) -> tuple[Path, Any]:
+    """Returns a JSON file of a folder or repository, and its content; {} if it is missing or damaged, which others report."""
+    try:
+        found = cached_file(
+            name,
+            file,
+            local_files_only=local_only,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return Path(str(found)), {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return Path(file), {}
+
+
+def _numbers(content: Any) -> Iterator[tuple[str, float]]:
+    """Yields the numbers in a config with their keys; those of a list with the key of the list."""
+    stack: list[tuple[str, Any]] = [("", content)]
+    while stack:
+        key, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(str(name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            stack += [(key, inner) for inner in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
