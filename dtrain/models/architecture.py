@@ -87,7 +87,7 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
     try:
         with quiet():
             config = AutoConfig.for_model(kind) if name is None else AutoConfig.from_pretrained(name, **options)
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AttributeError, ArithmeticError) as error:  # such as a list where a mapping belongs
         if name is None:
             raise ConfigError(
                 f"model.config.model_type={kind} is not a model type that transformers knows.{_suggest_model_type(kind)}"

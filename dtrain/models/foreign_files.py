@@ -8,10 +8,11 @@ saved with the trained model.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers.utils import cached_file
@@ -20,10 +21,14 @@ from dtrain.errors import ConfigError
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE = "config.json", "tokenizer_config.json"
 
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
 MAX_COUNT = 2000
 """Layers, experts and other parts that a model may have. Each is a Python object, whatever its size."""
 
 MAX_LABELS = 1_000_000
+
+MAX_GROWTH = 1000
 
 _COUNTS = re.compile(r"(^|_)(layers?|depths?|experts|stages|blocks|groups?_num|hidden_groups|feedforward_networks|repeats)$")
 
@@ -35,7 +40,7 @@ LINK_TARGETS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx")
 
 
 def check_config_file(name: str, *, local_only: bool, setting: str) -> None:
-    """Checks the links of a folder, and the numbers in its config.json.
+    """Checks the links of a folder, the numbers in its config.json, and the names of its files of weights.
 
     Args:
         name: a folder or a name on the hub.
@@ -51,9 +56,20 @@ def check_config_file(name: str, *, local_only: bool, setting: str) -> None:
         limit = MAX_LABELS if key == "num_labels" else MAX_COUNT if _COUNTS.search(key) else None
         if limit is not None and value > limit:
             raise ConfigError(
-                f"{setting}={name}: {file} has {key}={value:.15g}, and a model has at most {limit}: building it would take "
+                f"{setting}={name}: {file} has {key}={value!r:.20}, and a model has at most {limit}: building it would take "
                 "all the memory. The file is damaged or forged: get the model again from a source that you trust."
             )
+
+
+    for index in INDEX_FILES:
+        index_file, content = _read(name, index, local_only=local_only)
+        named = content.get("weight_map") if isinstance(content, dict) else None
+        for part in named.values() if isinstance(named, dict) else ():
+            if not isinstance(part, str) or PurePath(part).name != part:
+                raise ConfigError(
+                    f"{setting}={name}: {index_file} names the file of weights {part!r:.100}, which is not a name in that "
+                    "folder. The file is damaged or forged: get the model again from a source that you trust."
+                )
 
 
 def check_tokenizer_files(name: str, *, local_only: bool, setting: str) -> None:
@@ -71,6 +87,38 @@ def check_tokenizer_files(name: str, *, local_only: bool, setting: str) -> None:
                 f"{setting}={name}: {file} has {key}={value!r:.100}, so that the tokenizer would be read from another file, "
                 f"which may be private. Remove that entry and put the tokenizer's own files beside {TOKENIZER_CONFIG_FILE}."
             )
+
+
+def check_growth(backend: Any, name: str, *, setting: str) -> None:
+    """Checks that a tokenizer's replacements do not multiply the length of a text, as ten times `o` -> `oooooooooo` would.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+
+    Raises:
+        ConfigError: they do.
+    """
+    for kind in ("normalizer", "decoder"):
+        part = getattr(backend, kind)
+        growth = 1.0 if part is None else _growth(json.loads(part.__getstate__()))
+        if growth > MAX_GROWTH:
+            raise ConfigError(
+                f"{setting}={name}: the replacements in tokenizer.json ({kind}) can make a text {growth:.3g} times as long, "
+                f"which would take all the memory (at most {MAX_GROWTH} times is usual). Take the tokenizer from a source that "
+                "you trust."
+            )
+
+
+def _growth(part: Any) -> float:
+    """Returns how many times longer a normalizer or decoder can make a text."""
+    match part:
+        case {"type": "Sequence", "normalizers": list(steps)} | {"type": "Sequence", "decoders": list(steps)}:
+            return min(math.prod(map(_growth, steps)), 1e300)
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+            return max(1.0, len(new) / max(len(old), 1))
+        case {"type": "Replace", "content": str(new)}:  # a pattern, which may match between two characters
+            return 1.0 + len(new)
+    return 1.0
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
