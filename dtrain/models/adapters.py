@@ -9,6 +9,7 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig
@@ -89,6 +90,7 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"{folder / CONFIG_FILE} has megatron_config, which makes peft import {config.megatron_core}. dtrain supports "
             "no Megatron layers: remove the entry."
         )
+    _refuse_costly(folder, config)
     if model.lora_base is not None:
         base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora
@@ -98,6 +100,31 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"has r={lora.r} and alpha={lora.alpha}. Leave model.lora out to use them, or name the base model {base}."
         )
     return SavedAdapters(folder, base, config)
+
+
+def _refuse_costly(folder: Path, config: LoraConfig) -> None:
+    """Refuses settings with which peft would fill the memory or never end.
+
+    Raises:
+        ConfigError: a rank is larger than any matrix in the folder, layers are copied, or initial values take many passes.
+    """
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            largest = max((size for key in file.keys() for size in file.get_slice(key).get_shape()), default=0)  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return  # `load` says what is wrong
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    passes = re.fullmatch(r"pissa_niter_(\d+)", str(config.init_lora_weights))
+    found = next((f"r={rank!r:.20}" for rank in ranks if not isinstance(rank, int) or not 0 < rank <= largest), None)
+    if config.layer_replication:
+        found = f"layer_replication={config.layer_replication!r:.40}"
+    if passes is not None and len(passes[1]) > 2:
+        found = f"init_lora_weights={passes[0]:.30}"
+    if found is not None:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE} has {found}, which does not fit the adapters in {WEIGHTS_FILE} or could take all the memory "
+            "or time. Get the adapters again from a source that you trust."
+        )
 
 
 @contextmanager
