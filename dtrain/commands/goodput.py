@@ -30,6 +30,9 @@ CATEGORIES = {
 }
 """The categories of time and their descriptions, in the order of the table."""
 
+LAST_SECOND = 1e12
+"""No clock of a run shows this many seconds, nor NaN."""
+
 Event = Mapping[str, Any]
 
 
@@ -316,6 +319,6 @@ def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
 def _checked_events(path: Path) -> Iterable[Event]:
     for number, line in enumerate(read_events(path), 1):
         times = [line.get(name) for name in ("time_s", "monotonic_s")] if isinstance(line, dict) else [None]
-        if not all(isinstance(value, int | float) for value in times):
-            raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing; the file is damaged")
+        if not all(isinstance(value, int | float) and abs(value) < LAST_SECOND for value in times):
+            raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing or no time; the file is damaged")
         yield line

@@ -90,7 +90,7 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"{folder / CONFIG_FILE} has megatron_config, which makes peft import {config.megatron_core}. dtrain supports "
             "no Megatron layers: remove the entry."
         )
-    _refuse_costly(folder, config)
+    _bound(folder, config)
     if model.lora_base is not None:
         base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora
@@ -102,17 +102,24 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
     return SavedAdapters(folder, base, config)
 
 
-def _refuse_costly(folder: Path, config: LoraConfig) -> None:
-    """Refuses settings with which peft would fill the memory or never end.
+def _bound(folder: Path, config: LoraConfig) -> None:
+    """Replaces or refuses settings with which peft would fill the memory or never end.
 
     Raises:
-        ConfigError: a rank is larger than any matrix in the folder, layers are copied, or initial values take many passes.
+        ConfigError: a rank is larger than any matrix in the folder, layers are copied, initial values take many passes, or
+            a pattern repeats several parts.
     """
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            largest = max((size for key in file.keys() for size in file.get_slice(key).get_shape()), default=0)  # noqa: SIM118
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is not a mapping
     except (OSError, SafetensorError):
         return  # `load` says what is wrong
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_pattern:
+        # A regular expression can take forever. The weights say which layers have adapters.
+        layers = {key.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for key in shapes if ".lora_" in key}
+        config.target_modules, config.exclude_modules = layers, None
+        config.layers_pattern = config.layers_to_transform = None
     ranks = [config.r, *(config.rank_pattern or {}).values()]
     passes = re.fullmatch(r"pissa_niter_(\d+)", str(config.init_lora_weights))
     found = next((f"r={rank!r:.20}" for rank in ranks if not isinstance(rank, int) or not 0 < rank <= largest), None)
@@ -120,6 +127,9 @@ def _refuse_costly(folder: Path, config: LoraConfig) -> None:
         found = f"layer_replication={config.layer_replication!r:.40}"
     if passes is not None and len(passes[1]) > 2:
         found = f"init_lora_weights={passes[0]:.30}"
+    patterns = [key for pattern in (config.rank_pattern, config.alpha_pattern) for key in pattern or {}]
+    if slow := [key for key in patterns if len(re.findall(r"[*+{]", key)) > ("|" not in key)]:
+        found = f"the pattern {slow[0]!r:.60}"
     if found is not None:
         raise ConfigError(
             f"{folder / CONFIG_FILE} has {found}, which does not fit the adapters in {WEIGHTS_FILE} or could take all the memory "
@@ -265,7 +275,7 @@ def _inject(module: nn.Module, config: LoraConfig) -> None:
     config.modules_to_save = None
     try:
         _peft().inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         layers = sorted(
             {name.rpartition(".")[2] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         )
