@@ -179,7 +179,11 @@ def _parts_problem(manifest: Mapping[str, Any]) -> str | None:
     num_parts, parts = manifest.get("of", 1), manifest.get("parts", [0])
     if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
         return f"of={num_parts!r:.40}: a checkpoint has 1 to {MAX_PARTS} parts"
-    if not isinstance(parts, list) or not parts or not all(type(part) is int and 0 <= part < num_parts for part in parts):
+    if (
+        not isinstance(parts, list)
+        or not parts
+        or not all(type(part) is int and 0 <= part < num_parts for part in parts)
+    ):
         return f"parts={parts!r:.40}, which are no numbers of {num_parts} parts"
     return None
 

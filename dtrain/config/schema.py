@@ -27,7 +27,6 @@ from dtrain.config.optim import OptimGroup as OptimGroup
 from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
 
-
 NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
 """Python's names of encodings that no text file has. Some take hours for a long line."""
 
@@ -104,12 +103,14 @@ class Data(Section):
     @classmethod
     def _is_text_encoding(cls, encoding: str | None) -> str | None:
         try:
-            known = encoding is None or ("".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES)
+            known = encoding is None or (
+                "".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES
+            )
         except (LookupError, ValueError, UnicodeError):
             known = False
         if not known:
             raise ValueError(
-                "Python knows no such text encoding; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
+                "Python knows no such encoding of text files; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
             )
         return encoding
 

@@ -200,7 +200,9 @@ def _check_image(
         file = base / Path(value).expanduser()
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # a pipe would wait forever, and /dev/zero has no end
-            raise ValueError("it is not a file with content, but " + ("a folder" if stat.S_ISDIR(mode) else "a device or a pipe"))
+            raise ValueError(
+                "it is not a file with content, but " + ("a folder" if stat.S_ISDIR(mode) else "a device or a pipe")
+            )
         content = file.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, or the home of an unknown user
         reason = getattr(error, "strerror", None) or error

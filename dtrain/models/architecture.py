@@ -127,8 +127,9 @@ def refuse_kernels(config: PretrainedConfig, model: schema.Model) -> None:
     Raises:
         ConfigError: it does, and the user has not chosen an implementation.
     """
-    parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
-    for part in parts:
+    parts: list[Any] = [config]
+    for part in parts:  # grows: a part may have parts itself
+        parts += [inner for inner in vars(part).values() if isinstance(inner, PretrainedConfig)]
         for name in ("attn_implementation", "experts_implementation"):
             value = getattr(part, f"_{name}", None)
             is_chosen = name == "attn_implementation" and model.attn_implementation is not None

@@ -217,11 +217,18 @@ def saved_head(config: PretrainedConfig, name: str) -> tuple[schema.NewHead, str
     if saved is None:
         return None
     try:
-        settings = schema.NewHead.model_validate({key: saved[key] for key in schema.NewHead.model_fields if key in saved})
+        settings = schema.NewHead.model_validate(
+            {key: saved[key] for key in schema.NewHead.model_fields if key in saved}
+        )
         task, outputs = saved["task"], saved["outputs"]
     except (ValueError, TypeError, KeyError, AttributeError):
         task, outputs = None, 0
-    if not isinstance(task, str) or type(outputs) is not int or not 1 <= outputs <= MAX_SIZE or (settings.hidden or 1) > MAX_SIZE:
+    if (
+        not isinstance(task, str)
+        or type(outputs) is not int
+        or not 1 <= outputs <= MAX_SIZE
+        or (settings.hidden or 1) > MAX_SIZE
+    ):
         raise CheckpointError(
             f"model.name_or_path={name}: config.json has {CONFIG_KEY}={saved!r:.200}, which describes no head. Copy the "
             "folder again from a source that you trust."

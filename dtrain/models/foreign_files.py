@@ -30,7 +30,9 @@ MAX_LABELS = 1_000_000
 
 MAX_GROWTH = 1000
 
-_COUNTS = re.compile(r"(^|_)(layers?|depths?|experts|stages|blocks|groups?_num|hidden_groups|feedforward_networks|repeats)$")
+_COUNTS = re.compile(
+    r"(^|_)(layers?|depths?|experts|stages|blocks|groups?_num|hidden_groups|feedforward_networks|repeats)$"
+)
 
 FILE_ENTRIES = ("vocab", "merges", "init_inputs")
 """Entries of tokenizer_config.json that transformers opens if they are paths. It ignores `vocab_file` and the like."""
@@ -59,7 +61,6 @@ def check_config_file(name: str, *, local_only: bool, setting: str) -> None:
                 f"{setting}={name}: {file} has {key}={value!r:.20}, and a model has at most {limit}: building it would take "
                 "all the memory. The file is damaged or forged: get the model again from a source that you trust."
             )
-
 
     for index in INDEX_FILES:
         index_file, content = _read(name, index, local_only=local_only)

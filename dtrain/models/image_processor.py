@@ -202,7 +202,9 @@ def _parse_config(content: Mapping[str, Any], channels: int, name: str) -> Pixel
     try:
         size, shortest, crop = _sizes(content, name)
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise ConfigError(f"model.name_or_path={name}: {FILE} has sizes that are no numbers ({error}). Set task.image_size.") from None
+        raise ConfigError(
+            f"model.name_or_path={name}: {FILE} has sizes that are no numbers ({error}). Set task.image_size."
+        ) from None
     if not all(1 <= side <= MAX_SIDE for side in (*(size or ()), *(crop or ()), shortest or 1)):
         raise ConfigError(
             f"model.name_or_path={name}: {FILE} resizes images to {size or shortest} pixels and crops {crop}. A side has 1 to "

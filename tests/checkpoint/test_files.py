@@ -125,7 +125,16 @@ def test_damage_is_detected_and_the_file_is_named(tmp_path: Path, kind: str) -> 
 
 @pytest.mark.parametrize(
     "entries",
-    [{"of": 10**11}, {"of": 0}, {"of": "two"}, {"of": True}, {"parts": []}, {"parts": [1]}, {"parts": [None]}, {"parts": 0}],
+    [
+        {"of": 10**11},
+        {"of": 0},
+        {"of": "two"},
+        {"of": True},
+        {"parts": []},
+        {"parts": [1]},
+        {"parts": [None]},
+        {"parts": 0},
+    ],
     ids=str,
 )
 @pytest.mark.timeout(20)

@@ -67,7 +67,9 @@ def test_a_folder_of_save_to_disk_keeps_its_class_names_and_their_order(tmp_path
 
 
 def test_rows_of_save_to_disk_that_point_outside_of_their_file_are_refused(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"text": ["the dog", "a cat"], "label": ["x", "y"]}).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_dict({"text": ["the dog", "a cat"], "label": ["x", "y"]}).save_to_disk(
+        str(tmp_path / "saved")
+    )
     file = tmp_path / "saved" / "data-00000-of-00001.arrow"
     offsets = struct.pack("<iii", 0, 7, 12)
     assert file.read_bytes().count(offsets) == 1
