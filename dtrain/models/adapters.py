@@ -37,6 +37,9 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_ATTRIBUTE = "_dtrain_adapters"
 """Attribute of a module under which `add` stores its LoraConfig."""
 
+MAX_NEW_TOKENS = 100_000
+"""Tokens that adapters may add to the vocabulary of their base model."""
+
 PEFT_PREFIX = "base_model.model."
 """Prefix of each name in peft's weights file, because peft wraps the model twice."""
 
@@ -165,10 +168,16 @@ def load_base(saved: SavedAdapters, config: PretrainedConfig, load: Callable[[],
     except LOADING_ERRORS:
         return load()  # which says what is wrong
     text = config.get_text_config()
-    stored = content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
+    inner = content.get("text_config")
+    stored = content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
     wanted = getattr(text, "vocab_size", None)
-    if stored is None or wanted is None or wanted <= stored:
+    if not isinstance(stored, int) or not isinstance(wanted, int) or wanted <= stored:
         return load()
+    if wanted > stored + MAX_NEW_TOKENS:
+        raise ConfigError(
+            f"{saved.folder}/config.json has vocab_size={wanted!r:.20} for a base model with {stored} tokens: it is damaged or "
+            "forged. Get the adapters again from a source that you trust."
+        )
     text.vocab_size, pad = stored, getattr(text, "pad_token_id", None)
     if pad is not None and pad >= stored:
         set_pad_token(config, None)  # the base has no row for it yet

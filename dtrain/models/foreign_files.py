@@ -7,6 +7,7 @@ saved with the trained model.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -15,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from dtrain.errors import ConfigError
+from dtrain.models.hub_errors import LOADING_ERRORS
 
 CONFIG_FILE, TOKENIZER_CONFIG_FILE = "config.json", "tokenizer_config.json"
 
@@ -29,6 +33,11 @@ MAX_COUNT = 2000
 MAX_LABELS = 1_000_000
 
 MAX_GROWTH = 1000
+
+MIN_ELEMENTS = 100_000_000
+"""Elements that a model may have whatever its files hold: a new head, or new tokens."""
+
+_NO_SIZES = re.compile(r"theta|_ids?$|eps|seed|prob|factor|range|version")
 
 _COUNTS = re.compile(
     r"(^|_)(layers?|depths?|experts|stages|blocks|groups?_num|hidden_groups|feedforward_networks|repeats)$"
@@ -120,6 +129,40 @@ def _growth(part: Any) -> float:
         case {"type": "Replace", "content": str(new)}:  # a pattern, which may match between two characters
             return 1.0 + len(new)
     return 1.0
+
+
+def check_sizes(model_class: Any, name: str, config: PretrainedConfig, *, setting: str) -> None:
+    """Checks that a model is not much larger than its weights: transformers allocates what the files lack before it complains.
+
+    Args:
+        model_class: the class that builds the model, or an Auto class.
+        name: its folder. A name on the hub is not checked.
+
+    Raises:
+        ConfigError: it is.
+    """
+    folder = Path(name)
+    files = (
+        [file for file in folder.iterdir() if file.suffix in LINK_TARGETS and file.is_file()] if folder.is_dir() else []
+    )
+    limit = MIN_ELEMENTS + 8 * sum(
+        file.stat().st_size for file in files
+    )  # quantized models have several elements per byte
+    sizes = sorted(value for key, value in _numbers(config.to_dict()) if not _NO_SIZES.search(key))
+    if not files or math.prod(sizes[-2:]) <= limit:
+        return
+    try:
+        with torch.device("meta"):  # without memory
+            build = getattr(model_class, "from_config", None) or model_class._from_config
+            built = build(copy.deepcopy(config))
+    except LOADING_ERRORS:
+        return  # loading it will say what is wrong
+    largest, elements = max(((key, value.numel()) for key, value in built.named_parameters()), key=lambda item: item[1])
+    if elements > limit:
+        raise ConfigError(
+            f"{setting}={name}: by its config.json, {largest} has {elements} elements, far more than all files of weights in "
+            "the folder hold. The file is damaged or forged: get the model again from a source that you trust."
+        )
 
 
 def leads_outside(file: Path, folder: Path) -> bool:

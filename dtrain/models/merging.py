@@ -22,6 +22,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import adapters
 from dtrain.models.architecture import read_config
 from dtrain.models.custom_head import CONFIG_KEY, WEIGHTS_FILE, HeadedModel, hidden_width, saved_head
+from dtrain.models.foreign_files import check_sizes
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 
@@ -129,6 +130,8 @@ def merge(module: nn.Module) -> list[str]:
 def _build(model_class: Any, name: str, config: PretrainedConfig | None) -> Any:
     """Returns a model in eval mode. One with a head of `model.head` gets it, with new weights."""
     local_only = check_reachable(name, file="config.json", setting="the adapters' base model")
+    if config is not None:
+        check_sizes(model_class, name, config, setting="the adapters' base model")
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             module = model_class.from_pretrained(

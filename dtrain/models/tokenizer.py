@@ -101,7 +101,7 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
             tokenizer = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=model.trust_remote_code, local_files_only=local_only
             )
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AttributeError) as error:  # such as a list where a mapping belongs
         if "Couldn't instantiate the backend tokenizer" in str(error):
             raise missing from error
         raise explain(error, name=name, setting=setting) from error

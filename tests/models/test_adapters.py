@@ -347,3 +347,15 @@ def test_the_weights_say_which_layers_have_adapters_instead_of_a_pattern(
     folder = changed(saved(made, tmp_path / "model"), **entries)
 
     assert torch.equal(logits(load(name_or_path=str(folder))), logits(made))
+
+
+def test_a_vocabulary_that_no_added_tokens_explain_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = saved(adapted(base), tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 10**12}))
+
+    for attempt in (lambda: load(name_or_path=str(folder)), lambda: load_base(schema.Model(name_or_path=str(folder)))):
+        with pytest.raises(
+            ConfigError, match=r"config.json has vocab_size=1000000000000 for a base model with 25 tokens"
+        ):
+            attempt()

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers
 from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.architecture import read_config
+from dtrain.models.architecture import read_config, refuse_kernels
 from dtrain.models.custom_head import MAX_SIZE, saved_head
-from dtrain.models.foreign_files import MAX_COUNT, check_config_file, check_growth
+from dtrain.models.foreign_files import MAX_COUNT, check_config_file, check_growth, check_sizes
 from dtrain.models.tokenizer import load_tokenizer
 from tests.support import tiny
 
@@ -223,3 +224,38 @@ def test_a_possible_head_is_read(folder: Path) -> None:
 
     assert found is not None
     assert (found[0].hidden, *found[1:]) == (8, "sequence_classification", 2)
+
+
+SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size", "intermediate_size")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_model_far_larger_than_its_weights_is_refused_before_it_is_allocated(folder: Path, size: str) -> None:
+    change(folder / "config.json", **{size: 10**12})
+    auto = AutoModelForSequenceClassification
+
+    with pytest.raises(ConfigError, match=r"has 32000000000000 elements, far more than all files of weights"):
+        check_sizes(auto, str(folder), config_of(folder), setting="model.name_or_path")
+
+
+def test_a_size_that_is_no_weight_is_accepted(folder: Path) -> None:
+    change(folder / "config.json", some_other_length=10**12)
+
+    check_sizes(AutoModelForSequenceClassification, str(folder), config_of(folder), setting="model.name_or_path")
+
+
+def test_a_kernel_of_an_inner_part_is_refused(folder: Path) -> None:
+    config = config_of(folder)
+    config.text_config = config_of(folder)
+    config.text_config.inner = config_of(folder)
+    config.text_config.inner._attn_implementation = "someone/kernel"
+
+    with pytest.raises(ConfigError, match="attn_implementation=someone/kernel"):
+        refuse_kernels(config, schema.Model(name_or_path=str(folder)))
+
+
+def test_a_tokenizer_config_that_is_a_list_is_no_traceback(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[1]")
+
+    with pytest.raises(ConfigError, match=r"model\.name_or_path="):
+        tokenizer_of(folder)
