@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.config import bounded_json
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -46,7 +48,8 @@ FULL_TENSOR = -1
 """Replaces the index of the first element for a piece that is the complete tensor."""
 
 MAX_PARTS = 1_000_000
-"""One for each rank."""
+"""More parts than any job has ranks. A manifest with more is not one that was written."""
+MAX_MANIFEST_BYTES = 100 * 2**20
 
 CHUNK = 2**22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -132,7 +135,7 @@ def verify(path: Path) -> SavedCheckpoint:
             _verify_file(path / name, expected)
         if STATE not in manifest["files"]:
             raise DamagedCheckpointError(f"{MANIFEST} does not list {STATE}")
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = bounded_json.loads((path / STATE).read_text(encoding="utf-8"))
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
@@ -153,7 +156,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         _require_file(path / MANIFEST)
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        with (path / MANIFEST).open("rb") as file:
+            manifest = bounded_json.loads(file.read(MAX_MANIFEST_BYTES))
         stored_hash = manifest.pop("self")
         is_intact = stored_hash == _hash_of(manifest)
         names, version = list(manifest["files"]), manifest["format"]
@@ -167,24 +171,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpointError(
             f"{MANIFEST} has format {version!r}, which this version of dtrain does not read (it reads {FORMAT})"
         )
-    if problem := _parts_problem(manifest):
-        raise DamagedCheckpointError(f"{MANIFEST} has {problem}")
+    if (problem := _parts_problem(manifest.get("parts", [0]), manifest.get("of", 1))) is not None:
+        raise DamagedCheckpointError(f"{MANIFEST} {problem}")
     if invalid := [name for name in names if not is_valid_name(name)]:
         raise DamagedCheckpointError(f"{MANIFEST} lists {invalid[0]!r}, which is not a valid name of a checkpoint file")
     return dict(manifest)
 
 
-def _parts_problem(manifest: Mapping[str, Any]) -> str | None:
-    """Returns which entry about the checkpoint's parts is not possible; None if all are."""
-    num_parts, parts = manifest.get("of", 1), manifest.get("parts", [0])
-    if type(num_parts) is not int or not 1 <= num_parts <= MAX_PARTS:
-        return f"of={num_parts!r:.40}: a checkpoint has 1 to {MAX_PARTS} parts"
-    if (
-        not isinstance(parts, list)
-        or not parts
-        or not all(type(part) is int and 0 <= part < num_parts for part in parts)
-    ):
-        return f"parts={parts!r:.40}, which are no numbers of {num_parts} parts"
+def _parts_problem(parts: Any, of: Any) -> str | None:
+    """Returns what is wrong with the parts that a manifest lists; None if they are possible."""
+    if type(of) is not int or not 1 <= of <= MAX_PARTS:
+        return f"says that the checkpoint has {of!r:.40} parts (at most {MAX_PARTS:,} are possible)"
+    if not isinstance(parts, list) or any(type(part) is not int or not 0 <= part < of for part in parts):
+        return f"lists the parts {parts!r:.40}, where the checkpoint has parts 0 to {of - 1}"
     return None
 
 

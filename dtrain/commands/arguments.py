@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dtrain import __version__
 from dtrain.commands.operands import expand_operands, is_setting
+from dtrain.config.foreign_names import refusal_of_arguments
 from dtrain.config.yaml_dialect import quote
 from dtrain.errors import ConfigError
 
@@ -89,13 +91,19 @@ def parse(
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: file of the hosts to check")
     parser.add_argument("--include", metavar="HOST[:SLOT,..][@..]", help="doctor: only these hosts of the file")
     parser.add_argument("--exclude", metavar="HOST[:SLOT,..][@..]", help="doctor: all hosts except these")
+    parser.add_argument(
+        "--version", action="version", version=f"dtrain {__version__}", help="print the version and stop"
+    )
     parser.add_argument("--text", metavar="TEXT", help="predict: short for predict.text=TEXT")
     parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
     # DeepSpeed's launcher adds this option. dtrain reads the same value from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    known = [*list_options(parser), *launcher_options]
+    refusal = refusal_of_arguments(argv, own_options=[*known, "--local_rank", "--local-rank"], commands=list(COMMANDS))
+    if refusal is not None:
+        raise ConfigError(refusal)
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        known = [*list_options(parser), *launcher_options]
         raise ConfigError(f"{_unknown_option(unknown[0], known)} See {program} --help.")
     words: list[str] = arguments.words
     arguments.command = command = words.pop(0) if words and not is_setting(words[0]) else "train"

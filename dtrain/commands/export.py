@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dtrain.checkpoint import format
+from dtrain.config import bounded_json
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -137,7 +137,7 @@ def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:
         return
     for name in ("config.json", "model.safetensors.index.json"):
         if (draft / name).is_file():
-            values = json.loads((draft / name).read_text(encoding="utf-8"))
+            values = bounded_json.loads((draft / name).read_text(encoding="utf-8"))
             write_json_atomic(draft / name, _update_json(values, draft, dtype))
 
 
@@ -220,7 +220,7 @@ def _card_of_run(run: Path, draft: Path) -> str | None:
     if not (run / "summary.json").is_file():  # opening a pipe of that name would wait forever
         return None
     try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        summary = bounded_json.loads((run / "summary.json").read_text(encoding="utf-8"))
         if summary.get("command") != "train":
             return None
         settings = load_config(run / "config.yaml", [])

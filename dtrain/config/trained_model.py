@@ -138,7 +138,7 @@ def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any])
             is_taken = {name, "*"} & set(names) and not {(section,), (section, name)} & chosen.keys()
             if is_taken and getattr(part, name) != field.get_default(call_default_factory=True):
                 texts.append(f"{section}.{name}={show(values[section][name])}")
-    return f"Settings from {_shown(run.config_file)}: {' '.join(texts)}"
+    return f"Settings from {shown_path(run.config_file)}: {' '.join(texts)}"
 
 
 def unknown_task(model: str, command: str) -> str:
@@ -149,6 +149,9 @@ def unknown_task(model: str, command: str) -> str:
         hint = f" Its config.json names {classes}."
     except (OSError, ValueError, KeyError, TypeError):
         hint = ""
+    if not Path(model).expanduser().exists():
+        near = Path("runs") / model
+        hint = f" Did you mean {near}?" if near.is_dir() else " There is no such folder here."
     return (
         f"{command} does not know the task of {model}: it is neither a run's folder nor a run's model or checkpoint.{hint} "
         "Set task.name=... and the data, or pass the settings with --config."
@@ -174,7 +177,7 @@ def _refuse_code(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[Ke
         setting = f"{section}.{name}={show(value)}" + (f" {section}.{name}_folder={show(place)}" if place else "")
         none = "false" if value is True else "null"
         raise ConfigError(
-            f"{_shown(run.config_file)} sets {section}.{name}={show(value)}, which {effect}. A file that comes with a model "
+            f"{shown_path(run.config_file)} sets {section}.{name}={show(value)}, which {effect}. A file that comes with a model "
             f"may not do that. If you trust this code, add {setting} to the command; to go without it, add {section}.{name}={none}."
         )
 
@@ -186,12 +189,12 @@ def _refuse_costly(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[
         is_decided = (section, name) in chosen or (section,) in chosen
         if type(value) is int and value > limit and not is_decided:
             raise ConfigError(
-                f"{_shown(run.config_file)} sets {section}.{name}={value!r:.20}, which could take all the memory or never end. "
+                f"{shown_path(run.config_file)} sets {section}.{name}={value!r:.20}, which could take all the memory or never end. "
                 f"From a file that comes with a model, at most {limit} is taken. Add your own value to the command, e.g. "
                 f"{section}.{name}={limit}"
             )
 
 
-def _shown(file: Path) -> str:
+def shown_path(file: Path) -> str:
     """Returns a path, relative to the working folder if it is inside it."""
     return str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)

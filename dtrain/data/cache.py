@@ -29,6 +29,7 @@ import pyarrow as pa
 import tokenizers
 import transformers
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.data.fingerprint import fingerprint
 from dtrain.distributed.collectives import all_gather_object, node_first
@@ -126,7 +127,7 @@ def _open(folder: Path) -> PreparedData:
     try:
         if _size(folder / META) < 0:
             raise _DamageError(f"{META} is missing")
-        content = json.loads((folder / META).read_text(encoding="utf-8"))
+        content = bounded_json.loads((folder / META).read_text(encoding="utf-8"))
         if content["checksum"] != _checksum(content):
             raise _DamageError(f"{META} was changed")
         if outside := [
@@ -161,7 +162,7 @@ def _verify(folder: Path) -> dict[str, Json]:
         DataError: a file may not be read.
     """
     prepared = _open(folder)
-    files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
+    files = bounded_json.loads((folder / META).read_text(encoding="utf-8"))["files"]
     try:
         for name, info in files.items():
             if info.get("sha256") not in (None, _file_hash(folder / name)):

@@ -8,7 +8,6 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from dtrain.config import schema
+from dtrain.config import bounded_json, schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.added_tokens import resize, set_pad_token
 from dtrain.models.hub_errors import LOADING_ERRORS
@@ -82,7 +81,7 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
         return None
     config_class = _peft().LoraConfig
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = bounded_json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] != "LORA":
             raise ConfigError(f"model.name_or_path={folder} holds adapters of type {content['peft_type']}, not LoRA.")
         config, base = config_class.from_pretrained(str(folder)), str(content["base_model_name_or_path"])

@@ -269,7 +269,7 @@ def test_sections_that_are_no_mappings_are_named(stranger: Path) -> None:
     ended = dtrain("predict", str(stranger), "the dog")
 
     assert ended.code == 2
-    assert "config.yaml, line 1: run=[1]: it must be a section" in ended.text
+    assert "config.yaml, line 1: run is a list: it must be a section" in ended.text
 
 
 def test_names_from_files_do_not_control_the_terminal(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
