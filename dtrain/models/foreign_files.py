@@ -27,7 +27,7 @@ CONFIG_FILE, TOKENIZER_CONFIG_FILE = "config.json", "tokenizer_config.json"
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
-MAX_COUNT = 2000
+MAX_COUNT = 10_000
 """Layers, experts and other parts that a model may have. Each is a Python object, whatever its size."""
 
 MAX_LABELS = 1_000_000
@@ -166,12 +166,15 @@ def check_sizes(model_class: Any, name: str, config: PretrainedConfig, *, settin
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
-    """Returns whether a file is a link that leads out of its folder. The hub's cache may link to its own `blobs`."""
+    """Returns whether a file is a link that leads out of its folder to a file of another kind.
+
+    A link to a file of the same name, or to the blobs of the hub's cache, is how users save room. Private files have other names.
+    """
     if not file.is_symlink() and file.parent == folder:
         return False
-    target, root = file.resolve(), folder.resolve()
-    in_hub_cache = root.parent.name == "snapshots" and target.parent == root.parents[1] / "blobs"
-    return not in_hub_cache and not target.is_relative_to(root)
+    target = file.resolve()
+    in_hub_cache = target.parent.name == "blobs" and target.parents[1].name.startswith(("models--", "datasets--"))
+    return not in_hub_cache and target.name != file.name and not target.is_relative_to(folder.resolve())
 
 
 def _check_links(folder: Path, setting: str) -> None:

@@ -128,16 +128,18 @@ def test_a_link_out_of_the_folder_is_refused_and_the_cure_copies_it(folder: Path
     assert tokenizer_of(folder).get_vocab()
 
 
-def test_links_inside_the_folder_and_weights_on_another_disk_are_accepted(folder: Path, tmp_path: Path) -> None:
+def test_links_inside_the_folder_of_the_same_name_and_of_weights_are_accepted(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "weights.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "weights.safetensors")
     (folder / "copy.json").symlink_to("config.json")
+    (folder / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")  # a folder of links saves room
+    (folder / "tokenizer_config.json").symlink_to(tmp_path / "tokenizer_config.json")
 
     config_of(folder)
 
 
 def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder: Path, private: Path, tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "repo" / "snapshots" / "abc", tmp_path / "repo" / "blobs"
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "abc", tmp_path / "models--a--b" / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for file in folder.iterdir():
