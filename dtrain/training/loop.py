@@ -22,6 +22,7 @@ from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine, StepResult, StepWeight
+from dtrain.errors import ConfigError
 from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 from dtrain.training.evaluation import to_device
@@ -198,10 +199,27 @@ def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
     """Returns the largest request. Stops at the first monitor that requests a rollback: this step's state is discarded."""
     largest = Decision.CONTINUE
     for monitor in monitors:
-        largest = max(largest, request := monitor.after_step(record))
+        largest = max(largest, request := _request_of(monitor, record))
         if request == Decision.ROLLBACK:
             return request
     return largest
+
+
+def _request_of(monitor: Monitor, record: StepRecord) -> Decision:
+    """Returns what one monitor requests. A monitor without a return statement requests nothing.
+
+    Raises:
+        ConfigError: it returned something that is not a Decision.
+    """
+    request = monitor.after_step(record)
+    if request is None:
+        return Decision.CONTINUE
+    if not isinstance(request, Decision):
+        raise ConfigError(
+            f"{type(monitor).__name__}.after_step returned {request!r} at step {record.step}. Return Decision.CONTINUE, "
+            "STOP, ROLLBACK or PREEMPT (dtrain.training.monitors.protocol.Decision), or nothing, which continues."
+        )
+    return request
 
 
 def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:

@@ -137,6 +137,6 @@ class Monitor(Protocol):
     It may call collectives if it does so at the same steps on every rank.
     """
 
-    def after_step(self, record: StepRecord) -> Decision:
-        """Returns what this monitor requests on this rank; the ranks agree afterwards."""
+    def after_step(self, record: StepRecord) -> Decision | None:
+        """Returns what this monitor requests on this rank; the ranks agree afterwards. None continues."""
         ...
