@@ -115,6 +115,12 @@ def _read_eval_every(value: Any) -> Any:
     return int(value) if str(value).isdecimal() else value
 
 
+def _read_checkpoint_every(value: Any) -> Any:
+    if value is not None and not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?", str(value)):
+        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or null")
+    return int(value) if str(value).isdecimal() else value
+
+
 class Spike(Section):
     """Detection of a loss far above the recent ones, and the response."""
 
@@ -214,10 +220,17 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
-    every: int | None = setting(
-        None, "steps between checkpoints; the last step is saved as well; null: no checkpoints", resume="free", ge=1
+    every: Annotated[int | str | None, BeforeValidator(_read_checkpoint_every)] = setting(
+        "epoch",
+        "steps between checkpoints, or: epoch, 2 epochs; the last step is saved as well; null: only when a signal stops the run",
+        resume="free",
     )
-    keep: int = setting(2, "number of checkpoints to keep, besides that of the best step", resume="free", ge=1)
+    keep: int = setting(
+        1,
+        "number of checkpoints to keep, besides that of the best step; default: 2 if every is in steps",
+        resume="free",
+        ge=1,
+    )
     resume: str = setting(
         "auto",
         "auto: from the newest complete checkpoint of this run; never; or the path of a checkpoint",
@@ -232,6 +245,13 @@ class Checkpoint(Section):
     replicas: int = setting(2, "nodes that keep a copy, if run.output_dir is not shared", resume="free", ge=1)
     max_file_gb: float = setting(5.0, "maximum gigabytes per file", resume="free", gt=0)
     asynchronous: bool = setting(True, "write while training continues; false: wait for the disk", resume="free")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_two_of_many(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and str(values.get("every")).isdecimal() and values.get("keep") is None:
+            return {**values, "keep": 2}
+        return values
 
 
 class Tracking(Section):

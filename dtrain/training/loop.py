@@ -191,8 +191,19 @@ def decide(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
     decision = look_ahead.decision if record.averaged else Decision.CONTINUE
     # The next step's all-reduce carries a request, so it takes effect one step later; after an evaluation, immediately.
     if record.metrics is not None:
-        decision = Decision(agree(max(decision, look_ahead.requested), context))
+        wanted = Decision.PREEMPT if look_ahead.wants_stop() else Decision.CONTINUE
+        decision = Decision(agree(max(decision, look_ahead.requested, wanted), context))
     return decision
+
+
+def settle(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Decision:
+    """Collective. Runs the monitors of a step whose checkpoint precedes its evaluation, after that was restored."""
+    with run.engine.context.heartbeat.within(Phase.MONITORS):
+        request = run_monitors(monitors, record)
+    if request == Decision.ROLLBACK:
+        run.roll_back()
+        request = Decision.CONTINUE
+    return Decision(agree(request, run.engine.context))
 
 
 def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:

@@ -72,7 +72,7 @@ def test_a_signal_passes_through_code_that_swallows_errors() -> None:
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed.startswith(b"Stopped by SIGTERM.")
+    assert printed == b"Stopped by SIGTERM: nothing was saved.\n"
     assert process.returncode == 0
 
 
@@ -135,11 +135,11 @@ DEFERS = """
 import dtrain.distributed.signals
 from dtrain.distributed.signals import deferred
 dtrain.distributed.signals.REPEAT_AFTER_S = 0.2
-with interruptible(grace_s=0.1, before_exit=report_cause), deferred([signal.SIGTERM]) as request:
+with interruptible(grace_s=0.1, before_exit=report_cause), deferred() as request:
     print("ready", flush=True)
-    while request.name is None:
+    while request.why is None:
         time.sleep(0.01)
-    print("requested by", request.name, flush=True)
+    print(request.why, flush=True)
     time.sleep(1)  # longer than a signal that is not deferred may go unheard
     print("saved", flush=True)
     {then}
@@ -151,7 +151,7 @@ def test_a_deferred_signal_is_noted_and_the_program_goes_on_as_long_as_it_needs(
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert (printed, process.returncode) == (b"requested by SIGTERM\nsaved\n", 0)
+    assert (printed, process.returncode) == (b"stop requested by SIGTERM\nsaved\n", 0)
 
 
 def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() -> None:
@@ -173,33 +173,19 @@ def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothin
 ) -> None:
     left: list[str] = []
     done = threading.Event()
+    monkeypatch.setattr(signals.os, "_exit", lambda _code: done.set())
     if is_over:
         done.set()
-
-    def leave(cause: str, _before_exit: object) -> None:
-        left.append(cause)
-        done.set()
-
-    monkeypatch.setattr(signals, "REPEAT_AFTER_S", -1.0)
-    monkeypatch.setattr(signals, "_exit", leave)
     read_end, write_end = socket.socketpair()
-    with write_end, signals.deferred([signal.SIGTERM]):
+    with write_end, signals.deferred():
         write_end.send(bytes([signal.SIGTERM] * 2))
-        helper = threading.Thread(target=signals._end_if_blocked, args=(read_end, done, 0.0, print))
+        arguments = (read_end, done, 0.0, lambda error: left.append(str(error)), -1.0)
+        helper = threading.Thread(target=signals._watch, args=arguments)
         helper.start()
         helper.join(LIMIT_S)
 
     assert not helper.is_alive()
     assert left == ([] if is_over else ["Stopped immediately by a second SIGTERM: nothing more was saved."])
-
-
-def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
-    with running(DEFERS.format(then="")) as process:
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=LIMIT_S)
-
-    assert b"Stopped by SIGINT" in printed
-    assert process.returncode != 0
 
 
 BLOCKED = """
@@ -212,7 +198,7 @@ with interruptible(grace_s=0.3, before_exit={before_exit}):
 @pytest.mark.parametrize(
     ("before_exit", "printed"),
     [
-        ("report_cause", "before exit: Stopped by SIGTERM: the process did not react within 0 s.\n"),
+        ("report_cause", "before exit: Stopped by SIGTERM: nothing was saved. The process did not react within 0 s.\n"),
         ("lambda cause: time.sleep(60)", ""),
     ],
 )

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.console import log
+from dtrain.distributed import signals
 from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase
 from dtrain.distributed.topology import Topology
 from dtrain.job.watchdog import process, stacks
@@ -117,6 +118,10 @@ class WatchdogClient:
         self.heartbeat.at(Phase.ENDING)
         self._send({"failed": message, "code": code, "by_signal": by_signal})
 
+    def pass_on_signal(self, number: int) -> None:
+        """Tells the monitors that this rank got a signal to stop, so that all ranks get it."""
+        self._send({"signal": number})
+
     def peer_failure(self, timeout_s: float) -> PeerFailure | None:
         """Returns which rank has failed first; waits until the monitor reports one, or for the time-out."""
         if self._channel is not None:
@@ -189,6 +194,8 @@ class WatchdogClient:
                 self._has_failure.set()
             case {"staying": _}:
                 self._is_monitor_staying.set()
+            case {"signal": number}:
+                signals.pass_on(number)
             case {"exit": code}:
                 os._exit(code)
 
