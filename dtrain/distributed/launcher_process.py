@@ -92,6 +92,8 @@ def _typed_words(launcher: str) -> tuple[str, ...] | None:
 
 def _as_typed(words: Sequence[str]) -> tuple[str, ...]:
     """Removes the interpreter that the kernel puts before a script with a `#!` line, and the folder of one on the PATH."""
+    if Path(words[0]).name == "prterun":  # what Open MPI's mpirun becomes
+        return ("mpirun", *words[1:])
     script = words[1] if len(words) > 1 else ""
     is_python = re.fullmatch(r"python[\d.]*", Path(words[0]).name) is not None
     if not (is_python and "/" in script and not script.endswith(".py") and os.access(script, os.X_OK)):

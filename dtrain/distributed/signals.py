@@ -294,7 +294,7 @@ def _answer(number: int, request: StopRequest | None) -> None:
     if request is None:
         log.info("%s: stopping", name)
     else:
-        log.info("%s: %s; %s to quit without", _signals.reason or name, request.answer, again)
+        log.info("%s: %s; %s to quit without saving", _signals.reason or name, request.answer, again)
         request.record(number)
     with suppress(OSError, ValueError):
         _signals.peers(number)
