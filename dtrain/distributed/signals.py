@@ -24,7 +24,7 @@ from types import FrameType
 
 from dtrain.console import log
 from dtrain.distributed.bounded import call_with_timeout
-from dtrain.errors import Interrupted, Preempted
+from dtrain.errors import Interrupted, Preempted, TopologyError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """SIGUSR1 is what Slurm's --signal sends ahead of the end of a job; mpirun passes it on and survives. SIGHUP: the terminal
@@ -158,12 +158,19 @@ def pass_on(number: int) -> None:
 
 
 def request_stop(reason: str) -> bool:
-    """Asks this process to stop as a SIGTERM would, if it has a state to save; returns whether it has. For any thread."""
-    if _signals.request is None or _signals.first is not None:
+    """Asks a training run to stop as a SIGTERM would; returns whether this process is one. For any thread."""
+    if _signals.interrupted is interrupted_without_save and _signals.request is None:
         return False
     _signals.reason = reason
     os.kill(os.getpid(), signal.SIGTERM)
     return True
+
+
+def unsaved_ending(cause: TopologyError) -> Interrupted | TopologyError:
+    """Returns the error with which a process ends that did not stop in time: a run without a step has lost nothing."""
+    if _signals.request is None and _signals.interrupted is not interrupted_without_save:
+        return _signals.interrupted(str(cause).rstrip("."))
+    return cause
 
 
 def is_stopping() -> bool:
@@ -184,7 +191,7 @@ def interruptible(
     Args:
         grace_s: how long the main thread may take to react.
         before_exit: called from a helper thread with the cause, before the process ends with that cause's code.
-        interrupted: returns the exception for the name of a signal.
+        interrupted: returns the exception for the name of a signal, or for another reason to stop.
         repeat_after_s: replaces REPEAT_AFTER_S.
     """
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
@@ -233,7 +240,7 @@ def _handle(number: int, _frame: FrameType | None) -> None:
     for each in SIGNALS:
         if signal.getsignal(each) is _handle:
             signal.signal(each, _ignore_repeated)
-    raise _signals.interrupted(signal.Signals(_signals.first).name)
+    raise _signals.interrupted(_signals.reason or signal.Signals(_signals.first).name)
 
 
 def _ignore_repeated(_number: int, _frame: FrameType | None) -> None:
@@ -292,7 +299,7 @@ def _answer(number: int, request: StopRequest | None) -> None:
     name, again = signal.Signals(number).name, "press Ctrl-C again" if number == signal.SIGINT else "send it again"
     _signals.first = _signals.first or number
     if request is None:
-        log.info("%s: stopping", name)
+        log.info("%s: stopping", _signals.reason or name)
     else:
         log.info("%s: %s; %s to quit without saving", _signals.reason or name, request.answer, again)
         request.record(number)
@@ -313,7 +320,7 @@ def _await_ending(
             if time.monotonic() - begin < grace_s:
                 continue
             if request is None:
-                error = _signals.interrupted(signal.Signals(first).name)
+                error = _signals.interrupted(_signals.reason or signal.Signals(first).name)
                 return Interrupted(f"{error} The process did not react within {grace_s:.0f} s.", error.exit_code)
             # A deferred signal ends the run in good order, however long its step and its checkpoint take.
             reason = request.saved()

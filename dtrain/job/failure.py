@@ -108,7 +108,7 @@ def success_record(topology: Topology) -> ExitRecord:
 
 def interrupted_early(topology: Topology, name: str) -> Interrupted:
     """Returns what a signal raises before the first step of a training run: nothing is lost, so the code is 75."""
-    message = f"Stopped by {name} before the first step of this start, so nothing is lost. {how_to_go_on(topology)}"
+    message = f"Stopped before the first step of this start ({name}): nothing is lost. {how_to_go_on(topology)}"
     return Interrupted(message, Preempted.exit_code)
 
 

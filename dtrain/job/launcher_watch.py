@@ -36,8 +36,8 @@ STOPPING_S = 60.0
 PR_SET_PDEATHSIG = 1
 
 
-def exit_with_launcher(topology: Topology, on_death: Callable[[TopologyError], None]) -> Callable[[], bool]:
-    """Starts a thread that ends this process, with code 4, within 5 s after its launcher's death.
+def exit_with_launcher(topology: Topology, on_death: Callable[[BaseException], None]) -> Callable[[], bool]:
+    """Starts a thread that ends this process, with code 4 or with 75 if a run is saved, within 5 s of its launcher's death.
 
     Watches the parent and every process between it and the launcher; the first that ends counts. Watches nothing for a
     single process, or if the rank's variables were set by hand.
@@ -59,7 +59,7 @@ def exit_with_launcher(topology: Topology, on_death: Callable[[TopologyError], N
     return lambda: all(process.is_running for process in watched)
 
 
-def _watch(topology: Topology, watched: list[Ancestor], on_death: Callable[[TopologyError], None]) -> None:
+def _watch(topology: Topology, watched: list[Ancestor], on_death: Callable[[BaseException], None]) -> None:
     while all(process.is_running for process in watched):
         time.sleep(POLL_S)
     dead = next((process for process in watched if not process.is_running), watched[0])
@@ -69,12 +69,12 @@ def _watch(topology: Topology, watched: list[Ancestor], on_death: Callable[[Topo
         time.sleep(STOPPING_S)  # the main thread ends the process before
     elif signals.request_stop(cause.rstrip(".")):
         time.sleep(SAVE_S)
-    error = TopologyError(cause)
+    error = signals.unsaved_ending(TopologyError(cause))
     call_with_timeout(partial(_report, error, on_death, topology), REPORT_S, None)
     os._exit(error.exit_code)
 
 
-def _report(error: TopologyError, on_death: Callable[[TopologyError], None], topology: Topology) -> None:
+def _report(error: BaseException, on_death: Callable[[BaseException], None], topology: Topology) -> None:
     try:
         on_death(error)
     finally:

@@ -222,15 +222,15 @@ def _request_of(monitor: Monitor, record: StepRecord) -> Decision:
     Raises:
         ConfigError: it returned something that is not a Decision.
     """
-    request = monitor.after_step(record)
+    request: object = monitor.after_step(record)
     if request is None:
         return Decision.CONTINUE
-    if not isinstance(request, Decision):
+    if not isinstance(request, int) or isinstance(request, bool) or request not in list(Decision):
         raise ConfigError(
             f"{type(monitor).__name__}.after_step returned {request!r} at step {record.step}. Return Decision.CONTINUE, "
             "STOP, ROLLBACK or PREEMPT (dtrain.training.monitors.protocol.Decision), or nothing, which continues."
         )
-    return request
+    return Decision(request)
 
 
 def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:

@@ -163,15 +163,14 @@ def wait_for_ranks(job: jobs.Job, ranks: int) -> None:
     assert jobs.until(has_begun), job.text
 
 
-def phase_of(job: jobs.Job, run: Path) -> str:
-    """What the run seems to be doing, from what it has written."""
-    events = [json.loads(line) for line in _lines(run / "metrics.jsonl")]
-    since = next((i for i in range(len(events) - 1, -1, -1) if events[i]["event"] == "start"), None)
-    if since is None or "  loss " not in job.text and len(events) - since <= 2:
-        return "start" if "steps      " not in job.text else "first step or evaluation"
-    last = [event for event in events[since:] if event["event"] in ("train", "eval", "export")][-1:]
+def phase_of(run: Path, lines_before: int) -> str:
+    """What the run seems to be doing, from what this start has written."""
+    events = [json.loads(line) for line in _lines(run / "metrics.jsonl")[lines_before:]]
+    if not events:
+        return "start"
+    last = [event for event in events if event["event"] in ("train", "eval", "export")][-1:]
     if not last:
-        return "first step or evaluation"
+        return "step 1 or evaluation that was due"
     if last[0]["event"] == "train":
         return "evaluation" if last[0]["step"] % 2 == 0 else "step"
     return "end" if last[0]["step"] == STEPS else "step or export"
@@ -181,8 +180,11 @@ def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def interrupt(command: Sequence[str], run: Path, ranks: int, moment_s: float, send: Sender, kind: str, tally: Tally) -> bool:
+def interrupt(
+    command: Sequence[str], run: Path, ranks: int, moment_s: float, send: Sender, kind: str, tally: Tally
+) -> bool:
     """One start with one signal; whether the run is over."""
+    lines_before = len(_lines(run / "metrics.jsonl"))
     with jobs.started(command) as job:
         wait_for_ranks(job, ranks)
         begin = time.monotonic()
@@ -192,7 +194,7 @@ def interrupt(command: Sequence[str], run: Path, ranks: int, moment_s: float, se
             if code != 0:
                 tally.faults.append(f"ended with {code} before the signal: {job.text[-2000:]}")
             return True
-        phase = phase_of(job, run)
+        phase = phase_of(run, lines_before)
         (run / "exit.json").unlink(missing_ok=True)
         sent_s = time.monotonic()
         send(job)
@@ -200,11 +202,8 @@ def interrupt(command: Sequence[str], run: Path, ranks: int, moment_s: float, se
         seconds = time.monotonic() - sent_s
         code = job.end()
     where = f"{kind} in {phase}, {moment_s:.1f} s after the start"
-    if not (run / "exit.json").exists() and not run.exists():
-        recorded = 75 if "so nothing is lost" in job.text else -1
-    else:
-        recorded = jobs.exit_of(run)["code"] if (run / "exit.json").exists() else -1
-    if recorded == -1 and "so nothing is lost" in job.text:
+    recorded = jobs.exit_of(run)["code"] if (run / "exit.json").exists() else -1
+    if recorded == -1 and "nothing is lost" in job.text:  # there was no run folder yet
         recorded = 75
     if recorded == 0:  # it was at its very end
         tally.phases["after the end"] += 1
@@ -261,10 +260,10 @@ def main() -> int:
     for name in arguments.launchers or LAUNCHERS:
         with tempfile.TemporaryDirectory() as place:
             rng = random.Random(f"{arguments.seed} {name}")
-            tallies[name] = try_launcher(
-                name, Path(place), signals=arguments.signals, rows=arguments.rows, rng=rng
-            )
-    print(f"{'launcher':<10} {'signals':<40} {'75':>4} {'median s':>9} {'most s':>7} {'runs':>5} {'faults':>7}  arrived in")
+            tallies[name] = try_launcher(name, Path(place), signals=arguments.signals, rows=arguments.rows, rng=rng)
+    print(
+        f"{'launcher':<10} {'signals':<40} {'75':>4} {'median s':>9} {'most s':>7} {'runs':>5} {'faults':>7}  arrived in"
+    )
     for name, tally in tallies.items():
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.sent.items()))
         phases = ", ".join(f"{count} {phase}" for phase, count in tally.phases.most_common())
