@@ -43,6 +43,13 @@ POLL_S = 0.2
 BeforeExit = Callable[[Interrupted | Preempted], None]
 
 
+TellPeers = Callable[[int, str | None], None]
+
+
+def _tell_nobody(_number: int, _reason: str | None) -> None:
+    """Before the ranks have met, and after they have separated."""
+
+
 class StopNow(KeyboardInterrupt):
     """Raised in the main thread by the first signal, inside `StopRequest.attempt`."""
 
@@ -112,13 +119,13 @@ class _Signals:
         interrupted: makes the exception that the first signal raises outside of `deferred`.
         peers: tells other ranks about the first signal.
         first: the first signal since `interruptible` began.
-        reason: why this process has sent itself the first signal; None if it came from outside.
+        reason: why a rank has sent itself the first signal; None if it came from outside.
     """
 
     def __init__(self) -> None:
         self.request: StopRequest | None = None
         self.interrupted: Callable[[str], Interrupted] = interrupted_without_save
-        self.peers: Callable[[int], None] = lambda _number: None
+        self.peers: TellPeers = _tell_nobody
         self.first: int | None = None
         self.reason: str | None = None
 
@@ -142,18 +149,19 @@ def deferred() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def telling_peers(tell: Callable[[int], None]) -> Iterator[None]:
-    """Calls `tell` with the number of the first signal, from the helper thread, so that other ranks hear of it."""
+def telling_peers(tell: TellPeers) -> Iterator[None]:
+    """Calls `tell` with the first signal's number and the reason, from the helper thread, so that other ranks hear of it."""
     _signals.peers = tell
     try:
         yield
     finally:
-        _signals.peers = lambda _number: None
+        _signals.peers = _tell_nobody
 
 
-def pass_on(number: int) -> None:
+def pass_on(number: int, reason: str | None) -> None:
     """Lets a signal that another rank received act on this process, unless it has had one itself."""
     if _signals.first is None and signal.getsignal(number) is _handle:
+        _signals.reason = reason
         os.kill(os.getpid(), number)
 
 
@@ -304,7 +312,7 @@ def _answer(number: int, request: StopRequest | None) -> None:
         log.info("%s: %s; %s to quit without saving", _signals.reason or name, request.answer, again)
         request.record(number)
     with suppress(OSError, ValueError):
-        _signals.peers(number)
+        _signals.peers(number, _signals.reason)
 
 
 def _await_ending(

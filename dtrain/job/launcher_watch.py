@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -64,7 +65,8 @@ def _watch(topology: Topology, watched: list[Ancestor], on_death: Callable[[Base
         time.sleep(POLL_S)
     dead = next((process for process in watched if not process.is_running), watched[0])
     name = dead.command.split("\0")[0].rpartition("/")[2] or "unknown"
-    cause = f"The launcher ({topology.launcher}) has died: process {dead.pid} ({name}) is gone."
+    where = f" on {socket.gethostname()}" if topology.num_nodes > 1 else ""
+    cause = f"The launcher ({topology.launcher}){where} has died: process {dead.pid} ({name}) is gone."
     if signals.is_stopping():
         time.sleep(STOPPING_S)  # the main thread ends the process before
     elif signals.request_stop(cause.rstrip(".")):

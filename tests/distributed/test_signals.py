@@ -23,10 +23,18 @@ LIMIT_S = 30
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from dtrain.distributed.signals import ignore_further, interruptible
+from dtrain.distributed.signals import deferred, ignore_further, interruptible
 def report_cause(cause):
     print("before exit:", cause, flush=True)
 """
+
+
+REPORTS = """
+import logging
+from dtrain.console import log
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+"""
+"""Prints what the helper thread says."""
 
 
 @contextmanager
@@ -266,3 +274,94 @@ def test_python_code_that_has_heard_the_signal_goes_on_as_long_as_it_likes() -> 
         printed, _ = process.communicate(timeout=LIMIT_S)
 
     assert (printed, process.returncode) == (b"went on\n", 0)
+
+
+ATTEMPTS = """
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
+    def work():
+        try:
+            print("ready", flush=True)
+            time.sleep(30)
+        except Exception:
+            print("swallowed", flush=True)
+    print(request.attempt(work), request.why, flush=True)
+    print(request.attempt(lambda: print("never")), flush=True)
+"""
+
+
+def test_work_that_may_be_broken_off_is_and_none_begins_after_the_signal() -> None:
+    with running(REPORTS + ATTEMPTS) as process:
+        process.send_signal(signal.SIGHUP)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    lines = printed.decode().splitlines()
+    assert sorted(lines[:2]) == [
+        "False stop requested by SIGHUP",
+        "SIGHUP: saving; send it again to quit without saving",
+    ]
+    assert (lines[2:], process.returncode) == (["False"], 0)
+
+
+ANSWERS = """
+with interruptible(grace_s=0.1, before_exit=report_cause), deferred() as request:
+    {saved}
+    ctypes.CDLL(None).system(b"echo ready; exec cat >/dev/null 2>&1")
+    print("went on", flush=True)
+"""
+
+
+def test_the_answer_does_not_wait_for_the_main_thread() -> None:
+    with running(REPORTS + ANSWERS.format(saved="")) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        rest, _ = process.communicate(timeout=LIMIT_S)
+
+    assert answer == b"SIGTERM: saving after this step; send it again to quit without saving\n"
+    assert rest == b"went on\n"
+
+
+def test_a_blocked_process_whose_state_is_on_disk_ends_with_75() -> None:
+    with running(ANSWERS.format(saved="request.saved = lambda: 'all is saved'")) as process:
+        process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT_S)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"before exit: all is saved\n", 75)
+
+
+HANGUP = """
+signal.signal(signal.SIGHUP, signal.{before})
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(request.why, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("before", "why"), [("SIG_DFL", "stop requested by SIGHUP"), ("SIG_IGN", "None")])
+def test_a_closed_terminal_stops_the_run_unless_it_began_under_nohup(before: str, why: str) -> None:
+    with running(HANGUP.format(before=before)) as process:
+        process.send_signal(signal.SIGHUP)
+        printed, _ = process.communicate(b"\n", timeout=LIMIT_S)
+
+    assert (printed.decode(), process.returncode) == (f"{why}\n", 0)
+
+
+PEERS = """
+from dtrain.distributed.signals import deferred, pass_on, telling_peers
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request, telling_peers(lambda *told: print(*told, flush=True)):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    pass_on(signal.SIGTERM, "its launcher has died")
+    pass_on(signal.SIGINT, None)
+    time.sleep(0.1)
+    print(request.why, flush=True)
+"""
+
+
+def test_a_signal_of_another_rank_counts_once_with_its_reason() -> None:
+    with running(PEERS) as process:
+        printed, _ = process.communicate(b"\n", timeout=LIMIT_S)
+
+    assert sorted(printed.decode().splitlines()) == ["15 its launcher has died", "its launcher has died"]

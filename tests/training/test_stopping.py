@@ -143,12 +143,18 @@ def test_a_run_that_goes_on_after_a_signal_ends_like_one_without(
     assert ended == "Stopped" or (point, every) in (("a checkpoint", "never"), ("the wait for the writer", "never"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero 3", marks=pytest.mark.slow)])
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"data.workers": 1},
+    "zero 3": {"engine.zero_stage": 3},
+    "local steps": {"train.local_steps": 3},
+    "sharded": {"checkpoint.format": "sharded"},
+}
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.slow) for e in list(ENGINES)[1:])])
 @pytest.mark.parametrize(("point", "call"), [("the scores", 2), ("a step", 5), ("the records", 2), ("an export", 1)])
 def test_a_signal_to_one_of_two_ranks_stops_both(folder: Path, point: str, call: int, engine: str) -> None:
-    changes = {**BASE, "checkpoint.every": 3}
-    if engine == "zero 3":
-        changes |= {"engine.zero_stage": 3}
+    changes = {**BASE, "checkpoint.every": 3, **ENGINES[engine]}
     name = f"{engine}-{point}-{call}".replace(" ", "-")
 
     assert lives(folder, name, 2, changes, point, call, on_rank=1 if point != "an export" else 0) == "Stopped"

@@ -118,9 +118,9 @@ class WatchdogClient:
         self.heartbeat.at(Phase.ENDING)
         self._send({"failed": message, "code": code, "by_signal": by_signal})
 
-    def pass_on_signal(self, number: int) -> None:
+    def pass_on_signal(self, number: int, reason: str | None) -> None:
         """Tells the monitors that this rank got a signal to stop, so that all ranks get it."""
-        self._send({"signal": number})
+        self._send({"signal": number, "reason": reason})
 
     def peer_failure(self, timeout_s: float) -> PeerFailure | None:
         """Returns which rank has failed first; waits until the monitor reports one, or for the time-out."""
@@ -194,8 +194,8 @@ class WatchdogClient:
                 self._has_failure.set()
             case {"staying": _}:
                 self._is_monitor_staying.set()
-            case {"signal": number}:
-                signals.pass_on(number)
+            case {"signal": number, "reason": reason}:
+                signals.pass_on(number, reason)
             case {"exit": code}:
                 os._exit(code)
 
