@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
@@ -43,11 +43,12 @@ POLL_S = 0.2
 BeforeExit = Callable[[Interrupted | Preempted], None]
 
 
-TellPeers = Callable[[int, str | None], None]
+TellPeers = Callable[[int, str | None], bool]
 
 
-def _tell_nobody(_number: int, _reason: str | None) -> None:
+def _tell_nobody(_number: int, _reason: str | None) -> bool:
     """Before the ranks have met, and after they have separated."""
+    return True
 
 
 class StopNow(KeyboardInterrupt):
@@ -150,7 +151,10 @@ def deferred() -> Iterator[StopRequest]:
 
 @contextmanager
 def telling_peers(tell: TellPeers) -> Iterator[None]:
-    """Calls `tell` with the first signal's number and the reason, from the helper thread, so that other ranks hear of it."""
+    """Calls `tell` with the first signal's number and the reason, from the helper thread, so that other ranks hear of it.
+
+    It returns whether this is a stop: a launcher also sends signals when another rank has failed.
+    """
     _signals.peers = tell
     try:
         yield
@@ -303,16 +307,14 @@ def _watch(
 
 
 def _answer(number: int, request: StopRequest | None) -> None:
-    """Says at once what the signal does, and tells the other ranks."""
+    """Tells the other ranks, and says at once what the signal does."""
     name, again = signal.Signals(number).name, "press Ctrl-C again" if number == signal.SIGINT else "send it again"
     _signals.first = _signals.first or number
-    if request is None:
-        log.info("%s: stopping", _signals.reason or name)
-    else:
-        log.info("%s: %s; %s to quit without saving", _signals.reason or name, request.answer, again)
+    doing = "stopping" if request is None else f"{request.answer}; {again} to quit without saving"
+    if request is not None:
         request.record(number)
-    with suppress(OSError, ValueError):
-        _signals.peers(number, _signals.reason)
+    if _signals.peers(number, _signals.reason):
+        log.info("%s: %s", _signals.reason or name, doing)
 
 
 def _await_ending(

@@ -36,6 +36,9 @@ from dtrain.job.watchdog.rules import HangSettings
 TICK_S = 1.0
 COORDINATOR_START_S = 10.0
 CLOSING_S = 2.0
+PEER_FAILURE_S = 0.1
+"""How long a signal waits for the news that another rank has failed. mpirun kills 0.25 s after it."""
+
 SILENCED_S = 10.0
 
 
@@ -118,9 +121,17 @@ class WatchdogClient:
         self.heartbeat.at(Phase.ENDING)
         self._send({"failed": message, "code": code, "by_signal": by_signal})
 
-    def pass_on_signal(self, number: int, reason: str | None) -> None:
-        """Tells the monitors that this rank got a signal to stop, so that all ranks get it."""
+    def pass_on_signal(self, number: int, reason: str | None) -> bool:
+        """Tells the monitors that this rank got a signal to stop, so that all ranks get it.
+
+        Returns:
+            False, and tells nobody, if the launcher stops this rank because another one has failed.
+        """
+        failure = self.peer_failure(PEER_FAILURE_S)
+        if failure is not None and not failure.by_signal:
+            return False
         self._send({"signal": number, "reason": reason})
+        return True
 
     def peer_failure(self, timeout_s: float) -> PeerFailure | None:
         """Returns which rank has failed first; waits until the monitor reports one, or for the time-out."""
