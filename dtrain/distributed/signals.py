@@ -153,7 +153,7 @@ def deferred() -> Iterator[StopRequest]:
 def telling_peers(tell: TellPeers) -> Iterator[None]:
     """Calls `tell` with the first signal's number and the reason, from the helper thread, so that other ranks hear of it.
 
-    It returns whether this is a stop: a launcher also sends signals when another rank has failed.
+    It returns whether to print an answer: a launcher also sends signals when another rank has failed.
     """
     _signals.peers = tell
     try:

@@ -350,7 +350,10 @@ def test_a_closed_terminal_stops_the_run_unless_it_began_under_nohup(before: str
 
 PEERS = """
 from dtrain.distributed.signals import deferred, pass_on, telling_peers
-with interruptible(grace_s=20, before_exit=report_cause), deferred() as request, telling_peers(lambda *told: print(*told, flush=True) is None):
+def tell(*told):
+    print(*told, flush=True)
+    return True
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request, telling_peers(tell):
     print("ready", flush=True)
     sys.stdin.readline()
     pass_on(signal.SIGTERM, "its launcher has died")

@@ -82,11 +82,10 @@ def test_a_job_told_to_stop_saves_says_so_once_and_what_goes_on(
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"]) == (75, "Preempted")
     assert not jobs.own_traceback(job), job.text
-    answer, stopped, goes_on = [
-        line for line in lines_after(job, "  loss ") if not line.startswith("Writing model shards")
-    ]
-    assert said in answer
-    assert "again to quit without saving" in answer
+    # A run that has saved within 0.1 s needs no other answer.
+    *answers, stopped, goes_on = lines_after(job, "  loss ")
+    assert len(answers) <= 1
+    assert all(said in answer and "again to quit without saving" in answer for answer in answers), job.text
     assert stopped.startswith("error: Stopped after step ")
     assert said in stopped
     # The very command, without the folder of a launcher on the PATH.
@@ -129,8 +128,8 @@ def test_a_signal_to_one_rank_ends_all_and_exit_json_names_it(tmp_path: Path) ->
     assert (end["code"], end["cause"]) == (75, "Preempted")
     assert "stop requested by SIGTERM" in end["message"], end
     assert not jobs.own_traceback(job), job.text
-    answer, stopped, _ = lines_after(job, "  loss ")
-    assert answer.startswith("SIGTERM: saving after this step"), "rank 0 hears of it at once"
+    *answers, stopped, _ = lines_after(job, "  loss ")
+    assert all(answer.startswith("SIGTERM: saving after this step") for answer in answers), job.text
     assert stopped.startswith("error: Stopped after step ")
 
 

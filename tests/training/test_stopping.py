@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_after_a_signal_ends_like_one_without(
 
 
 ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"data.workers": 1},
+    "ddp": {},
     "zero 3": {"engine.zero_stage": 3},
     "local steps": {"train.local_steps": 3},
     "sharded": {"checkpoint.format": "sharded"},

@@ -37,7 +37,7 @@ TICK_S = 1.0
 COORDINATOR_START_S = 10.0
 CLOSING_S = 2.0
 PEER_FAILURE_S = 0.1
-"""How long a signal waits for the news that another rank has failed. mpirun kills 0.25 s after it."""
+"""How long the answer to a signal waits for the news that another rank has failed."""
 
 SILENCED_S = 10.0
 
@@ -125,13 +125,12 @@ class WatchdogClient:
         """Tells the monitors that this rank got a signal to stop, so that all ranks get it.
 
         Returns:
-            False, and tells nobody, if the launcher stops this rank because another one has failed.
+            Whether the user needs an answer: not if the launcher stops this rank because another one has failed, or if
+            the rank has saved and reported that already.
         """
-        failure = self.peer_failure(PEER_FAILURE_S)
-        if failure is not None and not failure.by_signal:
-            return False
         self._send({"signal": number, "reason": reason})
-        return True
+        failure = self.peer_failure(PEER_FAILURE_S)
+        return (failure is None or failure.by_signal) and self.heartbeat.phase != Phase.ENDING
 
     def peer_failure(self, timeout_s: float) -> PeerFailure | None:
         """Returns which rank has failed first; waits until the monitor reports one, or for the time-out."""
