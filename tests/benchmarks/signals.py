@@ -214,6 +214,7 @@ def interrupt(
     tally.codes[recorded] += 1
     if recorded != 75 or not gone or seconds > LIMIT_S:
         tally.faults.append(f"{where}: launcher {code}, exit.json {recorded}, {seconds:.1f} s: {job.text[-3000:]}")
+        print(tally.faults[-1], flush=True)
     print(f"  {where}: launcher {code}, exit.json {recorded}, {seconds:.1f} s", flush=True)
     assert begin <= sent_s
     return False
