@@ -13,8 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dtrain.config.load import load_config
-from dtrain.config.schema import Config
+from dtrain.environment import end_own_program
+
+try:
+    from dtrain.config.load import load_config
+    from dtrain.config.schema import Config
+except ModuleNotFoundError as error:
+    end_own_program(error)
+    raise
 
 if TYPE_CHECKING:
     from torch import nn

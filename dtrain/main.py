@@ -17,7 +17,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,15 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain import console
 from dtrain.commands.arguments import parse
+from dtrain.config import bounded_json
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
-from dtrain.distributed.process_info import age_s, process_start
+from dtrain.distributed.process_info import process_start
+from dtrain.distributed.process_limit import check_process_limit
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import interrupted_without_save, interruptible
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted
+from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted, TopologyError
 from dtrain.job.failure import (
     error_record,
     interrupted_early,
@@ -45,6 +46,7 @@ from dtrain.job.failure import (
     write_exit_json,
 )
 from dtrain.job.launcher_watch import exit_with_launcher
+from dtrain.runs.launch_record import is_by_same_agents
 
 if TYPE_CHECKING:
     from torch import nn
@@ -188,6 +190,13 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
             log.error("%s", previous["message"])
         return int(previous["code"])
 
+    try:
+        check_process_limit(os.environ, local_world_size=topology.local_world_size)
+    except TopologyError as error:
+        return report_failure_alone(error, config, context, has_exit_json=has_exit_json)
+    if config.note is not None and topology.is_main:
+        sys.stderr.write(f"{config.note}\n")  # standard output is for the answer
+
     def record_cause(cause: BaseException) -> None:
         if has_exit_json:
             write_exit_json(error_record(cause, topology), config, context.heartbeat)
@@ -230,13 +239,12 @@ def _non_retryable_failure(config: Config, topology: Topology, env: Mapping[str,
     """Returns exit.json of this job's last start, if torchrun restarts ranks that would meet the same error again."""
     if topology.launcher != "torchrun" or env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
-    file, launcher_s = config.run_dir / "exit.json", age_s(os.getppid())
     try:
-        is_of_this_job = launcher_s is not None and time.time() - file.stat().st_mtime < launcher_s
-        previous: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        previous: dict[str, Any] = bounded_json.loads((config.run_dir / "exit.json").read_text(encoding="utf-8"))
+        is_non_retryable = previous["code"] in NON_RETRYABLE_CODES and is_by_same_agents(previous, config.run_dir)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return previous if is_of_this_job and previous.get("code") in NON_RETRYABLE_CODES else None
+    return previous if is_non_retryable else None
 
 
 def _report_common_error(error: DtrainError, topology: Topology) -> int:

@@ -19,6 +19,7 @@ import pytest
 DTRAIN = Path(__file__).parents[1] / "dtrain"
 
 ORDER = (
+    "environment",
     "errors",
     "console",
     "config",
@@ -54,13 +55,14 @@ ONLY_IN = {
         "commands.link_test",
     ),
     "deepspeed": ("engine.deepspeed",),
-    "yaml": ("config.load", "config.yaml_dialect"),
+    "yaml": ("config.raw_settings", "config.yaml_dialect"),
 }
 """A thing, and the modules or packages that may use it."""
 
 SAME_AS_ENVIRON = {"os.environb", "os.getenv", "os.getenvb", "os.putenv", "os.unsetenv"}
 
 WITHOUT_TORCH = (
+    "environment",
     "errors",
     "console",
     "config",
@@ -456,7 +458,7 @@ def test_what_the_rules_allow_is_no_breach(tmp_path: Path) -> None:
         "engine/deepspeed.py": "import torch.distributed\nimport dtrain.distributed.topology\ndef f():\n    import deepspeed",
         "distributed/topology.py": "import typing\nif typing.TYPE_CHECKING:\n    import torch\nimport dtrain.errors",
         "distributed/launcher_env.py": "from dtrain.errors import TopologyError",
-        "config/load.py": "import yaml\nfrom dtrain.config.schema import Config",
+        "config/raw_settings.py": "import yaml\nfrom dtrain.config.schema import Config",
         "models/load.py": "from dtrain.models.compatibility import check_fit\ndistributed = 1\nx = distributed",
         "models/compatibility.py": "import os\nos.path",
         "errors.py": "",

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dtrain.config import bounded_json
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -43,6 +45,10 @@ VALUE = "value"
 """Replaces the slot name for the parameter or buffer itself, in the files of a sharded checkpoint."""
 FULL_TENSOR = -1
 """Replaces the index of the first element for a piece that is the complete tensor."""
+
+MAX_PARTS = 1_000_000
+"""More parts than any job has ranks. A manifest with more is not one that was written."""
+MAX_MANIFEST_BYTES = 100 * 2**20
 
 CHUNK = 2**22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -132,7 +138,7 @@ def verify(path: Path) -> SavedCheckpoint:
             _verify_file(path / name, expected)
         if STATE not in manifest["files"]:
             raise DamagedCheckpointError(f"{MANIFEST} does not list {STATE}")
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = bounded_json.loads((path / STATE).read_text(encoding="utf-8"))
         step = int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
@@ -153,7 +159,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OtherFormatError: another version of dtrain wrote it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        with (path / MANIFEST).open("rb") as file:
+            manifest = bounded_json.loads(file.read(MAX_MANIFEST_BYTES))
         _refuse_other_format(manifest)  # first: another version may have other fields, and another hash of itself
         stored_hash = manifest.pop("self")
         is_intact = stored_hash == _hash_of(manifest)
@@ -164,9 +171,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
     if not is_intact:
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written")
+    if (problem := _parts_problem(manifest.get("parts", [0]), manifest.get("of", 1))) is not None:
+        raise DamagedCheckpointError(f"{MANIFEST} {problem}")
     if invalid := [name for name in names if not is_valid_name(name)]:
         raise DamagedCheckpointError(f"{MANIFEST} lists {invalid[0]!r}, which is not a valid name of a checkpoint file")
     return dict(manifest)
+
+
+def _parts_problem(parts: Any, of: Any) -> str | None:
+    """Returns what is wrong with the parts that a manifest lists; None if they are possible."""
+    if type(of) is not int or not 1 <= of <= MAX_PARTS:
+        return f"says that the checkpoint has {of!r:.40} parts (at most {MAX_PARTS:,} are possible)"
+    if not isinstance(parts, list) or any(type(part) is not int or not 0 <= part < of for part in parts):
+        return f"lists the parts {parts!r:.40}, where the checkpoint has parts 0 to {of - 1}"
+    return None
 
 
 def _refuse_other_format(manifest: Mapping[str, Any]) -> None:

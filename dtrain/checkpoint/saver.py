@@ -22,7 +22,7 @@ from dtrain.checkpoint.writer_process import WriterProcess
 from dtrain.distributed.collectives import all_gather_object, broadcast_object
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
-from dtrain.errors import CheckpointError
+from dtrain.errors import ERROR_TYPES, CheckpointError, TopologyError
 
 
 @dataclass(frozen=True)
@@ -160,17 +160,19 @@ class Saver:
 
     def _run_on_all_ranks(self, work: Callable[[], None]) -> None:
         """Collective. Calls `work` on every rank. If it fails on a rank, raises the first rank's error on all of them."""
-        message = None
+        failure: tuple[str, str] | None = None
         try:
             work()
-        except CheckpointError as error:
-            message = str(error)
+        except (CheckpointError, TopologyError) as error:
+            failure = (type(error).__name__, str(error))
         except OSError as error:
             message = f"{self._folder} cannot be written on {socket.gethostname()}: {error.filename}: {error.strerror}."
-        messages = [message for message in all_gather_object(message, self._context) if message is not None]
-        if messages:
+            failure = (CheckpointError.__name__, message)
+        failures = [each for each in all_gather_object(failure, self._context) if each is not None]
+        if failures:
             self.close()
-            failed = CheckpointError(messages[0])
+            kind, message = failures[0]
+            failed = ERROR_TYPES[kind](message)
             failed.is_reported_elsewhere = not self._context.is_main
             raise failed
 

@@ -114,9 +114,8 @@ def _readers(saved: SavedCheckpoint | None, context: RankContext, error: str | N
             start, parts, num_parts = stored_parts
             readers = readers_by_start.setdefault((start, num_parts), {})
             readers.update({part: rank for part in parts if part not in readers})
-    complete = [
-        readers for (_, num_parts), readers in readers_by_start.items() if set(range(num_parts)) <= readers.keys()
-    ]
+    # The parts are from 0 to num_parts - 1: see format.read_manifest.
+    complete = [readers for (_, num_parts), readers in readers_by_start.items() if len(readers) == num_parts]
     return [rank for _, rank in sorted(complete[0].items())] if complete else None
 
 

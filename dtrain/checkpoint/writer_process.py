@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.publish import WriteRequest, publish
+from dtrain.distributed.process_limit import process_limit_error
 from dtrain.errors import CheckpointError
 
 PR_SET_PDEATHSIG = 1
@@ -121,6 +122,8 @@ class WriterProcess:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[fd], close_fds=True
             )
+        except OSError as error:
+            raise process_limit_error(error) or error from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._fd, self._output = fd, b""

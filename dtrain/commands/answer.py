@@ -16,6 +16,7 @@ import torch
 
 from dtrain.commands import prompts
 from dtrain.commands.evaluate import wrap
+from dtrain.config import bounded_json
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
 from dtrain.data.seeding import DataPosition
@@ -101,8 +102,8 @@ def _is_json(config: Config) -> bool:
 
 def _row_of_json(config: Config, info: TaskInfo) -> dict[str, Any]:
     try:
-        row = json.loads(str(config.predict.text))
-    except (json.JSONDecodeError, RecursionError) as error:
+        row = bounded_json.loads(str(config.predict.text))
+    except json.JSONDecodeError as error:
         raise ConfigError(
             f"predict.text starts with {{ and is therefore read as JSON, as the columns of a row, but: {error}. Write it "
             f"like '{json.dumps(info.example_row)}', also if the text itself starts with {{."
@@ -129,7 +130,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
     if config.task.generates_texts:
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     task = build_task(config, context)
-    forward = wrap(build.load(config, task, context), config, context)
+    forward = wrap(build.load(config, task, context, is_trained=True), config, context)
     if not isinstance(task, HasAnswers):
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return format_answer({"prediction": record["prediction"]}, row, config)

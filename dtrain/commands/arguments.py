@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dtrain import __version__
+from dtrain.commands.operands import expand_operands, is_setting
+from dtrain.config.foreign_names import refusal_of_arguments
 from dtrain.config.yaml_dialect import quote
 from dtrain.errors import ConfigError
 
 COMMANDS = {
     "train": "fine-tune a model (the default)",
-    "evaluate": "measure model.name_or_path on every split except train, without approximation",
-    "predict": "write the answers of model.name_or_path: to test splits, predict.file or predict.text",
+    "evaluate": "measure a model on every split except train, without approximation",
+    "predict": "write the answers of a model: to test splits, predict.file or one text",
     "generate": "continue a text with a causal language model",
     "inspect": "write hidden states and attentions of a text or of examples",
     "download": "download a model or data set from the hub, for nodes without internet access",
@@ -26,6 +29,12 @@ COMMANDS = {
 }
 
 EPILOG = """
+what a command works on:
+
+    dtrain/main.py evaluate RUN              also: inspect RUN TEXT, generate RUN [PROMPT], chat RUN
+    dtrain/main.py predict RUN [TEXT]        RUN: a run's folder, model or checkpoint, or the name of a model on the hub;
+    dtrain/main.py export RUN FOLDER         task, data and lengths are those of the run
+
 settings are section.key=value, for example
 
     dtrain/main.py --config configs/cola.yaml train.max_steps=100 optim.learning_rate=1e-4
@@ -70,7 +79,10 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "words", nargs="*", metavar="command | section.key=value", help="a command, and settings that override the file"
+        "words",
+        nargs="*",
+        metavar="command [run] [text] | section.key=value",
+        help="a command, what it works on, and settings that override the file",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
@@ -79,18 +91,24 @@ def parse(
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: file of the hosts to check")
     parser.add_argument("--include", metavar="HOST[:SLOT,..][@..]", help="doctor: only these hosts of the file")
     parser.add_argument("--exclude", metavar="HOST[:SLOT,..][@..]", help="doctor: all hosts except these")
+    parser.add_argument(
+        "--version", action="version", version=f"dtrain {__version__}", help="print the version and stop"
+    )
     parser.add_argument("--text", metavar="TEXT", help="predict: short for predict.text=TEXT")
     parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
     # DeepSpeed's launcher adds this option. dtrain reads the same value from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    known = [*list_options(parser), *launcher_options]
+    refusal = refusal_of_arguments(argv, own_options=[*known, "--local_rank", "--local-rank"], commands=list(COMMANDS))
+    if refusal is not None:
+        raise ConfigError(refusal)
     arguments, unknown = parser.parse_known_intermixed_args(list(argv))
     if unknown:
-        known = [*list_options(parser), *launcher_options]
         raise ConfigError(f"{_unknown_option(unknown[0], known)} See {program} --help.")
     words: list[str] = arguments.words
-    arguments.command = command = words.pop(0) if words and "=" not in words[0] else "train"
-    arguments.run = Path(words.pop(0)) if command == "goodput" and words and "=" not in words[0] else None
-    arguments.overrides = [*words, *_expand_short_options(arguments)]
+    arguments.command = command = words.pop(0) if words and not is_setting(words[0]) else "train"
+    arguments.run = Path(words.pop(0)) if command == "goodput" and words and not is_setting(words[0]) else None
+    arguments.overrides = [*expand_operands(command, words), *_expand_short_options(arguments)]
     _refuse_options_of_other_commands(arguments)
     if command not in COMMANDS:
         nearest = difflib.get_close_matches(command, COMMANDS, 1)

@@ -136,7 +136,12 @@ def load_chat_model(config: Config, context: RankContext) -> ChatModel:
     tokenizer = load_tokenizer(config.model, training_texts=list)
     chat = choose_format(tokenizer, info.chat_format)
     model = load_model(
-        config.model, head=info.head, head_config=chat.head_config, tokenizer=tokenizer, seed=config.run.seed
+        config.model,
+        head=info.head,
+        head_config=chat.head_config,
+        tokenizer=tokenizer,
+        seed=config.run.seed,
+        is_trained=True,
     )
     check_fit(model, tokenizer, max_length=1, needs_padding=False)
     return ChatModel(config, model.to(device_of(context.topology)).eval(), chat, context.heartbeat)

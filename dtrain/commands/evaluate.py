@@ -34,7 +34,7 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
             )
         metrics = reported(config.evaluation, task, folder=config.folder)
         log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why)
-        forward = wrap(build.load(config, task, context), config, context)
+        forward = wrap(build.load(config, task, context, is_trained=True), config, context)
         result = evaluate(
             forward,
             task,

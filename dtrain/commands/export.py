@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dtrain.checkpoint import format
+from dtrain.config import bounded_json
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.console import log
@@ -74,10 +74,6 @@ def _source(config: Config) -> Path:
             f"model.name_or_path={name} is not a local folder: export takes a run's model (<run>/model). To get a model "
             f"from the hub, run: download model.name_or_path={name} download.to=FOLDER"
         )
-    if folder.name == "checkpoints":
-        raise ConfigError(
-            f"model.name_or_path={name} contains checkpoints: set it to one of them, or to the run's model/."
-        )
     if (folder / format.MANIFEST).is_file():
         verify_start(name)
         if not list(folder.glob(f"{format.MODEL}*.safetensors")):
@@ -85,8 +81,6 @@ def _source(config: Config) -> Path:
                 f"model.name_or_path={name} is a sharded checkpoint, whose weights are split into pieces. A run can start "
                 "with it or resume from it; to export, use the run's model/."
             )
-    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(f"model.name_or_path={name} is a run folder: set it to its model, {folder / 'model'}.")
     if not any((folder / config_file).is_file() for config_file in ("config.json", adapters.CONFIG_FILE)):
         raise ConfigError(
             f"model.name_or_path={name} has no config.json: it is not a folder that from_pretrained loads."
@@ -142,7 +136,7 @@ def _copy(source: Path, draft: Path, dtype: torch.dtype | None) -> None:
         return
     for name in ("config.json", "model.safetensors.index.json"):
         if (draft / name).is_file():
-            values = json.loads((draft / name).read_text(encoding="utf-8"))
+            values = bounded_json.loads((draft / name).read_text(encoding="utf-8"))
             write_json_atomic(draft / name, _update_json(values, draft, dtype))
 
 
@@ -218,7 +212,7 @@ def _card_of_run(run: Path, draft: Path) -> str | None:
         draft: the exported model.
     """
     try:
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        summary = bounded_json.loads((run / "summary.json").read_text(encoding="utf-8"))
         if summary.get("command") != "train":
             return None
         settings = load_config(run / "config.yaml", [])

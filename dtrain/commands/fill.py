@@ -58,6 +58,7 @@ class MaskFiller:
             head_config={},
             tokenizer=self._tokenizer,
             seed=config.run.seed,
+            is_trained=True,
         )
         check_fit(model, self._tokenizer, max_length=1, needs_padding=False)
         self._longest = longest_input(model)

@@ -74,7 +74,12 @@ class TextGenerator:
         self._config, self._heartbeat = config, context.heartbeat
         self._tokenizer = load_tokenizer(config.model, training_texts=list)
         model = load_model(
-            config.model, head=info.head, head_config={}, tokenizer=self._tokenizer, seed=config.run.seed
+            config.model,
+            head=info.head,
+            head_config={},
+            tokenizer=self._tokenizer,
+            seed=config.run.seed,
+            is_trained=True,
         )
         self._model = model.to(device_of(context.topology)).eval()
         self._stops = end_tokens(model) | turn_end_tokens(self._tokenizer)

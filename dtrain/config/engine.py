@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from dtrain.config.deepspeed_keys import unknown_keys
 from dtrain.config.fields import Section, setting
 
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
@@ -93,8 +94,8 @@ class EngineSettings(Section):
             for key, owner in OWNED_DEEPSPEED_KEYS.items()
             if key in keys
         ]
-        if owned:
-            raise ValueError("\n".join(owned))
+        if problems := owned or unknown_keys(self.deepspeed):
+            raise ValueError("\n".join(problems))
         return self
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +18,9 @@ from pydantic_core import ErrorDetails
 
 KeyPath = tuple[str | int, ...]
 """The path to a setting: ("freeze", "thaw", 0, "epoch")."""
+
+COMMAND_LINE = "command line"
+"""The location of a setting that no file has."""
 
 ABSENT = object()
 """Returned by `value_at` where there is no value."""
@@ -156,6 +160,7 @@ def error_lines(
     *,
     locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
+    explain: Callable[[KeyPath], str | None],
 ) -> list[str]:
     """Returns one line per pydantic error: location, setting, value found, value expected, nearest valid name.
 
@@ -165,6 +170,7 @@ def error_lines(
         values: nested plain values.
         locate: returns the location of a setting, such as `cola.yaml, line 3`.
         show: formats a value as the user would write it.
+        explain: returns the message for an unknown key that has a known meaning elsewhere, without its location; else None.
     """
     details_by_key = [(_key(details["loc"], root, values), details) for details in error.errors(include_url=False)]
     lines = []
@@ -173,7 +179,7 @@ def error_lines(
         is_outer = any(len(other) > len(key) and other[: len(key)] == key for other, _ in details_by_key)
         if is_outer and details["type"].endswith(("_type", "literal_error")):
             continue
-        lines += list(_lines(key, details, root, values, locate=locate, show=show))
+        lines += list(_lines(key, details, root, values, locate=locate, show=show, explain=explain))
     return list(dict.fromkeys(lines))
 
 
@@ -196,16 +202,22 @@ def _lines(
     *,
     locate: Callable[[KeyPath], str],
     show: Callable[[Any], str],
+    explain: Callable[[KeyPath], str | None],
 ) -> Iterator[str]:
     annotation = annotation_at(root, key)
     if details["type"] == "extra_forbidden":
-        yield f"{locate(key)}: {_unknown(key, root, values)}"
+        names = [key]
+        section = value_at(values, key)
+        if isinstance(section, Mapping) and not difflib.get_close_matches(str(key[-1]), root.model_fields, 1):
+            names += [(*key, name) for name in section]  # a section of another trainer, such as training_args
+        explained = [f"{locate(name)}: {text}" for name in names if (text := explain(name)) is not None]
+        yield from explained or [f"{locate(key)}: {_unknown(key, root, values)}"]
         return
     if details["type"] == "value_error" and (key == () or models_in(annotation)):
         for text in str(details["ctx"]["error"]).splitlines():
             mentioned = [tuple(name.split(".")) for name in re.findall(r"[a-z_]+(?:\.\w+)+", text)]
             locations = [locate(name) for name in mentioned if value_at(values, name) is not ABSENT] or [locate(key)]
-            yield f"{' and '.join(dict.fromkeys(locations))}: {text.removesuffix('.')}."
+            yield f"{' and '.join(dict.fromkeys(locations))}: {text if text.endswith('?') else text.removesuffix('.') + '.'}"
         return
     if len(models_in(annotation)) > 1 and (
         value_at(values, key) is ABSENT or isinstance(value_at(values, key), Mapping)
@@ -213,6 +225,9 @@ def _lines(
         key = (*key, "name")
         annotation = annotation_at(root, key)
     value = value_at(values, key)
+    if models_in(annotation) and value is not ABSENT and not isinstance(value, Mapping):
+        yield f"{locate(key)}: {_not_a_section(key, value, annotation, show, on_command_line=locate(key) == COMMAND_LINE)}"
+        return
     found = f"{dotted_name(key)} is not set" if value is ABSENT else f"{dotted_name(key)}={show(value)}"
     is_ours = details["type"] == "value_error"
     reason = str(details["ctx"]["error"]) if is_ours else f"it must be {expected_value(annotation)}"
@@ -222,6 +237,29 @@ def _lines(
     nearest = difflib.get_close_matches(str(value), choices, 1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     yield f"{locate(key)}: {found}: {reason.removesuffix('.')}.{hint}"
+
+
+def _not_a_section(
+    key: KeyPath, value: Any, annotation: Any, show: Callable[[Any], str], *, on_command_line: bool
+) -> str:
+    """Returns the message for a list, a text or a number where a section stands, with the right form."""
+    fields = list(dict.fromkeys(field for model in models_in(annotation) for field in model.model_fields))
+    name, items = dotted_name(key), value if isinstance(value, list) else [value]
+    first = next((field for field in ("name", "name_or_path", "metric") if field in fields), None)
+    section: dict[str, Any] = {}
+    if items and all(isinstance(item, Mapping) for item in items):  # each line has a dash
+        section = {field: inner for item in items for field, inner in item.items()}
+    elif len(items) == 1 and isinstance(items[0], str) and first is not None:
+        section = {first: items[0]}
+    found = f"{name} is a list" if isinstance(value, list) else f"{name}={show(value)}"
+    text = f"{found}: it must be a section{', or null' if NoneType in _alternatives(annotation) else ''}"
+    if not section:
+        return f"{text}, with settings of its own: {', '.join(fields[:5])}{', ...' if len(fields) > 5 else '.'}"
+    if not on_command_line or any(isinstance(part, int) for part in key):
+        return f"{text}. Write '{key[-1]}: {show(section)}'."
+    return (
+        f"{text}. Write {' '.join(shlex.quote(f'{name}.{field}={show(inner)}') for field, inner in section.items())}."
+    )
 
 
 def unknown_setting(name: str, root: type[BaseModel], values: Mapping[str, Any]) -> str:

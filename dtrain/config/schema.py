@@ -17,7 +17,7 @@ from dtrain.config.commands import Download, Export, Generate, Inspect, Predict,
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, FolderName, Section, setting
+from dtrain.config.fields import AnyPath, FolderName, Section, read_checkpoint_every, read_eval_every, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -109,18 +109,6 @@ class Data(Section):
         return encoding
 
 
-def _read_eval_every(value: Any) -> Any:
-    if not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?|never", str(value)):
-        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or never")
-    return int(value) if str(value).isdecimal() else value
-
-
-def _read_checkpoint_every(value: Any) -> Any:
-    if value is not None and not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?", str(value)):
-        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or null")
-    return int(value) if str(value).isdecimal() else value
-
-
 class Spike(Section):
     """Detection of a loss far above the recent ones, and the response."""
 
@@ -150,7 +138,7 @@ class Train(Section):
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
-    eval_every: Annotated[int | str, BeforeValidator(_read_eval_every)] = setting(
+    eval_every: Annotated[int | str, BeforeValidator(read_eval_every)] = setting(
         "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
     )
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
@@ -220,7 +208,7 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
-    every: Annotated[int | str | None, BeforeValidator(_read_checkpoint_every)] = setting(
+    every: Annotated[int | str | None, BeforeValidator(read_checkpoint_every)] = setting(
         "epoch",
         "steps between checkpoints, or: epoch, 2 epochs; the last step is saved as well; null: only when a signal stops the run",
         resume="free",
@@ -283,6 +271,7 @@ class Config(Section):
     talk: Talk = setting(Talk(), "the chat command")
 
     _folder: Path = PrivateAttr(Path())
+    _note: str | None = PrivateAttr(None)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and self.model_dump() == other.model_dump()  # The folder does not count.
@@ -291,6 +280,17 @@ class Config(Section):
     def folder(self) -> Path:
         """The config file's folder, where the user's modules are searched; the current folder without a file."""
         return self._folder
+
+    @property
+    def note(self) -> str | None:
+        """Which settings come from the run that trained the model, one line; None if the user has set all."""
+        return self._note
+
+    def with_note(self, note: str) -> Config:
+        """Returns a copy with another note."""
+        copied = self.model_copy()
+        copied._note = note
+        return copied
 
     def in_folder(self, folder: Path) -> Config:
         """Returns a copy that belongs to a config file in `folder`, where the user's modules are searched."""

@@ -14,10 +14,65 @@ from dtrain.config.error_messages import ABSENT
 TAG = "tag:yaml.org,2002:"
 
 
+MAX_BYTES = 1_000_000
+"""Size of a config file."""
+MAX_NODES = 100_000
+"""Values in a YAML text, after its aliases (*name) are replaced by what they stand for."""
+MAX_DEPTH = 100
+"""Lists and mappings inside each other, aliases replaced."""
+MAX_DIGITS = 100
+"""Characters of a number."""
+
+
+class LimitError(yaml.MarkedYAMLError):
+    """A YAML text exceeds a limit. Such a text can be short: aliases of aliases double it with every line."""
+
+
 class Loader(yaml.SafeLoader):
-    """Parses with the plain scalars of YAML 1.2: `1e-4` is a number; `no`, `1:30` and dates are text."""
+    """Parses with the plain scalars of YAML 1.2: `1e-4` is a number; `no`, `1:30` and dates are text. Has limits."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's class attribute
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._measures: dict[int, tuple[int, int]] = {}
+        """Id of each complete node -> its number of values and of levels."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Composes the next node. PyYAML calls it for every node of a text.
+
+        Raises:
+            LimitError: the text exceeds a limit.
+        """
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark, is_alias = event.start_mark, isinstance(event, yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise LimitError(None, None, f"values are nested more than {MAX_DEPTH} levels deep", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
+        if node is None:
+            return None
+        if is_alias:
+            if id(node) not in self._measures:
+                raise LimitError(None, None, "an alias (*name) contains itself", mark)
+            return node
+        values = node.value if isinstance(node, yaml.CollectionNode) else []
+        below = [
+            self._measures[id(child)] for value in values for child in (value if isinstance(value, tuple) else [value])
+        ]
+        size, depth = 1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0)
+        if size > MAX_NODES:
+            raise LimitError(
+                None, None, f"with aliases (*name) replaced, there are more than {MAX_NODES:,} values", mark
+            )
+        if depth > MAX_DEPTH:
+            raise LimitError(
+                None, None, f"with aliases replaced, values are nested more than {MAX_DEPTH} levels deep", mark
+            )
+        self._measures[id(node)] = size, depth
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -54,6 +109,8 @@ SCALARS: dict[str, Callable[[str], Any]] = {
     TAG + "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
     TAG + "str": str,
 }
+
+NUMBERS = (TAG + "int", TAG + "float")
 
 
 def dump(values: Any) -> str:

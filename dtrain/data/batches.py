@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
 from dtrain.data.seeding import DataPosition
-from dtrain.data.worker_batches import PackedBatch, pack, unpack
+from dtrain.data.worker_batches import PackedBatch, exit_without_thread, pack, unpack
+from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.signals import leave_to_parent
 from dtrain.distributed.topology import Topology
 from dtrain.errors import ERROR_TYPES, DtrainError
@@ -158,11 +159,13 @@ def _collate_in_order(
         sampler=_FixedOrderSampler(positions),
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_rank,
+        worker_init_fn=_start_worker,
     )
     try:
         batches_ahead: Any = iter(loader)
     except OSError as error:
+        if (limit := process_limit_error(error)) is not None:
+            raise limit from None
         raise DtrainError(
             f"data.workers={workers}: the worker processes cannot be started: {error}. They need a little room in /dev/shm "
             "(docker run --shm-size 1g), open files (ulimit -n) and processes (ulimit -u). data.workers=0 needs none of these"
@@ -173,8 +176,9 @@ def _collate_in_order(
     return map(_unpack, batches_ahead)
 
 
-def _leave_signals_to_rank(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     leave_to_parent()
+    exit_without_thread()
 
 
 def _unpack(result: PackedBatch | WorkerError) -> BatchTensors:

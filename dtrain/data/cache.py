@@ -28,6 +28,7 @@ import pyarrow as pa
 import tokenizers
 import transformers
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.data.fingerprint import fingerprint
 from dtrain.distributed.collectives import all_gather_object, node_first
@@ -123,7 +124,7 @@ class _DamageError(Exception):
 
 def _open(folder: Path) -> PreparedData:
     try:
-        content = json.loads((folder / META).read_text(encoding="utf-8"))
+        content = bounded_json.loads((folder / META).read_text(encoding="utf-8"))
         if content["checksum"] != _checksum(content):
             raise _DamageError(f"{META} was changed")
         if wrong := [name for name, info in content["files"].items() if _size(folder / name) != info["bytes"]]:
@@ -152,7 +153,7 @@ def _verify(folder: Path) -> dict[str, Json]:
         DataError: a file may not be read.
     """
     prepared = _open(folder)
-    files = json.loads((folder / META).read_text(encoding="utf-8"))["files"]
+    files = bounded_json.loads((folder / META).read_text(encoding="utf-8"))["files"]
     try:
         for name, info in files.items():
             if info.get("sha256") not in (None, _file_hash(folder / name)):

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -104,9 +105,15 @@ def _recognize(sample: list[tuple[int, str]], usual: str, path: Path, *, header:
         if delimiter == usual or fields < 2 or agreement < (0.9 if header else 1):
             continue
         if (usual_fields == 1 or usual_agreement < 0.9) and (header or len(sample) > 2):
-            log.info("data: %s: the columns are separated by %r, not by %r (data.delimiter)", path, delimiter, usual)
+            _report(path, delimiter, usual)
             return delimiter
     return usual
+
+
+@cache
+def _report(path: Path, delimiter: str, usual: str) -> None:
+    """Says once per file which delimiter it has: two splits may come from one file."""
+    log.info("data: %s: the columns are separated by %r, not by %r (data.delimiter)", path, delimiter, usual)
 
 
 def _fields_and_agreement(sample: list[tuple[int, str]], delimiter: str) -> tuple[int, float]:

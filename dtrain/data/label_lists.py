@@ -6,12 +6,12 @@ or a list as JSON (`["sport", "politics"]`).
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
+from dtrain.config import bounded_json
 from dtrain.data.column_names import LABELS
 from dtrain.data.label_names import label_text
 from dtrain.data.readers import Values
@@ -60,8 +60,8 @@ def read_labels(value: Any, location: str, *, separator: str) -> list[str] | Non
 
 def _json_list(text: str, location: str) -> list[Any]:
     try:
-        names = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        names = bounded_json.loads(text)
+    except ValueError as error:
         raise DataError(
             f"{location}: the labels {text!r:.80} start with [ but are not a list in JSON: {error}"
         ) from None

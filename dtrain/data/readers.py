@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dtrain.config import bounded_json
 from dtrain.data.delimiters import NumberedFields, delimited_records
 from dtrain.data.encodings import read_text, text_lines
 from dtrain.errors import DataError
@@ -120,8 +121,8 @@ def _json_line_rows(path: Path, encoding: str | None) -> Iterator[Row]:
         if not text.strip():
             continue
         try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            values = bounded_json.loads(text)
+        except json.JSONDecodeError as error:
             yield line, DataError(f"{path}, line {line}: not JSON: {error}. JSONL holds one object on each line")
             continue
         yield line, _as_row(values, f"{path}, line {line}")
@@ -130,14 +131,12 @@ def _json_line_rows(path: Path, encoding: str | None) -> Iterator[Row]:
 def _json_rows(path: Path, key: str | None, encoding: str | None) -> Iterator[Row]:
     """Yields the rows of a list, alone or as the only value (or "data") of an object; or objects by line, as in JSONL."""
     try:
-        content = json.loads(read_text(path, encoding))
+        content = bounded_json.loads(read_text(path, encoding))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
             yield from _json_line_rows(path, encoding)
             return
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise DataError(f"{path}: not rows: the JSON is nested too deeply") from None
     if key is not None:
         if not isinstance(content, dict) or key not in content:
             content_name = (

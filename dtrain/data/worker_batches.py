@@ -10,16 +10,20 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import threading
 from collections.abc import Mapping
 from multiprocessing import reduction
 from typing import Any, NamedTuple
 
 import torch
 
+from dtrain.distributed.process_limit import start_error
 from dtrain.errors import DtrainError
 
 MAX_PIPE_BYTES = 1 << 16
 ALIGNMENT = 64
+NO_THREAD_CODE = 111
+"""Exit code of a data worker that cannot start a thread."""
 
 
 class WorkerDied(DtrainError):
@@ -85,8 +89,20 @@ def unpack(packed: PackedBatch) -> dict[str, Any]:
     return {**{part.name: _view(memory, part) for part in packed.parts}, **packed.others}
 
 
-def worker_death(error: BaseException) -> WorkerDied | None:
+def exit_without_thread() -> None:
+    """Ends a data worker that cannot start the thread that it sends batches with: it could send no error either."""
+    try:
+        probe = threading.Thread(target=int)
+        probe.start()
+        probe.join()
+    except RuntimeError:
+        os._exit(NO_THREAD_CODE)
+
+
+def worker_death(error: BaseException) -> DtrainError | None:
     """Returns what to report instead of torch's error for a dead worker, which may come at any place; None for others."""
+    if f"exited unexpectedly with exit code {NO_THREAD_CODE}." in f"{error} {error.__cause__}":
+        return start_error()
     match = re.search(r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)( is killed by signal: ([^.]+))?", str(error))
     if not isinstance(error, RuntimeError) or match is None:
         return None

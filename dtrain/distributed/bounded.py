@@ -1,4 +1,8 @@
-"""Time limits for work that may block: it runs in a daemon thread, which is abandoned when the time is over."""
+"""Time limits for work that may block: it runs in a daemon thread, which is abandoned when the time is over.
+
+Where no thread can be started (a limit of the user or container), the work runs without a time limit: it says how a job
+ends.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ def call_with_timeout(
         ignore: expected exceptions. threading.excepthook prints all others.
     """
     thread, result = _start(work, default, ignore)
-    thread.join(timeout_s)
+    if thread is not None:
+        thread.join(timeout_s)
     return result[0]
 
 
@@ -34,14 +39,14 @@ async def await_with_timeout(
     """Does the same as `call_with_timeout` without blocking the event loop."""
     thread, result = _start(work, default, ignore)
     deadline = time.monotonic() + timeout_s
-    while thread.is_alive() and time.monotonic() < deadline:
+    while thread is not None and thread.is_alive() and time.monotonic() < deadline:
         await asyncio.sleep(POLL_S)
     return result[0]
 
 
 def _start(
     work: Callable[[], T], default: D, ignore: tuple[type[Exception], ...]
-) -> tuple[threading.Thread, list[T | D]]:
+) -> tuple[threading.Thread | None, list[T | D]]:
     result: list[T | D] = [default]
 
     def run() -> None:
@@ -49,5 +54,10 @@ def _start(
             result[0] = work()
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        with suppress(Exception):
+            run()
+        return None, result
     return thread, result

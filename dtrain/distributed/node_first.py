@@ -15,8 +15,9 @@ from typing import Any
 
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat, Phase
+from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.rendezvous import KeyValueStore
-from dtrain.errors import ERROR_TYPES, DtrainError, Interrupted
+from dtrain.errors import ERROR_TYPES, DtrainError, Interrupted, TopologyError
 
 LINGER_S = 2.0
 
@@ -103,9 +104,13 @@ def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
     except BaseException as error:
         # A bug in the work, or Ctrl-C: the others must not wait forever. On this rank the error propagates unchanged.
         message = f"Rank {node_work.rank} failed in the work of its node: {type(error).__name__}: {error}"
-        crash = json.dumps({"error": "DtrainError", "message": message})
+        limit = process_limit_error(error)
+        failure: dict[str, Any] = {"error": "DtrainError", "message": message}
+        if limit is not None:
+            failure = {"error": TopologyError.__name__, "message": str(limit)}
         if isinstance(error, Interrupted):  # a signal stops all ranks, but may reach this one first
-            crash = json.dumps({"error": _INTERRUPTED, "message": str(error), "code": error.exit_code})
+            failure = {"error": _INTERRUPTED, "message": str(error), "code": error.exit_code}
+        crash = json.dumps(failure)
         node_work.store.compare_set(node_work.crash_key, "", crash)
         node_work.store.add(node_work.readers_key, 1)
         _wait_for_readers(node_work)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from dtrain.distributed import launcher_env, mpi_bootstrap, network, process_info, rendezvous
+from dtrain.distributed import launcher_env, mpi_bootstrap, network, process_info, process_limit, rendezvous
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
@@ -190,6 +190,8 @@ def _start_group(topology: Topology, store: Store, deadline: float, collective_t
                 f"Rank {topology.rank} on {socket.gethostname()} cannot connect to all {topology.world_size} ranks: "
                 f"{process_info.open_files_hint(limit)}"
             ) from error
+        if os.strerror(errno.EAGAIN) in str(error):
+            raise process_limit.start_error() from error
         raise TopologyError(
             f"All {topology.world_size} ranks arrived, but rank {topology.rank} on {socket.gethostname()} cannot "
             f"connect to them: {error}\n"

@@ -37,15 +37,19 @@ class ProcessIdentity(NamedTuple):
 
 def this_process() -> ProcessIdentity:
     """Returns the identity of the calling process."""
+    return identify(os.getpid()) or _identity(os.getpid(), "")
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """Returns the identity of a process that is visible here; None without one, or without /proc."""
+    stat = read_stat(pid)
+    return _identity(pid, stat[19]) if stat is not None else None
+
+
+def _identity(pid: int, started: str) -> ProcessIdentity:
     namespace = Path("/proc/self/ns/pid")
-    stat = read_stat(os.getpid())
-    return ProcessIdentity(
-        host=socket.gethostname(),
-        boot=boot_id(),
-        pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
-        pid=os.getpid(),
-        started=stat[19] if stat is not None else "",
-    )
+    inode = namespace.stat().st_ino if namespace.exists() else 0
+    return ProcessIdentity(socket.gethostname(), boot_id(), inode, pid, started)
 
 
 def is_alive(process: ProcessIdentity, *, observer: ProcessIdentity | None = None) -> bool | None:

@@ -33,6 +33,7 @@ class Topology:
             `process_group` yields a complete topology.
         launches: how often each launcher that may restart this job has started it before, by the launcher's name.
         exit_file: file that receives the reason why this process ends, in addition to exit.json; None for no such file.
+        launcher_error_file: file whose content torchrun reports if this process fails; None for no such file.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Topology:
     is_complete: bool = True
     launches: Mapping[str, int] = field(default_factory=dict, compare=False)
     exit_file: Path | None = field(default=None, compare=False)
+    launcher_error_file: Path | None = field(default=None, compare=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:
@@ -60,7 +62,13 @@ class Topology:
         """
         placement = launcher_env.read_placement(env)
         exit_file = Path(env[launcher_env.EXIT_FILE]) if env.get(launcher_env.EXIT_FILE) else None
-        return cls(*placement, launches=launcher_env.count_launches(env, placement.launcher), exit_file=exit_file)
+        error_file = env.get("TORCHELASTIC_ERROR_FILE") if placement.launcher == "torchrun" else None
+        return cls(
+            *placement,
+            launches=launcher_env.count_launches(env, placement.launcher),
+            exit_file=exit_file,
+            launcher_error_file=Path(error_file) if error_file else None,
+        )
 
     @property
     def is_main(self) -> bool:

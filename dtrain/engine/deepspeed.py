@@ -23,7 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
-from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, needs_lock_step
+from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, explain_refused_config, needs_lock_step
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.missing_gradients import GradientRecord, drop_unused_gradients, refuse_before, refuse_layer_drop
 from dtrain.engine.protocol import (
@@ -72,12 +72,13 @@ class DeepSpeedEngine(AveragesEveryStep):
             # DeepSpeed needs a group even for one process. It keeps handles to it, so the group stays until the process ends.
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         deepspeed = _import_quietly()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            config=deepspeed_config(config, world_size=context.world_size),
-            dist_init_required=False,
-        )
+        with explain_refused_config():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=deepspeed_config(config, world_size=context.world_size),
+                dist_init_required=False,
+            )
         self.model: nn.Module = self._engine
         self.module: nn.Module = self._engine.module
         self._record = GradientRecord(module)

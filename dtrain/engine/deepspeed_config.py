@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from pydantic import ValidationError
 
 from dtrain.config.schema import Config
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import BytesPerNumber, EngineTraits
+from dtrain.errors import ConfigError
 
 HARMLESS_KEYS = (
     *("zero_optimization", "zero_allow", "zero_force", "steps_per_print", "wall_clock", "dump_state", "memory_break"),
@@ -65,3 +71,24 @@ def deepspeed_config(config: Config, *, world_size: int) -> dict[str, Any]:
     # Offload would require DeepSpeed's CPU Adam, which it compiles; torch's optimizer gives the same result.
     defaults = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
     return {**defaults, **passed, **owned}
+
+
+@contextmanager
+def explain_refused_config() -> Iterator[None]:
+    """Turns DeepSpeed's errors about its config into ones that name the setting.
+
+    Raises:
+        ConfigError: DeepSpeed does not accept a value.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"DeepSpeed does not accept engine.deepspeed: {key}={first['input']!r:.80} in {error.title}: {first['msg']}."
+        ) from error
+    except Exception as error:
+        if "_initialize_params" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+            raise  # not from the function of DeepSpeedConfig that reads the config
+        raise ConfigError(f"DeepSpeed does not accept engine.deepspeed: {error}") from error

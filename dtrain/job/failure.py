@@ -31,11 +31,14 @@ from dtrain.distributed.process_info import (
     raise_open_files,
     this_process,
 )
+from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
+from dtrain.environment import missing_module
 from dtrain.errors import DtrainError, Interrupted, Preempted, TopologyError
+from dtrain.job.launcher_error import write_launcher_error
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_held_by_another_job
 
@@ -116,8 +119,12 @@ def for_user(error: BaseException) -> BaseException:
     """Returns the error to report: one that has a message for the user, where a library raised another."""
     if _is_for_user(error):
         return error
+    if (message := missing_module(error)) is not None:
+        return DtrainError(message)
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         return TopologyError(f"{error}: {open_files_hint(raise_open_files())}")
+    if (limit := process_limit_error(error)) is not None:
+        return limit
     # Not imported here: a signal may have interrupted the first import of torch, and a second one would crash.
     workers = sys.modules.get("dtrain.data.worker_batches")
     death: BaseException | None = workers.worker_death(error) if workers is not None else None
@@ -139,7 +146,11 @@ def write_exit_json(record: ExitRecord, config: Config, heartbeat: Heartbeat) ->
 
 
 def write_exit_file(record: ExitRecord, topology: Topology) -> None:
-    """Writes the file that launch/*.sh reads if the run has no exit.json. The first rank of a node wins."""
+    """Writes the files of the launcher: that of launch/*.sh, where the first rank of a node wins, and torchrun's.
+
+    launch/*.sh reads it if the run has no exit.json.
+    """
+    write_launcher_error(topology.launcher_error_file, record.message)
     file = topology.exit_file
     if file is not None and file.parent.is_dir():
         write_exit(file, **asdict(record))

@@ -34,7 +34,7 @@ def session(
     """
     settings = HangSettings(config.train.hang_timeout or None, compiles=bool(config.model.compile))
     with (
-        start_watchdog(topology.rank, settings, config.run_dir) as watchdog,
+        start_watchdog(topology.rank, settings, config.run_dir, topology.launcher_error_file) as watchdog,
         _join_group(config, topology, env, watchdog, command=command) as job,
     ):
         yield job

@@ -8,7 +8,6 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig
 
-from dtrain.config import schema
+from dtrain.config import bounded_json, schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.added_tokens import resize, set_pad_token
 from dtrain.models.hub_errors import LOADING_ERRORS
@@ -78,12 +77,17 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
         return None
     config_class = _peft().LoraConfig
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = bounded_json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["peft_type"] != "LORA":
             raise ConfigError(f"model.name_or_path={folder} holds adapters of type {content['peft_type']}, not LoRA.")
         config, base = config_class.from_pretrained(str(folder)), str(content["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}). Copy it again.") from None
+    if config.megatron_config is not None:  # peft would import the module that megatron_core names
+        raise ConfigError(
+            f"{folder / CONFIG_FILE} has megatron_config, which makes peft import {config.megatron_core}. dtrain supports "
+            "no Megatron layers: remove the entry."
+        )
     if model.lora_base is not None:
         base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora

@@ -114,7 +114,31 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
         reason = " ".join(str(error).split())
         raise ConfigError(f"model.config is not a valid {config.model_type} config: {reason}") from error
     _check_rotary_overrides(made, overrides)
+    refuse_kernels(made, model)
     return made
+
+
+def refuse_kernels(config: PretrainedConfig, model: schema.Model) -> None:
+    """Refuses a config.json that asks for compiled code from the hub (`org/name`) to compute attention or experts.
+
+    Raises:
+        ConfigError: it does, and the user has not chosen an implementation.
+    """
+    parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
+    for part in parts:
+        for name in ("attn_implementation", "experts_implementation"):
+            value = getattr(part, f"_{name}", None)
+            is_chosen = name == "attn_implementation" and model.attn_implementation is not None
+            if "/" in str(value) and not is_chosen:
+                cure = (
+                    f"set model.attn_implementation={value}; otherwise set model.attn_implementation=sdpa"
+                    if name == "attn_implementation"
+                    else "load it once and save it without that entry; otherwise remove the entry"
+                )
+                raise ConfigError(
+                    f"model.name_or_path={model.name_or_path}: its config.json has {name}={value}, which would download "
+                    f"and run compiled code from the hub. If you trust its author, {cure}."
+                )
 
 
 def _reject_unknown_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from huggingface_hub.errors import HTTPError as HttpError  # type: ignore[attr-d
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.models.hub_offline import offline_instructions
@@ -131,6 +132,8 @@ def explain(error: BaseException, *, name: str, setting: str) -> DtrainError:
             f"{setting}={name} contains Python code that has to run to load it. Read the code, and if you trust its "
             "author set model.trust_remote_code=true."
         )
+    if isinstance(error, ValueError | RecursionError) and (damage := _damaged_json(Path(name))) is not None:
+        return CheckpointError(f"{setting}={name}: {damage}. Copy or download it again.")
     if isinstance(error, SafetensorError | UnpicklingError | EOFError) or "is not a valid JSON" in text:
         return CheckpointError(
             f"{setting}={name}: a file in it is damaged ({_first_line(error)}). Copy or download it again."
@@ -139,6 +142,18 @@ def explain(error: BaseException, *, name: str, setting: str) -> DtrainError:
         cause = _first_line(error.__cause__)
         return unreachable_error(name, file="(weights or tokenizer)", setting=setting, reason=cause)
     return ConfigError(f"{setting}={name} cannot be loaded: {_first_line(error)}")
+
+
+def _damaged_json(folder: Path) -> str | None:
+    """Returns which JSON file of a model folder cannot be read, and why; None if all can."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            bounded_json.loads(file.read_bytes())
+        except ValueError as error:
+            return f"{file.name} is damaged ({error})"
+        except OSError:
+            continue
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import cached_file
 
-from dtrain.config import schema
+from dtrain.config import bounded_json, schema
 from dtrain.errors import CheckpointError, ConfigError, DataError
 from dtrain.models.architecture import check_name_or_path, read_config
 from dtrain.models.image_file import PixelRange, read_image
@@ -188,7 +188,7 @@ def _model_image_settings(model: schema.Model) -> tuple[dict[str, Any] | None, i
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = bounded_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} is damaged ({error}). Copy or download it again.") from None
     return content

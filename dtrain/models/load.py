@@ -51,6 +51,7 @@ def load_model(
     head_config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
+    is_trained: bool = False,
 ) -> PreTrainedModel:
     """Loads or creates the model of the config.
 
@@ -61,6 +62,7 @@ def load_model(
         tokenizer: gives a new model its vocabulary size and special tokens, and any model a missing pad token; None
             for tasks without text.
         seed: seed of weights that no file provides: a new head, or all from scratch.
+        is_trained: whether the model must have all its weights already, because nothing will train it.
 
     Returns:
         The model, fp32, on the host, in PyTorch's initial train mode.
@@ -97,7 +99,15 @@ def load_model(
     if head.problem_type is not None:
         config.problem_type = head.problem_type
     with quiet(), _seeded(seed):
-        loaded = _build_model(model, config, head=head, tokenizer=tokenizer, old_pad=old_pad, local_only=local_only)
+        loaded, new = _build_model(
+            model, config, head=head, tokenizer=tokenizer, old_pad=old_pad, local_only=local_only
+        )
+    if new and is_trained:
+        raise ConfigError(
+            f"model.name_or_path={model.name_or_path} has no weights for {_first_names(new)}, which the task needs: they would "
+            "be random, and so would the answers. Name a model that was trained for this task, e.g. a run's folder, or "
+            "train it first."
+        )
     new_labels = real_label_names(loaded.config)
     if head.has_label_names and not model.from_scratch and old_labels not in (None, new_labels):
         log.info("Note: %s has the labels %s; they are replaced by %s", model.name_or_path, old_labels, new_labels)
@@ -127,8 +137,11 @@ def _build_model(
     tokenizer: PreTrainedTokenizerBase | None,
     old_pad: int | None,
     local_only: bool,
-) -> Any:
-    """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters."""
+) -> tuple[Any, list[str]]:
+    """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters.
+
+    The second value lists the weights that no file provides, except those of new adapters.
+    """
     saved, given = adapters.find_saved_adapters(model), model
     if saved is not None:
         model = model.model_copy(update={"name_or_path": saved.base, "lora": None})
@@ -167,9 +180,11 @@ def _build_model(
         holders = [f"backbone.{name}" for name in holders]
     if saved is not None:
         adapters.load(loaded, saved)
+        new = [name for name in new if not any(name.startswith(f"{stored}.") for stored in saved.heads)]
     elif model.lora is not None:
         adapters.add(loaded, model.lora, base=str(model.name_or_path), new=new, embeddings=holders)
-    return loaded
+    # The output of a pooler does not reach a head of ours.
+    return loaded, [name for name in new if new_head is None or "pooler" not in name]
 
 
 @contextmanager

@@ -14,12 +14,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
+from dtrain.models.architecture import read_config
 from dtrain.models.custom_head import CONFIG_KEY, WEIGHTS_FILE, HeadedModel, hidden_width
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
@@ -87,11 +88,11 @@ def load_with_adapters(folder: Path, *, base: str | None = None) -> Any:
         raise ConfigError(
             f"model.name_or_path={folder} holds no adapters ({adapters.CONFIG_FILE}): there is nothing to merge."
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = read_config(schema.Model(name_or_path=str(folder)), local_only=True)
     model_class = getattr(transformers, (config.architectures or [""])[0], None)
     if hasattr(config, CONFIG_KEY):
         model_class = AutoModel
-    if model_class is None:
+    elif not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ConfigError(f"{folder}/config.json does not name the model class of the adapters in `architectures`.")
     with adapters.naming_the_base(saved):
         module = adapters.load_base(saved, config, lambda: _build(model_class, saved.base, config))
@@ -131,7 +132,12 @@ def _build(model_class: Any, name: str, config: PretrainedConfig | None) -> Any:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             module = model_class.from_pretrained(
-                name, config=config, dtype=torch.float32, local_files_only=local_only, ignore_mismatched_sizes=True
+                name,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,  # the default asks on the terminal whether to run code in the folder
+                local_files_only=local_only,
+                ignore_mismatched_sizes=True,
             )
     except LOADING_ERRORS as error:
         raise explain(error, name=name, setting="the adapters' base model") from error

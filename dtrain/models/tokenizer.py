@@ -61,6 +61,7 @@ def _load(
         )
     name = model.tokenizer or model.name_or_path
     if name is None:
+        check_name_or_path(model)  # without a model, that is what is missing
         raise ConfigError(
             "model.tokenizer is not set, and a model without model.name_or_path has no tokenizer of its own. "
             "Set model.tokenizer to a name, a folder, a vocabulary file (.txt), char or train-bpe."

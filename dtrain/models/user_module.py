@@ -11,7 +11,6 @@ only if model.factory names it.
 from __future__ import annotations
 
 import inspect
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from dtrain.config import schema
+from dtrain.config import bounded_json, schema
 from dtrain.config.user_function import import_function
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.heads import Head
@@ -92,7 +91,7 @@ def refuse_without_factory(folder: Path) -> None:
 
 def _config_json(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = bounded_json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dtrain.config import bounded_json
+from dtrain.distributed.torchrun_agent import find_agent
 from dtrain.errors import ConfigError
 from dtrain.runs.jsonl import json_safe, report_write_errors, to_json_line
+from dtrain.runs.launch_record import LAUNCHES, LaunchRecord
 from dtrain.runs.lock import LOCK, move_lock
 
 FolderState = Literal["absent", "unfinished", "finished", "evaluation", "foreign"]
@@ -32,8 +35,6 @@ _NAMES = {
     "exit": "exit.json",
     "tensorboard": "tensorboard",
 }
-LAUNCHES = ".launches"
-"""File that names what started the job of this folder, one line per launcher."""
 INSPECTION = "inspection"
 """Folder for the results of the inspect command."""
 
@@ -101,7 +102,7 @@ def _is_complete(weights: Path) -> bool:
     try:
         with weights.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            table = json.loads(file.read(length)) if length < 100 * 2**20 else {}
+            table = bounded_json.loads(file.read(length)) if length < 100 * 2**20 else {}
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
         return bool(ends) and weights.stat().st_size == 8 + length + max(ends)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -110,12 +111,14 @@ def _is_complete(weights: Path) -> bool:
 
 def _is_json(path: Path) -> bool:
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        return isinstance(bounded_json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
 
 
-def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launches: Iterable[str] = ()) -> Path | None:
+def claim(
+    folder: RunFolder, config_text: str, *, set_aside: bool = False, launch: LaunchRecord | None = None
+) -> Path | None:
     """Prepares the folder for this run. Called by rank 0 before any work, while it holds the lock (lock.py).
 
     Removes the results of an earlier start.
@@ -124,7 +127,7 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
         folder: a folder that resume_policy.decide_start allowed.
         config_text: the resolved config, for config.yaml.
         set_aside: first move the existing folder to `<name>.old-<UTC time>`.
-        launches: names that identify a later start of the same job.
+        launch: what started this job; without it no later start is recognized.
 
     Returns:
         The new path of the old folder, or None.
@@ -148,15 +151,25 @@ def claim(folder: RunFolder, config_text: str, *, set_aside: bool = False, launc
             for draft in folder.path.glob(f".{part}.[0-9]*.tmp"):
                 draft.unlink(missing_ok=True)
         for results in (folder.predictions, folder.submission, folder.path / INSPECTION):
-            if results.exists():
-                shutil.rmtree(results)
+            _remove_results(results)
         _write(folder.config, [config_text])
         (folder.path / LAUNCHES).unlink(missing_ok=True)
-        if launches := list(launches):
-            _write(folder.path / LAUNCHES, [f"{name}\n" for name in launches])
+        if record := (launch or LaunchRecord()).to_json():
+            _write(folder.path / LAUNCHES, [record])
     except OSError as error:
         raise unwritable_error(folder, error) from None
     return moved
+
+
+def _remove_results(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except OSError:
+        # On NFS, a file that a process of this host still reads stays there as .nfs...
+        if any(not entry.name.startswith(".nfs") for entry in path.rglob("*") if not entry.is_dir()):
+            raise
 
 
 def unwritable_error(folder: RunFolder, error: OSError) -> ConfigError:
@@ -218,7 +231,9 @@ def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, messa
     Returns:
         Whether this call wrote the file.
     """
-    record = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
+    record: dict[str, Any] = {"code": code, "cause": cause, "rank": rank, "host": host, "message": message}
+    if (start := find_agent()) is not None:
+        record["launcher"] = start.agent
     draft = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,20 +267,21 @@ def replace_folder(draft: Path, target: Path) -> None:
     Raises:
         DtrainError: a file cannot be written.
     """
-    old = target.with_name(f".{target.name}.old")
+    old, number = target.with_name(f".{target.name}.old"), 1
     with report_write_errors(target):
         for file in (entry for entry in draft.rglob("*") if entry.is_file()):
             file.chmod(0o644)
             _flush(file)
         _flush(draft)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+        while old.exists():  # on NFS, a file that a process of this host still reads stays there as .nfs...
+            number += 1
+            old = target.with_name(f".{target.name}.old-{number}")
         if target.exists():
             target.rename(old)
         draft.rename(target)
         _flush(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, parts: Iterable[str]) -> None:

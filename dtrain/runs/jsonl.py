@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.errors import DataError, DtrainError
 
@@ -95,7 +96,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
+                yield bounded_json.loads(line)
             except ValueError:
                 raise DataError(f"{path}, line {number}: not JSON; the file is damaged") from None
 

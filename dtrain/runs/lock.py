@@ -1,13 +1,19 @@
 """Allows only one writer per run folder: run.lock names its owner, and a heartbeat shows that the owner is alive.
 
 The file is created atomically, so exactly one of two simultaneous starts succeeds. The owner updates its modification time
-every `HEARTBEAT_PERIOD_S`. Clocks of different hosts are never compared: a start that cannot see the owner's process
-measures with its own clock how long the file does not change.
+every `HEARTBEAT_PERIOD_S`. Clocks are never compared: a start that cannot see the owner's process measures with its own
+monotonic clock how long the file does not change.
+
+A lock that has an owner is removed or replaced only by who has created its successor file, whose name is a hash of that
+lock. Creating a name is atomic on network file systems too, so there is one such process, also on hosts that do not see
+each other's kernel locks. A process that is killed in between leaves the successor file: it names the new owner, and has a
+successor of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import hashlib
 import json
 import os
 import threading
@@ -18,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
 from dtrain.errors import ConfigError, TopologyError
@@ -38,6 +45,9 @@ ON_LOSS_TIMEOUT_S = 2.0
 
 MAX_ATTEMPTS = 5
 """How often a start tries again after another one was faster to replace a stale lock. Then it gives up."""
+
+MAX_SUCCESSORS = 64
+"""How many processes may have been killed one after another while each took over the lock of the one before."""
 IN_USE, CHANGED = "", "changed"
 """Results of `_stale_reason` for a lock that must not be replaced."""
 
@@ -69,17 +79,24 @@ class LockOwner:
 
 @dataclass(frozen=True)
 class LockState:
-    """The lock file at one moment.
+    """A lock file at one moment: run.lock, or the successor of another one.
 
     Attributes:
+        name: file name.
         text: its content.
         owner: None if the content is invalid.
         time_ns: its modification time.
     """
 
+    name: str
     text: str
     owner: LockOwner | None
     time_ns: int
+
+    @property
+    def successor(self) -> str:
+        """Name of the file that only one process can create: it may replace or remove this lock."""
+        return f".{LOCK}.next-{hashlib.sha256(f'{self.name} {self.text}'.encode()).hexdigest()[:16]}"
 
     @property
     def holder(self) -> str:
@@ -159,20 +176,40 @@ def is_held_by_another_job(folder: Path, lock_id: str) -> bool:
     return current.owner.process != this_process() and is_alive(current.owner.process) is not False
 
 
-def read_lock(folder: Path) -> LockState | None:
-    """Returns the current lock; None without one."""
-    try:
-        # Opening the file, instead of only calling stat, makes a network file system ask its server.
-        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
-            text, status = file.read(), os.fstat(file.fileno())
-    except FileNotFoundError:
-        return None
-    return LockState(text, _parse_owner(text), status.st_mtime_ns)
+def read_lock(folder: Path, name: str = LOCK) -> LockState | None:
+    """Returns the current lock; None without one.
+
+    Args:
+        name: file name, for the successor of a lock.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            # Opening the file, instead of only calling stat, makes a network file system ask its server.
+            with (folder / name).open(encoding="utf-8", errors="replace") as file:
+                text, status = file.read(), os.fstat(file.fileno())
+            return LockState(name, text, _parse_owner(text), status.st_mtime_ns)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # Another host has replaced the file since it was opened.
+            if error.errno != errno.ESTALE or attempt == MAX_ATTEMPTS - 1:
+                raise
+    return None
+
+
+def _read_chain(folder: Path) -> list[LockState]:
+    """Returns the current lock and the successors that killed processes have left; the last one counts."""
+    chain: list[LockState] = []
+    state = read_lock(folder)
+    while state is not None and len(chain) < MAX_SUCCESSORS:
+        chain.append(state)
+        state = read_lock(folder, state.successor)
+    return chain
 
 
 def _parse_owner(text: str) -> LockOwner | None:
     try:
-        record = json.loads(text)
+        record = bounded_json.loads(text)
         process = ProcessIdentity(
             host=str(record["host"]),
             boot=str(record["boot"]),
@@ -194,15 +231,16 @@ def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
             with suppress(FileExistsError):
                 _link_new(draft, folder / LOCK)
                 return
-            current = read_lock(folder)
-            if current is None:  # its owner has just released it
+            chain = _read_chain(folder)
+            if not chain:  # its owner has just released it
                 continue
+            current = chain[-1]
             if current.owner == owner:  # a network file system created the link but reported an error
                 return
-            reason = _stale_reason(folder, current, period_s)
+            reason = _stale_reason(folder, chain, period_s)
             if reason == IN_USE:
                 break
-            if reason != CHANGED and _replace(folder / LOCK, current, draft):
+            if reason != CHANGED and _replace(folder, chain, draft, owner):
                 log.info("%s: took over the lock of %s, %s", folder, current.holder, reason)
                 return
         raise ConfigError(
@@ -226,8 +264,9 @@ def _write_in_folder(file: Path, text: str) -> None:
                 raise
 
 
-def _stale_reason(folder: Path, lock: LockState, period_s: float) -> str:
+def _stale_reason(folder: Path, chain: list[LockState], period_s: float) -> str:
     """Returns why the lock is stale; `IN_USE` if it is not, `CHANGED` if it was replaced in the meantime."""
+    lock = chain[-1]
     is_owner_alive = is_alive(lock.owner.process) if lock.owner is not None else None
     if is_owner_alive is not None:
         return IN_USE if is_owner_alive else "whose process is gone"
@@ -236,14 +275,17 @@ def _stale_reason(folder: Path, lock: LockState, period_s: float) -> str:
         "%s holds the lock of %s, but its process is not visible here: waiting %.3g s for a heartbeat",
         *(lock.holder, folder, wait_s),
     )
-    until = time.monotonic() + wait_s
-    while time.monotonic() < until:
+    waited_s, before = 0.0, time.monotonic()
+    while waited_s < wait_s:
         time.sleep(period_s / 10)
-        now = read_lock(folder)
-        if now is None or now.text != lock.text:
+        now = _read_chain(folder)
+        if [each.text for each in now] != [each.text for each in chain]:
             return CHANGED
-        if now.time_ns != lock.time_ns:
+        if now[-1].time_ns != lock.time_ns:
             return IN_USE
+        # While the file server does not answer, or this process is stopped, the owner may be waiting as well.
+        waited_s += min(time.monotonic() - before, period_s)
+        before = time.monotonic()
     return f"which had no heartbeat for {wait_s:.3g} s"
 
 
@@ -262,23 +304,40 @@ def _link_new(source: Path, target: Path) -> None:
             file.write(source.read_text(encoding="utf-8"))
 
 
-def _replace(lock: Path, stale: LockState, draft: Path) -> bool:
+def _replace(folder: Path, chain: list[LockState], draft: Path, owner: LockOwner) -> bool:
     """Replaces the stale lock by `draft`. Returns False if another start was faster.
 
-    A kernel lock on the stale file lets only one start at a time check that the file is still there and replace it.
+    Args:
+        chain: the stale lock, as `_read_chain` returned it.
+        owner: the one that `draft` names.
     """
+    successor = folder / chain[-1].successor
     try:
-        file = lock.open("r+", encoding="utf-8")
-    except FileNotFoundError:
-        return False
-    with file:
-        with suppress(OSError):  # without kernel locks, two starts may replace it; the heartbeat detects that
-            fcntl.flock(file, fcntl.LOCK_EX)
-        now = read_lock(lock.parent)
-        if now is None or now.text != stale.text:
+        _link_new(draft, successor)
+    except FileExistsError:
+        current = read_lock(folder, successor.name)
+        if current is None or current.owner != owner:  # else a network file system created the link
             return False
-        draft.replace(lock)
+    obsolete = [successor]
+    try:
+        # The successor of a lock that was replaced in the meantime is worth nothing.
+        if [each.text for each in _read_chain(folder)[:-1]] != [each.text for each in chain]:
+            return False
+        _rename_over(draft, folder / LOCK, owner)
+        obsolete += [folder / each.name for each in chain[1:]]
+    finally:
+        for file in obsolete:
+            file.unlink(missing_ok=True)
     return True
+
+
+def _rename_over(draft: Path, lock: Path, owner: LockOwner) -> None:
+    try:
+        draft.replace(lock)
+    except OSError:
+        current = read_lock(lock.parent)
+        if current is None or current.owner != owner:  # else a network file system renamed it and reported an error
+            raise
 
 
 def _release(folder: Path, owner: LockOwner) -> None:
@@ -286,8 +345,16 @@ def _release(folder: Path, owner: LockOwner) -> None:
         return
     with suppress(OSError):
         current = read_lock(folder)
-        if current is not None and current.owner == owner:
-            (folder / LOCK).unlink()
+        if current is None or current.owner != owner:
+            return
+        successor = folder / current.successor
+        # A link needs no room on a full disk. If the name exists, another job considers this one dead.
+        _link_new(folder / LOCK, successor)
+        try:
+            if (current := read_lock(folder)) is not None and current.owner == owner:
+                (folder / LOCK).unlink()
+        finally:
+            successor.unlink()
 
 
 def _heartbeat(
@@ -302,6 +369,8 @@ def _heartbeat(
             if current.owner != owner and not done.is_set():
                 _exit_after_loss(folder, current.owner, on_loss)
             os.utime(folder / LOCK)
+            if (folder / LOCK).stat().st_mtime_ns == current.time_ns:  # the clock was set back, or stands still
+                os.utime(folder / LOCK, ns=(current.time_ns + 10**9, current.time_ns + 10**9))
         except OSError:
             continue
 

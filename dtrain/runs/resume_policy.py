@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from dtrain.config import bounded_json
 from dtrain.config.error_messages import Difference
 from dtrain.config.schema import Config
-from dtrain.distributed.launcher_env import TORCHRUN
-from dtrain.distributed.process_info import age_s
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import LAUNCHES, FolderState, RunFolder, folder_state
+from dtrain.runs.folder import FolderState, RunFolder, folder_state
 from dtrain.runs.jsonl import read_events
 
 StartAction = Literal["start", "resume", "already_finished"]
@@ -98,25 +94,6 @@ def decide_start(
     return _decide_resume(path, state, changes, checkpoints)
 
 
-def is_relaunch(folder: RunFolder, launches: Mapping[str, int]) -> bool:
-    """Returns whether the launcher has started the same job again that claimed the folder before.
-
-    Args:
-        launches: names of possible launches of this job, and how often each was restarted; see
-            launcher_env.count_launches.
-    """
-    try:
-        file = folder.path / LAUNCHES
-        before, age = file.read_text(encoding="utf-8").splitlines(), time.time() - file.stat().st_mtime
-    except OSError:
-        return False
-    again = [name for name, count in launches.items() if count > 0 and name in before]
-    if again == [f"{TORCHRUN} none"]:  # torchrun's name for a job without an id: the file's age decides
-        launcher_s = age_s(os.getppid())
-        return launcher_s is not None and age < launcher_s
-    return bool(again)
-
-
 def resume_settings(config: Config) -> Config:
     """Returns the settings for a relaunch. Those meant for the first start, such as overwrite, would undo its work."""
     run = config.run.model_copy(update={"overwrite": False})
@@ -147,7 +124,7 @@ def _is_complete(folder: RunFolder, checkpoints: AvailableCheckpoints, changes: 
         return False
     if checkpoints.newest is None:
         return not checkpoints.damaged
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    summary = bounded_json.loads(folder.summary.read_text(encoding="utf-8"))
     return bool(summary.get("step") == checkpoints.newest)
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForQuestionAnswering
 
 from dtrain.config.schema import Config
 from dtrain.config.task import QuestionAnswering
+from dtrain.console import log
 from dtrain.data.questions import questions
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -162,7 +163,9 @@ def prepare_question_answering(
             places = [f"{file} {line}" for line in rows["line"]]
             return encode_windows(rows, tokenizer, places, max_length=config.max_length, doc_stride=settings.doc_stride)
 
-        return map_rows(source, windows, config)
+        examples = map_rows(source, windows, config)
+        report_lost_answers(source.split, examples, max_length=config.max_length)
+        return examples
 
     recipe = Recipe(
         "question_answering",
@@ -223,6 +226,21 @@ def encode_windows(
         columns["start_positions"][row].append(first)
         columns["end_positions"][row].append(last)
     return {**columns, "context": rows["context"], "answers": answers, "id": rows["id"]}
+
+
+def report_lost_answers(split: str, examples: Split, *, max_length: int) -> None:
+    """Logs how many questions have an answer that no window holds as a whole, so that the windows say "not here"."""
+    columns = read_columns(examples, "answers", "start_positions")
+    lost = sum(
+        bool(answers) and not any(starts)
+        for answers, starts in zip(columns["answers"], columns["start_positions"], strict=True)
+    )
+    if lost:
+        log.warning(
+            "data: %s: %d of %d questions have an answer that no window of data.max_length=%d tokens holds: the model learns "
+            "that they have none. Increase data.max_length or task.doc_stride",
+            *(split, lost, len(columns["answers"]), max_length),
+        )
 
 
 def token_positions(offsets: Sequence[tuple[int, int]], begin: int, stop: int) -> tuple[int, int]:

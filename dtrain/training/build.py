@@ -63,16 +63,25 @@ def total_steps(config: Config, plan: StepPlan) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
-def load(config: Config, task: Task, context: RankContext) -> nn.Module:
+def load(config: Config, task: Task, context: RankContext, *, is_trained: bool = False) -> nn.Module:
     """Collective. Returns the model on this rank's device, in fp32. One rank per node loads first, so a hub is asked once.
 
+    Args:
+        is_trained: as in load_model.
+
     Raises:
+        ConfigError: nothing will train the model, and it lacks weights.
         CheckpointError: model.name_or_path is a damaged checkpoint.
     """
 
     def load_with(settings: Model) -> nn.Module:
         model = load_model(
-            settings, head=task.head, head_config=task.head_config, tokenizer=task.tokenizer, seed=config.run.seed
+            settings,
+            head=task.head,
+            head_config=task.head_config,
+            tokenizer=task.tokenizer,
+            seed=config.run.seed,
+            is_trained=is_trained,
         )
         if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)

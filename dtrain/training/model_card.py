@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dtrain.config import schema
+from dtrain.config import bounded_json, schema
 from dtrain.config.schema import Config
 from dtrain.data import glue
 from dtrain.data.resolve_source import PYTHON_DOCS
@@ -274,7 +274,7 @@ def _is_finite(value: Any) -> bool:
 def _read_json(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file, or an empty one if there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = bounded_json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -12,12 +12,15 @@ from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.collectives import on_main
+from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.torchrun_agent import find_agent
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.runs.folder import RunFolder, claim, folder_state, unwritable_error
+from dtrain.runs.launch_record import LaunchRecord, gather_launch, read_launch
 from dtrain.runs.lock import locked
-from dtrain.runs.resume_policy import AvailableCheckpoints, StartAction, decide_start, is_relaunch, resume_settings
+from dtrain.runs.resume_policy import AvailableCheckpoints, StartAction, decide_start, resume_settings
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def claimed(config: Config, context: RankContext, *, command: str) -> Iterator[R
 def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) -> RunClaim:
     folder = RunFolder(config.run_dir)
     refusals: list[ConfigError] = []
+    launch = _launch_record(context)
 
     def hold() -> tuple[str, bool]:
         """Returns the lock's id, and whether this is the same job again."""
@@ -61,7 +65,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
             lock_id = lock.enter_context(held).id
         except OSError as error:
             refusals.append(unwritable_error(folder, error))
-        return lock_id, is_relaunch(folder, context.topology.launches)
+        return lock_id, launch.restarts(read_launch(folder.path))
 
     def work() -> dict[str, object]:
         # config.yaml may come from a start that saved no checkpoint.
@@ -75,7 +79,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
-            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launches=context.topology.launches)
+            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launch=launch)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         elif not refusals:  # an earlier start's exit.json does not describe this start
             folder.exit.unlink(missing_ok=True)
@@ -97,6 +101,13 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return RunClaim(action, chosen)
+
+
+def _launch_record(context: RankContext) -> LaunchRecord:
+    """Collective. Returns what started this job, on all nodes."""
+    is_torchrun = context.topology.launcher == TORCHRUN
+    starts = all_gather_object(find_agent(), context) if is_torchrun else [None]
+    return gather_launch(starts, context.topology.launches)
 
 
 def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, AvailableCheckpoints]:

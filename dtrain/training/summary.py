@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dtrain.config import bounded_json
 from dtrain.distributed.rank_context import RankContext
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 from dtrain.training.evaluation import EvaluationResult
@@ -51,7 +51,7 @@ def write(run_dir: Path, summary: dict[str, Any], result: EvaluationResult | Non
 
 def read(run_dir: Path) -> dict[str, Any]:
     """Reads the summary of a finished run."""
-    summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    summary: dict[str, Any] = bounded_json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     return summary
 
 

@@ -69,7 +69,7 @@ def _baselines(facts: Mapping[str, Any]) -> list[str]:
 def _token_line(tokens: Mapping[str, Any], task: Task) -> str:
     parts = [f"{tokens['mean']:.1f} per example, at most {tokens['longest']} (of {tokens['sample']} examples)"]
     if tokens["at_limit"]:
-        parts.append(f"{tokens['at_limit']:.1%} fill max_length={task.max_length} and may be cut")
+        parts.append(f"{tokens['at_limit']:.1%} fill max_length={task.max_length}")
     return ", ".join([*parts, f"{tokens['unknown']:.1%} unknown"])
 
 

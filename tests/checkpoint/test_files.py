@@ -188,6 +188,34 @@ def test_a_path_outside_the_folder_is_refused(tmp_path: Path) -> None:
         verify(path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parts": [0], "of": 10**11}, "says that the checkpoint has 100000000000 parts"),
+        ({"parts": [0], "of": "2"}, "says that the checkpoint has '2' parts"),
+        ({"parts": [0], "of": True}, "says that the checkpoint has True parts"),
+        ({"parts": [0], "of": 0}, "says that the checkpoint has 0 parts"),
+        ({"parts": [0, 7], "of": 2}, r"lists the parts \[0, 7\], where the checkpoint has parts 0 to 1"),
+        ({"parts": "0", "of": 2}, "lists the parts '0'"),
+        ({"parts": [[0]], "of": 2}, r"lists the parts \[\[0\]\]"),
+    ],
+)
+def test_an_impossible_number_of_parts_is_damage(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, 3, manifest_fields=fields)  # with a valid hash of itself
+
+    with pytest.raises(DamagedCheckpointError, match=message):
+        verify(path)
+
+
+@pytest.mark.parametrize("content", ["[" * 50_000 + "]" * 50_000, '{"self": ' + "9" * 5000 + "}"])
+def test_a_manifest_that_python_cannot_read_is_damage(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path, 3)
+    (path / "manifest.json").write_text(content)
+
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is not as it was written"):
+        verify(path)
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return os.abort, ()

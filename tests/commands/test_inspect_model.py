@@ -158,7 +158,7 @@ def test_a_model_with_missing_weights_is_refused(home: Path) -> None:
         (["inspect.text=a", "inspect.examples=[1]"], "inspect.examples selects examples of a split"),
         (["inspect.split=train", "inspect.examples=[-1]"], "at least 0"),
         (["inspect.split=train", "inspect.examples=3"], "a list"),
-        ([], "set model.name_or_path"),
+        ([], "set model\\.name_or_path"),
     ],
 )
 def test_contradictory_settings_are_refused_when_they_are_loaded(settings: list[str], message: str) -> None:

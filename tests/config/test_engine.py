@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dtrain.config import deepspeed_keys
+from dtrain.config.deepspeed_keys import known_keys
 from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
@@ -159,3 +167,115 @@ def test_only_ranks_that_exchange_need_room_for_what_they_remember(
     )  # type: ignore[arg-type]
 
     assert reserved == [slots]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (
+            "zero_optimisation.overlap_comm",
+            "zero_optimisation is not a key of DeepSpeed {}. Did you mean zero_optimization?",
+        ),
+        (
+            "zero_optimization.overlap_com",
+            "zero_optimization.overlap_com is not a key of DeepSpeed {}. Did you mean overlap_comm?",
+        ),
+        (
+            "zero_optimization.offload_optimizer.devise",
+            "zero_optimization.offload_optimizer.devise is not a key of DeepSpeed {}. Did you mean device?",
+        ),
+        (
+            "activation_checkpointing.partition_activation",
+            "activation_checkpointing.partition_activation is not a key of DeepSpeed {}. Did you mean partition_activations?",
+        ),
+        ("overlap_comm", "overlap_comm is not a key of DeepSpeed {} at this place. Move it below zero_optimization."),
+        (
+            "zero_optimization.wall_clock_breakdown",
+            "zero_optimization.wall_clock_breakdown is not a key of DeepSpeed {} at this place. "
+            "Move it to engine.deepspeed.wall_clock_breakdown.",
+        ),
+        ("gibberish", "gibberish is not a key of DeepSpeed {}: remove it."),
+        ("sparse_gradients", "sparse_gradients is not a key of DeepSpeed {}"),
+    ],
+)
+def test_a_key_that_deepspeed_does_not_know_is_refused_with_the_nearest_one(
+    tmp_path: Path, key: str, message: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(None, [f"engine.deepspeed.{key}=1"])
+
+    expected = message.format(importlib.metadata.version("deepspeed"))
+    assert str(refused.value).startswith(f"command line: engine.deepspeed.{expected}")
+
+    *sections, last = f"engine.deepspeed.{key}".split(".")
+    text = (
+        "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(sections))
+        + f"{'  ' * len(sections)}{last}: 1\n"
+    )
+    path = tmp_path / "own.yaml"
+    path.write_text(f"task: {{name: causal_lm}}\n{text}")
+    with pytest.raises(ConfigError, match=rf"^{path}, line \d: engine\.deepspeed\."):
+        load_config(path, [])
+
+
+def test_the_known_keys_are_those_that_deepspeeds_own_config_reads() -> None:
+    """Runs in another process, because deepspeed takes seconds to import and changes the process."""
+    script = """
+import json, sys
+from deepspeed.runtime import config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+class Recorder(dict):
+    read = set()
+    def note(self, key):
+        if isinstance(key, str):
+            self.read.add(key)
+    def __getitem__(self, key):
+        self.note(key)
+        return super().__getitem__(key)
+    def __contains__(self, key):
+        self.note(key)
+        return super().__contains__(key)
+    def get(self, key, default=None):
+        self.note(key)
+        return super().get(key, default)
+    def keys(self):
+        return self
+    def __copy__(self):
+        return self
+
+config.DeepSpeedConfig(Recorder(train_batch_size=1))
+def fields(model):
+    return sorted({*model.model_fields, *(field.alias for field in model.model_fields.values() if field.alias)})
+removed = config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys()
+print(json.dumps([sorted(Recorder.read - removed), fields(DeepSpeedZeroConfig), fields(DeepSpeedZeroOffloadOptimizerConfig)]))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    read, zero, offload = json.loads(ended.stdout.strip().splitlines()[-1])
+
+    known = known_keys()
+
+    assert known is not None
+    assert set(read) <= known.names
+    assert set(zero) == known.sections["zero_optimization"].names
+    assert set(offload) == known.sections["zero_optimization"].sections["offload_optimizer"].names
+
+
+def test_without_deepspeed_or_with_one_that_is_written_in_another_way_no_key_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deepspeed_keys, "known_keys", known_keys.__wrapped__)
+    monkeypatch.setattr(deepspeed_keys, "START", ("no_such_function", "param_dict"))
+
+    assert load_config(None, ["engine.deepspeed.gibberish=1"]).engine.deepspeed == {"gibberish": 1}
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert load_config(None, ["engine.deepspeed.gibberish=1"]).engine.deepspeed == {"gibberish": 1}
+
+
+def test_no_key_is_looked_up_without_a_config_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_keys, "known_keys", lambda: pytest.fail("read the source of DeepSpeed"))
+
+    load_config(None, [])

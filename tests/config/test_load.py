@@ -135,7 +135,7 @@ def test_a_home_folder_is_expanded() -> None:
         ("- task\n- train\n", None, "expected sections"),
         ("classification\n", None, "found classification"),
         ("a: 1\n---\nb: 2\n", 2, "not valid YAML"),
-        ("task: &again [*again]\n", None, "contains itself"),
+        ("task: &again [*again]\n", 1, "contains itself"),
         ("task: {name: classification}\nrun: {seed: !!python/object/apply:os.getpid []}\n", 2, "python/object"),
         ("task: {name: classification}\nrun: {seed: !!int seven}\n", 2, "run.seed"),
         ("task: {name: 'classi\x01fication'}\n", None, "not valid YAML"),
@@ -238,15 +238,32 @@ def test_all_errors_are_reported_together_each_with_its_line(tmp_path: Path) -> 
         ("freeze.modules=embeddings", "freeze.modules=embeddings: it must be a list, each item text."),
         ("freeze.thaw=[{epoch: 0, modules: [a]}]", "freeze.thaw[0].epoch=0: it must be a whole number, at least 1."),
         ("freeze.thaw=[{epoch: 1}]", "freeze.thaw[0].modules is not set: it must be a list, not empty"),
-        ("evaluation.best=accuracy", "evaluation.best=accuracy: it must be a section with metric, mode, or null."),
-        ("train=3", "train=3: it must be a section with epochs"),
-        ("task=classification", "task=classification: it must be a section with name"),
+        (
+            "evaluation.best=accuracy",
+            "evaluation.best=accuracy: it must be a section, or null. Write evaluation.best.metric=accuracy.",
+        ),
+        (
+            "train=3",
+            "train=3: it must be a section, with settings of its own: epochs, max_steps, max_minutes, global_batch_size, "
+            "micro_batch_size, ...",
+        ),
+        ("model=gpt2", "model=gpt2: it must be a section. Write model.name_or_path=gpt2."),
+        ("model=[gpt2]", "model is a list: it must be a section. Write model.name_or_path=gpt2."),
+        (
+            "train=[epochs: 3, max_steps: 4]",
+            "train is a list: it must be a section. Write train.epochs=3 train.max_steps=4.",
+        ),
+        ("data=[a.csv, b.csv]", "data is a list: it must be a section, with settings of its own: name, path, config,"),
+        ("freeze.thaw=[3]", "freeze.thaw[0]=3: it must be a section, with settings of its own: epoch, modules."),
+        ("model.lora=true", "model.lora=true: it must be a section, or null, with settings of its own: r, alpha,"),
+        ("task=classification", "task=classification: it must be a section. Write task.name=classification."),
         ("task={}", f"task.name is not set: it must be one of {TASKS}."),
         ("run.name=../outside", "run.name=../outside: a run name is one folder name"),
-        ("train.learning_rate=1", "train.learning_rate is not a setting. Did you mean optim.learning_rate?"),
-        ("learning_rate=1", "learning_rate is not a setting. Did you mean optim.learning_rate?"),
+        ("train.learning_rate=1", "train.learning_rate is not a setting here. Write optim.learning_rate=1."),
+        ("train.betas=[0, 0]", "train.betas is not a setting. Did you mean optim.betas?"),
         ("train.qqq=1", "train.qqq is not a setting: train has epochs, max_steps"),
-        ("qqq.epochs=1", "qqq is not a setting: the config has run, task, model"),
+        ("qqq.epochs=1", "qqq.epochs is not a setting here. Write train.epochs=1."),
+        ("qqq.qqq=1", "qqq is not a setting: the config has run, task, model"),
         (
             "task.label_smoothing=0.1",
             "task.label_smoothing is not a setting of task.name=causal_lm, which has name, joiner, packing, stride.",
@@ -277,6 +294,25 @@ def test_a_setting_of_several_types_reports_the_error_of_the_nearest_one() -> No
     weights = load_config(None, [*CLASSIFY, "task.class_weights={0: 1, 1: 2.5}"]).task
     assert weights.name == "classification"
     assert weights.class_weights == {"0": 1.0, "1": 2.5}
+
+
+def test_a_section_written_as_a_list_in_a_file_is_answered_with_the_right_form(tmp_path: Path) -> None:
+    path = write_config(
+        tmp_path,
+        "task:\n- name: causal_lm\ntrain:\n- epochs: 3\n- micro_batch_size: 4\nmodel: gpt2\nengine: [single]\ndata: [a.csv, b.csv]\n",
+    )
+
+    lines = load_errors(path)
+
+    assert lines == [
+        f"{path}, line 1: task is a list: it must be a section. Write 'task: {{name: causal_lm}}'.",
+        f"{path}, line 6: model=gpt2: it must be a section. Write 'model: {{name_or_path: gpt2}}'.",
+        f"{path}, line 8: data is a list: it must be a section, with settings of its own: name, path, config, splits, "
+        "validation_fraction, ...",
+        f"{path}, line 3: train is a list: it must be a section. Write 'train: {{epochs: 3, micro_batch_size: 4}}'.",
+        f"{path}, line 7: engine is a list: it must be a section. Write 'engine: {{name: single}}'.",
+    ]
+    assert all(len(line) < len(str(path)) + 200 for line in lines)
 
 
 def test_a_key_written_with_a_dot_in_a_file_is_explained(tmp_path: Path) -> None:
@@ -476,13 +512,14 @@ def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_comman
         model = () if command == "train" else ("model.name_or_path=some/model",)
         return load_config(path, [*overrides, *model], command=command).run.name
 
-    assert (name(None), name(None, command="evaluate")) == ("quickstart", "quickstart-evaluate")
+    assert (name(None), name(None, command="generate")) == ("quickstart", "quickstart-generate")
     assert (name(None, *CLASSIFY), name(None, *CLASSIFY, command="predict")) == (
         "classification",
         "classification-predict",
     )
     assert (name(unnamed), name(unnamed, command="evaluate")) == ("my-cola.v2", "my-cola.v2-evaluate")
-    assert (name(named), name(named, command="evaluate")) == ("given", "given")
+    # The name in a file is that of the training run, whose folder no other command may touch.
+    assert (name(named), name(named, command="evaluate")) == ("given", "given-evaluate")
     assert (name(unnamed, "run.name=x", command="evaluate"), name(unnamed, "run={name: x}", command="evaluate")) == (
         "x",
         "x",
@@ -491,12 +528,14 @@ def test_a_run_is_named_after_its_file_its_task_or_the_quickstart_and_its_comman
 
 
 def test_commands_that_use_a_model_do_not_build_a_new_model_or_tokenizer() -> None:
-    quickstart = ["run.name=x", "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
+    quickstart = [*CLASSIFY, "model.from_scratch=true", "model.tokenizer=char", "model.config={model_type: gpt2}"]
 
     used = load_config(None, [*quickstart, "model.name_or_path=some/model"], command="evaluate").model
 
     assert (used.from_scratch, used.config, used.tokenizer) == (False, {}, None)
-    with pytest.raises(ConfigError, match=r"evaluate uses a trained model: set model\.name_or_path"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate uses a trained model: name its run, as in evaluate runs/quickstart"
+    ):
         load_config(None, [], command="evaluate")
 
 

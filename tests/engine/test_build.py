@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel, Field
 from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.build import engine_name
 from dtrain.engine.ddp import build_comm_hook
+from dtrain.engine.deepspeed_config import explain_refused_config
 from dtrain.errors import ConfigError
 from tests.support.contexts import placed
 
@@ -38,3 +40,19 @@ def test_only_powersgd_on_several_ranks_keeps_an_error_for_each_value() -> None:
 
     assert build_comm_hook(powersgd, ONE_PROCESS, nn.Linear(2, 2)).extra_slots == 0
     assert build_comm_hook(powersgd, TWO, nn.Linear(2, 2)).extra_slots == 1
+
+
+def test_a_value_that_deepspeed_does_not_accept_is_named() -> None:
+    class Known(BaseModel):
+        bucket: Annotated[int, Field(gt=0)] = 1
+
+    def _initialize_params(error: str) -> None:
+        raise ValueError(error)
+
+    refusal = r"^DeepSpeed does not accept engine\.deepspeed: "
+    with pytest.raises(ConfigError, match=f"{refusal}bucket=-1 in Known: Input should be"), explain_refused_config():
+        Known(bucket=-1)
+    with pytest.raises(ConfigError, match=f"{refusal}no such type$"), explain_refused_config():
+        _initialize_params("no such type")
+    with pytest.raises(KeyError), explain_refused_config():
+        raise KeyError("elsewhere")

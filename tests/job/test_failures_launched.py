@@ -205,6 +205,8 @@ def test_a_rank_that_is_killed_is_named_by_the_other_which_ends_at_once(
     (line,) = lines_after(job, "  loss ")
     assert dead in line
     assert line.endswith(f"Rank {1 - killed} ends as well.")
+    if start is jobs.torchrun:  # its own report is the last on the screen
+        assert dead in "\n".join(job.text.rstrip().splitlines()[-10:])
     assert not jobs.own_traceback(job), job.text
 
 
@@ -360,7 +362,7 @@ def test_an_error_that_all_ranks_have_is_printed_once(
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"]) == (code, cause)
     assert words in end["message"]
-    assert job.text.count(end["message"].splitlines()[0]) == 1, job.text
+    assert "\n".join(job.said).count(end["message"].splitlines()[0]) == 1, job.text
     assert job.said[-1].endswith(end["message"].splitlines()[-1])
     assert not jobs.own_traceback(job), job.text
 
@@ -413,7 +415,7 @@ def test_a_node_with_other_software_or_another_time_is_refused_and_it_is_named(
     job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings], env={"PYTHONPATH": str(jobs.ROOT)})
 
     assert told.replace("HOST", os.uname().nodename) in job.text
-    assert job.text.count(once.replace("HOST", os.uname().nodename)) == 1
+    assert "\n".join(job.said).count(once.replace("HOST", os.uname().nodename)) == 1
     assert not (tmp_path / "runs").exists()
 
 

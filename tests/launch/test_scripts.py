@@ -301,8 +301,18 @@ def test_quickstart_exits_with_the_jobs_own_code_and_message(checkout: Path) -> 
     assert "main generate" not in ended.stdout
 
 
+def test_quickstart_reports_an_exit_file_of_a_file_server_whose_clock_is_behind(checkout: Path) -> None:
+    job(checkout, f"{END}; os.utime(run / 'exit.json', (1, 1)); sys.exit(1)")
+
+    assert quickstart(checkout).returncode == 75
+
+
 def test_quickstart_does_not_report_the_exit_file_of_an_earlier_run(checkout: Path) -> None:
-    job(checkout, f"{END}; os.utime(run / 'exit.json', (1, 1)); sys.exit(3)")
+    job(checkout, "sys.exit(3)")
+    run = checkout / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    (run / "exit.json").write_text('{"code": 75, "message": "saved, run again"}')
+    os.utime(run / "exit.json", (2**33, 2**33))  # the clock was ahead then
 
     ended = quickstart(checkout)
 

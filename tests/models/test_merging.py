@@ -5,6 +5,7 @@ Not a quick unit test, because peft takes seconds to import.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,25 @@ def test_a_base_that_moved_is_named_and_can_be_set(tmp_path: Path) -> None:
     assert torch.equal(outputs(load("sequence_classification", name_or_path=folder, lora_base=str(moved))), expected)
     export(tmp_path, f"model.lora_base={moved}")
     assert (tmp_path / "plain" / "model.safetensors").is_file()
+
+
+def test_a_folder_of_adapters_cannot_make_a_library_import_modules(tmp_path: Path) -> None:
+    adapted(tmp_path, "bert", BERT, "sequence_classification", ["query"])
+    folder = tmp_path / "adapters"
+    settings, config = folder / "adapter_config.json", folder / "config.json"
+    before = settings.read_text(), config.read_text()
+    settings.write_text(json.dumps({**json.loads(before[0]), "megatron_config": {}, "megatron_core": "theirs"}))
+    with pytest.raises(ConfigError, match="has megatron_config, which makes peft import theirs"):
+        load("sequence_classification", name_or_path=str(folder))
+
+    settings.write_text(before[0])
+    for content in (
+        {"auto_map": {"AutoConfig": "theirs.Theirs"}, "model_type": "theirs"},
+        {"architectures": ["Trainer"]},
+    ):
+        config.write_text(json.dumps({**json.loads(before[1]), **content}))
+        with pytest.raises(ConfigError, match=r"contains Python code|does not name the model class"):
+            export(tmp_path)
 
 
 @pytest.mark.parametrize("head", [None, {"pooling": "mean"}], ids=["transformers' head", "model.head"])

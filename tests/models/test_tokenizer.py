@@ -123,7 +123,10 @@ def test_a_folder_without_a_tokenizer_is_refused_though_transformers_would_make_
 
 
 def test_no_tokenizer_at_all_is_refused() -> None:
+    new = schema.Model(from_scratch=True, config={"model_type": "bert"})
     with pytest.raises(ConfigError, match=r"model\.tokenizer is not set"):
+        load_tokenizer(new, training_texts=no_text)
+    with pytest.raises(ConfigError, match=r"model\.name_or_path is not set"):
         load_tokenizer(schema.Model(), training_texts=no_text)
 
 

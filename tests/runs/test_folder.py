@@ -27,7 +27,7 @@ from dtrain.runs.folder import (
     write_lines_atomic,
 )
 from dtrain.runs.jsonl import MetricsLog, read_metrics
-from dtrain.runs.resume_policy import AvailableCheckpoints, StartDecision, decide_start, is_relaunch, resume_settings
+from dtrain.runs.resume_policy import AvailableCheckpoints, StartDecision, decide_start, resume_settings
 
 _TABLE = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 WEIGHTS = len(_TABLE).to_bytes(8, "little") + _TABLE + bytes(4)
@@ -612,37 +612,6 @@ def test_on_a_full_disk_metrics_are_kept_as_complete_lines(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------- starts by the launcher itself
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "is_again"),
-    [
-        ({"torchrun a": 0}, {"torchrun a": 1}, True),
-        ({"torchrun a": 1}, {"torchrun a": 2}, True),
-        ({"torchrun a": 0}, {"torchrun a": 0}, False),  # the user's second start of that name
-        ({"torchrun a": 0}, {"torchrun b": 1}, False),  # another job, killed before it claimed the folder
-        ({"torchrun a": 0, "Slurm job 7": 0}, {"torchrun b": 0, "Slurm job 7": 1}, True),
-        ({}, {"torchrun a": 1}, False),
-    ],
-)
-def test_a_relaunch_of_the_job_that_claimed_the_folder_is_recognized(
-    tmp_path: Path, then: dict[str, int], now: dict[str, int], is_again: bool
-) -> None:
-    folder = RunFolder(tmp_path / "one")
-    claim(folder, "", launches=then)
-
-    assert is_relaunch(folder, now) == is_again
-
-
-@pytest.mark.parametrize(("launcher_s", "is_again"), [(3600.0, True), (-1.0, False), (None, False)])
-def test_a_torchrun_job_without_an_id_is_recognized_by_its_age(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher_s: float | None, is_again: bool
-) -> None:
-    folder = RunFolder(tmp_path / "one")
-    claim(folder, "", launches=["torchrun none"])
-    monkeypatch.setattr("dtrain.runs.resume_policy.age_s", lambda _pid: launcher_s)
-
-    assert is_relaunch(folder, {"torchrun none": 1}) == is_again
 
 
 def test_settings_for_the_first_start_do_not_undo_its_work(tmp_path: Path) -> None:

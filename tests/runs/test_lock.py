@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
 import logging
 import mmap
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from dtrain.runs.lock import LOCK, LockOwner, is_held_by_another_job, locked, re
 from dtrain.training.run_claim import claimed
 
 HEARTBEAT_PERIOD_S = 0.02
+ROOT = Path(__file__).parents[2]
 NOBODY = 2**22 + 1
 """No process has this number: it is above Linux's maximum."""
 
@@ -156,6 +159,24 @@ def test_the_heartbeat_updates_the_lock_while_the_job_runs(tmp_path: Path) -> No
         assert (tmp_path / LOCK).stat().st_mtime_ns > 0
 
 
+def test_the_heartbeat_changes_the_lock_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utime = os.utime
+
+    def stands_still(file: Path, ns: tuple[int, int] | None = None) -> None:
+        utime(file, ns=ns or (10**18, 10**18))
+
+    monkeypatch.setattr(os, "utime", stands_still)
+    with locked(tmp_path, command="train", period_s=HEARTBEAT_PERIOD_S):
+        seen: set[int] = set()
+        deadline = time.monotonic() + 10
+        while len(seen) < 3 and time.monotonic() < deadline:
+            seen.add((tmp_path / LOCK).stat().st_mtime_ns)
+
+    assert len(seen) >= 3
+
+
 def test_a_stalled_job_whose_folder_was_taken_over_ends_and_leaves_the_others_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,36 +259,203 @@ def test_exactly_one_of_simultaneous_starts_succeeds(
         assert list(folder.iterdir()) == []
 
 
-def test_the_slower_of_two_starts_that_replace_a_stale_lock_is_refused(
+def successor_of(folder: Path, name: str = LOCK) -> str:
+    current = read_lock(folder, name)
+    assert current is not None
+    return current.successor
+
+
+def leave_successors(folder: Path, *owners: LockOwner) -> Path:
+    """Leaves a stale lock and what processes leave that are killed while they take it over, one after another."""
+    leave_lock(folder, owner(pid=NOBODY))
+    name = LOCK
+    for each in owners:
+        name = successor_of(folder, name)
+        (folder / name).write_text(each.as_text())
+    return folder
+
+
+def test_the_slower_of_two_starts_that_replace_a_stale_lock_is_refused(tmp_path: Path) -> None:
+    living = owner()
+    leave_successors(tmp_path, living)  # the other start is replacing it
+
+    with pytest.raises(ConfigError) as refused, locked(tmp_path, command="train"):
+        pass
+
+    assert f"is in use by {living}" in str(refused.value)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_start_that_was_killed_while_it_took_over_a_lock_is_succeeded(tmp_path: Path, killed: int) -> None:
+    dead = [owner(pid=NOBODY + number) for number in range(1, killed + 1)]
+    leave_successors(tmp_path, *dead)
+
+    with locked(tmp_path, command="train") as own:
+        assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+        assert read_lock(tmp_path).owner == own  # type: ignore[union-attr]
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_saw_the_lock_before_it_was_replaced_takes_nothing_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits, flock, found = threading.Event(), fcntl.flock, []
+    stale, living, link = owner(pid=NOBODY), owner(), os.link
 
-    def tell(*args: Any) -> None:
-        waits.set()
-        flock(*args)
+    def replaced(source: Path, target: Path) -> None:
+        if "next" in Path(target).name:  # another host was faster, and its successor file is gone again
+            monkeypatch.setattr(os, "link", link)
+            leave_lock(tmp_path, living)
+        link(source, target)
 
-    def start() -> None:
-        try:
-            with locked(tmp_path, command="train"):
-                found.append("won")
-        except ConfigError as error:
-            found.append(str(error))
+    leave_lock(tmp_path, stale)
+    monkeypatch.setattr(os, "link", replaced)
 
+    with pytest.raises(ConfigError, match="is in use by process"), locked(tmp_path, command="train"):
+        pass
+
+    assert read_lock(tmp_path).owner == living  # type: ignore[union-attr]
+    assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+
+
+def test_an_owner_that_ends_leaves_the_lock_to_a_start_that_is_taking_it_over(tmp_path: Path) -> None:
+    with locked(tmp_path, command="train") as own:
+        other = owner(host="node7")
+        (tmp_path / successor_of(tmp_path)).write_text(other.as_text())
+
+    assert read_lock(tmp_path).owner == own  # type: ignore[union-attr]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def errors_once(monkeypatch: pytest.MonkeyPatch, function: str, number: int, *, does_it: bool) -> list[str]:
+    """Lets a function of `os` fail once, after it has done its work or before. Returns a list of its failures."""
+    real, failed = getattr(os, function), []
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if failed:
+            return real(*args, **kwargs)
+        failed.append(function)
+        if does_it:
+            real(*args, **kwargs)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, function, fail)
+    return failed
+
+
+@pytest.mark.parametrize("lies_there", ["nothing", "a stale lock"])
+def test_a_link_that_a_file_server_made_but_answered_with_an_error_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lies_there: str
+) -> None:
+    if lies_there == "a stale lock":
+        leave_lock(tmp_path, owner(pid=NOBODY))
+    real, calls = os.link, []
+
+    def link(source: Path, target: Path) -> None:
+        calls.append(Path(target).name)
+        real(source, target)
+        raise FileExistsError(errno.EEXIST, "the client has sent it twice")
+
+    monkeypatch.setattr(os, "link", link)
+    with locked(tmp_path, command="train") as own:
+        assert read_lock(tmp_path).owner == own  # type: ignore[union-attr]
+        assert [entry.name for entry in tmp_path.iterdir()] == [LOCK]
+
+    assert len(calls) >= 2
+
+
+def test_a_rename_that_a_file_server_made_but_answered_with_an_error_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     leave_lock(tmp_path, owner(pid=NOBODY))
-    later = threading.Thread(target=start)
-    with (tmp_path / LOCK).open("r+") as held:
-        flock(held, fcntl.LOCK_EX)  # the other start is replacing it
-        monkeypatch.setattr(fcntl, "flock", tell)
-        later.start()
-        came_to_wait = waits.wait(10)
-        leave_lock(tmp_path / "draft", owner())
-        (tmp_path / "draft" / LOCK).replace(tmp_path / LOCK)
-    later.join(timeout=20)
+    failed = errors_once(monkeypatch, "replace", errno.ENOENT, does_it=True)
 
-    assert came_to_wait
-    assert f"is in use by {owner()}" in found[0]
-    assert read_lock(tmp_path).owner == owner()  # type: ignore[union-attr]
+    with locked(tmp_path, command="train") as own:
+        assert read_lock(tmp_path).owner == own  # type: ignore[union-attr]
+
+    assert failed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_another_host_has_just_replaced_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living = owner()
+    leave_lock(tmp_path, living)
+    failed = errors_once(monkeypatch, "fstat", errno.ESTALE, does_it=True)
+
+    with pytest.raises(ConfigError, match="is in use by process"), locked(tmp_path, command="train"):
+        pass
+
+    assert failed == ["fstat"]
+
+
+STRESS = """
+import os, random, sys, time
+from pathlib import Path
+from dtrain.distributed.process_info import ProcessIdentity, is_alive, this_process
+from dtrain.errors import ConfigError
+from dtrain.runs.lock import locked
+folder, marker, seconds, links = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "True"
+until = time.monotonic() + seconds
+
+def no_links(*_):
+    raise PermissionError(1, "Operation not permitted")
+
+def own(number):
+    random.seed(number)
+    while time.monotonic() < until:
+        try:
+            with locked(folder, command="train", period_s=0.05):
+                text = ":".join(map(str, this_process()))
+                draft = marker.with_name(f"{os.getpid()}")
+                draft.write_text(text)
+                draft.replace(marker)
+                print("won", flush=True)
+                for _ in range(random.randrange(4)):
+                    time.sleep(0)
+                    if marker.read_text() != text:
+                        print("two owners", flush=True)
+                if random.random() < 0.5 and links:
+                    os.kill(os.getpid(), 9)
+        except ConfigError:
+            pass
+
+os.makedirs(folder, exist_ok=True)
+if not links:
+    os.link = no_links
+children = {}
+number = 0
+while time.monotonic() < until:
+    while len(children) < 8:
+        number += 1
+        pid = os.fork()
+        if pid == 0:
+            own(number)
+            os._exit(0)
+        children[pid] = number
+    # Without links a killed start may leave an empty lock, which is watched for a while.
+    if random.random() < (0.3 if links else 0.01):
+        os.kill(random.choice(list(children)), 9)
+    pid, _ = os.waitpid(-1, os.WNOHANG)
+    if pid:
+        del children[pid]
+    time.sleep(0.002)
+for pid in children:
+    os.waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_there_are_never_two_owners_while_processes_are_killed_at_any_moment(tmp_path: Path, links: bool) -> None:
+    command = [sys.executable, "-c", STRESS, str(tmp_path / "run"), str(tmp_path / "marker"), "2.5", str(links)]
+
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+
+    assert said.returncode == 0, said.stderr
+    assert "two owners" not in said.stdout
+    assert said.stdout.count("won") > 20, said.stderr[-500:]
 
 
 # ---------------------------------------------------------------- stale or not
@@ -325,6 +513,26 @@ def test_an_invisible_process_is_considered_dead_after_12_periods_without_a_hear
     assert waited_s >= 12 * HEARTBEAT_PERIOD_S
     assert "waiting 0.24 s for a heartbeat" in said()
     assert "had no heartbeat for 0.24 s" in said()
+
+
+def test_a_start_that_was_stopped_itself_does_not_count_that_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_lock(tmp_path, owner(host="node7"))
+    now, sleeps = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        now[0] += 3600.0 if len(sleeps) == 1 else seconds  # the file server does not answer for an hour
+        if len(sleeps) == 4:
+            os.utime(tmp_path / LOCK)  # the owner's heartbeats, too, waited for it
+
+    monkeypatch.setattr(run_lock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_lock.time, "sleep", sleep)
+    with pytest.raises(ConfigError, match="is in use by process"), locked(tmp_path, command="train"):
+        pass
+
+    assert len(sleeps) == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"train"', '{"host": "a", "pid": "x"}', "\udcff"])

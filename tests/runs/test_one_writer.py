@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,26 @@ def test_a_job_that_torchrun_restarts_takes_over_the_lock_of_its_killed_rank_0_i
         assert any("  loss " in line for line in job.out[seen:]), job.text
         assert "not visible here" not in job.text
         assert "was rejected" not in job.text
+
+
+@slow
+def test_a_restart_without_an_id_keeps_its_progress_on_a_lagging_file_server_and_behind_a_wrapper(
+    tmp_path: Path,
+) -> None:
+    run, wrapper = tmp_path / "runs" / "run", ["sh", "-c", '"$0" "$@"; exit $?', *jobs.python()]
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "1", "--no-python"]
+    settings = train(tmp_path / "runs", run__overwrite="true", checkpoint__every="5")
+    with jobs.started([*jobs.torchrun(2, *options)[:-1], *wrapper, *settings]) as job:
+        assert jobs.until(lambda: any(run.glob("checkpoints/step-*")) or job.has_ended()), job.text
+        for file in run.rglob("*"):  # the clock of their file server is a day behind
+            with suppress(FileNotFoundError):
+                os.utime(file, ns=(time.time_ns() - 86400 * 10**9,) * 2)
+        pid = job.ranks()[0]
+        os.kill(pid, signal.SIGKILL)
+
+        job.wait_for("resumes from the checkpoint of step")
+
+    assert [entry.name for entry in (tmp_path / "runs").iterdir()] == ["run"]
 
 
 @slow

@@ -26,6 +26,7 @@ from dtrain.tasks.question_answering import (
     QuestionAnsweringTask,
     encode_windows,
     prepare_question_answering,
+    report_lost_answers,
     token_positions,
 )
 from tests.support import tiny
@@ -111,6 +112,16 @@ def test_an_answer_cut_by_every_window_is_in_no_window() -> None:
 
     assert rows["start_positions"] == [[0, 0, 0]]
     assert rows["end_positions"] == [[0, 0, 0]]
+
+
+def test_answers_that_no_window_holds_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    cut, whole = ("cat sees a dog near the", 4), ("a dog", 13)
+
+    report_lost_answers("train", Table(encoded([CONTEXT] * 3, [cut, whole, None])), max_length=9)
+    report_lost_answers("validation", Table(encoded([CONTEXT] * 2, [whole, None])), max_length=9)
+
+    (message,) = caplog.messages
+    assert "train: 1 of 3 questions have an answer that no window of data.max_length=9 tokens holds" in message
 
 
 def test_windows_are_labeled_by_the_first_answer_or_not_at_all() -> None:

@@ -111,7 +111,7 @@ def test_the_card_does_not_mention_the_machine() -> None:
         f"data.path={home}/data/cola",
         f"run.output_dir={home}/runs",
         f"data.cache_dir={home}/cache",
-        f"engine.deepspeed={{x: {{nvme_path: {home}/disk}}}}",
+        f"engine.deepspeed={{zero_optimization: {{offload_param: {{nvme_path: {home}/disk}}}}}}",
         f"data.splits={{train: ../../ann/{token}.csv}}",
         "data.columns={text: https://ann:secret@host/file}",
     )

@@ -225,7 +225,9 @@ class WatchdogClient:
 
 
 @contextmanager
-def start_watchdog(rank: int, settings: HangSettings, run_dir: Path) -> Iterator[WatchdogClient]:
+def start_watchdog(
+    rank: int, settings: HangSettings, run_dir: Path, launcher_error_file: Path | None = None
+) -> Iterator[WatchdogClient]:
     """Runs a monitor for this process, from before its process group forms until after it is destroyed.
 
     Forks: call it before torch is imported, so that the monitor shares little with the rank and costs neither time nor
@@ -239,7 +241,8 @@ def start_watchdog(rank: int, settings: HangSettings, run_dir: Path) -> Iterator
         heartbeat = Heartbeat(memory)
         rank_end, monitor_end = socket.socketpair()
         thread, native_thread = threading.get_ident(), threading.get_native_id()
-        watched = WatchedRank(rank, os.getpid(), thread, native_thread, memory, file, monitor_end, settings, run_dir)
+        files = (run_dir, launcher_error_file)
+        watched = WatchedRank(rank, os.getpid(), thread, native_thread, memory, file, monitor_end, settings, *files)
         client = WatchdogClient(heartbeat, rank_end, _fork(watched, rank_end), file)
         monitor_end.close()
         try:

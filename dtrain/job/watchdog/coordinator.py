@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Phase
 from dtrain.errors import TopologyError
@@ -305,7 +306,7 @@ async def serve_monitor(
         record = RankRecord(lambda message: send_message(writer, message), hello["host"], hello["pid"])
         coordinator.add_rank(rank, record)
         while line := await reader.readline():
-            coordinator.receive(rank, json.loads(line))
+            coordinator.receive(rank, bounded_json.loads(line))
     except (OSError, ValueError, KeyError, TimeoutError, asyncio.TimeoutError):
         pass  # the connection is broken, or a stranger sent a line without an end
     finally:
@@ -317,8 +318,8 @@ async def serve_monitor(
 def _parse_hello(line: bytes, token: str) -> MonitorMessage | None:
     """Returns the first line of a monitor of this job; None for anything that a stranger may send to the port."""
     try:
-        hello = json.loads(line)
-    except (ValueError, RecursionError):
+        hello = bounded_json.loads(line)
+    except ValueError:
         return None
     if not isinstance(hello, dict) or not secrets.compare_digest(str(hello.get("token")).encode(), token.encode()):
         return None

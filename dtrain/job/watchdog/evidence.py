@@ -36,6 +36,7 @@ class WatchedRank:
         channel: the monitor's end of the socket pair.
         settings: the settings that define a hang.
         run_dir: the run's folder.
+        launcher_error_file: file that torchrun reports if the rank fails; None for no such file.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class WatchedRank:
     channel: Any
     settings: HangSettings
     run_dir: Path
+    launcher_error_file: Path | None = None
 
 
 class HelperAnswer(NamedTuple):

@@ -31,6 +31,7 @@ from dtrain.distributed import network
 from dtrain.distributed.heartbeat import IDLE_RULES, IdleRule, Phase, read_heartbeat
 from dtrain.distributed.oom_kills import count_oom_kills
 from dtrain.errors import TopologyError
+from dtrain.job.launcher_error import write_launcher_error
 from dtrain.job.watchdog import exit_report, stacks
 from dtrain.job.watchdog.coordinator import (
     MAX_LINE,
@@ -79,14 +80,8 @@ def run(rank: WatchedRank) -> None:
         faulthandler.disable()  # its file is for errors of the rank
         _name_process(b"dtrain-monitor")
         gc.disable()  # a collection would copy every page that is shared with the rank
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            signal.SIGHUP,
-            signal.SIGUSR1,
-            stacks.STACK_SIGNAL,
-            signal.SIGPIPE,
-        ):
+        ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, stacks.STACK_SIGNAL, signal.SIGPIPE)
+        for number in ignored:
             signal.signal(number, signal.SIG_IGN)  # it ends with its rank, not before
         with Path(os.devnull).open("rb") as empty:
             os.dup2(empty.fileno(), 0)
@@ -186,6 +181,7 @@ class RankMonitor:
             owns_run_dir = read_heartbeat(rank.memory).owns_run_dir
             counts = self._oom_kills_at_start, count_oom_kills()
             text = exit_report.death_message(rank.rank, rank.pid, rank.stacks, rank.thread, oom_kills=counts)
+            write_launcher_error(rank.launcher_error_file, text)
             self._send_up({"died": text, "owns_run_dir": owns_run_dir})
         # A data worker that waits for work notices that its rank is dead, but one that is stuck does not.
         for worker in self._workers:
@@ -392,6 +388,7 @@ class RankMonitor:
 
     async def _report_end(self, end: MonitorMessage, ranks: Sequence[RankEvidence]) -> None:
         self._is_reported = True
+        write_launcher_error(self._rank.launcher_error_file, end["message"])
         await exit_report.report_end(end, ranks, self._rank.run_dir, covers_all_ranks=self._watches_all)
 
 
