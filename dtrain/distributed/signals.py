@@ -331,7 +331,7 @@ def _await_ending(
                 continue
             if request is None:
                 error = _signals.interrupted(_signals.reason or signal.Signals(first).name)
-                return Interrupted(f"{error} The process did not react within {grace_s:.0f} s.", error.exit_code)
+                return Interrupted(f"The process did not react within {grace_s:.0f} s. {error}", error.exit_code)
             # A deferred signal ends the run in good order, however long its step and its checkpoint take.
             reason = request.saved()
             if reason is not None:

@@ -206,7 +206,7 @@ with interruptible(grace_s=0.3, before_exit={before_exit}):
 @pytest.mark.parametrize(
     ("before_exit", "printed"),
     [
-        ("report_cause", "before exit: Stopped by SIGTERM: nothing was saved. The process did not react within 0 s.\n"),
+        ("report_cause", "before exit: The process did not react within 0 s. Stopped by SIGTERM: nothing was saved.\n"),
         ("lambda cause: time.sleep(60)", ""),
     ],
 )
