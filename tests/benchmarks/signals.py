@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -185,6 +184,7 @@ def interrupt(
 ) -> bool:
     """One start with one signal; whether the run is over."""
     lines_before = len(_lines(run / "metrics.jsonl"))
+    (run / "exit.json").unlink(missing_ok=True)  # of the start before
     with jobs.started(command) as job:
         wait_for_ranks(job, ranks)
         begin = time.monotonic()
@@ -195,7 +195,6 @@ def interrupt(
                 tally.faults.append(f"ended with {code} before the signal: {job.text[-2000:]}")
             return True
         phase = phase_of(run, lines_before)
-        (run / "exit.json").unlink(missing_ok=True)
         sent_s = time.monotonic()
         send(job)
         gone = job.gone_within(60.0)
@@ -242,11 +241,11 @@ def try_launcher(name: str, folder: Path, *, signals: int, rows: int, rng: rando
             if interrupt(command(run), runs / run, ranks, moment_s, senders[kind], kind, tally):
                 break
         tally.runs += 1
+        print(f"  {run} is done", flush=True)
         if result(runs / run) != expected:
             found = result(runs / run)
             other = [part for part in expected if found[part] != expected[part]]
             tally.faults.append(f"{run} has other {', '.join(other)} than the undisturbed run")
-            shutil.copytree(runs, f"/tmp/signals-{name}", dirs_exist_ok=True)
     return tally
 
 
