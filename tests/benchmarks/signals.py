@@ -202,7 +202,7 @@ def interrupt(
         code = job.end()
     where = f"{kind} in {phase}, {moment_s:.1f} s after the start"
     recorded = jobs.exit_of(run)["code"] if (run / "exit.json").exists() else -1
-    if recorded == -1 and "nothing is lost" in job.text:  # there was no run folder yet
+    if recorded == -1 and (code == 75 or "nothing is lost" in job.text):  # there was no run folder yet
         recorded = 75
     if recorded == 0:  # it was at its very end
         tally.phases["after the end"] += 1
