@@ -53,12 +53,19 @@ class Preempted(DtrainError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user or the launcher stopped the job (SIGINT, SIGTERM), and nothing could be saved.
+    """The user or the launcher stopped the job (SIGINT, SIGTERM), and nothing was saved.
 
     A KeyboardInterrupt, because libraries let it pass. Many of them catch an Exception or wrap it in one of their own.
+
+    Attributes:
+        exit_code: 75 where nothing was lost either, because nothing was trained yet.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 ERROR_TYPES: dict[str, type[DtrainError]] = {

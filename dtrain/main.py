@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dtrain import console
@@ -31,11 +32,12 @@ from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import process_start
 from dtrain.distributed.process_limit import check_process_limit
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.signals import interruptible
+from dtrain.distributed.signals import interrupted_without_save, interruptible
 from dtrain.distributed.topology import SINGLE, Topology
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted, TopologyError
 from dtrain.job.failure import (
     error_record,
+    interrupted_early,
     record_failure,
     report_failure,
     report_failure_alone,
@@ -62,8 +64,11 @@ WITHOUT_RUN_DIR = ("generate", "export", "download")
 NON_RETRYABLE_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
 """Exit codes of errors that the same command would run into again."""
 
-GRACE_S = 8.0
-"""How long a rank may take to stop after a signal. All ranks are gone 10 s after Ctrl-C."""
+GRACE_S = 3.0
+"""How long a rank may take to stop after a signal. All ranks are gone 5 s after Ctrl-C, unless there is more to save."""
+
+REPEAT_ALONE_S = 1.0
+"""A second signal after this time quits if there is no launcher, which could have sent the first one again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,10 +141,10 @@ def fit(
     context = RankContext(topology)
     console.configure_logging(rank=topology.rank, world_size=topology.world_size)
 
-    def record_cause(cause: str) -> None:
-        write_exit_json(error_record(Interrupted(cause), topology), config, context.heartbeat)
+    def record_cause(cause: BaseException) -> None:
+        write_exit_json(error_record(cause, topology), config, context.heartbeat)
 
-    with interruptible(grace_s=GRACE_S, before_exit=record_cause):
+    with interruptible(grace_s=GRACE_S, before_exit=record_cause, interrupted=partial(interrupted_early, topology)):
         exit_with_launcher(topology, record_cause)
         from dtrain.job.session import session
 
@@ -192,16 +197,22 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
     if config.note is not None and topology.is_main:
         sys.stderr.write(f"{console.printable(config.note)}\n")  # standard output is for the answer
 
-    def record_cause(cause: str) -> None:
+    def record_cause(cause: BaseException) -> None:
         if has_exit_json:
-            write_exit_json(error_record(Interrupted(cause), topology), config, context.heartbeat)
+            write_exit_json(error_record(cause, topology), config, context.heartbeat)
 
-    def report_cause(cause: str) -> None:
+    def report_cause(cause: BaseException) -> None:
         record_cause(cause)
         if topology.is_main:
             log.error("%s", cause)
 
-    with interruptible(grace_s=GRACE_S, before_exit=report_cause):
+    is_training = command == "train" and not dry_run
+    with interruptible(
+        grace_s=GRACE_S,
+        before_exit=report_cause,
+        interrupted=partial(interrupted_early, topology) if is_training else interrupted_without_save,
+        repeat_after_s=REPEAT_ALONE_S if topology.launcher == "none" else None,
+    ):
         try:
             is_launcher_alive = exit_with_launcher(topology, record_cause)
             from dtrain.job.session import session

@@ -86,7 +86,11 @@ class DamagedCheckpointError(Exception):
 
 
 class UnreadableCheckpointError(DamagedCheckpointError):
-    """A checkpoint may be intact but cannot be read here: no permission, no file handles, another format version."""
+    """A checkpoint may be intact but cannot be read here: no permission, no file handles."""
+
+
+class OtherFormatError(UnreadableCheckpointError):
+    """A checkpoint of another version of dtrain. The message ends with what to do."""
 
 
 _DATA_LOSS_ERRNOS = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
@@ -152,25 +156,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: it is missing or changed.
-        UnreadableCheckpointError: it cannot be read, or has another format version.
+        UnreadableCheckpointError: it cannot be read.
+        OtherFormatError: another version of dtrain wrote it.
     """
     try:
         _require_file(path / MANIFEST)
         with (path / MANIFEST).open("rb") as file:
             manifest = bounded_json.loads(file.read(MAX_MANIFEST_BYTES))
+        _refuse_other_format(manifest)  # first: another version may have other fields, and another hash of itself
         stored_hash = manifest.pop("self")
         is_intact = stored_hash == _hash_of(manifest)
-        names, version = list(manifest["files"]), manifest["format"]
+        names = list(manifest["files"])
     except OSError as error:
         raise _read_error(MANIFEST, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written") from None
     if not is_intact:
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written")
-    if version != FORMAT:
-        raise UnreadableCheckpointError(
-            f"{MANIFEST} has format {version!r}, which this version of dtrain does not read (it reads {FORMAT})"
-        )
     if (problem := _parts_problem(manifest.get("parts", [0]), manifest.get("of", 1))) is not None:
         raise DamagedCheckpointError(f"{MANIFEST} {problem}")
     if invalid := [name for name in names if not is_valid_name(name)]:
@@ -185,6 +187,26 @@ def _parts_problem(parts: Any, of: Any) -> str | None:
     if not isinstance(parts, list) or any(type(part) is not int or not 0 <= part < of for part in parts):
         return f"lists the parts {parts!r:.40}, where the checkpoint has parts 0 to {of - 1}"
     return None
+
+
+def _refuse_other_format(manifest: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        OtherFormatError: another version of dtrain wrote the checkpoint.
+        ValueError: no version of dtrain did.
+    """
+    version = manifest["format"]
+    if version == FORMAT:
+        return
+    if not re.fullmatch(r"dtrain-checkpoint-\d{1,9}", version):
+        raise ValueError(version)
+    saved = manifest.get("versions")
+    writer = saved.get("dtrain") if isinstance(saved, Mapping) else None
+    by = f" by dtrain {writer}" if isinstance(writer, str) and len(writer) < 40 else ""
+    raise OtherFormatError(
+        f"it was written in the format {version}{by}, and this version of dtrain reads {FORMAT}. Use the version that "
+        "wrote it"
+    )
 
 
 def is_valid_name(name: str) -> bool:

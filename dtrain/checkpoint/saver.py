@@ -155,7 +155,7 @@ class Saver:
             raise CheckpointError(
                 f"{self._folder} has {free / 2**30:.2f} GiB free, but checkpoint.keep={settings.keep} checkpoints{best} "
                 f"and the next one need {needed / 2**30:.2f} GiB ({size / 2**30:.2f} each). Free some space, lower "
-                "checkpoint.keep, or set run.output_dir to another disk."
+                "checkpoint.keep, set run.output_dir to another disk, or set checkpoint.every=null to save none."
             )
 
     def _run_on_all_ranks(self, work: Callable[[], None]) -> None:

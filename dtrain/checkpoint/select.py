@@ -12,6 +12,7 @@ from typing import Any
 from dtrain.checkpoint.format import (
     CONFIG,
     DamagedCheckpointError,
+    OtherFormatError,
     SavedCheckpoint,
     UnreadableCheckpointError,
     list_checkpoints,
@@ -146,19 +147,22 @@ def at(path: Path, context: RankContext, *, setting: str) -> SelectedCheckpoint:
         CheckpointError: on every rank; the nodes do not have a complete checkpoint there.
     """
     reason = "there is no such folder"
-    saved = None
+    saved, is_other_format = None, False
     if context.is_node_main and path.is_dir():
         try:
             saved = verify(path)
         except DamagedCheckpointError as error:
             reason = str(error)
+            is_other_format = isinstance(error, OtherFormatError)
     readers = _readers(saved, context)
-    answers = all_gather_object([reason, path.is_dir()], context)
+    answers = all_gather_object([reason, path.is_dir(), is_other_format], context)
     if readers is None:
-        reason = next((other for other, is_folder in answers if is_folder), reason)
+        reason, _, is_other_format = next((answer for answer in answers if answer[1]), answers[0])
         failed = CheckpointError(
-            f"{setting}={path} is not a complete checkpoint: {reason}. Set it to a complete checkpoints/step-... folder "
-            "of a run."
+            f"{setting}={path} cannot be read: {reason}."
+            if is_other_format
+            else f"{setting}={path} is not a complete checkpoint: {reason}. Set it to a complete checkpoints/step-... "
+            "folder of a run."
         )
         failed.is_reported_elsewhere = not context.is_main
         raise failed
@@ -183,6 +187,8 @@ def _verify_or_rename(path: Path) -> tuple[SavedCheckpoint | None, str | None]:
     """Returns the checkpoint if it is intact, or an error message if that is unknown. Renames a damaged one."""
     try:
         return verify(path), None
+    except OtherFormatError as error:
+        return None, f"{path} cannot be read: {error}, or start again with run.overwrite=true."
     except UnreadableCheckpointError as error:
         return None, (
             f"{path} cannot be read, so it is unknown whether it is intact: {error}. Fix that, or move the folder away to "

@@ -29,7 +29,7 @@ PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 CLOSE_S = 10.0
 
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Signals for the rank, which decides whether an unfinished checkpoint is completed."""
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from dtrain.checkpoint.writer_process import serve; serve(sys.argv[2:])"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dtrain.errors import Interrupted, TopologyError
+from dtrain.errors import Interrupted, Preempted, TopologyError
 
 LOST_PEER = TopologyError.__name__
 """The cause that a rank records when it has lost another rank. It is true, but the lost rank's host knows more."""
@@ -93,8 +93,8 @@ def _distance_to_cause(result: HostResult, stop_signal: int | None) -> int:
 
 
 def _was_launcher_killed(result: HostResult, stop_signal: int | None) -> bool:
-    """Returns whether a signal ended the launcher and this was not a requested stop that its ranks recorded."""
-    was_stopped = result.was_killed or result.code == -(stop_signal or 0)
+    """Returns whether a signal ended the launcher, and its ranks did not record a requested stop or a saved run."""
+    was_stopped = result.was_killed or result.code == -(stop_signal or 0) or result.dtrain_code == Preempted.exit_code
     return result.code < 0 and not (was_stopped and result.record is not None)
 
 

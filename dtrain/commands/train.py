@@ -15,7 +15,7 @@ from dtrain.engine.build import engine_name
 from dtrain.tasks.protocol import Task
 from dtrain.training import run_claim, summary
 from dtrain.training.monitors.protocol import Monitor
-from dtrain.training.run import prepare_run
+from dtrain.training.prepare_run import prepare_run
 from dtrain.training.summary import Result
 
 

@@ -59,3 +59,17 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
     )
+
+
+def read_eval_every(value: Any) -> Any:
+    """Reads train.eval_every."""
+    if not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?|never", str(value)):
+        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or never")
+    return int(value) if str(value).isdecimal() else value
+
+
+def read_checkpoint_every(value: Any) -> Any:
+    """Reads checkpoint.every."""
+    if value is not None and not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?", str(value)):
+        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or null")
+    return int(value) if str(value).isdecimal() else value

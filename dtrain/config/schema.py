@@ -18,7 +18,7 @@ from dtrain.config.commands import Download, Export, Generate, Inspect, Predict,
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, FolderName, Section, setting
+from dtrain.config.fields import AnyPath, FolderName, Section, read_checkpoint_every, read_eval_every, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -115,12 +115,6 @@ class Data(Section):
         return encoding
 
 
-def _read_eval_every(value: Any) -> Any:
-    if not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?|never", str(value)):
-        raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or never")
-    return int(value) if str(value).isdecimal() else value
-
-
 class Spike(Section):
     """Detection of a loss far above the recent ones, and the response."""
 
@@ -150,7 +144,7 @@ class Train(Section):
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
-    eval_every: Annotated[int | str, BeforeValidator(_read_eval_every)] = setting(
+    eval_every: Annotated[int | str, BeforeValidator(read_eval_every)] = setting(
         "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
     )
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
@@ -220,10 +214,17 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
-    every: int | None = setting(
-        None, "steps between checkpoints; the last step is saved as well; null: no checkpoints", resume="free", ge=1
+    every: Annotated[int | str | None, BeforeValidator(read_checkpoint_every)] = setting(
+        "epoch",
+        "steps between checkpoints, or: epoch, 2 epochs; the last step is saved as well; null: only when a signal stops the run",
+        resume="free",
     )
-    keep: int = setting(2, "number of checkpoints to keep, besides that of the best step", resume="free", ge=1)
+    keep: int = setting(
+        1,
+        "number of checkpoints to keep, besides that of the best step; default: 2 if every is in steps",
+        resume="free",
+        ge=1,
+    )
     resume: str = setting(
         "auto",
         "auto: from the newest complete checkpoint of this run; never; or the path of a checkpoint",
@@ -238,6 +239,13 @@ class Checkpoint(Section):
     replicas: int = setting(2, "nodes that keep a copy, if run.output_dir is not shared", resume="free", ge=1)
     max_file_gb: float = setting(5.0, "maximum gigabytes per file", resume="free", gt=0)
     asynchronous: bool = setting(True, "write while training continues; false: wait for the disk", resume="free")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_two_of_many(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and str(values.get("every")).isdecimal() and values.get("keep") is None:
+            return {**values, "keep": 2}
+        return values
 
 
 class Tracking(Section):

@@ -146,6 +146,11 @@ class Heartbeat:
         self.on_run_dir_lost: Callable[[str], None] = lambda _reason: None
         self.tick()
 
+    @property
+    def phase(self) -> Phase:
+        """The current phase."""
+        return self._phase
+
     def at(self, phase: Phase, *, step: int | None = None) -> None:
         """Records the start of a phase, or of the next unit of work in the same phase.
 

@@ -17,9 +17,11 @@ from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.rendezvous import KeyValueStore
-from dtrain.errors import ERROR_TYPES, DtrainError, TopologyError
+from dtrain.errors import ERROR_TYPES, DtrainError, Interrupted, TopologyError
 
 LINGER_S = 2.0
+
+_INTERRUPTED = Interrupted.__name__
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def run_node_work(node_work: NodeWork, work: Callable[[], Any] | None, *, progre
 
     Raises:
         DtrainError: what the work of the first failing node raised, with the same type, on all ranks.
+        Interrupted: a signal has stopped the work, here or on another rank.
     """
     store = node_work.store
     with _progress(node_work, progress_every_s):
@@ -85,6 +88,8 @@ def run_node_work(node_work: NodeWork, work: Callable[[], Any] | None, *, progre
         return results[node_work.node_rank]["value"]
     store.add(node_work.readers_key, 1)
     _wait_for_readers(node_work)
+    if failure["error"] == _INTERRUPTED:
+        raise Interrupted(failure["message"], failure["code"])
     error = ERROR_TYPES[failure["error"]](failure["message"])
     error.is_reported_elsewhere = node_work.rank != 0
     raise error
@@ -100,9 +105,11 @@ def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
         # A bug in the work, or Ctrl-C: the others must not wait forever. On this rank the error propagates unchanged.
         message = f"Rank {node_work.rank} failed in the work of its node: {type(error).__name__}: {error}"
         limit = process_limit_error(error)
-        failure = {"error": "DtrainError", "message": message}
+        failure: dict[str, Any] = {"error": "DtrainError", "message": message}
         if limit is not None:
             failure = {"error": TopologyError.__name__, "message": str(limit)}
+        if isinstance(error, Interrupted):  # a signal stops all ranks, but may reach this one first
+            failure = {"error": _INTERRUPTED, "message": str(error), "code": error.exit_code}
         crash = json.dumps(failure)
         node_work.store.compare_set(node_work.crash_key, "", crash)
         node_work.store.add(node_work.readers_key, 1)

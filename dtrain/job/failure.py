@@ -23,6 +23,7 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.heartbeat import Heartbeat, Phase
+from dtrain.distributed.launcher_process import how_to_go_on
 from dtrain.distributed.process_info import (
     ProcessIdentity,
     is_alive,
@@ -36,7 +37,7 @@ from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.topology import Topology
 from dtrain.environment import missing_module
-from dtrain.errors import DtrainError, Preempted, TopologyError
+from dtrain.errors import DtrainError, Interrupted, Preempted, TopologyError
 from dtrain.job.launcher_error import write_launcher_error
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_held_by_another_job
@@ -108,6 +109,12 @@ def success_record(topology: Topology) -> ExitRecord:
     return ExitRecord(0, "done", topology.rank, socket.gethostname(), "done")
 
 
+def interrupted_early(topology: Topology, name: str) -> Interrupted:
+    """Returns what a signal raises before the first step of a training run: nothing is lost, so the code is 75."""
+    message = f"Stopped before the first step of this start ({name}): nothing is lost. {how_to_go_on(topology)}"
+    return Interrupted(message, Preempted.exit_code)
+
+
 def for_user(error: BaseException) -> BaseException:
     """Returns the error to report: one that has a message for the user, where a library raised another."""
     if _is_for_user(error):
@@ -128,7 +135,7 @@ def error_record(error: BaseException, topology: Topology) -> ExitRecord:
     """Returns the record of an error on this rank."""
     error = for_user(error)
     message = str(error) if _is_for_user(error) and str(error) else f"{type(error).__name__}: {error}"
-    code = error.exit_code if isinstance(error, DtrainError) else 1
+    code = error.exit_code if isinstance(error, DtrainError | Interrupted) else 1
     return ExitRecord(code, type(error).__name__, topology.rank, socket.gethostname(), message)
 
 

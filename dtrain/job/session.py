@@ -14,6 +14,7 @@ from dtrain.config.schema import Config
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.process_info import ProcessIdentity, this_process
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.signals import telling_peers
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
 from dtrain.job.failure import JobSession, lost_peer_error
@@ -76,7 +77,8 @@ def _join_group(
                 watchdog.watch_single_rank()
             else:
                 watchdog.join(on_main(lambda: watchdog.start_coordinator(complete), context))
-            yield job
+            with telling_peers(watchdog.pass_on_signal):
+                yield job
             context.heartbeat.at(Phase.FINISHING)
     except RuntimeError as error:  # not from the command, whose errors are reported before
         if topology.world_size == 1 or not is_lost_peer(error):

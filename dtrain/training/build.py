@@ -153,6 +153,8 @@ def verify_start(name: str | None) -> bool:
         return False
     try:
         saved = format.verify(folder)
+    except format.OtherFormatError as error:
+        raise CheckpointError(f"model.name_or_path={folder} cannot be read: {error}, or the run's model/.") from None
     except format.DamagedCheckpointError as error:
         raise CheckpointError(
             f"model.name_or_path={folder} is a damaged checkpoint: {error}. Use another one of the run, or its model/."

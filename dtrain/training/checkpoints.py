@@ -1,16 +1,15 @@
-"""Saves and reports checkpoints during a run, and stops a run on request."""
+"""Saves and reports checkpoints during a run."""
 
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
+from dtrain.checkpoint.format import folder_name
 from dtrain.checkpoint.saver import Saver, SaveResult, SaverSettings
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
@@ -18,7 +17,6 @@ from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.signals import SIGNALS, StopRequest, deferred
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
@@ -26,13 +24,15 @@ from dtrain.runs.folder import RunFolder, read_run_id
 from dtrain.tasks.protocol import Task
 from dtrain.training import data_guard
 from dtrain.training.export import save_without_weights
+from dtrain.training.monitors.evaluations import is_due
 from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
 from dtrain.training.summary import versions
 
 
 class CheckpointMonitor:
-    """Saves the run every `checkpoint.every` steps, at each new best step, and at its end. Last in the list of monitors.
+    """Saves the run when `checkpoint.every` is due, at each new best step, and at its end. Last in the list of monitors.
 
+    A step that is also evaluated is saved before (`save_before_evaluation`), so that nothing is lost in the evaluation.
     Without `checkpoint.every` it saves only when a run is pre-empted, and starts the writer process only then.
     """
 
@@ -56,6 +56,7 @@ class CheckpointMonitor:
         self._every = config.checkpoint.every
         self._state, self._tracker, self._engine, self._task = state, tracker, engine, task
         self._saved: int | None = state.step or None
+        self._saved_pending = state.pending is not None
         self._failed: str | None = None
         self._saver: Saver | None = None
         if self._every is not None:
@@ -92,12 +93,32 @@ class CheckpointMonitor:
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which is at the same steps on every rank."""
+        self._state.pending = None
         if self._saver is not None and self._every is not None:
             self._report(self._saver.poll())
             is_best = record.metrics is not None and self._state.best_step == record.step
-            if record.step % self._every == 0 or record.is_last or is_best:
+            if is_due(self._every, record) or is_best:
                 self.save()
         return Decision.CONTINUE
+
+    def save_before_evaluation(self, record: StepRecord) -> None:
+        """Collective. Saves a step, if that is due, with the note that its evaluation is still to come."""
+        self._state.pending = record.to_json()
+        if self._every is not None and is_due(self._every, record):
+            self.save()
+
+    def save_to_stop(self) -> None:
+        """Collective. Saves this step, also if it was saved before its evaluation, which has ended since."""
+        if self._saved_pending and self._state.pending is None:
+            self._saved = None
+        self.save()
+
+    @property
+    def path(self) -> Path | None:
+        """Where the checkpoint of the current step is once it is complete; None if it was not saved."""
+        if self._saved != self._state.step:
+            return None
+        return RunFolder(self._config.run_dir).checkpoints / folder_name(self._saved)
 
     def save(self) -> None:
         """Collective. Saves this step, unless it is saved already."""
@@ -117,7 +138,7 @@ class CheckpointMonitor:
             self._report(self._saver.save(engine, self._state.step, state, protected=protected))
             if not self._config.checkpoint.asynchronous:
                 self._report(self._saver.wait())
-        self._saved = self._state.step
+        self._saved, self._saved_pending = self._state.step, self._state.pending is not None
 
     def finish(self) -> None:
         """Collective. Waits until the last checkpoint is on every disk; a rank that left earlier would end the others.
@@ -163,29 +184,3 @@ class CheckpointMonitor:
         elif outcome.missing_copy is not None:
             log.warning("%s. A copy of that checkpoint is missing", outcome.missing_copy)
             self._tracker.event("fault", kind="checkpoint", step=outcome.step, message=outcome.missing_copy)
-
-
-class StopOnRequest:
-    """Requests a stop with a checkpoint after a signal, or when `train.max_minutes` has passed."""
-
-    def __init__(self, request: StopRequest, max_minutes: float | None, *, began: float) -> None:
-        """
-        Args:
-            began: time.monotonic() when this start began.
-        """
-        self._request = request
-        self._end = None if max_minutes is None else began + 60 * max_minutes
-        self.why: str | None = None
-
-    def after_step(self, record: StepRecord) -> Decision:
-        if self._request.name is not None:
-            self.why = f"stop requested by {self._request.name}"
-        elif self._end is not None and time.monotonic() > self._end:
-            self.why = "train.max_minutes has passed"
-        return Decision.CONTINUE if self.why is None else Decision.PREEMPT
-
-
-def deferring(config: Config) -> AbstractContextManager[StopRequest]:
-    """Defers the signals that stop a run with a checkpoint: SIGUSR1 always, others only if checkpoint.every is set."""
-    signals = [number for number in SIGNALS if config.checkpoint.every is not None or number.name == "SIGUSR1"]
-    return deferred(signals)

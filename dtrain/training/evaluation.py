@@ -21,6 +21,7 @@ from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Batch, ScoredBatch, Task
 from dtrain.training.metric_selection import Reported
 from dtrain.training.out_of_memory import explain_in_evaluation
+from dtrain.training.stopping import NO_STOP, StopCondition
 
 MAIN_SPLIT = "validation"
 
@@ -60,17 +61,27 @@ def metric_names(task: Task, reported: Reported = ALL) -> list[str]:
 
 
 def evaluate(
-    forward: Forward, task: Task, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
+    forward: Forward,
+    task: Task,
+    *,
+    micro_batch_size: int,
+    workers: int = 0,
+    reported: Reported = ALL,
+    stop: StopCondition = NO_STOP,
 ) -> EvaluationResult:
     """Collective. Evaluates every split but `train`. Leaves the model in eval mode.
 
+    Args:
+        stop: a signal breaks the evaluation off.
+
     Raises:
         ConfigError: the user's metric function fails, or two metrics have the same name.
+        RunStopped: on every rank, after a signal.
     """
     with forward.context.heartbeat.within(Phase.EVALUATION):
         results = {
             split: evaluate_split(
-                forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported
+                forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported, stop=stop
             )
             for split in task.splits
             if split != "train"
@@ -91,9 +102,23 @@ def prefix_of(split: str) -> str:
 
 
 def evaluate_split(
-    forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int = 0, reported: Reported = ALL
+    forward: Forward,
+    task: Task,
+    split: str,
+    *,
+    micro_batch_size: int,
+    workers: int = 0,
+    reported: Reported = ALL,
+    stop: StopCondition = NO_STOP,
 ) -> SplitResult:
-    """Collective. Evaluates one split; each example counts exactly once."""
+    """Collective. Evaluates one split; each example counts exactly once.
+
+    Each rank breaks its own part off at a signal, wherever it is; then all ranks agree. Only an engine in lock step, whose
+    forward pass is a collective, agrees before each micro-batch.
+
+    Raises:
+        RunStopped: on every rank, after a signal.
+    """
     heartbeat = forward.context.heartbeat
     heartbeat.at(Phase.EVALUATION)
     rows = task.splits[split]
@@ -108,31 +133,53 @@ def evaluate_split(
         lock_step=forward.lock_step,
         workers=workers,
     )
-    for batch in batches:
-        with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
-            scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
-        heartbeat.tick()
-        if batch.counted:
-            done.append((batch, scored))
+
+    def score_all() -> None:
+        for batch in batches:
+            if forward.lock_step:
+                stop.leave_together(forward.context)
+            with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
+                scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
+            heartbeat.tick()
+            if batch.counted:
+                done.append((batch, scored))
+
+    if forward.lock_step:
+        score_all()
+    else:
+        stop.attempt(score_all)
+    stop.leave_together(forward.context)
     gathered = gather_for_metrics(*_values(done), forward.context, num_examples=len(rows))
     heartbeat.at(Phase.METRICS)  # A phase without a time limit.
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
-    records = [
-        {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
-        for index, record in enumerate(task.records(split, predictions))
-    ]
+    records: list[Mapping[str, Any]] = []
+    metrics: dict[str, float] = {}
 
-    def compute_metrics() -> dict[str, float]:
+    def make_records() -> None:
+        records.extend(
+            {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
+            for index, record in enumerate(task.records(split, predictions))
+        )
+
+    def compute_metrics() -> None:
         """Runs on rank 0 only, so that all ranks decide by the same number."""
         if sum(targets) == 0:  # A test split without labels has predictions, but no metrics.
-            return {}
+            return
         loss = math.fsum(losses) / sum(targets)
         of_task = {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
         user = reported.user(records, task_names=task.metric_names) if reported.user is not None else {}
-        return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **user}
+        metrics.update({name: of_task[name] for name in of_task if name in reported.of_task(task)})
+        metrics.update(user)
 
-    return SplitResult(on_main(compute_metrics, forward.context), records)
+    def metrics_of_rank_0() -> dict[str, float]:
+        stop.attempt(compute_metrics)
+        return metrics
+
+    stop.attempt(make_records)
+    shared = on_main(metrics_of_rank_0, forward.context)
+    stop.leave_together(forward.context)
+    return SplitResult(shared, records)
 
 
 def to_device(tensors: Batch, device: torch.device) -> Batch:

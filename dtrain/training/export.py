@@ -26,22 +26,36 @@ from dtrain.models.custom_head import HeadedModel
 from dtrain.models.saved_tokenizer import find_difference, save_tokenizer
 from dtrain.runs.folder import replace_folder, write_json_atomic
 from dtrain.tasks.protocol import Task
+from dtrain.training.stopping import NO_STOP, StopCondition
 
 SAMPLE = 200
 """Training examples whose texts are compared before training."""
 
 
-def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
-    """Collective. Gathers the weights to rank 0, which writes a temporary folder and renames it to `target`."""
+def export_model(engine: Engine, tokenizer: Any, target: Path, stop: StopCondition = NO_STOP) -> None:
+    """Collective. Gathers the weights to rank 0, which writes a temporary folder and renames it to `target`.
+
+    Args:
+        stop: a signal breaks the export off, which leaves `target` as it was.
+
+    Raises:
+        RunStopped: on every rank, after a signal.
+    """
+    stop.leave_together(engine.context)
     weights = {name: value for name, value in engine.named_weights() if value is not None}
+    temporary = target.with_name(f".tmp-{target.name}")
+
+    def save_draft() -> None:
+        difference = save(engine.module, weights, tokenizer, temporary)
+        if difference is not None:  # `check_reload` refuses this at the start, so something changed since
+            log.warning("%s: do not use its tokenizer: it %s", target, difference)
 
     def write() -> None:
-        temporary = target.with_name(f".tmp-{target.name}")
         try:
-            difference = save(engine.module, weights, tokenizer, temporary)
-            if difference is not None:  # `check_reload` refuses this at the start, so something changed since
-                log.warning("%s: do not use its tokenizer: it %s", target, difference)
-            replace_folder(temporary, target)
+            if stop.attempt(save_draft):
+                replace_folder(temporary, target)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
         except (OSError, SafetensorError, DtrainError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
@@ -50,6 +64,7 @@ def export_model(engine: Engine, tokenizer: Any, target: Path) -> None:
             ) from error
 
     on_main(write, engine.context)
+    stop.leave_together(engine.context)
 
 
 def save_without_weights(module: nn.Module, task: Task, folder: Path) -> None:

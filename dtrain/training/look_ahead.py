@@ -7,7 +7,7 @@ carries its own losses and the weight of the step after it, and no step needs a 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,16 +59,25 @@ class LookAhead:
 
     Attributes:
         next_step: None at the end of the run.
+        wants_stop: returns whether this rank wants the run to stop; the step's own all-reduce carries it.
         requested: request of this rank's monitors; the next all-reduce carries it.
         decision: combined requests of all ranks, as of the last all-reduce.
     """
 
-    def __init__(self, steps: Generator[StepBatches, None, None], task: Task, context: RankContext) -> None:
+    def __init__(
+        self,
+        steps: Generator[StepBatches, None, None],
+        task: Task,
+        context: RankContext,
+        wants_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """
         Args:
             steps: this rank's batches of every remaining step.
+            wants_stop: returns whether this rank wants the run to stop with a checkpoint.
         """
         self._steps, self._task, self._context = steps, task, context
+        self.wants_stop = wants_stop
         self.next_step: Step | None = None
         self.requested = self.decision = Decision.CONTINUE
 
@@ -101,7 +110,7 @@ class LookAhead:
             math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
             sum(not math.isfinite(loss) for loss in losses),
             int(self.requested == Decision.STOP),
-            int(self.requested == Decision.PREEMPT),
+            int(self.requested == Decision.PREEMPT or self.wants_stop()),
             local_weight,
             sum(target.count for target in targets),
             weighted_sq_norm or 0.0,

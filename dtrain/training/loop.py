@@ -22,6 +22,7 @@ from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine, StepResult, StepWeight
+from dtrain.errors import ConfigError
 from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 from dtrain.training.evaluation import to_device
@@ -190,18 +191,46 @@ def decide(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
     decision = look_ahead.decision if record.averaged else Decision.CONTINUE
     # The next step's all-reduce carries a request, so it takes effect one step later; after an evaluation, immediately.
     if record.metrics is not None:
-        decision = Decision(agree(max(decision, look_ahead.requested), context))
+        wanted = Decision.PREEMPT if look_ahead.wants_stop() else Decision.CONTINUE
+        decision = Decision(agree(max(decision, look_ahead.requested, wanted), context))
     return decision
+
+
+def settle(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Decision:
+    """Collective. Runs the monitors of a step whose checkpoint precedes its evaluation, after that was restored."""
+    with run.engine.context.heartbeat.within(Phase.MONITORS):
+        request = run_monitors(monitors, record)
+    if request == Decision.ROLLBACK:
+        run.roll_back()
+        request = Decision.CONTINUE
+    return Decision(agree(request, run.engine.context))
 
 
 def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
     """Returns the largest request. Stops at the first monitor that requests a rollback: this step's state is discarded."""
     largest = Decision.CONTINUE
     for monitor in monitors:
-        largest = max(largest, request := monitor.after_step(record))
+        largest = max(largest, request := _request_of(monitor, record))
         if request == Decision.ROLLBACK:
             return request
     return largest
+
+
+def _request_of(monitor: Monitor, record: StepRecord) -> Decision:
+    """Returns what one monitor requests. A monitor without a return statement requests nothing.
+
+    Raises:
+        ConfigError: it returned something that is not a Decision.
+    """
+    request: object = monitor.after_step(record)
+    if request is None:
+        return Decision.CONTINUE
+    if not isinstance(request, int) or isinstance(request, bool) or request not in list(Decision):
+        raise ConfigError(
+            f"{type(monitor).__name__}.after_step returned {request!r} at step {record.step}. Return Decision.CONTINUE, "
+            "STOP, ROLLBACK or PREEMPT (dtrain.training.monitors.protocol.Decision), or nothing, which continues."
+        )
+    return Decision(request)
 
 
 def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:

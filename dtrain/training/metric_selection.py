@@ -112,3 +112,15 @@ def reported(settings: schema.Evaluation, task: Task, *, folder: Path) -> Report
         return Reported(settings.metrics)
     function = import_function(spec, folder=place, setting="evaluation.factory")
     return Reported(settings.metrics, UserMetrics(spec, function))
+
+
+def check_best(config: schema.Config, names: Sequence[str]) -> None:
+    """Refuses an `evaluation.best.metric` that no evaluation of this run will have."""
+    best = config.evaluation.best
+    if best is not None and best.metric not in names:
+        known = (
+            f"This task has {', '.join(names)}"
+            if names
+            else "There is nothing to evaluate: set data.validation_fraction or data.splits"
+        )
+        raise ConfigError(f"evaluation.best.metric={best.metric} is not a metric of this run. {known}.")

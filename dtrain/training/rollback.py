@@ -51,14 +51,15 @@ class Rollback:
 
         A spike soon after the last one shows that the checkpoint already had bad weights: then the one before it is used.
         """
-        spike, below = self._config.train.spike, None
+        # The step itself may have been saved before the monitor that does not like it.
+        spike, below = self._config.train.spike, step
         if self._last is not None and spike is not None and step - self._last[0] <= spike.window:
             below = self._last[1]
         with self._context.heartbeat.within(Phase.LOADING):  # Verification reads every byte.
             folder = RunFolder(self._config.run_dir).checkpoints
             chosen, _ = select.newest(folder, self._context, below=below)
         if chosen is None:
-            older = "" if below is None else f" before that of step {below}"
+            older = "" if below == step else f" before that of step {below}"
             log.warning("step %d: there is no checkpoint%s to return to; training continues", step, older)
             return None
         self._last = (step, chosen.step)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import nn
-
+from dtrain.checkpoint import select
 from dtrain.checkpoint.restore import restore_slots, restore_weights
 from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.config.schema import Config
@@ -20,83 +20,35 @@ from dtrain.console import log
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.launcher_process import how_to_go_on
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.signals import StopRequest, deferred, ignore_further
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, ConfigError, Preempted
 from dtrain.models import freezing
+from dtrain.runs.folder import RunFolder
 from dtrain.runs.tracking import Tracker
-from dtrain.tasks.build import build_task
 from dtrain.tasks.protocol import Task
-from dtrain.tasks.router_loss import with_router_loss
-from dtrain.training import build, data_guard, plan, rollback, summary
-from dtrain.training.checkpoints import CheckpointMonitor, StopOnRequest, deferring
-from dtrain.training.evaluation import EvaluationResult, evaluate, metric_names
-from dtrain.training.export import check_reload, export_model, processor_or_tokenizer
+from dtrain.training import build, plan, rollback, summary
+from dtrain.training.checkpoints import CheckpointMonitor
+from dtrain.training.evaluation import EvaluationResult, evaluate
+from dtrain.training.export import export_model, processor_or_tokenizer
 from dtrain.training.look_ahead import LookAhead
-from dtrain.training.loop import LoopSettings, batches_ahead, train
-from dtrain.training.metric_selection import Reported, reported
+from dtrain.training.loop import LoopSettings, batches_ahead, settle, train
+from dtrain.training.metric_selection import Reported, check_best
 from dtrain.training.model_card import write_card
 from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.training.monitors.gradients import LogGradients
 from dtrain.training.monitors.logging_steps import LogSteps
 from dtrain.training.monitors.non_finite import NonFinite
-from dtrain.training.monitors.protocol import Decision, Monitor, RunState
+from dtrain.training.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.training.monitors.replicas import Replicas
 from dtrain.training.monitors.spikes import Spikes
+from dtrain.training.stopping import RunStopped, StopCondition
 from dtrain.training.summary import Result
 from dtrain.training.thaw import thaw
-
-
-def prepare_run(
-    config: Config,
-    context: RankContext,
-    model: nn.Module | None,
-    task: Task | None,
-    checkpoint: SelectedCheckpoint | None,
-) -> TrainingRun:
-    """Collective. Prepares the data, loads and freezes the model, and restores its weights; builds no engine yet.
-
-    Args:
-        model: model to train instead of the one that the config's model section names.
-        task: task to use instead of the one that the task and data sections name.
-        checkpoint: checkpoint to resume from; None starts from the beginning.
-    """
-    context.heartbeat.at(Phase.PREPARING)
-    task = task or build_task(config, context)
-    metrics = reported(config.evaluation, task, folder=config.folder)
-    names = metric_names(task, metrics)
-    # The names of the user's own metrics are not known before the first evaluation.
-    if metrics.user is None or not names:
-        _check_best(config, names)
-    steps = build.step_plan(config, task)
-    context.heartbeat.at(Phase.LOADING)
-    module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
-    task = with_router_loss(task, module)
-    on_main(lambda: check_reload(module, task, config), context)
-    state = RunState()
-    if checkpoint is not None:
-        state = RunState(**checkpoint.state["run"])
-        data_guard.check(task, checkpoint, config)
-        rollback.forget_lost_best(state, checkpoint, config, context)
-        restore_weights(module, checkpoint, context)
-    # A thaw that is due exactly at the step of the checkpoint has not happened yet.
-    epoch = steps.epoch_of(max(state.step - 1, 0))
-    prepared = build.prepare_training(module, config, task, steps, epoch=epoch)
-    return TrainingRun(config, context, task, prepared, steps, metrics, checkpoint, state)
-
-
-def _check_best(config: Config, names: Sequence[str]) -> None:
-    """Refuses an `evaluation.best.metric` that no evaluation of this run will have."""
-    best = config.evaluation.best
-    if best is not None and best.metric not in names:
-        known = (
-            f"This task has {', '.join(names)}"
-            if names
-            else "There is nothing to evaluate: set data.validation_fraction or data.splits"
-        )
-        raise ConfigError(f"evaluation.best.metric={best.metric} is not a metric of this run. {known}.")
 
 
 @dataclass
@@ -118,6 +70,7 @@ class TrainingRun:
         look_ahead: the next step.
         tracker: writes metrics.jsonl.
         checkpoints: saves checkpoints.
+        stop: whether the run is to stop before its end.
         last: results of the latest evaluation.
         last_step: step of the latest evaluation; -1 before the first.
         best: the evaluation of the exported best step; None until one was exported in this start.
@@ -137,6 +90,7 @@ class TrainingRun:
     look_ahead: LookAhead = field(init=False)
     tracker: Tracker = field(init=False)
     checkpoints: CheckpointMonitor = field(init=False)
+    stop: StopCondition = field(init=False)
     last: EvaluationResult | None = None
     last_step: int = -1
     best: EvaluationResult | None = None
@@ -144,6 +98,7 @@ class TrainingRun:
     _keep_best: KeepBest | None = None
     _log_steps: LogSteps | None = None
     _spikes: Spikes | None = None
+    _request: StopRequest = field(init=False)
 
     def describe(self, *, in_full: bool) -> str:
         """Returns the plan of this run as text."""
@@ -198,6 +153,8 @@ class TrainingRun:
         chosen = self._rollback.choose(self.state.step)
         if chosen is None:
             return
+        if self.checkpoints.path is not None:  # saved before the monitor that rolls back
+            select.rename_newer(RunFolder(self.config.run_dir).checkpoints, chosen.step, self.context)
         self._load(chosen)
         self.state.updates = int(chosen.state["run"]["updates"])
         seconds = time.monotonic() - begin
@@ -238,20 +195,32 @@ class TrainingRun:
         )
 
     def _train(self, total: int, extra_monitors: Sequence[Monitor]) -> Result:
-        """Collective. Runs the loop, then finishes the run."""
-        with deferring(self.config) as stop_request:
-            request = StopOnRequest(stop_request, self.config.train.max_minutes, began=self.began)
-            monitors = [*self._monitors(extra_monitors), request, self.checkpoints]
-            self.settings = self._loop_settings(total)
-            steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
-            self.look_ahead = LookAhead(steps, self.task, self.context)
+        """Collective. Runs the loop, then finishes the run. A signal ends it at the next point where nothing is lost."""
+        with deferred() as self._request:
+            self.stop = StopCondition(self._request, self.config.train.max_minutes, began=self.began)
             try:
-                decision = train(self, monitors)
-            finally:
-                self.look_ahead.close()
-            if decision == Decision.PREEMPT and self.state.step < total:
-                self._stop(request.why)
-        return self._finish()
+                decision = self._take_steps(total, extra_monitors)
+                if decision == Decision.PREEMPT and self.state.step < total:
+                    raise RunStopped
+                return self._finish()
+            except RunStopped:
+                self._stop()
+
+    def _take_steps(self, total: int, extra_monitors: Sequence[Monitor]) -> Decision:
+        """Collective. Runs the loop, after the evaluation that an earlier start owes; returns why it ended."""
+        before, after = self._monitors(extra_monitors)
+        self.settings = self._loop_settings(total)
+        if self.state.pending is not None:
+            record = StepRecord.from_json(self.state.pending, is_last=self.state.step == total)
+            decision = settle(self, record, after)
+            if decision != Decision.CONTINUE:
+                return decision
+        steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
+        self.look_ahead = LookAhead(steps, self.task, self.context, self.stop.is_wanted)
+        try:
+            return train(self, [*before, *after])
+        finally:
+            self.look_ahead.close()
 
     def _loop_settings(self, total: int) -> LoopSettings:
         config = self.config
@@ -267,38 +236,58 @@ class TrainingRun:
             drops=self._spikes.drops if self._spikes is not None else None,
         )
 
-    def _monitors(self, extra: Sequence[Monitor]) -> list[Monitor]:
-        """Returns the monitors, in the order in which they are called."""
+    def _monitors(self, extra: Sequence[Monitor]) -> tuple[list[Monitor], list[Monitor]]:
+        """Returns the monitors, in the order in which they are called: those before the evaluation, and from it on."""
         train, best = self.config.train, self.config.evaluation.best
         self._log_steps = LogSteps(train.log_every, self.tracker)
-        monitors: list[Monitor] = [
+        before: list[Monitor] = [
             self._log_steps,
             LogGradients(self.tracker.gradients),
             NonFinite(train.non_finite, self.tracker),
         ]
         if self._spikes is not None:
-            monitors.append(self._spikes)
+            before.append(self._spikes)
         if train.check_replicas is not None:
-            monitors.append(Replicas(train.check_replicas, lambda: self.engine.module, self.context, self.tracker))
-        monitors.append(Evaluate(train.eval_every, self._evaluate))
+            before.append(Replicas(train.check_replicas, lambda: self.engine.module, self.context, self.tracker))
+        after: list[Monitor] = [
+            Evaluate(train.eval_every, self._evaluate, save=self.checkpoints.save_before_evaluation)
+        ]
         if best is not None:
             self._keep_best = KeepBest(best, self.state, self._export_best)
-            monitors.append(self._keep_best)
+            after.append(self._keep_best)
         if train.early_stopping is not None:
-            monitors.append(EarlyStopping(train.early_stopping, self.state))
-        return [*monitors, *extra]
+            after.append(EarlyStopping(train.early_stopping, self.state))
+        return before, [*after, *extra, self.checkpoints]
 
-    def _stop(self, why: str | None) -> NoReturn:
+    def _stop(self) -> NoReturn:
         """Collective. Saves a checkpoint, from which a later start continues the run."""
-        reasons = all_gather_object(why, self.context)
+        reasons = all_gather_object(self.stop.why, self.context)
         cause = next((reason for reason in reasons if reason is not None), "stop requested by a monitor")
-        self.checkpoints.save()
+        self.checkpoints.save_to_stop()
         self.checkpoints.finish()
         self.tracker.event("preempt", step=self.state.step, cause=cause)
-        how = "the same command resumes from it"
+        raise Preempted(self._stop_message(cause))
+
+    def _stop_message(self, cause: str) -> str:
+        changes = []
         if self.config.run.overwrite or self.config.checkpoint.resume != "auto":
-            how = "the same command with run.overwrite=false checkpoint.resume=auto resumes from it"
-        raise Preempted(f"Stopped after step {self.state.step}: {cause}. The checkpoint is saved; {how}.")
+            changes = ["run.overwrite=false", "checkpoint.resume=auto"]
+        how = how_to_go_on(self.context.topology, changes)
+        return f"Stopped after step {self.state.step}: {cause}. The checkpoint is saved. {how}"
+
+    @contextmanager
+    def _may_be_broken_off(self) -> Iterator[None]:
+        """Lets a signal end this process inside the block, once the step's checkpoint is on disk, if it does not react."""
+
+        def reason() -> str | None:
+            path = self.checkpoints.path
+            return self._stop_message(str(self.stop.why)) if path is not None and path.is_dir() else None
+
+        self._request.saved = reason
+        try:
+            yield
+        finally:
+            self._request.saved = lambda: None
 
     def _traffic_per_step(self) -> dict[str, float]:
         """Returns the traffic of a step between ranks."""
@@ -307,14 +296,16 @@ class TrainingRun:
     def _evaluate(self, step: int) -> dict[str, float]:
         """Collective. Evaluates every split but train, and logs the result."""
         begin = time.monotonic()
-        self.last = evaluate(
-            self.engine,
-            self.task,
-            micro_batch_size=self.config.evaluation.micro_batch_size,
-            workers=self.config.data.workers,
-            reported=self.reported,
-        )
-        _check_best(self.config, list(self.last.metrics))
+        with self._may_be_broken_off():
+            self.last = evaluate(
+                self.engine,
+                self.task,
+                micro_batch_size=self.config.evaluation.micro_batch_size,
+                workers=self.config.data.workers,
+                reported=self.reported,
+                stop=self.stop,
+            )
+        check_best(self.config, list(self.last.metrics))
         self.last_step = step
         if self.last.metrics:
             self.tracker.evaluation(step, self.last.metrics, time.monotonic() - begin)
@@ -322,7 +313,8 @@ class TrainingRun:
 
     def _export(self) -> None:
         """Collective. Writes the current model as the run's model."""
-        export_model(self.engine, processor_or_tokenizer(self.task), self.config.run_dir / "model")
+        with self._may_be_broken_off():
+            export_model(self.engine, processor_or_tokenizer(self.task), self.config.run_dir / "model", self.stop)
 
     def _export_best(self) -> None:
         """Collective. Writes the model of this step as the run's model, and keeps its evaluation as `best`."""
@@ -343,12 +335,13 @@ class TrainingRun:
         """Collective. Writes the model, its predictions and the summary; uses the best step if there is one."""
         config = self.config
         self.context.heartbeat.at(Phase.EXPORT)
+        if config.checkpoint.every is not None:
+            self.checkpoints.save()  # the run may have stopped early, between two checkpoints
         if self.last_step != self.state.step and config.train.eval_every != "never":
             metrics = self._evaluate(self.state.step)
             if self._keep_best is not None and self.state.best_step != self.state.step:
-                self._keep_best.compare(self.state.step, metrics)  # it stopped between two evaluations
-        if config.checkpoint.every is not None:  # the run may have stopped early, between two checkpoints
-            self.checkpoints.save()
+                # The run stopped between two evaluations, and this may be the best step.
+                self._keep_best.compare(self.state.step, metrics)
         if config.evaluation.best is not None and self.best is None and self.state.best_step is not None:
             self._restore_best(self.state.best_step)
         has_best = config.evaluation.best is not None and self.best is not None
@@ -367,6 +360,7 @@ class TrainingRun:
             summary.write(config.run_dir, content, final)
 
         on_main(write, self.context)
+        ignore_further()  # nothing is left to stop
         log.info("done: %s", json.dumps(content["eval"]) if content["eval"] else f"{self.state.step} steps")
         log.info("model and summary: %s", config.run_dir)
         warning = plan.warn_without_update(config, step=self.state.step, updates=self.state.updates)

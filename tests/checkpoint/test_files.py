@@ -16,6 +16,7 @@ import pytest
 from dtrain.checkpoint import format
 from dtrain.checkpoint.format import (
     DamagedCheckpointError,
+    OtherFormatError,
     UnreadableCheckpointError,
     list_checkpoints,
     manifest_text,
@@ -239,12 +240,23 @@ def test_a_pickle_in_the_folder_is_not_read(tmp_path: Path) -> None:
     assert verify(path).step == 3
 
 
-def test_another_format_version_is_unreadable_and_named(tmp_path: Path) -> None:
-    path = write(tmp_path, 3, manifest_fields={"format": "dtrain-checkpoint-9"})
+@pytest.mark.parametrize("has_other_fields", [False, True])
+def test_another_format_version_is_not_damage_whatever_its_manifest_holds(
+    tmp_path: Path, *, has_other_fields: bool
+) -> None:
+    path = write(tmp_path, 3, manifest_fields={"format": "dtrain-checkpoint-9", "versions": {"dtrain": "4.5"}})
+    if has_other_fields:
+        manifest = {"format": "dtrain-checkpoint-9", "versions": {"dtrain": "4.5"}, "shards": [], "digest": "blake3"}
+        (path / "manifest.json").write_text(json.dumps(manifest))
 
-    with pytest.raises(
-        UnreadableCheckpointError, match="has format 'dtrain-checkpoint-9', which this version of dtrain does not"
-    ):
+    with pytest.raises(OtherFormatError, match=r"in the format dtrain-checkpoint-9 by dtrain 4\.5, and this version"):
+        verify(path)
+
+
+def test_a_format_that_no_version_writes_is_damage(tmp_path: Path) -> None:
+    path = write(tmp_path, 3, manifest_fields={"format": "dtrain-chgckpoint-1"})
+
+    with pytest.raises(DamagedCheckpointError, match="is not as it was written"):
         verify(path)
 
 

@@ -258,17 +258,25 @@ def test_a_run_resumes_from_a_named_checkpoint_and_renames_newer_ones(folder: Pa
     assert max(list_checkpoints(path.parent)) == 4
 
 
-def test_an_unreadable_checkpoint_is_not_treated_as_damaged(folder: Path) -> None:
+def test_a_checkpoint_of_another_version_is_neither_damaged_nor_renamed(folder: Path) -> None:
     run(folder, 1, ("train", "other-version", {}, 5))
     path = checkpoint(folder, "other-version", 4)
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["self"]
     (path / "manifest.json").write_text(manifest_text({**manifest, "format": "dtrain-checkpoint-9"}))
 
-    (error,) = run(folder, 2, ("train", "other-version", {}, None))
+    errors = run(
+        folder,
+        2,
+        ("train", "other-version", {}, None),
+        ("train", "other-version-2", {"checkpoint.resume": path}, None),
+        ("train", "other-version-3", {"model.name_or_path": path}, None),
+    )
 
-    assert error[0] == CheckpointError.__name__
-    assert "cannot be read, so it is unknown whether it is intact" in error[1]
+    assert [kind for kind, _ in errors] == [CheckpointError.__name__] * 3
+    for _, message in errors:
+        assert f"{path} cannot be read: it was written in the format dtrain-checkpoint-9" in message
+        assert "damaged" not in message
     assert path.is_dir()
 
 

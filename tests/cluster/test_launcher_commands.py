@@ -301,6 +301,12 @@ def test_an_elastic_job_succeeds_if_a_remaining_host_does() -> None:
         ),
         # its ranks were told to stop, and recorded that
         ([HostResult("node2", -9, _record("Interrupted", 1))], 4, "node2: torchrun was killed by SIGKILL"),
+        # they saved the run: exit.json says 75, and so does the script
+        (
+            [HostResult("node2", -9, _record("Preempted", 75)), HostResult("node1", 1, _record("Preempted", 75))],
+            75,
+            "rank 1 on node2: it broke",
+        ),
         ([HostResult("node1", 4, _record("TopologyError", 4, message="node2 is gone"))], 4, "node2 is gone"),
         # a rank was killed: node2's launcher reports only 1
         ([HostResult("node2", 1), HostResult("node1", 1, _record("TopologyError", 4))], 4, "rank 1 on node2: it broke"),

@@ -208,7 +208,7 @@ def test_a_model_evaluated_twice_gives_the_digits_of_its_training_run(finished: 
 
 def test_an_unfinished_run_is_resumed_or_refused_or_moved_away(tmp_path: Path) -> None:
     run = tmp_path / "mine"
-    command = jobs.settings(tmp_path, "mine")
+    command = jobs.settings(tmp_path, "mine", checkpoint__every="null")
     assert dtrain(*command).code == 0
     (run / "summary.json").unlink()
     (run / "exit.json").unlink()

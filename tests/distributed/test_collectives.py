@@ -24,7 +24,7 @@ from dtrain.distributed.collectives import (
     scatter,
 )
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
-from dtrain.errors import DataError, DtrainError
+from dtrain.errors import DataError, DtrainError, Interrupted
 from tests.support.contexts import placed
 from tests.support.multirank import RanksFailed, run_ranks
 
@@ -195,6 +195,21 @@ def test_a_mistake_in_node_work_does_not_leave_the_others_waiting() -> None:
 
     assert itself == "itself"
     assert "KeyError" in other
+
+
+def _is_stopped_in_node_work(context: RankContext) -> list[Any]:
+    def work() -> None:
+        raise Interrupted("told to stop", 75)
+
+    try:
+        node_first(work, context)
+    except (Interrupted, DtrainError) as error:
+        return [type(error).__name__, str(error), error.exit_code]
+    return []
+
+
+def test_a_stop_that_reaches_the_rank_at_work_first_is_a_stop_on_all_ranks() -> None:
+    assert run_ranks(_is_stopped_in_node_work, 2) == [["Interrupted", "told to stop", 75]] * 2
 
 
 def _one_fails(context: RankContext) -> None:

@@ -23,10 +23,18 @@ LIMIT_S = 30
 
 HEAD = """
 import ctypes, os, signal, sys, time
-from dtrain.distributed.signals import ignore_further, interruptible
+from dtrain.distributed.signals import deferred, ignore_further, interruptible
 def report_cause(cause):
     print("before exit:", cause, flush=True)
 """
+
+
+REPORTS = """
+import logging
+from dtrain.console import log
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+"""
+"""Prints what the helper thread says."""
 
 
 @contextmanager
@@ -72,7 +80,7 @@ def test_a_signal_passes_through_code_that_swallows_errors() -> None:
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert printed.startswith(b"Stopped by SIGTERM.")
+    assert printed == b"Stopped by SIGTERM: nothing was saved.\n"
     assert process.returncode == 0
 
 
@@ -135,11 +143,11 @@ DEFERS = """
 import dtrain.distributed.signals
 from dtrain.distributed.signals import deferred
 dtrain.distributed.signals.REPEAT_AFTER_S = 0.2
-with interruptible(grace_s=0.1, before_exit=report_cause), deferred([signal.SIGTERM]) as request:
+with interruptible(grace_s=0.1, before_exit=report_cause), deferred() as request:
     print("ready", flush=True)
-    while request.name is None:
+    while request.why is None:
         time.sleep(0.01)
-    print("requested by", request.name, flush=True)
+    print(request.why, flush=True)
     time.sleep(1)  # longer than a signal that is not deferred may go unheard
     print("saved", flush=True)
     {then}
@@ -151,7 +159,7 @@ def test_a_deferred_signal_is_noted_and_the_program_goes_on_as_long_as_it_needs(
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=LIMIT_S)
 
-    assert (printed, process.returncode) == (b"requested by SIGTERM\nsaved\n", 0)
+    assert (printed, process.returncode) == (b"stop requested by SIGTERM\nsaved\n", 0)
 
 
 def test_a_second_signal_after_a_deferred_one_ends_the_process_wherever_it_is() -> None:
@@ -173,33 +181,19 @@ def test_a_second_signal_that_is_read_when_the_run_has_ended_well_changes_nothin
 ) -> None:
     left: list[str] = []
     done = threading.Event()
+    monkeypatch.setattr(signals.os, "_exit", lambda _code: done.set())
     if is_over:
         done.set()
-
-    def leave(cause: str, _before_exit: object) -> None:
-        left.append(cause)
-        done.set()
-
-    monkeypatch.setattr(signals, "REPEAT_AFTER_S", -1.0)
-    monkeypatch.setattr(signals, "_exit", leave)
     read_end, write_end = socket.socketpair()
-    with write_end, signals.deferred([signal.SIGTERM]):
+    with write_end, signals.deferred():
         write_end.send(bytes([signal.SIGTERM] * 2))
-        helper = threading.Thread(target=signals._end_if_blocked, args=(read_end, done, 0.0, print))
+        arguments = (read_end, done, 0.0, lambda error: left.append(str(error)), -1.0)
+        helper = threading.Thread(target=signals._watch, args=arguments)
         helper.start()
         helper.join(LIMIT_S)
 
     assert not helper.is_alive()
     assert left == ([] if is_over else ["Stopped immediately by a second SIGTERM: nothing more was saved."])
-
-
-def test_a_signal_that_is_not_deferred_stops_the_program_as_ever() -> None:
-    with running(DEFERS.format(then="")) as process:
-        process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=LIMIT_S)
-
-    assert b"Stopped by SIGINT" in printed
-    assert process.returncode != 0
 
 
 BLOCKED = """
@@ -212,7 +206,7 @@ with interruptible(grace_s=0.3, before_exit={before_exit}):
 @pytest.mark.parametrize(
     ("before_exit", "printed"),
     [
-        ("report_cause", "before exit: Stopped by SIGTERM: the process did not react within 0 s.\n"),
+        ("report_cause", "before exit: The process did not react within 0 s. Stopped by SIGTERM: nothing was saved.\n"),
         ("lambda cause: time.sleep(60)", ""),
     ],
 )
@@ -280,3 +274,97 @@ def test_python_code_that_has_heard_the_signal_goes_on_as_long_as_it_likes() -> 
         printed, _ = process.communicate(timeout=LIMIT_S)
 
     assert (printed, process.returncode) == (b"went on\n", 0)
+
+
+ATTEMPTS = """
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
+    def work():
+        try:
+            print("ready", flush=True)
+            time.sleep(30)
+        except Exception:
+            print("swallowed", flush=True)
+    print(request.attempt(work), request.why, flush=True)
+    print(request.attempt(lambda: print("never")), flush=True)
+"""
+
+
+def test_work_that_may_be_broken_off_is_and_none_begins_after_the_signal() -> None:
+    with running(REPORTS + ATTEMPTS) as process:
+        process.send_signal(signal.SIGHUP)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    lines = printed.decode().splitlines()
+    assert sorted(lines[:2]) == [
+        "False stop requested by SIGHUP",
+        "SIGHUP: saving; send it again to quit without saving",
+    ]
+    assert (lines[2:], process.returncode) == (["False"], 0)
+
+
+ANSWERS = """
+with interruptible(grace_s=0.1, before_exit=report_cause), deferred() as request:
+    {saved}
+    ctypes.CDLL(None).system(b"echo ready; exec cat >/dev/null 2>&1")
+    print("went on", flush=True)
+"""
+
+
+def test_the_answer_does_not_wait_for_the_main_thread() -> None:
+    with running(REPORTS + ANSWERS.format(saved="")) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        answer = process.stdout.readline()
+        rest, _ = process.communicate(timeout=LIMIT_S)
+
+    assert answer == b"SIGTERM: saving after this step; send it again to quit without saving\n"
+    assert rest == b"went on\n"
+
+
+def test_a_blocked_process_whose_state_is_on_disk_ends_with_75() -> None:
+    with running(ANSWERS.format(saved="request.saved = lambda: 'all is saved'")) as process:
+        process.send_signal(signal.SIGTERM)
+        process.wait(LIMIT_S)
+        printed, _ = process.communicate(timeout=LIMIT_S)
+
+    assert (printed, process.returncode) == (b"before exit: all is saved\n", 75)
+
+
+HANGUP = """
+signal.signal(signal.SIGHUP, signal.{before})
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(request.why, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("before", "why"), [("SIG_DFL", "stop requested by SIGHUP"), ("SIG_IGN", "None")])
+def test_a_closed_terminal_stops_the_run_unless_it_began_under_nohup(before: str, why: str) -> None:
+    with running(HANGUP.format(before=before)) as process:
+        process.send_signal(signal.SIGHUP)
+        printed, _ = process.communicate(b"\n", timeout=LIMIT_S)
+
+    assert (printed.decode(), process.returncode) == (f"{why}\n", 0)
+
+
+PEERS = """
+from dtrain.distributed.signals import deferred, pass_on, telling_peers
+def tell(*told):
+    print(*told, flush=True)
+    return True
+with interruptible(grace_s=20, before_exit=report_cause), deferred() as request, telling_peers(tell):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    pass_on(signal.SIGTERM, "its launcher has died")
+    pass_on(signal.SIGINT, None)
+    time.sleep(0.1)
+    print(request.why, flush=True)
+"""
+
+
+def test_a_signal_of_another_rank_counts_once_with_its_reason() -> None:
+    with running(PEERS) as process:
+        printed, _ = process.communicate(b"\n", timeout=LIMIT_S)
+
+    assert sorted(printed.decode().splitlines()) == ["15 its launcher has died", "its launcher has died"]

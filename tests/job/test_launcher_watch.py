@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.job.launcher_watch import find_ancestors
+from dtrain.distributed.launcher_process import find_ancestors
 
 pytestmark = [pytest.mark.ranks, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")]
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from dtrain.distributed.topology import Topology
 from dtrain.job.launcher_watch import exit_with_launcher
 def on_death(cause):
-    Path(sys.argv[2]).write_text(cause)
+    Path(sys.argv[2]).write_text(str(cause))
     if sys.argv[3:] == ["hang"]:
         threading.Event().wait()
 exit_with_launcher(Topology(0, 2, 0, 2, 0, 1, sys.argv[1], "127.0.0.1", 1), on_death)

@@ -10,7 +10,7 @@ from typing import Any
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import RankContext
-from dtrain.training import checkpoints, loop, run
+from dtrain.training import checkpoints, loop, prepare_run, run
 from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests.support import tiny
 
@@ -118,9 +118,9 @@ def life(
     if broken == "moments":
         run.restore_slots = lambda *_: None
     if broken == "place":
-        run.RunState = lambda **saved: RunState(**saved | ({"step": saved["step"] - 1} if saved else {}))  # type: ignore[assignment,misc]
+        prepare_run.RunState = lambda **saved: RunState(**saved | ({"step": saved["step"] - 1} if saved else {}))  # type: ignore[assignment,misc]
     if state is not None:
-        run.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
+        prepare_run.RunState = lambda **saved: RunState(**saved | (state if saved else {}))  # type: ignore[assignment,misc]
     config = load_config(None, settings(Path(folder), name, changes))
     try:
         run_train(config, context, monitors=[] if die_in is None else [DieIn(die_in)])

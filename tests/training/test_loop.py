@@ -16,6 +16,7 @@ from torch import nn
 
 from dtrain.config.schema import Best
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.errors import ConfigError
 from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate, KeepBest
 from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 from tests.support import faults, tiny, training
@@ -194,6 +195,26 @@ def test_after_an_evaluation_a_wish_to_stop_holds_at_once() -> None:
     records, _ = go(SHORT, Evaluate(2, lambda _step: {"loss": 1.0}), StopAt(4))
 
     assert [record.step for record in records] == [1, 2, 3, 4]
+
+
+class Returns:
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def after_step(self, record: StepRecord) -> Any:
+        return self._value
+
+
+def test_a_monitor_that_returns_nothing_continues() -> None:
+    records, _ = go(SHORT, Returns(None))
+
+    assert len(records) == SHORT.steps
+
+
+@pytest.mark.parametrize("value", [True, 7, "stop"])
+def test_what_is_no_decision_is_refused_with_the_monitor_and_the_step(value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"Returns\.after_step returned {value!r} at step 1\. Return Decision"):
+        go(SHORT, Returns(value))
 
 
 def test_early_stopping_keeps_the_best_step() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dtrain.console import log
+from dtrain.distributed import signals
 from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase
 from dtrain.distributed.topology import Topology
 from dtrain.job.watchdog import process, stacks
@@ -35,6 +36,9 @@ from dtrain.job.watchdog.rules import HangSettings
 TICK_S = 1.0
 COORDINATOR_START_S = 10.0
 CLOSING_S = 2.0
+PEER_FAILURE_S = 0.1
+"""How long the answer to a signal waits for the news that another rank has failed."""
+
 SILENCED_S = 10.0
 
 
@@ -117,6 +121,17 @@ class WatchdogClient:
         self.heartbeat.at(Phase.ENDING)
         self._send({"failed": message, "code": code, "by_signal": by_signal})
 
+    def pass_on_signal(self, number: int, reason: str | None) -> bool:
+        """Tells the monitors that this rank got a signal to stop, so that all ranks get it.
+
+        Returns:
+            Whether the user needs an answer: not if the launcher stops this rank because another one has failed, or if
+            the rank has saved and reported that already.
+        """
+        self._send({"signal": number, "reason": reason})
+        failure = self.peer_failure(PEER_FAILURE_S)
+        return (failure is None or failure.by_signal) and self.heartbeat.phase != Phase.ENDING
+
     def peer_failure(self, timeout_s: float) -> PeerFailure | None:
         """Returns which rank has failed first; waits until the monitor reports one, or for the time-out."""
         if self._channel is not None:
@@ -189,6 +204,8 @@ class WatchdogClient:
                 self._has_failure.set()
             case {"staying": _}:
                 self._is_monitor_staying.set()
+            case {"signal": number, "reason": reason}:
+                signals.pass_on(number, reason)
             case {"exit": code}:
                 os._exit(code)
 

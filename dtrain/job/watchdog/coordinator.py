@@ -138,6 +138,8 @@ class Coordinator:
                 record.state = RankState(**{**values, "rank": rank, "phase": Phase(values["phase"])})
             case {"evidence": evidence}:
                 record.evidence = evidence
+            case {"signal": _}:
+                self._send_all(message)
             case {"leaving": _}:
                 record.has_left = True
                 if self._ending is not None:  # the others must still be ended, even if rank 0 is gone

@@ -164,8 +164,8 @@ class RankMonitor:
                     query = self._queries.popleft()  # answers arrive in the order of the queries
                     if not query.done():
                         query.set_result(HelperAnswer(*values))
-                case {"failed": _}:
-                    self._is_reported = True
+                case {"failed": _} | {"signal": _}:
+                    self._is_reported |= "failed" in message
                     self._send_up(message)
                 case {"leaving": _}:
                     self._is_released = True
@@ -379,7 +379,7 @@ class RankMonitor:
             case {"send_evidence": _}:
                 silence = partial(send_message, self._rank_writer, {"silence": True})
                 self._start(collect_evidence(self._rank, self._query, silence, lambda message: self._send_up(message)))
-            case {"silence": _} | {"failure": _}:
+            case {"silence": _} | {"failure": _} | {"signal": _}:
                 send_message(self._rank_writer, message)
             case {"end": code}:
                 self._start(self._end_rank(code))

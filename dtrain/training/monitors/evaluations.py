@@ -13,23 +13,32 @@ from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
 class Evaluate:
     """Evaluates when `train.eval_every` is due, and at the last step. All ranks get the same result."""
 
-    def __init__(self, every: int | str, run: Callable[[int], Mapping[str, float]]) -> None:
+    def __init__(
+        self,
+        every: int | str,
+        run: Callable[[int], Mapping[str, float]],
+        *,
+        save: Callable[[StepRecord], None] = lambda _record: None,
+    ) -> None:
         """
         Args:
             every: steps, "epoch", "N epochs" or "never".
             run: collective function that evaluates and logs at a step.
+            save: collective function that saves the step first, if that is due.
         """
         self._every = every
         self._run = run
+        self._save = save
 
     def after_step(self, record: StepRecord) -> Decision:
         if is_due(self._every, record):
+            self._save(record)
             record.metrics = self._run(record.step)
         return Decision.CONTINUE
 
 
 def is_due(every: int | str, record: StepRecord) -> bool:
-    """Returns whether an evaluation is due after this step."""
+    """Returns whether an evaluation, or a checkpoint, is due after this step."""
     if every == "never":
         return False
     if record.is_last:
@@ -58,8 +67,8 @@ class KeepBest:
         value = metrics[self._best.metric]
         if is_better(value, self._state.best, self._best.mode):
             log.info("best so far: %s %.6g at step %d", self._best.metric, value, step)
+            self._export()  # first: a signal may break it off, and then this evaluation has not happened yet
             self._state.best, self._state.best_step, self._state.patience = value, step, 0
-            self._export()
         else:
             self._state.patience += 1
 

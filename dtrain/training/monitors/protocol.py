@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -40,6 +40,7 @@ class RunState:
         patience: evaluations since `best_step`.
         thawed: parameter names of each thaw so far.
         recent_losses: loss per target of the last steps, oldest first; empty unless train.spike is set.
+        pending: the record of the last step, if its evaluation has not ended: a later start repeats it.
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class RunState:
     patience: int = 0
     thawed: list[list[str]] = field(default_factory=list)
     recent_losses: list[float] = field(default_factory=list)
+    pending: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,21 @@ class StepRecord:
     averaged: bool = True
     traffic: Traffic | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns what the monitors from the evaluation on may read."""
+        left_out = {"metrics", "gradient_norms", "traffic"}
+        return {name: value for name, value in asdict(replace(self, traffic=None)).items() if name not in left_out}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], *, is_last: bool) -> StepRecord:
+        """Builds the record that `to_json` returned.
+
+        Args:
+            is_last: whether the run ends with it, which may have changed.
+        """
+        faults = [Fault.from_json(fault) for fault in value["faults"]]
+        return cls(**{**value, "faults": faults, "is_last": is_last})
+
 
 class Log(Protocol):
     """The log that monitors write to. `Tracker` in runs/tracking.py implements it."""
@@ -137,6 +154,6 @@ class Monitor(Protocol):
     It may call collectives if it does so at the same steps on every rank.
     """
 
-    def after_step(self, record: StepRecord) -> Decision:
-        """Returns what this monitor requests on this rank; the ranks agree afterwards."""
+    def after_step(self, record: StepRecord) -> Decision | None:
+        """Returns what this monitor requests on this rank; the ranks agree afterwards. None continues."""
         ...

@@ -318,7 +318,7 @@ LONG = f"""
 import os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain import main; from dtrain.training import metric_selection as own_metrics
-from dtrain.training import run
+from dtrain.training import prepare_run, run
 from dtrain.tasks import classification, prepare as preparing
 
 def slowly(module, name, seconds, ranks):
@@ -329,7 +329,7 @@ def slowly(module, name, seconds, ranks):
         return real(*arguments, **more)
     setattr(module, name, slow)
 
-slowly(run, "build_task", 2.5, "1")
+slowly(prepare_run, "build_task", 2.5, "1")
 slowly(run, "export_model", 2.5, "0")
 slowly(run, "write_card", 2.5, "0")
 slowly(classification.ClassificationTask, "metrics", 2.5, "0")

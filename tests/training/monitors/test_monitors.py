@@ -97,15 +97,15 @@ def test_better_is_strict_and_only_a_finite_number_can_be(
 
 def keep(values: list[float], *, mode: str, metric: str = "f1", patience: int = 10) -> tuple[RunState, list[int], int]:
     """State, the steps that were exported, and how many were seen before the early stop."""
-    state, exported = RunState(), []
-    best = KeepBest(Best(metric=metric, mode=mode), state, lambda: exported.append(state.best_step))  # type: ignore[arg-type]
+    state, exported, step = RunState(), [], 0
+    best = KeepBest(Best(metric=metric, mode=mode), state, lambda: exported.append(step))
     stop = EarlyStopping(patience, state)
     for step, value in enumerate(values, start=1):
         seen = record(step, metrics={metric: value, "loss": 0.0})
         best.after_step(seen)
         if stop.after_step(seen) == Decision.STOP:
-            return state, exported, step  # type: ignore[return-value]
-    return state, exported, len(values)  # type: ignore[return-value]
+            return state, exported, step
+    return state, exported, len(values)
 
 
 def test_of_equal_values_the_first_is_kept_in_either_direction() -> None:

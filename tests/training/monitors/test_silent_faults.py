@@ -129,7 +129,10 @@ def test_the_last_losses_are_part_of_the_runs_state_as_json() -> None:
         (["train.spike={window: 9}"], "train.spike.window=9"),
         (["train.spike={action: pray}"], "train.spike.action=pray"),
         (["train.spike.factro=2"], "train.spike.factro is not a setting"),
-        (["train.spike.action=rollback"], "train.spike.action=rollback needs checkpoints to return to"),
+        (
+            ["train.spike.action=rollback", "checkpoint.every=null"],
+            "train.spike.action=rollback needs checkpoints to return to",
+        ),
         (["train.check_replicas=0"], "train.check_replicas=0"),
         (["train.check_replicas=5", "engine.zero_stage=3"], "with engine.zero_stage=3 each rank holds only a shard"),
     ],
