@@ -271,6 +271,8 @@ def _evaluation(name: str, value: Any, values: Mapping[str, Any]) -> Translation
             return Translation({}, "train.log_every is the number of steps between two log lines")
         case "save_strategy" if str(value) in ("no", "False"):
             return Translation({"checkpoint.every": None})
+        case "save_strategy" if str(value) == "epoch":
+            return Translation({"checkpoint.every": "epoch"})
         case "save_strategy":
             return Translation({}, "checkpoint.every is the number of steps between two checkpoints")
         case "save_steps" if 0 < (_number(value) or 0) < 1:

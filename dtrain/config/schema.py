@@ -6,7 +6,6 @@ errors of single values. Errors about a combination of settings are raised here,
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.config.commands import Download, Export, Generate, Inspect, Predict, Talk
+from dtrain.config.data import Data as Data
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, FolderName, Section, read_checkpoint_every, read_eval_every, setting
+from dtrain.config.fields import AnyPath, Section, read_checkpoint_every, read_eval_every, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -26,9 +26,6 @@ from dtrain.config.optim import Optim as Optim
 from dtrain.config.optim import OptimGroup as OptimGroup
 from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
-
-NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
-"""Python's names of encodings that no text file has. Some take hours for a long line."""
 
 
 class Run(Section):
@@ -68,51 +65,6 @@ class Freeze(Section):
         "requires_grad", "no_grad: also stops gradients to everything below the frozen modules"
     )
     thaw: tuple[ThawStage, ...] = setting((), "modules to unfreeze later: [{epoch: 1, modules: [...]}]")
-
-
-class Data(Section):
-    """The source of the examples."""
-
-    name: str | None = setting(None, "a GLUE task (cola, sst2, ...), swag, python_docs, or a data set on the hub")
-    path: AnyPath | None = setting(None, "a folder or file; with a GLUE name, the folder of its files")
-    config: str | None = setting(None, "configuration of a hub data set")
-    splits: dict[FolderName, str] = setting({}, "our split (train, validation) -> the source's split or file name")
-    validation_fraction: float | None = setting(None, "validation share of a single split", gt=0, lt=1)
-    split: Literal["stratified", "mixed", "end"] | None = setting(
-        None,
-        "rows that validation_fraction and limit take: stratified: drawn from each class in proportion; mixed: drawn from "
-        "all rows; end: the last and the first rows; default: stratified for classes, end for language models, else mixed",
-    )
-    split_seed: int = setting(0, "seed of that draw, apart from run.seed so that runs with other seeds compare", ge=0)
-    columns: dict[str, str] = setting({}, "our column (text, text_pair, label) -> the source's column")
-    delimiter: str | None = setting(None, "delimiter of CSV and TSV files; default: by file suffix")
-    encoding: str | None = setting(None, "encoding of text files, e.g. gb18030; default: UTF-8, or by byte order mark")
-    header: bool | None = setting(None, "whether the first line of a CSV or TSV names the columns; default: true")
-    max_length: int | None = setting(
-        None,
-        "tokens per example (default 128), per block of a language model (256), per window of a context (384)",
-        ge=2,
-    )
-    limit: int | None = setting(None, "use only n rows of each split, for a quick run", ge=1)
-    max_bad_rows: int = setting(0, "unusable rows of a split that are skipped, each with a warning", ge=0)
-    workers: int = setting(0, "processes per rank that prepare batches ahead; 0: none", resume="free", ge=0)
-    num_proc: int = setting(1, "processes that tokenize rows, once per node", resume="free", ge=1)
-    cache_dir: AnyPath | None = setting(None, "cache of tokenized data; default: the datasets library's", resume="free")
-
-    @field_validator("encoding")
-    @classmethod
-    def _is_text_encoding(cls, encoding: str | None) -> str | None:
-        try:
-            known = encoding is None or (
-                "".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES
-            )
-        except (LookupError, ValueError, UnicodeError):
-            known = False
-        if not known:
-            raise ValueError(
-                "Python knows no such encoding of text files; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
-            )
-        return encoding
 
 
 class Spike(Section):

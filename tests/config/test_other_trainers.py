@@ -40,7 +40,7 @@ CONVERTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fsdp": ({"fsdp": "full_shard"}, {"engine.zero_stage": 3}),
     "eval_strategy": ({"eval_strategy": "steps", "eval_steps": 50}, {"train.eval_every": 50}),
     "eval_steps": ({}, {"train.eval_every": 8}),
-    "save_strategy": ({"save_strategy": "no"}, {"checkpoint.every": None}),
+    "save_strategy": ({"save_strategy": "epoch"}, {"checkpoint.every": "epoch"}),
     "save_steps": ({}, {"checkpoint.every": 8}),
     "resume_from_checkpoint": (
         {"resume_from_checkpoint": "out/checkpoint-3"},
