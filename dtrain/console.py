@@ -9,12 +9,21 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 log = logging.getLogger("dtrain")
+
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Characters that change what a terminal shows or does, such as the escape character. Tabs and line breaks are not among them."""
+
+
+def printable(text: str) -> str:
+    r"""Returns a text with its control characters as `\x1b`: names and texts from files must not control the terminal."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class RankFilter(logging.Filter):
@@ -127,4 +136,4 @@ def warnings_only() -> Iterator[None]:
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        return f"{getattr(record, 'rank', '')}{level}{super().format(record)}"
+        return printable(f"{getattr(record, 'rank', '')}{level}{super().format(record)}")

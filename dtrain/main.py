@@ -195,7 +195,7 @@ def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> 
     except TopologyError as error:
         return report_failure_alone(error, config, context, has_exit_json=has_exit_json)
     if config.note is not None and topology.is_main:
-        sys.stderr.write(f"{config.note}\n")  # standard output is for the answer
+        sys.stderr.write(f"{console.printable(config.note)}\n")  # standard output is for the answer
 
     def record_cause(cause: BaseException) -> None:
         if has_exit_json:

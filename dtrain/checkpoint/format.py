@@ -21,6 +21,7 @@ import errno
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         OtherFormatError: another version of dtrain wrote it.
     """
     try:
+        _require_file(path / MANIFEST)
         with (path / MANIFEST).open("rb") as file:
             manifest = bounded_json.loads(file.read(MAX_MANIFEST_BYTES))
         _refuse_other_format(manifest)  # first: another version may have other fields, and another hash of itself
@@ -221,6 +223,7 @@ def _read_error(name: str, error: OSError) -> DamagedCheckpointError:
 
 def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
     try:
+        _require_file(file)
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise DamagedCheckpointError(
@@ -232,6 +235,12 @@ def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
             )
     except OSError as error:
         raise _read_error(file.name, error) from None
+
+
+def _require_file(file: Path) -> None:
+    """Raises DamagedCheckpointError for a pipe or a device: reading it could wait forever, or never end."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise DamagedCheckpointError(f"{file.name} is not a regular file")
 
 
 def sha256(file: Path) -> str:

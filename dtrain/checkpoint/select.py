@@ -37,6 +37,7 @@ class SelectedCheckpoint:
         state: content of its state.json.
         config_text: content of its config.yaml; empty if it has none.
         saved: the folder as this rank sees it; None on ranks that see none.
+        run_id: the run that wrote it; empty if it does not say so.
     """
 
     step: int
@@ -44,6 +45,7 @@ class SelectedCheckpoint:
     state: dict[str, Any]
     config_text: str
     saved: SavedCheckpoint | None
+    run_id: str = ""
 
 
 def shares_folder_with_rank_0(folder: Path, context: RankContext) -> list[bool]:
@@ -174,9 +176,11 @@ def _broadcast_contents(readers: list[int], saved: SavedCheckpoint | None, conte
         assert saved is not None
         config = saved.path / CONFIG
         text = config.read_text(encoding="utf-8") if CONFIG in saved.manifest["files"] else ""
-        contents = {"step": saved.step, "state": dict(saved.state), "config": text}
+        run_id = str(saved.manifest.get("run", ""))
+        contents = {"step": saved.step, "state": dict(saved.state), "config": text, "run": run_id}
     received = broadcast_object(contents, context, src=readers[0])
-    return SelectedCheckpoint(received["step"], readers, received["state"], received["config"], saved)
+    step, state, config_text, run_id = (received[name] for name in ("step", "state", "config", "run"))
+    return SelectedCheckpoint(step, readers, state, config_text, saved, run_id)
 
 
 def _verify_or_rename(path: Path) -> tuple[SavedCheckpoint | None, str | None]:

@@ -21,6 +21,7 @@ from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import CheckpointError, ConfigError, DtrainError
 from dtrain.models import adapters, merging
+from dtrain.models.foreign_files import copy_command, leads_outside
 from dtrain.runs.folder import move_away, replace_folder, write_json_atomic, write_text_atomic
 from dtrain.training.build import verify_start
 from dtrain.training.model_card import CARD, bare_card, trained_card
@@ -150,6 +151,11 @@ def _model_files(source: Path) -> Iterator[Path]:
     for file in sorted(source.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
         if file.is_file() and not is_hidden:
+            if file.suffix not in WEIGHT_SUFFIXES and leads_outside(file, source):
+                raise ConfigError(
+                    f"{file} is a link to {file.resolve()}, outside of the model's folder, which may be private: it is not "
+                    f"exported. Remove the link, or replace it by a copy: {copy_command(file)}"
+                )
             yield file
 
 
@@ -211,6 +217,8 @@ def _card_of_run(run: Path, draft: Path) -> str | None:
     Args:
         draft: the exported model.
     """
+    if not (run / "summary.json").is_file():  # opening a pipe of that name would wait forever
+        return None
     try:
         summary = bounded_json.loads((run / "summary.json").read_text(encoding="utf-8"))
         if summary.get("command") != "train":

@@ -30,6 +30,9 @@ CATEGORIES = {
 }
 """The categories of time and their descriptions, in the order of the table."""
 
+LAST_SECOND = 1e12
+"""No clock of a run shows this many seconds, nor NaN."""
+
 Event = Mapping[str, Any]
 
 
@@ -136,7 +139,7 @@ class _Generation:
         """Wall time at which the process started, in seconds since 1970."""
         self.seconds = self._startup_s + lines[-1]["monotonic_s"] - start["monotonic_s"]
         """Duration until the last line: its `end` event, or the last one before it was killed."""
-        self._lost = {step for line in lines for step in _lost_steps(line)}
+        self._lost = sorted((_lost_steps(line) for line in lines), key=lambda steps: steps.start)
         self._stalls = [stall for line in lines if (stall := _stall(line)) is not None]
 
     def pace(self) -> float | None:
@@ -182,7 +185,7 @@ class _Generation:
         def close(now: float) -> _Interval:
             for begin, end in self._stalls:
                 interval.add("checkpoint", min(end, now) - max(begin, since))
-            interval.dropped = sum(interval.first < step <= latest for step in self._lost)
+            interval.dropped = _num_steps(self._lost, interval.first + 1, latest + 1)
             return interval.close(latest, now - since)
 
         for line in self._lines[1:]:
@@ -272,23 +275,34 @@ def _stall(line: Event) -> tuple[float, float] | None:
     return (begin, begin + _seconds(line.get("stall_s"))) if isinstance(begin, int | float) else None
 
 
-def _lost_steps(line: Event) -> Iterable[int]:
+def _lost_steps(line: Event) -> range:
     """Returns the steps whose update was lost, according to a line: dropped, or undone by a rollback."""
     step = line.get("step")
     if not isinstance(step, int):
-        return ()
+        return range(0)
     match line:
         case {"event": "train", "applied": False} | {"event": "fault", "kind": "spike", "action": "skip"}:
-            return (step,)
+            return range(step, step + 1)
         case {"event": "rollback", "to_step": int(to_step)}:
             return range(to_step + 1, step + 1)
-    return ()
+    return range(0)
+
+
+def _num_steps(ranges: Iterable[range], first: int, end: int) -> int:
+    """Returns how many steps from `first` up to `end` (excluded) are in any of the ranges, which are sorted by start."""
+    count = 0
+    for steps in ranges:
+        first = max(first, steps.start)
+        count += max(min(steps.stop, end) - first, 0)
+        first = max(first, steps.stop)
+    return count
 
 
 def _step_before(lines: Iterable[Event]) -> int:
     """Returns the step at which a generation started: that of its `resume` event, else 0."""
     before_training = takewhile(lambda line: line.get("event") != "train", lines)
-    return next((line["step"] for line in before_training if line.get("event") == "resume" and "step" in line), 0)
+    steps = (line.get("step") for line in before_training if line.get("event") == "resume")
+    return next((step for step in steps if isinstance(step, int)), 0)
 
 
 def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
@@ -305,6 +319,6 @@ def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
 def _checked_events(path: Path) -> Iterable[Event]:
     for number, line in enumerate(read_events(path), 1):
         times = [line.get(name) for name in ("time_s", "monotonic_s")] if isinstance(line, dict) else [None]
-        if not all(isinstance(value, int | float) for value in times):
-            raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing; the file is damaged")
+        if not all(isinstance(value, int | float) and abs(value) < LAST_SECOND for value in times):
+            raise DataError(f"{path}, line {number}: time_s or monotonic_s is missing or no time; the file is damaged")
         yield line

@@ -129,7 +129,8 @@ def _settings_of_run(
         taken["data"] = {name: value for name, value in taken["data"].items() if name not in SOURCE}
     # The run's folder may have been moved since, so use its current place.
     place = {"output_dir": shown_path(run.folder.parent)}
-    return {**taken, "run": {**taken.get("run", {}), **place}}
+    seed = taken.get("run") or {}
+    return {**taken, "run": {**seed, **place} if isinstance(seed, dict) else seed}
 
 
 def _for_trained_model(config: Config, command: str) -> Config:

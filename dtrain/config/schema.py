@@ -6,6 +6,7 @@ errors of single values. Errors about a combination of settings are raised here,
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ from dtrain.config.optim import Optim as Optim
 from dtrain.config.optim import OptimGroup as OptimGroup
 from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
+
+NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
+"""Python's names of encodings that no text file has. Some take hours for a long line."""
 
 
 class Run(Section):
@@ -99,12 +103,14 @@ class Data(Section):
     @classmethod
     def _is_text_encoding(cls, encoding: str | None) -> str | None:
         try:
-            known = encoding is None or bool("".encode(encoding) is not None)
+            known = encoding is None or (
+                "".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES
+            )
         except (LookupError, ValueError, UnicodeError):
             known = False
         if not known:
             raise ValueError(
-                "Python knows no such text encoding; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
+                "Python knows no such encoding of text files; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
             )
         return encoding
 

@@ -6,7 +6,6 @@ what to execute or where to write: that counts only on the command line or in a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from dtrain.config import bounded_json
 from dtrain.config.error_messages import KeyPath
 from dtrain.config.yaml_dialect import show
 from dtrain.errors import ConfigError
@@ -35,6 +35,19 @@ TAKEN: Mapping[str, tuple[str, ...]] = {
 
 SOURCE = ("name", "path", "config", "splits", "validation_fraction", "split", "limit")
 """Settings of the data section that belong together: the user's own source replaces all of them."""
+
+LIMITS: Mapping[KeyPath, int] = {
+    ("generate", "max_new_tokens"): 100_000,
+    ("evaluation", "max_new_tokens"): 100_000,
+    ("evaluation", "num_beams"): 1000,
+    ("evaluation", "micro_batch_size"): 100_000,
+    ("task", "max_target_length"): 1_000_000,
+    ("task", "image_size"): 10_000,
+    ("task", "n_best"): 10_000,
+    ("task", "max_answer_length"): 1_000_000,
+    ("data", "max_length"): 10_000_000,
+}
+"""Settings that cost time or memory, and the largest value that is taken from a file that the user did not write."""
 
 CODE: Mapping[KeyPath, str] = {
     ("model", "trust_remote_code"): "runs Python code that comes with the model",
@@ -102,9 +115,10 @@ def take_settings(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[K
         chosen: the user's own settings.
 
     Raises:
-        ConfigError: the file asks to execute code, and the user has not decided about that setting.
+        ConfigError: the file asks to execute code, or for more than LIMITS, and the user has not decided about that setting.
     """
     _refuse_code(values, run, chosen, command=command)
+    _refuse_costly(values, run, chosen)
     return {
         section: {name: value for name, value in content.items() if {name, "*"} & set(TAKEN[section])}
         if isinstance(content, Mapping)
@@ -130,7 +144,7 @@ def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any])
 def unknown_task(model: str, command: str) -> str:
     """Returns the message for a model whose folder does not show its task."""
     try:
-        content = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
+        content = bounded_json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
         classes = ", ".join(map(str, content["architectures"]))[:100]
         hint = f" Its config.json names {classes}."
     except (OSError, ValueError, KeyError, TypeError):
@@ -166,6 +180,19 @@ def _refuse_code(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[Ke
             f"{shown_path(run.config_file)} sets {section}.{name}={show(value)}, which {effect}. A file that comes with a model "
             f"may not do that. If you trust this code, add {setting} to the command; to go without it, add {section}.{name}={none}."
         )
+
+
+def _refuse_costly(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[KeyPath, Any]) -> None:
+    for (section, name), limit in LIMITS.items():
+        content = values.get(str(section))
+        value = content.get(str(name)) if isinstance(content, Mapping) else None
+        is_decided = (section, name) in chosen or (section,) in chosen
+        if type(value) is int and value > limit and not is_decided:
+            raise ConfigError(
+                f"{shown_path(run.config_file)} sets {section}.{name}={value!r:.20}, which could take all the memory or never end. "
+                f"From a file that comes with a model, at most {limit} is taken. Add your own value to the command, e.g. "
+                f"{section}.{name}={limit}"
+            )
 
 
 def shown_path(file: Path) -> str:

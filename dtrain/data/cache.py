@@ -17,11 +17,12 @@ import os
 import shlex
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import datasets
 import pyarrow as pa
@@ -124,12 +125,20 @@ class _DamageError(Exception):
 
 def _open(folder: Path) -> PreparedData:
     try:
+        if _size(folder / META) < 0:
+            raise _DamageError(f"{META} is missing")
         content = bounded_json.loads((folder / META).read_text(encoding="utf-8"))
         if content["checksum"] != _checksum(content):
             raise _DamageError(f"{META} was changed")
+        if outside := [
+            name for name in content["files"] if PurePath(name).is_absolute() or ".." in PurePath(name).parts
+        ]:
+            raise _DamageError(f"{META} lists {outside[0]!r}, which is not in the folder")
         if wrong := [name for name, info in content["files"].items() if _size(folder / name) != info["bytes"]]:
             raise _DamageError(f"{wrong[0]} is missing or has another size than when it was written")
         saved = content["meta"]["splits"]
+        if outside := [split for split in saved if PurePath(split).name != split or not (folder / split).is_dir()]:
+            raise _DamageError(f"{META} lists the split {outside[0]!r}, which is not in the folder")
         splits = {split: datasets.load_from_disk(str(folder / split)) for split in saved}
         if wrong := [split for split, rows in splits.items() if len(rows) != saved[split]["rows"]]:
             raise _DamageError(f"the split {wrong[0]} has {len(splits[wrong[0]])} rows, not as many as were written")
@@ -158,6 +167,8 @@ def _verify(folder: Path) -> dict[str, Json]:
         for name, info in files.items():
             if info.get("sha256") not in (None, _file_hash(folder / name)):
                 raise _DamageError(f"the bytes of {name} are not those that were written")
+        for rows in prepared.splits.values():
+            rows.data.validate(full=True)  # the offsets in a changed file could point outside its memory
         now = {split: _describe(rows) for split, rows in prepared.splits.items()}
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -370,6 +381,7 @@ def _file_hash(file: Path) -> str:
 
 def _size(file: Path) -> int:
     try:
-        return file.stat().st_size
+        info = file.stat()
+        return info.st_size if stat.S_ISREG(info.st_mode) else -1  # a pipe or a device could be read forever
     except (FileNotFoundError, NotADirectoryError):
         return -1

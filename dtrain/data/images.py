@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,11 @@ def _check_image(
         raise DataError(f"{location}: an image is the path of a file, found {value!r}")
     try:
         file = base / Path(value).expanduser()
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait forever, and /dev/zero has no end
+            raise ValueError(
+                "it is not a file with content, but " + ("a folder" if stat.S_ISDIR(mode) else "a device or a pipe")
+            )
         content = file.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, or the home of an unknown user
         reason = getattr(error, "strerror", None) or error

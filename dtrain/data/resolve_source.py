@@ -62,6 +62,8 @@ def source_kind(data: Data) -> SourceKind:
         )
     if not source_path(data).exists():
         raise DataError(f"data.path={data.path} does not exist{_nearest(source_path(data))}. {_expected(data)}")
+    if not (source_path(data).is_file() or source_path(data).is_dir()):
+        raise DataError(f"data.path={data.path} is a device or a pipe, not a file or a folder. {_expected(data)}")
     if is_saved(source_path(data)):
         return "saved"
     if data.name is None and class_folders(data):

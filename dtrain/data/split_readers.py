@@ -201,6 +201,8 @@ def _namer(names: tuple[str, ...]) -> Callable[[Any], Any]:
 def _load_saved(data: Data) -> dict[str, datasets.Dataset]:
     try:
         loaded = datasets.load_from_disk(str(source_path(data)))
+        for rows in [loaded] if isinstance(loaded, datasets.Dataset) else loaded.values():
+            rows.data.validate(full=True)  # the offsets in a damaged file could point outside its memory
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise DataError(
             f"data.path={data.path} was written by save_to_disk but cannot be loaded: {error}. Save it again"

@@ -8,6 +8,7 @@ base model, and so does dtrain for model.name_or_path=<folder>.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PretrainedConfig
@@ -34,6 +35,9 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 CONFIG_ATTRIBUTE = "_dtrain_adapters"
 """Attribute of a module under which `add` stores its LoraConfig."""
+
+MAX_NEW_TOKENS = 100_000
+"""Tokens that adapters may add to the vocabulary of their base model."""
 
 PEFT_PREFIX = "base_model.model."
 """Prefix of each name in peft's weights file, because peft wraps the model twice."""
@@ -88,6 +92,7 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"{folder / CONFIG_FILE} has megatron_config, which makes peft import {config.megatron_core}. dtrain supports "
             "no Megatron layers: remove the entry."
         )
+    _bound(folder, config)
     if model.lora_base is not None:
         base = config.base_model_name_or_path = _whole_path(model.lora_base)
     lora = model.lora
@@ -97,6 +102,41 @@ def find_saved_adapters(model: schema.Model) -> SavedAdapters | None:
             f"has r={lora.r} and alpha={lora.alpha}. Leave model.lora out to use them, or name the base model {base}."
         )
     return SavedAdapters(folder, base, config)
+
+
+def _bound(folder: Path, config: LoraConfig) -> None:
+    """Replaces or refuses settings with which peft would fill the memory or never end.
+
+    Raises:
+        ConfigError: a rank is larger than any matrix in the folder, layers are copied, initial values take many passes, or
+            a pattern repeats several parts.
+    """
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - it is not a mapping
+    except (OSError, SafetensorError):
+        return  # `load` says what is wrong
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_pattern:
+        # A regular expression can take forever. The weights say which layers have adapters.
+        layers = {key.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for key in shapes if ".lora_" in key}
+        config.target_modules, config.exclude_modules = layers, None
+        config.layers_pattern = config.layers_to_transform = None
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    passes = re.fullmatch(r"pissa_niter_(\d+)", str(config.init_lora_weights))
+    found = next((f"r={rank!r:.20}" for rank in ranks if not isinstance(rank, int) or not 0 < rank <= largest), None)
+    if config.layer_replication:
+        found = f"layer_replication={config.layer_replication!r:.40}"
+    if passes is not None and len(passes[1]) > 2:
+        found = f"init_lora_weights={passes[0]:.30}"
+    patterns = [key for pattern in (config.rank_pattern, config.alpha_pattern) for key in pattern or {}]
+    if slow := [key for key in patterns if len(re.findall(r"[*+{]", key)) > ("|" not in key)]:
+        found = f"the pattern {slow[0]!r:.60}"
+    if found is not None:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE} has {found}, which does not fit the adapters in {WEIGHTS_FILE} or could take all the memory "
+            "or time. Get the adapters again from a source that you trust."
+        )
 
 
 @contextmanager
@@ -127,10 +167,16 @@ def load_base(saved: SavedAdapters, config: PretrainedConfig, load: Callable[[],
     except LOADING_ERRORS:
         return load()  # which says what is wrong
     text = config.get_text_config()
-    stored = content.get("vocab_size", content.get("text_config", {}).get("vocab_size"))
+    inner = content.get("text_config")
+    stored = content.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
     wanted = getattr(text, "vocab_size", None)
-    if stored is None or wanted is None or wanted <= stored:
+    if not isinstance(stored, int) or not isinstance(wanted, int) or wanted <= stored:
         return load()
+    if wanted > stored + MAX_NEW_TOKENS:
+        raise ConfigError(
+            f"{saved.folder}/config.json has vocab_size={wanted!r:.20} for a base model with {stored} tokens: it is damaged or "
+            "forged. Get the adapters again from a source that you trust."
+        )
     text.vocab_size, pad = stored, getattr(text, "pad_token_id", None)
     if pad is not None and pad >= stored:
         set_pad_token(config, None)  # the base has no row for it yet
@@ -237,7 +283,7 @@ def _inject(module: nn.Module, config: LoraConfig) -> None:
     config.modules_to_save = None
     try:
         _peft().inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         layers = sorted(
             {name.rpartition(".")[2] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         )

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
+from dtrain.models.foreign_files import check_config_file
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 from dtrain.models.user_module import refuse_without_factory
 
@@ -80,11 +81,13 @@ def read_config(model: schema.Model, local_only: bool) -> PretrainedConfig:
     kind = overrides.pop("model_type", None)
     for key in OWNED_CONFIG_KEYS.keys() & overrides.keys():
         raise ConfigError(f"model.config.{key} is set by {OWNED_CONFIG_KEYS[key]}: leave it out here.")
+    if model.name_or_path is not None:
+        check_config_file(model.name_or_path, local_only=local_only, setting="model.name_or_path")
     name, options = model.name_or_path, {"trust_remote_code": model.trust_remote_code, "local_files_only": local_only}
     try:
         with quiet():
             config = AutoConfig.for_model(kind) if name is None else AutoConfig.from_pretrained(name, **options)
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AttributeError, ArithmeticError) as error:  # such as a list where a mapping belongs
         if name is None:
             raise ConfigError(
                 f"model.config.model_type={kind} is not a model type that transformers knows.{_suggest_model_type(kind)}"
@@ -124,8 +127,9 @@ def refuse_kernels(config: PretrainedConfig, model: schema.Model) -> None:
     Raises:
         ConfigError: it does, and the user has not chosen an implementation.
     """
-    parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
-    for part in parts:
+    parts: list[Any] = [config]
+    for part in parts:  # grows: a part may have parts itself
+        parts += [inner for inner in vars(part).values() if isinstance(inner, PretrainedConfig)]
         for name in ("attn_implementation", "experts_implementation"):
             value = getattr(part, f"_{name}", None)
             is_chosen = name == "attn_implementation" and model.attn_implementation is not None

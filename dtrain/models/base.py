@@ -14,6 +14,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import adapters, merging
 from dtrain.models.architecture import check_name_or_path, read_config
 from dtrain.models.custom_head import HeadedModel
+from dtrain.models.foreign_files import check_sizes
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 
 
@@ -35,6 +36,7 @@ def load_base(model: schema.Model) -> nn.Module:
     local_only = check_name_or_path(model)
     config = read_config(model, local_only)
     assert name is not None
+    check_sizes(AutoModel, name, config, setting="model.name_or_path")
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             loaded, info = AutoModel.from_pretrained(

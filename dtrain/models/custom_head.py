@@ -30,6 +30,9 @@ CONFIG_KEY = "dtrain_head"
 
 WEIGHTS_FILE = "head.safetensors"
 
+MAX_SIZE = 1_000_000
+"""Outputs and hidden width that a saved head may have."""
+
 ADAPTER_CONFIG = "adapter_config.json"
 """File of a folder of adapters, which holds no backbone that AutoModel loads without peft."""
 
@@ -143,10 +146,10 @@ def head_settings(model: schema.Model, config: PretrainedConfig) -> schema.NewHe
     Raises:
         ConfigError: the folder has another head than model.head.
     """
-    saved = _saved(config)
+    saved = saved_head(config, str(model.name_or_path))
     if saved is None or (model.from_scratch and model.head is not None):
         return model.head
-    stored = schema.NewHead.model_validate({key: saved[key] for key in schema.NewHead.model_fields if key in saved})
+    stored = saved[0]
     if model.head is None:
         return stored
     if model.head.model_copy(update={"dropout": stored.dropout}) != stored:
@@ -184,14 +187,14 @@ def add_head(
             f"model.head computes logits from the states of one encoder or decoder, which does not work for {reason}. "
             "Leave model.head out: transformers has a head for it."
         )
-    saved = None if model.from_scratch else _saved(config)
     name = shown_name or str(model.name_or_path)
+    saved = None if model.from_scratch else saved_head(config, name)
     outputs = config.vocab_size if task_head.is_over_vocabulary else int(config.num_labels)
     if task_head.logits == "choice":
         outputs = 1
-    if saved is not None and (saved["task"], saved["outputs"]) != (task_head.name, outputs):
+    if saved is not None and saved[1:] != (task_head.name, outputs):
         raise ConfigError(
-            f"model.name_or_path={name} has a head for {saved['task']} with {saved['outputs']} outputs; "
+            f"model.name_or_path={name} has a head for {saved[1]} with {saved[2]} outputs; "
             f"this task needs {task_head.name} with {outputs}. {_how_to_replace(name)}"
         )
     width = hidden_width(backbone, settings, task_head)
@@ -201,9 +204,36 @@ def add_head(
     return headed
 
 
-def _saved(config: PretrainedConfig) -> dict[str, Any] | None:
-    saved: dict[str, Any] | None = getattr(config, CONFIG_KEY, None)
-    return saved
+def saved_head(config: PretrainedConfig, name: str) -> tuple[schema.NewHead, str, int] | None:
+    """Returns settings, task and outputs of the head in a model's config; None if it has none.
+
+    Args:
+        name: the model's name or folder, for messages.
+
+    Raises:
+        CheckpointError: the entry is damaged, or its sizes are those of no head.
+    """
+    saved = getattr(config, CONFIG_KEY, None)
+    if saved is None:
+        return None
+    try:
+        settings = schema.NewHead.model_validate(
+            {key: saved[key] for key in schema.NewHead.model_fields if key in saved}
+        )
+        task, outputs = saved["task"], saved["outputs"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        task, outputs = None, 0
+    if (
+        not isinstance(task, str)
+        or type(outputs) is not int
+        or not 1 <= outputs <= MAX_SIZE
+        or (settings.hidden or 1) > MAX_SIZE
+    ):
+        raise CheckpointError(
+            f"model.name_or_path={name}: config.json has {CONFIG_KEY}={saved!r:.200}, which describes no head. Copy the "
+            "folder again from a source that you trust."
+        )
+    return settings, task, outputs
 
 
 def _how_to_replace(name: str) -> str:

@@ -34,6 +34,9 @@ PIXEL_RANGE = "pixel_range"
 """dtrain's own key in that file. transformers' processors ignore it."""
 
 BILINEAR, NATIVE_SIZE = 2, 224
+
+MAX_SIDE = 10_000
+"""Pixels of a side that a model's files may ask for. Larger ones fill the memory."""
 CONVNEXT_SQUARE_SIZE = 384
 """Size from which ConvNeXT's processor resizes to a square. Below it, the processor resizes to a larger image and crops."""
 
@@ -196,7 +199,17 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _parse_config(content: Mapping[str, Any], channels: int, name: str) -> PixelProcessor:
     """Returns the processor that a preprocessor_config.json describes."""
-    size, shortest, crop = _sizes(content, name)
+    try:
+        size, shortest, crop = _sizes(content, name)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ConfigError(
+            f"model.name_or_path={name}: {FILE} has sizes that are no numbers ({error}). Set task.image_size."
+        ) from None
+    if not all(1 <= side <= MAX_SIDE for side in (*(size or ()), *(crop or ()), shortest or 1)):
+        raise ConfigError(
+            f"model.name_or_path={name}: {FILE} resizes images to {size or shortest} pixels and crops {crop}. A side has 1 to "
+            f"{MAX_SIDE} pixels: set task.image_size."
+        )
     has_scale, has_norm = content.get("do_rescale", True), content.get("do_normalize", True)
     mean = tuple(content.get("image_mean") or [0.5] * channels) if has_norm else (0.0,) * channels
     std = tuple(content.get("image_std") or [0.5] * channels) if has_norm else (1.0,) * channels

@@ -31,6 +31,7 @@ from dtrain.models.architecture import (
     real_label_names,
 )
 from dtrain.models.custom_head import CONFIG_KEY, add_head, head_settings
+from dtrain.models.foreign_files import check_sizes
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, explain, quiet
 from dtrain.models.pickled_weights import PICKLE_ERRORS, damaged_pickle
@@ -215,6 +216,7 @@ def _pretrained(
     """Returns the model, and the names of its weights that no file provides."""
     name = model.name_or_path
     assert name is not None
+    check_sizes(auto_model, name, config, setting="model.name_or_path")
     try:
         loaded, info = auto_model.from_pretrained(
             name,

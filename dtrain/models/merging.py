@@ -21,7 +21,8 @@ from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import adapters
 from dtrain.models.architecture import read_config
-from dtrain.models.custom_head import CONFIG_KEY, WEIGHTS_FILE, HeadedModel, hidden_width
+from dtrain.models.custom_head import CONFIG_KEY, WEIGHTS_FILE, HeadedModel, hidden_width, saved_head
+from dtrain.models.foreign_files import check_sizes
 from dtrain.models.heads import Head
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, quiet
 
@@ -129,6 +130,8 @@ def merge(module: nn.Module) -> list[str]:
 def _build(model_class: Any, name: str, config: PretrainedConfig | None) -> Any:
     """Returns a model in eval mode. One with a head of `model.head` gets it, with new weights."""
     local_only = check_reachable(name, file="config.json", setting="the adapters' base model")
+    if config is not None:
+        check_sizes(model_class, name, config, setting="the adapters' base model")
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             module = model_class.from_pretrained(
@@ -141,13 +144,13 @@ def _build(model_class: Any, name: str, config: PretrainedConfig | None) -> Any:
             )
     except LOADING_ERRORS as error:
         raise explain(error, name=name, setting="the adapters' base model") from error
-    head: dict[str, Any] | None = getattr(module.config, CONFIG_KEY, None)
-    if head is None or model_class is not AutoModel:
+    head = saved_head(module.config, name) if model_class is AutoModel else None
+    if head is None:
         return module.eval()
-    settings = schema.NewHead.model_validate({key: head[key] for key in schema.NewHead.model_fields if key in head})
-    task_head = Head(head["task"], AutoModel)  # its weights do not depend on how the logits are arranged
+    settings, task, outputs = head
+    task_head = Head(task, AutoModel)  # its weights do not depend on how the logits are arranged
     width = hidden_width(module, settings, task_head)
-    return HeadedModel(module, settings, task_head=task_head, outputs=head["outputs"], width=width).eval()
+    return HeadedModel(module, settings, task_head=task_head, outputs=outputs, width=width).eval()
 
 
 def _probe(module: Any) -> dict[str, torch.Tensor] | None:

@@ -21,6 +21,7 @@ from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.added_tokens import add_tokens
 from dtrain.models.architecture import check_name_or_path, read_config
+from dtrain.models.foreign_files import check_growth, check_tokenizer_files
 from dtrain.models.hub_errors import LOADING_ERRORS, check_reachable, explain, is_local, quiet
 from dtrain.models.saved_tokenizer import save_tokenizer
 
@@ -91,6 +92,7 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
     local_only = check_reachable(
         name, file="config.json" if name == model.name_or_path else "tokenizer_config.json", setting=setting
     )
+    check_tokenizer_files(name, local_only=local_only, setting=setting)
     missing = ConfigError(
         f"{setting}={name} has no tokenizer that can be loaded (tokenizer.json, vocab.txt, ...). Set model.tokenizer "
         "to a name, a folder, a vocabulary file (.txt) or char."
@@ -100,10 +102,14 @@ def _from_name(name: str, model: schema.Model, *, setting: str) -> PreTrainedTok
             tokenizer = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=model.trust_remote_code, local_files_only=local_only
             )
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, AttributeError) as error:  # such as a list where a mapping belongs
         if "Couldn't instantiate the backend tokenizer" in str(error):
             raise missing from error
         raise explain(error, name=name, setting=setting) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a class of several tokenizers
+        raise missing
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        check_growth(backend, name, setting=setting)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         # transformers 5 silently creates an empty tokenizer for a folder without a vocabulary.
         files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}

@@ -5,10 +5,12 @@ Only rank 0 writes here. The exception is `write_exit`, which every rank may cal
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,8 +37,13 @@ _NAMES = {
     "exit": "exit.json",
     "tensorboard": "tensorboard",
 }
+RUN_ID = ".run-id"
+"""File with the id of the run, which its checkpoints name: those of another run may lie beside them by mistake."""
 INSPECTION = "inspection"
 """Folder for the results of the inspect command."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full, a quota, and a limit on the size of files."""
 
 _OF_TRAINING = ("metrics.jsonl", "checkpoints", "model", "tensorboard")
 _OF_RESULTS = ("summary.json", "predictions", "submission", INSPECTION)
@@ -117,7 +124,12 @@ def _is_json(path: Path) -> bool:
 
 
 def claim(
-    folder: RunFolder, config_text: str, *, set_aside: bool = False, launch: LaunchRecord | None = None
+    folder: RunFolder,
+    config_text: str,
+    *,
+    set_aside: bool = False,
+    launch: LaunchRecord | None = None,
+    run_id: str = "",
 ) -> Path | None:
     """Prepares the folder for this run. Called by rank 0 before any work, while it holds the lock (lock.py).
 
@@ -128,6 +140,7 @@ def claim(
         config_text: the resolved config, for config.yaml.
         set_aside: first move the existing folder to `<name>.old-<UTC time>`.
         launch: what started this job; without it no later start is recognized.
+        run_id: id for a folder that has none yet, of the checkpoint that the run resumes from; default: a new one.
 
     Returns:
         The new path of the old folder, or None.
@@ -154,11 +167,21 @@ def claim(
             _remove_results(results)
         _write(folder.config, [config_text])
         (folder.path / LAUNCHES).unlink(missing_ok=True)
+        if not read_run_id(folder.path):
+            _write(folder.path / RUN_ID, [run_id or uuid.uuid4().hex])
         if record := (launch or LaunchRecord()).to_json():
             _write(folder.path / LAUNCHES, [record])
     except OSError as error:
         raise unwritable_error(folder, error) from None
     return moved
+
+
+def read_run_id(path: Path) -> str:
+    """Returns the id of the run in a folder; empty without one, as in folders of earlier versions."""
+    try:
+        return (path / RUN_ID).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _remove_results(path: Path) -> None:
@@ -241,7 +264,10 @@ def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, messa
         os.link(draft, path)  # unlike a rename, this fails if the file exists
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links: not atomic, but still only the first writer succeeds
+    except OSError as error:
+        if error.errno in FULL:
+            return False
+        # A file system without hard links: not atomic, but still only the first writer succeeds.
         return _write_first(path, record)
     finally:
         with suppress(OSError):
@@ -251,9 +277,15 @@ def write_exit(path: Path, *, code: int, cause: str, rank: int, host: str, messa
 
 def _write_first(path: Path, record: Mapping[str, Any]) -> bool:
     try:
-        with path.open("x", encoding="utf-8") as file:
+        file = path.open("x", encoding="utf-8")
+    except OSError:
+        return False
+    try:
+        with file:
             json.dump(record, file, indent=2, ensure_ascii=False)
     except OSError:
+        with suppress(OSError):  # a part of it would keep others from writing it
+            path.unlink()
         return False
     return True
 

@@ -300,8 +300,13 @@ def _link_new(source: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links: not atomic, but still only the first writer succeeds
-        with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+        text, file = source.read_text(encoding="utf-8"), target.open("x", encoding="utf-8")
+        try:
+            with file:
+                file.write(text)
+        except OSError:  # the disk is full: an empty lock would name nobody
+            target.unlink(missing_ok=True)
+            raise
 
 
 def _replace(folder: Path, chain: list[LockState], draft: Path, owner: LockOwner) -> bool:

@@ -26,6 +26,7 @@ from dtrain.models.load import pretrained_label_names
 from dtrain.models.saved_tokenizer import fingerprint, save_tokenizer
 from dtrain.models.template_limits import TemplateLimitError
 from dtrain.models.tokenizer import bpe_class, load_tokenizer, reload_tokenizer
+from dtrain.models.tokenizer_limits import limited_time
 from dtrain.tasks.data_facts import split_facts
 from dtrain.tasks.protocol import Split
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
@@ -129,7 +130,9 @@ def prepare_examples(recipe: Recipe, config: Config, context: RankContext) -> Ex
                 facts: dict[str, Json] = {}
                 cuts: dict[str, Json] = {}
                 for split, source in sources.items():
-                    examples, cuts[split] = take_cuts(recipe.encode(source, tokenizer, meta), limits)
+                    with limited_time(tokenizer):
+                        encoded = recipe.encode(source, tokenizer, meta)
+                    examples, cuts[split] = take_cuts(encoded, limits)
                     facts[split] = split_facts(source, examples, tokenizer, max_length=config.max_length)
                     save_split(folder, split, examples)
             if tokenizer is not None:

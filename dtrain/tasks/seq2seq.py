@@ -99,6 +99,8 @@ class Seq2SeqTask:
             "max_length": None,
             "num_beams": evaluation.num_beams,
             "do_sample": False,
+            "num_return_sequences": 1,
+            "return_dict_in_generate": False,
             **language_generation_options(tokenizer, language),
         }
 

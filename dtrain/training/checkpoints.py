@@ -14,13 +14,13 @@ from dtrain.checkpoint.saver import Saver, SaveResult, SaverSettings
 from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError
-from dtrain.runs.folder import RunFolder
+from dtrain.runs.folder import RunFolder, read_run_id
 from dtrain.tasks.protocol import Task
 from dtrain.training import data_guard
 from dtrain.training.export import save_without_weights
@@ -67,6 +67,7 @@ class CheckpointMonitor:
     def _make(self, module: nn.Module) -> Saver:
         """Collective."""
         settings = self._config.checkpoint
+        run_id: str = on_main(lambda: read_run_id(self._config.run_dir), self._context)
 
         def static() -> Mapping[str, bytes]:
             with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
@@ -86,7 +87,7 @@ class CheckpointMonitor:
             ),
             static=static,
             config_text=to_yaml(self._config),
-            manifest_fields={"versions": versions()},
+            manifest_fields={"versions": versions(), "run": run_id},
             resumed_step=self._saved,
         )
 

@@ -58,7 +58,10 @@ def export_model(engine: Engine, tokenizer: Any, target: Path, stop: StopConditi
                 shutil.rmtree(temporary, ignore_errors=True)
         except (OSError, SafetensorError, DtrainError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"The model cannot be written to {target}: {error}. Is the disk full?") from error
+            raise CheckpointError(
+                f"The model cannot be written to {target}: {error}. Is the disk full? Make room and run the same command "
+                "again: with checkpoint.every it trains nothing again, and only writes the model"
+            ) from error
 
     on_main(write, engine.context)
     stop.leave_together(engine.context)

@@ -26,7 +26,7 @@ from dtrain.distributed.signals import StopRequest, deferred, ignore_further
 from dtrain.engine import optim
 from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.protocol import Engine
-from dtrain.errors import ConfigError, Preempted
+from dtrain.errors import CheckpointError, ConfigError, Preempted
 from dtrain.models import freezing
 from dtrain.runs.folder import RunFolder
 from dtrain.runs.tracking import Tracker
@@ -347,7 +347,11 @@ class TrainingRun:
         has_best = config.evaluation.best is not None and self.best is not None
         final = self.best if has_best else self.last
         if not has_best:
-            self._export()
+            try:
+                self._export()
+            except CheckpointError:
+                self.checkpoints.finish()  # the next start exports from it
+                raise
         content = self._summary(final)
         self.checkpoints.finish()
 

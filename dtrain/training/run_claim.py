@@ -17,7 +17,7 @@ from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.torchrun_agent import find_agent
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.runs.folder import RunFolder, claim, folder_state, unwritable_error
+from dtrain.runs.folder import RunFolder, claim, folder_state, read_run_id, unwritable_error
 from dtrain.runs.launch_record import LaunchRecord, gather_launch, read_launch
 from dtrain.runs.lock import locked
 from dtrain.runs.resume_policy import AvailableCheckpoints, StartAction, decide_start, resume_settings
@@ -71,6 +71,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         # config.yaml may come from a start that saved no checkpoint.
         changes = differences(chosen.config_text if chosen is not None else folder.old_config(), settings)
         try:
+            _refuse_foreign(folder, chosen, available)
             decision = decide_start(settings, command=command, changes=changes, checkpoints=available)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest
@@ -79,7 +80,9 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
-            moved = claim(folder, to_yaml(config), set_aside=decision.set_aside, launch=launch)
+            run_id = chosen.run_id if chosen is not None and not available.is_user_choice else ""
+            text, is_old = to_yaml(config), decision.set_aside
+            moved = claim(folder, text, set_aside=is_old, launch=launch, run_id=run_id)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         elif not refusals:  # an earlier start's exit.json does not describe this start
             folder.exit.unlink(missing_ok=True)
@@ -101,6 +104,19 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
     return RunClaim(action, chosen)
+
+
+def _refuse_foreign(folder: RunFolder, chosen: SelectedCheckpoint | None, available: AvailableCheckpoints) -> None:
+    """Refuses a checkpoint that another run wrote, unless the user named it."""
+    own = read_run_id(folder.path)
+    if chosen is None or available.is_user_choice or not own or not chosen.run_id or chosen.run_id == own:
+        return
+    path = folder.checkpoints / f"step-{chosen.step:06d}"
+    raise CheckpointError(
+        f"{path} was written by another run: its manifest names run {chosen.run_id[:8]}, and {folder.path} holds run "
+        f"{own[:8]}. Were files of two runs mixed? Move it away to resume from the checkpoint before it, or start a new run "
+        f"from it: run.name={folder.path.name}-2 checkpoint.resume={path}"
+    )
 
 
 def _launch_record(context: RankContext) -> LaunchRecord:

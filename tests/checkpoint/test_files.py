@@ -124,6 +124,17 @@ def test_damage_is_detected_and_the_file_is_named(tmp_path: Path, kind: str) -> 
     assert not isinstance(raised.value, UnreadableCheckpointError)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "optimizer.safetensors"])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, 3)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is not a regular file"):
+        verify(path)
+
+
 def test_a_checkpoint_with_another_steps_name_is_damaged(tmp_path: Path) -> None:
     moved = write(tmp_path, 3).rename(tmp_path / "step-000009")
 

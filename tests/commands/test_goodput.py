@@ -328,3 +328,37 @@ def test_the_command_line_prints_the_error_once_and_returns_its_code(
     for more in ("runs/b", "run.name=x"):
         assert main(["goodput", "runs/a", more]) == 2
         assert "goodput takes a run's folder, or the --config and settings" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(20)
+def test_steps_that_no_run_has_fill_no_memory() -> None:
+    lines = [
+        at(10, "start", startup_s=0.0),
+        at(11, "resume", step="three"),
+        train(12, 5),
+        at(13, "rollback", step=5, to_step=-(10**12)),
+        at(14, "rollback", step=4, to_step=2),
+        train(15, 10**30),
+        at(16, "end", step=10**30),
+    ]
+
+    assert sum(categories(lines).values()) == pytest.approx(6.0)
+
+
+def test_a_step_that_was_lost_twice_counts_once() -> None:
+    lines = [
+        at(0, "start", startup_s=0.0),
+        train(10, 10),
+        at(10, "rollback", step=10, to_step=4, seconds=0.0),
+        at(10, "rollback", step=8, to_step=2, seconds=0.0),
+    ]
+
+    assert categories(lines)["faults"] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("time", ["NaN", "Infinity", "1e300", f"{10**30}"])
+def test_a_time_that_no_clock_shows_is_damage(tmp_path: Path, time: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"event": "start", "time_s": 1.0, "monotonic_s": {time}}}\n')
+
+    with pytest.raises(DataError, match="line 1: time_s or monotonic_s is missing or no time"):
+        run_goodput(tmp_path, as_json=False)

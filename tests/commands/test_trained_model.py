@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,3 +236,94 @@ def test_a_model_whose_config_names_a_compiled_kernel_is_refused(stranger: Path)
 
     assert (ended.code, cured.code) == (2, 0), ended.text + cured.text
     assert "its config.json has attn_implementation=someone/kernel, which would download and run compiled" in ended.text
+
+
+# ... nor fill the memory, read private files or control the terminal
+
+
+@pytest.mark.parametrize(
+    ("command", "section", "name"),
+    [
+        ("generate", "generate", "max_new_tokens"),
+        ("evaluate", "evaluation", "num_beams"),
+        ("evaluate", "evaluation", "micro_batch_size"),
+        ("evaluate", "data", "max_length"),
+        ("predict", "task", "n_best"),
+    ],
+)
+def test_a_stranger_sets_no_work_without_end(stranger: Path, command: str, section: str, name: str) -> None:
+    change(stranger / "config.yaml", **{section: {name: 10**12}})
+
+    ended = dtrain(command, str(stranger))
+    cure = ended.text.rpartition("e.g. ")[2].strip()
+
+    assert ended.code == 2
+    assert f"stranger/config.yaml sets {section}.{name}=1000000000000, which" in ended.text
+    assert cure.startswith(f"{section}.{name}=")
+    assert f"sets {section}.{name}" not in dtrain(command, str(stranger), cure).text
+
+
+def test_sections_that_are_no_mappings_are_named(stranger: Path) -> None:
+    (stranger / "config.yaml").write_text("run: [1]\ntask: {name: classification}\n")
+
+    ended = dtrain("predict", str(stranger), "the dog")
+
+    assert ended.code == 2
+    assert "config.yaml, line 1: run is a list: it must be a section" in ended.text
+
+
+def test_names_from_files_do_not_control_the_terminal(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = stranger / "model" / "config.json"
+    clear = "\x1b[2J\x9b31m\u202e"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": {"0": f"{clear}bad", "1": f"{clear}good"}}))
+    change(stranger / "config.yaml", data={"path": f"/no{clear}where"})
+
+    answer = dtrain("predict", str(stranger), "the dog")
+    refused = dtrain("evaluate", str(stranger))
+
+    assert (answer.code, refused.code) == (0, 3), answer.text + refused.text
+    assert answer.text.startswith(r"\x1b[2J\x9b31m\u202e")
+    for text in (answer.text, refused.text, *capsys.readouterr()):
+        assert not set(clear) & set("\x1b\x9b\u202e") & set(text)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "more/notes.txt"])
+def test_export_copies_no_private_file(stranger: Path, tmp_path: Path, name: str) -> None:
+    link, private = stranger / "model" / name, tmp_path / "private.txt"
+    private.write_text("password")
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(private)
+
+    ended = dtrain("export", str(stranger), str(tmp_path / "out"))
+    cure = ended.text.rpartition(": ")[2].split()
+
+    assert ended.code == 2
+    assert f"{name} is a link to {private}, outside of the model's folder" in ended.text
+    assert not (tmp_path / "out").exists()
+    subprocess.run(cure, check=True)
+    assert dtrain("export", str(stranger), str(tmp_path / "out")).code == 0
+
+
+@pytest.mark.timeout(60)
+def test_pipes_in_a_folder_are_not_opened(stranger: Path, tmp_path: Path) -> None:
+    for file in (stranger / "summary.json", stranger / "model" / "notes.txt"):
+        file.unlink(missing_ok=True)
+        os.mkfifo(file)
+
+    ended = dtrain("export", str(stranger), str(tmp_path / "out"))
+
+    assert ended.code == 0, ended.text
+    assert not (tmp_path / "out" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+@pytest.mark.timeout(60)
+def test_data_that_never_ends_is_not_read(stranger: Path, path: str) -> None:
+    os.mkfifo(stranger / "pipe")
+    change(stranger / "config.yaml", data={"path": str(stranger / path)})
+
+    ended = dtrain("evaluate", str(stranger))
+
+    assert ended.code == 3
+    assert "is a device or a pipe" in ended.text

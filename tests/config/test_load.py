@@ -700,3 +700,17 @@ def test_a_split_name_cannot_lead_out_of_a_folder(name: str) -> None:
     with pytest.raises(ValidationError, match="is not a name for a folder"):
         Data(splits={name: "train.csv"})
     assert Data(splits={"validation_2.de-x": "b"}).splits == {"validation_2.de-x": "b"}
+
+
+@pytest.mark.parametrize(
+    "name", ["idna", "punycode", "undefined", "unicode_escape", "Raw-Unicode-Escape", "rot13", "zip", "x"]
+)
+def test_an_encoding_that_no_text_file_has_is_refused(name: str) -> None:
+    (line,) = load_errors(None, *CLASSIFY, f"data.encoding={name}")
+
+    assert f"data.encoding={name}: Python knows no such encoding of text files; usual ones: utf-8" in line
+
+
+@pytest.mark.parametrize("name", ["utf-8", "UTF_16", "gbk", "big5hkscs", "cp037", "utf-7"])
+def test_other_encodings_are_accepted(name: str) -> None:
+    assert load_config(None, [*CLASSIFY, f"data.encoding={name}"]).data.encoding == name

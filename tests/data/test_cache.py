@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 
-from dtrain.data.cache import META, Build, PreparedData, prepare, save_split
+from dtrain.data.cache import META, Build, PreparedData, _checksum, prepare, save_split
 from dtrain.data.fingerprint import fingerprint
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import DataError
@@ -167,6 +168,65 @@ def test_content_that_was_changed_in_place_is_moved_aside_and_built_again(
     assert "the cache is damaged and will be rebuilt" in caplog.text
     assert len(list(tmp_path.glob("*-damaged-*"))) == 1
     assert len(opened.splits["train"]["text"]) == 2, "another job may still use the damaged folder"
+
+
+def forged(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((folder / META).read_text())
+    change(content)
+    (folder / META).write_text(json.dumps({**content, "checksum": _checksum(content)}))
+
+
+def lists(name: str) -> Callable[[Path], None]:
+    return lambda folder: forged(folder, lambda content: content["files"].update({name: {"bytes": 0, "sha256": ""}}))
+
+
+def renames_split(name: str) -> Callable[[Path], None]:
+    def rename(content: dict[str, Any]) -> None:
+        splits = content["meta"]["splits"]
+        splits[name] = splits.pop("train")
+
+    return lambda folder: forged(folder, rename)
+
+
+def replaced_by_a_pipe(name: str) -> Callable[[Path], None]:
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
+
+
+def with_wild_offsets(folder: Path) -> None:
+    (file,) = (folder / "train").glob("*.arrow")
+    offsets = struct.pack("<iii", 0, 5, 11)
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<iii", 0, 5, 2**31 - 1)))
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lists("/dev/zero"), "meta.json lists '/dev/zero', which is not in the folder"),
+        (lists("../other"), "meta.json lists '../other', which is not in the folder"),
+        (renames_split("../train"), "meta.json lists the split '../train', which is not in the folder"),
+        (replaced_by_a_pipe("meta.json"), "meta.json is missing"),
+        (replaced_by_a_pipe("tokenizer/vocab.txt"), "tokenizer/vocab.txt is missing or has another size"),
+        (with_wild_offsets, "its rows cannot be read"),
+    ],
+    ids=["device", "outside", "split", "pipe", "pipe inside", "offsets"],
+)
+def test_a_cache_that_another_user_forged_is_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, forge: Callable[[Path], None], message: str
+) -> None:
+    forge(prepared(Plan(["five5", "sixsix"]), tmp_path).folder)
+    plan = Plan(["five5", "sixsix"])
+
+    with caplog.at_level(logging.WARNING, logger="dtrain"):
+        again = prepared(plan, tmp_path)
+
+    assert message in caplog.text
+    assert plan.built == 1
+    assert list(again.splits["train"]["text"]) == ["five5", "sixsix"]
 
 
 def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path) -> None:

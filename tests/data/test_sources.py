@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def test_a_folder_of_save_to_disk_keeps_its_class_names_and_their_order(tmp_path
     assert list(sources) == (["train", "validation"] if divided else ["train"])
     assert sources["train"].rows["label"] == ["a", "z"]
     assert label_names(sources) == ("z", "a")
+
+
+def test_rows_of_save_to_disk_that_point_outside_of_their_file_are_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["the dog", "a cat"], "label": ["x", "y"]}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    file = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    offsets = struct.pack("<iii", 0, 7, 12)
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<iii", 0, 7, 2**31 - 1)))
+
+    with pytest.raises(DataError, match=r"cannot be loaded: .*offsets"):
+        load(path=tmp_path / "saved")
 
 
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])

@@ -297,3 +297,65 @@ def test_inspect_uses_the_model_with_its_adapters(base: Path, tmp_path: Path) ->
         states = made.bert(**BATCH).last_hidden_state
     assert torch.allclose(looked_at.last_hidden_state, states, atol=1e-6)
     assert looked_at.attentions[0].shape == (1, 4, 5, 5)
+
+
+def changed(folder: Path, **entries: Any) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"r": 10**9},
+        {"r": 0},
+        {"r": "two"},
+        {"rank_pattern": {"query": 10**9}},
+        {"rank_pattern": {"((x|y)+)+z": 2}},
+        {"alpha_pattern": {"(x|x)*z": 2}},
+        {"layer_replication": [[0, 1]] * 1000},
+        {"init_lora_weights": "pissa_niter_1000000000"},
+    ],
+    ids=str,
+)
+@pytest.mark.timeout(60)
+def test_settings_that_fill_the_memory_or_never_end_are_refused(
+    base: Path, tmp_path: Path, entries: dict[str, Any]
+) -> None:
+    folder = changed(saved(adapted(base), tmp_path / "model"), **entries)
+
+    with pytest.raises(ConfigError, match=r"adapter_config.json has .*does not fit the adapters"):
+        load(name_or_path=str(folder))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"target_modules": r".*\.(query|value)"},
+        {"target_modules": r"((\w|\.)+)+X"},
+        {"exclude_modules": r"((\w|\.)+)+X"},
+        {"layers_to_transform": [0], "layers_pattern": [r"((\w|\.)+)+X"]},
+    ],
+    ids=["as peft", "target_modules", "exclude_modules", "layers_pattern"],
+)
+@pytest.mark.timeout(60)
+def test_the_weights_say_which_layers_have_adapters_instead_of_a_pattern(
+    base: Path, tmp_path: Path, entries: dict[str, Any]
+) -> None:
+    made = adapted(base)
+    folder = changed(saved(made, tmp_path / "model"), **entries)
+
+    assert torch.equal(logits(load(name_or_path=str(folder))), logits(made))
+
+
+def test_a_vocabulary_that_no_added_tokens_explain_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = saved(adapted(base), tmp_path / "model")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "vocab_size": 10**12}))
+
+    for attempt in (lambda: load(name_or_path=str(folder)), lambda: load_base(schema.Model(name_or_path=str(folder)))):
+        with pytest.raises(
+            ConfigError, match=r"config.json has vocab_size=1000000000000 for a base model with 25 tokens"
+        ):
+            attempt()

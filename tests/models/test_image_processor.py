@@ -170,3 +170,20 @@ def test_a_text_model_gets_the_default_processor(image: Path) -> None:
     assert isinstance(BertConfig(), object)
     text = schema.Model(from_scratch=True, config={"model_type": "bert"})
     assert torch.from_numpy(load_processor(text, image_size=None)(image)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"size": {"height": 10**9, "width": 10**9}},
+        {"size": {"height": 8, "width": 0}},
+        {"size": {"height": "wide", "width": 8}},
+        {"size": {"shortest_edge": 10**9}, "crop_size": 8, "do_center_crop": True},
+        {"size": {"shortest_edge": 300}, "crop_pct": 1e-300, "image_processor_type": "ConvNextImageProcessor"},
+        {"size": {"shortest_edge": 300}, "crop_pct": 1e-9, "image_processor_type": "ConvNextImageProcessor"},
+    ],
+    ids=str,
+)
+def test_sizes_that_no_image_has_are_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json .*[Ss]et task.image_size"):
+        load_processor(brings(tmp_path, content), image_size=None)

@@ -317,7 +317,7 @@ def test_overwrite_moves_the_complete_old_folder_away_and_starts(tmp_path: Path,
     assert moved is not None
     assert moved.name.startswith("one.old-2")
     assert {file.name: file.read_bytes() for file in moved.rglob("*") if file.is_file()} == before
-    assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
+    assert sorted(entry.name for entry in config.run_dir.iterdir()) == [".run-id", "config.yaml"]
 
 
 def test_two_overwrites_in_one_second_lose_nothing(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_an_evaluation_replaces_old_results(tmp_path: Path) -> None:
     claim(folder, to_yaml(config), set_aside=decision.set_aside)
 
     assert decision == StartDecision("start", False, ())
-    assert [entry.name for entry in folder.path.iterdir()] == ["config.yaml"]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [".run-id", "config.yaml"]
     assert "limit: 3" in folder.config.read_text()
 
 
@@ -389,7 +389,7 @@ def test_a_claim_creates_the_folder_and_keeps_what_an_unfinished_run_needs(tmp_p
 
     claim(folder, "task: {name: causal_lm}\n")
 
-    assert sorted(entry.name for entry in folder.path.iterdir()) == ["config.yaml", "metrics.jsonl", "model"]
+    assert sorted(entry.name for entry in folder.path.iterdir()) == [".run-id", "config.yaml", "metrics.jsonl", "model"]
     assert folder.old_config() == "task: {name: causal_lm}\n"
 
 

@@ -651,12 +651,12 @@ def test_overwriting_moves_the_old_run_and_keeps_the_lock(tmp_path: Path) -> Non
     with claimed(config, ONE_PROCESS, command="train") as start:
         old = next(tmp_path.glob("one.old-*"))
         assert start.action == "start"
-        assert sorted(entry.name for entry in config.run_dir.iterdir()) == ["config.yaml", LOCK]
+        assert sorted(entry.name for entry in config.run_dir.iterdir()) == [".run-id", "config.yaml", LOCK]
         assert [entry.name for entry in old.iterdir()] == ["metrics.jsonl"]
         with pytest.raises(ConfigError, match="is in use"), claimed(config, ONE_PROCESS, command="train"):
             pass
 
-    assert [entry.name for entry in config.run_dir.iterdir()] == ["config.yaml"]
+    assert sorted(entry.name for entry in config.run_dir.iterdir()) == [".run-id", "config.yaml"]
 
 
 def test_a_start_while_the_old_run_is_moved_gets_the_new_folder(tmp_path: Path) -> None:

@@ -317,6 +317,8 @@ def test_a_file_that_is_not_an_image_is_named_by_line_and_can_be_skipped(landmar
     ("line", "message"),
     [
         ("images/gone.png,0.1,0.2", r"train.csv, line 7: the image .*images/gone.png cannot be read: No such file"),
+        ("images,0.1,0.2", r"line 7: the image .*images cannot be read: it is not a file with content, but a folder"),
+        ("/dev/zero,0.1,0.2", r"line 7: the image /dev/zero cannot be read: .* but a device or a pipe"),
         (",0.1,0.2", r"line 7: an image is the path of a file, found ''"),
         ("images/train-0.png,left,0.2", r"line 7: x must be a number, found 'left'"),
         ("images/train-0.png,0.1,nan", r"line 7: y must be a number, found 'nan'"),

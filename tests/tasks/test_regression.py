@@ -195,7 +195,7 @@ def test_a_label_that_is_not_a_finite_number_is_named_by_file_and_line(folder: P
         prepare(folder)
 
 
-@pytest.mark.parametrize("label", ["true", "[1]", '{"a": 1}', "1" + "0" * 400, "NaN"])
+@pytest.mark.parametrize("label", ["true", "[1]", '{"a": 1}', "-Infinity", "NaN"])
 def test_a_json_label_that_is_not_a_finite_number_is_named_by_line(folder: Path, label: str) -> None:
     (folder / "train.csv").unlink()
     (folder / "train.jsonl").write_text(f'{{"text": "a", "label": 1}}\n{{"text": "a", "label": {label}}}\n')
