@@ -6,19 +6,18 @@ errors of single values. Errors about a combination of settings are raised here,
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
+from pydantic import PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.config.commands import Download, Export, Generate, Inspect, Predict, Talk
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, FolderName, Section, read_checkpoint_every, read_eval_every, setting
+from dtrain.config.fields import AnyPath, CheckpointEvery, EvalEvery, FolderName, Section, is_text_encoding, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -26,9 +25,6 @@ from dtrain.config.optim import Optim as Optim
 from dtrain.config.optim import OptimGroup as OptimGroup
 from dtrain.config.optim import Schedule as Schedule
 from dtrain.config.task import TaskSettings
-
-NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
-"""Python's names of encodings that no text file has. Some take hours for a long line."""
 
 
 class Run(Section):
@@ -102,13 +98,7 @@ class Data(Section):
     @field_validator("encoding")
     @classmethod
     def _is_text_encoding(cls, encoding: str | None) -> str | None:
-        try:
-            known = encoding is None or (
-                "".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES
-            )
-        except (LookupError, ValueError, UnicodeError):
-            known = False
-        if not known:
+        if encoding is not None and not is_text_encoding(encoding):
             raise ValueError(
                 "Python knows no such encoding of text files; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
             )
@@ -144,9 +134,7 @@ class Train(Section):
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
-    eval_every: Annotated[int | str, BeforeValidator(read_eval_every)] = setting(
-        "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
-    )
+    eval_every: EvalEvery = setting("epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free")
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
     log_gradients: int | None = setting(
         None, "steps between lines with the gradient norm of each layer; null: none", resume="free", ge=1
@@ -214,7 +202,7 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
-    every: Annotated[int | str | None, BeforeValidator(read_checkpoint_every)] = setting(
+    every: CheckpointEvery = setting(
         "epoch",
         "steps between checkpoints, or: epoch, 2 epochs; the last step is saved as well; null: only when a signal stops the run",
         resume="free",
