@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 from typing import Literal
 
 from pydantic import field_validator
 
-from dtrain.config.fields import AnyPath, FolderName, Section, setting
-
-NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
-"""Python's names of encodings that no text file has. Some take hours for a long line."""
+from dtrain.config.fields import AnyPath, FolderName, Section, is_text_encoding, setting
 
 
 class Data(Section):
@@ -45,13 +41,7 @@ class Data(Section):
     @field_validator("encoding")
     @classmethod
     def _is_text_encoding(cls, encoding: str | None) -> str | None:
-        try:
-            known = encoding is None or (
-                "".encode(encoding) is not None and codecs.lookup(encoding).name not in NOT_OF_FILES
-            )
-        except (LookupError, ValueError, UnicodeError):
-            known = False
-        if not known:
+        if encoding is not None and not is_text_encoding(encoding):
             raise ValueError(
                 "Python knows no such encoding of text files; usual ones: utf-8, utf-16, gb18030, big5, shift_jis, cp1252"
             )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
 OnResume = Literal["free", "warn", "refuse"]
@@ -73,3 +74,19 @@ def read_checkpoint_every(value: Any) -> Any:
     if value is not None and not re.fullmatch(r"epoch|[1-9]\d*( epochs?)?", str(value)):
         raise ValueError("it must be a number of steps, at least 1, or epoch, 'N epochs' or null")
     return int(value) if str(value).isdecimal() else value
+
+
+NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape")
+"""Python's names of encodings that no text file has. Some take hours for a long line."""
+
+
+EvalEvery = Annotated[int | str, BeforeValidator(read_eval_every)]
+CheckpointEvery = Annotated[int | str | None, BeforeValidator(read_checkpoint_every)]
+
+
+def is_text_encoding(name: str) -> bool:
+    """Returns whether Python knows an encoding of text files by this name."""
+    try:
+        return "".encode(name) is not None and codecs.lookup(name).name not in NOT_OF_FILES
+    except (LookupError, ValueError, UnicodeError):
+        return False

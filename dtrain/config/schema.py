@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, PrivateAttr, Strict, field_validator, model_validator
+from pydantic import PrivateAttr, Strict, field_validator, model_validator
 
 from dtrain.config.commands import Download, Export, Generate, Inspect, Predict, Talk
 from dtrain.config.data import Data as Data
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
 from dtrain.config.engine import exchange_conflicts
-from dtrain.config.fields import AnyPath, Section, read_checkpoint_every, read_eval_every, setting
+from dtrain.config.fields import AnyPath, CheckpointEvery, EvalEvery, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
 from dtrain.config.model import NewHead as NewHead
@@ -96,9 +96,7 @@ class Train(Section):
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
-    eval_every: Annotated[int | str, BeforeValidator(read_eval_every)] = setting(
-        "epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free"
-    )
+    eval_every: EvalEvery = setting("epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free")
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
     log_gradients: int | None = setting(
         None, "steps between lines with the gradient norm of each layer; null: none", resume="free", ge=1
@@ -166,7 +164,7 @@ class Evaluation(Section):
 class Checkpoint(Section):
     """Saved weights, optimizer and position in the data, to resume from on any number of ranks and any engine."""
 
-    every: Annotated[int | str | None, BeforeValidator(read_checkpoint_every)] = setting(
+    every: CheckpointEvery = setting(
         "epoch",
         "steps between checkpoints, or: epoch, 2 epochs; the last step is saved as well; null: only when a signal stops the run",
         resume="free",

@@ -389,6 +389,7 @@ class TrainingRun:
         if chosen is None:
             self.state.best_step = self.last_step
         else:
+            self.checkpoints.save_to_stop()  # from here on the engine holds another step, which must not be saved as this one
             self._load(chosen)
             self._evaluate(step)
         self._export_best()

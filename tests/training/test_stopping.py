@@ -170,3 +170,16 @@ def test_an_early_stop_that_a_signal_delays_still_comes(folder: Path) -> None:
     assert ended == "Stopped"
     assert result(folder, "early") == reference
     assert reference["summary"][1] < STEPS
+
+
+def test_a_stop_while_the_best_step_is_restored_does_not_save_it_as_the_last(folder: Path) -> None:
+    changes = {**BASE, "checkpoint.every": 3}
+    reference = steady(folder, 1, changes)
+    assert reference["summary"][2] == 3, "the first evaluation is the best, and its model is of an earlier start"
+
+    first = run_ranks(start, 1, str(folder), "best", changes, "a step", 4, 0)
+    scores = 4 * (STEPS // 3 - 1)  # of the evaluations that are left; then comes that of the best step
+    ended = lives(folder, "best", 1, changes, "the scores", scores + 1)
+
+    assert (first, ended) == (["Stopped"], "Stopped")
+    assert result(folder, "best") == reference
