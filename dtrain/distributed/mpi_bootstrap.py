@@ -5,9 +5,14 @@ mpi4py is imported when used.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import socket
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from dtrain.distributed import launcher_env, network
@@ -32,15 +37,50 @@ class MpiRendezvous(NamedTuple):
     node: str
 
 
-def bootstrap(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -> MpiRendezvous:
+def bootstrap(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str, timeout_s: float) -> MpiRendezvous:
     """Collective. Opens the master's socket on rank 0 and broadcasts its address.
 
     The socket stays open, so that no other process can take the port. MPI is finalized when this returns, so that a
-    rank may end with os._exit.
+    rank may end with os._exit. Ends this process, with a message, if MPI takes longer than `timeout_s`.
 
     Raises:
         TopologyError: mpi4py is missing or uses another MPI than the launcher, or the address of rank 0 is unknown.
     """
+    message = (
+        f"error: Rank {rank} on {socket.gethostname()}: MPI did not connect the ranks within run.startup_timeout_s="
+        f"{timeout_s:g} s. A firewall may block MPI's ports between the hosts, or another program sends to them. Let MPI use "
+        f"one network (mpirun --mca btl_tcp_if_include <interface> with Open MPI), {FIX}"
+    )
+    with _killed_after(timeout_s, message):
+        return _bootstrap(env, rank=rank, world_size=world_size, launcher=launcher)
+
+
+@contextmanager
+def _killed_after(timeout_s: float, message: str) -> Iterator[None]:
+    """Prints the message and kills this process if the block takes longer.
+
+    A child process does that: MPI may block with the interpreter lock held, so that no thread of this process runs.
+    """
+    read_end, write_end = os.pipe()
+    parent = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads: the child only waits
+        child = os.fork()
+    if child == 0:
+        os.close(write_end)
+        if not select.select([read_end], [], [], timeout_s)[0]:
+            os.write(1, f"{message}\n".encode())
+            os.kill(parent, signal.SIGKILL)
+        os._exit(0)
+    os.close(read_end)
+    try:
+        yield
+    finally:
+        os.close(write_end)
+        os.waitpid(child, 0)
+
+
+def _bootstrap(env: Mapping[str, str], *, rank: int, world_size: int, launcher: str) -> MpiRendezvous:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

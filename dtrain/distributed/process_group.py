@@ -100,7 +100,11 @@ def _meet(
     listener, node = None, None
     if store is None and topology.master_addr is None:
         mpi = mpi_bootstrap.bootstrap(
-            env, rank=topology.rank, world_size=topology.world_size, launcher=topology.launcher
+            env,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            launcher=topology.launcher,
+            timeout_s=timeout_s,
         )
         topology = replace(topology, master_addr=mpi.address, master_port=mpi.port)
         listener, node = mpi.listener, mpi.node
