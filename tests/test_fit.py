@@ -86,7 +86,11 @@ def test_ten_lines_train_an_own_model_on_own_data_and_leave_a_whole_run_folder(t
     assert (summary["world_size"], summary["engine"], summary["command"]) == (1, "single", "train")
     assert {"python", "torch", "transformers"} <= set(summary["versions"])
 
-    events = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["event"] == "checkpoint"] == [3, 6]
+    events = [
+        line for line in lines if line["event"] != "checkpoint"
+    ]  # logged when they are complete, at any time after
     assert [event["event"] for event in events] == ["start", "train", "train", "eval", "train", "eval", "end"]
     assert [event["step"] for event in events if event["event"] == "train"] == [1, 3, 6]
     assert {key: events[-2][key] for key in expected} == result["metrics"]
