@@ -88,7 +88,9 @@ def test_a_second_start_that_is_stopped_early_does_not_change_the_firsts_exit_ca
         go.touch()
         code = first.end()
 
-    assert [line.split(".")[0] for line in second.said] == ["error: Stopped by SIGINT"]
+    answer, error = second.said[:2]
+    assert (answer, error.partition(":")[0]) == ("SIGINT: stopping", "error")
+    assert "Stopped before the first step of this start (SIGINT): nothing is lost." in error
     assert not was_there
     assert code == 0, first.text
     assert jobs.exit_of(run)["code"] == 0

@@ -191,23 +191,25 @@ class Fault:
         strike: causes the fault.
         within_s: time until no process may be left on any node.
         messages: patterns, one of which the last line must match.
+        code: exit code of the script.
     """
 
     strike: Callable[[SimulatedCluster, ClusterJob], None]
     within_s: float
     messages: tuple[str, ...]
+    code: int = 4
+
+
+SAVED = r"launcher \(\w+\) on %s has died.* The checkpoint is saved"
+"""The ranks outlive their launcher, so they save."""
 
 
 HANG_TIMEOUT_S = 10
 
 WHILE_IT_RUNS = {
     "SIGKILL of a rank on node2": Fault(kill_rank, 10.0, (r"node2\) exited without an error message",)),
-    "SIGKILL of the launcher on node2": Fault(
-        kill_last_launcher, 10.0, (r"node2: .* was killed by SIGKILL", "node2.* (died|exited)")
-    ),
-    "SIGKILL of the launcher on node1": Fault(
-        kill_first_launcher, 10.0, (r"node1: .* was killed by SIGKILL", "node1.* (died|exited)", "launcher .* has died")
-    ),
+    "SIGKILL of the launcher on node2": Fault(kill_last_launcher, 10.0, (SAVED % "node2",), code=75),
+    "SIGKILL of the launcher on node1": Fault(kill_first_launcher, 10.0, (SAVED % "node1",), code=75),
     "node2 cut off": Fault(cut, HANG_TIMEOUT_S + 10.0, (r"node2\) hangs: no sign of life",)),
     "node2 without power": Fault(kill_node, HANG_TIMEOUT_S + 10.0, ("node2",)),
 }
