@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dtrain.config import bounded_json
-from dtrain.config.error_messages import KeyPath
+from dtrain.config.error_messages import ABSENT, KeyPath, dotted_name, value_at
 from dtrain.config.yaml_dialect import show
 from dtrain.errors import ConfigError
 
@@ -164,16 +164,13 @@ def _is_model(folder: Path) -> bool:
 
 def _refuse_code(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[KeyPath, Any], *, command: str) -> None:
     for key, effect in CODE.items():
-        section, name = str(key[0]), str(key[1])
-        content = values.get(section)
-        value = content.get(name) if isinstance(content, Mapping) else None
-        is_decided = (section, name) in chosen or (section,) in chosen
+        section, name = key
+        value = value_at(values, key)
         is_used = section != "evaluation" or command in WITH_METRICS
-        has_code = "/" in str(value) if name == "attn_implementation" else value not in (None, False)
-        if not has_code or is_decided or not is_used:
+        has_code = "/" in str(value) if name == "attn_implementation" else value not in (ABSENT, None, False)
+        if not has_code or not is_used or _is_decided(key, chosen):
             continue
-        assert isinstance(content, Mapping)
-        place = content.get(f"{name}_folder")
+        place = values[str(section)].get(f"{name}_folder")
         setting = f"{section}.{name}={show(value)}" + (f" {section}.{name}_folder={show(place)}" if place else "")
         none = "false" if value is True else "null"
         raise ConfigError(
@@ -183,16 +180,19 @@ def _refuse_code(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[Ke
 
 
 def _refuse_costly(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[KeyPath, Any]) -> None:
-    for (section, name), limit in LIMITS.items():
-        content = values.get(str(section))
-        value = content.get(str(name)) if isinstance(content, Mapping) else None
-        is_decided = (section, name) in chosen or (section,) in chosen
-        if type(value) is int and value > limit and not is_decided:
+    for key, limit in LIMITS.items():
+        value, name = value_at(values, key), dotted_name(key)
+        if type(value) is int and value > limit and not _is_decided(key, chosen):
             raise ConfigError(
-                f"{shown_path(run.config_file)} sets {section}.{name}={value!r:.20}, which could take all the memory or never end. "
+                f"{shown_path(run.config_file)} sets {name}={value!r:.20}, which could take all the memory or never end. "
                 f"From a file that comes with a model, at most {limit} is taken. Add your own value to the command, e.g. "
-                f"{section}.{name}={limit}"
+                f"{name}={limit}"
             )
+
+
+def _is_decided(key: KeyPath, chosen: Mapping[KeyPath, Any]) -> bool:
+    """Returns whether the user has set that setting, or its whole section."""
+    return key in chosen or key[:1] in chosen
 
 
 def shown_path(file: Path) -> str:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dtrain.console import log
+from dtrain.distributed.control_groups import control_groups, read_text
 from dtrain.errors import TopologyError
 
 MIN_THREADS = 8
@@ -136,24 +137,5 @@ def _container_limit(root: Path = Path("/")) -> int | None:
     Args:
         root: folder that holds proc/ and sys/; another one in tests.
     """
-    limits: list[int] = []
-    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number != "0" and "pids" not in controllers.split(","):
-            continue
-        mounts = ("", "unified") if number == "0" else ("pids",)
-        for mount in mounts:
-            top = root / "sys" / "fs" / "cgroup" / mount
-            group = top / path.strip("/")
-            while group.is_relative_to(top):
-                limits += [int(text) for text in [_read(group / "pids.max").strip()] if text.isdecimal()]
-                group = group.parent
-    return min(limits, default=None)
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+    texts = [read_text(folder / "pids.max").strip() for folders in control_groups("pids", root) for folder in folders]
+    return min((int(text) for text in texts if text.isdecimal()), default=None)
