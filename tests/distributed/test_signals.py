@@ -295,11 +295,8 @@ def test_work_that_may_be_broken_off_is_and_none_begins_after_the_signal() -> No
         printed, _ = process.communicate(timeout=LIMIT_S)
 
     lines = printed.decode().splitlines()
-    assert sorted(lines[:2]) == [
-        "False stop requested by SIGHUP",
-        "SIGHUP: saving; send it again to quit without saving",
-    ]
-    assert (lines[2:], process.returncode) == (["False"], 0)
+    lines.remove("SIGHUP: saving; send it again to quit without saving")  # by another thread, at any time
+    assert (lines, process.returncode) == (["False stop requested by SIGHUP", "False"], 0)
 
 
 ANSWERS = """
