@@ -67,7 +67,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self.saved: Callable[[], str | None] = lambda: None
-        self._is_attempting = False
+        self._is_attempting = self._has_broken_off = False
 
     def record(self, number: int) -> None:
         """Records the first signal. The helper thread handles later ones."""
@@ -82,6 +82,7 @@ class StopRequest:
         """
         self.record(number)
         if self._is_attempting:
+            self._has_broken_off = True  # first: the helper thread may be about to answer
             self._is_attempting = False
             raise StopNow
 
@@ -108,8 +109,8 @@ class StopRequest:
 
     @property
     def answer(self) -> str:
-        """What the run does about a signal that arrives now."""
-        return "saving" if self._is_attempting else "saving after this step"
+        """What the run does about the first signal."""
+        return "saving" if self._has_broken_off or self._is_attempting else "saving after this step"
 
 
 class _Signals:

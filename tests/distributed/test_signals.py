@@ -277,6 +277,10 @@ def test_python_code_that_has_heard_the_signal_goes_on_as_long_as_it_likes() -> 
 
 
 ATTEMPTS = """
+import threading
+answered, last = threading.Event(), logging.Handler()
+last.emit = lambda _record: answered.set()
+logging.getLogger().addHandler(last)  # after the one that prints
 with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
     def work():
         try:
@@ -286,6 +290,7 @@ with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
             print("swallowed", flush=True)
     print(request.attempt(work), request.why, flush=True)
     print(request.attempt(lambda: print("never")), flush=True)
+    answered.wait(20)  # the helper thread says nothing about a run that has ended
 """
 
 
