@@ -56,7 +56,7 @@ def test_a_value_that_a_reader_of_the_config_refuses_is_named(reader: str) -> No
     scope: dict[str, Any] = {}
     exec(f"def {reader}():\n    raise NotImplementedError('unsupported mix')", scope)
 
-    with pytest.raises(ConfigError, match="engine.deepspeed: unsupported mix"), explain_refused_config():
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed: unsupported mix"), explain_refused_config():
         scope[reader]()
 
 
