@@ -28,8 +28,8 @@ from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.process_group import process_group
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology, device_of
-from dtrain.engine.precision_timing import time_fixed_model
 from dtrain.errors import DtrainError, TopologyError
+from dtrain.training.precision_timing import time_fixed_model
 
 FORM_S, COLLECTIVE_S, PAIR_S = 60.0, 120.0, 30.0
 """Time limits of forming the group, of a collective of all ranks (which wait while a pair is measured), and of a pair's."""

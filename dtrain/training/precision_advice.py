@@ -12,10 +12,10 @@ from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition
 from dtrain.engine.forward_only import autocast
-from dtrain.engine.precision_timing import time_precisions, unchanged_random_state
 from dtrain.models.freezing import frozen_statistics
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel
+from dtrain.training.precision_timing import time_precisions, unchanged_random_state
 
 MAX_ROW_S = 1.0
 """A model whose forward and backward on one row take longer is not timed."""

@@ -103,7 +103,9 @@ def test_a_rank_that_works_longer_is_named_once_by_all_ranks() -> None:
         assert {(line["host"], line["part"]) for line in stragglers} == {(rank["host"], "compute")}
         assert min(line["factor"] for line in stragglers) > 1.3
         (said,) = rank["printed"]
-        assert said.startswith(f"warning: rank 1 on {rank['host']} is slow, and the others wait for it: over 50 steps its")
+        assert said.startswith(
+            f"warning: rank 1 on {rank['host']} is slow, and the others wait for it: over 50 steps its"
+        )
     counts = [{int(step): count for step, count in rank["collectives"].items()} for rank in found]
     # An all-gather of the hosts' names, which is two collectives, where the first one is named.
     assert counts == [{25: 1, 50: 3, 75: 1, 100: 1}] * 3

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from dtrain.engine.precision_timing import PASSES, PrecisionTimes, time_fixed_model, time_precisions, unchanged_random_state
+from dtrain.training.precision_timing import (
+    PASSES,
+    PrecisionTimes,
+    time_fixed_model,
+    time_precisions,
+    unchanged_random_state,
+)
 
 
 class Machine:
