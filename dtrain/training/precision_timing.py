@@ -71,7 +71,7 @@ def time_precisions(run: Callable[[str], None], now: Callable[[], float] = time.
 
     begin = now()
     first = timed("fp32"), timed("bf16")
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     # Where a processor lacks bf16, the first pass alone may take longer than all others may.
     while len(pairs) < PASSES and now() - begin + sum(first) < MAX_S:
         pairs.append((timed("fp32"), timed("bf16")))
