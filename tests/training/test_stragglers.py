@@ -58,6 +58,8 @@ def test_of_two_ranks_the_slower_one_is_compared_with_the_faster() -> None:
         [work(20.0, computed=2000), work(10.0), work(10.0)],
         # A few long micro-batches that take as long as the many short ones of the others: per micro-batch far slower.
         [work(10.0, micro_batches=20), work(10.0), work(10.0)],
+        # Half of the tokens, in long rows: attention costs more for each, and the rank is done when the others are.
+        [work(10.0, computed=500, micro_batches=50), work(10.0), work(10.0)],
         # Idle but for one dummy a step, and others with two micro-batches.
         [work(20.0, micro_batches=200, computed=2000), work(20.0, micro_batches=200, computed=2000), work(9.0)],
         # Short rows: slow per token, but not per micro-batch, because each has its fixed cost.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dtrain.console import log
+from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.training import loop
 from dtrain.training.look_ahead import LookAhead
@@ -147,18 +149,30 @@ def exchanges(context: RankContext, setting: Setting) -> dict[str, Any]:
     if context.rank == 1:
         matrix = torch.ones(512, 512)
         run.engine.module.register_forward_pre_hook(lambda *_: [matrix @ matrix for _ in range(8)] and None)
-    clock = HostClock(context.world_size)
-    with measured(clock, context.heartbeat):
-        run.go()
-    return {part.name: seconds for part, seconds in zip(Part, clock.take(), strict=True)}
+    clock, begun = HostClock(context.world_size), Counter[Phase]()
+
+    def enter(phase: Phase) -> None:
+        begun.update([phase])
+        clock.enter(phase)
+
+    context.heartbeat.on_phase = enter
+    run.go()
+    seconds = {part.name: value for part, value in zip(Part, clock.take(), strict=True)}
+    return {**seconds, "exchanges": begun[Phase.EXCHANGE]}
 
 
-@pytest.mark.parametrize("more", [{}, {"local_steps": 2, "engine": "ddp"}, {"gradient_wire": "bf16"}])
-def test_waiting_for_another_rank_is_communication_and_not_its_own_work(more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("more", "exchanges_of_12_steps"),
+    [({}, 12), ({"gradient_wire": "bf16"}, 12), ({"local_steps": 2, "engine": "ddp"}, 6)],
+)
+def test_waiting_for_another_rank_is_communication_and_not_its_own_work(
+    more: dict[str, Any], exchanges_of_12_steps: int
+) -> None:
     setting = Setting(rows=24, steps=12, global_batch_size=6, micro_batch_size=3, dropout=0.0, **more)
 
     fast, slow = run_ranks(exchanges, 2, setting)
 
+    assert fast["exchanges"] == slow["exchanges"] == exchanges_of_12_steps
     extra = slow["FORWARD"] - fast["FORWARD"]
     assert extra > fast["FORWARD"]
     assert fast["COMMUNICATION"] > 0.6 * extra, "it waits for the other rank"
