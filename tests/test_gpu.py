@@ -36,6 +36,24 @@ def test_one_gpu_takes_the_steps_of_the_cpu_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+def test_the_account_of_the_steps_is_measured_on_the_device(tmp_path: Path) -> None:
+    losses(tmp_path, "gpu", [sys.executable], "train.time_every=2", "engine.precision=bf16", visible="0")
+
+    lines = map(json.loads, (tmp_path / "gpu" / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    accounts = [line for line in lines if line["event"] == "step_time"]
+    assert [line["step"] for line in accounts] == [2, 4, 5]
+    # A line may lack its last step, which the next one has.
+    assert sum(line["forward_s"][0] for line in accounts) > 0
+    assert sum(line["backward_s"][0] for line in accounts) > 0
+    for line in accounts:
+        parts = [value[0] for name, value in line.items() if name.endswith("_s") and isinstance(value, list)]
+        assert sum(parts) == pytest.approx(line["wall_s"], abs=1e-4)
+    between = accounts[1]["monotonic_s"] - accounts[0]["monotonic_s"]
+    assert accounts[1]["wall_s"] == pytest.approx(between, rel=0.5)
+    assert accounts[1]["model_flops_per_second"] > 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("settings", [(), ("engine.zero_stage=2",), ("engine.zero_stage=3",)])
 def test_all_gpus_over_nccl_take_the_steps_of_one(tmp_path: Path, settings: tuple[str, ...]) -> None:
     ranks = str(torch.cuda.device_count())

@@ -14,6 +14,7 @@ existing folder above it. No process of it remains. Exit code 4 if any finding i
         hosts: [name], ranks: int, backend: "gloo"|"nccl",
         pairs: [{hosts: [name, name], latency_s, bandwidth, sizes: [{bytes, seconds}]}],
         all: {latency_s, bandwidth, sizes}        # s for 4 bytes; bytes/s that a rank sends, both directions in parallel
+        precision: [{host, fp32_s, bf16_s, found}]   # forward and backward of a small model; hosts without GPUs
     }
     advice: str                                   # recommended settings for these links; "" if there are none
 """
@@ -148,7 +149,8 @@ def examine(hosts: Sequence[Host], options: DoctorOptions, env: Mapping[str, str
     if measured is None:
         fix = "fix the reported problem; or set the network interface on every host: export GLOO_SOCKET_IFNAME"
         return DoctorReport(names, [*findings, Finding("process group", tuple(names), RED, problem, fix)])
-    return DoctorReport(names, [*findings, *link_checks.check_links(measured, routes)], measured)
+    findings += [*link_checks.check_links(measured, routes), *link_checks.check_precision(measured)]
+    return DoctorReport(names, findings, measured)
 
 
 def _collect_reports(

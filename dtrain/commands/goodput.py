@@ -30,6 +30,9 @@ CATEGORIES = {
 }
 """The categories of time and their descriptions, in the order of the table."""
 
+STEP_PARTS = ("data", "forward", "backward", "communication", "optimizer", "logging")
+"""The parts of a step in `step_time` lines, in the order in which they are shown."""
+
 LAST_SECOND = 1e12
 """No clock of a run shows this many seconds, nor NaN."""
 
@@ -48,6 +51,8 @@ class TimeReport:
     """Steps repeated after a crash."""
     generations: int = 0
     """Starts of the job."""
+    step_parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEP_PARTS, 0.0))
+    """Seconds of each part of the steps, on all ranks together, from the lines of `train.time_every`."""
 
     @property
     def total(self) -> float:
@@ -59,6 +64,12 @@ class TimeReport:
         """The share of the wall time spent in steps that count."""
         return self.seconds["training"] / self.total if self.total else 0.0
 
+    @property
+    def step_shares(self) -> dict[str, float]:
+        """The share of each part of the steps; empty if they were not measured."""
+        total = sum(self.step_parts.values())
+        return {part: seconds / total for part, seconds in self.step_parts.items()} if total else {}
+
     def as_json(self) -> dict[str, Any]:
         """Returns all figures in one flat object."""
         return {
@@ -68,6 +79,7 @@ class TimeReport:
             "steps": self.steps,
             "recomputed_steps": self.recomputed_steps,
             "generations": self.generations,
+            **{f"step_{part}_share": share for part, share in self.step_shares.items()},
         }
 
 
@@ -109,6 +121,9 @@ def format_table(report: TimeReport) -> str:
         if seconds or category == "training"
     ]
     lines.append(f"{'total':12s} {total:12.1f} s")
+    if report.step_shares:
+        shares = ", ".join(f"{part} {100 * share:.1f} %" for part, share in report.step_shares.items())
+        lines.append(f"{'a step':12s} {shares}")
     lines.append(f"goodput {100 * report.goodput:.1f} %")
     return "\n".join(lines)
 
@@ -116,7 +131,10 @@ def format_table(report: TimeReport) -> str:
 def build_report(lines: Iterable[Event]) -> TimeReport:
     """Returns the time report of the lines of one metrics.jsonl."""
     report, last_step, end = TimeReport(), 0, None
-    generations = [_Generation(members) for members in _split_by_start(lines)]
+    starts = _split_by_start(lines)
+    for line in (line for members in starts for line in members if line.get("event") == "step_time"):
+        _add_step_parts(line, report.step_parts)
+    generations = [_Generation(members) for members in starts]
     paces = [pace for generation in generations if (pace := generation.pace()) is not None]
     median_pace = sorted(paces)[len(paces) // 2] if paces else None
     for generation in generations:
@@ -259,6 +277,14 @@ class _Interval:
     def add(self, category: str, seconds: Any) -> None:
         """Adds known seconds to a category."""
         self.known[category] = self.known.get(category, 0.0) + _seconds(seconds)
+
+
+def _add_step_parts(line: Event, parts: dict[str, float]) -> None:
+    """Adds the seconds of every rank in a line to the parts of the steps."""
+    for part in parts:
+        seconds = line.get(f"{part}_s")
+        if isinstance(seconds, list):
+            parts[part] += sum(_seconds(value) for value in seconds)
 
 
 def _seconds(value: Any) -> float:

@@ -29,6 +29,7 @@ from dtrain.distributed.process_group import process_group
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology, device_of
 from dtrain.errors import DtrainError, TopologyError
+from dtrain.training.precision_timing import time_fixed_model
 
 FORM_S, COLLECTIVE_S, PAIR_S = 60.0, 120.0, 30.0
 """Time limits of forming the group, of a collective of all ranks (which wait while a pair is measured), and of a pair's."""
@@ -54,6 +55,8 @@ REPEATS, LATENCY_REPEATS = 3, 20
 def measure(context: RankContext, order: Mapping[str, Any]) -> dict[str, Any]:
     """Collective. Measures the links: latency of an all-reduce of 4 bytes in seconds, rates in bytes/s that a rank sends.
 
+    Then the first rank of each host times a small model on the CPU.
+
     Args:
         order: `firsts`, the first rank of each host; `hosts`, the names of the hosts.
     """
@@ -62,7 +65,7 @@ def measure(context: RankContext, order: Mapping[str, Any]) -> dict[str, Any]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     facts = {"hosts": hosts, "ranks": context.world_size, "backend": backend}
     if context.world_size == 1:  # no group is formed for one
-        return {**facts, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}}
+        return {**facts, "pairs": [], "all": {"latency_s": 0.0, "bandwidth": 0.0, "sizes": []}, "precision": []}
     measured = []
     for one, other in host_pairs(len(hosts)):
         ranks, names = [firsts[one], firsts[other]], [hosts[one], hosts[other]]
@@ -81,7 +84,20 @@ def measure(context: RankContext, order: Mapping[str, Any]) -> dict[str, Any]:
         say({"next": hosts})
     every = _timed(context.world_size, [None], device)
     pairs = [pair for some in all_gather_object(measured, context) for pair in some]
-    return {**facts, "pairs": pairs, "all": every}
+    precision = [_time_precisions(hosts[firsts.index(context.rank)])] if _computes(context, order, device) else []
+    timed = [host for some in all_gather_object(precision, context) for host in some]
+    return {**facts, "pairs": pairs, "all": every, "precision": timed}
+
+
+def _computes(context: RankContext, order: Mapping[str, Any], device: torch.device) -> bool:
+    """Returns whether this rank times its host's CPU: one rank of each host does, unless the host computes on GPUs."""
+    return device.type == "cpu" and context.rank in order["firsts"]
+
+
+def _time_precisions(host: str) -> dict[str, Any]:
+    """Returns the seconds of a small model's forward and backward, and what they say about engine.precision."""
+    times = time_fixed_model()
+    return {"host": host, "fp32_s": times.fp32_s, "bf16_s": times.bf16_s, "found": times.describe()}
 
 
 def _group(ranks: Sequence[int]) -> Any:

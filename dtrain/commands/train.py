@@ -15,6 +15,7 @@ from dtrain.engine.build import engine_name
 from dtrain.tasks.protocol import Task
 from dtrain.training import run_claim, summary
 from dtrain.training.monitors.protocol import Monitor
+from dtrain.training.precision_advice import describe_precision
 from dtrain.training.prepare_run import prepare_run
 from dtrain.training.summary import Result
 
@@ -53,3 +54,6 @@ def run_dry(config: Config, context: RankContext) -> None:
     engine_name(config, context)
     run = prepare_run(config, context, None, None, None)
     log.info("%s", run.describe(in_full=True))
+    precision = describe_precision(config, run.task, run.prepared, run.steps)
+    if precision is not None:
+        log.info("%s", precision)

@@ -101,6 +101,9 @@ class Train(Section):
     log_gradients: int | None = setting(
         None, "steps between lines with the gradient norm of each layer; null: none", resume="free", ge=1
     )
+    time_every: int | None = setting(
+        50, "steps between lines with the time of each part of a step on each rank; null: none", resume="free", ge=1
+    )
     non_finite: Literal["stop", "skip"] = setting(
         "stop", "on a loss or gradient that is not finite: stop the run, or skip the update", resume="free"
     )

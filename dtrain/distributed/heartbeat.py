@@ -59,6 +59,8 @@ class Phase(IntEnum):
     FINISHING = 14
     ENDING = 15
     ANSWERING = 16
+    BACKWARD = 17
+    EXCHANGE = 18
 
 
 IDLE_RULES = {
@@ -79,6 +81,8 @@ IDLE_RULES = {
     Phase.FINISHING: IdleRule.TIMED,
     Phase.ENDING: IdleRule.UNLIMITED,
     Phase.ANSWERING: IdleRule.TIMED,
+    Phase.BACKWARD: IdleRule.STEP,
+    Phase.EXCHANGE: IdleRule.STEP,
 }
 
 PHASE_DESCRIPTIONS = {
@@ -88,7 +92,7 @@ PHASE_DESCRIPTIONS = {
     Phase.BUILDING: "building the engine",
     Phase.WAITING_FOR_NODE: "waiting for another rank's work",
     Phase.DATA: "reading the next batches",
-    Phase.MICRO_BATCH: "in forward and backward",
+    Phase.MICRO_BATCH: "in a forward pass",
     Phase.SUMMING: "adding up the step's losses",
     Phase.UPDATE: "updating the weights",
     Phase.MONITORS: "in a monitor after a step",
@@ -99,6 +103,8 @@ PHASE_DESCRIPTIONS = {
     Phase.FINISHING: "leaving the process group",
     Phase.ENDING: "exiting",
     Phase.ANSWERING: "generating an answer",
+    Phase.BACKWARD: "in a backward pass",
+    Phase.EXCHANGE: "averaging over ranks",
 }
 
 
@@ -134,6 +140,7 @@ class Heartbeat:
     Attributes:
         lock_id: id in the run.lock of this run's folder; empty if there is none.
         on_run_dir_lost: called with the reason when another job has taken over the run folder.
+        on_phase: called with each phase that begins; training/step_time.py measures how long they take.
     """
 
     def __init__(self, memory: mmap | None = None) -> None:
@@ -144,6 +151,7 @@ class Heartbeat:
         self._step_durations: deque[float] = deque(maxlen=MEDIAN_WINDOW)
         self.lock_id = ""
         self.on_run_dir_lost: Callable[[str], None] = lambda _reason: None
+        self.on_phase: Callable[[Phase], None] = lambda _phase: None
         self.tick()
 
     @property
@@ -161,6 +169,7 @@ class Heartbeat:
         if step is not None and step != self._step:
             self._start_step(step)
         self.tick()
+        self.on_phase(phase)
 
     def tick(self) -> None:
         """Records that a unit of work is done."""

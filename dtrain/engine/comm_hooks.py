@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtrain.config.schema import Config
+from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 
 Bucket = Any
@@ -32,11 +33,14 @@ class CommHook:
     def __init__(self, config: Config, context: RankContext) -> None:
         self.bucket_mb = config.engine.bucket_mb
         self.has_sent_all = False
-        self._world_size, self._traffic = context.world_size, context.traffic
+        self._world_size, self._traffic, self._heartbeat = context.world_size, context.traffic, context.heartbeat
 
     def send(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:
         """Collective. Starts to average a bucket, and records whether it is the step's last one: DDP sends them in order."""
         self.has_sent_all = bool(bucket.is_last())
+        if self.has_sent_all:
+            # Every gradient is known: what is left of this backward pass is the wait for the other ranks.
+            self._heartbeat.at(Phase.EXCHANGE)
         return self.average(bucket)
 
     def average(self, bucket: Bucket) -> torch.futures.Future[torch.Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_reduce_sum
+from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import EngineTraits, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
@@ -68,7 +69,8 @@ class LocalSgdEngine(SingleEngine):
 
     def synchronize(self, step: int, *, force: bool) -> bool:
         if force or step % self.local_sgd.every == 0:
-            self.local_sgd.average()
+            with self.context.heartbeat.within(Phase.EXCHANGE):
+                self.local_sgd.average()
             return True
         return False
 

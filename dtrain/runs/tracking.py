@@ -118,6 +118,16 @@ class Tracker:
         for name, value in norms.items():
             self._scalar(f"gradients/{name}", value, step)
 
+    def step_time(self, step: int, values: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        """Writes a step_time event: where the time went on each rank.
+
+        Args:
+            scalars: what TensorBoard shows, by name.
+        """
+        self.event("step_time", step=step, **values)
+        for name, value in scalars.items():
+            self._scalar(name, value, step)
+
     def _scalar(self, name: str, value: float, step: int) -> None:
         if self._board is not None and math.isfinite(value):
             try:

@@ -242,12 +242,13 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
     device = next(engine.module.parameters()).device
     losses = []
     for position, micro_batch in enumerate(batches.micro_batches):
-        engine.context.heartbeat.tick()
+        engine.context.heartbeat.at(Phase.MICRO_BATCH)
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
             with nullcontext() if micro_batch.counted else frozen_statistics(engine.module):
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
+            engine.context.heartbeat.at(Phase.BACKWARD)
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
         if micro_batch.counted:
             losses.append(loss.detach())

@@ -46,6 +46,7 @@ from dtrain.training.monitors.non_finite import NonFinite
 from dtrain.training.monitors.protocol import Decision, Monitor, RunState, StepRecord
 from dtrain.training.monitors.replicas import Replicas
 from dtrain.training.monitors.spikes import Spikes
+from dtrain.training.step_account import StepAccount
 from dtrain.training.stopping import RunStopped, StopCondition
 from dtrain.training.summary import Result
 from dtrain.training.thaw import thaw
@@ -215,10 +216,12 @@ class TrainingRun:
             decision = settle(self, record, after)
             if decision != Decision.CONTINUE:
                 return decision
-        steps = batches_ahead(self.settings, self.task, self.engine, start=self.state.step)
+        account = StepAccount(self.config, self.context, self.task, self.tracker, lambda: self.engine)
+        steps = account.watch(batches_ahead(self.settings, self.task, self.engine, start=self.state.step))
         self.look_ahead = LookAhead(steps, self.task, self.context, self.stop.is_wanted)
         try:
-            return train(self, [*before, *after])
+            with account.measured():
+                return train(self, [*before, *account.monitors, *after])
         finally:
             self.look_ahead.close()
 

@@ -129,6 +129,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "weights" in plan["memory"]
     assert "optimizer" in plan["memory"]
     assert "1e-5 relative over 50 steps" in plan["exactness"]
+    assert "bf16" in plan["precision"]
     names = [line.split()[1] for line in ended.text.splitlines() if line.startswith("  frozen")]
     assert len(names) == 5
     assert "bert.embeddings.word_embeddings.weight" in names

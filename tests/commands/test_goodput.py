@@ -55,6 +55,21 @@ def test_a_run_of_one_start_has_its_start_up_training_evaluation_and_end() -> No
     assert (report.steps, report.recomputed_steps, report.generations) == (30, 0, 1)
 
 
+def test_the_account_of_the_steps_adds_no_time_and_is_shown_by_share() -> None:
+    parts = {"data_s": [0.5, 1.5], "forward_s": [4.0, 4.0], "backward_s": [5.0, 5.0], "optimizer_s": [1.0, "nan"]}
+    account = [at(53.0, "step_time", step=20, steps=20, **parts), at(53.0, "straggler", step=20, rank=1, factor=1.4)]
+    lines = [*PLAIN[:4], *account, *PLAIN[4:]]
+
+    report = build_report(lines)
+
+    assert categories(lines) == categories(PLAIN)
+    assert report.step_shares["data"] == pytest.approx(2 / 21)
+    assert report.step_shares["backward"] == pytest.approx(10 / 21)
+    assert report.as_json()["step_forward_share"] == pytest.approx(8 / 21)
+    assert "a step       data 9.5 %, forward 38.1 %, backward 47.6 %" in format_table(report)
+    assert "a step" not in format_table(build_report(PLAIN))
+
+
 KILLED = [
     at(10, "start", startup_s=4.0),
     train(12, 1),

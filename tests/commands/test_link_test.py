@@ -24,6 +24,8 @@ def test_each_pair_of_hosts_is_measured_once_and_all_ranks_together() -> None:
 
     assert [pair["hosts"] for pair in found["pairs"]] == [["a", "b"], ["a", "c"], ["b", "c"]]
     assert (found["hosts"], found["ranks"], found["backend"]) == (["a", "b", "c"], 4, "gloo")
+    assert [timed["host"] for timed in found["precision"]] == ["a", "b", "c"]
+    assert all(timed["fp32_s"] > 0 and timed["bf16_s"] > 0 and "bf16" in timed["found"] for timed in found["precision"])
     for timed in [*found["pairs"], found["all"]]:
         assert [size["bytes"] for size in timed["sizes"]] == [1 << 12, 1 << 16]
         assert 0 < timed["latency_s"] < 1

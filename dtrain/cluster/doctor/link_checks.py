@@ -41,6 +41,15 @@ def host_pairs(count: int) -> list[tuple[int, int]]:
     return [(first, (first + 1) % count) for first in range(count)]
 
 
+def check_precision(measured: Mapping[str, Any]) -> list[Finding]:
+    """Returns what engine.precision=bf16 would gain on each host that computes on its CPU. It stays the user's choice.
+
+    Args:
+        measured: as in check_links.
+    """
+    return [Finding("precision", (timed["host"],), OK, timed["found"]) for timed in measured.get("precision", [])]
+
+
 def check_links(measured: Mapping[str, Any], routes: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Returns findings about each pair of hosts and about all hosts together.
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dtrain.cluster.doctor import link_checks
-from dtrain.cluster.doctor.findings import OK, RED, WARN, merge_findings
+from dtrain.cluster.doctor.findings import OK, RED, WARN, Finding, merge_findings
 from dtrain.cluster.doctor.host_checks import HostReport
 from dtrain.cluster.doctor.network_checks import check_ports, check_routes, check_shared_folder, find_master
 from tests.support.doctor_reports import healthy, not_ok
@@ -298,3 +298,10 @@ def test_the_advice_depends_on_the_duration_of_an_all_reduce() -> None:
     assert "takes 3.5 s here: engine.gradient_wire=bf16 reduces it to 1.8 s" in slow
     assert fast.endswith("no settings needed.")
     assert link_checks.ring_all_reduce_s(1e9, 1, latency_s=1.0, bandwidth=1.0) == 0.0
+
+
+def test_the_gain_of_bf16_is_a_finding_of_each_host_that_computes_on_its_cpu() -> None:
+    measured = {"precision": [{"host": "node1", "fp32_s": 0.2, "bf16_s": 0.1, "found": "bf16 is 2.0x faster"}]}
+
+    assert link_checks.check_precision(measured) == [Finding("precision", ("node1",), OK, "bf16 is 2.0x faster")]
+    assert link_checks.check_precision({}) == []
