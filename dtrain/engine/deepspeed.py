@@ -42,6 +42,7 @@ from dtrain.engine.state import (
     load_scaler,
     norms_by_name,
     optimizer_slots,
+    place_count,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
@@ -255,7 +256,7 @@ class DeepSpeedEngine(AveragesEveryStep):
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
-                self._engine.optimizer.state[parameter] = device_slots(slots, parameter)
+                self._engine.optimizer.state[parameter] = device_slots(slots, parameter, self._optimizer)
 
     def local_state(self) -> Iterator[Shard]:
         self._link_slots()
@@ -304,9 +305,11 @@ class DeepSpeedEngine(AveragesEveryStep):
 
     def _create_slots(self, keys: Sequence[str]) -> None:
         """Makes zero slots for every flat shard, the initial state of a parameter without slots."""
+        optimizer = self._inner_optimizer()
         for flat in self._flats():
-            self._inner_optimizer().state[flat] = {
-                key: torch.zeros(()) if key == STEP else torch.zeros_like(flat.data) for key in keys
+            optimizer.state[flat] = {
+                key: place_count(torch.zeros(()), flat, optimizer) if key == STEP else torch.zeros_like(flat.data)
+                for key in keys
             }
 
     def _set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
@@ -314,7 +317,8 @@ class DeepSpeedEngine(AveragesEveryStep):
 
         for key, value in slots.items():
             if key == STEP:
-                self._inner_optimizer().state[self._flat_of(parameter)][key] = value.clone()
+                flat, optimizer = self._flat_of(parameter), self._inner_optimizer()
+                optimizer.state[flat][key] = place_count(value, flat, optimizer)
             elif self.stage == 3:
                 # safe_set_full_* fails on the last rank when the size does not divide by the ranks.
                 shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]

@@ -16,15 +16,36 @@ DEFAULT_DECAY_RATIO = 0.1
 """Share of the steps in which warmup_stable_decay lowers the learning rate, if neither steps nor share are set."""
 
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""Devices whose fused AdamW is tested here. torch refuses it on the meta device."""
+
+
 def build_optimizer(groups: list[dict[str, Any]], settings: schema.Optim) -> torch.optim.Optimizer:
     """Returns the optimizer of `optim.name` over those groups."""
     match settings.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+            is_fused = all(_can_fuse(parameter) for group in groups for parameter in group["params"])
+            return torch.optim.AdamW(
+                groups,
+                lr=settings.learning_rate,
+                betas=settings.betas,
+                eps=settings.eps,
+                fused=True if is_fused else None,  # None: torch chooses; False would also rule out its foreach kernels
+            )
         case "sgd":
             return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
         case "adafactor":
             return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+
+
+def _can_fuse(parameter: nn.Parameter) -> bool:
+    """Returns whether torch's fused AdamW updates a parameter correctly.
+
+    The CPU kernel walks through memory and ignores strides. It silently pairs the wrong elements if the gradient or a
+    moment is laid out differently, which is so for a part of a larger tensor: their strides cannot follow the parameter's.
+    """
+    follows_layout = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    return parameter.is_floating_point() and parameter.device.type in FUSED_DEVICES and follows_layout
 
 
 def slots_per_value(settings: schema.Optim) -> int:

@@ -123,7 +123,7 @@ class SingleEngine(AveragesEveryStep):
         for name, parameter in self.module.named_parameters():
             slots = self._read_slots(name, parameter.shape, read) if parameter.requires_grad else {}
             if slots:
-                self._optimizer.state[parameter] = device_slots(slots, parameter)
+                self._optimizer.state[parameter] = device_slots(slots, parameter, self._optimizer)
 
     def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
         """Collective. Returns the optimizer's slots."""
