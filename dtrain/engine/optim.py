@@ -1,20 +1,13 @@
-"""Optimizers, and the learning rate as a function of the number of updates."""
+"""Optimizers. Their learning rates are in schedules.py."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from dtrain.config import schema
-from dtrain.errors import ConfigError
-
-DEFAULT_DECAY_RATIO = 0.1
-"""Share of the steps in which warmup_stable_decay lowers the learning rate, if neither steps nor share are set."""
-
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose fused AdamW is tested here. torch refuses it on the meta device."""
@@ -57,59 +50,3 @@ def slots_per_value(settings: schema.Optim) -> int:
             return 1 if settings.momentum else 0
         case "adafactor":
             return 0
-
-
-def learning_rate(optim: schema.Optim, settings: schema.Schedule, *, total_steps: int) -> Callable[[int], float]:
-    """Returns the learning rate as a function of the updates already applied; the first step uses the value for 0.
-
-    Hugging Face's schedules give the shape. They are read as a pure function of the step, so there is no state to save.
-    """
-    from transformers.optimization import get_scheduler
-
-    name, options = _shape(optim, settings, total_steps=total_steps)
-    scheduler = get_scheduler(
-        name,
-        torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=optim.learning_rate),
-        num_warmup_steps=_steps(settings.warmup_steps, settings.warmup_ratio or 0.0, total_steps),
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=options,
-    )
-    shape: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return lambda updates: optim.learning_rate * float(shape(updates))
-
-
-def _shape(optim: schema.Optim, settings: schema.Schedule, *, total_steps: int) -> tuple[str, dict[str, Any]]:
-    """Returns Hugging Face's name and options of a schedule."""
-    floor = settings.min_ratio
-    match settings.name:
-        case "cosine" if floor is not None:
-            return "cosine_with_min_lr", {"min_lr_rate": floor}
-        case "cosine_with_restarts":
-            return settings.name, {"num_cycles": settings.cycles or 1}
-        case "polynomial":
-            end = {} if floor is None else {"lr_end": floor * optim.learning_rate}
-            return settings.name, {"power": settings.power or 1.0, **end}
-        case "inverse_sqrt":
-            return settings.name, {"timescale": settings.timescale}
-        case "warmup_stable_decay":
-            decay_ratio = DEFAULT_DECAY_RATIO if settings.decay_ratio is None else settings.decay_ratio
-            decay_steps = _steps(settings.decay_steps, decay_ratio, total_steps)
-            warmup = _steps(settings.warmup_steps, settings.warmup_ratio or 0.0, total_steps)
-            if warmup + decay_steps > total_steps:
-                raise ConfigError(
-                    f"schedule.name=warmup_stable_decay: {warmup} steps of warm-up and {decay_steps} of decay are more than the "
-                    f"{total_steps} steps of this run. Lower schedule.warmup_steps or schedule.decay_steps, or set the shares "
-                    "schedule.warmup_ratio and schedule.decay_ratio."
-                )
-            options = {
-                "num_decay_steps": decay_steps,
-                "decay_type": settings.decay_shape or "linear",
-                "min_lr_ratio": floor or 0.0,
-            }
-            return settings.name, options
-        case _:
-            return settings.name, {}
-
-
-def _steps(steps: int | None, ratio: float, total_steps: int) -> int:
-    return steps if steps is not None else math.ceil(ratio * total_steps)

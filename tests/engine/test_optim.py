@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import re
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from dtrain.config import schema
-from dtrain.engine.optim import build_optimizer, learning_rate
+from dtrain.engine.optim import build_optimizer
 from dtrain.engine.parameter_groups import parameter_groups
 from dtrain.engine.state import device_slots, host_slots, slot_tensors
-from dtrain.errors import ConfigError
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
@@ -128,98 +125,3 @@ def test_saved_adafactor_rows_and_columns_keep_their_shapes() -> None:
     loaded = device_slots(slots, parameter, optimizer)
 
     assert {name: slot.shape for name, slot in loaded.items()} == {name: slot.shape for name, slot in slots.items()}
-
-
-def test_the_first_step_runs_at_the_schedules_value_for_zero() -> None:
-    rate = learning_rate(
-        schema.Optim(learning_rate=1.0), schema.Schedule(name="linear", warmup_steps=2), total_steps=10
-    )
-
-    assert [rate(step) for step in range(4)] == pytest.approx([0.0, 0.5, 1.0, 0.875])
-    assert rate(10) == 0.0
-
-
-def test_a_warmup_ratio_is_a_share_of_all_steps() -> None:
-    rate = learning_rate(
-        schema.Optim(learning_rate=1.0), schema.Schedule(name="constant_with_warmup", warmup_ratio=0.4), total_steps=10
-    )
-
-    assert [rate(step) for step in range(6)] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
-
-
-WITH_WARMUP = [name for name in get_args(schema.Schedule.model_fields["name"].annotation) if name != "constant"]
-
-
-@pytest.mark.parametrize("name", WITH_WARMUP)
-def test_a_schedule_is_hugging_faces_own_at_every_step(name: str) -> None:
-    from transformers import get_scheduler
-
-    options = {"num_decay_steps": 1, "decay_type": "linear"} if name == "warmup_stable_decay" else {}
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1e-6)
-    theirs = get_scheduler(
-        name, optimizer, num_warmup_steps=3, num_training_steps=10, scheduler_specific_kwargs=options
-    )
-
-    ours = learning_rate(
-        schema.Optim(learning_rate=1e-6), schema.Schedule(name=name, warmup_ratio=0.25), total_steps=10
-    )
-
-    for step in range(10):
-        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-        optimizer.step()
-        theirs.step()
-
-
-HALF = math.sqrt(0.5)
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"name": "cosine", "min_ratio": 0.2}, {0: 1.0, 5: 0.6, 10: 0.2}),
-        (
-            {"name": "cosine_with_restarts", "cycles": 2},
-            {0: 1.0, 4: 0.5 + 0.5 * math.cos(0.8 * math.pi), 5: 1.0, 10: 0.0},
-        ),
-        ({"name": "polynomial", "power": 2.0, "min_ratio": 0.5}, {0: 1.0, 5: 0.5 + 0.5 * 0.25, 10: 0.5}),
-        ({"name": "inverse_sqrt", "warmup_steps": 2, "timescale": 2}, {0: 0.0, 1: 0.5, 2: 1.0, 4: HALF, 8: 0.5}),
-        (
-            {"name": "warmup_stable_decay", "warmup_steps": 2, "decay_steps": 4},
-            {0: 0.0, 1: 0.5, 2: 1.0, 6: 1.0, 7: 0.75, 8: 0.5, 10: 0.0},
-        ),
-        ({"name": "warmup_stable_decay", "decay_ratio": 0.4, "decay_shape": "1-sqrt"}, {6: 1.0, 8: 1 - HALF, 10: 0.0}),
-        ({"name": "warmup_stable_decay", "min_ratio": 0.1, "decay_shape": "cosine"}, {8: 1.0, 9: 1.0, 10: 0.1}),
-    ],
-    ids=lambda value: value.get("name") if isinstance(value, dict) else None,
-)
-def test_a_schedules_options_give_the_values_worked_out_by_hand(
-    settings: dict[str, Any], expected: dict[int, float]
-) -> None:
-    rate = learning_rate(schema.Optim(learning_rate=2.0), schema.Schedule(**settings), total_steps=10)
-
-    assert {step: rate(step) for step in expected} == pytest.approx(
-        {step: 2.0 * value for step, value in expected.items()}, abs=1e-12
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "linear", "min_ratio": 0.1}, "schedule.min_ratio is for schedule.name=cosine or polynomial"),
-        ({"name": "cosine", "decay_steps": 3}, "schedule.decay_steps is for schedule.name=warmup_stable_decay"),
-        (
-            {"name": "warmup_stable_decay", "decay_steps": 3, "decay_ratio": 0.5},
-            "set schedule.decay_steps or schedule.decay_ratio, not both",
-        ),
-    ],
-)
-def test_an_option_that_the_schedule_does_not_use_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        schema.Schedule(**settings)
-
-
-def test_a_warm_up_and_a_decay_longer_than_the_run_are_refused() -> None:
-    with pytest.raises(ConfigError, match="6 steps of warm-up and 5 of decay are more than the 10 steps of this run"):
-        learning_rate(
-            schema.Optim(), schema.Schedule(name="warmup_stable_decay", warmup_steps=6, decay_steps=5), total_steps=10
-        )
