@@ -18,7 +18,7 @@ from torch import nn
 
 from dtrain.data.batches import step_batches
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
-from dtrain.engine import local_sgd, schedules
+from dtrain.engine import local_sgd, optim, schedules
 from dtrain.engine.build import build_engine
 from dtrain.engine.parameter_groups import parameter_groups
 from dtrain.engine.protocol import StepWeight
