@@ -23,6 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
+from dtrain.engine.clipping import clip
 from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, explain_refused_config, needs_lock_step
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.missing_gradients import GradientRecord, drop_unused_gradients, refuse_before, refuse_layer_drop
@@ -162,9 +163,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self._engine.optimizer)
-        gradients = [p for p in self.module.parameters() if p.grad is not None]
-        limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
-        norm = float(nn.utils.clip_grad_norm_(gradients, limit)) if limit != float("inf") else _norm(gradients)
+        norm = clip(self.module.parameters(), self._max_grad_norm)
         applied = not discard and math.isfinite(norm)
         if applied:
             self._engine.step()
@@ -375,10 +374,6 @@ def _import_quietly() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:
