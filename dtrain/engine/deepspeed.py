@@ -23,6 +23,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
+from dtrain.engine.clipping import clip
 from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, explain_refused_config, needs_lock_step
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.missing_gradients import GradientRecord, drop_unused_gradients, refuse_before, refuse_layer_drop
@@ -42,6 +43,7 @@ from dtrain.engine.state import (
     load_scaler,
     norms_by_name,
     optimizer_slots,
+    place_count,
     replicated_shards,
     scaler_scalars,
     slot_tensors,
@@ -161,9 +163,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self._engine.optimizer)
-        gradients = [p for p in self.module.parameters() if p.grad is not None]
-        limit = self._max_grad_norm if self._max_grad_norm is not None else float("inf")
-        norm = float(nn.utils.clip_grad_norm_(gradients, limit)) if limit != float("inf") else _norm(gradients)
+        norm = clip(self.module.parameters(), self._max_grad_norm)
         applied = not discard and math.isfinite(norm)
         if applied:
             self._engine.step()
@@ -255,7 +255,7 @@ class DeepSpeedEngine(AveragesEveryStep):
             if self.stage > 0:
                 self._set_slots(parameter, slots)
             elif slots:
-                self._engine.optimizer.state[parameter] = device_slots(slots, parameter)
+                self._engine.optimizer.state[parameter] = device_slots(slots, parameter, self._optimizer)
 
     def local_state(self) -> Iterator[Shard]:
         self._link_slots()
@@ -304,9 +304,11 @@ class DeepSpeedEngine(AveragesEveryStep):
 
     def _create_slots(self, keys: Sequence[str]) -> None:
         """Makes zero slots for every flat shard, the initial state of a parameter without slots."""
+        optimizer = self._inner_optimizer()
         for flat in self._flats():
-            self._inner_optimizer().state[flat] = {
-                key: torch.zeros(()) if key == STEP else torch.zeros_like(flat.data) for key in keys
+            optimizer.state[flat] = {
+                key: place_count(torch.zeros(()), flat, optimizer) if key == STEP else torch.zeros_like(flat.data)
+                for key in keys
             }
 
     def _set_slots(self, parameter: nn.Parameter, slots: Mapping[str, torch.Tensor]) -> None:
@@ -314,7 +316,8 @@ class DeepSpeedEngine(AveragesEveryStep):
 
         for key, value in slots.items():
             if key == STEP:
-                self._inner_optimizer().state[self._flat_of(parameter)][key] = value.clone()
+                flat, optimizer = self._flat_of(parameter), self._inner_optimizer()
+                optimizer.state[flat][key] = place_count(value, flat, optimizer)
             elif self.stage == 3:
                 # safe_set_full_* fails on the last rank when the size does not divide by the ranks.
                 shard: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
@@ -371,10 +374,6 @@ def _import_quietly() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _norm(parameters: list[nn.Parameter]) -> float:
-    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _replace_by_plain_parameters(module: nn.Module, optimizer: Any) -> None:

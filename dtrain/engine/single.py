@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
+from dtrain.engine.clipping import clip
 from dtrain.engine.forward_only import autocast
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import (
@@ -76,6 +77,9 @@ class SingleEngine(AveragesEveryStep):
     def backward(self, loss: torch.Tensor) -> None:
         if not loss.requires_grad:
             return  # this micro-batch used no trainable part
+        if self._precision == "fp32":
+            torch.autograd.backward(loss)
+            return
         # Outside autocast, as PyTorch advises: backward runs in the types that forward chose.
         with torch.autocast(self._device_type, enabled=False):
             torch.autograd.backward(self._scaler.scale(loss))
@@ -89,19 +93,17 @@ class SingleEngine(AveragesEveryStep):
 
     def step(self, weight: StepWeight, *, weighted_sq_norm: float = 0.0, discard: bool = False) -> StepResult:
         self._scaler.unscale_(self._optimizer)
-        grad_norm = self._clip()
+        grad_norm = clip(self._parameters(), self._max_grad_norm)
         applied = not discard and math.isfinite(grad_norm)
         if applied:
             self._scaler.step(self._optimizer)
         self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters():  # a fifth of the time of Optimizer.zero_grad, which opens a profiler range
+            parameter.grad = None
         return StepResult(grad_norm, applied)
 
-    def _clip(self) -> float:
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if self._max_grad_norm is None:
-            return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        return float(nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self._optimizer.param_groups for parameter in group["params"])
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         for name, parameter in self.module.named_parameters():
@@ -123,7 +125,7 @@ class SingleEngine(AveragesEveryStep):
         for name, parameter in self.module.named_parameters():
             slots = self._read_slots(name, parameter.shape, read) if parameter.requires_grad else {}
             if slots:
-                self._optimizer.state[parameter] = device_slots(slots, parameter)
+                self._optimizer.state[parameter] = device_slots(slots, parameter, self._optimizer)
 
     def _read_slots(self, name: str, shape: torch.Size, read: ReadSlots) -> dict[str, torch.Tensor]:
         """Collective. Returns the optimizer's slots."""

@@ -12,7 +12,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Shard
 
 STEP = "step"
-"""The name that every torch optimizer has for its count of steps. It stays on the host."""
+"""The name that every torch optimizer has for its count of steps: a float32 tensor of one number."""
 
 FEEDBACK_PREFIX = "exchange_"
 """Slots of this prefix hold a communication hook's error-feedback state. Checkpoints contain this name."""
@@ -43,9 +43,28 @@ def host_slots(slots: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: host_copy(value) for key, value in slots.items()}
 
 
-def device_slots(slots: Mapping[str, torch.Tensor], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the entries on the device that the optimizer expects: the parameter's device, or the host for the count of steps."""
-    return {key: value if key == STEP else value.to(parameter.device, parameter.dtype) for key, value in slots.items()}
+def device_slots(
+    slots: Mapping[str, torch.Tensor], parameter: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Returns loaded entries on the device and in the type of the parameter; the count of steps where `place_count` puts it.
+
+    An entry of the parameter's shape gets its memory layout too, because torch's fused AdamW ignores strides.
+    """
+    placed = {}
+    for key, value in slots.items():
+        if key == STEP:
+            placed[key] = place_count(value, parameter, optimizer)
+        elif value.shape == parameter.shape:
+            placed[key] = torch.empty_like(parameter).copy_(value)
+        else:
+            placed[key] = value.to(parameter.device, parameter.dtype)
+    return placed
+
+
+def place_count(count: torch.Tensor, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """Returns a copy of a count of steps: on the parameter's device for a fused optimizer, else on the host."""
+    is_fused = bool(optimizer.defaults.get("fused"))
+    return count.detach().to(parameter.device if is_fused else "cpu", copy=True)
 
 
 def norms_by_name(gradients: Iterable[tuple[str, torch.Tensor | None]], *, scale: float) -> dict[str, float]:

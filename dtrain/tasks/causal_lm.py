@@ -35,6 +35,7 @@ from dtrain.tasks.documents import check_separates_documents, document_inputs
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
+from dtrain.tasks.target_loss import target_loss
 from dtrain.tasks.tensors import count_targets, full_precision, perplexity
 from dtrain.tasks.truncation import report_rows_without_targets
 
@@ -121,8 +122,7 @@ class CausalLmTask:
         return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = self._logits(model, batch)
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return target_loss(model, self._inputs(model, batch), batch["labels"])
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         logits, labels = self._logits(module, batch)
@@ -162,14 +162,17 @@ class CausalLmTask:
         values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
         return f"{split}: {values} (nll {nll:.6f} nats over {tokens} tokens{words}; {', '.join(how)})"
 
-    def _logits(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _inputs(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
         if not self._is_checked:
             check_separates_documents(model, max_length=self.max_length)
             self._is_checked = True
-        inputs = {key: value for key, value in batch.items() if key not in ("labels", "document_ids")}
+        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in ("labels", "document_ids")}
         if self._is_packed:
             inputs.update(document_inputs(batch["document_ids"], next(model.parameters()).dtype))
-        return full_precision(model(**inputs, use_cache=False).logits), batch["labels"]
+        return {**inputs, "use_cache": False}
+
+    def _logits(self, module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return full_precision(module(**self._inputs(module, batch)).logits), batch["labels"]
 
 
 def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) -> CausalLmTask:

@@ -25,7 +25,8 @@ from dtrain.tasks.causal_lm import HEAD
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import compute_logits, count_targets, perplexity
+from dtrain.tasks.target_loss import target_logits, target_loss
+from dtrain.tasks.tensors import count_targets, perplexity
 from dtrain.tasks.truncation import FULL_LENGTH
 
 
@@ -80,17 +81,19 @@ class ChatTask:
         return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = compute_logits(model, batch, use_cache=False), batch["labels"]
-        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return target_loss(model, _inputs(batch), batch["labels"])
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         """Returns as prediction (batch, 2) how many targets were the most likely token, and the number of targets."""
-        logits, labels = compute_logits(module, batch, use_cache=False), batch["labels"]
-        # The layout (batch, vocabulary, length) takes several times as long on a CPU.
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        count = (labels != IGNORED).sum(dim=1)
-        correct = (logits.argmax(dim=-1) == labels).sum(dim=1)
-        return ScoredBatch(losses.view_as(labels).double().sum(dim=1), count, torch.stack([correct, count], dim=1))
+        labels = batch["labels"]
+        is_target = labels != IGNORED
+        logits = target_logits(module, _inputs(batch), is_target)
+        losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        losses[is_target] = F.cross_entropy(logits, labels[is_target], reduction="none").double()
+        correct = torch.zeros_like(labels)
+        correct[is_target] = (logits.argmax(dim=-1) == labels[is_target]).long()
+        count = is_target.sum(dim=1)
+        return ScoredBatch(losses.sum(dim=1), count, torch.stack([correct.sum(dim=1), count], dim=1))
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         correct, count = (sum(column) for column in zip(*predictions, strict=True))
@@ -99,6 +102,10 @@ class ChatTask:
     def records(self, split: str, predictions: Sequence[Any]) -> list[Mapping[str, Any]]:
         """Returns records without texts: `correct` is the number of targets that were the most likely token."""
         return [{"prediction": None, "reference": None, "correct": int(correct)} for correct, _ in predictions]
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {**{key: value for key, value in batch.items() if key != "labels"}, "use_cache": False}
 
 
 def prepare_chat(config: Config, settings: Chat, context: RankContext) -> ChatTask:

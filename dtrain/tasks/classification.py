@@ -35,7 +35,7 @@ from dtrain.tasks.prepare import (
     read_columns,
 )
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import compute_logits, label_tensor, pad_rows
+from dtrain.tasks.tensors import compute_logits, count_targets, label_tensor, pad_rows
 
 HEAD = Head(
     "sequence_classification",
@@ -93,9 +93,10 @@ class ClassificationTask:
         return {**pad_rows(self.tokenizer, inputs, self.padding), "labels": label_tensor(rows["label"])}
 
     def targets(self, batch: Batch) -> Targets:
+        if self._weights is None:
+            return count_targets(batch["labels"])
         labels = batch["labels"][batch["labels"] != IGNORED]
-        weight = float(self._weights[labels].double().sum()) if self._weights is not None else float(len(labels))
-        return Targets(weight, len(labels))
+        return Targets(float(self._weights[labels].double().sum()), len(labels))
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = compute_logits(model, batch), batch["labels"]

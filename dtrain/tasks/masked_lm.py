@@ -32,7 +32,8 @@ from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import count_targets, full_precision, pad_rows, perplexity
+from dtrain.tasks.target_loss import target_logits, target_loss
+from dtrain.tasks.tensors import count_targets, pad_rows, perplexity
 from dtrain.tasks.truncation import report_rows_without_targets
 
 MASKED, REPLACED = 0.8, 0.1
@@ -99,12 +100,11 @@ class MaskedLmTask:
         return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        logits, labels = _logits(model, batch)
-        return F.cross_entropy(logits, labels, reduction="sum")
+        return target_loss(model, _inputs(batch), batch["labels"])
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
-        logits, labels = _logits(module, batch)
         is_target = batch["labels"] != IGNORED
+        logits, labels = target_logits(module, _inputs(batch), is_target), batch["labels"][is_target]
         losses = torch.zeros(is_target.shape, dtype=torch.float64, device=logits.device)
         losses[is_target] = F.cross_entropy(logits, labels, reduction="none").double()
         correct = torch.zeros_like(batch["labels"])
@@ -218,8 +218,5 @@ def _examples(texts: Sequence[str], tokenizer: Any, max_length: int) -> Iterator
         yield ids, words, encoded["overflow_to_sample_mapping"][number]
 
 
-def _logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns logits (targets, vocabulary) and labels (targets,) of the masked tokens only, which saves memory."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    is_target = batch["labels"] != IGNORED
-    return full_precision(model(**inputs).logits[is_target]), batch["labels"][is_target]
+def _inputs(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "labels"}

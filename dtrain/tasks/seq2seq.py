@@ -37,7 +37,8 @@ from dtrain.models.seq2seq import (
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
+from dtrain.tasks.target_loss import target_loss
+from dtrain.tasks.tensors import count_targets, full_precision, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
@@ -117,13 +118,7 @@ class Seq2SeqTask:
         return count_targets(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        return F.cross_entropy(
-            _logits(model, batch).flatten(0, 1),
-            batch["labels"].flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=self._smoothing,
-            reduction="sum",
-        )
+        return target_loss(model, _inputs(model, batch), batch["labels"], label_smoothing=self._smoothing)
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         labels = batch["labels"]
@@ -132,7 +127,7 @@ class Seq2SeqTask:
         if int(
             targets.sum()
         ):  # all examples of a split have a target or none has, so that every rank takes the same path
-            logits = _logits(module, batch).transpose(1, 2)
+            logits = full_precision(module(**_inputs(module, batch)).logits).transpose(1, 2)
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum(dim=1)
         generated = self._generate(module, batch, lock_step=lock_step) if self._generates else None
         return ScoredBatch(losses, targets, generated)
@@ -238,6 +233,7 @@ def _check_positions(config: Config, settings: Seq2Seq, context: RankContext) ->
             )
 
 
-def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Returns logits (batch, length, vocabulary) in full precision, for each token of the target given those before it."""
-    return compute_logits(model, batch, decoder_input_ids=decoder_inputs(model, batch["labels"]), use_cache=False)
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Returns the model's inputs, in which each token of the target is given those before it."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return {**inputs, "decoder_input_ids": decoder_inputs(model, batch["labels"]), "use_cache": False}

@@ -106,7 +106,7 @@ class LookAhead:
         heartbeat.at(Phase.SUMMING)
         targets = [self._task.targets(batch.tensors) for batch in counted(batches)]
         local_weight = math.fsum(target.weight for target in targets)
-        local = [
+        local: list[float] = [
             math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
             sum(not math.isfinite(loss) for loss in losses),
             int(self.requested == Decision.STOP),
@@ -116,10 +116,10 @@ class LookAhead:
             weighted_sq_norm or 0.0,
             int(lacks_gradients),
         ]
-        # float64 holds the counts exactly.
-        loss, faults, stops, preempts, weight, count, sq_norm, lacking = all_reduce_sum(
-            torch.tensor(local, dtype=torch.float64), self._context
-        ).tolist()
+        if self._context.world_size > 1:
+            # float64 holds the counts exactly.
+            local = all_reduce_sum(torch.tensor(local, dtype=torch.float64), self._context).tolist()
+        loss, faults, stops, preempts, weight, count, sq_norm, lacking = local
         self.next_step = None if batches is None else Step(batches, StepWeight(weight, local_weight), int(count))
         self.decision = resolve_decision(stops=int(stops), preempts=int(preempts))
         return StepTotals(loss, int(faults), sq_norm, int(lacking))

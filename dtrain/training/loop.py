@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -225,6 +224,8 @@ def _request_of(monitor: Monitor, record: StepRecord) -> Decision:
     request: object = monitor.after_step(record)
     if request is None:
         return Decision.CONTINUE
+    if type(request) is Decision:
+        return request
     if not isinstance(request, int) or isinstance(request, bool) or request not in list(Decision):
         raise ConfigError(
             f"{type(monitor).__name__}.after_step returned {request!r} at step {record.step}. Return Decision.CONTINUE, "
@@ -246,12 +247,21 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
         is_last = position == len(batches.micro_batches) - 1
         with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
             seed_all(seed, "forward", batches.step, micro_batch.index)
-            with nullcontext() if micro_batch.counted else frozen_statistics(engine.module):
+            if micro_batch.counted:
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
+                losses.append(loss.detach())
+            else:
+                with frozen_statistics(engine.module):
+                    loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
             engine.context.heartbeat.at(Phase.BACKWARD)
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
-        if micro_batch.counted:
-            losses.append(loss.detach())
+    return _to_floats(losses)
+
+
+def _to_floats(losses: Sequence[torch.Tensor]) -> list[float]:
+    """Returns numbers of one device, with one transfer for all."""
+    if len(losses) == 1:
+        return [losses[0].item()]
     return torch.stack(losses).double().tolist() if losses else []
 
 

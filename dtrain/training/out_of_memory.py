@@ -2,46 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 import torch
 
 from dtrain.errors import DtrainError
 from dtrain.tasks.protocol import Batch
 
-SMALLER_ACTIVATIONS = (
-    "data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A smaller micro-batch changes "
-    "only dropout's random draws"
+CURE_IN_TRAINING = (
+    "Set train.micro_batch_size lower, data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A "
+    "smaller micro-batch changes only dropout's random draws."
 )
-SMALLER_STATE = "engine.zero_stage=1 (2, 3) to shard it over the ranks, freeze.modules, or optim.name=adafactor"
+CURE_IN_STEP = (
+    "The moments do not fit into memory together with the weights: set engine.zero_stage=1 (2, 3) to shard it over the ranks, "
+    "freeze.modules, or optim.name=adafactor."
+)
 
 
-@contextmanager
-def explain_in_training(tensors: Batch) -> Iterator[None]:
+def explain_in_training(tensors: Batch) -> _Explain:
     """Surrounds forward and backward of one micro-batch, (batch, length, ...) tensors.
 
     Raises:
         DtrainError: instead of torch's OutOfMemoryError.
     """
-    with _explain(f"a micro-batch of {size(tensors)}", f"Set train.micro_batch_size lower, {SMALLER_ACTIVATIONS}."):
-        yield
+    return _Explain("a micro-batch", CURE_IN_TRAINING, tensors)
 
 
-@contextmanager
-def explain_in_evaluation(tensors: Batch) -> Iterator[None]:
+def explain_in_evaluation(tensors: Batch) -> _Explain:
     """Surrounds an evaluation's forward pass."""
-    with _explain(f"an evaluation micro-batch of {size(tensors)}", "Set evaluation.micro_batch_size lower."):
-        yield
+    return _Explain("an evaluation micro-batch", "Set evaluation.micro_batch_size lower.", tensors)
 
 
-@contextmanager
-def explain_in_step() -> Iterator[None]:
+def explain_in_step() -> _Explain:
     """Surrounds the optimizer's step, which allocates the moments in its first call."""
-    with _explain(
-        "the optimizer's step", f"The moments do not fit into memory together with the weights: set {SMALLER_STATE}."
-    ):
-        yield
+    return _Explain("the optimizer's step", CURE_IN_STEP)
 
 
 def size(tensors: Batch) -> str:
@@ -51,12 +45,24 @@ def size(tensors: Batch) -> str:
     return f"{shape[0]} examples" + (f", {shape[-1]} tokens long" if ids is not None else "")
 
 
-@contextmanager
-def _explain(at: str, cure: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DtrainError(f"Out of memory at {at}{_held()}. {cure}\n{str(error).splitlines()[0]}") from error
+class _Explain:
+    """A context manager that formats its message only after an error, because it is entered in every micro-batch."""
+
+    __slots__ = ("_at", "_cure", "_tensors")
+
+    def __init__(self, at: str, cure: str, tensors: Batch | None = None) -> None:
+        self._at, self._cure, self._tensors = at, cure, tensors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            at = self._at if self._tensors is None else f"{self._at} of {size(self._tensors)}"
+            first_line = str(error).splitlines()[0]
+            raise DtrainError(f"Out of memory at {at}{_held()}. {self._cure}\n{first_line}") from error
 
 
 def _held() -> str:

@@ -23,7 +23,7 @@ from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.launcher_process import how_to_go_on
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import StopRequest, deferred, ignore_further
-from dtrain.engine import optim
+from dtrain.engine import schedules
 from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.protocol import Engine
 from dtrain.errors import CheckpointError, ConfigError, Preempted
@@ -233,7 +233,7 @@ class TrainingRun:
             seed=config.run.seed,
             workers=config.data.workers,
             loss_is_scaled=config.engine.precision == "fp16",
-            learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=total),
+            learning_rate=schedules.learning_rate(config.optim, config.schedule, total_steps=total),
             train_mode=self.prepared.train_mode,
             log_gradients=config.train.log_gradients,
             drops=self._spikes.drops if self._spikes is not None else None,

@@ -18,7 +18,7 @@ from torch import nn
 
 from dtrain.data.batches import step_batches
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
-from dtrain.engine import local_sgd, optim
+from dtrain.engine import local_sgd, optim, schedules
 from dtrain.engine.build import build_engine
 from dtrain.engine.parameter_groups import parameter_groups
 from dtrain.engine.protocol import StepWeight
@@ -200,7 +200,7 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
     """The same in one process: a model and an optimizer for each rank, averaged when they are due."""
     config, learns = setting.config(), training.task(setting)
     plan = build.step_plan(config, learns)
-    rate = optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps)
+    rate = schedules.learning_rate(config.optim, config.schedule, total_steps=setting.steps)
     engines, batches = [], []
     for rank in range(world_size):
         module = training.tiny.bert(dropout=setting.dropout, layers=2)

@@ -14,7 +14,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine import optim
+from dtrain.engine import schedules
 from dtrain.engine.build import build_engine
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.classification import ClassificationTask
@@ -197,7 +197,7 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
         seed=config.run.seed + (context.rank if setting.broken == "seed_per_rank" else 0),
         workers=setting.workers,
         loss_is_scaled=setting.precision == "fp16",
-        learning_rate=optim.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
+        learning_rate=schedules.learning_rate(config.optim, config.schedule, total_steps=setting.steps),
         train_mode=prepared.train_mode,
         log_gradients=setting.log_gradients,
     )

@@ -1,0 +1,265 @@
+"""Cross entropy over a vocabulary, with logits of the targets only.
+
+A language model's last layer is a linear one over the vocabulary, and its logits are the largest tensor of a training step.
+While a model runs, a hook on that layer hands it the rows that are targets and no others. Where even those are many, the
+layer gets no row, and `_ChunkedCrossEntropy` multiplies chunks of the rows with the layer's weights. A hook works inside
+DDP's wrapper and leaves everything else to the model. Whether it is right is tried once per model, on a few tokens
+(`_try_head`). The model's complete logits are used where it is not, and where the layer is not a plain `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.tasks.protocol import IGNORED
+from dtrain.tasks.tensors import full_precision
+
+MAX_LOGITS = 2**26
+"""Number of logits from which on they are computed in chunks, and of those in a chunk: 256 MiB in float32."""
+
+KIND_ATTRIBUTE = "_dtrain_head_kind"
+"""Attribute of a model under which the result of the trial is kept."""
+
+COMPLETE, ROWS, LINEAR = "complete", "rows", "linear"
+"""Kinds of heads: needs every token; works row by row; is nothing but its linear layer."""
+
+
+@dataclass
+class _Selection:
+    """The rows that are targets, picked from what enters the last layer.
+
+    Attributes:
+        is_target: (batch, length) bool.
+        passes_rows: whether the layer gets these rows; else it gets none.
+        rows: (targets, width) once picked; None before, and where the layer's input has another shape.
+        calls: number of times that the layer ran.
+    """
+
+    is_target: torch.Tensor
+    passes_rows: bool
+    rows: torch.Tensor | None = None
+    calls: int = 0
+
+    def __call__(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = inputs[0]
+        self.calls += 1
+        if hidden.shape[:-1] != self.is_target.shape:
+            return None
+        self.rows = hidden[self.is_target]
+        passed = self.rows[None] if self.passes_rows else hidden[:, :0]
+        return (passed, *inputs[1:])
+
+
+def target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.Tensor) -> torch.Tensor:
+    """Returns logits (targets, vocabulary) in full precision.
+
+    Args:
+        model: the model, or an engine's wrapper of it.
+        inputs: everything that the model is called with.
+        is_target: (batch, length) bool, the tokens whose logits count.
+    """
+    layer = _last_layer(model)
+    if layer is None or _head_kind(model, layer) == COMPLETE:
+        return full_precision(model(**inputs).logits[is_target])
+    with _selecting(layer, _Selection(is_target, passes_rows=True)) as selection:
+        logits = model(**inputs).logits
+    return full_precision(logits[is_target] if selection.rows is None else logits[0])
+
+
+def target_loss(
+    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, *, label_smoothing: float = 0.0
+) -> torch.Tensor:
+    """Returns the summed cross entropy of the labels that are not IGNORED, in nats.
+
+    Args:
+        labels: (batch, length) int64.
+    """
+    is_target, layer = labels != IGNORED, _last_layer(model)
+    if layer is not None and _is_chunked(model, layer, labels):
+        with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
+            logits = model(**inputs).logits
+        if selection.rows is not None:
+            options = (labels[is_target], label_smoothing, max(1, MAX_LOGITS // layer.out_features))
+            loss: torch.Tensor = _ChunkedCrossEntropy.apply(selection.rows, layer.weight, layer.bias, *options)
+            return loss
+        logits = full_precision(logits[is_target])
+    else:
+        logits = target_logits(model, inputs, is_target)
+    return F.cross_entropy(logits, labels[is_target], label_smoothing=label_smoothing, reduction="sum")
+
+
+def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> bool:
+    """Returns whether a loss is computed in chunks. Decided from shapes, so that nothing is fetched from the device."""
+    device = labels.device.type
+    # Gradients of a chunk do not have the loss scale of fp16 yet, so that small ones would become 0.
+    is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    is_large = labels.numel() * layer.out_features > MAX_LOGITS
+    is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
+    return is_large and is_whole and not is_fp16 and torch.is_grad_enabled() and _head_kind(model, layer) == LINEAR
+
+
+def _last_layer(model: nn.Module) -> nn.Linear | None:
+    """Returns the model's linear layer over the vocabulary, if its input may be changed."""
+    bare = _bare(model)
+    # A compiled forward has no place for a hook that comes and goes.
+    is_compiled = getattr(bare, "_compiled_call_impl", None) is not None
+    embeddings = getattr(bare, "get_output_embeddings", None)
+    if is_compiled or embeddings is None:
+        return None
+    layer = embeddings()
+    return layer if type(layer) is nn.Linear else None
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    bare = getattr(model, "module", model)
+    return bare if isinstance(bare, nn.Module) else model
+
+
+@contextmanager
+def _selecting(layer: nn.Linear, selection: _Selection) -> Iterator[_Selection]:
+    handle = layer.register_forward_pre_hook(selection)
+    try:
+        yield selection
+    finally:
+        handle.remove()
+
+
+def _head_kind(model: nn.Module, layer: nn.Linear) -> str:
+    """Returns what the trial found, and tries the model if it was not tried before."""
+    bare = _bare(model)
+    kind: str | None = bare.__dict__.get(KIND_ATTRIBUTE)
+    if kind is None:
+        is_sharded = hasattr(layer.weight, "ds_id")
+        # BigBird would switch to full attention for good at the few tokens of the trial.
+        is_block_sparse = getattr(getattr(bare, "config", None), "attention_type", None) == "block_sparse"
+        kind = COMPLETE if is_sharded or is_block_sparse else _try_head(bare, layer)
+        bare.__dict__[KIND_ATTRIBUTE] = kind
+    return kind
+
+
+def _try_head(model: nn.Module, layer: nn.Linear) -> str:
+    """Compares the logits of some tokens with the model's own. Leaves training modes and the random state unchanged.
+
+    Also with large numbers in place of what the layer computes: a new model's small logits would pass a soft cap unchanged.
+    """
+    device = layer.weight.device
+    tokens = torch.arange(12, device=device).view(2, 6) % layer.out_features
+    is_target = tokens % 3 != 0
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens.flip(1)
+    numbers = torch.linspace(-1e3, 1e3, 12 * layer.out_features, device=device, dtype=layer.weight.dtype)
+    numbers = numbers.view(2, 6, layer.out_features)
+
+    def logits(passes_rows: bool | None, outputs: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the model; `outputs` take the place of the layer's. None selects nothing."""
+        selection = _Selection(is_target, passes_rows=bool(passes_rows))
+        hook = layer.register_forward_hook(lambda *_: outputs)
+        try:
+            if passes_rows is None:
+                found = model(**inputs).logits
+            else:
+                with _selecting(layer, selection):
+                    found = model(**inputs).logits
+                if selection.calls != 1 or selection.rows is None:
+                    raise ValueError("the layer was not called once with a row for each token")
+        finally:
+            hook.remove()
+        return torch.as_tensor(found)
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+            expected, processed = logits(None)[is_target], logits(None, numbers)
+            works_on_rows = _are_equal(logits(True)[0], expected) and _are_equal(
+                logits(True, numbers[is_target][None])[0], processed[is_target]
+            )
+            if not works_on_rows:
+                return COMPLETE
+            # A learned scale of 1 after the layer changes nothing yet, but needs a gradient.
+            is_linear = torch.equal(processed, numbers) and not processed.requires_grad
+            return LINEAR if is_linear and logits(False).numel() == 0 else ROWS
+    except FORWARD_ERRORS:
+        return COMPLETE
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = max(1e-5, 8 * torch.finfo(expected.dtype).eps) * float(expected.detach().abs().max())
+    return found.shape == expected.shape and float((found - expected).detach().abs().max()) <= tolerance
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Linear layer and cross entropy over chunks of rows. Forward computes the gradients, so that no logits are kept.
+
+    The idea is that of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989, section 3.2). The multiplications are as many as
+    without chunks, because the gradient of a sum of losses needs only one factor from backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        label_smoothing: float,
+        chunk: int,
+    ) -> torch.Tensor:
+        device = rows.device.type
+        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_rows = torch.empty_like(rows) if needs_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
+        total = torch.zeros((), dtype=exact, device=rows.device)
+        with torch.autocast(device, enabled=False):
+            factor, offset = weight.to(lower), None if bias is None else bias.to(lower)
+            for start in range(0, len(rows), chunk):
+                part = rows[start : start + chunk].to(lower)
+                logits = full_precision(F.linear(part, factor, offset)).requires_grad_()
+                with torch.enable_grad():
+                    loss = F.cross_entropy(
+                        logits, labels[start : start + chunk], label_smoothing=label_smoothing, reduction="sum"
+                    )
+                grad = torch.autograd.grad(loss, logits)[0].to(lower)
+                total += loss.detach()
+                if grad_rows is not None:
+                    grad_rows[start : start + chunk] = grad @ factor
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad.t(), part)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(dim=0, dtype=exact)
+        ctx.gradients = (grad_rows, grad_weight, grad_bias)
+        ctx.types = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        (scale,) = grad_outputs
+        gradients, ctx.gradients = ctx.gradients, None  # a second backward pass must fail
+        scaled = [
+            None if gradient is None else gradient.mul_(scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.types, strict=True)
+        ]
+        return *scaled, None, None, None
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds a matrix product in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

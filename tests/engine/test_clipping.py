@@ -1,0 +1,70 @@
+"""Clipping: the bits of torch's own, with less work where nothing is clipped."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dtrain.engine.clipping import clip
+
+
+def parameters(*, scale: float) -> list[nn.Parameter]:
+    draws = torch.Generator().manual_seed(0)
+    made = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), (2,))]
+    for parameter in made[:2]:  # the last one has no gradient
+        parameter.grad = torch.randn(parameter.shape, generator=draws) * scale
+    return made
+
+
+def gradients(members: list[nn.Parameter]) -> list[torch.Tensor]:
+    return [member.grad for member in members if member.grad is not None]
+
+
+NORM = float(nn.utils.get_total_norm(gradients(parameters(scale=1.0))))
+
+
+@pytest.mark.parametrize("limit", [NORM * factor for factor in (0.1, 0.9999, 1.0, 1.000001, 1.0005, 1.01, 100.0)])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, math.inf, math.nan])
+def test_gradients_and_norm_have_the_bits_of_torchs_clipping(limit: float, scale: float) -> None:
+    ours, theirs = parameters(scale=scale), parameters(scale=scale)
+    limit = limit * scale if math.isfinite(scale) else limit
+
+    norm = clip(iter(ours), limit)
+
+    expected = float(nn.utils.clip_grad_norm_(theirs, limit))
+    assert norm == expected or (math.isnan(norm) and math.isnan(expected))
+    for one, other in zip(gradients(ours), gradients(theirs), strict=True):
+        assert torch.equal(one, other) or not math.isfinite(scale)
+
+
+def test_without_a_limit_gradients_are_only_measured() -> None:
+    members = parameters(scale=1.0)
+
+    assert clip(members, None) == NORM
+    for one, other in zip(gradients(members), gradients(parameters(scale=1.0)), strict=True):
+        assert torch.equal(one, other)
+    assert clip([members[2]], 1.0) == 0.0  # no gradient at all
+
+
+class Operations(TorchDispatchMode):
+    """Lists the names of the operations that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("limit", "multiplies"), [(2 * NORM, False), (0.5 * NORM, True)])
+def test_gradients_below_the_limit_are_read_once_and_not_written(limit: float, multiplies: bool) -> None:
+    with Operations() as operations:
+        clip(parameters(scale=1.0), limit)
+
+    assert any("_foreach_mul_" in name for name in operations.names) == multiplies
