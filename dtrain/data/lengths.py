@@ -46,7 +46,8 @@ class RowLengths:
     @cached_property
     def width(self) -> Counts:
         """(rows,) tokens of a row's longest sequence, the target of a decoder included. Rows are sorted by it."""
-        return np.sum(list(self.widths.values()), axis=0)
+        total: Counts = np.sum(list(self.widths.values()), axis=0)
+        return total
 
     def order(self, indices: Sequence[int]) -> list[int]:
         """Returns the indices sorted by width, the shortest first. Rows of one width keep their order."""

@@ -1,7 +1,7 @@
 """Exact evaluation: every example once, the same digits at every world size (law 6).
 
-The split's micro-batches are a fixed list, of rows of like length. Each result carries its example's index, sums do not depend on the order, and
-metrics are computed once on the gathered data in data order.
+The split's micro-batches are a fixed list, of rows of like length. Each result carries its example's index, sums do not
+depend on the order, and metrics are computed once on the gathered data in data order.
 """
 
 from __future__ import annotations

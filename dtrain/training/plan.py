@@ -12,7 +12,6 @@ from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel, count, describe_device, gigabytes, total_steps
 from dtrain.training.understood import describe_data
 
-
 PADDING_STEPS = 20
 """Steps by which --dry-run measures the padding."""
 
