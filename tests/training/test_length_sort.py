@@ -29,7 +29,13 @@ pytestmark = pytest.mark.ranks
 
 SORTED = Setting(table=True)
 BUDGET = Setting(table=True, micro_batch_tokens=40)
-LONG = {"steps": 50, "dropout": 0.0, "rows": 60, "learning_rate": 0.5, "max_grad_norm": None}  # a clip would hide a scale
+LONG = {
+    "steps": 50,
+    "dropout": 0.0,
+    "rows": 60,
+    "learning_rate": 0.5,
+    "max_grad_norm": None,
+}  # a clip would hide a scale
 
 
 def micro_batches(setting: Setting) -> list[list[int]]:
@@ -73,8 +79,8 @@ def test_fifty_steps_without_dropout_are_those_of_the_plain_list(setting: Settin
     found = single(replace(setting, **LONG))
 
     assert found["steps"] != plain["steps"]
-    assert worst(plain, found) <= 1e-5
-    assert worst(plain, single(replace(setting, **LONG, broken="scaled_gradient"))) > 1e-5
+    assert worst(plain, found) <= 1e-6  # the promise is 1e-5
+    assert worst(plain, single(replace(setting, **LONG, broken="scaled_gradient"))) > 1e-6
 
 
 def test_a_budget_below_the_longest_row_is_refused_with_the_smallest_that_works() -> None:
