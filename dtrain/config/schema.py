@@ -97,7 +97,7 @@ class Train(Section):
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
     micro_batch_tokens: int | None = setting(
         None,
-        "tokens per forward pass at most, padding included (also with model.unpad), instead of micro_batch_size; null: no limit",
+        "instead of micro_batch_size: tokens per forward pass at most, padding included, even if the model skips it",
         ge=1,
     )
     sort_by_length: bool = setting(
