@@ -60,12 +60,13 @@ def _shares(config: Config, context: RankContext, steps: StepPlan, *, lock_step:
     ]
     shares = [sum(assignment.counted for assignment in assignments) for assignments in assigned]
     spread = str(shares[0]) if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
-    return f"{number} micro-batches of {_size(config)}, {spread} per rank, {shares.count(0)} rank(s) idle"
+    line = f"{number} micro-batches of {_size(config)}, {spread} per rank, {shares.count(0)} rank(s) idle"
+    return line if config.train.micro_batch_tokens is None else f"{line} (in the first step)"
 
 
 def _size(config: Config) -> str:
     tokens = config.train.micro_batch_tokens
-    return str(config.train.micro_batch_size) if tokens is None else f"at most {tokens} tokens (in the first step)"
+    return str(config.train.micro_batch_size) if tokens is None else f"at most {tokens} tokens"
 
 
 def _padding(steps: StepPlan) -> list[str]:
@@ -97,7 +98,8 @@ def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str
     warnings = _length_warnings(config, steps)
     if context.world_size > most:
         warnings.append(
-            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in every step: a global batch of "
+            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in "
+            f"{'every' if train.micro_batch_tokens is None else 'the first'} step: a global batch of "
             f"{train.global_batch_size} has {most} micro-batch(es) of {_size(config)}"
         )
     return warnings
