@@ -83,3 +83,25 @@ def test_a_denied_line_would_be_found(line: str) -> None:
 @pytest.mark.parametrize("line", ["the behavior of it", "it exits without a message", "optimism, organism, gray"])
 def test_plain_lines_pass(line: str) -> None:
     assert not list(breaches("a.md", line))
+
+
+UNQUOTED = re.compile(r"(?<![\w'])[a-z_]+\.[a-z_]+=\{+\w+: ")
+"""A setting to paste, with a mapping as its value: the shell would cut it at the space. Write model.config.key=value."""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dtrain").rglob("*.py")), ids=lambda path: path.name)
+def test_a_setting_to_paste_needs_no_quotes(path: Path) -> None:
+    assert UNQUOTED.findall(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("Set model.config={{pad_token_id: {token}}}.", True),
+        ("Set model.config={pad_token_id: 0}.", True),
+        ("Set 'model.config={pad_token_id: 0}'.", False),
+        ("Set model.config.pad_token_id={token}.", False),
+    ],
+)
+def test_a_mapping_without_quotes_is_found(text: str, *, is_found: bool) -> None:
+    assert (UNQUOTED.search(text) is not None) == is_found

@@ -63,7 +63,7 @@ def run_predict(config: Config, context: RankContext) -> Result:
         if set(task.splits) <= {"train"}:
             raise ConfigError(
                 "There is nothing to predict: the data has only a train split. Name one in data.splits, e.g. "
-                "data.splits={test: test.csv}, or set predict.file."
+                "data.splits.test=test.csv, or set predict.file."
             )
         log.info(
             "predict with %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why

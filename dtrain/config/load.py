@@ -100,7 +100,7 @@ def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "
     if command in WITHOUT_TRAINED_MODEL:
         return config
     config = _for_trained_model(config, command)
-    return config if run is None else config.with_note(describe(run, config, dict(pairs)))
+    return config if run is None else config.with_note(describe(run, config, dict(pairs), command=command))
 
 
 def _find_run(pairs: Sequence[tuple[KeyPath, Any]], settings: RawSettings, command: str) -> ModelOrigin | None:

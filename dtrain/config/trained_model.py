@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from dtrain.config import bounded_json
 from dtrain.config.error_messages import ABSENT, KeyPath, dotted_name, value_at
+from dtrain.config.near_folder import did_you_mean
 from dtrain.config.yaml_dialect import show
 from dtrain.errors import ConfigError
 
@@ -35,6 +36,12 @@ TAKEN: Mapping[str, tuple[str, ...]] = {
 
 SOURCE = ("name", "path", "config", "splits", "validation_fraction", "split", "limit")
 """Settings of the data section that belong together: the user's own source replaces all of them."""
+
+OF_ROWS = ("data", "evaluation")
+"""Sections that say which rows are read, and how they are judged."""
+
+WITHOUT_ROWS = "generate"
+"""The command that reads no rows of a data set."""
 
 LIMITS: Mapping[KeyPath, int] = {
     ("generate", "max_new_tokens"): 100_000,
@@ -128,11 +135,15 @@ def take_settings(values: Mapping[str, Any], run: ModelOrigin, chosen: Mapping[K
     }
 
 
-def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any]) -> str:
-    """Returns one line that lists the settings taken from a run, except defaults and what the user has chosen."""
+def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any], *, command: str) -> str:
+    """Returns one line that lists the settings taken from a run, except defaults, what the user has chosen, and what the
+    command does not use.
+    """
     texts = []
     values = config.model_dump(mode="json")
     for section, names in TAKEN.items():
+        if command == WITHOUT_ROWS and section in OF_ROWS:
+            continue
         part = getattr(config, section)
         for name, field in type(part).model_fields.items():
             is_taken = {name, "*"} & set(names) and not {(section,), (section, name)} & chosen.keys()
@@ -150,8 +161,7 @@ def unknown_task(model: str, command: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         hint = ""
     if not Path(model).expanduser().exists():
-        near = Path("runs") / model
-        hint = f" Did you mean {near}?" if near.is_dir() else " There is no such folder here."
+        hint = did_you_mean(model) or " There is no such folder here."
     return (
         f"{command} does not know the task of {model}: it is neither a run's folder nor a run's model or checkpoint.{hint} "
         "Set task.name=... and the data, or pass the settings with --config."

@@ -62,7 +62,7 @@ def _endings(columns: Sequence[str], names: dict[str, str], origin: Origin) -> l
 def _no_column(ours: str, columns: Sequence[str], origin: Origin) -> DataError:
     return DataError(
         f"{origin.name} has no column {ours}. A multiple choice has sent1, sent2, ending0, ending1 (at least two endings) "
-        f"and label. Its columns: {', '.join(columns)}. Name the right one: data.columns={{{ours}: ...}}"
+        f"and label. Its columns: {', '.join(columns)}. Name the right one: data.columns.{ours}=COLUMN"
     )
 
 

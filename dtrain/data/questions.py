@@ -59,7 +59,7 @@ def _converter(first: Values, origin: Origin, *, allows_none: bool) -> RowConver
         if names[our] not in columns:
             raise DataError(
                 f"{origin.name} has no column {our}. A question has context, question and answers (text and "
-                f"answer_start). Its columns: {', '.join(columns)}. Name the right one: data.columns={{{our}: ...}}"
+                f"answer_start). Its columns: {', '.join(columns)}. Name the right one: data.columns.{our}=COLUMN"
             )
     # A test split has answers in all rows or in none.
     has_answers = origin.needs_label or bool(_answers(first.get(names["answers"]), names["answers"], origin.name))

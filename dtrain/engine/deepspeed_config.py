@@ -22,6 +22,10 @@ HARMLESS_KEYS = (
 """Prefixes of the DeepSpeed keys that change no number. Any other key moves a run to a looser row of the exactness table."""
 
 
+CONFIG_READERS = frozenset({"_initialize_params", "_do_sanity_check", "_do_optimizer_sanity_check", "get_data_types"})
+"""Functions of DeepSpeed that read values of its config, and compare them with the model."""
+
+
 def deepspeed_traits(config: Config, *, world_size: int) -> EngineTraits:
     """Returns the properties of the engine, before it is built."""
     stage = config.engine.zero_stage or 0
@@ -89,6 +93,6 @@ def explain_refused_config() -> Iterator[None]:
             f"DeepSpeed does not accept engine.deepspeed: {key}={first['input']!r:.80} in {error.title}: {first['msg']}."
         ) from error
     except Exception as error:
-        if "_initialize_params" not in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
-            raise  # not from the function of DeepSpeedConfig that reads the config
+        if CONFIG_READERS.isdisjoint(frame.name for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         raise ConfigError(f"DeepSpeed does not accept engine.deepspeed: {error}") from error

@@ -72,10 +72,10 @@ def refuse_layer_drop(module: nn.Module, stage: int) -> None:
     """
     names = layer_drop_settings(module)
     if names:
-        off = ", ".join(f"{name}: 0" for name in names)
+        off = " ".join(f"model.config.{name}=0" for name in names)
         raise ConfigError(
             f"The model drops layers at random ({', '.join(names)} in its config), but DeepSpeed with ZeRO {stage} needs a "
-            f"gradient for every parameter in every step. Set model.config={{{off}}}, or use engine.name=ddp without "
+            f"gradient for every parameter in every step. Set {off}, or use engine.name=ddp without "
             "engine.zero_stage and engine.deepspeed."
         )
 

@@ -52,11 +52,11 @@ def check_name_or_path(model: schema.Model) -> bool:
         if not model.from_scratch:
             raise ConfigError(
                 "model.name_or_path is not set. Give a folder or a hub name, or train a new model with "
-                "model.from_scratch=true and model.config={model_type: ...}."
+                "model.from_scratch=true and model.config.model_type=gpt2 (or another)."
             )
         if "model_type" not in model.config:
             raise ConfigError(
-                "model.from_scratch=true without model.name_or_path needs model.config={model_type: gpt2, ...}."
+                "model.from_scratch=true without model.name_or_path needs model.config.model_type, e.g. model.config.model_type=gpt2."
             )
         return True
     folder = Path(name)
@@ -190,7 +190,7 @@ def _check_rotary_overrides(config: PretrainedConfig, overrides: Mapping[str, An
         if name in overrides and overrides[name] not in values:
             raise ConfigError(
                 f"model.config.{name} has no effect on a {config.model_type} model. Set "
-                f"model.config={{rope_parameters: {{rope_type: default, {name}: {overrides[name]}}}}} instead."
+                f"model.config.rope_parameters.rope_type=default model.config.rope_parameters.{name}={overrides[name]} instead."
             )
 
 

@@ -30,7 +30,7 @@ def check_fit(
     if positions is not None and max_length > positions:
         fix = f"Set data.max_length={positions} or less"
         if not learned_positions(model):  # computed positions have no weights
-            fix += f", or model.config={{max_position_embeddings: {max_length}}} to go beyond what it was trained on"
+            fix += f", or model.config.max_position_embeddings={max_length} to go beyond what it was trained on"
         raise ConfigError(
             f"data.max_length={max_length}, but {_describe(model)} has positions for only {positions} tokens. {fix}."
         )
@@ -110,7 +110,7 @@ def _check_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError(
             f"The tokenizer pads with token {tokenizer.pad_token_id}, but {_describe(model)} uses token {model_pad} for "
             "padding. Use the tokenizer that the model was trained with, or set "
-            f"model.config={{pad_token_id: {tokenizer.pad_token_id}}}."
+            f"model.config.pad_token_id={tokenizer.pad_token_id}."
         )
 
 

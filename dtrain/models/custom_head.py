@@ -287,7 +287,7 @@ def hidden_width(backbone: PreTrainedModel, settings: schema.NewHead, task_head:
         if task_head.is_causal and looks_ahead:
             raise ConfigError(
                 f"The task predicts the next token: this {kind} model sees the tokens that it has to predict. Set "
-                "model.config={is_decoder: true} if the model supports it, or use a decoder such as gpt2."
+                "model.config.is_decoder=true if the model supports it, or use a decoder such as gpt2."
             )
         if task_head.logits != "token" and settings.pooling == "cls" and not looks_ahead:
             raise ConfigError(

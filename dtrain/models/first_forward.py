@@ -57,12 +57,12 @@ def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids
     found = f"This {config.model_type} model cannot compute the first example ({type(error).__name__}: {reason})."
     if isinstance(error, RuntimeError | ArithmeticError):  # as torch raises them
         return ConfigError(
-            f"{found} Its sizes have to fit each other: {_sizes(config)}. Change them with model.config={{NAME: VALUE}}, or use "
+            f"{found} Its sizes have to fit each other: {_sizes(config)}. Change them with model.config.NAME=VALUE, or use "
             "a pretrained model."
         )
     return ConfigError(
         f"{found} It gets token ids and a mask, and nothing else. If a setting is missing, set it with "
-        "model.config={NAME: VALUE}; otherwise use another model, such as BERT."
+        "model.config.NAME=VALUE; otherwise use another model, such as BERT."
     )
 
 
@@ -74,7 +74,7 @@ def _missing_pad_token(config: Any, tokenizer: Any, *, error: str) -> str | None
     token = next((number for number in tokens if number is not None), 0)
     return (
         "numbers positions, or finds the end of a text, by the pad token, and its config has none: set "
-        f"model.config={{pad_token_id: {token}}}."
+        f"model.config.pad_token_id={token}."
     )
 
 
@@ -87,7 +87,7 @@ def _missing_decoder_token(config: Any, tokenizer: Any, ids: torch.Tensor) -> st
     if end is None or not (ids == end).any():
         found = f"its config has none (eos_token_id: {end})" if end is None else f"token {end} ends no text here"
         if last in tokenizer.all_special_ids:
-            return f"reads its answer at the end token, but {found}: set model.config={{eos_token_id: {last}}}."
+            return f"reads its answer at the end token, but {found}: set model.config.eos_token_id={last}."
         return (
             f"reads its answer at the end token, but {found}, and the tokenizer adds none. Use a tokenizer that adds an end "
             "token, such as T5's or BART's, or a model without a decoder."
@@ -95,7 +95,7 @@ def _missing_decoder_token(config: Any, tokenizer: Any, ids: torch.Tensor) -> st
     if getattr(config, "decoder_start_token_id", None) is None:
         return (
             "needs a token with which its decoder starts, and its config has none: set "
-            f"model.config={{decoder_start_token_id: {end if pad is None else pad}}}."
+            f"model.config.decoder_start_token_id={end if pad is None else pad}."
         )
     return None
 
@@ -109,7 +109,7 @@ def _too_many_rotated(config: Any) -> str | None:
         return None
     return (
         f"rotates rotary_dim={rotated} values of each attention head, and a head has only {width // heads} (hidden size "
-        f"{width}, {heads} heads): set model.config={{rotary_dim: {width // heads // 2 * 2}}}."
+        f"{width}, {heads} heads): set model.config.rotary_dim={width // heads // 2 * 2}."
     )
 
 

@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from dtrain.config import bounded_json
+from dtrain.config.near_folder import did_you_mean
 from dtrain.console import log
 from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError
 from dtrain.models.hub_offline import offline_instructions
@@ -73,7 +74,7 @@ def check_reachable(name: str, *, file: str, setting: str) -> bool:
             f"{setting}={name} is a file. Give the folder that from_pretrained loads, or a name on the hub."
         )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
-        raise ConfigError(f"{setting}={name}: there is no such folder (relative to {Path.cwd()}).")
+        raise ConfigError(f"{setting}={name}: there is no such folder (relative to {Path.cwd()}).{did_you_mean(name)}")
     is_cached = isinstance(_cached(name, file, setting), str)
     try:
         get_hf_file_metadata(hf_hub_url(name, file), timeout=HUB_TIMEOUT_S)
@@ -82,7 +83,7 @@ def check_reachable(name: str, *, file: str, setting: str) -> bool:
     except RepositoryNotFoundError as error:
         raise ConfigError(
             f"{setting}={name} is neither a local folder (in {Path.cwd()}) nor a repository that you can see on "
-            f"{constants.ENDPOINT}. Check the spelling; a private or gated one needs `hf auth login`."
+            f"{constants.ENDPOINT}.{did_you_mean(name)} Check the spelling; a private or gated one needs `hf auth login`."
         ) from error
     except (HttpError, OSError) as error:
         if not is_cached:
@@ -112,6 +113,11 @@ def _cached(name: str, file: str, setting: str) -> object:
 
 def unreachable_error(name: str, *, file: str, setting: str, reason: str) -> DataError:
     """Returns the error for a hub that does not answer: which file was requested, and how to work without the hub."""
+    if near := did_you_mean(name):
+        return DataError(
+            f"{setting}={name}: there is no such folder (relative to {Path.cwd()}).{near} If it is a name on the hub: "
+            f"{constants.ENDPOINT} did not answer ({reason})."
+        )
     return DataError(
         f"{setting}={name}: could not get {name}/{file} from {constants.ENDPOINT} ({reason}), and it is not in the local "
         f"cache {constants.HF_HUB_CACHE}. {offline_instructions(setting, name, is_set=constants.HF_HUB_OFFLINE)}."

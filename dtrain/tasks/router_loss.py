@@ -72,5 +72,5 @@ class _WithRouterLoss:
 def _refusal(model: str) -> ConfigError:
     return ConfigError(
         f"The model's config asks for the loss of its router (output_router_logits: true), but transformers does not compute it for "
-        f"{model}. To train without it: model.config={{output_router_logits: false}}"
+        f"{model}. To train without it: model.config.output_router_logits=false"
     )

@@ -229,7 +229,7 @@ def _check_causal(module: nn.Module, task: Task, batch: Batch, outputs: Outputs)
     if not _are_equal({"logits": logits[:, kept]}, {"logits": changed[:, kept]}, side="right"):
         raise ConfigError(
             f"The task predicts the next token, but this {kind} model sees the tokens that it has to predict. Set "
-            "model.config={is_decoder: true} if the model has this setting, or use a decoder such as gpt2."
+            "model.config.is_decoder=true if the model has this setting, or use a decoder such as gpt2."
         )
     shorter = _run(module, task, _shorten(batch, ids.shape[1] - 1))["logits"]
     if not _are_equal({"logits": shorter}, {"logits": logits}, side="right"):

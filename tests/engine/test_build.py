@@ -12,7 +12,7 @@ from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.engine.build import engine_name
 from dtrain.engine.ddp import build_comm_hook
-from dtrain.engine.deepspeed_config import explain_refused_config
+from dtrain.engine.deepspeed_config import CONFIG_READERS, explain_refused_config
 from dtrain.errors import ConfigError
 from tests.support.contexts import placed
 
@@ -40,6 +40,24 @@ def test_only_powersgd_on_several_ranks_keeps_an_error_for_each_value() -> None:
 
     assert build_comm_hook(powersgd, ONE_PROCESS, nn.Linear(2, 2)).extra_slots == 0
     assert build_comm_hook(powersgd, TWO, nn.Linear(2, 2)).extra_slots == 1
+
+
+def test_the_functions_that_read_deepspeeds_config_are_still_its_own() -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert {name for name in CONFIG_READERS if hasattr(DeepSpeedConfig, name) or hasattr(DeepSpeedEngine, name)} == (
+        CONFIG_READERS
+    )
+
+
+@pytest.mark.parametrize("reader", sorted(CONFIG_READERS))
+def test_a_value_that_a_reader_of_the_config_refuses_is_named(reader: str) -> None:
+    scope: dict[str, Any] = {}
+    exec(f"def {reader}():\n    raise NotImplementedError('unsupported mix')", scope)
+
+    with pytest.raises(ConfigError, match=r"engine\.deepspeed: unsupported mix"), explain_refused_config():
+        scope[reader]()
 
 
 def test_a_value_that_deepspeed_does_not_accept_is_named() -> None:

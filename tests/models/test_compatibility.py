@@ -47,7 +47,7 @@ def test_another_pad_token_than_the_models_is_refused_where_batches_are_padded()
     tokenizer = build_char_tokenizer(["ab"], pad=True)
 
     check_fit(model, tokenizer, max_length=16, needs_padding=False)
-    with pytest.raises(ConfigError, match=r"pads with token 1, but .* token 3.*model.config=\{pad_token_id: 1\}"):
+    with pytest.raises(ConfigError, match=r"pads with token 1, but .* token 3.*model.config\.pad_token_id=1"):
         check_fit(model, tokenizer, max_length=16, needs_padding=True)
 
 
@@ -62,7 +62,7 @@ def test_computed_positions_may_be_extended_in_the_config() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4, max_position_embeddings=32, **sizes))
 
-    with pytest.raises(ConfigError, match=r"max_position_embeddings: 33\}"):
+    with pytest.raises(ConfigError, match=r"max_position_embeddings=33"):
         check_fit(model, build_char_tokenizer(["abc"]), max_length=33, needs_padding=False)
 
 

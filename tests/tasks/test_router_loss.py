@@ -84,7 +84,7 @@ def test_nothing_is_added_where_the_config_does_not_ask_for_it(options: dict[str
 
 
 def test_a_head_for_which_transformers_does_not_compute_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.config=\{output_router_logits: false\}"):
+    with pytest.raises(ConfigError, match=r"model\.config\.output_router_logits=false"):
         with_router_loss(language_task(), mixture(head=AutoModelForSequenceClassification))
 
 

@@ -300,16 +300,21 @@ def test_a_trial_leaves_the_model_and_the_random_state_as_they_were() -> None:
             "classification",
             "bart",
             {"eos_token_id": None},
-            r"bart model reads its answer at the end token.*config=\{eos_token_id: 3\}",
+            r"bart model reads its answer at the end token.*config\.eos_token_id=3",
         ),
         (
             "classification",
             "t5",
             {"eos_token_id": 1},
-            r"t5 model reads .* token 1 ends no text here: .*\{eos_token_id: 3\}",
+            r"t5 model reads .* token 1 ends no text here: .*config\.eos_token_id=3",
         ),
-        ("classification", "t5", {"decoder_start_token_id": None}, r"decoder starts.*\{decoder_start_token_id: 0\}"),
-        ("causal_lm", "roberta", {"pad_token_id": None, "is_decoder": True}, r"by the pad token.*\{pad_token_id: 0\}"),
+        ("classification", "t5", {"decoder_start_token_id": None}, r"decoder starts.*config\.decoder_start_token_id=0"),
+        (
+            "causal_lm",
+            "roberta",
+            {"pad_token_id": None, "is_decoder": True},
+            r"by the pad token.*config\.pad_token_id=0",
+        ),
         (
             "causal_lm",
             "gptj",
@@ -340,7 +345,7 @@ def test_a_trial_leaves_the_model_and_the_random_state_as_they_were() -> None:
             {},
             r"prophetnet model predicts for a token depends on the number of tokens after it",
         ),
-        ("causal_lm", "bert", {}, r"bert model sees the tokens that it has to predict.*is_decoder: true"),
+        ("causal_lm", "bert", {}, r"bert model sees the tokens that it has to predict.*is_decoder=true"),
     ],
 )
 def test_what_a_model_raises_in_its_first_forward_is_answered_with_what_its_config_lacks(
