@@ -95,6 +95,14 @@ class Train(Section):
     )
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
+    micro_batch_tokens: int | None = setting(
+        None,
+        "instead of micro_batch_size: tokens per forward pass at most, padding included, even if the model skips it",
+        ge=1,
+    )
+    sort_by_length: bool = setting(
+        True, "sort a step's examples by length before they are cut into micro-batches; not with local_steps"
+    )
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
     eval_every: EvalEvery = setting("epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free")
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)

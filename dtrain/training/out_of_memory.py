@@ -10,7 +10,7 @@ from dtrain.errors import DtrainError
 from dtrain.tasks.protocol import Batch
 
 CURE_IN_TRAINING = (
-    "Set train.micro_batch_size lower, data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A "
+    "Set {size_setting} lower, data.max_length lower, model.gradient_checkpointing=true or engine.precision=bf16. A "
     "smaller micro-batch changes only dropout's random draws."
 )
 CURE_IN_STEP = (
@@ -19,13 +19,16 @@ CURE_IN_STEP = (
 )
 
 
-def explain_in_training(tensors: Batch) -> _Explain:
+def explain_in_training(tensors: Batch, *, size_setting: str = "train.micro_batch_size") -> _Explain:
     """Surrounds forward and backward of one micro-batch, (batch, length, ...) tensors.
+
+    Args:
+        size_setting: the setting that limits the size of a micro-batch.
 
     Raises:
         DtrainError: instead of torch's OutOfMemoryError.
     """
-    return _Explain("a micro-batch", CURE_IN_TRAINING, tensors)
+    return _Explain("a micro-batch", CURE_IN_TRAINING, tensors, size_setting)
 
 
 def explain_in_evaluation(tensors: Batch) -> _Explain:
@@ -48,10 +51,10 @@ def size(tensors: Batch) -> str:
 class _Explain:
     """A context manager that formats its message only after an error, because it is entered in every micro-batch."""
 
-    __slots__ = ("_at", "_cure", "_tensors")
+    __slots__ = ("_at", "_cure", "_size_setting", "_tensors")
 
-    def __init__(self, at: str, cure: str, tensors: Batch | None = None) -> None:
-        self._at, self._cure, self._tensors = at, cure, tensors
+    def __init__(self, at: str, cure: str, tensors: Batch | None = None, size_setting: str = "") -> None:
+        self._at, self._cure, self._tensors, self._size_setting = at, cure, tensors, size_setting
 
     def __enter__(self) -> None:
         pass
@@ -62,7 +65,8 @@ class _Explain:
         if isinstance(error, torch.OutOfMemoryError):
             at = self._at if self._tensors is None else f"{self._at} of {size(self._tensors)}"
             first_line = str(error).splitlines()[0]
-            raise DtrainError(f"Out of memory at {at}{_held()}. {self._cure}\n{first_line}") from error
+            cure = self._cure.format(size_setting=self._size_setting)
+            raise DtrainError(f"Out of memory at {at}{_held()}. {cure}\n{first_line}") from error
 
 
 def _held() -> str:
