@@ -47,6 +47,9 @@ from dtrain.errors import ConfigError
 WITHOUT_TRAINED_MODEL = ("train", "download")
 """Commands that need no trained model."""
 
+BEFORE = (("model", "unpad", "off"),)
+"""Section, name and value of what a run did that began before the setting existed, where its default does otherwise."""
+
 
 def load_config(path: Path | None, overrides: Sequence[str], *, command: str = "train") -> Config:
     """Reads the settings of one run.
@@ -182,10 +185,40 @@ def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
         old: Any = parse(old_yaml_text, RawSettings(), file=str(config.run_dir / "config.yaml"))
     except ConfigError as error:
         raise ConfigError(f"{error} Set run.overwrite=true to move this run away and start a new one.") from None
-    # Validation fills in settings newer than the file. A file that only another version accepts stays as it is.
+    _fill_in(old)
+    # Validation fills in other settings newer than the file. A file that only another version accepts stays as it is.
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")
     return list(_compare(old, config.model_dump(mode="json"), ()))
+
+
+def keep_choices(old_yaml_text: str | None, config: Config) -> dict[str, str]:
+    """Returns the choices of an earlier start that `auto` stands for now, by setting: a resumed run does not choose again.
+
+    Args:
+        old_yaml_text: config.yaml of the earlier start; None: there is none.
+    """
+    if old_yaml_text is None or config.run.overwrite or config.model.unpad != "auto":
+        return {}
+    try:
+        old: Any = parse(old_yaml_text, RawSettings(), file=str(config.run_dir / "config.yaml"))
+    except ConfigError:
+        return {}  # `differences` says why
+    _fill_in(old)
+    value = value_at(old, ("model", "unpad"))
+    return {"unpad": value} if value in ("on", "off") else {}
+
+
+def with_choices(config: Config, choices: Mapping[str, str]) -> Config:
+    """Returns the settings with the choices of `keep_choices`."""
+    return config.model_copy(update={"model": config.model.model_copy(update=choices)})
+
+
+def _fill_in(old: Any) -> None:
+    """Adds to the settings of an earlier run those whose default is not what dtrain did before it had them."""
+    for section, name, value in BEFORE:
+        if isinstance(old, dict) and isinstance(old.get(section), dict):
+            old[section].setdefault(name, value)
 
 
 def _compare(old: Any, new: Any, key: KeyPath) -> Iterator[Difference]:

@@ -19,7 +19,7 @@ from dtrain.config import schema
 from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
 from dtrain.models.first_forward import FORWARD_ERRORS
-from dtrain.models.unpadding_hooks import UnpaddedModel
+from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
 
 ENCODERS: Mapping[str, str] = {
     "AlbertModel": "encoder",
@@ -87,6 +87,7 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
     Raises:
         ConfigError: model.unpad=on, but the model cannot be served.
     """
+    _remove(module)
     if settings.unpad == "off":
         return Unpadding("off", "as configured")
     decision = _install(module, settings)
@@ -96,6 +97,14 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
             "auto, which falls back to padding."
         )
     return decision
+
+
+def _remove(module: nn.Module) -> None:
+    """Removes the hooks of an earlier call."""
+    for part in _served_parts(module):
+        if part.config._attn_implementation == unpadding_attention.NAME:
+            remove_hooks(part)
+            part.set_attn_implementation("sdpa")
 
 
 def _install(module: nn.Module, settings: schema.Model) -> Unpadding:
@@ -109,7 +118,6 @@ def _install(module: nn.Module, settings: schema.Model) -> Unpadding:
         return Unpadding("off", reason)
     base, kind = found[0], type(found[0]).__name__
     config: Any = base.config
-    before = config._attn_implementation
     unpadding_attention.register()
     base.set_attn_implementation(unpadding_attention.NAME)
     hooks = UnpaddedModel(base, layers=ENCODERS.get(kind), counts_tokens=kind == "OPTDecoder")
@@ -117,7 +125,7 @@ def _install(module: nn.Module, settings: schema.Model) -> Unpadding:
     if fault is None:
         return Unpadding("on", f"tested for {config.model_type}", hooks)
     hooks.remove()
-    base.set_attn_implementation(before)
+    base.set_attn_implementation("sdpa")
     return Unpadding("off", fault)
 
 
@@ -152,7 +160,7 @@ def _not_served(module: nn.Module) -> str:
 def _obstacle_of_config(config: Any) -> str | None:
     """Returns why a model of a tested architecture is not served because of its config; None if it is."""
     kind = config.model_type
-    if config._attn_implementation not in ("sdpa", unpadding_attention.NAME):
+    if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}"
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False):
         return f"this {kind} model is a decoder or has cross attention"

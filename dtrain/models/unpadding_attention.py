@@ -60,16 +60,18 @@ def unpadded_attention(
     layout: Layout | None = options.pop(LAYOUT, None)
     if layout is None:
         assert attention_mask is None or attention_mask.numel(), "a layer did not pass the layout on"
-        return sdpa_attention_forward(
+        attended, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
         )
-    assert query.shape[0] == 1 and query.shape[2] == key.shape[2] == layout.tokens, "a layout of another batch"
+        return attended, None
+    assert query.shape[0] == 1, "a layout for a padded batch"
+    assert query.shape[2] == key.shape[2] == layout.tokens, "a layout of another batch"
     shared = query.shape[1] != key.shape[1]
-    sizes = [group.count * group.length for group in layout.groups]
-    pieces = zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True)
+    sizes = [group.sequences * group.length for group in layout.groups]
+    pieces = zip(*(torch.split(states[0].transpose(0, 1), sizes) for states in (query, key, value)), strict=True)
     results = []
     for group, states in zip(layout.groups, pieces, strict=True):
-        q, k, v = (piece.unflatten(0, group).transpose(1, 2) for piece in states)  # (count, heads, length, width)
+        q, k, v = (piece.unflatten(0, group).transpose(1, 2) for piece in states)  # (sequences, heads, length, width)
         mask = None
         if layout.is_causal and sliding_window is not None and group.length > sliding_window:
             mask = _window(group.length, sliding_window, q.device)

@@ -71,7 +71,7 @@ class UnpaddedModel:
 
     def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         mask = kwargs.get("attention_mask")
-        if not self._may_pack(args, kwargs) or not _is_matrix(mask):
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.is_meta or not self._may_pack(args, kwargs):
             return None
         layout = layout_of_mask(mask, is_causal=False)
         if layout is None:
@@ -123,6 +123,14 @@ class UnpaddedModel:
         return output
 
 
+def remove_hooks(base: nn.Module) -> None:
+    """Removes the hooks that a model has from an earlier UnpaddedModel."""
+    hooks = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
+    for owner in hooks:
+        if isinstance(owner, UnpaddedModel):
+            owner.remove()
+
+
 def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     layout: Layout | None = kwargs.get(LAYOUT)
     if layout is None:
@@ -139,10 +147,6 @@ def _decoder_layout(tensors: Mapping[str, torch.Tensor]) -> Layout | None:
     if mask.dim() == 4:
         return layout_of_documents(mask, positions) if positions is not None else None
     return layout_of_mask(mask, is_causal=True) if mask.dim() == 2 else None
-
-
-def _is_matrix(mask: Any) -> bool:
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not mask.is_meta
 
 
 def _before(module: nn.Module, hook: Any) -> RemovableHandle:

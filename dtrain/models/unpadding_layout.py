@@ -17,7 +17,7 @@ import torch
 class Group(NamedTuple):
     """Neighboring sequences of one length in the packed row."""
 
-    count: int
+    sequences: int
     length: int
 
 
@@ -55,7 +55,7 @@ class Layout:
         """Returns (1, tokens, ...) as (rows, width, ...), with zeros for padding."""
         self._check(tuple(packed.shape[:2]) == (1, self.tokens), packed)
         flat = packed.new_zeros(self.rows * self.width, *packed.shape[2:])
-        return flat.index_copy(0, self.index, packed[0]).unflatten(0, (self.rows, self.width))
+        return flat.index_copy(0, self.index, packed[0]).view(self.rows, self.width, *packed.shape[2:])
 
     def columns(self) -> torch.Tensor:
         """Returns (1, tokens) int64, the place of each token in its row of the padded batch."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.select import SelectedCheckpoint
-from dtrain.config.load import differences, to_yaml
+from dtrain.config.load import differences, keep_choices, to_yaml, with_choices
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, on_main
@@ -30,10 +30,12 @@ class RunClaim:
     Attributes:
         action: action of the command in the folder.
         checkpoint: checkpoint to resume from; None starts from the beginning.
+        config: the settings, with the choices that the run made when it began.
     """
 
     action: StartAction
     checkpoint: SelectedCheckpoint | None
+    config: Config
 
 
 @contextmanager
@@ -69,7 +71,9 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
     def work() -> dict[str, object]:
         # config.yaml may come from a start that saved no checkpoint.
-        changes = differences(chosen.config_text if chosen is not None else folder.old_config(), settings)
+        old_text = chosen.config_text if chosen is not None else folder.old_config()
+        kept = keep_choices(old_text, settings) if command == "train" else {}
+        changes = differences(old_text, with_choices(settings, kept))
         try:
             _refuse_foreign(folder, chosen, available)
             decision = decide_start(settings, command=command, changes=changes, checkpoints=available)
@@ -81,12 +85,12 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
             if refusals:
                 raise refusals[0]
             run_id = chosen.run_id if chosen is not None and not available.is_user_choice else ""
-            text, is_old = to_yaml(config), decision.set_aside
+            text, is_old = to_yaml(with_choices(config, kept)), decision.set_aside
             moved = claim(folder, text, set_aside=is_old, launch=launch, run_id=run_id)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         elif not refusals:  # an earlier start's exit.json does not describe this start
             folder.exit.unlink(missing_ok=True)
-        return {"action": decision.action, "notes": notes}
+        return {"action": decision.action, "notes": notes, "kept": kept}
 
     try:
         lock_id, is_again = on_main(hold, context)
@@ -103,7 +107,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     chosen = chosen if action == "resume" else None
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
-    return RunClaim(action, chosen)
+    return RunClaim(action, chosen, with_choices(config, result["kept"]))
 
 
 def _refuse_foreign(folder: RunFolder, chosen: SelectedCheckpoint | None, available: AvailableCheckpoints) -> None:
