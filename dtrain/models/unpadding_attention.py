@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dtrain.models.unpadding_layout import Layout
+from dtrain.models.unpadding_layout import PackedLayout
 
 NAME = "dtrain_unpadded"
 """Name of this attention in transformers. It is not written to config.json."""
@@ -57,7 +57,7 @@ def unpadded_attention(
     Returns:
         (1, tokens, heads, width), and None for the weights.
     """
-    layout: Layout | None = options.pop(LAYOUT, None)
+    layout: PackedLayout | None = options.pop(LAYOUT, None)
     if layout is None:
         assert attention_mask is None or attention_mask.numel(), "a layer did not pass the layout on"
         attended, _ = sdpa_attention_forward(

@@ -1,4 +1,4 @@
-"""Hooks that let a model of transformers compute a batch without its padding, whoever calls it.
+"""Hooks that let a model of transformers compute a batch without its padding.
 
 Encoders: the embeddings and everything above the layers (pooler, head) get the padded batch. The layers get one row of
 tokens. Decoders: the whole model without its head gets one row of tokens. Both return padded states, zero for padding.
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dtrain.models.unpadding_attention import LAYOUT, no_mask
-from dtrain.models.unpadding_layout import Layout, layout_of_documents, layout_of_mask
+from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -95,7 +95,7 @@ class UnpaddedModel:
         mask = no_mask(ids.device)
         return (), {**kwargs, **packed, "attention_mask": mask, "use_cache": False, LAYOUT: layout}
 
-    def _positions(self, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _positions(self, layout: PackedLayout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the positions that the model would have given to the tokens in the padded batch."""
         if not self._counts_tokens:
             return layout.columns()
@@ -114,7 +114,7 @@ class UnpaddedModel:
         return not any(kwargs.get(name) is not None and kwargs.get(name) is not False for name in absent)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        layout: Layout | None = kwargs.get(LAYOUT)
+        layout: PackedLayout | None = kwargs.get(LAYOUT)
         if layout is None:
             return None
         if isinstance(output, tuple):
@@ -132,7 +132,7 @@ def remove_hooks(base: nn.Module) -> None:
 
 
 def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    layout: Layout | None = kwargs.get(LAYOUT)
+    layout: PackedLayout | None = kwargs.get(LAYOUT)
     if layout is None:
         return None
     if args:
@@ -140,7 +140,7 @@ def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {**kwargs, "hidden_states": layout.pack(kwargs["hidden_states"])}
 
 
-def _decoder_layout(tensors: Mapping[str, torch.Tensor]) -> Layout | None:
+def _decoder_layout(tensors: Mapping[str, torch.Tensor]) -> PackedLayout | None:
     mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
     if mask is None or mask.is_meta:
         return None

@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PackedLayout:
     """The place of each token of a batch in the packed row.
 
     Attributes:
@@ -66,12 +66,12 @@ class Layout:
         assert fits, f"a layout of {self.rows} x {self.width} with {self.tokens} tokens got {tuple(tensor.shape)}"
 
 
-def layout_of_mask(mask: torch.Tensor, *, is_causal: bool) -> Layout | None:
+def layout_of_mask(mask: torch.Tensor, *, is_causal: bool) -> PackedLayout | None:
     """Returns the layout of a batch with padding; None if nothing can be saved, or nothing is left to compute.
 
     Args:
         mask: (rows, width), 0 for padding. It is copied to the host once.
-        is_causal: see Layout. The tokens of a row must then be neighbors; None is returned if they are not.
+        is_causal: see PackedLayout. The tokens of a row must then be neighbors; None is returned if they are not.
     """
     is_token = mask.detach().cpu().numpy() != 0
     lengths = is_token.sum(axis=1)
@@ -84,7 +84,7 @@ def layout_of_mask(mask: torch.Tensor, *, is_causal: bool) -> Layout | None:
     return _layout(rows, width, order[row] * width + column, lengths[order], mask.device, is_causal=is_causal)
 
 
-def layout_of_documents(mask: torch.Tensor, positions: torch.Tensor) -> Layout | None:
+def layout_of_documents(mask: torch.Tensor, positions: torch.Tensor) -> PackedLayout | None:
     """Returns the layout of rows that hold several documents; None if the mask separates something else.
 
     Args:
@@ -113,8 +113,8 @@ def layout_of_documents(mask: torch.Tensor, positions: torch.Tensor) -> Layout |
 
 def _layout(
     rows: int, width: int, index: np.ndarray, lengths: np.ndarray, device: torch.device, *, is_causal: bool
-) -> Layout:
+) -> PackedLayout:
     """Returns the layout of sequences in ascending order of length. Empty ones have no token."""
     values, counts = np.unique(lengths, return_counts=True)
     groups = tuple(Group(int(count), int(length)) for length, count in zip(values, counts, strict=True) if length)
-    return Layout(rows, width, torch.from_numpy(index).to(device, non_blocking=True), groups, is_causal)
+    return PackedLayout(rows, width, torch.from_numpy(index).to(device, non_blocking=True), groups, is_causal)

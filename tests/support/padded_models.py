@@ -39,8 +39,12 @@ DECODERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def make(kind: str, auto_class: Any, *, seed: int = 0, **changes: Any) -> Any:
-    """Returns a random model without dropout, with a head of `auto_class`, in eval mode."""
+def make(kind: str, auto_class: Any, *, seed: int = 0, std: float = 0.3, **changes: Any) -> Any:
+    """Returns a random model without dropout, with a head of `auto_class`, in eval mode.
+
+    Args:
+        std: of all weights. The usual ones are so small that a token hardly sees another one.
+    """
     from transformers import AutoConfig
 
     options = {**ENCODERS, **DECODERS}[kind]
@@ -53,8 +57,8 @@ def make(kind: str, auto_class: Any, *, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto_class.from_config(config, attn_implementation="sdpa")
-        for parameter in model.parameters():  # the usual weights are so small that a token hardly sees another one
-            torch.nn.init.normal_(parameter, std=0.3)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=std)
     return model.eval()
 
 
