@@ -91,7 +91,8 @@ class UnpaddedModel:
             return None
         self.packed_calls += 1
         packed = {name: layout.pack(tensors[name]) for name in tensors if name != "attention_mask"}
-        packed.setdefault("position_ids", self._positions(layout, tensors))
+        if "position_ids" not in packed:
+            packed["position_ids"] = self._positions(layout, tensors)
         mask = no_mask(ids.device)
         return (), {**kwargs, **packed, "attention_mask": mask, "use_cache": False, LAYOUT: layout}
 

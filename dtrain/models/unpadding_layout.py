@@ -71,12 +71,15 @@ def layout_of_mask(mask: torch.Tensor, *, is_causal: bool) -> PackedLayout | Non
 
     Args:
         mask: (rows, width), 0 for padding. It is copied to the host once.
-        is_causal: see PackedLayout. The tokens of a row must then be neighbors; None is returned if they are not.
+        is_causal: see PackedLayout. The tokens of a row must then be neighbors. If it is False, the first position of a
+            row must be a token, because heads read its state. None is returned if it is otherwise.
     """
     is_token = mask.detach().cpu().numpy() != 0
     lengths = is_token.sum(axis=1)
     rows, width = is_token.shape
     if lengths.min(initial=width) == width or lengths.max() == 0:
+        return None
+    if not is_causal and not (is_token[:, 0] | (lengths == 0)).all():
         return None
     if is_causal and not ((is_token[:, 1:] & ~is_token[:, :-1]).sum(axis=1) + is_token[:, 0] <= 1).all():
         return None

@@ -72,7 +72,8 @@ def test_logits_and_gradients_are_those_of_the_padded_model(kind: str, side: str
 
     assert largest_difference(expected, found) < 1e-5
     assert largest_difference(gradients(padded, inputs), gradients(unpadded, inputs)) < 1e-5
-    assert hooks.packed_calls == 2
+    # The heads of encoders read the first position, which is padding on the left.
+    assert hooks.packed_calls == (0 if side == "left" and kind in ENCODERS else 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +138,7 @@ def hold_back(model: Any, *, checkpointed: bool) -> torch.Tensor:
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.zero_grad()
-    batches = [batch(), batch(lengths=(3, 2, 8), side="left")]
+    batches = [batch(), batch(lengths=(3, 2, 8), seed=1)]
     losses = [at_tokens(model(**inputs).logits, inputs).square().mean() for inputs in batches]
     for loss in losses:
         loss.backward()
