@@ -20,6 +20,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
+from dtrain.models.unpadding_layout import NAME
 
 ENCODERS: Mapping[str, str] = {
     "AlbertModel": "encoder",
@@ -58,6 +59,12 @@ REASONS: Mapping[str, str] = {
     "xlnet": "its attention cannot be replaced",
 }
 """Type of a model -> why it is not served."""
+
+COUNTED_FROM_PADDING = ("CamembertModel", "RobertaModel", "XLMRobertaModel")
+"""Classes whose first position is one after the number of the pad token."""
+
+WIDTH = 5
+"""Positions of the trial's rows."""
 
 TOLERANCE = 1e-4
 """Largest difference of the trial's states, relative to the largest one. Rounding gives 1e-6."""
@@ -102,7 +109,7 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
 def _remove(module: nn.Module) -> None:
     """Removes the hooks of an earlier call."""
     for part in _served_parts(module):
-        if part.config._attn_implementation == unpadding_attention.NAME:
+        if part.config._attn_implementation == NAME:
             remove_hooks(part)
             part.set_attn_implementation("sdpa")
 
@@ -113,13 +120,13 @@ def _install(module: nn.Module, settings: schema.Model) -> Unpadding:
     if reason is None and len(found) != 1:
         reason = _not_served(module)
     if reason is None:
-        reason = _obstacle_of_config(found[0].config)
+        reason = _obstacle_of_config(found[0].config, type(found[0]).__name__)
     if reason is not None:
         return Unpadding("off", reason)
     base, kind = found[0], type(found[0]).__name__
     config: Any = base.config
     unpadding_attention.register()
-    base.set_attn_implementation(unpadding_attention.NAME)
+    base.set_attn_implementation(NAME)
     hooks = UnpaddedModel(base, layers=ENCODERS.get(kind), counts_tokens=kind == "OPTDecoder")
     fault = _try(base, hooks)
     if fault is None:
@@ -157,17 +164,20 @@ def _not_served(module: nn.Module) -> str:
     return REASONS.get(kind, f"{kind} is not among the tested architectures")
 
 
-def _obstacle_of_config(config: Any) -> str | None:
-    """Returns why a model of a tested architecture is not served because of its config; None if it is."""
-    kind = config.model_type
+def _obstacle_of_config(config: Any, kind: str) -> str | None:
+    """Returns why a model of a tested class is not served because of its config; None if it is."""
+    name = config.model_type
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation}"
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_decoder", False):
-        return f"this {kind} model is a decoder or has cross attention"
+        return f"this {name} model is a decoder or has cross attention"
     if getattr(config, "use_bidirectional_attention", False):
-        return f"this {kind} model is not causal"
+        return f"this {name} model is not causal"
     if getattr(config, "chunk_size_feed_forward", 0):
         return "model.config.chunk_size_feed_forward needs a certain number of tokens"
+    first = (config.pad_token_id or 0) + 1 if kind in COUNTED_FROM_PADDING else 0
+    if getattr(config, "max_position_embeddings", WIDTH) - first < WIDTH:
+        return f"it has fewer than {WIDTH} positions"
     rope = getattr(config, "rope_parameters", None) or {}
     types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
     if types & {"dynamic", "longrope"}:
@@ -182,8 +192,8 @@ def _try(base: Any, hooks: UnpaddedModel) -> str | None:
     """
     config, device = base.config, next(base.parameters()).device
     tokens = [token for token in range(min(config.vocab_size, 8)) if token != config.pad_token_id]
-    ids = torch.tensor([(tokens * 5)[:5], (tokens[::-1] * 5)[:5]], device=device)
-    mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2], device=device)
+    ids = torch.tensor([(tokens * WIDTH)[:WIDTH], (tokens[::-1] * WIDTH)[:WIDTH]], device=device)
+    mask = torch.tensor([[1] * WIDTH, [1] * (WIDTH - 2) + [0] * 2], device=device)
     if isinstance(config.pad_token_id, int) and 0 <= config.pad_token_id < config.vocab_size:
         ids = ids.masked_fill(mask == 0, config.pad_token_id)
     try:

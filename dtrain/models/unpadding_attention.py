@@ -16,10 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dtrain.models.unpadding_layout import PackedLayout
-
-NAME = "dtrain_unpadded"
-"""Name of this attention in transformers. It is not written to config.json."""
+from dtrain.models.unpadding_layout import NAME, PackedLayout
 
 LAYOUT = "dtrain_layout"
 """Keyword argument with the layout of a packed row."""

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+NAME = "dtrain_unpadded"
+"""Name of the attention over a packed row in transformers. It is not written to config.json."""
+
 
 class Group(NamedTuple):
     """Neighboring sequences of one length in the packed row."""

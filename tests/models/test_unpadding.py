@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from dtrain.config import schema
 from dtrain.models import unpadding, unpadding_hooks
+from dtrain.models.custom_head import HeadedModel
 from dtrain.models.unpadding import prepare_unpadding
 from dtrain.models.unpadding_layout import Group, PackedLayout, layout_of_mask
+from tests.support.heads import HEADS
 from tests.support.padded_models import DECODERS, ENCODERS, batch, make
 
 KINDS = [*ENCODERS, *DECODERS]
@@ -311,6 +313,20 @@ def test_token_types_positions_and_embeddings_may_be_given() -> None:
     assert hooks.packed_calls == 1
 
 
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "cls"), ("roberta", "mean"), ("llama", "last")])
+def test_a_head_of_dtrain_pools_the_same_states(kind: str, pooling: str) -> None:
+    backbone = make(kind, AutoModel)
+    settings = schema.NewHead.model_validate({"pooling": pooling})
+    padded = HeadedModel(backbone, settings, task_head=HEADS["sequence_classification"], outputs=3, width=16).eval()
+    unpadded = copy.deepcopy(padded)
+    hooks = prepare_unpadding(unpadded, schema.Model(unpad="on")).hooks
+    assert hooks is not None
+    hooks.packed_calls = 0
+
+    assert largest_difference(padded(**batch()).logits, unpadded(**batch()).logits) < 1e-5
+    assert hooks.packed_calls == 1
+
+
 def test_adapters_are_trained_as_in_the_padded_model() -> None:
     from dtrain.models import adapters
 
@@ -379,6 +395,7 @@ def test_other_architectures_are_padded_and_the_reason_is_given(
         ("bert", {"is_decoder": True}, {}, "this bert model is a decoder or has cross attention"),
         ("gpt2", {"add_cross_attention": True}, {}, "this gpt2 model is a decoder or has cross attention"),
         ("bert", {"chunk_size_feed_forward": 2}, {}, "model.config.chunk_size_feed_forward"),
+        ("roberta", {"max_position_embeddings": 5}, {}, "it has fewer than 5 positions"),
         ("gemma3_text", {"use_bidirectional_attention": True}, {}, "this gemma3_text model is not causal"),
         (
             "llama",
@@ -391,7 +408,7 @@ def test_other_architectures_are_padded_and_the_reason_is_given(
 def test_a_config_that_needs_padding_is_noticed_and_on_is_an_error(
     kind: str, changes: dict[str, Any], settings: dict[str, Any], reason: str
 ) -> None:
-    model = make(kind, AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM, **changes)
+    model = make(kind, AutoModelForSequenceClassification if kind in ENCODERS else AutoModelForCausalLM, **changes)
 
     assert decide(model, **settings).reason.startswith(reason)
     with pytest.raises(unpadding.ConfigError) as caught:
