@@ -14,6 +14,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import build_engine, engine_name, engine_traits
 from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
+from dtrain.models.unpadding import prepare_unpadding
 from dtrain.tasks.build import build_task
 from dtrain.training import build, run_claim
 from dtrain.training import summary as results
@@ -47,7 +48,8 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
 
 
 def wrap(module: nn.Module, config: Config, context: RankContext) -> Forward:
-    """Wraps the model for forward passes: in its engine if the model is sharded, else without one."""
+    """Wraps the model for forward passes: in its engine if the model is sharded, else without one. Settles model.unpad."""
+    prepare_unpadding(module, config.model)
     if engine_traits(config, context).is_sharded:
         return build_engine(module, config, context)
     return ForwardOnly(module, config, context)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from dtrain.config.load import to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name
+from dtrain.runs.folder import RunFolder, record_config
 from dtrain.tasks.protocol import Task
 from dtrain.training import run_claim, summary
 from dtrain.training.monitors.protocol import Monitor
@@ -44,6 +46,7 @@ def run_train(
             metrics = on_main(lambda: summary.read(config.run_dir)["eval"], context)
             return Result(dict(metrics), config.run_dir)
         run = prepare_run(claim.config, context, model, task, claim.checkpoint)
+        on_main(lambda: record_config(RunFolder(config.run_dir), to_yaml(run.config)), context)
         run.began = began
         log.info("%s", run.describe(in_full=False))
         return run.run(monitors)

@@ -59,6 +59,9 @@ class Model(Section):
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model; only for authors you trust")
     attn_implementation: str | None = setting(None, "eager, sdpa, ...: passed to from_pretrained", resume="warn")
+    unpad: Literal["auto", "on", "off"] = setting(
+        "auto", "compute no padding; auto: if the model is tested for it. A run keeps its choice in its config.yaml"
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", resume="free"
     )

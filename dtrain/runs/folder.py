@@ -123,6 +123,18 @@ def _is_json(path: Path) -> bool:
         return False
 
 
+def record_config(folder: RunFolder, config_text: str) -> None:
+    """Replaces config.yaml of a claimed folder, once the choices that the config leaves open are made.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        _write(folder.config, [config_text])
+    except OSError as error:
+        raise unwritable_error(folder, error) from error
+
+
 def claim(
     folder: RunFolder,
     config_text: str,

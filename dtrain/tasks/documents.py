@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
+from dtrain.models.unpadding_layout import NAME
 
 NOT_SEPARATED = (
     "task.packing=documents needs a model that accepts an attention mask for each row (batch, 1, length, length) and "
@@ -80,6 +81,6 @@ def _refusal(model: nn.Module, fault: str) -> ConfigError:
     name = f"a {config.model_type} model" if hasattr(config, "model_type") else type(model).__name__
     cure = ""
     with suppress(AttributeError):
-        if config._attn_implementation not in ("eager", "sdpa"):
+        if config._attn_implementation not in ("eager", "sdpa", NAME):
             cure = ", or model.attn_implementation=sdpa"
     return ConfigError(NOT_SEPARATED.format(model=name, fault=fault, cure=cure))

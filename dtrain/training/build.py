@@ -27,6 +27,7 @@ from dtrain.models import freezing
 from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
+from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths
 from dtrain.tasks.trial import try_model
@@ -43,11 +44,13 @@ class PreparedModel:
         freeze: freezes the bare module as an epoch needs it; returns the names of parameters that get no gradient in it,
             which are frozen as well.
         train_mode: see models.freezing.
+        unpadding: whether the module computes its batches without padding, and why.
     """
 
     module: nn.Module
     freeze: Callable[[nn.Module, int], list[str]]
     train_mode: Callable[[nn.Module], None]
+    unpadding: Unpadding
 
 
 def step_plan(config: Config, task: Task) -> StepPlan:
@@ -212,11 +215,12 @@ def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> PreparedModel:
-    """Freezes the parameters that must not learn in an epoch, and finds those that cannot.
+    """Freezes the parameters that must not learn in an epoch, and finds those that cannot. Settles model.unpad.
 
     Raises:
-        ConfigError: a path that matches nothing, or nothing is left to learn.
+        ConfigError: a path that matches nothing, nothing is left to learn, or model.unpad=on for a model that cannot.
     """
+    unpadding = prepare_unpadding(module, config.model)
     train_mode = partial(freezing.train_mode, batch_norm=config.model.batch_norm)
 
     def freeze(module: nn.Module, epoch: int) -> list[str]:
@@ -239,7 +243,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
     if config.model.compile:
         # In place, so that names in the state dict do not change.
         module.compile(dynamic=True)
-    return PreparedModel(module, freeze, train_mode)
+    return PreparedModel(module, freeze, train_mode, unpadding)
 
 
 def count(parameters: list[nn.Parameter]) -> int:

@@ -19,7 +19,7 @@ PADDING_STEPS = 20
 def describe(
     config: Config, context: RankContext, task: Task, prepared: PreparedModel, steps: StepPlan, *, in_full: bool
 ) -> str:
-    """Returns the plan, one line for each of: ranks, engine, data, steps, parameters, memory, exactness, warnings."""
+    """Returns the plan, one line for each of: ranks, engine, data, steps, parameters, memory, exactness, padding, warnings."""
     engine, why = engine_name(config, context)
     total = total_steps(config, steps)
     traits = engine_traits(config, context, total_steps=total)
@@ -40,6 +40,8 @@ def describe(
         f"memory     {_memory(traits, context, count(parameters), trainable)} per rank, without activations",
         f"exactness  {exactness(config, traits)}",
     ]
+    if task.tokenizer is not None:
+        lines.append(f"unpad      {prepared.unpadding}")
     if set(task.splits) <= {"train"}:
         lines.append(
             "warning: nothing will be evaluated, because there is only a train split (data.validation_fraction=0.1 makes one)"

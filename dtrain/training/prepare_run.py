@@ -34,6 +34,9 @@ def prepare_run(
         model: model to train instead of the one that the config's model section names.
         task: task to use instead of the one that the task and data sections name.
         checkpoint: checkpoint to resume from; None starts from the beginning.
+
+    Returns:
+        The run. Its config has the model's choice in the place of model.unpad=auto.
     """
     context.heartbeat.at(Phase.PREPARING)
     task = task or build_task(config, context)
@@ -56,4 +59,6 @@ def prepare_run(
     # A thaw that is due exactly at the step of the checkpoint has not happened yet.
     epoch = steps.epoch_of(max(state.step - 1, 0))
     prepared = build.prepare_training(module, config, task, steps, epoch=epoch)
+    chosen = config.model.model_copy(update={"unpad": prepared.unpadding.value})
+    config = config.model_copy(update={"model": chosen})
     return TrainingRun(config, context, task, prepared, steps, metrics, checkpoint, state)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.select import SelectedCheckpoint
-from dtrain.config.load import as_begun, differences, to_yaml
+from dtrain.config.earlier_runs import as_begun, lacking
+from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, on_main
@@ -30,7 +31,7 @@ class RunClaim:
     Attributes:
         action: action of the command in the folder.
         checkpoint: checkpoint to resume from; None starts from the beginning.
-        config: the settings of this start: a run that an earlier version began goes on as it began.
+        config: the settings of this start, with which the run goes on as it began.
     """
 
     action: StartAction
@@ -82,7 +83,7 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
             raise
         notes, goes_on = list(decision.notes), command == "train" and decision.action == "resume"
         if goes_on:
-            notes += _notes_of_earlier(settings, begun)
+            notes += _notes_of_earlier(old, settings, begun)
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
@@ -112,11 +113,12 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     return RunClaim(action, chosen, as_begun(result["old"], config))
 
 
-def _notes_of_earlier(config: Config, begun: Config) -> list[str]:
+def _notes_of_earlier(old: str | None, config: Config, begun: Config) -> list[str]:
     """Returns a note for each setting in which a run goes on as it began, because it had no such setting yet."""
     return [
         f"{change.key}={change.new}, as this run began, so that its numbers stay the same (new runs: {change.old})"
         for change in differences(to_yaml(config), begun)
+        if change.key in lacking(old)
     ]
 
 

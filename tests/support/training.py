@@ -81,6 +81,7 @@ class Setting:
     class_weights: bool = False
     checkpointing: bool = False
     compile: bool = False
+    unpad: str = "auto"
     deepspeed: str = ""
     momentum: float = 0.0
     shuffle: bool = True
@@ -117,7 +118,7 @@ class Setting:
                     "shuffle": self.shuffle,
                     "local_steps": self.local_steps,
                 },
-                "model": {"compile": self.compile},
+                "model": {"compile": self.compile, "unpad": self.unpad},
                 "optim": {
                     "name": self.optimizer,
                     "learning_rate": self.learning_rate,

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dtrain.config import load
-from dtrain.config.load import as_begun, differences, load_config, to_yaml
+from dtrain.config.earlier_runs import as_begun
+from dtrain.config.load import differences, load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError
 from tests.support import resuming
