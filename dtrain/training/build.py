@@ -28,6 +28,7 @@ from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.trial import try_model
+from dtrain.training.frozen_cache import FrozenCache
 
 T = TypeVar("T")
 
@@ -41,11 +42,13 @@ class PreparedModel:
         freeze: freezes the bare module as an epoch needs it; returns the names of parameters that get no gradient in it,
             which are frozen as well.
         train_mode: see models.freezing.
+        frozen_cache: reads the frozen part's results instead of computing them, once it is opened.
     """
 
     module: nn.Module
     freeze: Callable[[nn.Module, int], list[str]]
     train_mode: Callable[[nn.Module], None]
+    frozen_cache: FrozenCache
 
 
 def step_plan(config: Config, task: Task) -> StepPlan:
@@ -199,10 +202,12 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
         return unused
 
     freeze(module, epoch)
+    frozen_cache = FrozenCache(config, task, plan, total_steps=total_steps(config, plan), train_mode=train_mode)
+    frozen_cache.find(module, epoch)
     if config.model.compile:
         # In place, so that names in the state dict do not change.
         module.compile(dynamic=True)
-    return PreparedModel(module, freeze, train_mode)
+    return PreparedModel(module, freeze, train_mode, frozen_cache)
 
 
 def count(parameters: list[nn.Parameter]) -> int:
