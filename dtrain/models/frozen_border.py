@@ -1,7 +1,7 @@
 """Finds where the frozen beginning of a model ends, by watching a batch and by trying what it found.
 
 Nothing is taken from a table of architectures: which modules run in which order, what a head reads, and whether a result
-depends on dropout or on other rows are measured. A border is used only if the loss of a batch stays the same with it.
+depends on dropout or on other rows are measured. A border is used only if a batch's loss and gradient stay the same with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from dtrain.models.frozen_prefix import (
 from dtrain.models.token_rows import TokenRows, token_rows
 
 TOLERANCE = 1e-4
-"""Largest relative difference of a loss, or of vectors, that is rounding. Rows are computed in another shape of batch."""
+"""Largest relative difference of a loss, a gradient or vectors that is rounding: rows are computed in other batches."""
+
+SAMPLES = 4096
+"""Elements of each parameter's gradient that are compared."""
 
 PARTS: tuple[OutputPart, ...] = ("pooler", "first", "last", "states")
 
@@ -45,15 +48,42 @@ def find_border(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Border |
         return base
     with torch.no_grad():
         seen = _observe(base, loss)
-        if seen.calls != 1 or seen.rows is None:
-            return "it does not read rows of tokens that are padded on the right, in one call"
-        expected = float(loss())
-        candidates = list(_candidates(module, base, seen))
-        if not candidates:
-            return _why_none(seen)
-        reasons = [_try(candidate, seen.rows, loss, expected, module) for candidate in candidates]
-    good = [candidate for candidate, reason in zip(candidates, reasons, strict=True) if reason is None]
-    return good[0] if good else str(reasons[-1])
+    if seen.calls != 1 or seen.rows is None:
+        return "it does not read rows of tokens that are padded on the right, in one call"
+    candidates = list(_candidates(module, base, seen))
+    if not candidates:
+        return _why_none(seen)
+    expected, reason = _pass(module, loss), ""
+    for candidate in candidates:
+        found = _try(candidate, seen.rows, loss, expected, module)
+        if found is None:
+            return candidate
+        reason = found
+    return reason
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The loss of a batch, and some elements of its gradient."""
+
+    loss: float
+    gradient: torch.Tensor
+
+    def is_close(self, expected: _Pass) -> bool:
+        """Returns whether another pass differs from this one by rounding only. nan is never close."""
+        distance, norm = float((self.gradient - expected.gradient).norm()), float(expected.gradient.norm())
+        is_same_loss = abs(self.loss - expected.loss) <= TOLERANCE * max(abs(expected.loss), 1e-3)
+        return is_same_loss and distance <= 10 * TOLERANCE * norm + 1e-12
+
+
+def _pass(module: nn.Module, loss: Callable[[], torch.Tensor]) -> _Pass:
+    module.zero_grad(set_to_none=True)
+    value = loss()
+    if value.requires_grad:
+        torch.autograd.backward(value)
+    gradient = torch.cat([_sample(p) for p in module.parameters() if p.requires_grad])
+    module.zero_grad(set_to_none=True)
+    return _Pass(float(value.detach()), gradient)
 
 
 def _backbone(module: nn.Module) -> nn.Module | str:
@@ -166,21 +196,22 @@ def _candidates(module: nn.Module, base: nn.Module, seen: _Seen) -> Iterator[Bor
                 yield BackboneBorder(base, part, output=seen.output)
         return
     count = _frozen_layers(seen)
-    result, is_tuple = seen.layer_output, isinstance(seen.layer_output, tuple)
-    hidden = result[0] if is_tuple else result
+    result = seen.layer_output
+    size = len(result) if isinstance(result, tuple) else 0
+    hidden = result[0] if size else result
     numbers = [event for event in seen.events if isinstance(event, int)]
     if count == 0 or numbers != list(range(len(seen.layers))) or not torch.is_tensor(hidden):
         return
-    if (is_tuple and len(result) != 1) or not torch.is_tensor(seen.first_input):
+    if any(value is not None for value in result[1:size]) or not torch.is_tensor(seen.first_input):
         return
     embeddings = getattr(base, "embeddings", None)
     assert seen.rows is not None
     shape = (*seen.rows.ids.shape, hidden.shape[-1])
     # At the embeddings, whatever the layers do to drop padding also does it to what was read.
     if torch.is_tensor(seen.embedded) and seen.embedded.shape == shape:
-        yield LayersBorder(base, seen.layers, count, embeddings=embeddings, is_tuple=is_tuple)
+        yield LayersBorder(base, seen.layers, count, embeddings=embeddings, tuple_size=size)
     if seen.first_input.shape == shape:
-        yield LayersBorder(base, seen.layers, count, embeddings=None, is_tuple=is_tuple)
+        yield LayersBorder(base, seen.layers, count, embeddings=None, tuple_size=size)
 
 
 def _why_none(seen: _Seen) -> str:
@@ -191,29 +222,35 @@ def _why_none(seen: _Seen) -> str:
     return "the layers of this model do not follow one another"
 
 
+def _sample(parameter: nn.Parameter) -> torch.Tensor:
+    """Returns evenly spaced elements of a gradient: copies of all gradients of a large model would not fit in memory."""
+    stride = max(1, parameter.numel() // SAMPLES)
+    gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    return gradient.detach().reshape(-1)[::stride].float()
+
+
 def _try(
-    border: Border, rows: TokenRows, loss: Callable[[], torch.Tensor], expected: float, module: nn.Module
+    border: Border, rows: TokenRows, loss: Callable[[], torch.Tensor], expected: _Pass, module: nn.Module
 ) -> str | None:
-    """Returns why a border cannot be used; None if the batch's loss stays the same with it."""
+    """Returns why a border cannot be used; None if the batch's loss and gradient stay the same with it."""
     border.attach()
     try:
-        training = _alone(border, rows, module)
-        with _evaluating(module):
-            vectors = _alone(border, rows, module)
-            if not _keeps_order(border, rows, module):
-                return "its rows depend on each other"
+        with torch.no_grad():
+            training = _alone(border, rows, module)
+            with _evaluating(module):
+                vectors = _alone(border, rows, module)
+                if not _keeps_order(border, rows, module):
+                    return "its rows depend on each other"
         if not are_close(training, vectors):
             return "it gives other results in training than in evaluation, because dropout or statistics in it are not frozen"
         keys = rows.keys()
         border.read = lambda found: vectors if found.keys() == keys else None
-        found = float(loss())
+        is_same = _pass(module, loss).is_close(expected)
     except FORWARD_ERRORS:
-        found = float("nan")
+        is_same = False
     finally:
         border.detach()
-    if not abs(found - expected) <= TOLERANCE * max(abs(expected), 1e-3):  # nan is not either
-        return "more of the frozen part is used than its states"
-    return None
+    return None if is_same else "more of the frozen part is used than its states"
 
 
 def _alone(border: Border, rows: TokenRows, module: nn.Module) -> torch.Tensor:

@@ -137,7 +137,7 @@ class BackboneBorder:
         return forward(*args, **kwargs) if found is None else self._output(*found)
 
     def _output(self, rows: TokenRows, vectors: torch.Tensor) -> Any:
-        """Returns an output in which all that the head does not read is nan, so that a wrong guess cannot pass."""
+        """Returns an output in which what the head does not read is nan, or 0 where its gradient would be multiplied by it."""
         nothing = vectors.new_full((1, 1, 1), float("nan"))
         shape = (len(rows.counts), rows.length, vectors.shape[-1])
         match self._part:
@@ -146,7 +146,7 @@ class BackboneBorder:
             case "first":
                 states = vectors[:, None]
             case "last":
-                states = nothing.expand(shape).clone()
+                states = vectors.new_zeros(shape)
                 where = torch.from_numpy(rows.counts - 1).to(vectors.device)
                 states[torch.arange(len(where), device=vectors.device), where] = vectors
             case "states":
@@ -167,16 +167,16 @@ class LayersBorder:
         frozen_layers: int,
         *,
         embeddings: nn.Module | None,
-        is_tuple: bool,
+        tuple_size: int,
     ) -> None:
         """
         Args:
             frozen_layers: number of layers below the border, at least 1.
             embeddings: the module whose output enters the first layer; None if something is computed between them.
-            is_tuple: whether a layer returns a tuple of one.
+            tuple_size: length of the tuple that a layer returns, the states first and None after them; 0: it returns a tensor.
         """
         self._base, self._layers, self._frozen = base, list(layers), frozen_layers
-        self._embeddings, self._is_tuple = embeddings, is_tuple
+        self._embeddings, self._tuple_size = embeddings, tuple_size
         self._names = argument_names(base)
         self._hooks: list[Any] = []
         self._states: torch.Tensor | None = None  # of the call that is running, and of no other
@@ -253,10 +253,10 @@ class LayersBorder:
         is_below = index < self._frozen
         if (self._is_injected and is_below) or (self._is_computing and not is_below):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            return (hidden,) if self._is_tuple else hidden
+            return (hidden, *[None] * (self._tuple_size - 1)) if self._tuple_size else hidden
         result = forward(*args, **kwargs)
         if self._is_computing and index == self._frozen - 1:
-            self._captured = result[0] if self._is_tuple else result
+            self._captured = result[0] if self._tuple_size else result
         return result
 
 
