@@ -97,8 +97,8 @@ def token_rows(inputs: Mapping[str, Any]) -> TokenRows | None:
 
 def _is_more(name: str, value: Any) -> bool:
     """Returns whether an argument changes the result, or asks for more of it."""
+    if name == "return_dict":
+        return value is False
     if name in INPUTS or value is None or value is False:
         return False
-    if name == "return_dict":
-        return value is not True
     return torch.is_tensor(value) or name == "past_key_values" or name.startswith("output_") or name == "use_cache"
