@@ -59,7 +59,12 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
         ("wte", "wpe", "h[:2]"),
     ),
     "llama": ("LlamaForSequenceClassification", "LlamaConfig", COMMON, LLAMA),
-    "qwen3": ("Qwen3ForSequenceClassification", "Qwen3Config", {**COMMON, "head_dim": 8}, LLAMA),
+    "qwen3": (
+        "Qwen3ForSequenceClassification",
+        "Qwen3Config",
+        {**COMMON, "num_key_value_heads": 2, "head_dim": 8},
+        LLAMA,
+    ),
     "gpt-neox": ("GPTNeoXForSequenceClassification", "GPTNeoXConfig", COMMON, ("embed_in", "layers[:2]")),
     "opt": (
         "OPTForSequenceClassification",
