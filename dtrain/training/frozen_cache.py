@@ -36,6 +36,7 @@ from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object, node_first
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.serialization import Json
+from dtrain.engine.build import engine_traits
 from dtrain.engine.protocol import Engine, EngineTraits
 from dtrain.engine.unused_parameters import layer_drop_settings
 from dtrain.errors import ConfigError
@@ -162,22 +163,21 @@ class FrozenCache:
         Raises:
             ConfigError: freeze.cache=on, and the engine shards the model.
         """
-        if self.border is not None and (traits.is_sharded or traits.lock_step):
-            self._rule_out_sharding()
+        self._rule_out_sharding(traits)
         if self.border is not None:
             return f"{self.border.shown}, computed once and then read (freeze.cache={self._config.freeze.cache})"
         return None if self._why_off is None else f"off: {self._why_off}"
 
-    def _rule_out_sharding(self) -> None:
-        self.border = None
-        self._refuse("the engine shards the model, so that every rank takes part in each forward pass")
+    def _rule_out_sharding(self, traits: EngineTraits) -> None:
+        if self.border is not None and traits.is_sharded:
+            self.border = None
+            self._refuse("the engine shards the model, so that every rank takes part in each forward pass")
 
     def open(self, engine: Engine) -> None:
         """Collective. Computes what is missing on this node, and reads from then on. Leaves the model in eval mode."""
         self._is_in_use = True
-        if self.border is not None and engine.lock_step:
-            self._rule_out_sharding()
         context = engine.context
+        self._rule_out_sharding(engine_traits(self._config, context))
         if agree(self.border is None, context):
             self.border = None
             return
