@@ -113,7 +113,7 @@ class FrozenStore:
         index["key"] = np.frombuffer(b"".join(keys), "V16")
         index["count"] = counts
         body = index.tobytes()
-        data = memoryview(np.ascontiguousarray(vectors)).cast("B")
+        data = np.ascontiguousarray(vectors).data
         header = HEADER.pack(MAGIC, len(keys), self.vector_bytes, zlib.crc32(data, zlib.crc32(body)))
         descriptor, temporary = tempfile.mkstemp(prefix=BUILDING, dir=self.folder)
         try:

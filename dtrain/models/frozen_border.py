@@ -87,11 +87,12 @@ def _pass(module: nn.Module, loss: Callable[[], torch.Tensor]) -> _Pass:
 
 
 def _backbone(module: nn.Module) -> nn.Module | str:
+    base: object = None
     if isinstance(module, HeadedModel):
-        base: Any = module.backbone
+        base = module.backbone
     elif isinstance(module, PreTrainedModel) and module.base_model is not module:
         base = module.base_model
-    else:
+    if base is None:
         return "it is not a model of transformers with a head"
     if not isinstance(base, PreTrainedModel):
         return "trainable adapters are inside the backbone"

@@ -60,7 +60,9 @@ class TokenRows:
 def ranges(starts: Ints, counts: Ints) -> Ints:
     """Returns start, start + 1, ... of each pair, `count` numbers, one after the other."""
     ends = np.cumsum(counts)
-    return np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
+    positions: Ints = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
+    positions += np.repeat(starts - (ends - counts), counts)
+    return positions
 
 
 def _key(row: tuple[Ints, Ints | None]) -> bytes:
