@@ -20,7 +20,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 KEY_BYTES = 16
 
-Ints = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class TokenRows:
         counts: (rows,) real tokens of each row.
     """
 
-    ids: Ints
-    types: Ints | None
-    counts: Ints
+    ids: IndexArray
+    types: IndexArray | None
+    counts: IndexArray
 
     @property
     def length(self) -> int:
@@ -46,26 +46,26 @@ class TokenRows:
         """Returns a hash of each row's real tokens and their types."""
         return [_key(row) for row in self.rows()]
 
-    def rows(self) -> Iterator[tuple[Ints, Ints | None]]:
+    def rows(self) -> Iterator[tuple[IndexArray, IndexArray | None]]:
         """Yields the real tokens and types of each row."""
         for row, count in enumerate(self.counts.tolist()):
             yield self.ids[row, :count], None if self.types is None else self.types[row, :count]
 
-    def places(self) -> Ints:
+    def places(self) -> IndexArray:
         """Returns the index of each real token, row by row, in the flattened (rows * length) call."""
         starts = np.arange(len(self.counts), dtype=np.int64) * self.length
         return ranges(starts, self.counts)
 
 
-def ranges(starts: Ints, counts: Ints) -> Ints:
+def ranges(starts: IndexArray, counts: IndexArray) -> IndexArray:
     """Returns start, start + 1, ... of each pair, `count` numbers, one after the other."""
     ends = np.cumsum(counts)
-    positions: Ints = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
+    positions: IndexArray = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
     positions += np.repeat(starts - (ends - counts), counts)
     return positions
 
 
-def _key(row: tuple[Ints, Ints | None]) -> bytes:
+def _key(row: tuple[IndexArray, IndexArray | None]) -> bytes:
     ids, types = row
     digest = hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=KEY_BYTES)
     if types is not None:

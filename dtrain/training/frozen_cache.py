@@ -1,6 +1,6 @@
 """The frozen part of a model is computed once per row, kept on disk, and read from then on (freeze.cache).
 
-Rows are computed before the first step, in groups of equal length: there is no padding, and the groups depend on the data
+DistinctRows are computed before the first step, in groups of equal length: there is no padding, and the groups depend on the data
 alone. So a run gets the same bits at every world size and after a restart. Each node has its own folder of stores, next to
 the tokenized data. A store's name is a hash of the frozen weights, the model's config, the arithmetic and the versions; a row
 is found by its tokens. So neither the data, nor their order, nor the tokenizer has to be part of the name.
@@ -46,7 +46,7 @@ from dtrain.models.frozen_border import are_close, find_border, tensors_of
 from dtrain.models.frozen_prefix import Border
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
-from dtrain.training.frozen_rows import TRIAL_ROWS, Rows, collated, collect, training_indices, why_not_fixed
+from dtrain.training.frozen_rows import TRIAL_ROWS, DistinctRows, collated, collect, training_indices, why_not_fixed
 
 GROUP_TOKENS = 2048
 """Tokens that are computed together. More need more memory; fewer leave the processor idle."""
@@ -268,7 +268,7 @@ class FrozenCache:
         self,
         engine: Engine,
         border: Border,
-        rows: Rows,
+        rows: DistinctRows,
         groups: Sequence[Sequence[int]],
         counts: Sequence[int],
         vector_bytes: int,
@@ -313,7 +313,7 @@ class FrozenCache:
         return {"folder": str(folder)}
 
     def _is_same(
-        self, border: Border, store: FrozenStore, rows: Rows, groups: Sequence[Sequence[int]], module: nn.Module
+        self, border: Border, store: FrozenStore, rows: DistinctRows, groups: Sequence[Sequence[int]], module: nn.Module
     ) -> bool:
         """Returns whether what is stored is what this model computes, by the first and the last group that is stored."""
         stored = [group for group in groups if all(rows.keys[row] in store for row in group)]
@@ -348,7 +348,7 @@ class FrozenCache:
         return digest.hexdigest()[:32]
 
     def _compute_missing(
-        self, engine: Engine, border: Border, rows: Rows, groups: Sequence[Sequence[int]], counts: Sequence[int]
+        self, engine: Engine, border: Border, rows: DistinctRows, groups: Sequence[Sequence[int]], counts: Sequence[int]
     ) -> None:
         """Computes groups of rows and publishes them.
 
@@ -374,7 +374,7 @@ class FrozenCache:
             log.info("freeze.cache: done in %.1f s", time.monotonic() - begin)
 
 
-def _compute(border: Border, rows: Rows, group: Sequence[int], module: nn.Module) -> torch.Tensor:
+def _compute(border: Border, rows: DistinctRows, group: Sequence[int], module: nn.Module) -> torch.Tensor:
     """Returns the vectors of a group of rows, one after the other: (vectors, width)."""
     ids, types = rows.batch(group)
     vectors = border.compute(tensors_of(ids, types, module))

@@ -26,7 +26,7 @@ Small = npt.NDArray[np.int32]
 
 
 @dataclass
-class Rows:
+class DistinctRows:
     """Distinct rows of tokens.
 
     Attributes:
@@ -57,13 +57,13 @@ def training_indices(plan: StepPlan, steps: range) -> Sequence[int]:
     return sorted({index for step in steps for index in plan.indices(step)})
 
 
-def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Callable[[], None]) -> Rows:
+def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Callable[[], None]) -> DistinctRows:
     """Returns the distinct rows of these examples of each split.
 
     Args:
         progress: called now and then.
     """
-    rows, known = Rows(), set[bytes]()
+    rows, known = DistinctRows(), set[bytes]()
     for split, wanted in indices.items():
         for part in chunks(wanted, CHUNK_ROWS):
             found = token_rows(inputs_of(task, split, part))

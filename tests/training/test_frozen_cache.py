@@ -218,11 +218,13 @@ def test_what_a_killed_writer_left_is_completed_to_the_same_bits(
     assert again["cache"].misses == 0
 
 
-def test_a_thaw_moves_the_border_down_and_the_rest_is_read(setting: Setting) -> None:
+@pytest.mark.parametrize("method", ["requires_grad", "no_grad"])
+def test_a_thaw_moves_the_border_down_and_the_rest_is_read(setting: Setting, method: str) -> None:
     def make() -> Any:
         return tiny.bert(layers=3)
 
-    thawing = replace(setting, freeze=("embeddings", "encoder.layer[:2]"), thaw=((2, "encoder.layer[1]"),), steps=12)
+    frozen = replace(setting, freeze=("embeddings", "encoder.layer[:2]"), freeze_method=method)
+    thawing = replace(frozen, thaw=((2, "encoder.layer[1]"),), steps=12)
     cached = trained(thawing, make())
 
     assert cached["thawed"]
@@ -237,6 +239,20 @@ def test_a_thaw_of_all_ends_the_cache(setting: Setting) -> None:
 
     assert cached["cache"].border is None
     assert_same(plain(thawing), cached)
+
+
+def test_closing_leaves_the_model_as_it_was(setting: Setting) -> None:
+    for frozen in (FROZEN, ("base_model",)):
+        module = tiny.bert(layers=2)
+        before = {name: set(vars(part)) for name, part in module.named_modules()}
+        hooks = {name: len(part._forward_pre_hooks) for name, part in module.named_modules()}
+        cache = training.build(ONE_PROCESS, replace(setting, freeze=frozen), module).prepared.frozen_cache
+        assert cache.border is not None
+        cache.close()
+
+        after = {name: set(vars(part)) - {"_dtrain_frozen"} for name, part in module.named_modules()}
+        assert after == before
+        assert {name: len(part._forward_pre_hooks) for name, part in module.named_modules()} == hooks
 
 
 # What the disk does not allow
@@ -330,3 +346,64 @@ def test_auto_does_not_store_what_is_used_once_and_on_does(setting: Setting) -> 
 
     assert trained(once)["cache"].border is None
     assert trained(replace(once, cache="on"))["cache"].hits > 0
+
+
+# Other tasks
+
+
+def pieces(*, rows: int, seed: int) -> list[list[int]]:
+    return [list(ids) for ids in tiny.sentences(rows, seed=seed)[list(range(rows))]["input_ids"]]
+
+
+def tags(_setting: Setting) -> tuple[Any, nn.Module]:
+    from transformers import BertForTokenClassification
+
+    from dtrain.tasks.token_classification import TokenClassificationTask
+
+    def table(rows: int, seed: int) -> tiny.Table:
+        ids = pieces(rows=rows, seed=seed)
+        places = [list(range(1, len(row) - 1)) for row in ids]
+        labels = [[row[place] % 2 for place in some] for row, some in zip(ids, places, strict=True)]
+        types = [[0] * len(row) for row in ids]
+        return tiny.Table({"input_ids": ids, "token_type_ids": types, "places": places, "tags": labels})
+
+    splits = {"train": table(21, 0), "validation": table(11, 1)}
+    task = TokenClassificationTask(splits, tiny.tokenizer(), ["odd", "even"], max_length=32)
+    return task, BertForTokenClassification(tiny.bert(layers=2).config)
+
+
+def choices(_setting: Setting) -> tuple[Any, nn.Module]:
+    from transformers import BertForMultipleChoice
+
+    from dtrain.tasks.multiple_choice import MultipleChoiceTask
+
+    def table(rows: int, seed: int) -> tiny.Table:
+        ids = pieces(rows=2 * rows, seed=seed)
+        pairs = [[ids[2 * row], ids[2 * row + 1]] for row in range(rows)]
+        types = [[[0] * len(one) for one in pair] for pair in pairs]
+        labels = [row % 2 for row in range(rows)]
+        return tiny.Table({"input_ids": pairs, "token_type_ids": types, "label": labels})
+
+    splits = {"train": table(21, 0), "validation": table(11, 1)}
+    return MultipleChoiceTask(splits, tiny.tokenizer(), max_length=32), BertForMultipleChoice(
+        tiny.bert(layers=2).config
+    )
+
+
+@pytest.mark.parametrize("frozen", [("base_model",), FROZEN], ids=["all but the head", "half"])
+@pytest.mark.parametrize("kind", [tags, choices])
+def test_tokens_and_choices_are_read_too(
+    setting: Setting, kind: Callable[[Setting], tuple[Any, nn.Module]], frozen: tuple[str, ...]
+) -> None:
+    half = replace(setting, freeze=frozen)
+
+    def run(changed: Setting) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            task, module = kind(changed)
+        return trained(changed, module, task)
+
+    cached = run(half)
+
+    assert (cached["cache"].hits > 0, cached["cache"].misses) == (True, 0)
+    assert_same(run(replace(half, cache="off")), cached)
