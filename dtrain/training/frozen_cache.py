@@ -1,6 +1,6 @@
 """The frozen part of a model is computed once per row, kept on disk, and read from then on (freeze.cache).
 
-DistinctRows are computed before the first step, in groups of equal length: there is no padding, and the groups depend on the data
+Rows are computed before the first step, in groups of equal length: there is no padding, and the groups depend on the data
 alone. So a run gets the same bits at every world size and after a restart. Each node has its own folder of stores, next to
 the tokenized data. A store's name is a hash of the frozen weights, the model's config, the arithmetic and the versions; a row
 is found by its tokens. So neither the data, nor their order, nor the tokenizer has to be part of the name.
@@ -101,7 +101,8 @@ class FrozenCache:
         self._module, self.border, self._why_off = module, None, None
         self._steps = self._steps_as_frozen(epoch)
         settings = self._config.freeze
-        if settings.cache == "off" or (settings.cache == "auto" and not freezing.frozen_parameters(module)):
+        # Parameters that no gradient reaches are frozen too, which is no reason to explain anything.
+        if settings.cache == "off" or (settings.cache == "auto" and not settings.modules):
             return
         found = self._refusal(module) or self._find(module)
         if isinstance(found, str):
@@ -226,6 +227,8 @@ class FrozenCache:
         """Collective. Completes this node's store; returns what prevented it."""
         rows = collect(self._task, self._indices(), progress=engine.context.heartbeat.tick)
         groups = in_groups(rows.lengths, tokens=GROUP_TOKENS)
+        if not groups:
+            return "no row has a token"
         vector = _compute(border, rows, groups[0][:1], engine.module)
         self._dtype, vector_bytes = vector.dtype, vector.shape[-1] * vector.element_size()
         counts = rows.lengths if border.is_per_token else [1] * len(rows.keys)
