@@ -65,6 +65,14 @@ class Freeze(Section):
         "requires_grad", "no_grad: also stops gradients to everything below the frozen modules"
     )
     thaw: tuple[ThawStage, ...] = setting((), "modules to unfreeze later: [{epoch: 1, modules: [...]}]")
+    cache: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "auto: compute the model's frozen beginning once per row, then read it; on: for one epoch too, or an error",
+        resume="free",
+    )
+    cache_gb: float = setting(
+        8.0, "GiB of disk for such results of all models, below data.cache_dir", resume="free", gt=0
+    )
 
 
 class Spike(Section):

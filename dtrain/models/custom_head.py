@@ -61,7 +61,7 @@ class HeadedModel(nn.Module):
         self.backbone = backbone
         self.head = LinearHead(width, outputs, settings)
         self.config: PretrainedConfig = backbone.config
-        self._pooling, self._task_head = settings.pooling, task_head
+        self.pooling, self._task_head = settings.pooling, task_head
         setattr(
             backbone.config,
             CONFIG_KEY,
@@ -78,12 +78,18 @@ class HeadedModel(nn.Module):
         if self._task_head.logits == "choice":
             choices = next(iter(inputs.values())).shape[1]
             inputs = {name: value.flatten(0, 1) for name, value in inputs.items()}
-        mask = inputs.get("attention_mask")
-        hidden = self.backbone(**inputs).last_hidden_state
-        if self._task_head.logits != "token":
-            hidden = pool(hidden, mask, self._pooling)
-        logits = self.head(hidden)
+        logits = self.head(self.features(**inputs))
         return SequenceClassifierOutput(logits=logits if choices is None else logits.view(-1, choices))
+
+    def features(self, **inputs: Any) -> torch.Tensor:
+        """Returns what the head reads: the pooled states (batch, width), or (batch, length, width) for tasks per token."""
+        hidden: torch.Tensor = self.backbone(**inputs).last_hidden_state
+        return hidden if self.is_per_token else pool(hidden, inputs.get("attention_mask"), self.pooling)
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the head computes logits for each token, without pooling."""
+        return self._task_head.logits == "token"
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the backbone's input embeddings."""

@@ -31,6 +31,7 @@ from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths
 from dtrain.tasks.trial import try_model
+from dtrain.training.frozen_cache import FrozenCache
 
 T = TypeVar("T")
 
@@ -45,12 +46,14 @@ class PreparedModel:
             which are frozen as well.
         train_mode: see models.freezing.
         unpadding: whether the module computes its batches without padding, and why.
+        frozen_cache: reads the frozen part's results instead of computing them, once it is opened.
     """
 
     module: nn.Module
     freeze: Callable[[nn.Module, int], list[str]]
     train_mode: Callable[[nn.Module], None]
     unpadding: Unpadding
+    frozen_cache: FrozenCache
 
 
 def step_plan(config: Config, task: Task) -> StepPlan:
@@ -240,10 +243,12 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
         return unused
 
     freeze(module, epoch)
+    frozen_cache = FrozenCache(config, task, plan, total_steps=total_steps(config, plan), train_mode=train_mode)
+    frozen_cache.find(module, epoch)
     if config.model.compile:
         # In place, so that names in the state dict do not change.
         module.compile(dynamic=True)
-    return PreparedModel(module, freeze, train_mode, unpadding)
+    return PreparedModel(module, freeze, train_mode, unpadding, frozen_cache)
 
 
 def count(parameters: list[nn.Parameter]) -> int:

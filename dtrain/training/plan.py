@@ -48,6 +48,8 @@ def describe(
         )
     if frozen:
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
+    if (kept := prepared.frozen_cache.describe(traits)) is not None:
+        lines.append(f"cache      {kept}")
     if in_full:
         lines += [f"  frozen   {name}" for name in frozen]
     return "\n".join([*lines, *_warnings(config, context, steps), *traits.notes])

@@ -135,6 +135,7 @@ class TrainingRun:
             try:
                 return self._train(total, extra_monitors)
             finally:
+                self.prepared.frozen_cache.close()
                 self.checkpoints.close()
                 self.tracker.event("end", step=self.state.step, **self._traffic_per_step())
 
@@ -186,6 +187,7 @@ class TrainingRun:
         if self.checkpoint is not None:
             restore_slots(self.engine, self.checkpoint, self.context)
             self.tracker.event("resume", step=self.state.step, world_size=self.context.world_size)
+        self.prepared.frozen_cache.open(self.engine)
         self.checkpoints = CheckpointMonitor(
             self.config,
             self.context,

@@ -22,6 +22,7 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: PreparedModel, st
     context = engine.context
     slots = {entry.name: host_slots(entry.slots) for entry in engine.named_state(here=context.is_main)}
     scalars = engine.scalars()
+    prepared.frozen_cache.close()  # what is read must not outlive the freezing
     module = engine.release()
     before = freezing.frozen_parameters(module)
     prepared.freeze(module, epoch)
@@ -30,5 +31,6 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: PreparedModel, st
     rebuilt = build_engine(module, config, context, thawed=state.thawed)
     rebuilt.load_named_slots(lambda name, _shape: broadcast_slots(slots.get(name, {}), context))
     rebuilt.load_scalars(scalars)
+    prepared.frozen_cache.reopen(rebuilt, epoch)
     prepared.train_mode(rebuilt.module)
     return rebuilt

@@ -96,6 +96,9 @@ class Setting:
     table: bool = False
     sort_by_length: bool = True
     micro_batch_tokens: int | None = None
+    cache: str = "off"
+    cache_dir: str | None = None
+    cache_gb: float = 8.0
     broken: str | None = None
 
     def config(self) -> Config:
@@ -132,7 +135,10 @@ class Setting:
                     "modules": self.freeze,
                     "method": self.freeze_method,
                     "thaw": [{"epoch": epoch, "modules": [path]} for epoch, path in self.thaw],
+                    "cache": self.cache,
+                    "cache_gb": self.cache_gb,
                 },
+                "data": {"cache_dir": self.cache_dir},
                 "engine": {
                     "name": self.engine,
                     "precision": self.precision,
@@ -200,6 +206,8 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
     plan = construct.step_plan(config, learns)
     prepared = construct.prepare_training(module, config, learns, plan)
     engine = build_engine(prepared.module, config, context)
+    if setting.cache != "off":
+        prepared.frozen_cache.open(engine)
     state = RunState()
     settings = LoopSettings(
         plan=plan,

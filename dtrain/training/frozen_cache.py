@@ -1,0 +1,391 @@
+"""The frozen part of a model is computed once per row, kept on disk, and read from then on (freeze.cache).
+
+Rows are computed before the first step, in groups of equal length: there is no padding, and the groups depend on the data
+alone. So a run gets the same bits at every world size and after a restart. Each node has its own folder of stores, next to
+the tokenized data. A store's name is a hash of the frozen weights, the model's config, the arithmetic and the versions; a row
+is found by its tokens. So neither the data, nor their order, nor the tokenizer has to be part of the name.
+
+What cannot be right is refused with its reason. What the disk does not allow ends in one warning, and the frozen part is
+computed in each step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from dtrain.config.schema import Config
+from dtrain.console import log
+from dtrain.data import frozen_store
+from dtrain.data.cache import describe_os_error
+from dtrain.data.frozen_store import FrozenStore, in_groups
+from dtrain.data.order import StepPlan
+from dtrain.data.seeding import seed_all
+from dtrain.distributed.collectives import agree, all_gather_object, node_first
+from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.serialization import Json
+from dtrain.engine.build import engine_traits
+from dtrain.engine.protocol import Engine, EngineTraits
+from dtrain.engine.unused_parameters import layer_drop_settings
+from dtrain.errors import ConfigError
+from dtrain.models import freezing
+from dtrain.models.architecture import asks_for_router_loss
+from dtrain.models.frozen_border import are_close, find_border, tensors_of
+from dtrain.models.frozen_prefix import Border
+from dtrain.models.token_rows import TokenRows
+from dtrain.tasks.protocol import Task
+from dtrain.training.frozen_rows import TRIAL_ROWS, DistinctRows, collated, collect, training_indices, why_not_fixed
+
+GROUP_TOKENS = 2048
+"""Tokens that are computed together. More need more memory; fewer leave the processor idle."""
+
+PART_BYTES = 1 << 26
+"""Size at which finished rows are published, so that a run that is stopped while it computes them keeps them."""
+
+GIB = 2**30
+
+NAMES_OF_OUTPUTS = ("id2label", "label2id", "problem_type", "dtrain_head", "_name_or_path", "architectures")
+"""Entries of a model's config that do not change its frozen part."""
+
+
+class FrozenCache:
+    """Decides whether the frozen part is read, fills the store, and puts what was read in place of the computation.
+
+    Attributes:
+        border: where the frozen part ends; None if it is computed in each step.
+        hits: calls that were read.
+        misses: calls that were computed, because a row was not in the store.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        plan: StepPlan,
+        *,
+        total_steps: int,
+        train_mode: Callable[[nn.Module], None],
+    ) -> None:
+        self._config, self._task, self._plan, self._total_steps = config, task, plan, total_steps
+        self._train_mode = train_mode
+        self._steps = range(0)
+        self._is_in_use = False
+        self._why_off: str | None = None
+        self._store: FrozenStore | None = None
+        self._module: nn.Module | None = None
+        self._dtype = torch.float32
+        self.border: Border | None = None
+        self.hits = self.misses = 0
+
+    def find(self, module: nn.Module, epoch: int) -> None:
+        """Finds the end of the frozen part. Every rank finds the same.
+
+        Args:
+            module: the bare model, frozen as this epoch needs it.
+
+        Raises:
+            ConfigError: freeze.cache=on, and there is no frozen part that can be read.
+        """
+        self._module, self.border, self._why_off = module, None, None
+        self._steps = self._steps_as_frozen(epoch)
+        settings = self._config.freeze
+        # Parameters that no gradient reaches are frozen too, which is no reason to explain anything.
+        if settings.cache == "off" or (settings.cache == "auto" and not settings.modules):
+            return
+        found = self._refusal(module) or self._find(module)
+        if isinstance(found, str):
+            self._refuse(found)
+        else:
+            self.border = found
+
+    def _refuse(self, reason: str) -> None:
+        if self._config.freeze.cache == "on":
+            raise ConfigError(
+                f"freeze.cache=on: the frozen part cannot be computed once and read from then on, because {reason}. Freeze the "
+                "embeddings and the first layers, or all but the head (freeze.modules=[base_model]), or use freeze.cache=auto."
+            )
+        self._why_off = reason
+
+    def _steps_as_frozen(self, epoch: int) -> range:
+        """Returns the steps from the last thaw to the next one."""
+        starts = [stage.epoch for stage in self._config.freeze.thaw]
+        begin = max((start for start in starts if start <= epoch), default=0)
+        end = min((start for start in starts if start > epoch), default=None)
+        per_epoch = self._plan.steps_per_epoch
+        stop = self._total_steps if end is None else min(self._total_steps, end * per_epoch)
+        return range(min(begin * per_epoch, stop), stop)
+
+    def _refusal(self, module: nn.Module) -> str | None:
+        """Returns why the settings rule a cache out."""
+        config, settings = getattr(module, "config", None), self._config
+        if not freezing.frozen_parameters(module):
+            return "nothing is frozen"
+        if len(self._steps) <= self._plan.steps_per_epoch and settings.freeze.cache == "auto":
+            return "each row is used only once while this part is frozen"
+        if settings.model.compile:
+            return "model.compile fixes what is computed"
+        if settings.model.gradient_checkpointing:
+            return "model.gradient_checkpointing computes layers again in the backward pass"
+        if config is not None and hasattr(config, "get_text_config") and asks_for_router_loss(config):
+            return "the loss of the router needs all layers"
+        if names := layer_drop_settings(module):
+            return f"layers are skipped at random ({', '.join(names)} in the model's config)"
+        if self._task.tokenizer is None:
+            return "the model's inputs are not tokens"
+        return why_not_fixed(self._task)
+
+    def _find(self, module: nn.Module) -> Border | str:
+        indices = list(range(min(TRIAL_ROWS, len(self._task.splits["train"]))))
+        batch = collated(self._task, "train", indices)
+        device = next(module.parameters()).device
+
+        def loss() -> torch.Tensor:
+            seed_all(self._plan.seed, "frozen", 0)
+            return self._task.loss(module, {name: tensor.to(device) for name, tensor in batch.items()})
+
+        self._train_mode(module)
+        return find_border(module, loss)
+
+    def describe(self, traits: EngineTraits) -> str | None:
+        """Returns what the plan says; None if there is nothing to say.
+
+        Raises:
+            ConfigError: freeze.cache=on, and the engine shards the model.
+        """
+        self._rule_out_sharding(traits)
+        if self.border is not None:
+            return f"{self.border.shown}, computed once and then read (freeze.cache={self._config.freeze.cache})"
+        return None if self._why_off is None else f"off: {self._why_off}"
+
+    def _rule_out_sharding(self, traits: EngineTraits) -> None:
+        if self.border is not None and traits.is_sharded:
+            self.border = None
+            self._refuse("the engine shards the model, so that every rank takes part in each forward pass")
+
+    def open(self, engine: Engine) -> None:
+        """Collective. Computes what is missing on this node, and reads from then on. Leaves the model in eval mode."""
+        self._is_in_use = True
+        context = engine.context
+        self._rule_out_sharding(engine_traits(self._config, context))
+        if agree(self.border is None, context):
+            self.border = None
+            return
+        assert self.border is not None
+        self._module = engine.module
+        engine.module.eval()
+        self.border.attach()
+        with context.heartbeat.within(Phase.BUILDING), torch.no_grad(), engine.autocast():
+            problem = self._fill(engine, self.border)
+        problems = [found for found in all_gather_object(problem, context) if found is not None]
+        if problems:
+            self.close()
+            if context.is_main:
+                log.warning("freeze.cache: %s. The frozen part is computed in each step instead", problems[0])
+            return
+        assert self._store is not None
+        self._store.load()
+        self.border.read = self._read
+
+    def close(self) -> None:
+        """Ends the reading: from now on the model computes everything."""
+        if self.border is not None and self._is_in_use:
+            self.border.detach()
+        self.border = self._store = None
+
+    def reopen(self, engine: Engine, epoch: int) -> None:
+        """Collective. Reads again after a thaw, if a frozen part is left. Does nothing if `open` was never called."""
+        if self._is_in_use:
+            self.find(engine.module, epoch)
+            self.open(engine)
+
+    def _read(self, rows: TokenRows) -> torch.Tensor | None:
+        assert self._store is not None
+        assert self.border is not None
+        assert self._module is not None
+        counts = rows.counts.tolist() if self.border.is_per_token else [1] * len(rows.counts)
+        found = self._store.read(rows.keys(), counts)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        device = next(self._module.parameters()).device
+        return torch.from_numpy(found).view(self._dtype).to(device, non_blocking=True)
+
+    def _fill(self, engine: Engine, border: Border) -> str | None:
+        """Collective. Completes this node's store; returns what prevented it."""
+        rows = collect(self._task, self._indices(), progress=engine.context.heartbeat.tick)
+        groups = in_groups(rows.lengths, tokens=GROUP_TOKENS)
+        if not groups:
+            return "no row has a token"
+        vector = _compute(border, rows, groups[0][:1], engine.module)
+        self._dtype, vector_bytes = vector.dtype, vector.shape[-1] * vector.element_size()
+        counts = rows.lengths if border.is_per_token else [1] * len(rows.keys)
+
+        def prepare() -> Json:
+            try:
+                return self._prepare_store(engine, border, rows, groups, counts, vector_bytes)
+            except OSError as error:
+                return {"problem": _cannot_use(error)}
+
+        opened = node_first(prepare, engine.context)
+        if "problem" in opened:
+            return str(opened["problem"])
+        self._store = FrozenStore(Path(opened["folder"]), vector_bytes=vector_bytes)
+        self._store.load()
+        topology = engine.context.topology
+        # By position in the list of all groups: another job may publish rows while this one looks.
+        missing = [
+            group
+            for number, group in enumerate(groups)
+            if number % topology.local_world_size == topology.local_rank
+            and any(rows.keys[row] not in self._store for row in group)
+        ]
+        try:
+            self._compute_missing(engine, border, rows, missing, counts)
+        except OSError as error:
+            return _cannot_use(error)
+        return None
+
+    def _indices(self) -> dict[str, Sequence[int]]:
+        evaluated = [split for split in self._task.splits if split != "train"]
+        if self._config.train.eval_every == "never":
+            evaluated = []
+        return {
+            "train": training_indices(self._plan, self._steps),
+            **{split: range(len(self._task.splits[split])) for split in evaluated},
+        }
+
+    def _prepare_store(
+        self,
+        engine: Engine,
+        border: Border,
+        rows: DistinctRows,
+        groups: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        vector_bytes: int,
+    ) -> dict[str, Json]:
+        """Creates or checks this node's store, on one rank of the node. Returns its folder, or what prevents its use."""
+        cache_dir = self._config.data.cache_dir
+        cache = cache_dir.expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "dtrain"
+        root = cache / "frozen"
+        folder = root / self._store_name(engine, border)
+        needed, limit = sum(counts) * vector_bytes, self._config.freeze.cache_gb * GIB
+        if needed > limit:
+            return {
+                "problem": f"freeze.cache_gb={self._config.freeze.cache_gb:g} is less than the {needed / GIB:.3g} GiB of this run "
+                f"({border.shown}): set freeze.cache_gb={needed / GIB * 1.05 + 0.1:.1f}"
+            }
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)  # it is in use
+        for damage in frozen_store.delete_damaged(folder, vector_bytes=vector_bytes):
+            log.warning("freeze.cache: %s. It was deleted, and its rows are computed again", damage)
+        store = FrozenStore(folder, vector_bytes=vector_bytes)
+        store.load()
+        if not self._is_same(border, store, rows, groups, engine.module):
+            log.warning(
+                "freeze.cache: %s has the results of another model. It was deleted, and is computed again", folder
+            )
+            shutil.rmtree(folder)
+            folder.mkdir()
+            store = FrozenStore(folder, vector_bytes=vector_bytes)
+        missing = sum(count for key, count in zip(rows.keys, counts, strict=True) if key not in store) * vector_bytes
+        used = frozen_store.stored_bytes(folder)
+        frozen_store.make_room(root, folder, limit=int(limit) - used - missing)
+        free = shutil.disk_usage(folder).free
+        if missing > free:
+            return {
+                "problem": f"{folder} needs {missing / GIB:.3g} GiB, and its disk has {free / GIB:.3g} GiB free. Free space "
+                "there, or set data.cache_dir to a folder on another disk"
+            }
+        if missing:
+            log.info(
+                "freeze.cache: computing %d rows of the frozen part once (%.3g GiB)", len(rows.keys), missing / GIB
+            )
+        return {"folder": str(folder)}
+
+    def _is_same(
+        self, border: Border, store: FrozenStore, rows: DistinctRows, groups: Sequence[Sequence[int]], module: nn.Module
+    ) -> bool:
+        """Returns whether what is stored is what this model computes, by the first and the last group that is stored."""
+        stored = [group for group in groups if all(rows.keys[row] in store for row in group)]
+        for group in [*stored[:1], *stored[-1:]]:
+            expected = _compute(border, rows, group, module)
+            counts = [len(rows.ids[row]) if border.is_per_token else 1 for row in group]
+            found = store.read([rows.keys[row] for row in group], counts)
+            if found is None:
+                return False
+            vectors = torch.from_numpy(found).view(expected.dtype)
+            if vectors.shape != expected.shape or not are_close(vectors.to(expected.device), expected):
+                return False
+        return True
+
+    def _store_name(self, engine: Engine, border: Border) -> str:
+        """Returns a hash of all that the results depend on, besides a row's tokens."""
+        model: Any = engine.module.config
+        settings = {name: value for name, value in model.to_dict().items() if name not in NAMES_OF_OUTPUTS}
+        device = next(engine.module.parameters()).device
+        identity = {
+            "config": settings,
+            "attention": getattr(model, "_attn_implementation", None),
+            "class": type(engine.module).__name__,
+            "kept": border.shown,
+            "precision": [self._config.engine.precision, str(self._dtype), device.type],
+            "versions": [torch.__version__, transformers.__version__],
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for name, tensor in border.frozen():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
+
+    def _compute_missing(
+        self, engine: Engine, border: Border, rows: DistinctRows, groups: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> None:
+        """Computes groups of rows and publishes them.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        assert self._store is not None
+        done: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        finished: list[int] = []
+        begin, size = time.monotonic(), 0
+        for number, group in enumerate(groups):
+            vectors = _compute(border, rows, group, engine.module)
+            done.append(vectors.cpu().contiguous().view(torch.uint8).numpy())
+            finished += group
+            engine.context.heartbeat.tick()
+            size += done[-1].nbytes
+            if size >= PART_BYTES or number == len(groups) - 1:
+                self._store.write(
+                    [rows.keys[row] for row in finished], [counts[row] for row in finished], np.concatenate(done)
+                )
+                done, finished, size = [], [], 0
+        if groups:
+            log.info("freeze.cache: done in %.1f s", time.monotonic() - begin)
+
+
+def _compute(border: Border, rows: DistinctRows, group: Sequence[int], module: nn.Module) -> torch.Tensor:
+    """Returns the vectors of a group of rows, one after the other: (vectors, width)."""
+    ids, types = rows.batch(group)
+    vectors = border.compute(tensors_of(ids, types, module))
+    return vectors.reshape(-1, vectors.shape[-1])
+
+
+def _cannot_use(error: OSError) -> str:
+    return (
+        f"the cache of the frozen part cannot be used: {describe_os_error(error)}. Free space there, make it writable, or set "
+        "data.cache_dir to another folder, e.g. data.cache_dir=~/dtrain-cache"
+    )

@@ -1,0 +1,142 @@
+"""The end of the frozen part is found in models of every kind, and the training is that of a plain run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.models.frozen_prefix import BackboneBorder, LayersBorder
+from tests.support import training
+from tests.support.training import Setting, apart, worst
+
+SIZES = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+COMMON = {**SIZES, "max_position_embeddings": 64, "pad_token_id": 0}
+SMALL = {"vocab_size": 25, "pad_token_id": 0}
+
+BASE = ("base_model",)
+ENCODER = ("embeddings", "encoder.layer[:2]")
+LLAMA = ("embed_tokens", "layers[:2]")
+
+KINDS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", COMMON, ENCODER),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", COMMON, ENCODER),
+    "electra": (
+        "ElectraForSequenceClassification",
+        "ElectraConfig",
+        {**COMMON, "embedding_size": 16},
+        ("embeddings", "embeddings_project", "encoder.layer[:2]"),
+    ),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {**SMALL, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 64},
+        ("embeddings", "transformer.layer[:2]"),
+    ),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        "DebertaV2Config",
+        {**COMMON, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        ("embeddings", "encoder.rel_embeddings", "encoder.layer[:2]"),
+    ),
+    "mpnet": ("MPNetForSequenceClassification", "MPNetConfig", COMMON, (*ENCODER, "encoder.relative_attention_bias")),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**COMMON, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+        ("embeddings", "layers[:2]"),
+    ),
+    "gpt2": (
+        "GPT2ForSequenceClassification",
+        "GPT2Config",
+        {**SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1},
+        ("wte", "wpe", "h[:2]"),
+    ),
+    "llama": ("LlamaForSequenceClassification", "LlamaConfig", COMMON, LLAMA),
+    "qwen3": (
+        "Qwen3ForSequenceClassification",
+        "Qwen3Config",
+        {**COMMON, "num_key_value_heads": 2, "head_dim": 8},
+        LLAMA,
+    ),
+    "gpt-neox": ("GPTNeoXForSequenceClassification", "GPTNeoXConfig", COMMON, ("embed_in", "layers[:2]")),
+    "opt": (
+        "OPTForSequenceClassification",
+        "OPTConfig",
+        {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32},
+        ("decoder.embed_tokens", "decoder.embed_positions", "decoder.layers[:2]"),
+    ),
+}
+
+
+def model(name: str, **changes: Any) -> Any:
+    kind, config, sizes, _ = KINDS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, kind)(getattr(transformers, config)(num_labels=2, **{**sizes, **changes}))
+
+
+def trained(setting: Setting, make: Callable[[], Any]) -> tuple[dict[str, Any], Any]:
+    built = training.build(ONE_PROCESS, setting, make())
+    recorder, cache = training.Recorder(), built.prepared.frozen_cache
+    built.go(recorder)
+    return {"steps": recorder.steps, "weights": training.weights_of(built.engine)}, cache
+
+
+def compare(frozen: tuple[str, ...], folder: Path, make: Callable[[], Any]) -> Any:
+    """Trains with and without the cache; returns the cache after asserting that both runs are the same."""
+    setting = Setting(freeze=frozen, cache="auto", cache_dir=str(folder), learning_rate=0.1)
+    plain, _ = trained(replace(setting, cache="off"), make)
+    cached, cache = trained(setting, make)
+    assert all(step["applied"] for step in cached["steps"])
+    assert worst(plain, cached) < 1e-5
+    assert worst(plain, cached, "grad_norm") < 1e-4
+    assert apart(plain, cached) < 1e-5
+    return cache
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_head_on_a_frozen_backbone_reads_one_vector_per_row(name: str, tmp_path: Path) -> None:
+    cache = compare(BASE, tmp_path, lambda: model(name))
+
+    assert isinstance(cache.border, BackboneBorder)
+    assert not cache.border.is_per_token
+    assert (cache.hits > 0, cache.misses) == (True, 0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_layers_on_frozen_ones_read_the_states_of_real_tokens(name: str, tmp_path: Path) -> None:
+    cache = compare(KINDS[name][3], tmp_path, lambda: model(name))
+
+    assert isinstance(cache.border, LayersBorder)
+    assert "after layer 2 of 3" in cache.border.shown
+    assert (cache.hits > 0, cache.misses) == (True, 0)
+
+
+REFUSED = {
+    "embeddings that learn": ("bert", {}, ("encoder.layer[:2]",), "embeddings.word_embeddings learns"),
+    "a first layer that learns": ("bert", {}, ("embeddings", "encoder.layer[1:]"), "no layer is frozen together"),
+    "dropout outside of frozen modules": ("gpt2", {"embd_pdrop": 0.5}, ("wte", "wpe", "h[:2]"), "dropout"),
+    "layers that are skipped": ("opt", {"layerdrop": 0.5}, KINDS["opt"][3], "skipped at random (layerdrop"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_part_whose_result_changes_is_computed_in_each_step_and_the_plan_says_why(case: str, tmp_path: Path) -> None:
+    name, changes, frozen, reason = REFUSED[case]
+    setting = Setting(freeze=frozen, cache="auto", cache_dir=str(tmp_path), find_unused=True)
+    built = training.build(ONE_PROCESS, setting, model(name, **changes))
+    described = built.prepared.frozen_cache.describe(
+        type(built.engine).traits(built.config, ONE_PROCESS, total_steps=6)
+    )
+
+    assert built.prepared.frozen_cache.border is None
+    assert described is not None
+    assert described.startswith("off: ")
+    assert reason in described
