@@ -27,6 +27,7 @@ from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
+from dtrain.tasks.target_loss import try_last_layer
 from dtrain.tasks.trial import try_model
 
 T = TypeVar("T")
@@ -109,6 +110,7 @@ def place_and_try(module: nn.Module, config: Config, task: Task, context: RankCo
     """
     module = place(module, config, context)
     try_model(module, task, context)
+    try_last_layer(module, context)
     return module
 
 
