@@ -99,7 +99,16 @@ ENGINE_QUESTIONS = {
 }
 """Attributes that tell one engine from another. Only engine/ and config/ use them; the rest asks dtrain.engine.protocol."""
 
-ENGINE_API = ("build", "protocol", "optim", "parameter_groups", "state", "forward_only", "unused_parameters")
+ENGINE_API = (
+    "build",
+    "protocol",
+    "optim",
+    "schedules",
+    "parameter_groups",
+    "state",
+    "forward_only",
+    "unused_parameters",
+)
 """The files of engine/ that the rest may import: none of them belongs to one engine."""
 
 LONGEST_FILE = 400

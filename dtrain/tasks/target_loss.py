@@ -3,8 +3,8 @@
 A language model's last layer is a linear one over the vocabulary, and its logits are the largest tensor of a training step.
 While a model runs, a hook on that layer hands it the rows that are targets and no others. Where even those are many, the
 layer gets no row, and `_ChunkedCrossEntropy` multiplies chunks of the rows with the layer's weights. A hook works inside
-DDP's wrapper and leaves everything else to the model. Whether it is right is tried once per model, on a few tokens
-(`_try_head`). The model's complete logits are used where it is not, and where the layer is not a plain `nn.Linear`.
+DDP's wrapper and leaves everything else to the model. `try_last_layer` finds out on a few tokens whether it is right for a
+model. The complete logits are used where it is not, where nobody has tried, and where the layer is not a plain `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dtrain.distributed.collectives import node_first
+from dtrain.distributed.rank_context import RankContext
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.tensors import full_precision
@@ -58,6 +60,17 @@ class _Selection:
         return (passed, *inputs[1:])
 
 
+def try_last_layer(model: nn.Module, context: RankContext) -> None:
+    """Collective. Finds out how a model may compute logits of some tokens only, and keeps the answer on the model.
+
+    Call it before an engine wraps the model. It changes nothing else.
+    """
+    layer = _last_layer(model)
+    # BigBird would switch to full attention for good at the few tokens of the trial.
+    if layer is not None and getattr(getattr(model, "config", None), "attention_type", None) != "block_sparse":
+        model.__dict__[KIND_ATTRIBUTE] = node_first(lambda: _try_head(model, layer), context)
+
+
 def target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.Tensor) -> torch.Tensor:
     """Returns logits (targets, vocabulary) in full precision.
 
@@ -67,7 +80,7 @@ def target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.
         is_target: (batch, length) bool, the tokens whose logits count.
     """
     layer = _last_layer(model)
-    if layer is None or _head_kind(model, layer) == COMPLETE:
+    if layer is None or _head_kind(model) == COMPLETE:
         return full_precision(model(**inputs).logits[is_target])
     with _selecting(layer, _Selection(is_target, passes_rows=True)) as selection:
         logits = model(**inputs).logits
@@ -103,7 +116,7 @@ def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> boo
     is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     is_large = labels.numel() * layer.out_features > MAX_LOGITS
     is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
-    return is_large and is_whole and not is_fp16 and torch.is_grad_enabled() and _head_kind(model, layer) == LINEAR
+    return is_large and is_whole and not is_fp16 and torch.is_grad_enabled() and _head_kind(model) == LINEAR
 
 
 def _last_layer(model: nn.Module) -> nn.Linear | None:
@@ -132,21 +145,13 @@ def _selecting(layer: nn.Linear, selection: _Selection) -> Iterator[_Selection]:
         handle.remove()
 
 
-def _head_kind(model: nn.Module, layer: nn.Linear) -> str:
-    """Returns what the trial found, and tries the model if it was not tried before."""
-    bare = _bare(model)
-    kind: str | None = bare.__dict__.get(KIND_ATTRIBUTE)
-    if kind is None:
-        is_sharded = hasattr(layer.weight, "ds_id")
-        # BigBird would switch to full attention for good at the few tokens of the trial.
-        is_block_sparse = getattr(getattr(bare, "config", None), "attention_type", None) == "block_sparse"
-        kind = COMPLETE if is_sharded or is_block_sparse else _try_head(bare, layer)
-        bare.__dict__[KIND_ATTRIBUTE] = kind
+def _head_kind(model: nn.Module) -> str:
+    kind: str = _bare(model).__dict__.get(KIND_ATTRIBUTE, COMPLETE)
     return kind
 
 
 def _try_head(model: nn.Module, layer: nn.Linear) -> str:
-    """Compares the logits of some tokens with the model's own. Leaves training modes and the random state unchanged.
+    """Returns the kind of head: compares the logits of some tokens with the model's own.
 
     Also with large numbers in place of what the layer computes: a new model's small logits would pass a soft cap unchanged.
     """
@@ -178,7 +183,7 @@ def _try_head(model: nn.Module, layer: nn.Linear) -> str:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.autocast(device.type, enabled=False), torch.enable_grad():
+        with torch.autocast(device.type, enabled=False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             expected, processed = logits(None)[is_target], logits(None, numbers)
             works_on_rows = _are_equal(logits(True)[0], expected) and _are_equal(
                 logits(True, numbers[is_target][None])[0], processed[is_target]

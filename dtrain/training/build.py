@@ -30,6 +30,7 @@ from dtrain.models.load import load_model
 from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths
+from dtrain.tasks.target_loss import try_last_layer
 from dtrain.tasks.trial import try_model
 from dtrain.training.frozen_cache import FrozenCache
 
@@ -152,6 +153,7 @@ def place_and_try(module: nn.Module, config: Config, task: Task, context: RankCo
     """
     module = place(module, config, context)
     try_model(module, task, context)
+    try_last_layer(module, context)
     return module
 
 

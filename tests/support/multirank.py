@@ -40,7 +40,6 @@ PRELOADED = (
     "dtrain.engine.ddp",
     "dtrain.engine.deepspeed",
     "transformers.models.bert.modeling_bert",
-    "transformers.optimization",
     __name__,
 )
 """What the server imports before it forks the first rank; a module that is not installed is left out."""
