@@ -142,6 +142,14 @@ class Train(Section):
             return {**values, "epochs": 3}
         return values
 
+    @property
+    def sorts(self) -> bool:
+        """Whether a step's examples are sorted by length.
+
+        With local steps each rank learns alone from its share, which must not be the long or the short examples.
+        """
+        return self.sort_by_length and self.local_steps == 1
+
 
 class Best(Section):
     """The metric that selects the best step."""

@@ -64,9 +64,7 @@ def step_plan(config: Config, task: Task) -> StepPlan:
         ConfigError: train.micro_batch_tokens cannot be kept.
     """
     train = config.train
-    # With local steps each rank learns alone from its share, which must not be the long or the short examples.
-    sorts = train.sort_by_length and train.local_steps == 1
-    lengths = row_lengths(task, "train") if sorts or train.micro_batch_tokens is not None else None
+    lengths = row_lengths(task, "train") if train.sorts or train.micro_batch_tokens is not None else None
     if train.micro_batch_tokens is not None:
         check_token_budget(train.micro_batch_tokens, lengths)
     return StepPlan(
@@ -76,7 +74,7 @@ def step_plan(config: Config, task: Task) -> StepPlan:
         config.run.seed,
         train.shuffle,
         lengths,
-        sorts,
+        train.sorts,
         train.micro_batch_tokens,
     )
 

@@ -69,7 +69,7 @@ def test_the_plan_shows_micro_batches_by_tokens_and_the_padding() -> None:
     sorted_by_length = lines()
     assert sorted_by_length.startswith("3 micro-batches of 3, 1 to 2 per rank, 0 rank(s) idle\npadding ")
     assert "% of the computed tokens (sorted by length within each step)" in sorted_by_length
-    assert "micro-batches of at most 40 tokens, 2 to 3 per rank, 0 rank(s) idle (in the first step)" in lines(
+    assert "4 micro-batches of at most 40 tokens, 2 per rank, 0 rank(s) idle (in the first step)" in lines(
         micro_batch_tokens=40
     )
     assert "(unsorted within each step)" in lines(micro_batch_tokens=40, sort_by_length=False)
