@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.console import log
+from dtrain.data.columns import row_arrays
 from dtrain.data.packing import pack_segments, split_into_segments
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -95,14 +97,14 @@ class CausalLmTask:
         self._is_checked = not self._is_packed
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
-        ids: Sequence[Sequence[int]] = rows["input_ids"]
+        ids = row_arrays(rows["input_ids"])
         lengths = rows.get("lengths") or [[len(row)] for row in ids]
         scored = rows.get("scored") or [[length - 1 for length in row] for row in lengths]
         longest = max(sum(row) - len(row) for row in lengths)
         inputs = torch.full((len(ids), longest), self.tokenizer.pad_token_id or 0)
         labels = torch.full((len(ids), longest), IGNORED)
         documents = torch.zeros((len(ids), longest), dtype=torch.int64)
-        for row, tokens in enumerate(map(torch.tensor, ids)):
+        for row, tokens in enumerate(torch.from_numpy(row.astype(np.int64)) for row in ids):
             start = 0
             pieces = torch.split(tokens, list(lengths[row]))
             for number, (piece, count) in enumerate(zip(pieces, scored[row], strict=True), start=1):

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Seq2Seq
+from dtrain.data.columns import row_arrays
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.translations import translation_row_format
@@ -37,7 +38,7 @@ from dtrain.models.seq2seq import (
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import compute_logits, count_targets, pad_rows
+from dtrain.tasks.tensors import compute_logits, count_targets, pad_arrays, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
@@ -106,10 +107,11 @@ class Seq2SeqTask:
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]}, self.padding)
-        targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
-        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        targets = row_arrays(rows["labels"])
+        longest = max(1, *map(len, targets))
+        labels = pad_arrays(targets, longest, fill=IGNORED)
         if self.padding.target_length is not None:
-            labels = F.pad(labels, (0, self.padding.target_length - labels.shape[1]), value=IGNORED)
+            labels = F.pad(labels, (0, self.padding.target_length - longest), value=IGNORED)
         batch["labels"] = labels
         return batch
 
