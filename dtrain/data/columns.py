@@ -7,6 +7,7 @@ a sequence that becomes Python lists only where somebody asks for them. Padding 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any, overload
@@ -15,6 +16,10 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+
+READ_ROWS = 1000
+"""Rows that are read at once."""
 
 Array = npt.NDArray[Any]
 
@@ -117,6 +122,29 @@ def row_arrays(column: Iterable[Any]) -> list[Array]:
     """Returns the rows of a column of numbers as arrays; those of a split's own columns must not be written to."""
     rows = column.parts if isinstance(column, ListColumn) else column
     return [row if isinstance(row, np.ndarray) else np.asarray(row or [], dtype=np.int64) for row in rows]
+
+
+def column_values(rows: datasets.Dataset, name: str) -> Iterator[Any]:
+    """Yields the values of a column, read in batches: iterating over the column itself reads row by row."""
+    for batch in rows.select_columns([name]).iter(READ_ROWS):
+        yield from batch[name]
+
+
+def arrow_column(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """Returns a column as Arrow has it, without copying where the rows are consecutive."""
+    return rows.with_format("arrow", columns=[name])[:][name]
+
+
+def value_counts(rows: datasets.Dataset, name: str) -> Counter[Any]:
+    """Returns how often each value of a column occurs, in the order of the first rows that have them."""
+    counts = pc.value_counts(arrow_column(rows, name))
+    return Counter(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
+
+
+def list_lengths(rows: datasets.Dataset, name: str) -> Array:
+    """Returns the number of values in each row of a list column, from its offsets alone; 0 for null."""
+    lengths: Array = pc.list_value_length(arrow_column(rows, name)).fill_null(0).to_numpy()
+    return lengths.astype(np.int64, copy=False)
 
 
 class ColumnRows:

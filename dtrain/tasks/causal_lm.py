@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.console import log
-from dtrain.data.columns import row_arrays
+from dtrain.data.columns import arrow_column, column_values, list_lengths, row_arrays
 from dtrain.data.packing import pack_segments, split_into_segments
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -146,8 +147,10 @@ class CausalLmTask:
 
     def _scored_tokens(self, split: str) -> int:
         rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # without loading columns that are not needed
-            rows = rows.select_columns([name for name in ("scored", "input_ids") if name in rows.column_names][:1])
+        if isinstance(rows, Dataset):  # without a Python object for each token
+            if "scored" in rows.column_names:
+                return int(pc.sum(pc.list_flatten(arrow_column(rows, "scored"))).as_py() or 0)
+            return int(list_lengths(rows, "input_ids").sum()) - len(rows)
         columns = rows[list(range(len(rows)))]
         if "scored" in columns:
             return sum(map(sum, columns["scored"]))
@@ -179,7 +182,7 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
     is_packed = settings.packing == "documents"
 
     def texts(source: Source) -> Iterable[str]:
-        rows: Iterable[str] = source.rows["text"]
+        rows: Iterable[str] = column_values(source.rows, "text")
         return rows if is_packed else [settings.joiner.join(rows)]
 
     def describe(sources: Mapping[str, Source], tokenizer: Any) -> Meta:

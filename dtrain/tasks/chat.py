@@ -14,7 +14,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
-from dtrain.data.columns import row_arrays
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.dialogues import dialogue_row_format
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -177,6 +177,6 @@ def _examples(
 
 
 def _texts(source: Source) -> Iterator[str]:
-    for turns in source.rows["turns"]:
+    for turns in column_values(source.rows, "turns"):
         for turn in turns:
             yield turn["content"]

@@ -9,6 +9,7 @@ generated with the same padding, and gets the same tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Seq2Seq
-from dtrain.data.columns import row_arrays
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.translations import translation_row_format
@@ -209,7 +210,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
     recipe = Recipe(
         "seq2seq",
         translation_row_format(settings.source, settings.target),
-        texts=lambda source: [*source.rows["source"], *source.rows["target"]],
+        texts=lambda source: chain(column_values(source.rows, "source"), column_values(source.rows, "target")),
         encode=encode,
         max_target_length=settings.max_target_length,
         options=settings.model_dump(mode="json", exclude={"name", "metric", "label_smoothing"}),

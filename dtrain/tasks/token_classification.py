@@ -21,7 +21,7 @@ from transformers import AutoModelForTokenClassification
 from dtrain.config.schema import Config
 from dtrain.config.task import TokenClassification
 from dtrain.console import log
-from dtrain.data.columns import row_arrays
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, TOKEN_COLUMNS, check_tags, tag_names
@@ -243,7 +243,7 @@ def _space_before_words(tokenizer: Any) -> str:
 
 def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
     for split, rows in splits.items():
-        lost = [places.count(NO_TOKEN) for places in rows["places"]]
+        lost = [places.count(NO_TOKEN) for places in column_values(rows, "places")]
         if any(lost):
             log.warning(
                 "data: %s: %d words of %d sentences are not trained on and not evaluated: they are beyond "
@@ -253,4 +253,4 @@ def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
 
 
 def _texts(source: Source) -> Iterator[str]:
-    return chain.from_iterable(source.rows["tokens"])
+    return chain.from_iterable(column_values(source.rows, "tokens"))
