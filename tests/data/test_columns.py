@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Features, LargeList, List, Value
 
-from dtrain.data.columns import ColumnRows, ListColumn, fast_rows
+from dtrain.data.columns import ColumnRows, ListColumn, column_values, fast_rows, list_lengths, value_counts
 from tests.support import tiny
 
 COLUMNS: dict[str, tuple[Any, list[Any]]] = {
@@ -149,3 +149,17 @@ def test_torch_numpy_and_a_tokenizer_take_a_column_for_a_list_of_lists() -> None
     assert np.array(found["input_ids"]).tolist() == [[1, 2, 3]] * 2
     padded = tiny.tokenizer().pad({"input_ids": ColumnRows(rows)[[0, 1]]["input_ids"]}, return_tensors="pt")
     assert padded["input_ids"].tolist() == [[1, 2, 3], [5, 6, 0]]
+
+
+def test_columns_are_counted_and_measured_without_reading_them_row_by_row(tmp_path: Path) -> None:
+    texts = datasets.Dataset.from_dict({"label": ["b", "a", "b", "c", "a", "b"]})
+    for rows in (
+        texts,
+        saved(texts, tmp_path / "saved", files=3),
+        texts.select([3, 2, 1, 0, 4, 5]).select([3, 2, 1, 0, 4, 5]),
+    ):
+        assert list(value_counts(rows, "label").items()) == [("b", 3), ("a", 2), ("c", 1)]
+    for layout, rows in layouts(tmp_path).items():
+        expected = rows[:]["input_ids"]
+        assert list_lengths(rows, "input_ids").tolist() == [len(row or ()) for row in expected], layout
+        assert list(column_values(rows, "text")) == rows[:]["text"], layout
