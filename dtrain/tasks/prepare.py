@@ -299,7 +299,8 @@ def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) ->
         rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
     )
     texts = {"text": rows["text"], "text_pair": rows.get("text_pair")}
-    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length)
+    encodings = None if texts["text_pair"] is not None else encoded.encodings
+    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length, encodings=encodings)
     return {**fill_empty(encoded, tokenizer), FULL_LENGTH: lengths}
 
 
