@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dtrain.data.columns import fast_rows
 from dtrain.data.lengths import RowLengths
 from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
 from dtrain.data.seeding import DataPosition
@@ -183,6 +184,7 @@ class _FixedOrderSampler(Sampler[DataPosition]):
 def _collate_in_order(
     rows: Rows, collate: Collate, positions: Iterable[DataPosition], *, workers: int
 ) -> Iterator[BatchTensors]:
+    rows = fast_rows(rows)
     if workers == 0:
         return (collate(rows[list(position.example_index)], position) for position in positions)
     # DataLoader draws a base seed. A separate generator keeps that from advancing torch's global random state.

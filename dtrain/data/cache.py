@@ -96,8 +96,9 @@ def prepare(
     """
     datasets.disable_progress_bars()
     cache = cache_dir.expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "dtrain"
-    found = node_first(lambda: _find_or_build(plan, cache), context)
-    prepared = open_prepared(Path(found["folder"]))
+    verified: list[PreparedData] = []  # of the rank that has read all bytes, which need not open the folder twice
+    found = node_first(lambda: _find_or_build(plan, cache, verified), context)
+    prepared = verified[0] if verified else open_prepared(Path(found["folder"]))
     compare_nodes(found["splits"], context)
     return prepared
 
@@ -154,8 +155,8 @@ def _open(folder: Path) -> PreparedData:
     return PreparedData(folder, content["meta"], Splits(splits, fingerprints))
 
 
-def _verify(folder: Path) -> dict[str, Json]:
-    """Reads all bytes of a folder. Returns rows and fingerprint of each split, as they are now.
+def _verify(folder: Path) -> PreparedData:
+    """Opens a folder after reading all its bytes: rows and fingerprint of each split are those in its meta.
 
     Raises:
         _DamageError: a hash is not the one in meta.json.
@@ -176,7 +177,7 @@ def _verify(folder: Path) -> dict[str, Json]:
         raise _DamageError(f"its rows cannot be read ({type(error).__name__}: {error})") from None
     if changed := [split for split in now if now[split] != prepared.meta["splits"][split]]:
         raise _DamageError(f"the rows of the split {changed[0]} are not those that were written")
-    return now
+    return prepared
 
 
 def _unreadable(folder: Path, error: OSError) -> DataError:
@@ -238,8 +239,14 @@ def compare_nodes(splits: Mapping[str, Mapping[str, Json]], context: RankContext
     )
 
 
-def _find_or_build(plan: Callable[[], tuple[Mapping[str, Json], Build]], cache: Path) -> dict[str, Json]:
-    """Returns the folder for the plan's key, built unless a sound one exists, and rows and fingerprint of its splits."""
+def _find_or_build(
+    plan: Callable[[], tuple[Mapping[str, Json], Build]], cache: Path, verified: list[PreparedData]
+) -> dict[str, Json]:
+    """Returns the folder for the plan's key, built unless a sound one exists, and rows and fingerprint of its splits.
+
+    Args:
+        verified: gets the opened folder if a sound one exists.
+    """
     key, build = plan()
     versions = {library.__name__: library.__version__ for library in (datasets, tokenizers, transformers)}
     identity = json.dumps({"format": FORMAT, "key": key, "versions": versions}, sort_keys=True)
@@ -249,7 +256,8 @@ def _find_or_build(plan: Callable[[], tuple[Mapping[str, Json], Build]], cache: 
     if folder.exists():
         inode = folder.stat().st_ino
         try:
-            return {"folder": str(folder), "splits": _verify(folder)}
+            verified.append(_verify(folder))
+            return {"folder": str(folder), "splits": verified[0].meta["splits"]}
         except _DamageError as error:
             _move_aside(folder, inode, str(error))
     return {"folder": str(folder), "splits": _build_and_publish(build, key, folder)}
@@ -303,7 +311,7 @@ def _build_and_publish(build: Build, key: Mapping[str, Json], folder: Path) -> d
         ) from None
     try:
         splits = _build(build, temporary, key)
-        return splits if _publish(temporary, folder) else _verify(folder)
+        return splits if _publish(temporary, folder) else _verify(folder).meta["splits"]
     except _DamageError as error:
         raise DataError(f"another job has just built {folder}, and it is damaged: {error}. Start again") from None
     except OSError as error:

@@ -6,6 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from dtrain.errors import DataError
@@ -24,18 +25,25 @@ def label_text(value: Any, location: str) -> str | None:
         DataError: the value is not a name or a number, or it is the text `nan`, a missing value written as text.
     """
     if isinstance(value, str):
-        name = unicodedata.normalize("NFC", value).strip()
-        if name.casefold() in ("nan", "<na>"):
+        name, is_missing = _read_name(value)
+        if is_missing:
             raise DataError(
                 f"{location}: the label is the text {value!r}, which pandas writes for a missing value. Correct or remove the "
                 "row, or rename the class if there is one of this name"
             )
-        return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name) or None
+        return name or None
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool | int | float):
         return str(int(value) if isinstance(value, float) and value.is_integer() else value)
     raise DataError(f"{location}: a label is a name or a number, found {value!r}")
+
+
+@lru_cache(maxsize=1024)  # a column has few labels and many rows
+def _read_name(value: str) -> tuple[str, bool]:
+    """Returns the name that a text stands for, and whether it is a missing value written as text."""
+    name = unicodedata.normalize("NFC", value).strip()
+    return re.sub(r"^([+-]?\d+)\.0+$", r"\1", name), name.casefold() in ("nan", "<na>")
 
 
 def check_classes(counts: Mapping[str, int], origin: str) -> list[str]:

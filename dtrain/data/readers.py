@@ -87,7 +87,9 @@ def _with_column_names(records: Iterable[NumberedFields], path: Path, *, header:
             names = _column_names(fields, path, line) if header else [str(index) for index in range(len(fields))]
             if header:
                 continue
-        if len(fields) < len(names) or any(field.strip() for field in fields[len(names) :]):
+        if len(fields) != len(names) and (
+            len(fields) < len(names) or any(field.strip() for field in fields[len(names) :])
+        ):
             expected = "the header names" if header else "the first row has"
             yield (
                 line,

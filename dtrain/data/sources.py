@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,6 +19,7 @@ import numpy as np
 
 from dtrain.config.schema import Data
 from dtrain.data import hub
+from dtrain.data.columns import column_values, value_counts
 from dtrain.data.draws import Indices, Method, draw
 from dtrain.data.label_names import check_classes
 from dtrain.data.readers import Row
@@ -107,17 +107,17 @@ def source_notes(sources: Mapping[str, Source]) -> list[str]:
     train = sources.get("train")
     if train is None or not _has_classes(train.rows):
         return unused
-    odd = check_classes(Counter(train.rows["label"]), train.origin) if train.label_names is None else []
+    odd = check_classes(value_counts(train.rows, "label"), train.origin) if train.label_names is None else []
     return [*unused, *odd, *_missing_classes(sources)]
 
 
 def _missing_classes(sources: Mapping[str, Source]) -> list[str]:
     """Returns a line for each split that lacks classes of the training split, or has classes that it lacks."""
     rows = {split: source.rows for split, source in sources.items() if _has_classes(source.rows)}
-    known = Counter(rows["train"]["label"])
+    known = value_counts(rows["train"], "label")
     lines = []
     for split in [name for name in rows if name != "train"]:
-        counts = Counter(rows[split]["label"])
+        counts = value_counts(rows[split], "label")
         for name, other, lacking in ((split, "train", known - counts), ("train", split, counts - known)):
             lost = {
                 label: count for label, count in lacking.items() if label not in (counts if name == split else known)
@@ -221,7 +221,7 @@ def distinct_labels(rows: datasets.Dataset) -> set[str]:
     """Returns the labels that occur in the column `label`, which holds one label for each row, or a list of labels."""
     if _has_classes(rows):
         return set(rows.unique("label"))
-    return {label for labels in rows["label"] for label in labels}
+    return {label for labels in column_values(rows, "label") for label in labels}
 
 
 def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
@@ -234,7 +234,7 @@ def check_labels(sources: Mapping[str, Source], names: Iterable[str]) -> None:
     for source in sources.values():
         if "label" not in source.rows.column_names or distinct_labels(source.rows) <= set(known):
             continue
-        cells = zip(source.rows["line"], source.rows["label"], strict=True)
+        cells = zip(column_values(source.rows, "line"), column_values(source.rows, "label"), strict=True)
         labels = ((line, label) for line, cell in cells for label in ([cell] if isinstance(cell, str) else cell))
         line, label = next((line, label) for line, label in labels if label not in known)
         raise DataError(
@@ -289,7 +289,7 @@ def _tables(
     else:
         drawn = _drawn(full.rows, number - cut, data, method, keeps_each=True)
         if not len(drawn):
-            check_classes(Counter(full.rows["label"]), reader.origin.name)  # a quantity is the likelier fault
+            check_classes(value_counts(full.rows, "label"), reader.origin.name)  # a quantity is the likelier fault
             raise DataError(
                 f"{reader.origin.name} has {number} rows, each with another label: data.validation_fraction={fraction} "
                 "leaves none to evaluate. Name the right column in data.columns.label"

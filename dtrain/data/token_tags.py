@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dtrain.data.columns import column_values
 from dtrain.data.encodings import text_lines
 from dtrain.data.label_names import label_text
 from dtrain.data.readers import TEXT_SUFFIXES, Row, Values
@@ -43,7 +44,9 @@ def tag_names(sources: Mapping[str, Source]) -> tuple[str, ...]:
     if names is None:
         if "train" not in sources:
             raise DataError("there is no train split to take the tags from: name one in data.splits")
-        names = tuple(sorted({tag for tags in sources["train"].rows["tags"] for tag in tags}, key=label_order))
+        names = tuple(
+            sorted({tag for tags in column_values(sources["train"].rows, "tags") for tag in tags}, key=label_order)
+        )
     check_tags(sources, names)
     return names
 

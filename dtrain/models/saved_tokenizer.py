@@ -42,14 +42,30 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     and padding of the last call, are not part of it (each call sets them).
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    state.update(truncation=None, padding=None)
+    state: dict[str, Any] = {"vocabulary": tokenizer.get_vocab()} if backend is None else {}
     state["chat_template"] = getattr(tokenizer, "chat_template", None)
     state["special_tokens"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     state["sides"] = [tokenizer.padding_side, tokenizer.truncation_side]
     state["inputs"] = sorted(tokenizer.model_input_names)  # token types or not
     state["split_special_tokens"] = bool(getattr(tokenizer, "split_special_tokens", False))
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    if backend is not None:
+        digest.update(_without_last_call(backend.to_str()).encode())
+    return digest.hexdigest()
+
+
+def _without_last_call(text: str) -> str:
+    """Returns tokenizer.json without the truncation and the padding, which come first in it.
+
+    The vocabulary may have megabytes. The library writes it in the order of the numbers, so it is not parsed.
+    """
+    for name in ("truncation", "padding"):
+        key = f'"{name}":'
+        start = text.find(key) + len(key)
+        if start >= len(key):
+            _, stop = json.JSONDecoder().raw_decode(text, start)
+            text = text[:start] + "null" + text[stop:]
+    return text
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> str | None:

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.console import log
+from dtrain.data.columns import arrow_column, column_values, row_arrays
 from dtrain.data.lengths import RowLengths, list_lengths, token_lengths
 from dtrain.data.packing import pack_segments, split_into_segments
 from dtrain.data.seeding import DataPosition
@@ -97,14 +100,14 @@ class CausalLmTask:
         self._is_checked = not self._is_packed
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
-        ids: Sequence[Sequence[int]] = rows["input_ids"]
+        ids = row_arrays(rows["input_ids"])
         lengths = rows.get("lengths") or [[len(row)] for row in ids]
         scored = rows.get("scored") or [[length - 1 for length in row] for row in lengths]
         longest = max(sum(row) - len(row) for row in lengths)
         inputs = torch.full((len(ids), longest), self.tokenizer.pad_token_id or 0)
         labels = torch.full((len(ids), longest), IGNORED)
         documents = torch.zeros((len(ids), longest), dtype=torch.int64)
-        for row, tokens in enumerate(map(torch.tensor, ids)):
+        for row, tokens in enumerate(torch.from_numpy(row.astype(np.int64)) for row in ids):
             start = 0
             pieces = torch.split(tokens, list(lengths[row]))
             for number, (piece, count) in enumerate(zip(pieces, scored[row], strict=True), start=1):
@@ -151,8 +154,12 @@ class CausalLmTask:
 
     def _scored_tokens(self, split: str) -> int:
         rows: Any = self.splits[split]
-        if isinstance(rows, Dataset):  # without loading columns that are not needed
-            rows = rows.select_columns([name for name in ("scored", "input_ids") if name in rows.column_names][:1])
+        if isinstance(rows, Dataset):  # without a Python object for each token
+            if "scored" in rows.column_names:
+                return int(pc.sum(pc.list_flatten(arrow_column(rows, "scored"))).as_py() or 0)
+            lengths = list_lengths(rows, "input_ids")
+            assert lengths is not None, "a causal language model's rows are lists of tokens"
+            return int(lengths.sum()) - len(rows)
         columns = rows[list(range(len(rows)))]
         if "scored" in columns:
             return sum(map(sum, columns["scored"]))
@@ -187,7 +194,7 @@ def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) 
     is_packed = settings.packing == "documents"
 
     def texts(source: Source) -> Iterable[str]:
-        rows: Iterable[str] = source.rows["text"]
+        rows: Iterable[str] = column_values(source.rows, "text")
         return rows if is_packed else [settings.joiner.join(rows)]
 
     def describe(sources: Mapping[str, Source], tokenizer: Any) -> Meta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -13,6 +14,7 @@ from torch import nn
 from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.dialogues import dialogue_row_format
 from dtrain.data.lengths import RowLengths, token_lengths
 from dtrain.data.seeding import DataPosition
@@ -66,15 +68,16 @@ class ChatTask:
         self._padding: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
-        longest = max(max(len(ids) for ids in rows["input_ids"]) - 1, 1)
-        shape = (len(rows["input_ids"]), longest)
+        tokens = row_arrays(rows["input_ids"])
+        longest = max(max(map(len, tokens)) - 1, 1)
+        shape = (len(tokens), longest)
         inputs, labels = torch.full(shape, self._padding), torch.full(shape, IGNORED)
         mask = torch.zeros(shape, dtype=torch.int64)
-        for row, (tokens, is_target) in enumerate(zip(rows["input_ids"], rows["is_target"], strict=True)):
-            ids = torch.tensor(tokens, dtype=torch.int64)
+        for row, (row_tokens, is_target) in enumerate(zip(tokens, row_arrays(rows["is_target"]), strict=True)):
+            ids = torch.from_numpy(row_tokens.astype(np.int64))
             used = len(ids) - 1  # the last token has no next token
             inputs[row, :used] = ids[:-1]
-            labels[row, :used] = ids[1:].masked_fill(~torch.tensor(is_target[1:], dtype=torch.bool), IGNORED)
+            labels[row, :used] = ids[1:].masked_fill(torch.from_numpy(is_target[1:] == 0), IGNORED)
             mask[row, : max(used, 1)] = 1  # attention to no token at all is nan
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
 
@@ -186,6 +189,6 @@ def _examples(
 
 
 def _texts(source: Source) -> Iterator[str]:
-    for turns in source.rows["turns"]:
+    for turns in column_values(source.rows, "turns"):
         for turn in turns:
             yield turn["content"]

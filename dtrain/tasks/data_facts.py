@@ -6,12 +6,11 @@ They are stored with the cache, so a later start shows the same.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import datasets
 
+from dtrain.data.columns import value_counts
 from dtrain.data.sources import Source
 from dtrain.distributed.serialization import Json
 
@@ -29,9 +28,9 @@ def split_facts(source: Source, examples: datasets.Dataset, tokenizer: Any, *, m
     """
     rows = source.rows
     has_classes = "label" in rows.column_names and rows.features["label"] == datasets.Value("string")
-    labels = dict(Counter(rows["label"]).most_common(MOST_LABELS)) if has_classes else None
+    labels = dict(value_counts(rows, "label").most_common(MOST_LABELS)) if has_classes else None
     has_rows = len(examples) == len(rows)  # not blocks or windows of them
-    texts = rows["text"] if has_rows and "text" in rows.column_names and "text_pair" not in rows.column_names else None
+    has_texts = has_rows and "text" in rows.column_names and "text_pair" not in rows.column_names
     return {
         "read": max(source.read, len(rows)),
         "used": len(rows),
@@ -39,14 +38,24 @@ def split_facts(source: Source, examples: datasets.Dataset, tokenizer: Any, *, m
         "examples": len(examples),
         "columns": dict(source.columns),
         "labels": labels,
-        "tokens": token_facts(examples, texts, tokenizer, max_length=max_length, can_be_cut=has_rows),
+        "tokens": token_facts(
+            examples, rows if has_texts else None, tokenizer, max_length=max_length, can_be_cut=has_rows
+        ),
     }
 
 
 def token_facts(
-    examples: datasets.Dataset, texts: Sequence[str] | None, tokenizer: Any, *, max_length: int, can_be_cut: bool
+    examples: datasets.Dataset,
+    source_rows: datasets.Dataset | None,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    can_be_cut: bool,
 ) -> dict[str, Json] | None:
     """Returns facts of up to 1,000 examples that are spread evenly; None if they have no list of tokens.
+
+    Args:
+        source_rows: the rows of the same numbers, with their `text`; None if an example is not one text.
 
     Returns:
         sample: examples. mean, longest: tokens. unknown: share of tokens that the tokenizer does not know. per_character:
@@ -63,7 +72,7 @@ def token_facts(
     if unknown_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         unknown_id = None  # GPT-2: its bytes know every text
     content = [token for row in rows for token in row if token not in special]
-    text = "".join(texts[index] for index in indices) if texts is not None else ""
+    text = "".join(source_rows.select_columns(["text"])[list(indices)]["text"]) if source_rows is not None else ""
     at_limit = sum(len(row) >= max_length for row in rows) / len(rows)
     return {
         "sample": len(rows),

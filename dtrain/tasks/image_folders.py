@@ -13,6 +13,7 @@ import torch
 
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.data.columns import column_values
 from dtrain.data.images import image_row_format
 from dtrain.data.resolve_source import source_kind, source_path
 from dtrain.data.sources import Source
@@ -75,7 +76,9 @@ def prepare_images(
 
 
 def _count_traits(sources: Mapping[str, Source]) -> dict[str, dict[str, int]]:
-    counts = {split: Counter(chain.from_iterable(source.rows["traits"])) for split, source in sources.items()}
+    counts = {
+        split: Counter(chain.from_iterable(column_values(source.rows, "traits"))) for split, source in sources.items()
+    }
     return {split: {trait: found[trait] for trait in TRAITS if found[trait]} for split, found in counts.items()}
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForMaskedLM
 
 from dtrain.config.schema import Config
 from dtrain.config.task import MaskedLm
+from dtrain.data.columns import ListColumn, row_arrays
 from dtrain.data.seeding import DataPosition, derive_seed
 from dtrain.data.sources import Source
 from dtrain.data.tables import TEXT
@@ -86,12 +87,13 @@ class MaskedLmTask:
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         words = rows["word_ids"] if self._settings.whole_word else rows["input_ids"]
         inputs, labels = [], []
-        for ids, word_ids, index in zip(rows["input_ids"], words, position.example_index, strict=True):
+        tokens, words_of_tokens = row_arrays(rows["input_ids"]), row_arrays(words)
+        for ids, word_ids, index in zip(tokens, words_of_tokens, position.example_index, strict=True):
             draws = np.random.default_rng(derive_seed(self._seed, "mask", position.epoch, index))
-            masked, targets = self._mask(np.array(ids, dtype=np.int64), np.array(word_ids, dtype=np.int64), draws)
-            inputs.append(masked.tolist())
+            masked, targets = self._mask(ids.astype(np.int64), word_ids.astype(np.int64), draws)
+            inputs.append(masked)
             labels.append(torch.from_numpy(targets))
-        batch = pad_rows(self.tokenizer, {"input_ids": inputs}, self.padding)
+        batch = pad_rows(self.tokenizer, {"input_ids": ListColumn(inputs)}, self.padding)
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
         batch["labels"][batch["attention_mask"].bool()] = torch.cat(labels)  # on whichever side padding is
         return batch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import AutoModelForMultipleChoice
 from dtrain.config.schema import Config
 from dtrain.config.task import MultipleChoice
 from dtrain.data.choices import CHOICES
+from dtrain.data.columns import flat_rows
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
@@ -73,7 +73,7 @@ class MultipleChoiceTask:
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         """Returns inputs (batch, choices, length) and labels (batch,)."""
         examples, choices = len(rows["input_ids"]), len(rows["input_ids"][0])
-        inputs = {key: list(chain.from_iterable(rows[key])) for key in rows if key in ("input_ids", "token_type_ids")}
+        inputs = {key: flat_rows(rows[key]) for key in rows if key in ("input_ids", "token_type_ids")}
         flat = pad_rows(self.tokenizer, inputs, self.padding)
         labels = label_tensor(rows.get("label") or [None] * examples)
         return {**{key: value.reshape(examples, choices, -1) for key, value in flat.items()}, "labels": labels}

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.cache import prepare, save_split
+from dtrain.data.columns import column_values
 from dtrain.data.sources import Source, load_sources, source_key, source_notes
 from dtrain.data.tables import RowFormat
 from dtrain.distributed.collectives import node_first
@@ -28,6 +29,7 @@ from dtrain.models.template_limits import TemplateLimitError
 from dtrain.models.tokenizer import bpe_class, load_tokenizer, reload_tokenizer
 from dtrain.models.tokenizer_limits import limited_time
 from dtrain.tasks.data_facts import split_facts
+from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import Split
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
 
@@ -35,6 +37,10 @@ Meta = Mapping[str, Json]
 
 Encode = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """Converts columns of rows to columns of examples. Raises a DataError that names a row that it cannot encode."""
+
+
+ENCODED_ROWS = 1000
+"""Rows that are encoded at once."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset
         DataError: there are more bad rows, or no others. It names the first that is too many, and counts all.
     """
     try:
-        return _encode_rows(source.rows, encode, config)
+        with progress(f"{source.split}: rows tokenized", len(source.rows), processes=config.data.num_proc) as advance:
+            return _encode_rows(source.rows, partial(_encode_and_count, encode, advance), config)
     except TemplateLimitError:  # trying the other rows could take as long for each
         raise
     except DataError:
@@ -197,6 +204,12 @@ def map_rows(source: Source, encode: Encode, config: Config) -> datasets.Dataset
     if not kept:
         raise DataError(f"{source.origin} has no rows that can be used: a split needs at least one")
     return _encode_rows(source.rows.select(kept), encode, config)
+
+
+def _encode_and_count(encode: Encode, advance: Callable[[int], None], rows: Mapping[str, Any]) -> Mapping[str, Any]:
+    encoded = encode(rows)
+    advance(ENCODED_ROWS)
+    return encoded
 
 
 def _refuse_too_many(source: Source, faults: Sequence[str], config: Config) -> None:
@@ -240,6 +253,7 @@ def _encode_rows(
     return rows.map(
         encode,
         batched=True,
+        batch_size=ENCODED_ROWS,
         remove_columns=rows.column_names,
         features=features,
         num_proc=config.data.num_proc if config.data.num_proc > 1 else None,
@@ -251,13 +265,16 @@ def _encode_rows(
 def all_texts(source: Source) -> Iterator[str]:
     """Returns the text, or both texts, of every row."""
     rows = source.rows
-    return chain.from_iterable(rows[column] for column in ("text", "text_pair") if column in rows.column_names)
+    return chain.from_iterable(
+        column_values(rows, column) for column in ("text", "text_pair") if column in rows.column_names
+    )
 
 
 def read_columns(rows: Split, *names: str) -> Mapping[str, Sequence[Any]]:
     """Reads some columns of a split in data order, without loading its tokens."""
     selected = select_columns(rows, *names)
-    return selected[list(range(len(selected)))]
+    everything: Any = slice(None) if isinstance(selected, datasets.Dataset) else list(range(len(selected)))
+    return selected[everything]
 
 
 def select_columns(rows: Split, *names: str) -> Split:
@@ -282,7 +299,8 @@ def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) ->
         rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
     )
     texts = {"text": rows["text"], "text_pair": rows.get("text_pair")}
-    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length)
+    encodings = None if texts["text_pair"] is not None else encoded.encodings
+    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length, encodings=encodings)
     return {**fill_empty(encoded, tokenizer), FULL_LENGTH: lengths}
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForQuestionAnswering
 from dtrain.config.schema import Config
 from dtrain.config.task import QuestionAnswering
 from dtrain.console import log
+from dtrain.data.columns import flat_rows, row_arrays
 from dtrain.data.questions import questions
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -33,7 +34,7 @@ from dtrain.tasks.answers import NOT_IN_CONTEXT, best_spans, squad2_scores, squa
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.tensors import full_precision, pad_rows
+from dtrain.tasks.tensors import full_precision, pad_arrays, pad_rows
 
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
@@ -85,17 +86,17 @@ class QuestionAnsweringTask:
 
         `example`, (windows,), is the row of this batch that a window belongs to, in order. Each row has a window.
         """
-        flat = {key: list(chain.from_iterable(rows[key])) for key in rows if key in (*INPUTS, *_PLACES)}
+        inputs = {key: flat_rows(rows[key]) for key in INPUTS if key in rows}
         # Always on the right: positions count from the start of the window.
-        batch = pad_rows(
-            self.tokenizer, {key: flat[key] for key in INPUTS if key in flat}, Padding("right", self.padding.length)
-        )
+        batch = pad_rows(self.tokenizer, inputs, Padding("right", self.padding.length))
         batch["offsets"] = torch.full((*batch["input_ids"].shape, 2), NOT_IN_CONTEXT)
         for side, key in enumerate(("offset_starts", "offset_ends")):
-            for window, offsets in enumerate(flat[key]):
-                batch["offsets"][window, : len(offsets), side] = torch.tensor(offsets, dtype=torch.int64)
+            offsets = pad_arrays(row_arrays(flat_rows(rows[key])), batch["input_ids"].shape[1], fill=NOT_IN_CONTEXT)
+            batch["offsets"][:, :, side] = offsets
         for key in ("start_positions", "end_positions"):
-            batch[key] = torch.tensor([IGNORED if position is None else position for position in flat[key]])
+            batch[key] = torch.tensor(
+                [IGNORED if position is None else position for position in chain.from_iterable(rows[key])]
+            )
         windows = torch.tensor([len(ids) for ids in rows["input_ids"]])
         batch["example"] = torch.arange(len(windows)).repeat_interleave(windows)
         return batch

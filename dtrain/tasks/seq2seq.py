@@ -9,6 +9,7 @@ generated with the same padding, and gets the same tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Seq2Seq
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.lengths import RowLengths, token_lengths
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -39,7 +41,7 @@ from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
 from dtrain.tasks.target_loss import target_loss
-from dtrain.tasks.tensors import count_targets, full_precision, pad_rows
+from dtrain.tasks.tensors import count_targets, full_precision, pad_arrays, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
@@ -108,10 +110,11 @@ class Seq2SeqTask:
 
     def collate(self, rows: Mapping[str, Sequence[Any]], position: DataPosition) -> Batch:
         batch = pad_rows(self.tokenizer, {"input_ids": rows["input_ids"]}, self.padding)
-        targets = [torch.tensor(ids or [IGNORED], dtype=torch.int64) for ids in rows["labels"]]
-        labels = nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+        targets = row_arrays(rows["labels"])
+        longest = max(1, *map(len, targets))
+        labels = pad_arrays(targets, longest, fill=IGNORED)
         if self.padding.target_length is not None:
-            labels = F.pad(labels, (0, self.padding.target_length - labels.shape[1]), value=IGNORED)
+            labels = F.pad(labels, (0, self.padding.target_length - longest), value=IGNORED)
         batch["labels"] = labels
         return batch
 
@@ -213,7 +216,7 @@ def prepare_seq2seq(config: Config, settings: Seq2Seq, context: RankContext) -> 
     recipe = Recipe(
         "seq2seq",
         translation_row_format(settings.source, settings.target),
-        texts=lambda source: [*source.rows["source"], *source.rows["target"]],
+        texts=lambda source: chain(column_values(source.rows, "source"), column_values(source.rows, "target")),
         encode=encode,
         max_target_length=settings.max_target_length,
         options=settings.model_dump(mode="json", exclude={"name", "metric", "label_smoothing"}),

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from dtrain.data.columns import Array, ListColumn
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, Targets
 
 
@@ -18,11 +21,16 @@ def pad_rows(tokenizer: Any, columns: Mapping[str, Sequence[Any]], padding: Padd
     The tokenizer's own `padding_side` is meant for generating. Most models number positions from the first column of a
     batch, so with padding on the left a row's answer would depend on the rows beside it.
     """
+    batch = _pad_arrays(tokenizer, columns, padding)
+    return batch if batch is not None else _pad_by_tokenizer(tokenizer, columns, padding)
+
+
+def _pad_by_tokenizer(tokenizer: Any, columns: Mapping[str, Sequence[Any]], padding: Padding) -> Batch:
     # A fast tokenizer warns that one call for text and padding is faster. Here the text was encoded long before.
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
     return dict(
         tokenizer.pad(
-            columns,
+            {name: list(column) for name, column in columns.items()},
             padding=True if padding.length is None else "max_length",
             max_length=padding.length,
             padding_side=padding.side,
@@ -30,6 +38,54 @@ def pad_rows(tokenizer: Any, columns: Mapping[str, Sequence[Any]], padding: Padd
             return_tensors="pt",
         )
     )
+
+
+def _pad_arrays(tokenizer: Any, columns: Mapping[str, Sequence[Any]], padding: Padding) -> Batch | None:
+    """Returns what the tokenizer would, from a split's own columns; None where the tokenizer has to do it, or to refuse."""
+    kind, ids = type(tokenizer), tokenizer.model_input_names[0]
+    if kind.pad is not PreTrainedTokenizerBase.pad or kind._pad is not PreTrainedTokenizerBase._pad:
+        return None
+    column = columns.get(ids)
+    if not isinstance(column, ListColumn) or not all(isinstance(part, np.ndarray) for part in column.parts):
+        return None
+    lengths = [len(part) for part in column.parts]
+    longest = max(lengths, default=0)
+    length = longest if padding.length is None else padding.length
+    pad_token = tokenizer.pad_token_id
+    if not longest or longest > length or pad_token is None or pad_token < 0:
+        return None
+    fills = {
+        ids: pad_token,
+        "token_type_ids": tokenizer.pad_token_type_id,
+        "attention_mask": 0,
+        "special_tokens_mask": 1,
+    }
+    batch: Batch = {}
+    for name, values in columns.items():
+        if name not in fills or not isinstance(values, ListColumn):
+            return None
+        if (
+            not all(isinstance(part, np.ndarray) for part in values.parts)
+            or [len(part) for part in values.parts] != lengths
+        ):
+            return None
+        batch[name] = pad_arrays(values.parts, length, fill=fills[name], side=padding.side)
+    if "attention_mask" not in batch:
+        steps, used = np.arange(length), np.array(lengths)[:, None]
+        mask = steps < used if padding.side == "right" else steps >= length - used
+        batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+    return batch
+
+
+def pad_arrays(rows: Sequence[Array], length: int, *, fill: int, side: str = "right") -> torch.Tensor:
+    """Returns (rows, length) int64, with `fill` behind the rows, or before them for the left side."""
+    padded = np.full((len(rows), length), fill, dtype=np.int64)
+    for target, row in zip(padded, rows, strict=True):
+        if side == "right":
+            target[: len(row)] = row
+        else:
+            target[length - len(row) :] = row
+    return torch.from_numpy(padded)
 
 
 def label_tensor(labels: Sequence[int | None]) -> torch.Tensor:

@@ -21,6 +21,7 @@ from transformers import AutoModelForTokenClassification
 from dtrain.config.schema import Config
 from dtrain.config.task import TokenClassification
 from dtrain.console import log
+from dtrain.data.columns import column_values, row_arrays
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.token_tags import TAGGED, TOKEN_COLUMNS, check_tags, tag_names
@@ -97,10 +98,11 @@ class TokenClassificationTask:
         # Always on the right: places count from the first token.
         batch: Batch = pad_rows(self.tokenizer, inputs, Padding("right", self.padding.length))
         batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
-        for row, (places, tags) in enumerate(zip(rows["places"], rows["tags"], strict=True)):
-            for token, tag in zip(places, tags or [], strict=False):
-                if token != NO_TOKEN:
-                    batch["labels"][row, token] = tag
+        targets = batch["labels"].numpy()
+        for row, places, tags in zip(targets, row_arrays(rows["places"]), row_arrays(rows["tags"]), strict=True):
+            number = min(len(places), len(tags))
+            has_token = places[:number] != NO_TOKEN
+            row[places[:number][has_token]] = tags[:number][has_token]
         return batch
 
     def targets(self, batch: Batch) -> Targets:
@@ -241,7 +243,7 @@ def _space_before_words(tokenizer: Any) -> str:
 
 def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
     for split, rows in splits.items():
-        lost = [places.count(NO_TOKEN) for places in rows["places"]]
+        lost = [places.count(NO_TOKEN) for places in column_values(rows, "places")]
         if any(lost):
             log.warning(
                 "data: %s: %d words of %d sentences are not trained on and not evaluated: they are beyond "
@@ -251,4 +253,4 @@ def _report_lost_words(splits: Mapping[str, Dataset], max_length: int) -> None:
 
 
 def _texts(source: Source) -> Iterator[str]:
-    return chain.from_iterable(source.rows["tokens"])
+    return chain.from_iterable(column_values(source.rows, "tokens"))

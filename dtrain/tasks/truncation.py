@@ -24,17 +24,28 @@ SETTINGS = {FULL_LENGTH: "data.max_length", FULL_TARGET_LENGTH: "task.max_target
 
 
 def full_lengths(
-    tokenizer: Any, encoded: Sequence[Sequence[int]], texts: Mapping[str, Sequence[Any] | None], *, max_length: int
+    tokenizer: Any,
+    encoded: Sequence[Sequence[int]],
+    texts: Mapping[str, Sequence[Any] | None],
+    *,
+    max_length: int,
+    encodings: Sequence[Any] | None = None,
 ) -> list[int]:
     """Returns the number of tokens of each text without truncation.
 
     Args:
         encoded: the tokens with truncation. Only texts that have max_length of them are encoded again.
         texts: the tokenizer's arguments for the same texts, e.g. text and text_pair.
+        encodings: of single texts, by a fast tokenizer. They hold what was cut off, so no text is encoded again.
     """
     lengths = [len(ids) for ids in encoded]
     full = [row for row, length in enumerate(lengths) if length >= max_length]
     if not full:
+        return lengths
+    if encodings is not None:
+        added = tokenizer.num_special_tokens_to_add(pair=False)  # to each part
+        for row in full:
+            lengths[row] += sum(len(part) - added for part in encodings[row].overflowing)
         return lengths
     arguments = {name: [rows[row] for row in full] for name, rows in texts.items() if rows is not None}
     again = tokenizer(**arguments, return_attention_mask=False, verbose=False)["input_ids"]

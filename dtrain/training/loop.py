@@ -265,7 +265,7 @@ def _to_floats(losses: Sequence[torch.Tensor]) -> list[float]:
     """Returns numbers of one device, with one transfer for all."""
     if len(losses) == 1:
         return [losses[0].item()]
-    return torch.stack(losses).double().tolist() if losses else []
+    return torch.stack(list(losses)).double().tolist() if losses else []
 
 
 def _measures_gradients(settings: LoopSettings, state: RunState) -> bool:

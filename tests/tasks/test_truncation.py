@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from dtrain.console import log
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import DataError
 from dtrain.tasks.build import build_task
+from dtrain.tasks.prepare import encode_texts
+from dtrain.tasks.truncation import FULL_LENGTH, full_lengths
 from tests.support import tiny
 
 LONG = "the cat the cat the cat"
@@ -90,3 +93,47 @@ def test_a_sentence_without_a_token_is_a_bad_row(tmp_path: Path) -> None:
         build(tmp_path, [good, bad], {"name": "token_classification"})
     made = build(tmp_path, [good, bad], {"name": "token_classification"}, max_bad_rows=1)
     assert len(made.splits["train"]) == 1
+
+
+def fast_tokenizers() -> dict[str, Any]:
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *tiny.WORDS])}
+    added: dict[str, Any] = {
+        "none": None,
+        "both ends": processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+        "an end": processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)]),
+        "two of each": processors.TemplateProcessing("<s> <s> $A </s> </s>", None, [("<s>", 0), ("</s>", 1)]),
+        "several": processors.Sequence([processors.ByteLevel(), processors.BertProcessing(("</s>", 1), ("<s>", 0))]),
+    }
+    made = {}
+    for name, processor in added.items():
+        backend = Tokenizer(WordLevel(vocabulary, unk_token="the"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        if processor is not None:
+            backend.post_processor = processor
+        made[name] = PreTrainedTokenizerFast(tokenizer_object=backend)
+    return made
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_a_fast_tokenizer_cut_off_is_counted_without_encoding_again(side: str) -> None:
+    texts = [" ".join(["cat"] * words) for words in (1, 3, 4, 5, 6, 7, 8, 9, 17, 40)]
+    for name, tokenizer in {**fast_tokenizers(), "bert": tiny.tokenizer()}.items():
+        tokenizer.truncation_side = side
+        whole = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        for max_length in (5, 6, 8):
+            encoded = tokenizer(texts, truncation=True, max_length=max_length)
+            counts_only = SimpleNamespace(num_special_tokens_to_add=tokenizer.num_special_tokens_to_add)
+
+            lengths = full_lengths(
+                counts_only, encoded["input_ids"], {}, max_length=max_length, encodings=encoded.encodings
+            )
+
+            assert lengths == whole, (name, max_length)
+            assert encode_texts({"text": texts}, tokenizer, max_length=max_length)[FULL_LENGTH] == whole
+    pairs = {"text": texts, "text_pair": texts[::-1]}
+    whole = [len(ids) for ids in tokenizer(**pairs)["input_ids"]]
+    assert encode_texts(pairs, tokenizer, max_length=8)[FULL_LENGTH] == whole
