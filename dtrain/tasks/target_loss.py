@@ -101,7 +101,9 @@ def target_loss(
             logits = model(**inputs).logits
         if selection.rows is not None:
             options = (labels[is_target], label_smoothing, max(1, MAX_LOGITS // layer.out_features))
-            loss: torch.Tensor = _ChunkedCrossEntropy.apply(selection.rows, layer.weight, layer.bias, *options)
+            loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+                selection.rows, layer.weight, layer.bias, *options
+            )
             return loss
         logits = full_precision(logits[is_target])
     else:
@@ -213,7 +215,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         rows: torch.Tensor,
         weight: torch.Tensor,

@@ -261,7 +261,7 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
     return _to_floats(losses)
 
 
-def _to_floats(losses: Sequence[torch.Tensor]) -> list[float]:
+def _to_floats(losses: list[torch.Tensor]) -> list[float]:
     """Returns numbers of one device, with one transfer for all."""
     if len(losses) == 1:
         return [losses[0].item()]
