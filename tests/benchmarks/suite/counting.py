@@ -1,0 +1,65 @@
+"""Figures that are equal in every run: tokens that the layers computed, collectives and their bytes, modules imported."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+HEAVY = ("deepspeed", "peft", "torch._dynamo", "torch.distributed.tensor", "tensorboard", "sklearn", "pandas")
+"""Packages that take a good part of the import time. A run that does not need them should not import them."""
+
+LAYER = "BertLayer"
+
+
+class TokenCounter:
+    """Counts the tokens that go through the model's layers, padding included, by a hook on all modules.
+
+    The hook costs time on every module call, so a counted run is never a timed one.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers, self._tokens, self._calls = layers, Counter[bool](), Counter[bool]()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        handle = register_module_forward_pre_hook(self._see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _see(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        if type(module).__name__ == LAYER and arguments:
+            shape = arguments[0].shape[:-1]
+            self._tokens[module.training] += shape.numel()
+            self._calls[module.training] += 1
+
+    def figures(self) -> dict[str, float]:
+        """Returns tokens per layer, of training and of evaluation (or of frozen layers, which are in eval mode)."""
+        return {
+            "tokens_in_training": self._tokens[True] / self._layers,
+            "tokens_in_evaluation": self._tokens[False] / self._layers,
+        }
+
+
+def imported() -> dict[str, Any]:
+    """Returns how many modules this process has imported, and which heavy packages are among them."""
+    return {"modules": len(sys.modules), "heavy_imports": [name for name in HEAVY if name in sys.modules]}
+
+
+@contextmanager
+def count_collectives(into: dict[str, int]) -> Iterator[None]:
+    """Counts the collectives that this rank calls, by name, whoever calls them (C++ included), and their total bytes."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        yield
+    for event in profile.events():
+        if event.name.startswith("c10d::"):
+            name = event.name.removeprefix("c10d::").strip("_")
+            into[name] = into.get(name, 0) + 1
