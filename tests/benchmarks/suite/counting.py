@@ -21,7 +21,9 @@ class TokenCounter:
     """
 
     def __init__(self, layers: int) -> None:
-        self._layers, self._tokens, self._calls = layers, Counter[bool](), Counter[bool]()
+        self._layers = layers
+        self._tokens: Counter[bool] = Counter()
+        self._started: Counter[bool] = Counter()
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -35,15 +37,18 @@ class TokenCounter:
 
     def _see(self, module: Any, arguments: tuple[Any, ...]) -> None:
         if type(module).__name__ == LAYER and arguments:
-            shape = arguments[0].shape[:-1]
-            self._tokens[module.training] += shape.numel()
-            self._calls[module.training] += 1
+            self._tokens[module.training] += arguments[0].shape[:-1].numel()
+
+    def begin(self) -> None:
+        """Marks the end of the first step: before it, a trainer may run a batch to look at the model."""
+        self._started = self._tokens.copy()
 
     def figures(self) -> dict[str, float]:
         """Returns tokens per layer, of training and of evaluation (or of frozen layers, which are in eval mode)."""
         return {
             "tokens_in_training": self._tokens[True] / self._layers,
             "tokens_in_evaluation": self._tokens[False] / self._layers,
+            "tokens_after_first_step": (self._tokens[True] - self._started[True]) / self._layers,
         }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,17 @@ MESSAGE_TIMEOUT_S = 900
 class Gate:
     """The contestant's end. Call `after_step` once after each optimizer step; ranks other than 0 need none."""
 
-    def __init__(self, path: Path | None, *, warm: int, block: int) -> None:
+    def __init__(
+        self, path: Path | None, *, warm: int, block: int, after_first: Callable[[], None] = lambda: None
+    ) -> None:
         """
         Args:
             path: the driver's socket; None: nobody waits, and only steps are counted.
             warm: steps before the first block, which do not count.
             block: steps of a block.
+            after_first: called after the first step, and what it needs to start is done.
         """
+        self._after_first = after_first
         self._steps, self._next = 0, warm
         self._block = block
         self._cpu = self._wall = 0.0
@@ -43,6 +48,8 @@ class Gate:
     def after_step(self) -> None:
         """Counts a step. At the end of a block it reports the times and waits."""
         self._steps += 1
+        if self._steps == 1:
+            self._after_first()
         if self._socket is None or self._steps != self._next:
             return
         wall, cpu = time.perf_counter(), machine.tree_cpu_seconds()

@@ -70,7 +70,7 @@ def merge_counts(timed: Sequence[Lane], counted: Sequence[Lane]) -> list[Lane]:
 
 
 def _without_times(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in figures.items() if name not in ("cpu_s", "peak_memory_bytes")}
+    return {name: value for name, value in figures.items() if name not in ("process_cpu_s", "peak_memory_bytes")}
 
 
 def close(a: float | None, b: float | None, tolerance: float) -> bool:

@@ -145,7 +145,7 @@ class Spec:
         plan = StepPlan(self.workload.rows, self.global_batch, self.workload.batch, 0, True)
         return [plan.indices(step) for step in range(self.steps)]
 
-    def real_tokens(self) -> int:
-        """Returns the tokens of all steps' rows, without padding."""
+    def real_tokens(self, *, after: int = 0) -> int:
+        """Returns the tokens of the steps' rows, without padding and without the first `after` steps."""
         lengths = self.workload.lengths("train")
-        return int(sum(lengths[indices].sum() for indices in self.order()))
+        return int(sum(lengths[indices].sum() for indices in self.order()[after:]))

@@ -22,8 +22,8 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     if spec.core is not None:
         machine.bind(spec.core + int(os.environ.get("LOCAL_RANK", "0")))
-    gate = Gate(spec.gate if rank == 0 else None, warm=spec.warm, block=spec.block)
     counter = counting.TokenCounter(spec.workload.shape.layers)
+    gate = Gate(spec.gate if rank == 0 else None, warm=spec.warm, block=spec.block, after_first=counter.begin)
     collectives: dict[str, int] = {}
     with ExitStack() as stack:
         if spec.counted:
@@ -34,7 +34,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "loss": sum(losses[:LOSSES]) / len(losses[:LOSSES]) if losses else None,
         "peak_memory_bytes": machine.peak_memory_bytes(),
-        "cpu_s": machine.tree_cpu_seconds(),
+        "process_cpu_s": machine.tree_cpu_seconds(),
         **counting.imported(),
     }
     if spec.counted:

@@ -137,8 +137,9 @@ def _counted(
     lanes = race.count(specs)
     for lane, spec in zip(lanes, specs, strict=True):
         if lane.ran:
-            lane.figures["tokens_per_step"] = lane.figures["tokens_in_training"] / steps
-            lane.figures["fill"] = spec.real_tokens() / lane.figures["tokens_in_training"]
+            computed = lane.figures["tokens_after_first_step"]
+            lane.figures["tokens_per_step"] = computed / (steps - 1)
+            lane.figures["fill"] = spec.real_tokens(after=1) / computed
     return lanes
 
 
