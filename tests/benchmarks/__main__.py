@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             full=arguments.full,
             data=arguments.data,
             model=arguments.model,
+            rows=arguments.rows,
         )
         for name in names:
             began = time.monotonic()
@@ -99,13 +100,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", type=row_name, metavar="NAME", help="rows: " + ", ".join(ROWS))
     parser.add_argument("--all", action="store_true", help="every row (about half an hour)")
     parser.add_argument("--quick", action="store_true", help="check the deterministic figures on tiny models")
-    parser.add_argument("--full", action="store_true", help="the sizes of the published table where the usual ones are smaller")
+    parser.add_argument(
+        "--full", action="store_true", help="the sizes of the published table where the usual ones are smaller"
+    )
     parser.add_argument("--only", metavar="LIST", help="contestants, e.g. dtrain,raw,hf")
-    parser.add_argument("--pairs", type=int, help="rounds of interleaved blocks; default: 7 for short rows, 3 for long ones")
+    parser.add_argument(
+        "--pairs", type=int, help="rounds of interleaved blocks; default: 7 for short rows, 3 for long ones"
+    )
     parser.add_argument("--core", type=int, default=0, help="first core to bind to (default 0)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables; default: tests/benchmarks/results")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="folder of the tables; default: tests/benchmarks/results"
+    )
     parser.add_argument("--data", type=Path, help="minilm_cola: a folder in CoLA's format")
     parser.add_argument("--model", type=Path, help="minilm_cola: a model folder; default: MiniLM's shape, new weights")
+    parser.add_argument("--rows", type=int, help="minilm_cola: only the first rows of each file")
     arguments = parser.parse_args(argv)
     arguments.raw = list(argv)
     return arguments

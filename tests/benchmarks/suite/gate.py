@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,20 @@ class Gate:
     """The contestant's end. Call `after_step` once after each optimizer step; ranks other than 0 need none."""
 
     def __init__(
-        self, path: Path | None, *, warm: int, block: int, after_first: Callable[[], None] = lambda: None
+        self, path: Path | None, *, warm: int, block: int, at_step: Mapping[int, Callable[[], None]], traced: bool
     ) -> None:
         """
         Args:
             path: the driver's socket; None: nobody waits, and only steps are counted.
             warm: steps before the first block, which do not count.
             block: steps of a block.
-            after_first: called after the first step, and what it needs to start is done.
+            at_step: what to call after the n-th step, counted from 1.
+            traced: keeps the time at which each step ended.
         """
-        self._after_first = after_first
+        self._at_step = at_step
+        self._traced = traced
+        self.ends: list[float] = []
+        """Monotonic time at the end of each step, in seconds; empty unless traced."""
         self._steps, self._next = 0, warm
         self._block = block
         self._cpu = self._wall = 0.0
@@ -48,8 +52,10 @@ class Gate:
     def after_step(self) -> None:
         """Counts a step. At the end of a block it reports the times and waits."""
         self._steps += 1
-        if self._steps == 1:
-            self._after_first()
+        if self._traced:
+            self.ends.append(time.monotonic())
+        if (action := self._at_step.get(self._steps)) is not None:
+            action()
         if self._socket is None or self._steps != self._next:
             return
         wall, cpu = time.perf_counter(), machine.tree_cpu_seconds()

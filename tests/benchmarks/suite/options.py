@@ -22,6 +22,7 @@ class Options:
         core: first core to bind to.
         full: the sizes of the published table where the row's usual ones are smaller.
         data, model: of the user, for the row that needs real data; None: not given.
+        rows: of the user's data that count; None: all.
     """
 
     scratch: Path
@@ -32,6 +33,7 @@ class Options:
     full: bool = False
     data: Path | None = None
     model: Path | None = None
+    rows: int | None = None
 
     def chosen(self, contestants: Sequence[Contestant]) -> list[Contestant]:
         """Returns the contestants to run. dtrain's own variants go with dtrain."""

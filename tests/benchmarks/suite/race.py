@@ -185,7 +185,8 @@ def run_whole(spec: Spec) -> dict[str, Any]:
     Raises:
         ContestantError: it failed.
     """
-    cpu, wall = run_command(command_of(spec), spec.output)
+    home = str(spec.cache_folder)
+    cpu, wall = run_command(command_of(spec), spec.output, {"HF_HOME": home, "XDG_CACHE_HOME": home})
     return {**result_of(spec), "whole_cpu_s": cpu, "whole_wall_s": wall}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class RowResult:
         workload: model, data and sizes in one sentence.
         lanes: the contestants; the first is dtrain.
         columns: what the Markdown table shows: heading to (key of figures or samples, factor, decimals).
+        compared: ratios in the table: heading to key of samples.
         checks: sentences about deterministic figures, and whether they hold.
         notes: what a reader must know of this run.
         seconds: how long the row took.
@@ -30,9 +32,16 @@ class RowResult:
     workload: str
     lanes: list[Lane]
     columns: dict[str, tuple[str, float, int]] = field(default_factory=dict)
+    compared: dict[str, str] = field(default_factory=lambda: {"CPU / dtrain": "cpu_s", "wall / dtrain": "wall_s"})
     checks: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def reference(self, lane: Lane) -> Lane | None:
+        """Returns the lane that one is compared with: dtrain, on as many ranks; None for dtrain itself."""
+        ranks = re.search(r", \d+ ranks?$", lane.name)
+        own = self.lane("dtrain" + (ranks.group() if ranks else ""))
+        return None if own is lane else own
 
     def lane(self, name: str) -> Lane | None:
         """Returns a contestant that ran; None if it did not, or is not part of the row."""
@@ -54,6 +63,14 @@ def ratio(lane: Lane, reference: Lane, key: str) -> float | None:
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     mine, other = value_of(lane, key), value_of(reference, key)
     return mine / other if mine is not None and other else None
+
+
+def difference(lane: Lane, reference: Lane, key: str) -> float | None:
+    """Returns the median, over the rounds, of lane - reference."""
+    ours, theirs = lane.samples.get(key, []), reference.samples.get(key, [])
+    if not ours or len(ours) != len(theirs):
+        return None
+    return statistics.median(a - b for a, b in zip(ours, theirs, strict=True))
 
 
 def merge_counts(timed: Sequence[Lane], counted: Sequence[Lane]) -> list[Lane]:

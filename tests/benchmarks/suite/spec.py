@@ -90,6 +90,8 @@ class Spec:
         gate: socket of the driver; None: runs through.
         warm, block: see Gate.
         counted: counts tokens and collectives instead of being timed.
+        traced: keeps the time at which each step ended.
+        cache: folder of tokenized data and other caches; None: one for all runs of the workload.
     """
 
     contestant: Contestant
@@ -107,6 +109,8 @@ class Spec:
     warm: int = 1
     block: int = 1
     counted: bool = False
+    traced: bool = False
+    cache: Path | None = None
 
     def write(self) -> Path:
         """Writes the spec into its output folder and returns the file."""
@@ -121,9 +125,13 @@ class Spec:
         data["contestant"] = Contestant(**data["contestant"])
         data["workload"] = Workload.from_json(data["workload"])
         data["freeze"] = tuple(data["freeze"])
-        for name in ("folder", "output", "gate"):
+        for name in ("folder", "output", "gate", "cache"):
             data[name] = Path(data[name]) if data[name] else None
         return cls(**data)
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.cache or self.folder / "cache"
 
     @property
     def epochs(self) -> int:

@@ -48,9 +48,10 @@ def as_markdown(results: Sequence[RowResult], about: Mapping[str, Any]) -> str:
 def row_as_markdown(result: RowResult) -> list[str]:
     """Returns the lines of one row."""
     keys = [key for key, _, _ in result.columns.values()]
-    timed = [key for key in ("cpu_s", "wall_s") if any(key in lane.samples for lane in result.lanes)]
-    own = result.lanes[0]
-    headings = [*result.columns, *(f"{'CPU' if key == 'cpu_s' else 'wall'} / dtrain" for key in timed)]
+    compared = {
+        heading: key for heading, key in result.compared.items() if any(key in lane.samples for lane in result.lanes)
+    }
+    headings = [*result.columns, *compared]
     lines = [f"## {result.name}: {result.title}", "", result.workload, ""]
     lines += ["| contestant | " + " | ".join(headings) + " |", "|---|" + "---:|" * len(headings)]
     for lane in result.lanes:
@@ -58,7 +59,7 @@ def row_as_markdown(result: RowResult) -> list[str]:
             lines.append(f"| {lane.name} | {_one_line(lane.status)} |" + " |" * (len(headings) - 1))
             continue
         cells = [_cell(lane, key, factor, decimals) for key, factor, decimals in result.columns.values()]
-        cells += [_ratio(lane, own, key) for key in timed]
+        cells += [_ratio(lane, result.reference(lane), key) for key in compared.values()]
         lines.append(f"| {lane.name} | " + " | ".join(cells) + " |")
     lines.append("")
     rounds = max((len(lane.samples.get(key, [])) for lane in result.lanes for key in keys), default=0)
@@ -74,10 +75,8 @@ def _cell(lane: Lane, key: str, factor: float, decimals: int) -> str:
     return "" if value is None else f"{value * factor:,.{decimals}f}"
 
 
-def _ratio(lane: Lane, own: Lane, key: str) -> str:
-    if lane is own or not own.ran:
-        return ""
-    found = ratio(lane, own, key)
+def _ratio(lane: Lane, own: Lane | None, key: str) -> str:
+    found = ratio(lane, own, key) if own is not None else None
     return "" if found is None else f"{found:.2f}"
 
 

@@ -114,6 +114,7 @@ def write_csv(path: Path, lengths: np.ndarray, words: int, *, seed: int) -> None
 def _write_model(workload: Workload, folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+    from transformers.utils import logging
 
     shape = workload.shape
     vocab = [*SPECIAL, *(f"w{word}" for word in range(shape.vocab - len(SPECIAL)))]
@@ -129,6 +130,7 @@ def _write_model(workload: Workload, folder: Path) -> None:
         attention_probs_dropout_prob=workload.dropout,
         num_labels=2,
     )
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(folder)
 

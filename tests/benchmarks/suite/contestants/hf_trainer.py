@@ -21,20 +21,19 @@ def train(spec: Spec, gate: Gate) -> list[float]:
         """Called at the end of each step, and of its evaluation where there is one."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if not spec.eval_every and not spec.save_every:
+            if not spec.eval_every:
                 gate.after_step()
 
         def on_evaluate(self, *_: Any, **__: Any) -> None:
-            if not spec.save_every:
-                gate.after_step()
-
-        def on_save(self, *_: Any, **__: Any) -> None:
             gate.after_step()
 
     options = spec.contestant.options
     sampling = options.get("sampling", "sequential")
     in_order = sampling == "sequential"
-    data = rows.dataset(spec, "train", in_order=in_order, pad_to=options.get("pad_to"))
+    if options.get("from_csv"):
+        data = rows.mapped_dataset(spec)
+    else:
+        data = rows.dataset(spec, "train", in_order=in_order, pad_to=options.get("pad_to"))
     arguments = TrainingArguments(
         output_dir=str(spec.output / "hf"),
         per_device_train_batch_size=spec.workload.batch,
@@ -64,7 +63,7 @@ def train(spec: Spec, gate: Gate) -> list[float]:
         train_dataset=data,
         eval_dataset=rows.dataset(spec, "validation") if spec.eval_every else None,
         data_collator=DataCollatorWithPadding(rows.tokenizer(spec)),
-        compute_metrics=_metrics,
+        compute_metrics=metrics,
         preprocess_logits_for_metrics=lambda logits, _labels: logits.argmax(-1),
         callbacks=[AtTheGate()],
     )
@@ -74,7 +73,7 @@ def train(spec: Spec, gate: Gate) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][:1]
 
 
-def _metrics(evaluated: Any) -> dict[str, float]:
+def metrics(evaluated: Any) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     pair = evaluated.label_ids, evaluated.predictions

@@ -15,7 +15,7 @@ def config_of(spec: Spec) -> dict[str, Any]:
         "run": {"name": "dtrain", "output_dir": str(spec.output)},
         "task": {"name": "classification"},
         "model": {"name_or_path": str(spec.folder / "model")},
-        "data": {"path": str(spec.folder), "max_length": 128, "cache_dir": str(spec.folder / "cache")},
+        "data": {"path": str(spec.folder), "max_length": 128, "cache_dir": str(spec.cache_folder)},
         "optim": {"learning_rate": spec.learning_rate},
         "train": {
             "global_batch_size": spec.global_batch,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from tests.benchmarks.suite import race
 from tests.benchmarks.suite.options import Options
 from tests.benchmarks.suite.race import Lane
-from tests.benchmarks.suite.result import RowResult, close, merge_counts, value_of
+from tests.benchmarks.suite.result import RowResult, close, difference, merge_counts, value_of
 from tests.benchmarks.suite.spec import (
     ACCELERATE,
     DTRAIN,
@@ -37,14 +37,12 @@ def loop_overhead(options: Options) -> RowResult:
         "milliseconds that the loop adds",
         "T0 (0.5M parameters), 8 rows of 16 tokens a step: nothing is padded. RAW has its batches ready before the loop.",
         _lanes(options, "loop_overhead", workload, contestants, warm=60, block=60, rounds=9),
-        {**TIMES, "ms over RAW": ("over_raw_s", 1e3, 2), **COUNTS},
+        {**TIMES, "ms over RAW": ("over_raw_s", 1e3, 2), **COUNTS, "modules imported": ("modules", 1.0, 0)},
     )
     raw = result.lane(RAW.name)
-    base = value_of(raw, "cpu_s") if raw is not None else None
     for lane in result.lanes:
-        own = value_of(lane, "cpu_s")
-        if base is not None and own is not None:
-            lane.figures["over_raw_s"] = own - base
+        if raw is not None and (over := difference(lane, raw, "cpu_s")) is not None:
+            lane.figures["over_raw_s"] = over
     return _checked(result)
 
 
