@@ -57,14 +57,30 @@ def imported() -> dict[str, Any]:
     return {"modules": len(sys.modules), "heavy_imports": [name for name in HEAVY if name in sys.modules]}
 
 
-@contextmanager
-def count_collectives(into: dict[str, int]) -> Iterator[None]:
-    """Counts the collectives that this rank calls, by name, whoever calls them (C++ included), and their total bytes."""
-    import torch
+class Laps:
+    """Counts of the steps between two marks: the collectives that this rank calls, C++ included, and tokens."""
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        yield
-    for event in profile.events():
-        if event.name.startswith("c10d::"):
-            name = event.name.removeprefix("c10d::").strip("_")
-            into[name] = into.get(name, 0) + 1
+    def __init__(self, counter: TokenCounter, *, collectives: bool) -> None:
+        self._counter, self._collectives = counter, collectives
+        self._before = counter.figures()
+        self._profile: Any = None
+        self.counts: list[dict[str, float]] = []
+
+    def mark(self) -> None:
+        """Ends a lap, if one has begun, and begins the next."""
+        tokens = self._counter.figures()
+        if self._profile is not None or not self._collectives:
+            lap = {name: tokens[name] - self._before[name] for name in tokens}
+            self.counts.append({**lap, "collectives": self._end_profile()})
+        self._before = tokens
+        if self._collectives:
+            import torch
+
+            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self._profile.start()
+
+    def _end_profile(self) -> int:
+        if self._profile is None:
+            return 0
+        self._profile.stop()
+        return sum(event.name.startswith("c10d::") for event in self._profile.events())

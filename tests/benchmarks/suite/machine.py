@@ -109,7 +109,8 @@ def _cpu_of(pid: int) -> float:
 
 
 def _descendants(root: int) -> list[int]:
-    parents = {pid: fields[1] for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if (fields := _fields(pid))}
+    running = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    parents = {pid: fields[1] for pid in running if (fields := _fields(pid))}
     found, level = [], [root]
     while level:
         level = [pid for pid, parent in parents.items() if int(parent) in level]

@@ -47,9 +47,7 @@ class Contestant:
 RAW = Contestant("RAW", "raw")
 RAW_COLLATING = Contestant("RAW, collating in the loop", "raw", {"collate_in_loop": True})
 HF = Contestant("HF Trainer", "hf", needs="accelerate")
-HF_GROUPED = Contestant(
-    "HF Trainer, group_by_length (other batches)", "hf", {"sampling": "group_by_length"}, needs="accelerate"
-)
+HF_GROUPED = Contestant("HF Trainer, group_by_length (other batches)", "hf", {"grouped": True}, needs="accelerate")
 HF_FIXED = Contestant("HF Trainer, padded to 128", "hf", {"pad_to": 128}, needs="accelerate")
 ACCELERATE = Contestant("Accelerate", "accelerate", needs="accelerate")
 LIGHTNING = Contestant("Lightning", "lightning", needs="lightning")
@@ -90,6 +88,7 @@ class Spec:
         gate: socket of the driver; None: runs through.
         warm, block: see Gate.
         counted: counts tokens and collectives instead of being timed.
+        laps: steps after which the counts of a lap end and the next one begins.
         traced: keeps the time at which each step ended.
         cache: folder of tokenized data and other caches; None: one for all runs of the workload.
     """
@@ -109,6 +108,7 @@ class Spec:
     warm: int = 1
     block: int = 1
     counted: bool = False
+    laps: tuple[int, ...] = ()
     traced: bool = False
     cache: Path | None = None
 
@@ -124,7 +124,7 @@ class Spec:
         data = json.loads(path.read_text(encoding="utf-8"))
         data["contestant"] = Contestant(**data["contestant"])
         data["workload"] = Workload.from_json(data["workload"])
-        data["freeze"] = tuple(data["freeze"])
+        data["freeze"], data["laps"] = tuple(data["freeze"]), tuple(data["laps"])
         for name in ("folder", "output", "gate", "cache"):
             data[name] = Path(data[name]) if data[name] else None
         return cls(**data)
@@ -147,11 +147,34 @@ class Spec:
         return self.workload.batch * self.ranks
 
     def order(self) -> list[list[int]]:
-        """Returns the rows of each step, in dtrain's order: peers get the same batches."""
+        """Returns the rows of each step, in dtrain's order: peers get the same batches, except one that groups rows."""
         from dtrain.data.order import StepPlan
 
+        if self.contestant.options.get("grouped"):
+            return self._grouped()
         plan = StepPlan(self.workload.rows, self.global_batch, self.workload.batch, 0, True)
         return [plan.indices(step) for step in range(self.steps)]
+
+    def _grouped(self) -> list[list[int]]:
+        """Returns batches of train_sampling_strategy=group_by_length, in an order in which a block is like an epoch.
+
+        Trainer itself takes them by falling length within 50 batches, so that a few steps would say little.
+        """
+        import torch
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        lengths, size, block = self.workload.lengths("train"), self.workload.batch, max(self.block, 4)
+        rows = get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(0))
+        batches = sorted(
+            (rows[start : start + size] for start in range(0, len(rows) - size + 1, size)),
+            key=lambda batch: max(lengths[batch]),
+        )
+        rounds = -(-self.steps // block)
+        picked = []
+        for turn in range(rounds):
+            for part in range(block):  # one batch of each part of the lengths
+                picked.append(batches[int((part + (turn + 0.5) / rounds) * len(batches) / block)])
+        return picked[: self.steps]
 
     def real_tokens(self, *, after: int = 0) -> int:
         """Returns the tokens of the steps' rows, without padding and without the first `after` steps."""

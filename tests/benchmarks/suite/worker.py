@@ -23,20 +23,22 @@ def main() -> None:
     if spec.core is not None:
         machine.bind(spec.core + int(os.environ.get("LOCAL_RANK", "0")))
     counter = counting.TokenCounter(spec.workload.shape.layers)
+    laps = counting.Laps(counter, collectives=spec.ranks > 1)
     peak: list[int] = []  # of the steps alone: what a trainer does at its end is left out
     gate = Gate(
         spec.gate if rank == 0 else None,
         warm=spec.warm,
         block=spec.block,
-        at_step={1: counter.begin, spec.steps: lambda: peak.append(machine.peak_memory_bytes())},
+        at_step={
+            1: counter.begin,
+            spec.steps: lambda: peak.append(machine.peak_memory_bytes()),
+            **dict.fromkeys(spec.laps, laps.mark),
+        },
         traced=spec.traced,
     )
-    collectives: dict[str, int] = {}
     with ExitStack() as stack:
         if spec.counted:
             stack.enter_context(counter.watch())
-            if spec.ranks > 1:
-                stack.enter_context(counting.count_collectives(collectives))
         losses = _train(spec, gate)
     result: dict[str, Any] = {
         "loss": sum(losses[:LOSSES]) / len(losses[:LOSSES]) if losses else None,
@@ -46,7 +48,7 @@ def main() -> None:
         **counting.imported(),
     }
     if spec.counted:
-        result |= {**counter.figures(), "collectives": collectives}
+        result |= {**counter.figures(), "laps": laps.counts}
     (spec.output / f"result-{rank}.json").write_text(json.dumps(result), encoding="utf-8")
 
 

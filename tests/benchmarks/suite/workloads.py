@@ -50,7 +50,7 @@ class Workload:
         rows: of the training split.
         batch: examples per step of one rank.
         validation: rows of the validation split.
-        length: tokens of every row, special ones included; None: lengths of D_glue.
+        length: tokens of every training row, special ones included; None: lengths of D_glue, as in validation.
         dropout: of the model; 0 where losses are compared.
     """
 
@@ -67,10 +67,11 @@ class Workload:
 
     def lengths(self, split: str) -> np.ndarray:
         """Returns the number of tokens of each row."""
-        rows = self.rows if split == "train" else self.validation
+        if split != "train":
+            return glue_lengths(self.validation, seed=1)
         if self.length is not None:
-            return np.full(rows, self.length)
-        return glue_lengths(rows, seed=0 if split == "train" else 1)
+            return np.full(self.rows, self.length)
+        return glue_lengths(self.rows, seed=0)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

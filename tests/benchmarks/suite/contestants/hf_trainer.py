@@ -20,26 +20,24 @@ def train(spec: Spec, gate: Gate) -> list[float]:
     class AtTheGate(TrainerCallback):  # type: ignore[misc]  # transformers has no types here
         """Called at the end of each step, and of its evaluation where there is one."""
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if not spec.eval_every:
+        def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            if not spec.eval_every or state.global_step % spec.eval_every:
                 gate.after_step()
 
         def on_evaluate(self, *_: Any, **__: Any) -> None:
             gate.after_step()
 
     options = spec.contestant.options
-    sampling = options.get("sampling", "sequential")
-    in_order = sampling == "sequential"
     if options.get("from_csv"):
         data = rows.mapped_dataset(spec)
     else:
-        data = rows.dataset(spec, "train", in_order=in_order, pad_to=options.get("pad_to"))
+        data = rows.dataset(spec, "train", pad_to=options.get("pad_to"))
     arguments = TrainingArguments(
         output_dir=str(spec.output / "hf"),
         per_device_train_batch_size=spec.workload.batch,
         per_device_eval_batch_size=32,
         max_steps=spec.steps,
-        train_sampling_strategy=sampling,
+        train_sampling_strategy="random" if options.get("from_csv") else "sequential",
         optim="adamw_torch_fused",
         learning_rate=spec.learning_rate,
         weight_decay=0.01,

@@ -52,7 +52,7 @@ def _batches(spec: Spec) -> Iterable[dict[str, Any]]:
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
-    data = rows.input_columns(rows.dataset(spec, "train"))
+    data = rows.dataset(spec, "train")
     rank, size, starts = int(os.environ.get("RANK", "0")), spec.workload.batch, _starts(spec)
     mine = [range(start, stop)[rank * size : (rank + 1) * size] for start, stop in itertools.pairwise(starts)]
     loader: Any = DataLoader(data, batch_sampler=mine, collate_fn=DataCollatorWithPadding(rows.tokenizer(spec)))
@@ -67,7 +67,7 @@ def _validation(spec: Spec) -> Any:
     from torch.utils.data import DataLoader
     from transformers import DataCollatorWithPadding
 
-    data = rows.input_columns(rows.dataset(spec, "validation"))
+    data = rows.dataset(spec, "validation")
     return DataLoader(data, batch_size=32, collate_fn=DataCollatorWithPadding(rows.tokenizer(spec)))
 
 

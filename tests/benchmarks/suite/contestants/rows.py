@@ -16,11 +16,12 @@ def tokenizer(spec: Spec) -> Any:
     return AutoTokenizer.from_pretrained(spec.folder / "model")
 
 
-def dataset(spec: Spec, split: str, *, in_order: bool = True, pad_to: int | None = None) -> Any:
-    """Returns a `datasets.Dataset` with input_ids, token_type_ids, attention_mask, labels and length.
+def dataset(spec: Spec, split: str, *, pad_to: int | None = None) -> Any:
+    """Returns a `datasets.Dataset` with input_ids, token_type_ids, attention_mask and labels.
+
+    Training rows are those of all steps one after the other.
 
     Args:
-        in_order: training rows of all steps one after the other; else one epoch's, in the file's order.
         pad_to: pads every row to that length.
     """
     from datasets import Dataset
@@ -29,8 +30,7 @@ def dataset(spec: Spec, split: str, *, in_order: bool = True, pad_to: int | None
     padding: dict[str, Any] = {"padding": "max_length", "max_length": pad_to} if pad_to else {"max_length": MAX_LENGTH}
     columns = dict(tokenizer(spec)(texts, truncation=True, **padding))
     columns["labels"] = labels
-    columns["length"] = [len(ids) for ids in columns["input_ids"]]
-    if split == "train" and in_order:
+    if split == "train":
         rows = [index for indices in spec.order() for index in indices]
         columns = {name: [values[row] for row in rows] for name, values in columns.items()}
     return Dataset.from_dict(columns)
@@ -74,8 +74,3 @@ def parameter_groups(loaded: Any, *, weight_decay: float = 0.01) -> list[dict[st
         if parameter.requires_grad:
             (rest if name.endswith("bias") or "LayerNorm" in name else decays).append(parameter)
     return [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-
-
-def input_columns(rows: Any) -> Any:
-    """Returns the data set without the column that is for sorting only."""
-    return rows.remove_columns("length")

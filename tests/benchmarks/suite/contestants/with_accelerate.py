@@ -21,7 +21,7 @@ def train(spec: Spec, gate: Gate) -> list[float]:
     optimizer = torch.optim.AdamW(rows.parameter_groups(loaded), lr=spec.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / spec.steps)
     collate = DataCollatorWithPadding(rows.tokenizer(spec))
-    data = rows.input_columns(rows.dataset(spec, "train"))
+    data = rows.dataset(spec, "train")
     loader: Any = DataLoader(data, batch_size=spec.workload.batch, collate_fn=collate)
     model, optimizer, loader, schedule = accelerator.prepare(loaded, optimizer, loader, schedule)
     model.train()

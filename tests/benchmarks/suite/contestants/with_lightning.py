@@ -41,7 +41,7 @@ def train(spec: Spec, gate: Gate) -> list[float]:
         def on_train_batch_end(self, *_: Any) -> None:
             gate.after_step()
 
-    data = rows.input_columns(rows.dataset(spec, "train"))
+    data = rows.dataset(spec, "train")
     collate = DataCollatorWithPadding(rows.tokenizer(spec))
     trainer = lightning.Trainer(
         accelerator="cpu",

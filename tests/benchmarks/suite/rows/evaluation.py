@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-from typing import Any
-
 from tests.benchmarks.suite import race
 from tests.benchmarks.suite.options import Options
 from tests.benchmarks.suite.race import Lane
@@ -12,7 +11,7 @@ from tests.benchmarks.suite.result import RowResult, value_of
 from tests.benchmarks.suite.spec import DTRAIN, HF, RAW, Contestant, Spec
 from tests.benchmarks.suite.workloads import T1, Workload
 
-MOST_COLLECTIVES = 12
+MOST_COLLECTIVES = 15
 """Of dtrain's evaluation, whatever its size."""
 
 
@@ -26,7 +25,7 @@ def evaluation(options: Options) -> RowResult:
         lanes = race.race(_specs(options, workload), rounds=options.rounds(3))
         for lane in lanes:
             lane.figures |= counts[lane.name].figures if lane.name in counts else {}
-        for one, two in zip(lanes, lanes[1:], strict=False):
+        for one, two in itertools.pairwise(lanes):
             alone, together = value_of(one, "wall_s"), value_of(two, "wall_s")
             if two.name.endswith("2 ranks") and alone is not None and together is not None:
                 two.figures["wall_share"] = together / alone
@@ -69,33 +68,34 @@ def _name(contestant: Contestant, ranks: int) -> str:
 
 
 def _counted(options: Options, workload: Workload) -> list[Lane]:
-    """Counts runs of two steps, with one evaluation and with two: the difference is one evaluation."""
-    small = workload.counted()
-    lanes = []
-    for spec in _specs(options, small):
-        if options.quick and spec.ranks == 1 and spec.contestant.kind == "dtrain":
-            continue  # two ranks count the same tokens
-        both = [
-            replace(
-                spec, steps=2, eval_every=every, core=None, output=spec.output.with_name(f"{spec.output.name}-{every}")
-            )
-            for every in (2, 1)
-        ]
-        once, twice = race.count(both)
-        lane = Lane(spec.contestant.name, once.status if not once.ran else twice.status)
+    """Counts a run with an evaluation at steps 3, 6 and 9: laps of a step alone, and of three steps and an evaluation.
+
+    What belongs to an evaluation may come as late as in the next step, so step 5 is the one that stands for steps.
+    """
+    specs = [
+        replace(
+            spec,
+            steps=9,
+            eval_every=3,
+            core=None,
+            laps=(4, 5, 8),
+            output=spec.output.with_name(f"{spec.output.name}-n"),
+        )
+        for spec in _specs(options, workload.counted())
+        # Two ranks count the same tokens as one, and the collectives besides.
+        if not options.quick or spec.ranks == 2 or spec.contestant.kind == "raw"
+    ]
+    lanes = race.count(specs)
+    for lane, spec in zip(lanes, specs, strict=True):
         if lane.ran:
-            lane.figures = _one_evaluation(once.figures, twice.figures, spec)
-        lanes.append(lane)
+            lane.figures |= one_evaluation(*lane.figures["laps"], spec=spec)
     return lanes
 
 
-def _one_evaluation(once: dict[str, Any], twice: dict[str, Any], spec: Spec) -> dict[str, float]:
-    tokens = twice["tokens_in_evaluation"] - once["tokens_in_evaluation"]
-    figures = {
-        "tokens_of_evaluation": tokens,
-        "fill": float(spec.workload.lengths("validation").sum()) / tokens,
-    }
+def one_evaluation(step: dict[str, float], cycle: dict[str, float], *, spec: Spec) -> dict[str, float]:
+    """Returns what belongs to one evaluation, from the counts of a step and of three steps with an evaluation."""
+    tokens = cycle["tokens_in_evaluation"] * spec.ranks  # ranks share the rows out evenly, or nearly so
+    figures = {"fill": float(spec.workload.lengths("validation").sum()) / tokens}
     if spec.ranks > 1:
-        calls = [sum(found["collectives"].values()) for found in (once, twice)]
-        figures["collectives_of_evaluation"] = calls[1] - calls[0]
+        figures["collectives_of_evaluation"] = cycle["collectives"] - 3 * step["collectives"]
     return figures

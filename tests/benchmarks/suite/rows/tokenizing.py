@@ -11,7 +11,7 @@ from tests.benchmarks.suite.result import RowResult
 from tests.benchmarks.suite.spec import DTRAIN, HF, Contestant
 from tests.benchmarks.suite.workloads import T0, Workload
 
-HF_CSV = replace(HF, name="HF Trainer, load_dataset and map", options={"from_csv": True, "sampling": "random"})
+HF_CSV = replace(HF, name="HF Trainer, load_dataset and map", options={"from_csv": True})
 FEW = 100
 
 
