@@ -60,20 +60,27 @@ def imported() -> dict[str, Any]:
 class Laps:
     """Counts of the steps between two marks: the collectives that this rank calls, C++ included, and tokens."""
 
-    def __init__(self, counter: TokenCounter, *, collectives: bool) -> None:
+    def __init__(self, counter: TokenCounter, *, marks: int, collectives: bool) -> None:
+        """
+        Args:
+            marks: how often `mark` will be called.
+            collectives: whether collectives count: then torch's profiler runs during the laps.
+        """
+        self._marks_left = marks
         self._counter, self._collectives = counter, collectives
-        self._before = counter.figures()
+        self._before: dict[str, float] | None = None
         self._profile: Any = None
         self.counts: list[dict[str, float]] = []
 
     def mark(self) -> None:
         """Ends a lap, if one has begun, and begins the next."""
         tokens = self._counter.figures()
-        if self._profile is not None or not self._collectives:
-            lap = {name: tokens[name] - self._before[name] for name in tokens}
+        if (before := self._before) is not None:
+            lap = {name: tokens[name] - before[name] for name in tokens}
             self.counts.append({**lap, "collectives": self._end_profile()})
         self._before = tokens
-        if self._collectives:
+        self._marks_left -= 1
+        if self._collectives and self._marks_left > 0:  # a profiler that runs at exit crashes the process
             import torch
 
             self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +82,8 @@ def _ratio(lane: Lane, own: Lane | None, key: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Returns the first line of a status, and the last one of what the process printed."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    shown = lines[0] if len(lines) < 2 else f"{lines[0]}: {lines[-1]}"
+    """Returns the first line of a status, and the line of what the process printed that names an error, else the last."""
+    first, *printed = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in printed if re.match(r"(\[\w+\]:)?[\w.]*(Error|Exception): ", line)]
+    shown = ": ".join([first, *(errors or printed)[-1:]])
     return shown.replace("|", "\\|")

@@ -23,7 +23,7 @@ def main() -> None:
     if spec.core is not None:
         machine.bind(spec.core + int(os.environ.get("LOCAL_RANK", "0")))
     counter = counting.TokenCounter(spec.workload.shape.layers)
-    laps = counting.Laps(counter, collectives=spec.ranks > 1)
+    laps = counting.Laps(counter, marks=len(spec.laps), collectives=spec.ranks > 1)
     peak: list[int] = []  # of the steps alone: what a trainer does at its end is left out
     gate = Gate(
         spec.gate if rank == 0 else None,
