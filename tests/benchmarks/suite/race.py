@@ -220,8 +220,14 @@ def result_of(spec: Spec) -> dict[str, Any]:
     results = [
         json.loads((spec.output / f"result-{rank}.json").read_text(encoding="utf-8")) for rank in range(spec.ranks)
     ]
-    total = {name: sum(result[name] for result in results) for name in results[0] if name.startswith("tokens_")}
-    return {**results[0], **total}
+    laps = [_added(list(lap)) for lap in zip(*(result.get("laps", []) for result in results), strict=True)]
+    return {**_added(results), "laps": laps}
+
+
+def _added(counts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the first rank's, with the tokens of all ranks."""
+    tokens = {name: sum(count[name] for count in counts) for name in counts[0] if name.startswith("tokens_")}
+    return {**counts[0], **tokens}
 
 
 def command_of(spec: Spec) -> list[str]:

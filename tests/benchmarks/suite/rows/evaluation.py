@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+
 from tests.benchmarks.suite import race
 from tests.benchmarks.suite.options import Options
 from tests.benchmarks.suite.race import Lane
@@ -94,7 +95,7 @@ def _counted(options: Options, workload: Workload) -> list[Lane]:
 
 def one_evaluation(step: dict[str, float], cycle: dict[str, float], *, spec: Spec) -> dict[str, float]:
     """Returns what belongs to one evaluation, from the counts of a step and of three steps with an evaluation."""
-    tokens = cycle["tokens_in_evaluation"] * spec.ranks  # ranks share the rows out evenly, or nearly so
+    tokens = cycle["tokens_in_evaluation"]
     figures = {"fill": float(spec.workload.lengths("validation").sum()) / tokens}
     if spec.ranks > 1:
         figures["collectives_of_evaluation"] = cycle["collectives"] - 3 * step["collectives"]
