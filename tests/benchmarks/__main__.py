@@ -25,6 +25,7 @@ from tests.benchmarks.suite.result import RowResult
 from tests.benchmarks.suite.rows import ROWS
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = ("dtrain", "raw", "hf", "accelerate", "lightning")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = Options(
             Path(scratch),
             quick=arguments.quick,
-            only=tuple(filter(None, (arguments.only or "").split(","))),
+            only=arguments.only,
             pairs=arguments.pairs,
             core=arguments.core,
             full=arguments.full,
@@ -93,6 +94,32 @@ def row_name(text: str) -> str:
     raise argparse.ArgumentTypeError(f"{text} is not a row. Did you mean {near[0]}? The rows: {', '.join(ROWS)}.")
 
 
+def contestants(text: str) -> tuple[str, ...]:
+    """Returns the kinds of contestants in a list with commas.
+
+    Raises:
+        ArgumentTypeError: there is no such contestant.
+    """
+    for name in (names := tuple(text.lower().split(","))):
+        if name not in KINDS:
+            near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.0)
+            raise argparse.ArgumentTypeError(
+                f"{name} is not a contestant. Did you mean {near[0]}? All: {', '.join(KINDS)}."
+            )
+    return names
+
+
+def at_least_one(text: str) -> int:
+    """Returns a number of 1 or more.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 1 or more.")
+    return int(text)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,9 +130,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--full", action="store_true", help="the sizes of the published table where the usual ones are smaller"
     )
-    parser.add_argument("--only", metavar="LIST", help="contestants, e.g. dtrain,raw,hf")
+    parser.add_argument("--only", metavar="LIST", type=contestants, default=(), help="contestants: " + ",".join(KINDS))
     parser.add_argument(
-        "--pairs", type=int, help="rounds of interleaved blocks; default: 7 for short rows, 3 for long ones"
+        "--pairs", type=at_least_one, help="rounds of interleaved blocks; default: 7 for short rows, 3 for long ones"
     )
     parser.add_argument("--core", type=int, default=0, help="first core to bind to (default 0)")
     parser.add_argument(
@@ -113,7 +140,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="minilm_cola: a folder in CoLA's format")
     parser.add_argument("--model", type=Path, help="minilm_cola: a model folder; default: MiniLM's shape, new weights")
-    parser.add_argument("--rows", type=int, help="minilm_cola: only the first rows of each file")
+    parser.add_argument("--rows", type=at_least_one, help="minilm_cola: only the first rows of each file")
     arguments = parser.parse_args(argv)
     arguments.raw = list(argv)
     return arguments

@@ -17,7 +17,7 @@ class Options:
     Attributes:
         scratch: folder for models, data and runs, removed at the end.
         quick: only what is counted, on a model that costs nothing.
-        only: names of contestants to run; empty: all.
+        only: kinds of contestants to run; empty: all.
         pairs: rounds of interleaved blocks; None: the row's own number.
         core: first core to bind to.
         full: the sizes of the published table where the row's usual ones are smaller.
@@ -37,8 +37,7 @@ class Options:
 
     def chosen(self, contestants: Sequence[Contestant]) -> list[Contestant]:
         """Returns the contestants to run. dtrain's own variants go with dtrain."""
-        wanted = [name.lower() for name in self.only]
-        return [one for one in contestants if not wanted or one.kind in wanted or one.name.lower() in wanted]
+        return [one for one in contestants if not self.only or one.kind in self.only]
 
     def rounds(self, usual: int) -> int:
         return self.pairs or usual

@@ -43,7 +43,7 @@ def loop_overhead(options: Options) -> RowResult:
     for lane in result.lanes:
         if raw is not None and (over := difference(lane, raw, "cpu_s")) is not None:
             lane.figures["over_raw_s"] = over
-    return _checked(result)
+    return checked(result)
 
 
 def padding(options: Options) -> RowResult:
@@ -68,7 +68,7 @@ def padding(options: Options) -> RowResult:
         _lanes(options, "padding", workload, contestants, warm=4, block=4, rounds=7),
         {**TIMES, **COUNTS},
     )
-    return _checked(result)
+    return checked(result)
 
 
 def two_ranks(options: Options) -> RowResult:
@@ -76,7 +76,7 @@ def two_ranks(options: Options) -> RowResult:
     workload = Workload(T1, rows=1024, batch=32, length=64)
     if options.quick:
         lanes = _counted(options, "two_ranks", workload, [DTRAIN], ranks=2)
-        return _checked(RowResult("two_ranks", "two ranks on two cores", "", lanes, COUNTS))
+        return checked(RowResult("two_ranks", "two ranks on two cores", "", lanes, COUNTS))
     specs = []
     for contestant in options.chosen([DTRAIN, RAW, HF]):
         for ranks in (1, 2):
@@ -141,7 +141,7 @@ def _counted(
     return lanes
 
 
-def _checked(result: RowResult) -> RowResult:
+def checked(result: RowResult) -> RowResult:
     """Adds the checks that hold on every machine."""
     own, raw = result.lane(DTRAIN.name), result.lane(RAW.name)
     if own is not None:
