@@ -30,6 +30,8 @@ def config_of(spec: Spec) -> dict[str, Any]:
     }
     if spec.freeze:
         config["freeze"] = {"modules": list(spec.freeze)}
+    if "train.micro_batch_tokens" in spec.contestant.settings:
+        del config["train"]["micro_batch_size"]  # one of them says how a step is cut
     for key, value in spec.contestant.settings.items():
         section, _, name = key.partition(".")
         config.setdefault(section, {})[name] = value
