@@ -152,6 +152,12 @@ def test_a_ratio_is_the_median_over_the_rounds_and_not_the_ratio_of_medians() ->
     assert difference(lane, own, "cpu_s") == 1.0  # of 1, 6 and 0
 
 
+def test_a_difference_within_the_noise_has_no_ratio() -> None:
+    lane, own = Lane("HF Trainer", samples={"cpu_s": [0.2, 0.1]}), Lane("dtrain", samples={"cpu_s": [-0.1, 0.1]})
+
+    assert ratio(lane, own, "cpu_s") is None
+
+
 def test_ranks_are_compared_with_as_many_ranks() -> None:
     names = ["dtrain, 1 rank", "dtrain, 2 ranks", "HF Trainer, 1 rank", "HF Trainer, 2 ranks"]
     lanes = [Lane(name) for name in names]

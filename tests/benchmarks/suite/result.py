@@ -57,8 +57,13 @@ def value_of(lane: Lane, key: str) -> float | None:
 
 
 def ratio(lane: Lane, reference: Lane, key: str) -> float | None:
-    """Returns the median, over the rounds, of lane / reference: above 1 means that the reference is faster."""
+    """Returns the median, over the rounds, of lane / reference: above 1 means that the reference is faster.
+
+    None where a time, as a difference of two runs, is not above zero: then it is smaller than the noise.
+    """
     ours, theirs = lane.samples.get(key, []), reference.samples.get(key, [])
+    if any(value <= 0 for value in (*ours, *theirs)):
+        return None
     if ours and len(ours) == len(theirs):
         return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     mine, other = value_of(lane, key), value_of(reference, key)
