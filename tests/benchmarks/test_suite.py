@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 import statistics
 import threading
@@ -24,7 +25,8 @@ from tests.benchmarks.suite.rows.evaluation import one_evaluation
 from tests.benchmarks.suite.rows.training_steps import checked
 from tests.benchmarks.suite.workloads import T0, Workload, glue_lengths, write, write_csv
 
-PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "performance.md"
 
 
 # Deterministic figures of the tree
@@ -137,6 +139,19 @@ def test_a_peer_that_is_not_installed_is_named_and_not_left_out() -> None:
 
     assert "| dtrain | 500.0 |  |" in lines
     assert "| Other | not installed | |" in lines
+
+
+def test_a_written_table_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    about = command.describe(["padding", "--data", "/somewhere/of/mine/CoLA"])
+    failed = Lane("RAW", f"failed: exit 1\nError: no file {ROOT}/tests/x")
+    result = RowResult("padding", "title", "work", [Lane("dtrain", samples={"cpu_s": [0.5, 0.7]}), failed])
+
+    written = table.write([result], about, tmp_path, name="padding")
+
+    texts = [path.read_text(encoding="utf-8") for path in written]
+    assert all("Error: no file tests/x" in text and "--data CoLA" in text for text in texts)
+    assert not any("/somewhere" in text or str(ROOT) in text for text in texts)
+    assert json.loads(texts[1])["rows"][0]["lanes"][0]["samples"] == {"cpu_s": [0.5, 0.7]}
 
 
 def test_a_setting_that_the_tree_lacks_is_named_and_one_that_it_has_is_not() -> None:

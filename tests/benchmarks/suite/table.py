@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.suite.machine import ROOT
 from tests.benchmarks.suite.race import Lane
 from tests.benchmarks.suite.result import RowResult, ratio, value_of
 
@@ -17,10 +19,17 @@ def write(results: Sequence[RowResult], about: Mapping[str, Any], folder: Path, 
     """Writes NAME.md and NAME.json into the folder; returns both."""
     folder.mkdir(parents=True, exist_ok=True)
     markdown, data = folder / f"{name}.md", folder / f"{name}.json"
-    markdown.write_text(as_markdown(results, about), encoding="utf-8")
+    markdown.write_text(without_folders(as_markdown(results, about)), encoding="utf-8")
     content = {"about": about, "rows": [asdict(result) for result in results]}
-    data.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    data.write_text(without_folders(json.dumps(content, indent=1, default=str) + "\n"), encoding="utf-8")
     return markdown, data
+
+
+def without_folders(text: str) -> str:
+    """Returns the text without the folders of this machine, which an error of a contestant may name."""
+    for folder in sorted({str(ROOT), sys.prefix, sys.base_prefix, str(Path.home())}, key=len, reverse=True):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def as_markdown(results: Sequence[RowResult], about: Mapping[str, Any]) -> str:
