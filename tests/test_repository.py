@@ -154,7 +154,8 @@ def test_every_dependency_has_one_pin_that_its_range_allows(python: str) -> None
             pins.setdefault(canonicalize_name(pin.name), []).append(pin)
 
     assert {name: found for name, found in pins.items() if len(found) > 1} == {}
-    for line in [*project()["dependencies"], *project()["optional-dependencies"]["dev"]]:
+    extras = project()["optional-dependencies"]
+    for line in [*project()["dependencies"], *extras["dev"], *extras["bench"]]:
         wanted = Requirement(line)
         assert canonicalize_name(wanted.name) in pins, f"{line} is not in constraints.txt"
         version = str(pins[canonicalize_name(wanted.name)][0].specifier).removeprefix("==")

@@ -1,0 +1,1 @@
+"""One module per trainer. Each has `train(spec, gate)`, which trains as a user of that trainer would write it."""
