@@ -24,6 +24,8 @@ from tests.benchmarks.suite.workloads import T0, T1, Workload
 
 LOSS_TOLERANCE = 1e-5
 COUNTED_STEPS, MOST_STEPS = 16, 32
+MOST_COLLECTIVES = 2
+"""Of a step on two ranks: one bucket of gradients, and one small all-reduce for everything else."""
 TIMES = {"CPU ms a step": ("cpu_s", 1e3, 2), "wall ms a step": ("wall_s", 1e3, 2)}
 COUNTS = {"fill": ("fill", 1.0, 3), "tokens computed a step": ("tokens_per_step", 1.0, 0)}
 
@@ -74,28 +76,37 @@ def padding(options: Options) -> RowResult:
 def two_ranks(options: Options) -> RowResult:
     """T1: weak scaling from one to two processes on two cores, each bound to one."""
     workload = Workload(T1, rows=1024, batch=32, length=64)
+    counted = _counted(options, "two_ranks", workload, [DTRAIN, RAW, HF], ranks=2)
+    for lane in counted:
+        lane.name = _with_ranks(lane.name, 2)
+        if lane.ran:
+            lane.figures["collectives"] = lane.figures["laps"][0]["collectives"]
+    result = RowResult(
+        "two_ranks",
+        "two ranks on two cores",
+        "T1, 32 rows of 64 tokens a rank. Efficiency = wall time of a step of one rank / of two ranks with twice the rows; "
+        "1 is perfect. CPU time is rank 0's. Collectives are counted on a small model, whose gradients are one bucket.",
+        counted,
+        {**TIMES, "efficiency": ("efficiency", 1.0, 3), **COUNTS, "collectives a step": ("collectives", 1.0, 0)},
+    )
+    own = result.lane(_with_ranks(DTRAIN.name, 2))
+    if own is not None:
+        check = f"dtrain: at most {MOST_COLLECTIVES} collectives a step while gradients are one bucket"
+        result.checks[check] = own.figures["collectives"] <= MOST_COLLECTIVES
     if options.quick:
-        lanes = _counted(options, "two_ranks", workload, [DTRAIN], ranks=2)
-        return checked(RowResult("two_ranks", "two ranks on two cores", "", lanes, COUNTS))
+        return result
     specs = []
     for contestant in options.chosen([DTRAIN, RAW, HF]):
         for ranks in (1, 2):
             named = replace(contestant, name=_with_ranks(contestant.name, ranks))
             spec = options.spec("two_ranks", named, workload, steps=0)
             specs.append(replace(spec, ranks=ranks, warm=3, block=4))
-    lanes = race.race(specs, rounds=options.rounds(7))
+    lanes = result.lanes = merge_counts(race.race(specs, rounds=options.rounds(7)), counted)
     for one, two in zip(lanes[::2], lanes[1::2], strict=True):
         alone, together = value_of(one, "wall_s"), value_of(two, "wall_s")
         if alone is not None and together is not None:
             two.figures["efficiency"] = alone / together
-    return RowResult(
-        "two_ranks",
-        "two ranks on two cores",
-        "T1, 32 rows of 64 tokens a rank. Efficiency = wall time of a step of one rank / of two ranks with twice the rows; "
-        "1 is perfect. CPU time is rank 0's.",
-        lanes,
-        {**TIMES, "efficiency": ("efficiency", 1.0, 3)},
-    )
+    return result
 
 
 def _with_ranks(name: str, ranks: int) -> str:
@@ -129,7 +140,7 @@ def _counted(
     small = workload.counted()
     steps = COUNTED_STEPS if options.quick else MOST_STEPS
     specs = [
-        replace(options.spec(f"{row}-counts", one, small, steps=steps), ranks=ranks, core=None)
+        replace(options.spec(f"{row}-counts", one, small, steps=steps), ranks=ranks, core=None, laps=(4, 5))
         for one in options.chosen(contestants)
     ]
     lanes = race.count(specs)
