@@ -42,7 +42,7 @@ def run_train(
         if claim.action == "already_finished":
             metrics = on_main(lambda: summary.read(config.run_dir)["eval"], context)
             return Result(dict(metrics), config.run_dir)
-        run = prepare_run(config, context, model, task, claim.checkpoint)
+        run = prepare_run(claim.config, context, model, task, claim.checkpoint)
         run.began = began
         log.info("%s", run.describe(in_full=False))
         return run.run(monitors)

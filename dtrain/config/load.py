@@ -44,6 +44,9 @@ from dtrain.config.trained_model import (
 from dtrain.config.yaml_dialect import dump, show
 from dtrain.errors import ConfigError
 
+BEFORE = {("train", "sort_by_length"): False}
+"""What versions did that did not have a setting yet, where its default would change the numbers of a run."""
+
 WITHOUT_TRAINED_MODEL = ("train", "download")
 """Commands that need no trained model."""
 
@@ -183,9 +186,43 @@ def differences(old_yaml_text: str | None, config: Config) -> list[Difference]:
     except ConfigError as error:
         raise ConfigError(f"{error} Set run.overwrite=true to move this run away and start a new one.") from None
     # Validation fills in settings newer than the file. A file that only another version accepts stays as it is.
+    old = _with_earlier_behavior(old)
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")
     return list(_compare(old, config.model_dump(mode="json"), ()))
+
+
+def as_begun(old_yaml_text: str | None, config: Config) -> Config:
+    """Returns the config for going on with a run: with what dtrain did before it had a setting, if the run began so.
+
+    A setting that this start names itself stays as it is, and counts as a change.
+
+    Args:
+        old_yaml_text: the run's config.yaml; None without one.
+    """
+    if old_yaml_text is None:
+        return config
+    try:
+        old: Any = parse(old_yaml_text, RawSettings(), file="config.yaml")
+    except ConfigError:  # `differences` reports it
+        return config
+    old = _with_earlier_behavior(old)
+    for (section, name), value in BEFORE.items():
+        part = getattr(config, section)
+        if name not in part.model_fields_set and value_at(old, (section, name)) == value:
+            config = config.model_copy(update={section: part.model_copy(update={name: value})})
+            # What this start did not name itself stays unnamed.
+            getattr(config, section).model_fields_set.discard(name)
+    return config
+
+
+def _with_earlier_behavior(old: Any) -> Any:
+    """Returns the values of a config.yaml, with what dtrain did before it had a setting that the file lacks."""
+    for (section, name), value in BEFORE.items():
+        part = old.get(section) if isinstance(old, Mapping) else None
+        if isinstance(part, Mapping) and name not in part:
+            old = {**old, section: {**part, name: value}}
+    return old
 
 
 def _compare(old: Any, new: Any, key: KeyPath) -> Iterator[Difference]:

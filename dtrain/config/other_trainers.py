@@ -64,6 +64,7 @@ SAME_AS = {
 
 RENAMED = {
     "learning_rate": "optim.learning_rate",
+    "group_by_length": "train.sort_by_length",
     "weight_decay": "optim.weight_decay",
     "adam_epsilon": "optim.eps",
     "momentum": "optim.momentum",
@@ -120,7 +121,6 @@ WITHOUT_SETTING = {
     "do_eval": "a training run evaluates as well; to only evaluate a trained model, use the command evaluate",
     "do_predict": "use the command predict after the training",
     "push_to_hub": "nothing is uploaded: `dtrain export` writes the model and its card to a folder, for `hf upload`",
-    "group_by_length": "it changes the order of the data, which depends only on run.seed here",
     "auto_find_batch_size": "if memory runs out, the error names train.micro_batch_size, which does not change the results",
     "local_rank": "the launcher sets it: torchrun --nproc-per-node N dtrain/main.py",
     "nproc_per_node": "it is the launcher's: torchrun --nproc-per-node N dtrain/main.py",

@@ -95,6 +95,14 @@ class Train(Section):
     )
     global_batch_size: int = setting(32, "examples per optimizer step over all ranks", ge=1)
     micro_batch_size: int = setting(8, "examples per forward pass", ge=1)
+    micro_batch_tokens: int | None = setting(
+        None,
+        "instead of micro_batch_size: tokens per forward pass at most, padding included, even if the model skips it",
+        ge=1,
+    )
+    sort_by_length: bool = setting(
+        True, "sort a step's examples by length before they are cut into micro-batches; not with local_steps"
+    )
     shuffle: bool = setting(True, "a new order in each epoch; false: file order")
     eval_every: EvalEvery = setting("epoch", "steps between evaluations, or: epoch, 2 epochs, never", resume="free")
     log_every: int = setting(10, "steps between train lines in metrics.jsonl", resume="free", ge=1)
@@ -122,6 +130,14 @@ class Train(Section):
         if isinstance(values, Mapping) and values.get("epochs") is None and values.get("max_steps") is None:
             return {**values, "epochs": 3}
         return values
+
+    @property
+    def sorts(self) -> bool:
+        """Whether a step's examples are sorted by length.
+
+        With local steps each rank learns alone from its share, which must not be the long or the short examples.
+        """
+        return self.sort_by_length and self.local_steps == 1
 
 
 class Best(Section):

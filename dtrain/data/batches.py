@@ -5,6 +5,7 @@ Worker processes only prepare batches ahead of time. They draw no random numbers
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dtrain.data.lengths import RowLengths
 from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
 from dtrain.data.seeding import DataPosition
 from dtrain.data.worker_batches import PackedBatch, exit_without_thread, pack, unpack
@@ -59,11 +61,13 @@ class StepBatches:
         step: 0-based.
         examples: number of examples of the complete step, over all ranks.
         micro_batches: those of this rank, in order.
+        size_setting: the setting that limits the size of a micro-batch.
     """
 
     step: int
     examples: int
     micro_batches: tuple[MicroBatch, ...]
+    size_setting: str = "train.micro_batch_size"
 
 
 def step_batches(
@@ -78,40 +82,69 @@ def step_batches(
     workers: int,
 ) -> Generator[StepBatches, None, None]:
     """Yields this rank's micro-batches of the steps from `start` to `stop`, excluding `stop`."""
+    planned: deque[tuple[int, int, int, list[int], Assignment]] = deque()
 
-    def planned() -> Iterator[tuple[int, int, Assignment, list[int]]]:
+    def positions() -> Iterator[DataPosition]:
+        """Plans each step once. Workers, which prepare batches ahead, read it ahead."""
         for step in range(start, stop):
             micro_batches = plan.micro_batches(step)
             assigned = assign_micro_batches(
-                len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step
+                len(micro_batches),
+                rank=topology.rank,
+                world_size=topology.world_size,
+                lock_step=lock_step,
+                costs=plan.costs(micro_batches),
             )
+            examples = sum(map(len, micro_batches))
             for assignment in assigned:
-                yield step, len(assigned), assignment, micro_batches[assignment.micro_batch]
+                indices = micro_batches[assignment.micro_batch]
+                planned.append((step, len(assigned), examples, indices, assignment))
+                yield DataPosition(plan.epoch_of(step), indices)
 
     step_micro_batches: list[MicroBatch] = []
-    positions = (DataPosition(plan.epoch_of(step), indices) for step, _, _, indices in planned())
-    prepared = _collate_in_order(rows, collate, positions, workers=workers)
-    for (step, count, assignment, indices), tensors in zip(planned(), prepared, strict=True):
+    for tensors in _collate_in_order(rows, collate, positions(), workers=workers):
+        step, count, examples, indices, assignment = planned.popleft()
+        if plan.lengths is not None:
+            plan.lengths.check(tensors, indices)
         step_micro_batches.append(MicroBatch(assignment.micro_batch, assignment.counted, tuple(indices), tensors))
         if len(step_micro_batches) == count:
-            yield StepBatches(step, len(plan.indices(step)), tuple(step_micro_batches))
+            yield StepBatches(step, examples, tuple(step_micro_batches), plan.size_setting)
             step_micro_batches = []
 
 
 def evaluation_batches(
-    rows: Rows, collate: Collate, topology: Topology, *, micro_batch_size: int, lock_step: bool, workers: int
+    rows: Rows,
+    collate: Collate,
+    topology: Topology,
+    *,
+    micro_batch_size: int,
+    lock_step: bool,
+    workers: int,
+    lengths: RowLengths | None = None,
 ) -> Iterator[MicroBatch]:
-    """Yields this rank's micro-batches of a complete split, in file order. Dummies are included only with `lock_step`."""
-    micro_batches = chunks(range(len(rows)), micro_batch_size)
+    """Yields this rank's micro-batches of a complete split. Dummies are included only with `lock_step`.
+
+    Args:
+        lengths: tokens of each row: rows of like length share a micro-batch, the longest run first, and ranks get
+            micro-batches by cost. None: file order.
+    """
+    indices = range(len(rows)) if lengths is None else lengths.order(range(len(rows)))
+    micro_batches = chunks(indices, micro_batch_size)
     assigned = assign_micro_batches(
-        len(micro_batches), rank=topology.rank, world_size=topology.world_size, lock_step=lock_step
+        len(micro_batches),
+        rank=topology.rank,
+        world_size=topology.world_size,
+        lock_step=lock_step,
+        costs=None if lengths is None else [lengths.cost(batch) for batch in micro_batches],
     )
     assigned = [assignment for assignment in assigned if assignment.counted or lock_step]
     positions = (DataPosition(0, micro_batches[assignment.micro_batch]) for assignment in assigned)
     prepared = _collate_in_order(rows, collate, positions, workers=workers)
     for assignment, tensors in zip(assigned, prepared, strict=True):
-        indices = tuple(micro_batches[assignment.micro_batch])
-        yield MicroBatch(assignment.micro_batch, assignment.counted, indices, tensors)
+        batch = micro_batches[assignment.micro_batch]
+        if lengths is not None:
+            lengths.check(tensors, batch)
+        yield MicroBatch(assignment.micro_batch, assignment.counted, tuple(batch), tensors)
 
 
 class WorkerError(NamedTuple):

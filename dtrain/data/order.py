@@ -5,13 +5,15 @@ Independent of engines and launchers: every rank picks from a list that is the s
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from dtrain.data.lengths import RowLengths
 from dtrain.data.seeding import derive_seed
 
 MODULUS = 2**64
@@ -63,6 +65,24 @@ def chunks(indices: Sequence[int], size: int) -> list[list[int]]:
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
 
 
+def chunks_by_tokens(indices: Sequence[int], lengths: RowLengths, limit: int) -> list[list[int]]:
+    """Splits indices, in their order, into lists that compute at most `limit` tokens each, padding included.
+
+    A row that has more alone gets a list of its own: build.step_plan refuses such a limit.
+    """
+    lists: list[list[int]] = []
+    rows, widest = 0, [0] * len(lengths.widths)
+    for index in indices:
+        rows += int(lengths.sequences[index])
+        widest = [max(w, int(of[index])) for w, of in zip(widest, lengths.widths.values(), strict=True)]
+        if not lists or rows * sum(widest) > limit:
+            lists.append([])
+            rows = int(lengths.sequences[index])
+            widest = [int(of[index]) for of in lengths.widths.values()]
+        lists[-1].append(index)
+    return lists
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Selects the examples of each training step. Steps count from 0 and continue over epochs.
@@ -73,6 +93,10 @@ class StepPlan:
         micro_batch_size: examples per forward pass.
         seed: seed of the random order.
         shuffle: whether the order is random; if not, it is that of the file.
+        lengths: tokens of each row; None: unknown, or not used.
+        sort_by_length: whether a step's examples are sorted by length before they are cut into micro-batches.
+        micro_batch_tokens: largest number of tokens that a micro-batch computes, padding included, instead of
+            micro_batch_size; needs lengths.
     """
 
     num_examples: int
@@ -80,6 +104,9 @@ class StepPlan:
     micro_batch_size: int
     seed: int
     shuffle: bool
+    lengths: RowLengths | None = field(default=None, repr=False, compare=False)
+    sort_by_length: bool = False
+    micro_batch_tokens: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -100,8 +127,25 @@ class StepPlan:
         return indices
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """Returns the step's fixed list of micro-batches, each a list of example indices."""
-        return chunks(self.indices(step), self.micro_batch_size)
+        """Returns the step's fixed list of micro-batches, each a list of example indices, the shortest rows first.
+
+        The shortest come first because a rank without work runs micro-batch 0 (see assign_micro_batches).
+        """
+        indices = self.indices(step)
+        if self.lengths is not None and self.sort_by_length:
+            indices = self.lengths.order(indices)
+        if self.lengths is not None and self.micro_batch_tokens is not None:
+            return chunks_by_tokens(indices, self.lengths, self.micro_batch_tokens)
+        return chunks(indices, self.micro_batch_size)
+
+    def costs(self, micro_batches: Sequence[Sequence[int]]) -> list[int] | None:
+        """Returns the tokens that each micro-batch computes, padding included; None: all count the same."""
+        return None if self.lengths is None else [self.lengths.cost(indices) for indices in micro_batches]
+
+    @property
+    def size_setting(self) -> str:
+        """The setting that limits the size of a micro-batch."""
+        return "train.micro_batch_size" if self.micro_batch_tokens is None else "train.micro_batch_tokens"
 
 
 @dataclass(frozen=True)
@@ -117,12 +161,39 @@ class Assignment:
     counted: bool
 
 
-def assign_micro_batches(num_micro_batches: int, *, rank: int, world_size: int, lock_step: bool) -> list[Assignment]:
-    """Returns the micro-batches of one rank: every world_size-th, to mix long and short ones.
+def assign_micro_batches(
+    num_micro_batches: int, *, rank: int, world_size: int, lock_step: bool, costs: Sequence[int] | None = None
+) -> list[Assignment]:
+    """Returns the micro-batches of one rank, the most expensive first, so that all ranks finish at about the same time.
+
+    The next most expensive one goes to the rank with the least to do (Graham 1969, doi:10.1137/0117039: at most 4/3 of
+    the best time). Where all cost the same, that is every world_size-th.
 
     A rank without one runs micro-batch 0 as a dummy, because gradients are reduced in a collective that all ranks must
-    reach. With `lock_step` every micro-batch is such a collective, so all ranks run the same number of micro-batches.
+    reach. With `lock_step` every micro-batch is such a collective, so all ranks run the same number of micro-batches, and
+    those that run at the same time have like costs.
+
+    Args:
+        costs: of each micro-batch, in any unit; None: equal.
     """
-    assigned = [Assignment(index, counted=True) for index in range(rank, num_micro_batches, world_size)]
+    by_cost = list(range(num_micro_batches))
+    if costs is not None:
+        by_cost.sort(key=lambda index: (-costs[index], index))
+    if costs is None or lock_step or world_size == 1:
+        mine = by_cost[rank::world_size]
+    else:
+        mine = _share_by_cost(by_cost, costs, world_size)[rank]
+    assigned = [Assignment(index, counted=True) for index in mine]
     wanted = -(-num_micro_batches // world_size) if lock_step else 1
     return assigned + [Assignment(0, counted=False)] * (wanted - len(assigned))
+
+
+def _share_by_cost(by_cost: Sequence[int], costs: Sequence[int], world_size: int) -> list[list[int]]:
+    """Returns each rank's part of a list that starts with the most expensive ones."""
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [(0, 0, rank) for rank in range(world_size)]  # equal loads: first the rank with fewer, then the lower one
+    for index in by_cost:
+        load, number, rank = loads[0]
+        shares[rank].append(index)
+        heapq.heapreplace(loads, (load + costs[index], number + 1, rank))
+    return shares

@@ -8,7 +8,7 @@ device; gathers, and broadcasts of an unknown shape, go through the host.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,81 +171,6 @@ def agree(flag: int, context: RankContext) -> int:
     return int(all_reduce_max(torch.tensor(int(flag), dtype=torch.int64), context))
 
 
-def gather_for_metrics(
-    values: Mapping[str, Tensor], example_index: Tensor, context: RankContext, *, num_examples: int
-) -> dict[str, Tensor]:
-    """Collective. Returns all ranks' per-example values, each example once, in data order, on every rank's host.
-
-    Args:
-        values: by name, one row per example of this rank: (rows, ...). Trailing shape and dtype are the same on all
-            ranks. A rank without examples passes empty tensors of any shape, or nothing: shapes and dtypes come from
-            ranks that have rows.
-        example_index: (rows,) int64, each row's index in the split.
-        num_examples: number of examples in the split.
-
-    Returns:
-        By name, (num_examples, ...) on the host.
-
-    Raises:
-        DtrainError: on all ranks; the indices are not 0 .. num_examples-1 once each, or the values do not fit.
-    """
-    rows = example_index.numel()
-    kinds = {name: [list(value.shape), str(value.dtype)] for name, value in values.items()}
-    reports = all_gather_object({"rows": rows, "values": kinds}, context)
-    common = _common_kinds(reports)
-    index = torch.cat(all_gather(example_index.to(torch.int64).reshape(-1), context))
-    _check_permutation(index, num_examples)
-    gathered = {}
-    for name in common if common is not None else values:
-        parts = all_gather(values[name] if rows else torch.empty(0), context)
-        if common is None:  # no rank has an example
-            gathered[name] = values[name].detach().cpu().clone()
-            continue
-        joined = torch.cat([part for part, report in zip(parts, reports, strict=True) if report["rows"]])
-        gathered[name] = torch.empty_like(joined)
-        gathered[name][index] = joined
-    return gathered
-
-
-def _common_kinds(reports: Sequence[Json]) -> dict[str, Json] | None:
-    """Returns trailing shape and dtype of each value by name, equal on all ranks with rows; None if no rank has any."""
-    common: dict[str, Json] | None = None
-    for rank, report in enumerate(reports):
-        if not report["rows"]:
-            continue
-        short = [name for name, (shape, _) in report["values"].items() if shape[:1] != [report["rows"]]]
-        if short:
-            raise DtrainError(
-                f"Evaluation: rank {rank} has {report['rows']} example indices, but not as many rows of {short[0]}."
-            )
-        kinds = {name: [shape[1:], dtype] for name, (shape, dtype) in report["values"].items()}
-        if common is not None and kinds != common:
-            raise DtrainError(
-                f"Evaluation: the ranks disagree about the values to gather: {common} against {kinds} on rank {rank}."
-            )
-        common = kinds
-    return common
-
-
-def _check_permutation(index: Tensor, num_examples: int) -> None:
-    counts = torch.bincount(index[(index >= 0) & (index < num_examples)], minlength=num_examples)
-    wrong = {
-        "out of range": index[(index < 0) | (index >= num_examples)],
-        "counted more than once": (counts > 1).nonzero().reshape(-1),
-        "missing": (counts == 0).nonzero().reshape(-1),
-    }
-    problems = [
-        f"{some.numel()} {problem} ({', '.join(map(str, some[:5].tolist()))}{', ...' if some.numel() > 5 else ''})"
-        for problem, some in wrong.items()
-        if some.numel()
-    ]
-    if problems:
-        raise DtrainError(
-            f"Evaluation must count each of the {num_examples} examples once. Wrong indices: {'; '.join(problems)}. "
-            "Each batch's example_index must come from the split's own order."
-        )
-
-
 def _has_peers(context: RankContext) -> bool:
     """Returns whether there are other ranks to communicate with.
 
@@ -317,19 +242,29 @@ def on_main(work: Callable[[], Json], context: RankContext) -> Json:
     Raises:
         DtrainError: what `work` raised, on all ranks, with the same type and message.
     """
-    result = None
-    if context.is_main:
-        try:
-            result = {"value": work()}
-        except DtrainError as error:
-            kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in ERROR_TYPES)
-            result = {"error": kind, "message": str(error)}
-    result = broadcast_object(result, context)
-    if "error" in result:
-        failure = ERROR_TYPES[result["error"]](result["message"])
+    return value_of(broadcast_object(outcome_of(work) if context.is_main else None, context), context)
+
+
+def outcome_of(work: Callable[[], Json]) -> Json:
+    """Returns the result or the DtrainError of some work on rank 0, to send it to the others. See `value_of`."""
+    try:
+        return {"value": work()}
+    except DtrainError as error:
+        kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in ERROR_TYPES)
+        return {"error": kind, "message": str(error)}
+
+
+def value_of(outcome: Json, context: RankContext) -> Json:
+    """Returns the result that `outcome_of` made on rank 0.
+
+    Raises:
+        DtrainError: what the work raised.
+    """
+    if "error" in outcome:
+        failure = ERROR_TYPES[outcome["error"]](outcome["message"])
         failure.is_reported_elsewhere = not context.is_main
         raise failure
-    return result["value"]
+    return outcome["value"]
 
 
 def job_store(context: RankContext) -> KeyValueStore | None:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from dtrain.config.schema import Config
 from dtrain.config.task import CausalLm
 from dtrain.console import log
+from dtrain.data.lengths import RowLengths, list_lengths, token_lengths
 from dtrain.data.packing import pack_segments, split_into_segments
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
@@ -116,6 +117,12 @@ class CausalLmTask:
         if documents.all():  # full blocks need no mask, and attention is faster without a mask
             return {"input_ids": inputs, "labels": labels}
         return {"input_ids": inputs, "attention_mask": (documents != 0).long(), "labels": labels}
+
+    def row_lengths(self, split: str) -> RowLengths | None:
+        """Returns the number of inputs of each row: the last token of a piece is none."""
+        rows = self.splits[split]
+        pieces = list_lengths(rows, "lengths")
+        return token_lengths(rows, left_out=1 if pieces is None else pieces)
 
     def targets(self, batch: Batch) -> Targets:
         return count_targets(batch["labels"])

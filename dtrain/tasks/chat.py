@@ -14,6 +14,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Chat
 from dtrain.console import log
 from dtrain.data.dialogues import dialogue_row_format
+from dtrain.data.lengths import RowLengths, token_lengths
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.distributed.rank_context import RankContext
@@ -75,6 +76,10 @@ class ChatTask:
             labels[row, :used] = ids[1:].masked_fill(~torch.tensor(is_target[1:], dtype=torch.bool), IGNORED)
             mask[row, : max(used, 1)] = 1  # attention to no token at all is nan
         return {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+
+    def row_lengths(self, split: str) -> RowLengths | None:
+        """Returns the number of inputs of each row: the last token is none."""
+        return token_lengths(self.splits[split], left_out=1, minimum=1)
 
     def targets(self, batch: Batch) -> Targets:
         return count_targets(batch["labels"])

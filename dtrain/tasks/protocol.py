@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from dtrain.data.lengths import RowLengths
 from dtrain.data.seeding import DataPosition
 from dtrain.models.heads import Head
 
@@ -147,6 +148,15 @@ class PadsRows(Task, Protocol):
     """An optional part of a task: it pads rows as told, so that a model that reads padding can be trained (trial.py)."""
 
     padding: Padding
+
+
+@runtime_checkable
+class HasRowLengths(Protocol):
+    """An optional part of a task: how many tokens its rows have, where that is not the number of `input_ids`."""
+
+    def row_lengths(self, split: str) -> RowLengths | None:
+        """Returns the lengths of a split's rows as its batches have them; None if they are not known."""
+        ...
 
 
 @runtime_checkable

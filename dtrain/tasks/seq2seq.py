@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from dtrain.config.schema import Config, Evaluation
 from dtrain.config.task import Seq2Seq
+from dtrain.data.lengths import RowLengths, token_lengths
 from dtrain.data.seeding import DataPosition
 from dtrain.data.sources import Source
 from dtrain.data.translations import translation_row_format
@@ -112,6 +113,16 @@ class Seq2SeqTask:
             labels = F.pad(labels, (0, self.padding.target_length - labels.shape[1]), value=IGNORED)
         batch["labels"] = labels
         return batch
+
+    def row_lengths(self, split: str) -> RowLengths | None:
+        """Returns the lengths of source and target: both are computed."""
+        rows, padding = self.splits[split], self.padding
+        source = token_lengths(rows, length=padding.length)
+        target = token_lengths(rows, "labels", length=padding.target_length, minimum=1)
+        if source is None or target is None:
+            return None
+        widths, tokens = {**source.widths, **target.widths}, source.tokens + target.tokens
+        return RowLengths(source.sequences, widths, tokens, source=source.source)
 
     def targets(self, batch: Batch) -> Targets:
         return count_targets(batch["labels"])

@@ -15,6 +15,7 @@ from dtrain.checkpoint import format, select
 from dtrain.checkpoint.restore import restore_weights
 from dtrain.config.schema import Config, Model
 from dtrain.console import log
+from dtrain.data.lengths import RowLengths
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
@@ -27,6 +28,7 @@ from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.load import load_model
 from dtrain.tasks.protocol import Task
+from dtrain.tasks.row_lengths import row_lengths
 from dtrain.tasks.trial import try_model
 
 T = TypeVar("T")
@@ -49,10 +51,43 @@ class PreparedModel:
 
 
 def step_plan(config: Config, task: Task) -> StepPlan:
-    """Returns which examples each step takes."""
+    """Returns which examples each step takes. Call it after `load`, which decides the task's padding.
+
+    Raises:
+        ConfigError: train.micro_batch_tokens cannot be kept.
+    """
     train = config.train
-    rows = len(task.splits["train"])
-    return StepPlan(rows, train.global_batch_size, train.micro_batch_size, config.run.seed, train.shuffle)
+    lengths = row_lengths(task, "train") if train.sorts or train.micro_batch_tokens is not None else None
+    if train.micro_batch_tokens is not None:
+        check_token_budget(train.micro_batch_tokens, lengths)
+    return StepPlan(
+        len(task.splits["train"]),
+        train.global_batch_size,
+        train.micro_batch_size,
+        config.run.seed,
+        train.shuffle,
+        lengths,
+        train.sorts,
+        train.micro_batch_tokens,
+    )
+
+
+def check_token_budget(limit: int, lengths: RowLengths | None) -> None:
+    """Raises ConfigError if rows have no known number of tokens, or one has more than a micro-batch may compute."""
+    if lengths is None:
+        raise ConfigError(
+            f"train.micro_batch_tokens={limit} needs the number of tokens of each row, which this task's rows do not have "
+            "(images, or rows of your own that are no table with input_ids). Set train.micro_batch_tokens=null, and "
+            "train.micro_batch_size, or give your task row_lengths (docs/new-task.md)."
+        )
+    costs = lengths.sequences * lengths.width
+    longest = int(costs.argmax())
+    if (cost := int(costs[longest])) > limit:
+        raise ConfigError(
+            f"train.micro_batch_tokens={limit} is less than one row takes: row {longest} of the split train (counted from 0) "
+            f"has {cost} tokens after truncation, with all its sequences. Set train.micro_batch_tokens={cost} or more, or "
+            "shorten rows with data.max_length."
+        )
 
 
 def total_steps(config: Config, plan: StepPlan) -> int:

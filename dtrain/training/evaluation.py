@@ -1,27 +1,29 @@
 """Exact evaluation: every example once, the same digits at every world size (law 6).
 
-The split's micro-batches are a fixed list. Each result carries its example's index, sums do not depend on the order, and
-metrics are computed once on the gathered data in data order.
+The split's micro-batches are a fixed list, of rows of like length. Each result carries its example's index, sums do not
+depend on the order, and metrics are computed once on the gathered data in data order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from dtrain.data.batches import MicroBatch, evaluation_batches
-from dtrain.distributed.collectives import gather_for_metrics, on_main
+from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metrics, share_from_main
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Batch, ScoredBatch, Task
+from dtrain.tasks.row_lengths import row_lengths
 from dtrain.training.metric_selection import Reported
 from dtrain.training.out_of_memory import explain_in_evaluation
-from dtrain.training.stopping import NO_STOP, StopCondition
+from dtrain.training.stopping import NO_STOP, RunStopped, StopCondition
 
 MAIN_SPLIT = "validation"
 
@@ -113,7 +115,8 @@ def evaluate_split(
 ) -> SplitResult:
     """Collective. Evaluates one split; each example counts exactly once.
 
-    Each rank breaks its own part off at a signal, wherever it is; then all ranks agree. Only an engine in lock step, whose
+    Three collectives: two gather the results, one shares the metrics of rank 0. Each rank breaks its own part off at a
+    signal, wherever it is, and the next of these collectives tells the others. Only an engine in lock step, whose
     forward pass is a collective, agrees before each micro-batch.
 
     Raises:
@@ -132,6 +135,7 @@ def evaluate_split(
         micro_batch_size=micro_batch_size,
         lock_step=forward.lock_step,
         workers=workers,
+        lengths=row_lengths(task, split),
     )
 
     def score_all() -> None:
@@ -148,8 +152,10 @@ def evaluate_split(
         score_all()
     else:
         stop.attempt(score_all)
-    stop.leave_together(forward.context)
-    gathered = gather_for_metrics(*_values(done), forward.context, num_examples=len(rows))
+    with leaving_together():
+        gathered = gather_for_metrics(
+            *_values(done), forward.context, num_examples=len(rows), wants_stop=stop.is_signaled()
+        )
     heartbeat.at(Phase.METRICS)  # A phase without a time limit.
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
@@ -177,9 +183,18 @@ def evaluate_split(
         return metrics
 
     stop.attempt(make_records)
-    shared = on_main(metrics_of_rank_0, forward.context)
-    stop.leave_together(forward.context)
+    with leaving_together():
+        shared = share_from_main(metrics_of_rank_0, forward.context, wants_stop=stop.is_signaled)
     return SplitResult(shared, records)
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Raises RunStopped, on every rank, where a collective says that a rank has got a signal."""
+    try:
+        yield
+    except StopWanted:
+        raise RunStopped from None
 
 
 def to_device(tensors: Batch, device: torch.device) -> Batch:

@@ -244,7 +244,10 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
     for position, micro_batch in enumerate(batches.micro_batches):
         engine.context.heartbeat.tick()
         is_last = position == len(batches.micro_batches) - 1
-        with engine.micro_batch(last=is_last), explain_in_training(micro_batch.tensors):
+        with (
+            engine.micro_batch(last=is_last),
+            explain_in_training(micro_batch.tensors, size_setting=batches.size_setting),
+        ):
             seed_all(seed, "forward", batches.step, micro_batch.index)
             with nullcontext() if micro_batch.counted else frozen_statistics(engine.module):
                 loss = task.loss(engine.model, to_device(micro_batch.tensors, device))

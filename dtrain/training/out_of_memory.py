@@ -18,13 +18,16 @@ SMALLER_STATE = "engine.zero_stage=1 (2, 3) to shard it over the ranks, freeze.m
 
 
 @contextmanager
-def explain_in_training(tensors: Batch) -> Iterator[None]:
+def explain_in_training(tensors: Batch, *, size_setting: str = "train.micro_batch_size") -> Iterator[None]:
     """Surrounds forward and backward of one micro-batch, (batch, length, ...) tensors.
+
+    Args:
+        size_setting: the setting that limits the size of a micro-batch.
 
     Raises:
         DtrainError: instead of torch's OutOfMemoryError.
     """
-    with _explain(f"a micro-batch of {size(tensors)}", f"Set train.micro_batch_size lower, {SMALLER_ACTIVATIONS}."):
+    with _explain(f"a micro-batch of {size(tensors)}", f"Set {size_setting} lower, {SMALLER_ACTIVATIONS}."):
         yield
 
 

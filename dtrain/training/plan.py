@@ -12,6 +12,9 @@ from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel, count, describe_device, gigabytes, total_steps
 from dtrain.training.understood import describe_data
 
+PADDING_STEPS = 20
+"""Steps by which --dry-run measures the padding."""
+
 
 def describe(
     config: Config, context: RankContext, task: Task, prepared: PreparedModel, steps: StepPlan, *, in_full: bool
@@ -32,6 +35,7 @@ def describe(
         *describe_data(task, has_decoder=task.head.has_decoder),
         f"steps      {total}: {steps.steps_per_epoch} per epoch, global batch {config.train.global_batch_size}",
         f"per step   {_shares(config, context, steps, lock_step=traits.lock_step)}",
+        *(_padding(steps) if in_full else []),
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",
         f"memory     {_memory(traits, context, count(parameters), trainable)} per rank, without activations",
         f"exactness  {exactness(config, traits)}",
@@ -48,13 +52,30 @@ def describe(
 
 
 def _shares(config: Config, context: RankContext, steps: StepPlan, *, lock_step: bool) -> str:
-    number, ranks = len(steps.micro_batches(0)), context.world_size
-    assigned = [assign_micro_batches(number, rank=rank, world_size=ranks, lock_step=lock_step) for rank in range(ranks)]
+    micro_batches, ranks = steps.micro_batches(0), context.world_size
+    number, costs = len(micro_batches), steps.costs(micro_batches)
+    assigned = [
+        assign_micro_batches(number, rank=rank, world_size=ranks, lock_step=lock_step, costs=costs)
+        for rank in range(ranks)
+    ]
     shares = [sum(assignment.counted for assignment in assignments) for assignments in assigned]
     spread = str(shares[0]) if min(shares) == max(shares) else f"{min(shares)} to {max(shares)}"
-    return (
-        f"{number} micro-batches of {config.train.micro_batch_size}, {spread} per rank, {shares.count(0)} rank(s) idle"
-    )
+    line = f"{number} micro-batches of {_size(config)}, {spread} per rank, {shares.count(0)} rank(s) idle"
+    return line if config.train.micro_batch_tokens is None else f"{line} (in the first step)"
+
+
+def _size(config: Config) -> str:
+    tokens = config.train.micro_batch_tokens
+    return str(config.train.micro_batch_size) if tokens is None else f"at most {tokens} tokens"
+
+
+def _padding(steps: StepPlan) -> list[str]:
+    """Returns a line about the padding in the first steps; none where lengths are not known."""
+    if steps.lengths is None:
+        return []
+    first = [batch for step in range(min(steps.steps_per_epoch, PADDING_STEPS)) for batch in steps.micro_batches(step)]
+    order = "sorted by length" if steps.sort_by_length else "unsorted"
+    return [f"padding    {1 - steps.lengths.fill(first):.0%} of the computed tokens ({order} within each step)"]
 
 
 def _memory(traits: EngineTraits, context: RankContext, parameters: int, trainable: int) -> str:
@@ -77,8 +98,9 @@ def _warnings(config: Config, context: RankContext, steps: StepPlan) -> list[str
     warnings = _length_warnings(config, steps)
     if context.world_size > most:
         warnings.append(
-            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in every step: a global batch of "
-            f"{train.global_batch_size} has {most} micro-batch(es) of {train.micro_batch_size}"
+            f"warning: {context.world_size - most} of {context.world_size} ranks are idle in "
+            f"{'every' if train.micro_batch_tokens is None else 'the first'} step: a global batch of "
+            f"{train.global_batch_size} has {most} micro-batch(es) of {_size(config)}"
         )
     return warnings
 

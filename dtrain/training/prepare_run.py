@@ -42,9 +42,9 @@ def prepare_run(
     # The names of the user's own metrics are not known before the first evaluation.
     if metrics.user is None or not names:
         check_best(config, names)
-    steps = build.step_plan(config, task)
     context.heartbeat.at(Phase.LOADING)
     module = build.load(config, task, context) if model is None else build.place_and_try(model, config, task, context)
+    steps = build.step_plan(config, task)
     task = with_router_loss(task, module)
     on_main(lambda: check_reload(module, task, config), context)
     state = RunState()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtrain.checkpoint import select
 from dtrain.checkpoint.select import SelectedCheckpoint
-from dtrain.config.load import differences, to_yaml
+from dtrain.config.load import as_begun, differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, on_main
@@ -30,10 +30,12 @@ class RunClaim:
     Attributes:
         action: action of the command in the folder.
         checkpoint: checkpoint to resume from; None starts from the beginning.
+        config: the settings of this start: a run that an earlier version began goes on as it began.
     """
 
     action: StartAction
     checkpoint: SelectedCheckpoint | None
+    config: Config
 
 
 @contextmanager
@@ -69,24 +71,28 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
 
     def work() -> dict[str, object]:
         # config.yaml may come from a start that saved no checkpoint.
-        changes = differences(chosen.config_text if chosen is not None else folder.old_config(), settings)
+        old = chosen.config_text if chosen is not None else folder.old_config()
+        begun = as_begun(old, settings) if command == "train" else settings
+        changes = differences(old, begun)
         try:
             _refuse_foreign(folder, chosen, available)
-            decision = decide_start(settings, command=command, changes=changes, checkpoints=available)
+            decision = decide_start(begun, command=command, changes=changes, checkpoints=available)
         except CheckpointError:
             folder.exit.unlink(missing_ok=True)  # this end is of this run, and the latest
             raise
-        notes = list(decision.notes)
+        notes, goes_on = list(decision.notes), command == "train" and decision.action == "resume"
+        if goes_on:
+            notes += _notes_of_earlier(settings, begun)
         if decision.action != "already_finished":
             if refusals:
                 raise refusals[0]
             run_id = chosen.run_id if chosen is not None and not available.is_user_choice else ""
-            text, is_old = to_yaml(config), decision.set_aside
+            text, is_old = to_yaml(as_begun(old, config) if goes_on else config), decision.set_aside
             moved = claim(folder, text, set_aside=is_old, launch=launch, run_id=run_id)
             notes += [f"the old run was moved to {moved}"] if moved is not None else []
         elif not refusals:  # an earlier start's exit.json does not describe this start
             folder.exit.unlink(missing_ok=True)
-        return {"action": decision.action, "notes": notes}
+        return {"action": decision.action, "notes": notes, "old": old if goes_on else None}
 
     try:
         lock_id, is_again = on_main(hold, context)
@@ -103,7 +109,15 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
     chosen = chosen if action == "resume" else None
     if command == "train" and action != "already_finished":
         select.rename_newer(folder.checkpoints, chosen.step if chosen is not None else 0, context)
-    return RunClaim(action, chosen)
+    return RunClaim(action, chosen, as_begun(result["old"], config))
+
+
+def _notes_of_earlier(config: Config, begun: Config) -> list[str]:
+    """Returns a note for each setting in which a run goes on as it began, because it had no such setting yet."""
+    return [
+        f"{change.key}={change.new}, as this run began, so that its numbers stay the same (new runs: {change.old})"
+        for change in differences(to_yaml(config), begun)
+    ]
 
 
 def _refuse_foreign(folder: RunFolder, chosen: SelectedCheckpoint | None, available: AvailableCheckpoints) -> None:

@@ -37,6 +37,13 @@ class StopCondition:
         """Returns whether the run is to stop after this step."""
         return self.why is not None
 
+    def is_signaled(self) -> bool:
+        """Returns whether this rank has got a signal.
+
+        The end of train.max_minutes does not count: the next start would break the same evaluation off again.
+        """
+        return self._request.number is not None
+
     def attempt(self, work: Callable[[], object]) -> bool:
         """Runs work without collectives, which a signal breaks off; returns whether it ended.
 
@@ -47,12 +54,10 @@ class StopCondition:
     def leave_together(self, context: RankContext) -> None:
         """Collective.
 
-        The end of train.max_minutes does not count: the next start would break the same evaluation off again.
-
         Raises:
             RunStopped: on every rank, if one of them has got a signal.
         """
-        if agree(self._request.number is not None, context):
+        if agree(self.is_signaled(), context):
             raise RunStopped
 
 

@@ -18,11 +18,11 @@ from dtrain.distributed.collectives import (
     broadcast,
     broadcast_object,
     gather,
-    gather_for_metrics,
     node_first,
     reduce_sum,
     scatter,
 )
+from dtrain.distributed.evaluation_exchange import gather_for_metrics
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.errors import DataError, DtrainError, Interrupted
 from tests.support.contexts import placed

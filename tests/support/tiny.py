@@ -63,6 +63,13 @@ def sentences(rows: int, *, seed: int = 0) -> Table:
     return Table({"input_ids": ids, "label": labels})
 
 
+def arrow_sentences(rows: int, *, seed: int = 0) -> Any:
+    """The same rows as an Arrow table, as prepared data are: their lengths are known."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(sentences(rows, seed=seed)[[*range(rows)]])
+
+
 def tokenizer() -> Any:
     """A word tokenizer over WORDS."""
     from transformers import BertTokenizerFast

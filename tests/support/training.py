@@ -56,7 +56,10 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Setting:
-    """JSON-able description of a run. rows: of the table. broken: one of BREAKS, or None."""
+    """JSON-able description of a run. rows: of the split. broken: one of BREAKS, or None.
+
+    table: the rows are an Arrow table, so that their lengths are known; else a step is cut in the order of its examples.
+    """
 
     rows: int = 21
     steps: int = 6
@@ -89,6 +92,9 @@ class Setting:
     powersgd: dict[str, Any] | None = None
     local_steps: int = 1
     bucket_mb: float | None = None
+    table: bool = False
+    sort_by_length: bool = True
+    micro_batch_tokens: int | None = None
     broken: str | None = None
 
     def config(self) -> Config:
@@ -106,6 +112,8 @@ class Setting:
                     "max_steps": self.steps,
                     "global_batch_size": self.global_batch_size,
                     "micro_batch_size": self.micro_batch_size,
+                    "micro_batch_tokens": self.micro_batch_tokens,
+                    "sort_by_length": self.sort_by_length,
                     "shuffle": self.shuffle,
                     "local_steps": self.local_steps,
                 },
@@ -142,7 +150,8 @@ def task(setting: Setting, rows: int | None = None) -> ClassificationTask:
     """Classification over made-up sentences."""
     options = setting.config().task
     assert isinstance(options, Classification)
-    splits = {"train": tiny.sentences(rows or setting.rows), "validation": tiny.sentences(11, seed=1)}
+    made: Any = tiny.arrow_sentences if setting.table else tiny.sentences
+    splits = {"train": made(rows or setting.rows), "validation": made(11, seed=1)}
     return ClassificationTask(splits, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
 
 

@@ -7,14 +7,18 @@ import pytest
 from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.training import build, plan
 from dtrain.training.plan import _warnings, warn_without_update
+from tests.support import training
+from tests.support.contexts import placed
+from tests.support.training import Setting
 
 
 def warnings_of(rows: int, **train: object) -> list[str]:
     config = Config.model_validate({"run": {"name": "test"}, "task": {"name": "causal_lm"}, "train": train})
     shape = config.train
-    plan = StepPlan(rows, shape.global_batch_size, shape.micro_batch_size, seed=0, shuffle=True)
-    return _warnings(config, ONE_PROCESS, plan)
+    steps = StepPlan(rows, shape.global_batch_size, shape.micro_batch_size, seed=0, shuffle=True)
+    return _warnings(config, ONE_PROCESS, steps)
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,21 @@ def test_a_run_without_an_update_is_named_with_its_cause() -> None:
     assert "fp16" not in (said("fp32", 5, 0) or "fp16")
     assert said("fp16", 5, 1) is None
     assert said("fp16", 0, 0) is None
+
+
+def test_the_plan_shows_micro_batches_by_tokens_and_the_padding() -> None:
+    def lines(**changes: object) -> str:
+        setting = Setting(table=True, **changes)  # type: ignore[arg-type]
+        task = training.task(setting)
+        steps = build.step_plan(setting.config(), task)
+        shares = plan._shares(setting.config(), placed(ONE_PROCESS, world_size=2), steps, lock_step=False)
+        return "\n".join([shares, *plan._padding(steps)])
+
+    sorted_by_length = lines()
+    assert sorted_by_length.startswith("3 micro-batches of 3, 1 to 2 per rank, 0 rank(s) idle\npadding ")
+    assert "% of the computed tokens (sorted by length within each step)" in sorted_by_length
+    assert "4 micro-batches of at most 40 tokens, 2 per rank, 0 rank(s) idle (in the first step)" in lines(
+        micro_batch_tokens=40
+    )
+    assert "(unsorted within each step)" in lines(micro_batch_tokens=40, sort_by_length=False)
+    assert "padding" not in lines(sort_by_length=False)

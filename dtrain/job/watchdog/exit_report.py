@@ -50,7 +50,8 @@ def death_message(
     if error is None and before is not None and now is not None and now > before:
         return (
             f"{name} was killed by the kernel because the container's memory was full ({now - before} process(es) since the "
-            "start). Give the job more memory, or use a smaller train.micro_batch_size, fewer ranks or fewer data.workers."
+            "start). Give the job more memory, or use a smaller train.micro_batch_size "
+            "(train.micro_batch_tokens), fewer ranks or fewer data.workers."
         )
     if error is None:
         return f"{name} exited without an error message: killed by a signal, or out of memory?"
