@@ -98,7 +98,8 @@ def _backbone(module: nn.Module) -> nn.Module | str:
         return "trainable adapters are inside the backbone"
     if base.config.is_encoder_decoder:
         return "an encoder with a decoder is not supported"
-    return base
+    backbone: nn.Module = base
+    return backbone
 
 
 @dataclass
