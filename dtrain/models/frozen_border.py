@@ -26,6 +26,8 @@ from dtrain.models.frozen_prefix import (
     argument_names,
 )
 from dtrain.models.token_rows import TokenRows, token_rows
+from dtrain.models.unpadding_attention import LAYOUT
+from dtrain.models.unpadding_layout import PackedLayout
 
 TOLERANCE = 1e-4
 """Largest relative difference of a loss, a gradient or vectors that is rounding: rows are computed in other batches."""
@@ -143,7 +145,9 @@ def _observe(base: nn.Module, loss: Callable[[], torch.Tensor]) -> _Seen:
     def enter(index: int, _layer: nn.Module, args: Any, kwargs: Any) -> None:
         seen.events.append(index)
         if index == 0:
-            seen.first_input = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else None
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else None
+            layout: PackedLayout | None = kwargs.get(LAYOUT)
+            seen.first_input = hidden if layout is None else layout.unpack(hidden)
 
     def leave(_layer: nn.Module, _args: Any, output: Any) -> None:
         seen.layer_output = output
@@ -157,7 +161,8 @@ def _observe(base: nn.Module, loss: Callable[[], torch.Tensor]) -> _Seen:
     def layer(index: int) -> Callable[..., None]:
         return lambda *call: enter(index, *call)
 
-    hooks = [base.register_forward_pre_hook(begin, with_kwargs=True), base.register_forward_hook(end)]
+    # Before the hooks that drop padding (unpadding_hooks.py), which change what a call gets.
+    hooks = [base.register_forward_pre_hook(begin, with_kwargs=True, prepend=True), base.register_forward_hook(end)]
     for name, part in base.named_modules():
         if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
             hooks.append(part.register_forward_pre_hook(event(name)))

@@ -17,6 +17,8 @@ from torch import nn
 
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.token_rows import TokenRows, token_rows
+from dtrain.models.unpadding_attention import LAYOUT
+from dtrain.models.unpadding_layout import PackedLayout
 
 Read = Callable[[TokenRows], torch.Tensor | None]
 """Returns the vectors of all rows, one after the other, on the model's device; None if any row is missing."""
@@ -94,6 +96,8 @@ class BackboneBorder:
         self._has_pooler = getattr(output, "pooler_output", None) is not None
         self._names = argument_names(base)
         self._is_computing = False
+        self._hook: Any = None
+        self._found: tuple[TokenRows, torch.Tensor] | None = None  # for the call that is running, and no other
         self.read: Read | None = None
         self.is_per_token = part == "states"
         self.shown = {
@@ -105,9 +109,12 @@ class BackboneBorder:
 
     def attach(self) -> None:
         wrap_forward(self._base, self._forward)
+        # Before the hooks that drop padding (unpadding_hooks.py), which change what a call gets.
+        self._hook = self._base.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
 
     def detach(self) -> None:
         self.read = None
+        self._hook.remove()
         unwrap_forward(self._base)
 
     def compute(self, inputs: Inputs) -> torch.Tensor:
@@ -131,9 +138,14 @@ class BackboneBorder:
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from all_tensors(self._base)
 
-    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _begin(self, _base: nn.Module, args: Any, kwargs: Any) -> Any:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        found = None if self._is_computing else _read(self.read, inputs)
+        self._found = None if self._is_computing else _read(self.read, inputs)
+        # Without a mask there is no padding to drop.
+        return None if self._found is None else ((), {**inputs, "attention_mask": None})
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found, self._found = self._found, None
         return forward(*args, **kwargs) if found is None else self._output(*found)
 
     def _output(self, rows: TokenRows, vectors: torch.Tensor) -> Any:
@@ -188,7 +200,8 @@ class LayersBorder:
     def attach(self) -> None:
         base, first = self._base, self._layers[0]
         self._hooks = [
-            base.register_forward_pre_hook(self._begin, with_kwargs=True),
+            # Before the hooks that drop padding (unpadding_hooks.py), which change what a call gets.
+            base.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             base.register_forward_hook(self._end, always_call=True),
         ]
         if self._embeddings is not None:
@@ -242,12 +255,14 @@ class LayersBorder:
     def _inject(self, _layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Replaces the first layer's input, unless it has another form than the rows of the call."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if self._states is None or hidden.shape != self._states.shape:
+        layout: PackedLayout | None = kwargs.get(LAYOUT)
+        states = self._states if self._states is None or layout is None else layout.pack(self._states)
+        if states is None or hidden.shape != states.shape:
             return None
         self._is_injected = True
         if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": self._states}
-        return (self._states, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": states}
+        return (states, *args[1:]), kwargs
 
     def _layer(self, index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         is_below = index < self._frozen

@@ -154,7 +154,7 @@ def measured(clock: Clock, heartbeat: Heartbeat) -> Generator[None, None, None]:
         heartbeat.on_phase = before
 
 
-class Counts(NamedTuple):
+class TokenCounts(NamedTuple):
     """What this rank computed.
 
     Attributes:
@@ -167,8 +167,8 @@ class Counts(NamedTuple):
     computed: int = 0
     micro_batches: int = 0
 
-    def plus(self, other: Counts) -> Counts:
-        return Counts(
+    def plus(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
             self.tokens + other.tokens, self.computed + other.computed, self.micro_batches + other.micro_batches
         )
 
@@ -178,7 +178,7 @@ class BatchCounter:
 
     def __init__(self, task: Task) -> None:
         self._has_decoder = task.head.has_decoder
-        self._done, self._ahead = Counts(), Counts()
+        self._done, self._ahead = TokenCounts(), TokenCounts()
 
     def watch(self, steps: Generator[StepBatches, None, None]) -> Generator[StepBatches, None, None]:
         """Yields the same batches."""
@@ -187,18 +187,18 @@ class BatchCounter:
                 # The loop asks for the next step once it has run the micro-batches of the one before.
                 self._done, self._ahead = self._done.plus(self._ahead), self._count(batches)
                 yield batches
-            self._done, self._ahead = self._done.plus(self._ahead), Counts()
+            self._done, self._ahead = self._done.plus(self._ahead), TokenCounts()
 
-    def take(self) -> Counts:
+    def take(self) -> TokenCounts:
         """Returns the counts of the steps taken since the last call."""
-        taken, self._done = self._done, Counts()
+        taken, self._done = self._done, TokenCounts()
         return taken
 
-    def _count(self, batches: StepBatches) -> Counts:
-        total = Counts()
+    def _count(self, batches: StepBatches) -> TokenCounts:
+        total = TokenCounts()
         for batch in batches.micro_batches:
             tokens, computed = count_tokens(batch.tensors, has_decoder=self._has_decoder)
-            total = total.plus(Counts(tokens if batch.counted else 0, computed, 1))
+            total = total.plus(TokenCounts(tokens if batch.counted else 0, computed, 1))
         return total
 
 

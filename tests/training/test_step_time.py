@@ -9,7 +9,7 @@ import torch
 
 from dtrain.data.batches import MicroBatch, StepBatches
 from dtrain.distributed.heartbeat import Heartbeat, Phase
-from dtrain.training.step_time import BatchCounter, Counts, DeviceClock, HostClock, Part, count_tokens, measured
+from dtrain.training.step_time import BatchCounter, DeviceClock, HostClock, Part, TokenCounts, count_tokens, measured
 from tests.support import tiny, training
 from tests.support.training import Setting
 
@@ -201,11 +201,11 @@ def test_a_step_counts_once_it_was_taken_and_a_dummy_only_as_computed() -> None:
 
     watched = counter.watch(steps())
     next(watched)  # the loop has read the first step ahead
-    assert counter.take() == Counts()
+    assert counter.take() == TokenCounts()
     next(watched)
-    assert counter.take() == Counts(tokens=7, computed=12, micro_batches=2)
+    assert counter.take() == TokenCounts(tokens=7, computed=12, micro_batches=2)
     assert next(watched, None) is None
-    assert counter.take() == Counts(tokens=5, computed=12, micro_batches=2)
+    assert counter.take() == TokenCounts(tokens=5, computed=12, micro_batches=2)
 
 
 def test_the_batches_behind_the_counter_are_closed_with_it() -> None:
