@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def test_a_run_accounts_for_the_time_between_its_lines(tmp_path: Path) -> None:
     lines = jobs.read_events(tmp_path / "timed", "step_time")
     assert [(line["step"], line["steps"]) for line in lines] == [(2, 2), (4, 2), (6, 2), (7, 1)]
     assert [line["evaluation_s"][0] > 0 for line in lines] == [False, True, False, True], "in the line after it"
-    for line, after in pairwise(lines):
-        assert after["wall_s"] == pytest.approx(after["monotonic_s"] - line["monotonic_s"], rel=0.1)
+    (start,) = jobs.read_events(tmp_path / "timed", "start")
+    assert 0 < sum(line["wall_s"] for line in lines) <= lines[-1]["monotonic_s"] - start["monotonic_s"]
     assert not jobs.read_events(tmp_path / "plain", "step_time")
     losses = [[event["loss"] for event in jobs.read_events(tmp_path / name)] for name in ("timed", "plain")]
     assert losses[0] == losses[1], "to look changes nothing"
