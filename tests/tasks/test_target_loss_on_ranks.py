@@ -25,7 +25,7 @@ ENGINES = {
 
 
 def outcome(context: RankContext, setting: Setting, *, tried: bool) -> dict[str, Any]:
-    """Collective. Each step and the final weights; `tried`: in chunks of 4 logits rows, else from complete logits."""
+    """Collective. Each step and the final weights; `tried`: in chunks of 4 rows, else from complete logits."""
     module, before = gpt(), target_loss.MAX_LOGITS
     target_loss.MAX_LOGITS = 4 * 25
     try:
