@@ -24,8 +24,8 @@ from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.tensors import full_precision
 
-MAX_LOGITS = 2**26
-"""Number of logits from which on they are computed in chunks, and of those in a chunk: 256 MiB in float32."""
+MAX_LOGITS = 2**24
+"""Number of logits from which on they are computed in chunks: 64 MiB in float32."""
 
 KIND_ATTRIBUTE = "_dtrain_head_kind"
 """Attribute of a model under which the result of the trial is kept."""
@@ -100,7 +100,9 @@ def target_loss(
         with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
             logits = model(**inputs).logits
         if selection.rows is not None:
-            options = (labels[is_target], label_smoothing, max(1, MAX_LOGITS // layer.out_features))
+            # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
+            chunk = max(1, max(MAX_LOGITS, selection.rows.numel()) // layer.out_features)
+            options = (labels[is_target], label_smoothing, chunk)
             loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 selection.rows, layer.weight, layer.bias, *options
             )

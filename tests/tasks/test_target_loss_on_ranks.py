@@ -10,12 +10,15 @@ import pytest
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks import target_loss
-from tests.support import training
+from dtrain.tasks.causal_lm import CausalLmTask
+from tests.support import tiny, tiny_lm, training
 from tests.support.multirank import run_ranks
 from tests.support.training import Recorder, Setting, apart, weights_of, worst
-from tests.tasks.test_chat_on_ranks import SETTING, gpt, task
 
 pytestmark = pytest.mark.ranks
+
+SETTING = Setting(rows=19, steps=6, global_batch_size=8, micro_batch_size=3, learning_rate=0.1)
+VOCABULARY = 25
 
 ENGINES = {
     "ddp": replace(SETTING, engine="ddp"),
@@ -24,10 +27,15 @@ ENGINES = {
 }
 
 
+def task() -> CausalLmTask:
+    """Sentences of 5 to 22 tokens, so that a micro-batch has padding."""
+    return CausalLmTask({"train": tiny.sentences(19)}, tiny.tokenizer(), max_length=24, is_char=False)
+
+
 def outcome(context: RankContext, setting: Setting, *, tried: bool) -> dict[str, Any]:
-    """Collective. Each step and the final weights; `tried`: in chunks of 4 logits rows, else from complete logits."""
-    module, before = gpt(), target_loss.MAX_LOGITS
-    target_loss.MAX_LOGITS = 4 * 25
+    """Collective. Each step and the final weights; `tried`: in chunks of 4 rows, else from complete logits."""
+    module, before = tiny_lm.gpt(positions=24, vocabulary=VOCABULARY), target_loss.MAX_LOGITS
+    target_loss.MAX_LOGITS = 4 * VOCABULARY
     try:
         if tried:
             target_loss.try_last_layer(module, context)
