@@ -218,6 +218,17 @@ def test_a_gate_reports_each_block_and_waits_until_it_may_go_on(tmp_path: Path) 
     assert not thread.is_alive()
 
 
+def test_a_contestant_ends_when_its_driver_has_ended(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "gate"))
+        listener.listen(1)
+        gate = Gate(tmp_path / "gate", warm=1, block=1, at_step={}, traced=False)
+        listener.accept()[0].close()
+
+    with pytest.raises((SystemExit, BrokenPipeError)):
+        gate.after_step()
+
+
 def test_lengths_are_those_of_the_named_distribution() -> None:
     lengths = glue_lengths(20_000, seed=0)
 

@@ -60,7 +60,8 @@ class Gate:
             return
         wall, cpu = time.perf_counter(), machine.tree_cpu_seconds()
         send(self._file, {"steps": self._steps, "cpu_s": cpu - self._cpu, "wall_s": wall - self._wall})
-        self._file.readline()
+        if not self._file.readline():
+            raise SystemExit("The driver has ended.")
         self._next += self._block
         self._cpu, self._wall = cpu, time.perf_counter()
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,7 @@ from tests.benchmarks.suite.spec import Spec
 START_TIMEOUT_S = 300
 BLOCK_TIMEOUT_S = 600
 END_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 20
 RUN_TIMEOUT_S = 3600
 TAIL = 4000
 
@@ -79,7 +81,11 @@ class Process:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, 9)
+            self._process.terminate()  # torchrun's ranks are in groups of their own: it ends them
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(END_TIMEOUT_S)
 
     def wait(self, timeout: float) -> float:
