@@ -24,6 +24,7 @@ from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.build import build_engine
 from dtrain.engine.forward_only import Forward, ForwardOnly
+from dtrain.models.unpadding import prepare_unpadding
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.monitors.evaluations import Evaluate
@@ -309,6 +310,7 @@ def digits_of(weights: dict[str, Any]) -> dict[str, Any]:
     """One process's evaluation of a bare model with those weights."""
     module = model()
     module.load_state_dict({name: torch.tensor(value) for name, value in weights.items()}, strict=False)
+    prepare_unpadding(module, SETTING.config().model)  # as in the run
     return result_of(ForwardOnly(module, SETTING.config(), ONE_PROCESS), 23)
 
 
