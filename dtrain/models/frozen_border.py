@@ -147,7 +147,7 @@ def _observe(base: nn.Module, loss: Callable[[], torch.Tensor]) -> _Seen:
         if index == 0:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0] if args else None
             layout: PackedLayout | None = kwargs.get(LAYOUT)
-            seen.first_input = hidden if layout is None else layout.unpack(hidden)
+            seen.first_input = hidden if layout is None or hidden is None else layout.unpack(hidden)
 
     def leave(_layer: nn.Module, _args: Any, output: Any) -> None:
         seen.layer_output = output

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.models.unpadding import Unpadding
 from dtrain.training import precision_advice
 from dtrain.training.build import PreparedModel, prepare_training, step_plan
+from dtrain.training.frozen_cache import FrozenCache
 from dtrain.training.precision_advice import describe_precision
 from tests.support import tiny, training
 from tests.support.training import Setting
@@ -86,7 +88,8 @@ def test_weights_statistics_modes_gradients_and_random_states_stay() -> None:
     setting = Setting()
     config, learns, module = setting.config(), training.task(setting), Normed()
     plan = step_plan(config, learns)
-    prepared = PreparedModel(module, lambda _module, _epoch: [], lambda part: part.train() and None)
+    cache = FrozenCache(config, learns, plan, total_steps=1, train_mode=lambda part: part.train() and None)
+    prepared = PreparedModel(module, lambda _module, _epoch: [], cache._train_mode, Unpadding("off", ""), cache)
     module.eval()
     module.head.train()
 
