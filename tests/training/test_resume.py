@@ -133,6 +133,7 @@ def test_a_rolled_back_run_is_one_that_begins_at_the_checkpoint_with_the_data_th
         "checkpoint.every": 4,
         "checkpoint.keep": 10,
         "train.sort_by_length": "false",  # with these draws of dropout there is one rollback
+        "model.unpad": "off",
         "train.spike": f"{{factor: 1.02, window: {window}, action: rollback}}",  # the noise of the batches is a spike here
     }
     start(folder, "rolled", 2, changes)
