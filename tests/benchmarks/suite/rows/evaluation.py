@@ -12,7 +12,7 @@ from tests.benchmarks.suite.result import RowResult, value_of
 from tests.benchmarks.suite.spec import DTRAIN, HF, RAW, Contestant, Spec
 from tests.benchmarks.suite.workloads import T1, Workload
 
-MOST_COLLECTIVES = 15
+MOST_COLLECTIVES = 4
 """Of dtrain's evaluation, whatever its size."""
 
 
