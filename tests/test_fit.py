@@ -91,7 +91,16 @@ def test_ten_lines_train_an_own_model_on_own_data_and_leave_a_whole_run_folder(t
     events = [
         line for line in lines if line["event"] != "checkpoint"
     ]  # logged when they are complete, at any time after
-    assert [event["event"] for event in events] == ["start", "train", "train", "eval", "train", "eval", "end"]
+    assert [event["event"] for event in events] == [
+        "start",
+        "train",
+        "train",
+        "eval",
+        "train",
+        "step_time",
+        "eval",
+        "end",
+    ]
     assert [event["step"] for event in events if event["event"] == "train"] == [1, 3, 6]
     assert {key: events[-2][key] for key in expected} == result["metrics"]
     assert events[1]["learning_rate"] == 3e-3

@@ -255,7 +255,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_5_or_is_skipped(tmp_path: 
 
     assert (stop.code, skip.code) == (5, 0)
     (fault,) = jobs.read_events(tmp_path / "stop", "fault")
-    assert f"Step 2: the loss is nan (rank 0, micro-batch 0, examples {fault['example_index'][0]}, " in stop.text
+    first = f"rank 0, micro-batch {fault['micro_batches'][0]}, examples {fault['example_index'][0]}, "
+    assert f"Step 2: the loss is nan ({first}" in stop.text
     assert "train.non_finite=skip" in stop.last
     assert (jobs.exit_of(tmp_path / "stop")["code"], fault["step"]) == (5, 2)
     assert not (tmp_path / "stop" / "model").exists()

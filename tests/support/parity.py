@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.config.schema import Model as ModelSettings
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.unpadding import prepare_unpadding
 from dtrain.training.evaluation import evaluate
 from dtrain.training.export import export_model
 from tests.support import training
@@ -47,7 +49,8 @@ def assert_same(expected: Any, found: Any) -> None:
 
 
 def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What the model answers in eval mode."""
+    """What the model answers in eval mode, for padding too, whose states are zeros where a model computes none."""
+    prepare_unpadding(model, ModelSettings(unpad="off"))
     with torch.no_grad():
         return torch.cat([value.flatten() for value in model.eval()(**inputs).to_tuple()])
 
