@@ -10,11 +10,15 @@ from dtrain.config.raw_settings import RawSettings, parse
 from dtrain.config.schema import Config
 from dtrain.errors import ConfigError
 
-BEFORE: Mapping[tuple[str, str], Any] = {("train", "sort_by_length"): False, ("model", "unpad"): "off"}
+BEFORE: Mapping[tuple[str, str], Any] = {
+    ("train", "sort_by_length"): False,
+    ("model", "unpad"): "off",
+    ("freeze", "cache"): "off",
+}
 """What versions did that did not have a setting yet, where its default would change the numbers of a run."""
 
-AUTO = "auto"
-"""A setting with this value is open: config.yaml then has the choice that was made when the run began."""
+CHOICES = (("model", "unpad"),)
+"""Settings whose value `auto` is open: config.yaml then has the choice that was made when the run began."""
 
 
 def as_begun(old_yaml_text: str | None, config: Config) -> Config:
@@ -34,12 +38,10 @@ def as_begun(old_yaml_text: str | None, config: Config) -> Config:
     old = with_earlier_behavior(old)
     for (section, name), earlier in BEFORE.items():
         part, value = getattr(config, section), value_at(old, (section, name))
-        is_named = name in part.model_fields_set
-        is_chosen = getattr(part, name) == AUTO and value in ("on", "off")
-        if is_chosen or (not is_named and value == earlier):
+        is_chosen = (section, name) in CHOICES and getattr(part, name) == "auto" and value in ("on", "off")
+        if is_chosen or (name not in part.model_fields_set and value == earlier):
             config = config.model_copy(update={section: part.model_copy(update={name: value})})
-            if not is_named:  # it stays so
-                getattr(config, section).model_fields_set.discard(name)
+            getattr(config, section).model_fields_set.discard(name)  # the user has not named it
     return config
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -138,7 +139,7 @@ def _read_index(file: Path, vector_bytes: int) -> tuple[npt.NDArray[Any], int]:
             raise DamagedPartError("it is cut off")
         magic, rows, size, _ = HEADER.unpack(header)
         length = file.stat().st_size
-        if magic != MAGIC or size != vector_bytes or rows * INDEX.itemsize > length:
+        if magic != MAGIC or size != vector_bytes or HEADER.size + rows * INDEX.itemsize > length:
             raise DamagedPartError("its first bytes are not those of a part")
         index = np.frombuffer(content.read(rows * INDEX.itemsize), INDEX)
     offset = HEADER.size + rows * INDEX.itemsize
@@ -198,7 +199,7 @@ def make_room(root: Path, keep: Path, *, limit: int) -> list[Path]:
     Returns:
         The deleted stores. A job that has one mapped can still read it.
     """
-    others = sorted((path for path in root.iterdir() if path.is_dir() and path != keep), key=_last_used)
+    others = sorted((path for path in root.iterdir() if path != keep and _is_store(path)), key=_last_used)
     sizes = {path: stored_bytes(path) for path in others}
     deleted = []
     for path in others:
@@ -208,6 +209,13 @@ def make_room(root: Path, keep: Path, *, limit: int) -> list[Path]:
         del sizes[path]
         deleted.append(path)
     return deleted
+
+
+def _is_store(path: Path) -> bool:
+    """Returns whether a folder is a store, and not something of the user's."""
+    if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"[0-9a-f]{32}", path.name):
+        return False
+    return all(file.suffix == ".part" or file.name.startswith(BUILDING) for file in path.iterdir())
 
 
 def _last_used(path: Path) -> float:

@@ -31,7 +31,9 @@ def parameters_without_gradient(
     train_mode(module)
     unused: list[str] = []
     with frozen_statistics(module), _all_layers(module):
-        for index, examples in enumerate(plan.micro_batches(0)[:PROBES]):
+        # From both ends: sorted by length, the first ones have short rows only, and a part may be for long ones.
+        first, *others = enumerate(plan.micro_batches(0))
+        for index, examples in [first, *reversed(others)][:PROBES]:
             seed_all(plan.seed, "forward", 0, index)
             _add_gradient(module, task, DataPosition(0, examples))
             unused = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]

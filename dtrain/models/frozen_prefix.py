@@ -25,8 +25,11 @@ Read = Callable[[TokenRows], torch.Tensor | None]
 
 Inputs = Mapping[str, torch.Tensor]
 
-OutputPart = Literal["pooler", "first", "last", "states"]
-"""What a head reads of its backbone's output: the pooler's vector, the first or last token's state, or all states."""
+OutputPart = Literal["pooler", "first", "states"]
+"""What a head reads of its backbone's output: the pooler's vector, the first token's state, or all states.
+
+A decoder's classifier reads one state, but which one depends on the row: the last that is not config.pad_token_id.
+"""
 
 
 class Border(Protocol):
@@ -103,7 +106,6 @@ class BackboneBorder:
         self.shown = {
             "pooler": "the pooler's vector of each row",
             "first": "the first token's state of each row",
-            "last": "the last token's state of each row",
             "states": "the last hidden states of each row's tokens",
         }[part]
 
@@ -129,8 +131,6 @@ class BackboneBorder:
                 vectors = output.pooler_output
             case "first":
                 vectors = output.last_hidden_state[:, 0]
-            case "last":
-                vectors = output.last_hidden_state[:, -1]
             case "states":
                 vectors = output.last_hidden_state
         return vectors
@@ -157,10 +157,6 @@ class BackboneBorder:
                 return self._type(last_hidden_state=nothing.expand(shape), pooler_output=vectors)
             case "first":
                 states = vectors[:, None]
-            case "last":
-                states = vectors.new_zeros(shape)
-                where = torch.from_numpy(rows.counts - 1).to(vectors.device)
-                states[torch.arange(len(where), device=vectors.device), where] = vectors
             case "states":
                 states = spread(rows, vectors)
         pooled = {"pooler_output": nothing[0].expand(shape[0], shape[2])} if self._has_pooler else {}

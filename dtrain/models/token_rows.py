@@ -67,7 +67,8 @@ def ranges(starts: IndexArray, counts: IndexArray) -> IndexArray:
 
 def _key(row: tuple[IndexArray, IndexArray | None]) -> bytes:
     ids, types = row
-    digest = hashlib.blake2b(np.ascontiguousarray(ids).tobytes(), digest_size=KEY_BYTES)
+    digest = hashlib.blake2b(len(ids).to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(np.ascontiguousarray(ids).tobytes())
     if types is not None:
         digest.update(np.ascontiguousarray(types).tobytes())
     return digest.digest()

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.config import schema
+from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
 from dtrain.models.first_forward import FORWARD_ERRORS
@@ -98,10 +99,16 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
     if settings.unpad == "off":
         return Unpadding("off", "as configured")
     decision = _install(module, settings)
-    if settings.unpad == "on" and decision.hooks is None:
+    is_named = "unpad" in settings.model_fields_set  # else it is the choice of an earlier start (earlier_runs.py)
+    if settings.unpad == "on" and decision.hooks is None and is_named:
         raise ConfigError(
             f"model.unpad=on: this model cannot be computed without padding: {decision.reason}. Set model.unpad=off, or "
             "auto, which falls back to padding."
+        )
+    if settings.unpad == "on" and decision.hooks is None:
+        log.warning(
+            "model.unpad was on when this run began, and is off from here on: %s. With dropout the numbers differ",
+            decision.reason,
         )
     return decision
 

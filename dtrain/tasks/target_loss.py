@@ -119,8 +119,23 @@ def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> boo
     # Gradients of a chunk do not have the loss scale of fp16 yet, so that small ones would become 0.
     is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     is_large = labels.numel() * layer.out_features > MAX_LOGITS
+    is_hooked = bool(layer._forward_hooks)  # one that changes the logits
     is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
-    return is_large and is_whole and not is_fp16 and torch.is_grad_enabled() and _head_kind(model) == LINEAR
+    if not is_large or not is_whole or is_fp16 or is_hooked or not torch.is_grad_enabled():
+        return False
+    return _head_kind(model) == LINEAR and _keeps_order(model, layer)
+
+
+def _keeps_order(model: nn.Module, layer: nn.Linear) -> bool:
+    """Returns whether backward gives the gradients of the layer's parameters in the same order with and without chunks.
+
+    ZeRO 2 adds gradients of ranks in the order in which they arrive, and another rank's micro-batch may have no chunks. A
+    weight that is also the input embeddings' gets its gradient last in either case.
+    """
+    if layer.bias is None or not layer.bias.requires_grad:
+        return True
+    inputs = getattr(_bare(model), "get_input_embeddings", lambda: None)()
+    return getattr(inputs, "weight", None) is layer.weight
 
 
 def _last_layer(model: nn.Module) -> nn.Linear | None:
@@ -195,7 +210,7 @@ def _try_head(model: nn.Module, layer: nn.Linear) -> str:
             if not works_on_rows:
                 return COMPLETE
             # A learned scale of 1 after the layer changes nothing yet, but needs a gradient.
-            is_linear = torch.equal(processed, numbers) and not processed.requires_grad
+            is_linear = torch.equal(processed, numbers) and not processed.requires_grad and not layer._forward_hooks
             return LINEAR if is_linear and logits(False).numel() == 0 else ROWS
     except FORWARD_ERRORS:
         return COMPLETE
@@ -230,7 +245,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         exact = torch.promote_types(weight.dtype, torch.float32)
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_rows = torch.empty_like(rows) if needs_rows else None
+        # backward multiplies by the loss scale of fp16, without which small gradients would become 0.
+        rows_type = exact if rows.dtype == torch.float16 else rows.dtype
+        grad_rows = torch.empty_like(rows, dtype=rows_type) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
         total = torch.zeros((), dtype=exact, device=rows.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ from dtrain.models.frozen_border import are_close, find_border, tensors_of
 from dtrain.models.frozen_prefix import Border
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
-from dtrain.training.frozen_rows import TRIAL_ROWS, DistinctRows, collated, collect, training_indices, why_not_fixed
+from dtrain.training.frozen_rows import DistinctRows, collated, collect, training_indices, trial_indices, why_not_fixed
 
 GROUP_TOKENS = 2048
 """Tokens that are computed together. More need more memory; fewer leave the processor idle."""
@@ -90,7 +91,7 @@ class FrozenCache:
         self.hits = self.misses = 0
 
     def find(self, module: nn.Module, epoch: int) -> None:
-        """Finds the end of the frozen part. Every rank finds the same.
+        """Finds the end of the frozen part, before an engine wraps the model. Every rank finds the same.
 
         Args:
             module: the bare model, frozen as this epoch needs it.
@@ -111,7 +112,7 @@ class FrozenCache:
             self.border = found
 
     def _refuse(self, reason: str) -> None:
-        if self._config.freeze.cache == "on":
+        if self._config.freeze.cache == "on" and not self._is_in_use:  # a thaw may end it
             raise ConfigError(
                 f"freeze.cache=on: the frozen part cannot be computed once and read from then on, because {reason}. Freeze the "
                 "embeddings and the first layers, or all but the head (freeze.modules=[base_model]), or use freeze.cache=auto."
@@ -147,8 +148,7 @@ class FrozenCache:
         return why_not_fixed(self._task)
 
     def _find(self, module: nn.Module) -> Border | str:
-        indices = list(range(min(TRIAL_ROWS, len(self._task.splits["train"]))))
-        batch = collated(self._task, "train", indices)
+        batch = collated(self._task, "train", trial_indices(self._task))
         device = next(module.parameters()).device
 
         def loss() -> torch.Tensor:
@@ -204,10 +204,14 @@ class FrozenCache:
             self.border.detach()
         self.border = self._store = None
 
-    def reopen(self, engine: Engine, epoch: int) -> None:
-        """Collective. Reads again after a thaw, if a frozen part is left. Does nothing if `open` was never called."""
+    def find_again(self, module: nn.Module, epoch: int) -> None:
+        """Finds the end of what is still frozen after a thaw. Does nothing if `open` was never called."""
         if self._is_in_use:
-            self.find(engine.module, epoch)
+            self.find(module, epoch)
+
+    def reopen(self, engine: Engine) -> None:
+        """Collective. Reads what is still frozen after a thaw. Does nothing if `open` was never called."""
+        if self._is_in_use:
             self.open(engine)
 
     def _read(self, rows: TokenRows) -> torch.Tensor | None:
@@ -287,6 +291,8 @@ class FrozenCache:
                 "problem": f"freeze.cache_gb={self._config.freeze.cache_gb:g} is less than the {needed / GIB:.3g} GiB of this run "
                 f"({border.shown}): set freeze.cache_gb={needed / GIB * 1.05 + 0.1:.1f}"
             }
+        if folder.is_symlink():  # what it points to is not dtrain's
+            return {"problem": f"{folder} is a symbolic link: remove it (rm {shlex.quote(str(folder))})"}
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)  # it is in use
         for damage in frozen_store.delete_damaged(folder, vector_bytes=vector_bytes):

@@ -20,6 +20,9 @@ CHUNK_ROWS = 256
 TRIAL_ROWS = 4
 """Examples of the batch by which the frozen part is judged."""
 
+SEARCHED_ROWS = 64
+"""Examples in which those of the trial are searched: they must have targets."""
+
 TRIAL_EPOCHS = 3
 
 Small = npt.NDArray[np.int32]
@@ -77,6 +80,13 @@ def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Calla
                         rows.types.append(types.astype(np.int32))
             progress()
     return rows
+
+
+def trial_indices(task: Task) -> list[int]:
+    """Returns the first examples of the training split that have a target; the first ones where none has."""
+    first = range(min(SEARCHED_ROWS, len(task.splits["train"])))
+    with_target = [index for index in first if task.targets(collated(task, "train", [index])).count]
+    return (with_target or list(first))[:TRIAL_ROWS]
 
 
 def inputs_of(task: Task, split: str, indices: Sequence[int], *, epoch: int = 0) -> dict[str, torch.Tensor]:

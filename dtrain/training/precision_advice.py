@@ -50,7 +50,8 @@ def describe_precision(config: Config, task: Task, prepared: PreparedModel, plan
 
 
 def _measure(module: nn.Module, task: Task, plan: StepPlan) -> str:
-    examples = plan.micro_batches(0)[0]
+    micro_batches = plan.micro_batches(0)
+    examples = micro_batches[len(micro_batches) // 2]  # sorted by length: of middle size
 
     def run(precision: str, rows: int) -> None:
         position = DataPosition(0, examples[:rows])

@@ -26,11 +26,12 @@ def thaw(engine: Engine, epoch: int, config: Config, prepared: PreparedModel, st
     module = engine.release()
     before = freezing.frozen_parameters(module)
     prepared.freeze(module, epoch)
+    prepared.frozen_cache.find_again(module, epoch)  # it runs the model, which an engine would take for a step
     after = set(freezing.frozen_parameters(module))
     state.thawed.append([name for name in before if name not in after])
     rebuilt = build_engine(module, config, context, thawed=state.thawed)
     rebuilt.load_named_slots(lambda name, _shape: broadcast_slots(slots.get(name, {}), context))
     rebuilt.load_scalars(scalars)
-    prepared.frozen_cache.reopen(rebuilt, epoch)
+    prepared.frozen_cache.reopen(rebuilt)
     prepared.train_mode(rebuilt.module)
     return rebuilt

@@ -116,16 +116,39 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_stores_that_were_not_used_for_longest_make_room(tmp_path: Path) -> None:
-    for age, name in enumerate(["new", "middle", "old", "kept"]):
+    new, middle, old, kept = (letter * 32 for letter in "abcd")
+    for age, name in enumerate([new, middle, old, kept]):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.part").write_bytes(bytes(100))
         os.utime(tmp_path / name, (time.time() - 1000 * age,) * 2)
 
-    deleted = make_room(tmp_path, tmp_path / "kept", limit=150)
+    deleted = make_room(tmp_path, tmp_path / kept, limit=150)
 
-    assert [path.name for path in deleted] == ["old", "middle"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "new"]
+    assert [path.name for path in deleted] == [old, middle]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new, kept]
 
 
 def test_groups_have_rows_of_one_length_and_depend_on_the_lengths_alone() -> None:
     assert in_groups([3, 5, 3, 9, 3], tokens=6) == [[0, 2], [4], [1], [3]]
+
+
+@pytest.mark.parametrize("missing", [1, 6 * SIZE, 6 * SIZE + 1, 6 * SIZE + 30, 6 * SIZE + 60, 6 * SIZE + 61])
+def test_a_part_that_was_cut_off_anywhere_is_deleted(tmp_path: Path, missing: int) -> None:
+    written(tmp_path)
+    file = next(tmp_path.glob("*.part"))
+    file.write_bytes(file.read_bytes()[:-missing])
+
+    assert KEYS[0] not in loaded(tmp_path)
+    assert len(delete_damaged(tmp_path, vector_bytes=SIZE)) == 1
+
+
+def test_room_is_made_among_stores_only(tmp_path: Path) -> None:
+    keep, thesis, mixed = tmp_path / ("a" * 32), tmp_path / "thesis", tmp_path / ("b" * 32)
+    for folder in (keep, thesis, mixed):
+        folder.mkdir()
+    (thesis / "chapter.part").write_text("x" * 1000)
+    (mixed / "notes.txt").write_text("x" * 1000)
+    (tmp_path / ("c" * 32)).symlink_to(thesis)
+
+    assert make_room(tmp_path, keep, limit=0) == []
+    assert (thesis / "chapter.part").is_file()

@@ -11,6 +11,7 @@ from torch import nn
 from dtrain.data.order import StepPlan
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.models.freezing import frozen_statistics, train_mode
+from dtrain.tasks.row_lengths import row_lengths
 from tests.support import tiny, training
 from tests.support.training import Setting
 
@@ -72,6 +73,25 @@ def test_the_probe_does_not_name_a_dropped_layer_nor_a_part_that_a_later_micro_b
 
     assert parameters_without_gradient(model, learns, plan, train_mode=moving) == ["unused.weight", "unused.bias"]
     assert model.layerdrop == 1.0
+
+
+class ForLongRows(Normed):
+    """Has a part that only rows above 12 tokens use."""
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        hidden = self.embed(input_ids).mean(dim=1)
+        return SimpleNamespace(logits=self.head(self.norm(self.unused(hidden) if input_ids.shape[1] > 12 else hidden)))
+
+
+def test_the_probe_sees_long_rows_where_a_step_is_sorted_by_length() -> None:
+    learns = training.task(Setting(rows=64, table=True))
+    lengths = row_lengths(learns, "train")
+    assert lengths is not None
+    plan = StepPlan(64, 64, 4, seed=0, shuffle=True, lengths=lengths, sort_by_length=True)
+    shortest = [max(lengths.width[index] for index in batch) for batch in plan.micro_batches(0)[:4]]
+    assert max(shortest) <= 12 < max(lengths.width)
+
+    assert parameters_without_gradient(ForLongRows(), learns, plan, train_mode=moving) == []
 
 
 def test_held_statistics_stay_and_move_again_afterwards() -> None:

@@ -11,9 +11,12 @@ import pytest
 import torch
 import transformers
 
+from dtrain.config.task import Classification
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.models.frozen_prefix import BackboneBorder, LayersBorder
-from tests.support import training
+from dtrain.tasks.classification import ClassificationTask
+from dtrain.tasks.token_classification import TokenClassificationTask
+from tests.support import tiny, training
 from tests.support.training import Setting, apart, worst
 
 SIZES = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -102,11 +105,12 @@ def compare(frozen: tuple[str, ...], folder: Path, make: Callable[[], Any]) -> A
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_head_on_a_frozen_backbone_reads_one_vector_per_row(name: str, tmp_path: Path) -> None:
+def test_a_head_on_a_frozen_backbone_reads_what_it_needs(name: str, tmp_path: Path) -> None:
     cache = compare(BASE, tmp_path, lambda: model(name))
 
     assert isinstance(cache.border, BackboneBorder)
-    assert not cache.border.is_per_token
+    # A decoder's classifier reads one token's state, but which one depends on the row.
+    assert cache.border.is_per_token == (name in ("gpt2", "llama", "qwen3", "gpt-neox", "opt"))
     assert (cache.hits > 0, cache.misses) == (True, 0)
 
 
@@ -140,3 +144,102 @@ def test_a_part_whose_result_changes_is_computed_in_each_step_and_the_plan_says_
     assert described is not None
     assert described.startswith("off: ")
     assert reason in described
+
+
+def read_or_computed(
+    setting: Setting, make: Callable[[], Any], learns: Any
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """The steps with the cache off and on, and the cache."""
+    found = []
+    for cache in ("off", "auto"):
+        built, recorder = (
+            training.build(ONE_PROCESS, replace(setting, cache=cache), make(), learns()),
+            training.Recorder(),
+        )
+        built.go(recorder)
+        found.append({"steps": recorder.steps, "weights": training.weights_of(built.engine)})
+    return found[0], found[1], built.prepared.frozen_cache
+
+
+def tagged(without: int, where: slice) -> TokenClassificationTask:
+    """Tagged sentences, of which the first `without` rows have no tag, and those after it have tags in some places."""
+    ids = [list(row) for row in tiny.sentences(21)[list(range(21))]["input_ids"]]
+    places = [[] if row < without else list(range(1, len(each) - 1))[where] for row, each in enumerate(ids)]
+    tags = [[each[place] % 2 for place in some] for each, some in zip(ids, places, strict=True)]
+    split = tiny.Table({"input_ids": ids, "places": places, "tags": tags})
+    return TokenClassificationTask({"train": split}, tiny.tokenizer(), ["odd", "even"], max_length=32)
+
+
+@pytest.mark.parametrize(("without", "where"), [(4, slice(None)), (0, slice(-1, None))])
+def test_rows_without_targets_do_not_hide_what_a_head_reads(tmp_path: Path, without: int, where: slice) -> None:
+    setting = Setting(freeze=BASE, cache_dir=str(tmp_path), learning_rate=0.2)
+
+    def make() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return transformers.BertForTokenClassification(tiny.bert(layers=2).config)
+
+    off, on, cache = read_or_computed(setting, make, lambda: tagged(without, where))
+
+    assert worst(off, on) < 1e-5
+    assert (cache.border is not None, cache.misses) == (True, 0)
+
+
+def test_no_target_at_all_is_no_trial(tmp_path: Path) -> None:
+    setting = Setting(freeze=BASE, cache="auto", cache_dir=str(tmp_path), learning_rate=0.2, find_unused=True)
+    module = transformers.BertForTokenClassification(tiny.bert(layers=2).config)
+
+    cache = training.build(ONE_PROCESS, setting, module, tagged(21, slice(None))).prepared.frozen_cache
+
+    assert cache.border is None
+    assert "no target" in str(cache._why_off)
+
+
+@pytest.mark.parametrize("method", ["requires_grad", "no_grad"])
+@pytest.mark.parametrize("kind", ["Deberta", "DebertaV2"])
+def test_frozen_layers_that_read_weights_that_learn_are_computed(tmp_path: Path, kind: str, method: str) -> None:
+    options: dict[str, Any] = {
+        **COMMON,
+        "type_vocab_size": 0,
+        "pooler_hidden_size": 32,
+        "num_labels": 2,
+        "max_relative_positions": 16,
+        "relative_attention": True,
+        "position_biased_input": False,
+        "pos_att_type": ["c2p", "p2c"],
+        **({"position_buckets": 8, "norm_rel_ebd": "none", "share_att_key": True} if kind == "DebertaV2" else {}),
+    }
+
+    def make() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{kind}Config")(**options)
+            return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+    frozen = ("embeddings", "encoder.layer[0]")
+    setting = Setting(freeze=frozen, freeze_method=method, cache_dir=str(tmp_path), learning_rate=0.1, cache="auto")
+    cache = training.build(ONE_PROCESS, setting, make()).prepared.frozen_cache
+
+    assert cache.border is None
+    assert "learn" in str(cache._why_off)
+
+
+def test_a_row_that_ends_in_the_pad_token_is_read_as_it_is_computed(tmp_path: Path) -> None:
+    end = 3  # [SEP], which also pads
+
+    def learns() -> ClassificationTask:
+        tokenizer = tiny.tokenizer()
+        tokenizer.pad_token = "[SEP]"
+        columns = dict(tiny.sentences(21)[list(range(21))])
+        # The first rows were cut, later ones end in the end token.
+        columns["input_ids"] = [row[1:-1] if n < 4 else row[1:] for n, row in enumerate(columns["input_ids"])]
+        options = Setting().config().task
+        assert isinstance(options, Classification)
+        return ClassificationTask({"train": tiny.Table(columns)}, tokenizer, ["no", "yes"], options, max_length=32)
+
+    setting = Setting(freeze=BASE, cache_dir=str(tmp_path), learning_rate=0.2)
+    off, on, _cache = read_or_computed(
+        setting, lambda: model("gpt2", pad_token_id=end, eos_token_id=end, bos_token_id=end), learns
+    )
+
+    assert worst(off, on) < 1e-5

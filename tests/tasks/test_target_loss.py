@@ -416,3 +416,16 @@ def test_a_layer_of_another_class_a_compiled_model_and_one_without_a_last_layer_
         tried(module)
         assert (target_loss._last_layer(module), kind_of(module)) == (None, COMPLETE)
     assert_equal(replaced, *batch())
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_hook_on_the_last_layer_is_kept(is_early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_loss, "MAX_LOGITS", 4 * VOCABULARY)
+    module = model("CausalLM", "gpt2") if not is_early else Odd("nothing")
+    layer = module.head if is_early else module.lm_head
+
+    layer.register_forward_hook(lambda _layer, _inputs, logits: 3 * logits)
+    if is_early:
+        tried(module)
+
+    assert_equal(module, *batch())

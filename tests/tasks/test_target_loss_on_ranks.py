@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.tasks import target_loss
@@ -67,4 +69,34 @@ def test_every_engine_takes_the_steps_of_complete_logits(name: str) -> None:
     assert (
         worst(plain, found, "grad_norm") < 1e-4
     )  # this model's gradient changes a thousand times as much as its weights
+    assert apart(plain, found) < 1e-5
+
+
+def with_bias(context: RankContext, zero_stage: int | None, limit: int) -> dict[str, Any]:
+    """Collective. The steps of a model whose last layer has weights and a bias of its own; some micro-batches are large."""
+    setting = replace(
+        SETTING, micro_batch_size=2, **({} if zero_stage is None else {"engine": "deepspeed", "zero_stage": zero_stage})
+    )
+    module, before = tiny_lm.gpt(positions=24, vocabulary=VOCABULARY), target_loss.MAX_LOGITS
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        module.lm_head = nn.Linear(16, VOCABULARY)
+    target_loss.MAX_LOGITS = limit * VOCABULARY
+    try:
+        target_loss.try_last_layer(module, context)
+        run, recorder = training.build(context, setting, module, task()), Recorder()
+        engine = run.go(recorder)
+        found = {"steps": recorder.steps, "weights": weights_of(engine)}
+        engine.release()
+        return found
+    finally:
+        target_loss.MAX_LOGITS = before
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ranks_with_and_without_chunks_in_one_round_add_up_the_same_gradients(stage: int) -> None:
+    plain = with_bias(ONE_PROCESS, None, 10**6)
+    found = run_ranks(with_bias, 2, stage, 30)[0]
+
+    assert worst(plain, found) < 1e-5
     assert apart(plain, found) < 1e-5

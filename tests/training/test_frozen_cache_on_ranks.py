@@ -30,6 +30,28 @@ def trained(context: RankContext, folder: str, cache: str, engine: str) -> dict[
     return {"steps": recorder.steps, "hits": cached.hits, "misses": cached.misses, "why": cached._why_off}
 
 
+def thawed(context: RankContext, folder: str, cache: str, engine: str) -> dict[str, Any]:
+    """A run in which layer 1 begins to learn in epoch 2, and the rest below it stays frozen for two epochs more."""
+    zero = int(engine[4:]) if engine.startswith("zero") else None
+    frozen, thaw = ("embeddings", "encoder.layer[:2]"), ((2, "encoder.layer[1]"),)
+    setting = Setting(
+        freeze=frozen, thaw=thaw, steps=12, cache=cache, cache_dir=folder, learning_rate=0.2, zero_stage=zero
+    )
+    built = training.build(context, setting, tiny.bert(layers=3))
+    recorder = training.Recorder()
+    built.go(recorder).release()
+    return {"steps": recorder.steps, "hits": built.prepared.frozen_cache.hits}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
+def test_a_thaw_goes_on_with_what_is_still_frozen_on_every_engine(tmp_path: Path, engine: str) -> None:
+    off = run_ranks(thawed, 2, str(tmp_path), "off", engine)[0]
+    on = run_ranks(thawed, 2, str(tmp_path), "auto", engine)[0]
+
+    assert worst(off, on) < 1e-5
+    assert (on["hits"] > 0) == (engine != "zero3")
+
+
 def rows_of(folder: Path) -> dict[bytes, bytes]:
     """Every stored row of the one store in a folder."""
     (place,) = (folder / "frozen").iterdir()

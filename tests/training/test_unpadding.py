@@ -14,7 +14,8 @@ from dtrain.config.load import differences, load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
-from tests.support import resuming
+from dtrain.models.unpadding import prepare_unpadding
+from tests.support import resuming, tiny
 
 SHORT = {"train.max_steps": 2, "checkpoint.keep": 1}
 
@@ -126,3 +127,19 @@ def test_on_is_an_error_where_the_model_cannot(folder: Path) -> None:
         "model.unpad=off, or auto, which falls back to padding."
     )
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("change", [{"model.compile": True}, {"model.attn_implementation": "eager"}])
+def test_a_choice_that_an_allowed_change_rules_out_ends_with_a_warning(change: dict[str, Any], caplog: Any) -> None:
+    base: dict[str, Any] = {"run": {"name": "test"}, "task": {"name": "classification"}}
+    began = with_choice(Config.model_validate(base), "on")
+    model = {name.removeprefix("model."): value for name, value in change.items()}
+
+    begun = as_begun(to_yaml(began), Config.model_validate({**base, "model": model}))
+    decision = prepare_unpadding(tiny.bert(), begun.model)
+
+    assert (begun.model.unpad, decision.value) == ("on", "off")
+    assert "was on when this run began" in caplog.text
+    named = Config.model_validate({**base, "model": {**model, "unpad": "on"}})
+    with pytest.raises(ConfigError, match="cannot be computed without padding"):
+        prepare_unpadding(tiny.bert(), named.model)
