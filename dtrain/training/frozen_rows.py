@@ -83,10 +83,16 @@ def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Calla
 
 
 def trial_indices(task: Task) -> list[int]:
-    """Returns the first examples of the training split that have a target; the first ones where none has."""
-    first = range(min(SEARCHED_ROWS, len(task.splits["train"])))
-    with_target = [index for index in first if task.targets(collated(task, "train", [index])).count]
-    return (with_target or list(first))[:TRIAL_ROWS]
+    """Returns a few of the first training examples, with targets and of different lengths where there are such."""
+    sizes = {}
+    for index in range(min(SEARCHED_ROWS, len(task.splits["train"]))):
+        batch = collated(task, "train", [index])
+        if task.targets(batch).count:
+            sizes[index] = sum(tensor.numel() for name, tensor in batch.items() if name in INPUTS)
+    if not sizes:
+        return list(range(min(TRIAL_ROWS, len(task.splits["train"]))))
+    shortest, longest = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)  # the batch has padding
+    return sorted([*dict.fromkeys([shortest, longest, *sizes])][:TRIAL_ROWS])
 
 
 def inputs_of(task: Task, split: str, indices: Sequence[int], *, epoch: int = 0) -> dict[str, torch.Tensor]:

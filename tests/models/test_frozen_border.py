@@ -243,3 +243,24 @@ def test_a_row_that_ends_in_the_pad_token_is_read_as_it_is_computed(tmp_path: Pa
     )
 
     assert worst(off, on) < 1e-5
+
+
+class OverPadding(transformers.BertForSequenceClassification):
+    """Its head reads the states of padding, too."""
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        states = self.bert(input_ids, **inputs).last_hidden_state
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(states.mean(dim=1)))
+
+
+def test_a_head_that_reads_padding_is_noticed_though_the_first_rows_have_none(tmp_path: Path) -> None:
+    columns = dict(tiny.sentences(21)[list(range(21))])
+    columns["input_ids"] = [row[:5] if n < 8 else row for n, row in enumerate(columns["input_ids"])]
+    options = Setting().config().task
+    assert isinstance(options, Classification)
+    learns = ClassificationTask({"train": tiny.Table(columns)}, tiny.tokenizer(), ["no", "yes"], options, max_length=32)
+    setting = Setting(freeze=BASE, cache="auto", cache_dir=str(tmp_path), unpad="off", find_unused=True)
+
+    cache = training.build(ONE_PROCESS, setting, OverPadding(tiny.bert(layers=2).config), learns).prepared.frozen_cache
+
+    assert cache.border is None
