@@ -130,7 +130,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
     if config.task.generates_texts:
         config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"generate": True})})
     task = build_task(config, context)
-    forward = wrap(build.load(config, task, context, is_trained=True), config, context)
+    forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
     if not isinstance(task, HasAnswers):
         (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
         return format_answer({"prediction": record["prediction"]}, row, config)

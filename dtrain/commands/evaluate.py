@@ -16,6 +16,8 @@ from dtrain.engine.forward_only import Forward, ForwardOnly
 from dtrain.errors import ConfigError
 from dtrain.models.unpadding import prepare_unpadding
 from dtrain.tasks.build import build_task
+from dtrain.tasks.protocol import Task
+from dtrain.tasks.trial import reads_padding
 from dtrain.training import build, run_claim
 from dtrain.training import summary as results
 from dtrain.training.evaluation import EvaluationResult, evaluate
@@ -35,7 +37,7 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
             )
         metrics = reported(config.evaluation, task, folder=config.folder)
         log.info("evaluate %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why)
-        forward = wrap(build.load(config, task, context, is_trained=True), config, context)
+        forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
         result = evaluate(
             forward,
             task,
@@ -47,9 +49,9 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
         return Result(dict(result.metrics), config.run_dir)
 
 
-def wrap(module: nn.Module, config: Config, context: RankContext) -> Forward:
+def wrap(module: nn.Module, config: Config, task: Task, context: RankContext) -> Forward:
     """Wraps the model for forward passes: in its engine if the model is sharded, else without one. Settles model.unpad."""
-    prepare_unpadding(module, config.model)
+    prepare_unpadding(module, config.model, reads_padding=reads_padding(task))
     if engine_traits(config, context).is_sharded:
         return build_engine(module, config, context)
     return ForwardOnly(module, config, context)

@@ -68,7 +68,7 @@ def run_predict(config: Config, context: RankContext) -> Result:
         log.info(
             "predict with %s on %s, engine %s (%s)", config.model.name_or_path, context.topology.describe(), name, why
         )
-        forward = wrap(build.load(config, task, context, is_trained=True), config, context)
+        forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
         result = evaluate(
             forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
         )

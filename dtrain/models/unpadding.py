@@ -89,8 +89,11 @@ class Unpadding:
         return f"{self.value} ({self.reason})"
 
 
-def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
+def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_padding: bool = False) -> Unpadding:
     """Decides for a model, and installs the hooks if it is on. Call it before an engine wraps the model.
+
+    Args:
+        reads_padding: whether the model's answer for a row depends on the row's padding (tasks/trial.py).
 
     Raises:
         ConfigError: model.unpad=on, but the model cannot be served.
@@ -98,7 +101,7 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model) -> Unpadding:
     _remove(module)
     if settings.unpad == "off":
         return Unpadding("off", "as configured")
-    decision = _install(module, settings)
+    decision = _install(module, settings, reads_padding=reads_padding)
     is_named = "unpad" in settings.model_fields_set  # else it is the choice of an earlier start (earlier_runs.py)
     if settings.unpad == "on" and decision.hooks is None and is_named:
         raise ConfigError(
@@ -121,8 +124,8 @@ def _remove(module: nn.Module) -> None:
             part.set_attn_implementation("sdpa")
 
 
-def _install(module: nn.Module, settings: schema.Model) -> Unpadding:
-    reason = _obstacle_of_settings(settings)
+def _install(module: nn.Module, settings: schema.Model, *, reads_padding: bool) -> Unpadding:
+    reason = "its answer for a row depends on the row's padding" if reads_padding else _obstacle_of_settings(settings)
     found = list(_served_parts(module))
     if reason is None and len(found) != 1:
         reason = _not_served(module)

@@ -59,6 +59,12 @@ def try_model(module: nn.Module, task: Task, context: RankContext) -> None:
                 log.info("model: its answer depends on padding, so every row is padded to %s=%d", setting, length)
 
 
+def reads_padding(task: Task) -> bool:
+    """Returns whether the model's answer for a row depends on the row's padding, as `try_model` found."""
+    padding = getattr(task, "padding", None)
+    return padding is not None and padding.length is not None
+
+
 def _pads(task: Task) -> TypeGuard[PadsRows]:
     return task.needs_padding and isinstance(task, PadsRows)
 

@@ -31,7 +31,7 @@ from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths
 from dtrain.tasks.target_loss import try_last_layer
-from dtrain.tasks.trial import try_model
+from dtrain.tasks.trial import reads_padding, try_model
 from dtrain.training.frozen_cache import FrozenCache
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
     Raises:
         ConfigError: a path that matches nothing, nothing is left to learn, or model.unpad=on for a model that cannot.
     """
-    unpadding = prepare_unpadding(module, config.model)
+    unpadding = prepare_unpadding(module, config.model, reads_padding=reads_padding(task))
     train_mode = partial(freezing.train_mode, batch_norm=config.model.batch_norm)
 
     def freeze(module: nn.Module, epoch: int) -> list[str]:

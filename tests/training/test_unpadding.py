@@ -15,7 +15,9 @@ from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.unpadding import prepare_unpadding
-from tests.support import resuming, tiny
+from dtrain.tasks.protocol import Padding
+from tests.support import resuming, tiny, training
+from tests.support.training import Setting
 
 SHORT = {"train.max_steps": 2, "checkpoint.keep": 1}
 
@@ -143,3 +145,13 @@ def test_a_choice_that_an_allowed_change_rules_out_ends_with_a_warning(change: d
     named = Config.model_validate({**base, "model": {**model, "unpad": "on"}})
     with pytest.raises(ConfigError, match="cannot be computed without padding"):
         prepare_unpadding(tiny.bert(), named.model)
+
+
+def test_a_model_that_reads_padding_computes_it(caplog: Any) -> None:
+    learns = training.task(Setting())
+    learns.padding = Padding(length=32)  # what try_model decides for such a model
+
+    built = training.build(ONE_PROCESS, Setting(), tiny.bert(), learns)
+
+    assert str(built.prepared.unpadding) == "off (its answer for a row depends on the row's padding)"
+    assert training.build(ONE_PROCESS, Setting()).prepared.unpadding.value == "on"
