@@ -49,12 +49,6 @@ def left_padded() -> Any:
     return made
 
 
-def one_length() -> Any:
-    made = training.task(SETTING)
-    made.padding = Padding(length=32)
-    return made
-
-
 def regression() -> Any:
     rows = Table({"input_ids": _ids(), "label": [float(number % 5) for number in range(ROWS)]})
     return RegressionTask({"train": rows, "validation": rows}, tiny.tokenizer(), max_length=32)
@@ -128,7 +122,7 @@ Case = tuple[Callable[[], Any], str, Any, Mapping[str, Any]]
 CASES: dict[str, Case] = {
     "classification": (classification, "bert", AutoModelForSequenceClassification, {"num_labels": 2}),
     "left padding": (left_padded, "distilbert", AutoModelForSequenceClassification, {"num_labels": 2}),
-    "one length": (one_length, "roberta", AutoModelForSequenceClassification, {"num_labels": 2}),
+    "roberta": (classification, "roberta", AutoModelForSequenceClassification, {"num_labels": 2}),
     "decoder": (
         classification,
         "qwen2",
