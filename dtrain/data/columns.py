@@ -24,7 +24,22 @@ READ_ROWS = 1000
 Array = npt.NDArray[Any]
 
 
-class ListColumn(Sequence[Any]):
+class ListLike(Sequence[Any]):
+    """A sequence that is joined and shown as a list is."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Iterable[Any]) -> list[Any]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[Any]) -> list[Any]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+class ListColumn(ListLike):
     """Rows of a list column. It equals the list of Python lists that `datasets` returns, and reads like it.
 
     Attributes:
@@ -57,17 +72,8 @@ class ListColumn(Sequence[Any]):
 
     __hash__ = None  # type: ignore[assignment]  # as for a list
 
-    def __add__(self, other: Iterable[Any]) -> list[Any]:
-        return [*self, *other]
 
-    def __radd__(self, other: Iterable[Any]) -> list[Any]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-
-class LateColumn(Sequence[Any]):
+class LateColumn(ListLike):
     """A column that is read when it is used, such as the texts beside the tokens."""
 
     __slots__ = ("_load", "_values")
@@ -94,15 +100,6 @@ class LateColumn(Sequence[Any]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]  # as for a list
-
-    def __add__(self, other: Iterable[Any]) -> list[Any]:
-        return [*self, *other]
-
-    def __radd__(self, other: Iterable[Any]) -> list[Any]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return repr(list(self))
 
 
 def _plain(part: Any) -> Any:

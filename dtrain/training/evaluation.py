@@ -124,37 +124,10 @@ def evaluate_split(
     """
     heartbeat = forward.context.heartbeat
     heartbeat.at(Phase.EVALUATION)
-    rows = task.splits[split]
-    device = next(forward.module.parameters()).device
-    forward.module.eval()
-    done: list[tuple[MicroBatch, ScoredBatch]] = []
-    batches = evaluation_batches(
-        rows,
-        task.collate,
-        forward.context.topology,
-        micro_batch_size=micro_batch_size,
-        lock_step=forward.lock_step,
-        workers=workers,
-        lengths=row_lengths(task, split),
-    )
-
-    def score_all() -> None:
-        for batch in batches:
-            if forward.lock_step:
-                stop.leave_together(forward.context)
-            with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
-                scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
-            heartbeat.tick()
-            if batch.counted:
-                done.append((batch, scored))
-
-    if forward.lock_step:
-        score_all()
-    else:
-        stop.attempt(score_all)
+    done = _score(forward, task, split, micro_batch_size=micro_batch_size, workers=workers, stop=stop)
     with leaving_together():
         gathered = gather_for_metrics(
-            *_values(done), forward.context, num_examples=len(rows), wants_stop=stop.is_signaled()
+            *_values(done), forward.context, num_examples=len(task.splits[split]), wants_stop=stop.is_signaled()
         )
     heartbeat.at(Phase.METRICS)  # A phase without a time limit.
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
@@ -186,6 +159,46 @@ def evaluate_split(
     with leaving_together():
         shared = share_from_main(metrics_of_rank_0, forward.context, wants_stop=stop.is_signaled)
     return SplitResult(shared, records)
+
+
+def _score(
+    forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int, stop: StopCondition
+) -> list[tuple[MicroBatch, ScoredBatch]]:
+    """Scores this rank's micro-batches of a split; returns those that count, and after a signal only some of them.
+
+    Collective if the engine is in lock step.
+
+    Raises:
+        RunStopped: on every rank of an engine in lock step, after a signal.
+    """
+    device = next(forward.module.parameters()).device
+    forward.module.eval()
+    done: list[tuple[MicroBatch, ScoredBatch]] = []
+    batches = evaluation_batches(
+        task.splits[split],
+        task.collate,
+        forward.context.topology,
+        micro_batch_size=micro_batch_size,
+        lock_step=forward.lock_step,
+        workers=workers,
+        lengths=row_lengths(task, split),
+    )
+
+    def score_all() -> None:
+        for batch in batches:
+            if forward.lock_step:
+                stop.leave_together(forward.context)
+            with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
+                scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
+            forward.context.heartbeat.tick()
+            if batch.counted:
+                done.append((batch, scored))
+
+    if forward.lock_step:
+        score_all()
+    else:
+        stop.attempt(score_all)
+    return done
 
 
 @contextmanager

@@ -36,8 +36,12 @@ def task() -> CausalLmTask:
 
 def outcome(context: RankContext, setting: Setting, *, tried: bool) -> dict[str, Any]:
     """Collective. Each step and the final weights; `tried`: in chunks of 4 rows, else from complete logits."""
-    module, before = tiny_lm.gpt(positions=24, vocabulary=VOCABULARY), target_loss.MAX_LOGITS
-    target_loss.MAX_LOGITS = 4 * VOCABULARY
+    return trained(context, setting, tiny_lm.gpt(positions=24, vocabulary=VOCABULARY), limit=4, tried=tried)
+
+
+def trained(context: RankContext, setting: Setting, module: Any, *, limit: int, tried: bool) -> dict[str, Any]:
+    """Collective. Each step and the final weights; `limit`: number of rows from which on logits are computed in chunks."""
+    before, target_loss.MAX_LOGITS = target_loss.MAX_LOGITS, limit * VOCABULARY
     try:
         if tried:
             target_loss.try_last_layer(module, context)
@@ -77,20 +81,11 @@ def with_bias(context: RankContext, zero_stage: int | None, limit: int) -> dict[
     setting = replace(
         SETTING, micro_batch_size=2, **({} if zero_stage is None else {"engine": "deepspeed", "zero_stage": zero_stage})
     )
-    module, before = tiny_lm.gpt(positions=24, vocabulary=VOCABULARY), target_loss.MAX_LOGITS
+    module = tiny_lm.gpt(positions=24, vocabulary=VOCABULARY)
     with torch.random.fork_rng():
         torch.manual_seed(5)
         module.lm_head = nn.Linear(16, VOCABULARY)
-    target_loss.MAX_LOGITS = limit * VOCABULARY
-    try:
-        target_loss.try_last_layer(module, context)
-        run, recorder = training.build(context, setting, module, task()), Recorder()
-        engine = run.go(recorder)
-        found = {"steps": recorder.steps, "weights": weights_of(engine)}
-        engine.release()
-        return found
-    finally:
-        target_loss.MAX_LOGITS = before
+    return trained(context, setting, module, limit=limit, tried=True)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
