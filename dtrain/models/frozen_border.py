@@ -25,6 +25,7 @@ from dtrain.models.frozen_prefix import (
     PooledBorder,
     argument_names,
 )
+from dtrain.models.modes import restored_modes
 from dtrain.models.token_rows import TokenRows, token_rows
 from dtrain.models.unpadding_attention import LAYOUT
 from dtrain.models.unpadding_layout import PackedLayout
@@ -326,10 +327,6 @@ def are_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float | No
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
+    with restored_modes(module):
+        module.eval()
         yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -20,6 +20,7 @@ from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
 from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.models.modes import restored_modes
 from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
 from dtrain.models.unpadding_layout import NAME
 
@@ -223,15 +224,12 @@ def _try(base: Any, hooks: UnpaddedModel) -> str | None:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast(_device(module), enabled=False):
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _device(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
+    device = next(module.parameters()).device.type
+    with (
+        restored_modes(module),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast(device, enabled=False),
+    ):
+        module.eval()
+        yield

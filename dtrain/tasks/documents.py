@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
+from dtrain.models.modes import restored_modes
 from dtrain.models.unpadding_layout import NAME
 
 NOT_SEPARATED = (
@@ -59,16 +60,12 @@ def check_separates_documents(model: nn.Module, *, max_length: int) -> None:
     weights = next(model.parameters())
     tokens = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], device=weights.device)
     inputs = document_inputs(torch.tensor([[1, 1, 2, 2]] * 2, device=weights.device), weights.dtype)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.autocast(weights.device.type, enabled=False):
+        with restored_modes(model), torch.autocast(weights.device.type, enabled=False):
+            model.eval()
             logits = model(input_ids=tokens, use_cache=False, **inputs).logits
     except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError) as error:
         raise _refusal(model, f"refuses them: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     # The same two tokens: the second document of both rows, and the first document of the second row.
     equal = [logits[0, 2:], logits[1, 2:], logits[1, :2]]
     difference = max(float((one - equal[0]).abs().max()) for one in equal[1:])

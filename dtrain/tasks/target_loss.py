@@ -21,6 +21,7 @@ from torch import nn
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.models.modes import restored_modes
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.tensors import full_precision
 
@@ -199,10 +200,10 @@ def _try_head(model: nn.Module, layer: nn.Linear) -> str:
             hook.remove()
         return torch.as_tensor(found)
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    is_fp32 = torch.autocast(device.type, enabled=False)
     try:
-        with torch.autocast(device.type, enabled=False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with restored_modes(model), is_fp32, torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            model.eval()
             expected, processed = logits(None)[is_target], logits(None, numbers)
             works_on_rows = _are_equal(logits(True)[0], expected) and _are_equal(
                 logits(True, numbers[is_target][None])[0], processed[is_target]
@@ -214,9 +215,6 @@ def _try_head(model: nn.Module, layer: nn.Linear) -> str:
             return LINEAR if is_linear and logits(False).numel() == 0 else ROWS
     except FORWARD_ERRORS:
         return COMPLETE
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from dtrain.distributed.serialization import Json
 from dtrain.errors import ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward, reads_padding_by_config
+from dtrain.models.modes import restored_modes
 from dtrain.tasks.prepare import select_columns
 from dtrain.tasks.protocol import Batch, Padding, PadsRows, Task
 
@@ -177,14 +178,9 @@ def _shorten(batch: Batch, most: int) -> Batch:
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Turns dropout and gradients off. Restores the mode of every module and the state of torch's random draws."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with restored_modes(module), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        module.eval()
+        yield
 
 
 def _run(module: nn.Module, task: Task, batch: Batch) -> Outputs:

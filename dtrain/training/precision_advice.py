@@ -13,6 +13,7 @@ from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition
 from dtrain.engine.forward_only import autocast
 from dtrain.models.freezing import frozen_statistics
+from dtrain.models.modes import restored_modes
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel
 from dtrain.training.precision_timing import time_precisions, unchanged_random_state
@@ -38,15 +39,13 @@ def describe_precision(config: Config, task: Task, prepared: PreparedModel, plan
         return None
     if config.model.compile:
         return "precision  bf16 was not timed, because model.compile=true would compile the model for it"
-    modes = {part: part.training for part in module.modules()}
     try:
-        prepared.train_mode(module)
-        with unchanged_random_state(), frozen_statistics(module):
-            return f"precision  {_measure(module, task, plan)}"
+        with restored_modes(module):
+            prepared.train_mode(module)
+            with unchanged_random_state(), frozen_statistics(module):
+                return f"precision  {_measure(module, task, plan)}"
     finally:
         module.zero_grad(set_to_none=True)
-        for part, training in modes.items():
-            part.training = training
 
 
 def _measure(module: nn.Module, task: Task, plan: StepPlan) -> str:
