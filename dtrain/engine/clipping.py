@@ -36,7 +36,7 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
     return norm
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def total_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the L2 norm of all gradients together, a tensor without dimensions.
 
@@ -58,4 +58,5 @@ def _norm_of_large(gradient: torch.Tensor) -> torch.Tensor:
     whole = len(numbers) // ROW * ROW
     norms = torch.linalg.vector_norm(numbers[:whole].view(-1, ROW), dim=1)
     rest = torch.linalg.vector_norm(numbers[whole:])
-    return torch.linalg.vector_norm(torch.cat([norms, rest[None]]), dtype=torch.float64).to(gradient.dtype)
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat([norms, rest[None]]), dtype=torch.float64)
+    return total.to(gradient.dtype)
