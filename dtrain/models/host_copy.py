@@ -64,3 +64,16 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a tensor's values on the host. Only if they are not known there, they are fetched from the device."""
     known = host_copy(tensor)
     return tensor.detach().cpu() if known is None else known
+
+
+def pick(tensor: torch.Tensor, is_picked: torch.Tensor) -> torch.Tensor:
+    """Returns `tensor[is_picked]`. If the host knows which elements these are, nothing is fetched from the device.
+
+    Args:
+        is_picked: bool, over the first dimensions of the tensor.
+    """
+    known = host_copy(is_picked) if is_picked.device.type != "cpu" else None
+    if known is None:
+        return tensor[is_picked]
+    places = copy_to(known.flatten().nonzero().squeeze(1), tensor.device)
+    return tensor.flatten(0, is_picked.dim() - 1).index_select(0, places)

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from dtrain.models.host_copy import host_copy
 from dtrain.models.unpadding_attention import LAYOUT, no_mask
 from dtrain.models.unpadding_kernels import try_kernels
-from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask
+from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask, layout_of_whole_rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -94,9 +94,9 @@ class UnpaddedModel:
             kwargs = {"input_ids": args[0], **kwargs}
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         ids = tensors.get("input_ids")
-        if ids is None or not self._may_pack(args, kwargs) or not set(tensors) <= set(CARRIED):
+        if ids is None or ids.dim() != 2 or not self._may_pack(args, kwargs) or not set(tensors) <= set(CARRIED):
             return None
-        layout = self._layout(tensors)
+        layout = self._layout(ids, tensors)
         if layout is None or (layout.rows, layout.width) != tuple(ids.shape):
             return None
         self.packed_calls += 1
@@ -106,9 +106,13 @@ class UnpaddedModel:
         mask = no_mask(ids.device)
         return (), {**kwargs, **packed, "attention_mask": mask, "use_cache": False, LAYOUT: layout}
 
-    def _layout(self, tensors: Mapping[str, torch.Tensor]) -> PackedLayout | None:
+    def _layout(self, ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> PackedLayout | None:
         mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
-        if mask is None or not _is_readable(mask):
+        if mask is None:
+            # Without a mask, transformers would fetch the positions, to find out whether there are several documents.
+            is_plain = self._is_causal and positions is None and ids.device.type != "cpu"
+            return layout_of_whole_rows(*ids.shape, ids.device) if is_plain else None
+        if not _is_readable(mask):
             return None
         if mask.dim() == 2 and self._is_causal:
             return layout_of_mask(mask, is_causal=True, **self._options())

@@ -135,6 +135,11 @@ def _runs(is_token: np.ndarray) -> np.ndarray:
     return runs
 
 
+def layout_of_whole_rows(rows: int, width: int, device: torch.device) -> PackedLayout:
+    """Returns the layout of a decoder's batch without padding."""
+    return make_layout(rows, width, np.arange(rows * width), np.full(rows, width), device, is_causal=True)
+
+
 def layout_of_documents(
     mask: torch.Tensor, positions: torch.Tensor, *, kernels: frozenset[Kernel] = frozenset()
 ) -> PackedLayout | None:

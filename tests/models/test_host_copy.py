@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dtrain.models.host_copy import copy_to, host_copy, on_host, remember, to_device
+from dtrain.models.host_copy import copy_to, host_copy, on_host, pick, remember, to_device
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -62,6 +62,15 @@ def test_what_is_made_on_the_device_can_be_remembered() -> None:
     found = host_copy(made)
     assert found is not None
     assert torch.equal(found, numbers)
+
+
+def test_elements_that_the_host_knows_are_picked_without_a_fetch() -> None:
+    is_picked, values = torch.tensor([[True, False], [True, True]]), torch.arange(12).view(2, 2, 3)
+
+    assert torch.equal(pick(values, is_picked), values[is_picked])
+    assert pick(values.to(META), copy_to(is_picked, META)).shape == (3, 3)
+    with pytest.raises(NotImplementedError):
+        pick(values.to(META), is_picked.to(META))
 
 
 @pytest.mark.gpu
