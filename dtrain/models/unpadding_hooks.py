@@ -111,7 +111,7 @@ class UnpaddedModel:
         if mask is None:
             # Without a mask, transformers would fetch the positions, to find out whether there are several documents.
             is_plain = self._is_causal and positions is None and ids.device.type != "cpu"
-            return layout_of_whole_rows(*ids.shape, ids.device) if is_plain else None
+            return layout_of_whole_rows(ids.shape[0], ids.shape[1], ids.device) if is_plain else None
         if not _is_readable(mask):
             return None
         if mask.dim() == 2 and self._is_causal:
