@@ -29,6 +29,9 @@ from dtrain.tasks.tensors import full_precision
 MAX_LOGITS = 2**24
 """Number of logits from which on they are computed in chunks: 64 MiB in float32."""
 
+MAX_LOGITS_ON_GPU = 2**28
+"""The same on a GPU, where each chunk reads and writes the gradient of all weights: 1 GiB."""
+
 KIND_ATTRIBUTE = "_dtrain_head_kind"
 """Attribute of a model under which the result of the trial is kept."""
 
@@ -103,7 +106,7 @@ def target_loss(
             logits = model(**inputs).logits
         if selection.rows is not None:
             # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
-            chunk = max(1, max(MAX_LOGITS, selection.rows.numel()) // layer.out_features)
+            chunk = max(1, max(_most_logits(labels.device), selection.rows.numel()) // layer.out_features)
             options = (pick(labels, is_target), label_smoothing, chunk)
             loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 selection.rows, layer.weight, layer.bias, *options
@@ -128,12 +131,16 @@ def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> boo
     device = labels.device.type
     # Gradients of a chunk do not have the loss scale of fp16 yet, so that small ones would become 0.
     is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    is_large = labels.numel() * layer.out_features > MAX_LOGITS
+    is_large = labels.numel() * layer.out_features > _most_logits(labels.device)
     is_hooked = bool(layer._forward_hooks)  # one that changes the logits
     is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
     if not is_large or not is_whole or is_fp16 or is_hooked or not torch.is_grad_enabled():
         return False
     return _head_kind(model) == LINEAR and _keeps_order(model, layer)
+
+
+def _most_logits(device: torch.device) -> int:
+    return MAX_LOGITS_ON_GPU if device.type == "cuda" else MAX_LOGITS
 
 
 def _keeps_order(model: nn.Module, layer: nn.Linear) -> bool:
