@@ -89,7 +89,8 @@ class Unpadding:
     hooks: UnpaddedModel | None = None
 
     def __str__(self) -> str:
-        return f"{self.value} ({self.reason})"
+        names = sorted({kernel.name for kernel in self.hooks.kernels}, reverse=True) if self.hooks is not None else []
+        return f"{self.value} ({self.reason})" + (f", {' and '.join(names)} attention" if names else "")
 
 
 def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_padding: bool = False) -> Unpadding:
@@ -145,9 +146,7 @@ def _install(module: nn.Module, settings: schema.Model, *, reads_padding: bool) 
     )
     fault = _try(base, hooks)
     if fault is None:
-        names = sorted({kernel.name for kernel in hooks.kernels}, reverse=True)
-        how = f", {' and '.join(names)} attention" if names else ""
-        return Unpadding("on", f"tested for {config.model_type}{how}", hooks)
+        return Unpadding("on", f"tested for {config.model_type}", hooks)
     hooks.remove()
     base.set_attn_implementation("sdpa")
     return Unpadding("off", fault)

@@ -96,6 +96,14 @@ def pair(kind: str, **changes: Any) -> tuple[Any, Any]:
     return padded, unpadded
 
 
+def test_the_banner_names_the_kernels(use: Callable[[Kernel], list[str]]) -> None:
+    model = make("bert", AutoModelForMaskedLM)
+    assert str(prepare_unpadding(model, schema.Model())) == "on (tested for bert)"
+
+    use(VARLEN)
+    assert str(prepare_unpadding(model, schema.Model())) == "on (tested for bert), varlen attention"
+
+
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """Relative to the largest value."""
     return float((one - other).detach().abs().max() / one.detach().abs().max())
