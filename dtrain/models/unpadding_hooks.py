@@ -110,7 +110,7 @@ class UnpaddedModel:
         mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
         if mask is None:
             # Without a mask, transformers would fetch the positions, to find out whether there are several documents.
-            is_plain = self._is_causal and positions is None and ids.device.type != "cpu"
+            is_plain = self._is_causal and positions is None and _is_on_device(ids)
             return layout_of_whole_rows(ids.shape[0], ids.shape[1], ids.device) if is_plain else None
         if not _is_readable(mask):
             return None
@@ -135,7 +135,7 @@ class UnpaddedModel:
 
     def _may_pack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Returns whether this is a plain call: no cache, no other model's states, no inner states wanted."""
-        if not self.is_on or len(args) > 1:
+        if not self.is_on or len(args) > 1 or LAYOUT in kwargs:  # a caller with a layout has done it, or wants none
             return False
         config: Any = self._base.config
         wanted = ("output_hidden_states", "output_attentions")
@@ -169,6 +169,10 @@ def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if args:
         return (layout.pack(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": layout.pack(kwargs["hidden_states"])}
+
+
+def _is_on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 def _is_readable(tensor: torch.Tensor) -> bool:
