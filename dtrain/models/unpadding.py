@@ -89,8 +89,9 @@ class Unpadding:
     hooks: UnpaddedModel | None = None
 
     def __str__(self) -> str:
-        names = sorted({kernel.name for kernel in self.hooks.kernels}, reverse=True) if self.hooks is not None else []
-        return f"{self.value} ({self.reason})" + (f", {' and '.join(names)} attention" if names else "")
+        found = {kernel.name for kernel in self.hooks.kernels} if self.hooks is not None else set()
+        names = [name for name in ("varlen", "flash", "nested") if name in found]
+        return f"{self.value} ({self.reason})" + (f", attention by {', '.join(names)}" if names else "")
 
 
 def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_padding: bool = False) -> Unpadding:

@@ -4,9 +4,10 @@
 way on a CPU. A GPU waits for many small calls, so there one call computes all sequences:
 
 - `varlen`: torch.nn.attention.varlen (bf16 and fp16, windows, no dropout),
-- `nested`: scaled_dot_product_attention of nested tensors (all types, dropout, no windows).
+- `flash`: the operator that varlen calls, which torch does not document, with dropout,
+- `nested`: scaled_dot_product_attention of nested tensors (all types, dropout, no windows; more work for the host).
 
-Which of the two work is tried once per model on its device (`try_kernels`), against `groups`.
+Which of them work is tried once per model on its device (`try_kernels`), against `groups`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.host_copy import array_to
 from dtrain.models.unpadding_layout import Group, Kernel, PackedLayout, make_layout
 
-Name = Literal["groups", "varlen", "nested"]
+Name = Literal["groups", "varlen", "flash", "nested"]
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key and value."""
 
@@ -77,6 +78,8 @@ def choose(
         return "groups"  # A plain batch: torch has its fastest kernels for it.
     if dropout == 0 and Kernel("varlen", dtype) in kernels:
         return "varlen"
+    if Kernel("flash", dtype) in kernels:
+        return "flash"
     return "nested" if not has_window and Kernel("nested", dtype) in kernels else "groups"
 
 
@@ -94,6 +97,8 @@ def attend_by(
         case "varlen":
             assert dropout == 0, "varlen attention has no dropout"
             return _by_varlen(states, layout, scaling=scaling, window=window)
+        case "flash":
+            return _by_flash(states, layout, dropout=dropout, scaling=scaling, window=window)
         case "nested":
             return _by_nested(states, layout, dropout=dropout, scaling=scaling)
         case "groups":
@@ -149,7 +154,6 @@ def _by_varlen(
     assert layout.starts is not None
     query, key, value = states
     longest = layout.groups[-1].length
-    before = -1 if window is None or longest <= window else window - 1
     attended = varlen_attn(
         query,
         key,
@@ -159,11 +163,43 @@ def _by_varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=(before, 0 if layout.is_causal else before),
+        window_size=_sides(layout, window),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(attended, torch.Tensor)
     return attended
+
+
+def _by_flash(
+    states: States, layout: PackedLayout, *, dropout: float, scaling: float | None, window: int | None
+) -> torch.Tensor:
+    assert layout.starts is not None
+    longest, sides = layout.groups[-1].length, _sides(layout, window)
+    attended: torch.Tensor = flash_forward(
+        *states,
+        layout.starts,
+        layout.starts,
+        longest,
+        longest,
+        dropout,
+        sides == (-1, 0),
+        False,  # no mask for debugging
+        scale=scaling,
+        window_size_left=sides[0],
+        window_size_right=sides[1],
+    )[0]
+    return attended
+
+
+def flash_forward(*args: Any, **options: Any) -> Any:
+    """Calls the operator. Its arguments are those that torch.nn.attention.varlen gives it."""
+    return torch.ops.aten._flash_attention_forward(*args, **options)
+
+
+def _sides(layout: PackedLayout, window: int | None) -> tuple[int, int]:
+    """Returns how many tokens before and after it a token sees; -1 is all."""
+    before = -1 if window is None or layout.groups[-1].length <= window else window - 1
+    return before, 0 if layout.is_causal else before
 
 
 def _by_nested(
@@ -206,8 +242,9 @@ def try_kernels(config: Any, device: torch.device, *, is_causal: bool) -> frozen
     shared = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = TRIAL_WINDOW if getattr(config, "sliding_window", None) else None
-    candidates = [Kernel("varlen", dtype) for dtype in (torch.bfloat16, torch.float16)]
-    candidates += [Kernel("nested", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+    halves: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    candidates = [Kernel("varlen", dtype) for dtype in halves] + [Kernel("flash", dtype) for dtype in halves]
+    candidates += [Kernel("nested", dtype) for dtype in (*halves, torch.float32)]
     return frozenset(
         kernel
         for kernel in candidates
@@ -264,7 +301,7 @@ def works(
                 _are_close(results(name, window=one), results("groups", window=one), TOLERANCE[kernel.dtype])
                 for one in windows
             )
-            if agrees and name == "nested":
+            if agrees and name != "varlen":
                 return all(bool(part.isfinite().all()) for part in results(name, dropout=TRIAL_DROPOUT))
             return agrees
     except (*FORWARD_ERRORS, ImportError):

@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
         dtype: of the states.
     """
 
-    name: Literal["varlen", "nested"]
+    name: Literal["varlen", "flash", "nested"]
     dtype: torch.dtype
 
 

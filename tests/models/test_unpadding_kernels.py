@@ -27,7 +27,7 @@ from tests.support.padded_models import DECODERS, ENCODERS, batch, make
 
 KINDS = [*ENCODERS, *DECODERS]
 CPU, META = torch.device("cpu"), torch.device("meta")
-VARLEN, NESTED = Kernel("varlen", torch.float32), Kernel("nested", torch.float32)
+VARLEN, FLASH, NESTED = (Kernel(name, torch.float32) for name in ("varlen", "flash", "nested"))
 
 Batch = dict[str, torch.Tensor]
 
@@ -68,6 +68,23 @@ def documented(
     return torch.cat(parts)
 
 
+def operator(*args: Any, **options: Any) -> tuple[torch.Tensor]:
+    """What the operator computes that varlen_attn calls: checks the arguments against its schema."""
+    names = [one.name for one in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **options}
+    assert set(given) <= set(names)
+    assert not given.pop("return_debug_mask")
+    sides = given.pop("window_size_left"), given.pop("window_size_right")
+    assert given.pop("is_causal") == (sides == (-1, 0))
+    keep = 1 - given.pop("dropout_p")
+    starts = (given.pop("cum_seq_q"), given.pop("cum_seq_k"), given.pop("max_q"), given.pop("max_k"))
+    query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+    shared = query.shape[1] != key.shape[1]
+    found = documented(query, key, value, *starts, window_size=sides, enable_gqa=shared, **given)
+    # Not attention's dropout, but something random that is scaled alike.
+    return (found * (torch.rand(found.shape) < keep) / keep,)
+
+
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[str]]:
     """Returns a function that makes models on the CPU use a kernel; it returns the list of ways in which they compute."""
@@ -80,6 +97,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[str]]:
     original = unpadding_kernels.attend_by
     monkeypatch.setattr(unpadding_kernels, "attend_by", attend_by)
     monkeypatch.setattr(varlen, "varlen_attn", documented)
+    monkeypatch.setattr(unpadding_kernels, "flash_forward", operator)
 
     def use_it(kernel: Kernel) -> list[str]:
         monkeypatch.setattr(unpadding_hooks, "try_kernels", lambda *_, **__: frozenset([kernel]))
@@ -101,7 +119,7 @@ def test_the_banner_names_the_kernels(use: Callable[[Kernel], list[str]]) -> Non
     assert str(prepare_unpadding(model, schema.Model())) == "on (tested for bert)"
 
     use(VARLEN)
-    assert str(prepare_unpadding(model, schema.Model())) == "on (tested for bert), varlen attention"
+    assert str(prepare_unpadding(model, schema.Model())) == "on (tested for bert), attention by varlen"
 
 
 def largest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -116,11 +134,12 @@ def logits_and_gradients(model: Any, inputs: Batch) -> tuple[torch.Tensor, torch
     return logits, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("kernel", [VARLEN, FLASH])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_varlen_call_gives_the_logits_and_gradients_of_the_padded_model(
-    kind: str, use: Callable[[Kernel], list[str]]
+def test_one_call_gives_the_logits_and_gradients_of_the_padded_model(
+    kind: str, kernel: Kernel, use: Callable[[Kernel], list[str]]
 ) -> None:
-    ways = use(VARLEN)
+    ways = use(kernel)
     padded, unpadded = pair(kind)
     ways.clear()
 
@@ -128,7 +147,7 @@ def test_one_varlen_call_gives_the_logits_and_gradients_of_the_padded_model(
 
     assert largest_difference(expected[0], found[0]) < 1e-5
     assert largest_difference(expected[1], found[1]) < 1e-5
-    assert ways == ["varlen"] * 2  # layers
+    assert ways == [kernel.name] * 2  # layers
 
 
 @pytest.mark.parametrize("kind", [*ENCODERS])
@@ -147,8 +166,10 @@ def test_one_nested_call_gives_the_logits_and_gradients_of_the_padded_model(
     assert ways == (["nested", "groups"] if kind == "modernbert" else ["nested"] * 2)
 
 
-@pytest.mark.parametrize("kernel", [VARLEN, NESTED])
-def test_dropout_of_attention_is_that_of_nested_tensors(kernel: Kernel, use: Callable[[Kernel], list[str]]) -> None:
+@pytest.mark.parametrize("kernel", [VARLEN, FLASH, NESTED])
+def test_dropout_of_attention_is_computed_by_a_kernel_that_has_it(
+    kernel: Kernel, use: Callable[[Kernel], list[str]]
+) -> None:
     ways = use(kernel)
     model = pair("bert", attention_probs_dropout_prob=0.5)[1].train()
     inputs = batch()
@@ -160,7 +181,7 @@ def test_dropout_of_attention_is_that_of_nested_tensors(kernel: Kernel, use: Cal
 
     assert torch.equal(logits(1), logits(1))
     assert largest_difference(logits(1), logits(2)) > 1e-2
-    assert set(ways) == {"nested" if kernel == NESTED else "groups"}
+    assert set(ways) == {"groups" if kernel == VARLEN else kernel.name}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +197,10 @@ def test_dropout_of_attention_is_that_of_nested_tensors(kernel: Kernel, use: Cal
         ([VARLEN, NESTED], [(8, 9)], {"window": 4}, "varlen"),
         ([NESTED], [(2, 3), (1, 9)], {}, "nested"),
         ([VARLEN], [(2, 3), (1, 9)], {"dropout": 0.1}, "groups"),
+        ([VARLEN, FLASH, NESTED], [(2, 3), (1, 9)], {}, "varlen"),
+        ([VARLEN, FLASH, NESTED], [(2, 3), (1, 9)], {"dropout": 0.1}, "flash"),
+        ([VARLEN, FLASH, NESTED], [(2, 3), (1, 9)], {"dropout": 0.1, "window": 4}, "flash"),
+        ([FLASH, NESTED], [(2, 3), (1, 9)], {}, "flash"),
         ([], [(2, 3), (1, 9)], {}, "groups"),
     ],
 )
@@ -204,6 +229,7 @@ def test_a_kernel_that_computes_right_passes_the_trial(is_causal: bool, use: Cal
     state = torch.get_rng_state()
 
     assert works(VARLEN, CPU, shared_heads=2, window=4, **sizes)
+    assert works(FLASH, CPU, shared_heads=2, window=4, **sizes)
     # On a CPU, torch has no causal attention for nested tensors.
     assert works(NESTED, CPU, shared_heads=2, window=None, **sizes) is not is_causal
     assert torch.equal(torch.get_rng_state(), state)
@@ -212,7 +238,8 @@ def test_a_kernel_that_computes_right_passes_the_trial(is_causal: bool, use: Cal
 def test_a_kernel_that_fails_or_sees_another_sequence_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"heads": 2, "shared_heads": 2, "width": 8, "is_causal": False, "window": None}
 
-    assert not works(VARLEN, CPU, **sizes)  # the real one, which needs a GPU
+    assert not works(VARLEN, CPU, **sizes)  # the real ones, which need a GPU
+    assert not works(FLASH, CPU, **sizes)
 
     def merged(*args: Any, **kwargs: Any) -> torch.Tensor:
         starts = args[3][[0, 1, 2, 4]]
@@ -234,13 +261,13 @@ def test_a_cpu_computes_by_groups_without_a_trial() -> None:
 # Nothing is fetched from the device: the meta device refuses every fetch
 
 
+@pytest.mark.parametrize("kernel", [VARLEN, FLASH])
 @pytest.mark.parametrize("lengths", [(5, 9, 1, 5, 12), (6, 6)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_fetches_nothing_from_the_device(
-    kind: str, lengths: tuple[int, ...], use: Callable[[Kernel], list[str]], monkeypatch: pytest.MonkeyPatch
+    kind: str, lengths: tuple[int, ...], kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # the real kernel, which has a version for meta tensors
-    use_real(monkeypatch)
+    use_real(monkeypatch, kernel)  # it has a version for meta tensors
     model = pair(kind)[1].to(META).train()
     inputs = to_device(batch(lengths=lengths), META)
 
@@ -292,9 +319,9 @@ def test_documents_known_on_the_host_have_the_layout_of_those_read_from_the_mask
     assert on_meta.index.device == META
 
 
-def use_real(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_real(monkeypatch: pytest.MonkeyPatch, kernel: Kernel = VARLEN) -> None:
     """Gives models on the CPU the kernel that they would have on a GPU; their trial computes by groups."""
-    kernels = frozenset([VARLEN])
+    kernels = frozenset([kernel])
     monkeypatch.setattr(unpadding_hooks, "try_kernels", lambda *_, **__: kernels)
     chosen = unpadding_kernels.attend_by
 
@@ -334,9 +361,9 @@ def test_varlen_attention_of_a_gpu_is_that_of_groups(is_causal: bool, window: in
     device = torch.device("cuda", torch.cuda.current_device())
 
     for dtype in (torch.bfloat16, torch.float16):
-        assert works(
-            Kernel("varlen", dtype), device, heads=4, shared_heads=2, width=64, is_causal=is_causal, window=window
-        )
+        for name in ("varlen", "flash"):
+            kernel = Kernel(name, dtype)  # type: ignore[arg-type]
+            assert works(kernel, device, heads=4, shared_heads=2, width=64, is_causal=is_causal, window=window)
         assert works(
             Kernel("nested", dtype), device, heads=4, shared_heads=2, width=64, is_causal=is_causal, window=None
         )
