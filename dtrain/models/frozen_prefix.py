@@ -142,7 +142,7 @@ class BackboneBorder:
         inputs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self._found = None if self._is_computing else _read(self.read, inputs)
         # Without a mask there is no padding to drop.
-        return None if self._found is None else ((), {**inputs, "attention_mask": None})
+        return None if self._found is None else ((), {**inputs, "attention_mask": None, LAYOUT: None})
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found, self._found = self._found, None

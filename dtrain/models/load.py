@@ -245,7 +245,9 @@ def _pretrained(
         log.info("Newly initialized (not in %s): %s", name, _first_names(new))
     if unused:
         log.info("Unused weights in %s: %s", name, _first_names(unused))
-    _align_memory(loaded)
+    if not torch.cuda.is_available():
+        # A GPU gets the weights straight from the file's pages, which the ranks of a node share.
+        _align_memory(loaded)
     return loaded, new
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dtrain.models.host_copy import on_host
+
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """The tensors that a call may have. With any other one, the result may depend on more than the tokens."""
 
@@ -83,19 +85,19 @@ def token_rows(inputs: Mapping[str, Any]) -> TokenRows | None:
     ids, mask, types = (inputs.get(name) for name in INPUTS)
     if not torch.is_tensor(ids) or ids.dim() != 2 or any(_is_more(name, value) for name, value in inputs.items()):
         return None
-    host = ids.cpu().numpy()
+    host = on_host(ids).numpy()
     if mask is None:
         counts = np.full(len(host), host.shape[1], dtype=np.int64)
     else:
         if not torch.is_tensor(mask) or mask.shape != ids.shape:
             return None
-        real = mask.cpu().numpy() != 0
+        real = on_host(mask).numpy() != 0
         counts = real.sum(axis=1, dtype=np.int64)
         if not (real == (np.arange(host.shape[1]) < counts[:, None])).all():
             return None
     if types is not None and (not torch.is_tensor(types) or types.shape != ids.shape):
         return None
-    return TokenRows(host, None if types is None else types.cpu().numpy(), counts)
+    return TokenRows(host, None if types is None else on_host(types).numpy(), counts)
 
 
 def _is_more(name: str, value: Any) -> bool:

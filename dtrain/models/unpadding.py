@@ -49,13 +49,15 @@ DECODERS = (
 )
 """Classes of decoders in transformers."""
 
+WHOLE_ENCODERS = ("ModernBertModel",)
+"""Classes of encoders in transformers that number positions in their layers."""
+
 REASONS: Mapping[str, str] = {
     "bloom": "its attention has ALiBi biases",
     "deberta": "its attention cannot be replaced",
     "deberta-v2": "its attention cannot be replaced",
     "falcon": "its attention may have ALiBi biases",
     "gemma2": "its attention has a soft cap",
-    "modernbert": "its layers have rotary positions and local windows of their own",
     "mpnet": "its attention cannot be replaced",
     "mpt": "its attention has ALiBi biases",
     "xlnet": "its attention cannot be replaced",
@@ -87,7 +89,9 @@ class Unpadding:
     hooks: UnpaddedModel | None = None
 
     def __str__(self) -> str:
-        return f"{self.value} ({self.reason})"
+        found = {kernel.name for kernel in self.hooks.kernels} if self.hooks is not None else set()
+        names = [name for name in ("varlen", "flash", "nested") if name in found]
+        return f"{self.value} ({self.reason})" + (f", attention by {', '.join(names)}" if names else "")
 
 
 def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_padding: bool = False) -> Unpadding:
@@ -138,7 +142,9 @@ def _install(module: nn.Module, settings: schema.Model, *, reads_padding: bool) 
     config: Any = base.config
     unpadding_attention.register()
     base.set_attn_implementation(NAME)
-    hooks = UnpaddedModel(base, layers=ENCODERS.get(kind), counts_tokens=kind == "OPTDecoder")
+    hooks = UnpaddedModel(
+        base, layers=ENCODERS.get(kind), is_causal=kind in DECODERS, counts_tokens=kind == "OPTDecoder"
+    )
     fault = _try(base, hooks)
     if fault is None:
         return Unpadding("on", f"tested for {config.model_type}", hooks)
@@ -160,7 +166,7 @@ def _obstacle_of_settings(settings: schema.Model) -> str | None:
 def _served_parts(module: nn.Module) -> Iterator[Any]:
     """Yields the parts of a model that are a tested architecture of transformers."""
     for part in module.modules():
-        is_named = type(part).__name__ in (*ENCODERS, *DECODERS)
+        is_named = type(part).__name__ in (*ENCODERS, *WHOLE_ENCODERS, *DECODERS)
         if is_named and isinstance(part, PreTrainedModel) and type(part).__module__.startswith("transformers.models."):
             yield part
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dtrain.models.unpadding_kernels import attend
 from dtrain.models.unpadding_layout import NAME, PackedLayout
 
 LAYOUT = "dtrain_layout"
@@ -49,7 +49,8 @@ def unpadded_attention(
 
     Args:
         query: (1, heads, tokens, width). Those of key and value may be fewer heads.
-        sliding_window: number of tokens that a token sees, itself included.
+        sliding_window: distance from which on tokens do not see each other. Causal: number of tokens that a token sees,
+            itself included.
 
     Returns:
         (1, tokens, heads, width), and None for the weights.
@@ -63,30 +64,5 @@ def unpadded_attention(
         return attended, None
     assert query.shape[0] == 1, "a layout for a padded batch"
     assert query.shape[2] == key.shape[2] == layout.tokens, "a layout of another batch"
-    shared = query.shape[1] != key.shape[1]
-    sizes = [group.sequences * group.length for group in layout.groups]
-    pieces = zip(*(torch.split(states[0].transpose(0, 1), sizes) for states in (query, key, value)), strict=True)
-    results = []
-    for group, states in zip(layout.groups, pieces, strict=True):
-        q, k, v = (piece.unflatten(0, group).transpose(1, 2) for piece in states)  # (sequences, heads, length, width)
-        mask = None
-        if layout.is_causal and sliding_window is not None and group.length > sliding_window:
-            mask = _window(group.length, sliding_window, q.device)
-        result = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=layout.is_causal and mask is None and group.length > 1,
-            enable_gqa=shared,
-        )
-        results.append(result.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results)[None], None
-
-
-def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Returns (length, length), whether the token of a row sees the token of a column."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return visible.triu(1 - window)
+    states = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attend(states, layout, dropout=dropout, scaling=scaling, window=sliding_window)[None], None

@@ -1,7 +1,8 @@
 """Hooks that let a model of transformers compute a batch without its padding.
 
 Encoders: the embeddings and everything above the layers (pooler, head) get the padded batch. The layers get one row of
-tokens. Decoders: the whole model without its head gets one row of tokens. Both return padded states, zero for padding.
+tokens. Decoders, and encoders with rotary positions (ModernBERT): the whole model without its head gets one row of tokens.
+All return padded states, zero for padding.
 
 The layout of a call travels in its keyword arguments. So the hooks survive every wrapper, and nothing has to be cleared.
 """
@@ -16,13 +17,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from dtrain.models.host_copy import host_copy
 from dtrain.models.unpadding_attention import LAYOUT, no_mask
-from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask
+from dtrain.models.unpadding_kernels import try_kernels
+from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask, layout_of_whole_rows
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 CARRIED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
-"""Tensors that a decoder's packed call has. A call with others is left as it is."""
+"""Tensors that a packed call of a whole model has. A call with others is left as it is."""
 
 
 class UnpaddedModel:
@@ -31,21 +34,28 @@ class UnpaddedModel:
     Attributes:
         is_on: whether calls are packed. Switched off, the model computes padding as before.
         packed_calls: number of calls that were packed so far.
+        kernels: attention that works on the model's device.
     """
 
-    def __init__(self, base: nn.Module, *, layers: str | None, counts_tokens: bool = False) -> None:
+    def __init__(
+        self, base: nn.Module, *, layers: str | None, is_causal: bool = True, counts_tokens: bool = False
+    ) -> None:
         """
         Args:
             base: the model without its head.
-            layers: name of an encoder's layers in it; None for a decoder.
+            layers: name of an encoder's layers in it; None if the whole model gets the packed row.
+            is_causal: whether it is a decoder; read where `layers` is None.
             counts_tokens: whether the model numbers positions by the mask, not by the column.
         """
+        self._is_causal = is_causal and layers is None
+        device = next(base.parameters()).device
+        self.kernels = try_kernels(base.config, device, is_causal=self._is_causal)
         self.is_on = True
         self.packed_calls = 0
         self._base, self._counts_tokens = base, counts_tokens
         self._handles: list[RemovableHandle] = []
         if layers is None:
-            before, after = self._before_decoder, self._after
+            before, after = self._before_model, self._after
             self._handles += [_before(base, before), _after(base, after)]
         else:
             inner = base.get_submodule(layers)
@@ -71,22 +81,22 @@ class UnpaddedModel:
 
     def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         mask = kwargs.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.is_meta or not self._may_pack(args, kwargs):
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not self._may_pack(args, kwargs):
             return None
-        layout = layout_of_mask(mask, is_causal=False)
+        layout = layout_of_mask(mask, is_causal=False, **self._options()) if _is_readable(mask) else None
         if layout is None:
             return None
         self.packed_calls += 1
         return args, {**kwargs, "attention_mask": no_mask(mask.device), LAYOUT: layout}
 
-    def _before_decoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _before_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         ids = tensors.get("input_ids")
-        if ids is None or not self._may_pack(args, kwargs) or not set(tensors) <= set(CARRIED):
+        if ids is None or ids.dim() != 2 or not self._may_pack(args, kwargs) or not set(tensors) <= set(CARRIED):
             return None
-        layout = _decoder_layout(tensors)
+        layout = self._layout(ids, tensors)
         if layout is None or (layout.rows, layout.width) != tuple(ids.shape):
             return None
         self.packed_calls += 1
@@ -95,6 +105,26 @@ class UnpaddedModel:
             packed["position_ids"] = self._positions(layout, tensors)
         mask = no_mask(ids.device)
         return (), {**kwargs, **packed, "attention_mask": mask, "use_cache": False, LAYOUT: layout}
+
+    def _layout(self, ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> PackedLayout | None:
+        mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
+        if mask is None:
+            # Without a mask, transformers would fetch the positions, to find out whether there are several documents.
+            is_plain = self._is_causal and positions is None and _is_on_device(ids)
+            return layout_of_whole_rows(ids.shape[0], ids.shape[1], ids.device) if is_plain else None
+        if not _is_readable(mask):
+            return None
+        if mask.dim() == 2 and self._is_causal:
+            return layout_of_mask(mask, is_causal=True, **self._options())
+        if mask.dim() == 2:
+            # A window counts positions, which are those of the packed row only where no token is left out.
+            return layout_of_mask(mask, is_causal=False, needs_neighbors=True, **self._options())
+        if mask.dim() == 4 and self._is_causal and positions is not None:
+            return layout_of_documents(mask, positions, **self._options())
+        return None
+
+    def _options(self) -> dict[str, Any]:
+        return {"kernels": self.kernels} if self.kernels else {}
 
     def _positions(self, layout: PackedLayout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the positions that the model would have given to the tokens in the padded batch."""
@@ -105,7 +135,7 @@ class UnpaddedModel:
 
     def _may_pack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Returns whether this is a plain call: no cache, no other model's states, no inner states wanted."""
-        if not self.is_on or len(args) > 1:
+        if not self.is_on or len(args) > 1 or LAYOUT in kwargs:  # a caller with a layout has done it, or wants none
             return False
         config: Any = self._base.config
         wanted = ("output_hidden_states", "output_attentions")
@@ -141,13 +171,12 @@ def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, {**kwargs, "hidden_states": layout.pack(kwargs["hidden_states"])}
 
 
-def _decoder_layout(tensors: Mapping[str, torch.Tensor]) -> PackedLayout | None:
-    mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
-    if mask is None or mask.is_meta:
-        return None
-    if mask.dim() == 4:
-        return layout_of_documents(mask, positions) if positions is not None else None
-    return layout_of_mask(mask, is_causal=True) if mask.dim() == 2 else None
+def _is_on_device(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "cpu"
+
+
+def _is_readable(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta or host_copy(tensor) is not None
 
 
 def _before(module: nn.Module, hook: Any) -> RemovableHandle:

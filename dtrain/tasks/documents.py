@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dtrain.errors import ConfigError
+from dtrain.models.host_copy import host_copy, remember
 from dtrain.models.modes import restored_modes
 from dtrain.models.unpadding_layout import NAME
 
@@ -36,7 +37,11 @@ def document_inputs(document_ids: torch.Tensor, dtype: torch.dtype) -> dict[str,
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = torch.where(is_first, places, 0).cummax(dim=1).values
-    return {"attention_mask": mask[:, None], "position_ids": places - starts}
+    mask = mask[:, None]
+    numbers = host_copy(document_ids)
+    if numbers is not None and mask.device.type != "cpu":
+        remember(mask, numbers)  # as layout_of_documents reads it
+    return {"attention_mask": mask, "position_ids": places - starts}
 
 
 @torch.no_grad()

@@ -21,12 +21,16 @@ from torch import nn
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.models.host_copy import host_copy, pick, remember
 from dtrain.models.modes import restored_modes
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.tensors import full_precision
 
 MAX_LOGITS = 2**24
 """Number of logits from which on they are computed in chunks: 64 MiB in float32."""
+
+MAX_LOGITS_ON_GPU = 2**28
+"""The same on a GPU, where each chunk reads and writes the gradient of all weights: 1 GiB."""
 
 KIND_ATTRIBUTE = "_dtrain_head_kind"
 """Attribute of a model under which the result of the trial is kept."""
@@ -56,7 +60,7 @@ class _Selection:
         self.calls += 1
         if hidden.shape[:-1] != self.is_target.shape:
             return None
-        self.rows = hidden[self.is_target]
+        self.rows = pick(hidden, self.is_target)
         passed = self.rows[None] if self.passes_rows else hidden[:, :0]
         return (passed, *inputs[1:])
 
@@ -82,10 +86,10 @@ def target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.
     """
     layer = _last_layer(model)
     if layer is None or _head_kind(model) == COMPLETE:
-        return full_precision(model(**inputs).logits[is_target])
+        return full_precision(pick(model(**inputs).logits, is_target))
     with _selecting(layer, _Selection(is_target, passes_rows=True)) as selection:
         logits = model(**inputs).logits
-    return full_precision(logits[is_target] if selection.rows is None else logits[0])
+    return full_precision(pick(logits, is_target) if selection.rows is None else logits[0])
 
 
 def target_loss(
@@ -96,22 +100,30 @@ def target_loss(
     Args:
         labels: (batch, length) int64.
     """
-    is_target, layer = labels != IGNORED, _last_layer(model)
+    is_target, layer = _is_target(labels), _last_layer(model)
     if layer is not None and _is_chunked(model, layer, labels):
         with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
             logits = model(**inputs).logits
         if selection.rows is not None:
             # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
-            chunk = max(1, max(MAX_LOGITS, selection.rows.numel()) // layer.out_features)
-            options = (labels[is_target], label_smoothing, chunk)
+            chunk = max(1, max(_most_logits(labels.device), selection.rows.numel()) // layer.out_features)
+            options = (pick(labels, is_target), label_smoothing, chunk)
             loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
                 selection.rows, layer.weight, layer.bias, *options
             )
             return loss
-        logits = full_precision(logits[is_target])
+        logits = full_precision(pick(logits, is_target))
     else:
         logits = target_logits(model, inputs, is_target)
-    return F.cross_entropy(logits, labels[is_target], label_smoothing=label_smoothing, reduction="sum")
+    return F.cross_entropy(logits, pick(labels, is_target), label_smoothing=label_smoothing, reduction="sum")
+
+
+def _is_target(labels: torch.Tensor) -> torch.Tensor:
+    is_target = labels != IGNORED
+    known = host_copy(labels)
+    if known is not None and labels.device.type != "cpu":
+        remember(is_target, known != IGNORED)
+    return is_target
 
 
 def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> bool:
@@ -119,12 +131,16 @@ def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> boo
     device = labels.device.type
     # Gradients of a chunk do not have the loss scale of fp16 yet, so that small ones would become 0.
     is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    is_large = labels.numel() * layer.out_features > MAX_LOGITS
+    is_large = labels.numel() * layer.out_features > _most_logits(labels.device)
     is_hooked = bool(layer._forward_hooks)  # one that changes the logits
     is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
     if not is_large or not is_whole or is_fp16 or is_hooked or not torch.is_grad_enabled():
         return False
     return _head_kind(model) == LINEAR and _keeps_order(model, layer)
+
+
+def _most_logits(device: torch.device) -> int:
+    return MAX_LOGITS_ON_GPU if device.type == "cuda" else MAX_LOGITS
 
 
 def _keeps_order(model: nn.Module, layer: nn.Linear) -> bool:

@@ -19,7 +19,8 @@ from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metric
 from dtrain.distributed.heartbeat import Phase
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
-from dtrain.tasks.protocol import Batch, ScoredBatch, Task
+from dtrain.models.host_copy import to_device
+from dtrain.tasks.protocol import ScoredBatch, Task
 from dtrain.tasks.row_lengths import row_lengths
 from dtrain.training.metric_selection import Reported
 from dtrain.training.out_of_memory import explain_in_evaluation
@@ -208,11 +209,6 @@ def leaving_together() -> Iterator[None]:
         yield
     except StopWanted:
         raise RunStopped from None
-
-
-def to_device(tensors: Batch, device: torch.device) -> Batch:
-    """Moves a batch to the model's device."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def _values(done: Sequence[tuple[MicroBatch, ScoredBatch]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -24,8 +24,8 @@ from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine, StepResult, StepWeight
 from dtrain.errors import ConfigError
 from dtrain.models.freezing import frozen_statistics
+from dtrain.models.host_copy import to_device
 from dtrain.tasks.protocol import Task
-from dtrain.training.evaluation import to_device
 from dtrain.training.look_ahead import LookAhead, Step, StepTotals, counted
 from dtrain.training.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
 from dtrain.training.out_of_memory import explain_in_step, explain_in_training

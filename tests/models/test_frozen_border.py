@@ -13,6 +13,7 @@ import transformers
 
 from dtrain.config.task import Classification
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.models import unpadding_hooks
 from dtrain.models.frozen_prefix import BackboneBorder, LayersBorder
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.token_classification import TokenClassificationTask
@@ -120,6 +121,17 @@ def test_layers_on_frozen_ones_read_the_states_of_real_tokens(name: str, tmp_pat
 
     assert isinstance(cache.border, LayersBorder)
     assert "after layer 2 of 3" in cache.border.shown
+    assert (cache.hits > 0, cache.misses) == (True, 0)
+
+
+@pytest.mark.parametrize("frozen", [BASE, LLAMA])
+def test_a_decoder_that_packs_calls_without_a_mask_reads_them_too(
+    frozen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpadding_hooks, "_is_on_device", lambda _: True)  # as on a GPU
+
+    cache = compare(frozen, tmp_path, lambda: model("llama"))
+
     assert (cache.hits > 0, cache.misses) == (True, 0)
 
 

@@ -300,15 +300,14 @@ def test_no_model_at_all_is_refused() -> None:
         classifier(schema.Model())
 
 
-def test_loaded_weights_are_aligned_like_new_ones(tmp_path: Path) -> None:
+def misaligned(tmp_path: Path) -> Any:
+    """Returns the model of a file in which every tensor begins at an odd multiple of 4: its header is four bytes longer."""
     folder = tiny.write_model(tmp_path / "odd")
     file = folder / "model.safetensors"
     content = file.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    # A header four bytes longer: every tensor of the mapped file begins at an odd multiple of 4.
     file.write_bytes((length + 4).to_bytes(8, "little") + content[8 : 8 + length] + b" " * 4 + content[8 + length :])
-
-    loaded = load_model(
+    return load_model(
         schema.Model(name_or_path=str(folder)),
         head=HEADS["sequence_classification"],
         head_config={"num_labels": 2},
@@ -316,4 +315,21 @@ def test_loaded_weights_are_aligned_like_new_ones(tmp_path: Path) -> None:
         seed=0,
     )
 
+
+def test_loaded_weights_are_aligned_like_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = misaligned(tmp_path)
+
     assert [name for name, value in loaded.named_parameters() if value.data_ptr() % 64] == []
+
+
+def test_before_they_go_to_a_gpu_weights_have_no_copy_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    loaded = misaligned(tmp_path)
+
+    copied = [name for name, value in loaded.named_parameters() if value.data_ptr() % 64 == 0]
+    assert copied == []
+    assert torch.isfinite(torch.cat([value.detach().flatten() for value in loaded.parameters()])).all()

@@ -363,7 +363,6 @@ def decide(model: Any, **settings: Any) -> Any:
         ("bloom", {}, "its attention has ALiBi biases"),
         ("deberta-v2", {}, "its attention cannot be replaced"),
         ("gemma2", {"head_dim": 8}, "its attention has a soft cap"),
-        ("modernbert", {"pad_token_id": 0}, "its layers have rotary positions"),
         (
             "t5",
             {"d_model": 8, "num_layers": 1, "num_heads": 1, "d_ff": 8, "d_kv": 8},

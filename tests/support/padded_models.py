@@ -23,6 +23,7 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     "electra": {**_BERT, "embedding_size": 8},
     "ernie": _BERT,
+    "modernbert": {**_BERT, "pad_token_id": 0, "local_attention": 6, "global_attn_every_n_layers": 2},
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
 }

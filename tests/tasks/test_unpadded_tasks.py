@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,11 @@ from transformers import (
 
 from dtrain.config.task import CausalLm, MaskedLm, QuestionAnswering
 from dtrain.data.packing import pack_segments, split_into_segments
+from dtrain.data.seeding import DataPosition
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.models.chat_format import TurnsFormat
+from dtrain.models.host_copy import to_device
+from dtrain.tasks import target_loss
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.tasks.chat import ChatTask
 from dtrain.tasks.masked_lm import MaskedLmTask
@@ -122,6 +126,7 @@ Case = tuple[Callable[[], Any], str, Any, Mapping[str, Any]]
 CASES: dict[str, Case] = {
     "classification": (classification, "bert", AutoModelForSequenceClassification, {"num_labels": 2}),
     "left padding": (left_padded, "distilbert", AutoModelForSequenceClassification, {"num_labels": 2}),
+    "modernbert": (classification, "modernbert", AutoModelForSequenceClassification, {"num_labels": 2}),
     "roberta": (classification, "roberta", AutoModelForSequenceClassification, {"num_labels": 2}),
     "decoder": (
         classification,
@@ -185,3 +190,33 @@ def test_another_document_in_the_row_changes_no_logit_without_padding() -> None:
     others = batch["document_ids"] > 1
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[~others], after[~others])
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name != "left padding"]
+)  # its mask is fetched: it is padded
+def test_a_loss_without_padding_fetches_nothing_from_the_device(
+    name: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_task, kind, auto_class, changes = CASES[name]
+    learns = make_task()
+    model = padded_models.make(kind, auto_class, **changes)
+    module = training.build(ONE_PROCESS, replace(SETTING, unpad="on"), model, learns).prepared.module
+    target_loss.try_last_layer(module, ONE_PROCESS)
+    batch = learns.collate(learns.splits["train"][list(range(6))], DataPosition(0, list(range(6))))
+    learns.loss(module, batch)  # a check of the first batch
+    if chunked:
+        monkeypatch.setattr(target_loss, "MAX_LOGITS", 64)
+    # The meta device has no autocast. Rotary positions of transformers turn it off.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    meta = torch.device("meta")
+    module.to(meta).train()
+
+    learns.loss(module, to_device(batch, meta)).backward()  # the meta device refuses every fetch
+
+    assert any(parameter.grad is not None for parameter in module.parameters())
+    if name in ("chat", "masked language model"):
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            learns.loss(module, {key: tensor.to(meta) for key, tensor in batch.items()})

@@ -58,6 +58,7 @@ class Gate:
             action()
         if self._socket is None or self._steps != self._next:
             return
+        machine.wait_for_device()
         wall, cpu = time.perf_counter(), machine.tree_cpu_seconds()
         send(self._file, {"steps": self._steps, "cpu_s": cpu - self._cpu, "wall_s": wall - self._wall})
         if not self._file.readline():

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,13 @@ def bind(core: int) -> None:
     """Binds this process, and those that it starts, to the n-th of its cores."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[core % len(cores)]})
+
+
+def wait_for_device() -> None:
+    """Waits until a GPU that this process uses has done its work."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def tree_cpu_seconds() -> float:

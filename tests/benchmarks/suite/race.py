@@ -121,7 +121,7 @@ class Runner:
         listener.bind(str(address))
         listener.listen(1)
         listener.settimeout(1)
-        self.process = stack.enter_context(Process(command_of(self.spec), spec.output))
+        self.process = stack.enter_context(Process(command_of(self.spec), spec.output, environment_of(spec)))
         connection = stack.enter_context(self._accept(listener))
         connection.settimeout(BLOCK_TIMEOUT_S)
         self._file = stack.enter_context(connection.makefile("rw", encoding="utf-8"))
@@ -256,6 +256,12 @@ def quiet_environment() -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")])),
     }
+
+
+def environment_of(spec: Spec) -> dict[str, str]:
+    """Returns what a contestant's environment has besides: the GPUs of this process, if it may use them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {"CUDA_VISIBLE_DEVICES": "0" if visible is None else visible} if spec.gpu else {}
 
 
 def _attempt(lane: Lane, action: Any) -> None:

@@ -91,6 +91,7 @@ class Spec:
         laps: steps after which the counts of a lap end and the next one begins.
         traced: keeps the time at which each step ended.
         cache: folder of tokenized data and other caches; None: one for all runs of the workload.
+        gpu: computes on the GPU, if there is one; else there is none for it.
     """
 
     contestant: Contestant
@@ -111,6 +112,7 @@ class Spec:
     laps: tuple[int, ...] = ()
     traced: bool = False
     cache: Path | None = None
+    gpu: bool = False
 
     def write(self) -> Path:
         """Writes the spec into its output folder and returns the file."""

@@ -50,10 +50,11 @@ def train(spec: Spec, gate: Gate) -> list[float]:
         save_strategy="steps" if spec.save_every else "no",
         save_steps=spec.save_every or 500,
         save_total_limit=1,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=spec.gpu,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not spec.gpu,
+        **options.get("arguments", {}),
     )
     trainer = Trainer(
         model=rows.model(spec),
