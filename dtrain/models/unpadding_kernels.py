@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.host_copy import array_to
-from dtrain.models.unpadding_layout import Group, Kernel, PackedLayout, make_layout
+from dtrain.models.unpadding_calls import Group
+from dtrain.models.unpadding_groups import attend_by_groups
+from dtrain.models.unpadding_layout import Kernel, PackedLayout, make_layout
 
 Name = Literal["groups", "varlen", "flash", "nested"]
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -102,44 +103,7 @@ def attend_by(
         case "nested":
             return _by_nested(states, layout, dropout=dropout, scaling=scaling)
         case "groups":
-            return _by_groups(states, layout, dropout=dropout, scaling=scaling, window=window)
-
-
-def _by_groups(
-    states: States,
-    layout: PackedLayout,
-    *,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
-    shared = states[0].shape[1] != states[1].shape[1]
-    sizes = [group.sequences * group.length for group in layout.groups]
-    pieces = zip(*(torch.split(part, sizes) for part in states), strict=True)
-    results = []
-    for group, parts in zip(layout.groups, pieces, strict=True):
-        q, k, v = (part.unflatten(0, group).transpose(1, 2) for part in parts)  # (sequences, heads, length, width)
-        mask = None
-        if window is not None and group.length > window:
-            mask = _window(group.length, window, q.device, is_causal=layout.is_causal)
-        result = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=layout.is_causal and mask is None and group.length > 1,
-            enable_gqa=shared,
-        )
-        results.append(result.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results)
-
-
-def _window(length: int, window: int, device: torch.device, *, is_causal: bool) -> torch.Tensor:
-    """Returns (length, length), whether the token of a row sees the token of a column."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril(0 if is_causal else window - 1)
-    return visible.triu(1 - window)
+            return attend_by_groups(states, layout, dropout=dropout, scaling=scaling, window=window)
 
 
 def _by_varlen(
@@ -222,7 +186,9 @@ def _by_nested(
         ).transpose(1, 2)
         for part in (query, key, value)
     )
-    attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=layout.is_causal)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, scale=scaling, is_causal=layout.is_causal
+    )
     values: torch.Tensor = attended.transpose(1, 2).values()
     return values
 

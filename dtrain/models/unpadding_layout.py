@@ -8,22 +8,17 @@ between two forward passes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from dtrain.models.host_copy import array_to, host_copy, on_host
+from dtrain.models.unpadding_calls import Calls, Group, plan_calls
 
 NAME = "dtrain_unpadded"
 """Name of the attention over a packed row in transformers. It is not written to config.json."""
-
-
-class Group(NamedTuple):
-    """Neighboring sequences of one length in the packed row."""
-
-    sequences: int
-    length: int
 
 
 class Kernel(NamedTuple):
@@ -69,6 +64,11 @@ class PackedLayout:
     def tokens(self) -> int:
         """The length of the packed row."""
         return self.index.shape[0]
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The calls of attention by groups."""
+        return plan_calls(self.groups, self.index.device)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Returns (rows, width, ...) as (1, tokens, ...). A first dimension of 1 is repeated for each row."""

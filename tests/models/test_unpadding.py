@@ -13,7 +13,8 @@ from dtrain.config import schema
 from dtrain.models import unpadding, unpadding_hooks
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.unpadding import prepare_unpadding
-from dtrain.models.unpadding_layout import Group, PackedLayout, layout_of_mask
+from dtrain.models.unpadding_calls import Group
+from dtrain.models.unpadding_layout import PackedLayout, layout_of_mask
 from tests.support.heads import HEADS
 from tests.support.padded_models import DECODERS, ENCODERS, batch, make
 

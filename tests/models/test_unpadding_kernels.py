@@ -20,8 +20,9 @@ from dtrain.config import schema
 from dtrain.models import unpadding_hooks, unpadding_kernels
 from dtrain.models.host_copy import to_device
 from dtrain.models.unpadding import prepare_unpadding
+from dtrain.models.unpadding_calls import Group
 from dtrain.models.unpadding_kernels import choose, try_kernels, works
-from dtrain.models.unpadding_layout import Group, Kernel, layout_of_mask
+from dtrain.models.unpadding_layout import Kernel, layout_of_mask
 from dtrain.tasks.documents import document_inputs
 from tests.support.padded_models import DECODERS, ENCODERS, batch, make
 
