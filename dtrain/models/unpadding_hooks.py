@@ -33,6 +33,7 @@ class UnpaddedModel:
 
     Attributes:
         is_on: whether calls are packed. Switched off, the model computes padding as before.
+        is_causal: whether it is a decoder.
         packed_calls: number of calls that were packed so far.
         kernels: attention that works on the model's device.
     """
@@ -47,9 +48,9 @@ class UnpaddedModel:
             is_causal: whether it is a decoder; read where `layers` is None.
             counts_tokens: whether the model numbers positions by the mask, not by the column.
         """
-        self._is_causal = is_causal and layers is None
+        self.is_causal = is_causal and layers is None
         device = next(base.parameters()).device
-        self.kernels = try_kernels(base.config, device, is_causal=self._is_causal)
+        self.kernels = try_kernels(base.config, device, is_causal=self.is_causal)
         self.is_on = True
         self.packed_calls = 0
         self._base, self._counts_tokens = base, counts_tokens
@@ -110,16 +111,16 @@ class UnpaddedModel:
         mask, positions = tensors.get("attention_mask"), tensors.get("position_ids")
         if mask is None:
             # Without a mask, transformers would fetch the positions, to find out whether there are several documents.
-            is_plain = self._is_causal and positions is None and _is_on_device(ids)
+            is_plain = self.is_causal and positions is None and _is_on_device(ids)
             return layout_of_whole_rows(ids.shape[0], ids.shape[1], ids.device) if is_plain else None
         if not _is_readable(mask):
             return None
-        if mask.dim() == 2 and self._is_causal:
+        if mask.dim() == 2 and self.is_causal:
             return layout_of_mask(mask, is_causal=True, **self._options())
         if mask.dim() == 2:
             # A window counts positions, which are those of the packed row only where no token is left out.
             return layout_of_mask(mask, is_causal=False, needs_neighbors=True, **self._options())
-        if mask.dim() == 4 and self._is_causal and positions is not None:
+        if mask.dim() == 4 and self.is_causal and positions is not None:
             return layout_of_documents(mask, positions, **self._options())
         return None
 
