@@ -63,7 +63,7 @@ class Model(Section):
         "auto", "compute no padding; auto: if the model is tested for it. A run keeps its choice in its config.yaml"
     )
     fast_dropout: bool = setting(
-        True, "draw dropout's numbers on a CPU 5 times as fast as torch; they are other numbers"
+        True, "draw dropout's numbers on a CPU 3 times as fast as torch; they are other numbers"
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", resume="free"

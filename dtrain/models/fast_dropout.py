@@ -1,13 +1,12 @@
 """Dropout that does not wait for its random numbers (model.fast_dropout).
 
 torch draws dropout's numbers one by one on a CPU: 5 ns for each value of a batch, 4 to 6 % of a training step of BERT. Here one
-64-bit number of numpy's SFC64 decides on four values. Its seed is drawn from torch's generator, so the draws depend on
-the same things as torch's own (law 5), and are repeated by activation checkpointing. They are other numbers than torch's.
+64-bit number of torch's generator decides on four values, so the draws depend on the same things as torch's own (law 5), and
+activation checkpointing repeats them. They are other numbers than torch's.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,12 +28,10 @@ def fast_dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
     dropped = round(probability * STEPS)
     if dropped in (0, STEPS):
         return values if dropped == 0 else values * 0.0
-    seed = int(torch.randint(2**63 - 1, ()))
     count = values.numel()
-    drawn = np.random.SFC64(seed).random_raw(-(-count // 4)).view(np.uint16)[:count]
-    factors = (drawn >= dropped).astype(np.float32)
-    factors *= STEPS / (STEPS - dropped)
-    return values * torch.from_numpy(factors).view(values.shape).to(values.dtype)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
+    factors = (bits >= dropped - STEPS // 2).to(values.dtype).mul_(STEPS / (STEPS - dropped))
+    return values * factors.view(values.shape)
 
 
 def use_fast_dropout(module: nn.Module) -> None:
