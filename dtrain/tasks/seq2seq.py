@@ -40,8 +40,8 @@ from dtrain.models.seq2seq import (
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.target_loss import target_loss
-from dtrain.tasks.tensors import count_targets, full_precision, pad_arrays, pad_rows
+from dtrain.tasks.target_loss import score_targets, target_loss
+from dtrain.tasks.tensors import count_targets, pad_arrays, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
@@ -141,8 +141,7 @@ class Seq2SeqTask:
         if int(
             targets.sum()
         ):  # all examples of a split have a target or none has, so that every rank takes the same path
-            logits = full_precision(module(**_inputs(module, batch)).logits).transpose(1, 2)
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum(dim=1)
+            losses = score_targets(module, _inputs(module, batch), labels).loss
         generated = self._generate(module, batch, lock_step=lock_step) if self._generates else None
         return ScoredBatch(losses, targets, generated)
 
