@@ -119,14 +119,16 @@ class Seq2SeqTask:
         return batch
 
     def row_lengths(self, split: str) -> RowLengths | None:
-        """Returns the lengths of source and target: both are computed."""
+        """Returns the lengths of source and target, and how many tokens may be generated: all are computed."""
         rows, padding = self.splits[split], self.padding
         source = token_lengths(rows, length=padding.length)
         target = token_lengths(rows, "labels", length=padding.target_length, minimum=1)
         if source is None or target is None:
             return None
         widths, tokens = {**source.widths, **target.widths}, source.tokens + target.tokens
-        return RowLengths(source.sequences, widths, tokens, source=source.source)
+        generates = self._generates and split != "train"
+        generated = self.max_new_tokens * int(self._generation_options["num_beams"]) if generates else 0
+        return RowLengths(source.sequences, widths, tokens, source=source.source, generated=generated)
 
     def targets(self, batch: Batch) -> Targets:
         return count_targets(batch["labels"])

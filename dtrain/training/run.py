@@ -306,6 +306,7 @@ class TrainingRun:
                 self.engine,
                 self.task,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
+                micro_batch_tokens=self.config.evaluation.micro_batch_tokens,
                 workers=self.config.data.workers,
                 reported=self.reported,
                 stop=self.stop,
