@@ -37,6 +37,7 @@ from dtrain.models.seq2seq import (
     max_decoder_positions,
     set_languages,
 )
+from dtrain.tasks.generation import generate_tokens
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
@@ -152,16 +153,18 @@ class Seq2SeqTask:
 
         With lock_step every rank calls this equally often, and a rank whose texts have ended continues with the others.
         """
-        tokens = module.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            synced_gpus=lock_step,
-            **self._generation_options,
-        )[:, 1:]  # without the decoder's start token
-        is_end = tokens == end_token_id(self.tokenizer)
+        end, pad = end_token_id(self.tokenizer), self.tokenizer.pad_token_id
+        tokens = generate_tokens(
+            module,
+            {name: batch[name] for name in ("input_ids", "attention_mask")},
+            self._generation_options,
+            ends=self.stop_ids,
+            pad=pad,
+            lock_step=lock_step,
+        )
+        is_end = tokens == end
         after_end = (is_end.cumsum(dim=1) - is_end.long()) > 0
-        pad = self.tokenizer.pad_token_id
-        return F.pad(tokens.masked_fill(after_end, pad), (0, self.max_new_tokens - tokens.shape[1]), value=pad)
+        return tokens.masked_fill(after_end, pad)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         if not self._generates:
