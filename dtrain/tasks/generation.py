@@ -75,7 +75,7 @@ def generate_tokens(
     return tokens
 
 
-class _TooManyEnded(StoppingCriteria):
+class _TooManyEnded(StoppingCriteria):  # type: ignore[misc]
     """Ends `generate` when it has computed more tokens of rows that had ended than a new start computes again.
 
     In all, no more than twice the tokens are computed that are needed, however long the rows are. It fetches nothing from the

@@ -99,7 +99,7 @@ class Seq2SeqTask:
         self._generates = evaluation.generate
         # Overrides transformers' default of 20 tokens, and never samples. The other options (length penalty, no repeated
         # n-grams, forced tokens) come from the model's generation_config.
-        self._generation_options = {
+        self._generation_options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "max_length": None,
             "num_beams": evaluation.num_beams,
@@ -154,6 +154,7 @@ class Seq2SeqTask:
         With lock_step every rank calls this equally often, and a rank whose texts have ended continues with the others.
         """
         end, pad = end_token_id(self.tokenizer), self.tokenizer.pad_token_id
+        assert end is not None, "prepare_seq2seq checks it"
         tokens = generate_tokens(
             module,
             {name: batch[name] for name in ("input_ids", "attention_mask")},

@@ -138,20 +138,24 @@ def _logits_in_parts(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Runs the model; yields numbers of targets and their logits in full precision, at most MAX_LOGITS at a time."""
     is_target, layer = labels != IGNORED, _last_layer(model)
-    rows = None
     if layer is not None and _is_separable(model, layer, labels):
         with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
             logits = model(**inputs).logits
-        rows = selection.rows
-        logits = logits[is_target] if rows is None else logits
+        if selection.rows is not None:
+            for part in _parts(len(selection.rows), layer.out_features):
+                # Autocast casts, as it would in the layer.
+                yield part, full_precision(F.linear(selection.rows[part], layer.weight, layer.bias))
+            return
+        logits = logits[is_target]
     else:
         logits = _target_logits(model, inputs, is_target)
-    weight, bias = (None, None) if layer is None or rows is None else (layer.weight, layer.bias)
-    chunk = max(1, MAX_LOGITS // logits.shape[-1])
-    for start in range(0, len(logits) if rows is None else len(rows), chunk):
-        part = slice(start, start + chunk)
-        # Autocast casts, as it would in the layer.
-        yield part, full_precision(logits[part] if rows is None else F.linear(rows[part], weight, bias))
+    for part in _parts(*logits.shape):
+        yield part, full_precision(logits[part])
+
+
+def _parts(rows: int, vocabulary: int) -> list[slice]:
+    chunk = max(1, MAX_LOGITS // vocabulary)
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
 
 
 def target_loss(

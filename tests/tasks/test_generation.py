@@ -64,9 +64,7 @@ def found(made: Any, *, ends: set[int] | None = None, **options: Any) -> torch.T
     made.computed.clear()
     with torch.no_grad():
         lock_step = bool(options.pop("lock_step", False))
-        return generate_tokens(
-            made, sources(), {**OPTIONS, **options}, ends=ends or {2}, pad=PAD, lock_step=lock_step
-        )
+        return generate_tokens(made, sources(), {**OPTIONS, **options}, ends=ends or {2}, pad=PAD, lock_step=lock_step)
 
 
 def alone(made: Any, row: int) -> list[int]:
@@ -93,7 +91,9 @@ def lengths_of(tokens: torch.Tensor, ends: list[int]) -> list[int]:
         ("marian", {}),
     ],
 )
-def test_each_row_has_the_tokens_that_it_has_alone_and_few_are_computed_in_vain(name: str, more: dict[str, Any]) -> None:
+def test_each_row_has_the_tokens_that_it_has_alone_and_few_are_computed_in_vain(
+    name: str, more: dict[str, Any]
+) -> None:
     made = model(name, **more)
 
     tokens = found(made)

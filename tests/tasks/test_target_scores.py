@@ -47,7 +47,14 @@ def rows(name: str, lengths: list[int]) -> Dataset:
 
 def make(name: str, lengths: list[int]) -> tuple[Any, nn.Module]:
     """A task with a validation split of rows of these lengths, and a model whose last layer has been tried."""
-    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        GPT2Config,
+        GPT2LMHeadModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     splits, tokenizer = {"validation": rows(name, lengths)}, tiny.tokenizer()
     task: Task
