@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metrics, share_from_main
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError
+from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import Batch, ScoredBatch, Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
 from dtrain.training.metric_selection import Reported
@@ -154,7 +156,8 @@ def evaluate_split(
         with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors, size_setting=size_setting):
             return task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
 
-    done = _score(forward, batches, score, stop=stop)
+    with _progress(forward.context, split, len(task.splits[split])) as advance:
+        done = _score(forward, batches, score, stop=stop, advance=advance)
     with leaving_together():
         gathered = gather_for_metrics(
             *_values(done), forward.context, num_examples=len(task.splits[split]), wants_stop=stop.is_signaled()
@@ -197,6 +200,7 @@ def _score(
     score: Callable[[MicroBatch], ScoredBatch],
     *,
     stop: StopCondition,
+    advance: Callable[[int], None],
 ) -> list[tuple[MicroBatch, ScoredBatch]]:
     """Scores this rank's micro-batches; returns those that count, and after a signal only some of them.
 
@@ -214,6 +218,7 @@ def _score(
                 stop.leave_together(forward.context)
             scored = score(batch)
             forward.context.heartbeat.tick()
+            advance(len(batch.example_index))
             if batch.counted:
                 done.append((batch, scored))
 
@@ -222,6 +227,11 @@ def _score(
     else:
         stop.attempt(score_all)
     return done
+
+
+def _progress(context: RankContext, split: str, rows: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows on rank 0 how far a long evaluation is, of the rows that this rank computes."""
+    return progress(f"{split}: rows", -(-rows // context.world_size), of="evaluation", is_shown=context.is_main)
 
 
 @contextmanager
