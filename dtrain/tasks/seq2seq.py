@@ -183,11 +183,11 @@ class Seq2SeqTask:
         return [text.strip() for text in texts]
 
     def _length(self, ids: Sequence[int]) -> int:
-        """Returns the number of tokens up to and including the end token."""
+        """Returns the number of tokens up to and including the end token, or the model's own one, after which only pads come."""
         end = end_token_id(self.tokenizer)
         if end in ids:
             return ids.index(end) + 1
-        return len(ids)
+        return next((number for number in range(len(ids), 0, -1) if ids[number - 1] != self.tokenizer.pad_token_id), 0)
 
     def _references(self, split: str) -> Sequence[str | None]:
         """Returns the original texts of the targets in data order."""

@@ -5,6 +5,7 @@ Dropout is on where only the number of ranks differs, because the list of micro-
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Config
+from dtrain.console import log
 from dtrain.data.lengths import token_lengths
 from dtrain.distributed.evaluation_exchange import SHARED_BYTES, StopWanted, share_from_main
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
@@ -204,6 +206,24 @@ def test_an_evaluation_by_tokens_of_rows_without_lengths_is_refused_at_the_start
         evaluate_split(forward, task, "validation", micro_batch_size=4, micro_batch_tokens=99)
     with pytest.raises(ConfigError, match=r"^evaluation\.micro_batch_tokens=99 needs .* evaluation\.micro_batch_size"):
         build.step_plan(config, task)
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.tasks.progress.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(log, "propagate", True)
+    task = training.task(SORTED)
+    task.splits = {**task.splits, "validation": tiny.arrow_sentences(11, seed=5)}
+
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        evaluate_split(
+            ForwardOnly(tiny.bert(layers=1), SORTED.config(), ONE_PROCESS), task, "validation", micro_batch_size=4
+        )
+
+    assert [line for line in caplog.messages if line.startswith("evaluation: ")] == [
+        f"evaluation: validation: rows: {done} of 11 ({share} %)" for done, share in ((4, 36), (7, 64))
+    ]
 
 
 def test_a_table_of_another_split_ends_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
