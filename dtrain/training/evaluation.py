@@ -19,7 +19,7 @@ from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metric
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import Batch, ScoredBatch, Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
@@ -132,10 +132,15 @@ def evaluate_split(
     forward pass is a collective, agrees before each micro-batch.
 
     Raises:
+        DataError: the split has no rows.
         RunStopped: on every rank, after a signal.
     """
     heartbeat = forward.context.heartbeat
     heartbeat.at(Phase.EVALUATION)
+    if not len(task.splits[split]):
+        raise DataError(
+            f"The split {split} has no rows to evaluate: give it some, or remove it from the task's splits."
+        )
     lengths = row_lengths(task, split)
     if micro_batch_tokens is not None and lengths is None:
         raise unknown_lengths(micro_batch_tokens, "evaluation")

@@ -17,6 +17,7 @@ from dtrain.config.task import MaskedLm, Seq2Seq
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine.forward_only import ForwardOnly
+from dtrain.errors import DataError
 from dtrain.tasks import target_loss
 from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.tasks.chat import ChatTask
@@ -178,6 +179,14 @@ def evaluated(context: RankContext, name: str, lengths: list[int]) -> list[dict[
     task, module = make(name, lengths)
     result = evaluate(ForwardOnly(module, CONFIG, context), task, micro_batch_size=2)
     return all_gather_object(result.metrics, context)
+
+
+def test_a_split_without_rows_is_named() -> None:
+    task, module = make("chat", [4])
+    task.splits = {"validation": task.splits["validation"].select([])}
+
+    with pytest.raises(DataError, match="The split validation has no rows to evaluate"):
+        evaluate(ForwardOnly(module, CONFIG, ONE_PROCESS), task, micro_batch_size=2)
 
 
 @pytest.mark.ranks
