@@ -14,15 +14,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from dtrain.commands.generate import continue_tokens, end_tokens
+from dtrain.commands.continuation import Continuer, Prompt, end_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import row_unit
-from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
@@ -34,6 +32,7 @@ from dtrain.models.load import load_model
 from dtrain.models.tokenizer import load_tokenizer
 from dtrain.runs.folder import write_json_atomic, write_lines_atomic
 from dtrain.tasks.build import task_info
+from dtrain.tasks.progress import progress
 from dtrain.training import run_claim
 from dtrain.training import summary as results
 from dtrain.training.build import refuse_custom_models
@@ -82,11 +81,14 @@ def run_chat(config: Config, context: RankContext) -> None:
         for line, messages in prompts:
             model.check(with_system_message(system, messages), f"{file}, {row_unit(file)} {line}")
         target = config.talk.output or config.run_dir / "predictions" / "replies.jsonl"
-        replies = (
-            build_reply_record(model, index, line, messages, system=system)
-            for index, (line, messages) in enumerate(prompts)
-        )
-        write_lines_atomic(target, replies)
+        dialogues = [(index, line, messages) for index, (line, messages) in enumerate(prompts)]
+        with progress("dialogues answered", len(prompts), of="chat") as done:
+            records = [
+                record
+                for batch in model.batches([with_system_message(system, messages) for _, messages in prompts])
+                for record in reply_records(model, [dialogues[index] for index in batch], system=system, done=done)
+            ]
+        write_lines_atomic(target, sorted(records, key=lambda record: int(record["example_index"])))
         if config.talk.makes_run_folder:
             summary = results.summary("chat", None, context, engine="single", seconds=time.monotonic() - begin)
             write_json_atomic(config.run_dir / "summary.json", {**summary, "step": 0, "examples": len(prompts)})
@@ -101,17 +103,38 @@ class ChatModel:
     """A model that replies to the last message of a dialogue. Can be called as a ReplyFn."""
 
     def __init__(self, config: Config, model: PreTrainedModel, chat: ChatFormat, heartbeat: Heartbeat) -> None:
-        self._config, self._model, self._chat, self._heartbeat = config, model, chat, heartbeat
+        self._seed, self._chat = config.run.seed, chat
         self._stops = chat.stop_ids | end_tokens(model)
+        self._continue = Continuer(model, config, stops=self._stops, heartbeat=heartbeat)
         self._max_prompt_tokens = _max_prompt_tokens(model, config.generate.max_new_tokens)
 
     def __call__(self, messages: Sequence[ChatMessage], number: int) -> Reply:
-        ids, dropped_turns = prompt_truncated(self._chat, messages, max_tokens=self._max_prompt_tokens)
-        seed_all(self._config.run.seed, "chat", number)
-        prompt = torch.tensor(ids, device=self._model.device)
-        all_ids = continue_tokens(self._model, prompt, self._config, stops=self._stops, heartbeat=self._heartbeat)
-        reply_ids = all_ids[len(ids) :].tolist()
-        return Reply(self._chat.reply([token for token in reply_ids if token not in self._stops]), dropped_turns)
+        return self.reply_all([(number, messages)])[0]
+
+    def batches(self, dialogues: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Returns which dialogues `reply_all` should get together."""
+        return self._continue.batches([len(self._prompt(messages)[0]) for messages in dialogues])
+
+    def reply_all(
+        self, dialogues: Sequence[tuple[int, Sequence[ChatMessage]]], done: Callable[[int], None] = lambda _: None
+    ) -> list[Reply]:
+        """Replies to each dialogue of a batch, given with the number that is part of its seed.
+
+        Args:
+            done: called with the number of dialogues whose reply has ended since its last call.
+        """
+        encoded = [self._prompt(messages) for _, messages in dialogues]
+        prompts = [
+            Prompt(ids, (self._seed, "chat", number)) for (number, _), (ids, _) in zip(dialogues, encoded, strict=True)
+        ]
+        return [
+            Reply(self._chat.reply([token for token in new if token not in self._stops]), dropped_turns)
+            for new, (_, dropped_turns) in zip(self._continue(prompts, done), encoded, strict=True)
+        ]
+
+    def _prompt(self, messages: Sequence[ChatMessage]) -> tuple[list[int], int]:
+        """Returns the tokens of a dialogue, and how many turns do not fit."""
+        return prompt_truncated(self._chat, messages, max_tokens=self._max_prompt_tokens)
 
     def check(self, messages: Sequence[ChatMessage], location: str) -> None:
         """Checks that the format can encode a dialogue.
@@ -179,21 +202,32 @@ def with_system_message(system: str | None, messages: Sequence[ChatMessage]) -> 
     return [{"role": "system", "content": system}, *messages]
 
 
-def build_reply_record(
-    reply_to: ReplyFn, index: int, line: int, messages: Sequence[ChatMessage], *, system: str | None
-) -> dict[str, Any]:
-    """Returns the output record for one dialogue of a file.
+def reply_records(
+    model: ChatModel,
+    dialogues: Sequence[tuple[int, int, Sequence[ChatMessage]]],
+    *,
+    system: str | None,
+    done: Callable[[int], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Returns the output records of a batch of dialogues of a file.
 
     Args:
-        index: number of the dialogue in the file; part of the reply's random seed.
-        line: line or row that the dialogue begins on.
+        dialogues: number of the dialogue in the file, part of the reply's random seed; line or row that it begins on; and
+            its messages.
+        done: called with the number of dialogues whose reply has ended since its last call.
     """
-    return {
-        "example_index": index,
-        "line": line,
-        "messages": [dict(message) for message in messages],
-        "prediction": reply_to(with_system_message(system, messages), index).text,
-    }
+    replies = model.reply_all(
+        [(index, with_system_message(system, messages)) for index, _, messages in dialogues], done
+    )
+    return [
+        {
+            "example_index": index,
+            "line": line,
+            "messages": [dict(message) for message in messages],
+            "prediction": reply.text,
+        }
+        for (index, line, messages), reply in zip(dialogues, replies, strict=True)
+    ]
 
 
 def _input_lines(stream: Any) -> Iterator[str]:

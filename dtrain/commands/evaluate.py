@@ -42,6 +42,7 @@ def run_evaluate(config: Config, context: RankContext) -> Result:
             forward,
             task,
             micro_batch_size=config.evaluation.micro_batch_size,
+            micro_batch_tokens=config.evaluation.micro_batch_tokens,
             workers=config.data.workers,
             reported=metrics,
         )

@@ -70,7 +70,11 @@ def run_predict(config: Config, context: RankContext) -> Result:
         )
         forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
         result = evaluate(
-            forward, task, micro_batch_size=config.evaluation.micro_batch_size, workers=config.data.workers
+            forward,
+            task,
+            micro_batch_size=config.evaluation.micro_batch_size,
+            micro_batch_tokens=config.evaluation.micro_batch_tokens,
+            workers=config.data.workers,
         )
         write_results("predict", result, config.run_dir, context, engine=name, seconds=time.monotonic() - begin)
         on_main(lambda: _write_submission(config, result), context)

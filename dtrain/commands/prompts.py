@@ -1,18 +1,18 @@
 """Answers prompts, for the tasks whose examples have no answers: continues a text, fills its masks, or replies to a turn.
 
-One rank answers each prompt separately, with the complete model. The random seed includes the number of the prompt, so
-the answers are the same at every world size.
+Each rank answers some of the prompts, with the complete model. The random seed includes the number of the prompt, and which
+prompts are answered together depends on the prompts alone, so the answers are the same at every world size.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtrain.commands.chat import build_reply_record, load_chat_model, with_system_message
+from dtrain.commands.chat import load_chat_model, reply_records, with_system_message
 from dtrain.commands.evaluate import write_results
 from dtrain.commands.fill import MaskFiller
 from dtrain.commands.generate import TextGenerator
@@ -20,12 +20,14 @@ from dtrain.config.schema import Config, Data
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.encodings import text_lines
+from dtrain.data.order import assign_micro_batches, chunks
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit
 from dtrain.data.tables import TEXT, Origin, to_table
 from dtrain.distributed.collectives import all_gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.tasks.build import task_info
+from dtrain.tasks.progress import progress
 from dtrain.training import run_claim
 from dtrain.training.build import in_turn
 from dtrain.training.evaluation import EvaluationResult, SplitResult
@@ -34,6 +36,9 @@ from dtrain.training.summary import Result
 Record = Mapping[str, Any]
 """One line of predictions/test.jsonl."""
 
+NumberedPrompt = tuple[int, int, Any]
+"""A prompt's number, the line that it begins on, and the prompt."""
+
 
 @dataclass(frozen=True)
 class PromptResponder:
@@ -41,12 +46,15 @@ class PromptResponder:
 
     Attributes:
         check: takes a prompt and its location; raises DataError if the prompt cannot be answered.
-        answer: takes a prompt's number, its line and the prompt; returns the record to write.
+        batches: takes all prompts; returns which are answered together.
+        answer: takes the prompts of a batch, and a function to call with the number of those that are answered since its
+            last call; returns the records to write.
         format: takes a record; returns it as text for the terminal.
     """
 
     check: Callable[[Any, str], None]
-    answer: Callable[[int, int, Any], Record]
+    batches: Callable[[Sequence[Any]], list[list[int]]]
+    answer: Callable[[Sequence[NumberedPrompt], Callable[[int], None]], list[Record]]
     format: Callable[[Record], str]
 
 
@@ -67,11 +75,12 @@ def run_prompts(config: Config, file: Path, context: RankContext) -> Result:
             config.model.name_or_path,
             context.topology.describe(),
         )
-        local_records = [
-            responder.answer(number, line, prompt)
-            for number, (line, prompt) in enumerate(prompts)
-            if number % context.world_size == context.rank
-        ]
+        batches = responder.batches([prompt for _, prompt in prompts])
+        local_records: list[Record] = []
+        own = share_of(batches, context)
+        with progress("prompts answered", sum(map(len, own)), of="predict", is_shown=context.is_main) as done:
+            for batch in own:
+                local_records += responder.answer([(number, *prompts[number]) for number in batch], done)
         gathered = [record for records in all_gather_object(local_records, context) for record in records]
         records = sorted(gathered, key=lambda record: int(record["example_index"]))
         assert [record["example_index"] for record in records] == list(range(len(prompts)))
@@ -86,7 +95,20 @@ def answer_single_prompt(config: Config, file: Path, context: RankContext) -> st
     responder = in_turn(lambda: _load_responder(config, context), context)
     _check(responder, prompts, file, context)
     ((line, prompt),) = prompts
-    return responder.format(responder.answer(0, line, prompt))
+    (record,) = responder.answer([(0, line, prompt)], lambda _: None)
+    return responder.format(record)
+
+
+def share_of(batches: Sequence[Sequence[int]], context: RankContext) -> list[Sequence[int]]:
+    """Returns the batches that this rank answers: the largest go first to the rank with the fewest prompts."""
+    assigned = assign_micro_batches(
+        len(batches),
+        rank=context.rank,
+        world_size=context.world_size,
+        lock_step=False,
+        costs=list(map(len, batches)),
+    )
+    return [batches[assignment.micro_batch] for assignment in assigned if assignment.counted]
 
 
 def _read(config: Config, file: Path, context: RankContext) -> list[tuple[int, Any]]:
@@ -144,22 +166,26 @@ def _text_responder(generator: TextGenerator) -> PromptResponder:
                 f"{location}: the text is empty for this tokenizer: a model needs at least one token to continue from"
             )
 
-    def answer(number: int, line: int, text: str) -> Record:
-        return {
-            "example_index": number,
-            "line": line,
-            "text": text,
-            "prediction": generator.generate(text, number=number).continuation,
-        }
+    def answer(prompts: Sequence[NumberedPrompt], done: Callable[[int], None]) -> list[Record]:
+        texts = generator.generate_all([(number, text) for number, _, text in prompts], done)
+        return [
+            {"example_index": number, "line": line, "text": text, "prediction": generated.continuation}
+            for (number, line, text), generated in zip(prompts, texts, strict=True)
+        ]
 
-    return PromptResponder(check, answer, lambda record: f"{record['text']}{record['prediction']}")
+    return PromptResponder(check, generator.batches, answer, lambda record: f"{record['text']}{record['prediction']}")
 
 
 def _mask_responder(filler: MaskFiller) -> PromptResponder:
-    def answer(number: int, line: int, text: str) -> Record:
+    def fill(number: int, line: int, text: str) -> Record:
         filled = filler.fill(text)
         masks = [[{"token": token, "probability": value} for token, value in guesses] for guesses in filled.masks]
         return {"example_index": number, "line": line, "text": text, "prediction": filled.text, "masks": masks}
+
+    def answer(prompts: Sequence[NumberedPrompt], done: Callable[[int], None]) -> list[Record]:
+        records = [fill(*prompt) for prompt in prompts]
+        done(len(records))
+        return records
 
     def as_text(record: Record) -> str:
         lines = [str(record["prediction"])]
@@ -168,7 +194,7 @@ def _mask_responder(filler: MaskFiller) -> PromptResponder:
             lines.append(f"{filler.token} {number}: {listed}")
         return "\n".join(lines)
 
-    return PromptResponder(filler.check, answer, as_text)
+    return PromptResponder(filler.check, lambda prompts: chunks(range(len(prompts)), 1), answer, as_text)
 
 
 def _chat_responder(config: Config, context: RankContext) -> PromptResponder:
@@ -176,6 +202,7 @@ def _chat_responder(config: Config, context: RankContext) -> PromptResponder:
     model = load_chat_model(config, context)
     return PromptResponder(
         lambda messages, location: model.check(with_system_message(system, messages), location),
-        lambda number, line, messages: build_reply_record(model, number, line, messages, system=system),
+        lambda dialogues: model.batches([with_system_message(system, messages) for messages in dialogues]),
+        lambda prompts, done: list(reply_records(model, prompts, system=system, done=done)),
         lambda record: str(record["prediction"]),
     )

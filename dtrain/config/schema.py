@@ -170,6 +170,12 @@ class Evaluation(Section):
     """The evaluation."""
 
     micro_batch_size: int = setting(32, "examples per forward pass", resume="warn", ge=1)
+    micro_batch_tokens: int | None = setting(
+        None,
+        "instead of micro_batch_size: tokens per forward pass at most, with padding and evaluation.max_new_tokens",
+        resume="warn",
+        ge=1,
+    )
     best: Best | None = setting(None, "keep the model and metrics of the best step instead of the last")
     metrics: Annotated[tuple[str, ...], Strict(False)] | None = setting(
         None, "which of the task's metrics to report besides the loss; null: all", resume="free"

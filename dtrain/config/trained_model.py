@@ -28,7 +28,9 @@ TAKEN: Mapping[str, tuple[str, ...]] = {
         *("encoding", "header", "max_length", "limit", "max_bad_rows"),
     ),
     "engine": ("precision",),
-    "evaluation": ("micro_batch_size", "best", "metrics", "generate", "num_beams", "max_new_tokens"),
+    "evaluation": (
+        *("micro_batch_size", "micro_batch_tokens", "best", "metrics", "generate", "num_beams", "max_new_tokens"),
+    ),
     "generate": ("*",),
     "talk": ("system",),
 }
@@ -48,6 +50,7 @@ LIMITS: Mapping[KeyPath, int] = {
     ("evaluation", "max_new_tokens"): 100_000,
     ("evaluation", "num_beams"): 1000,
     ("evaluation", "micro_batch_size"): 100_000,
+    ("evaluation", "micro_batch_tokens"): 10_000_000,
     ("task", "max_target_length"): 1_000_000,
     ("task", "image_size"): 10_000,
     ("task", "n_best"): 10_000,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.columns import fast_rows
 from dtrain.data.lengths import RowLengths
-from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks
+from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks, chunks_by_tokens
 from dtrain.data.seeding import DataPosition
 from dtrain.data.worker_batches import PackedBatch, exit_without_thread, pack, unpack
 from dtrain.distributed.process_limit import process_limit_error
@@ -122,15 +122,21 @@ def evaluation_batches(
     lock_step: bool,
     workers: int,
     lengths: RowLengths | None = None,
+    micro_batch_tokens: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Yields this rank's micro-batches of a complete split. Dummies are included only with `lock_step`.
 
     Args:
+        micro_batch_tokens: largest number of tokens of a micro-batch, padding included, instead of micro_batch_size; needs
+            lengths. A row that has more gets a micro-batch of its own.
         lengths: tokens of each row: rows of like length share a micro-batch, the longest run first, and ranks get
             micro-batches by cost. None: file order.
     """
     indices = range(len(rows)) if lengths is None else lengths.order(range(len(rows)))
-    micro_batches = chunks(indices, micro_batch_size)
+    if lengths is not None and micro_batch_tokens is not None:
+        micro_batches = chunks_by_tokens(indices, lengths, micro_batch_tokens)
+    else:
+        micro_batches = chunks(indices, micro_batch_size)
     assigned = assign_micro_batches(
         len(micro_batches),
         rank=topology.rank,

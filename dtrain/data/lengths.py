@@ -35,6 +35,7 @@ class RowLengths:
         tokens: (rows,) real tokens of all sequences of a row.
         is_promised: whether the task promises that batches have these widths, so that another width is an error.
         source: where the rows are, for messages.
+        generated: tokens that may be generated for each sequence besides.
     """
 
     sequences: Counts
@@ -42,6 +43,7 @@ class RowLengths:
     tokens: Counts
     is_promised: bool = True
     source: str = "the rows in memory"
+    generated: int = 0
 
     @cached_property
     def width(self) -> Counts:
@@ -56,9 +58,10 @@ class RowLengths:
         return ordered
 
     def cost(self, indices: Sequence[int]) -> int:
-        """Returns the tokens that a forward pass of these rows computes, padding included."""
+        """Returns the tokens that a forward pass of these rows computes, padding and generated ones included."""
         array = np.asarray(indices, dtype=np.int64)
-        return int(self.sequences[array].sum()) * sum(int(width[array].max()) for width in self.widths.values())
+        width = sum(int(width[array].max()) for width in self.widths.values()) + self.generated
+        return int(self.sequences[array].sum()) * width
 
     def fill(self, micro_batches: Sequence[Sequence[int]]) -> float:
         """Returns the share of real tokens among all that these micro-batches compute."""

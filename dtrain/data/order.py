@@ -75,7 +75,7 @@ def chunks_by_tokens(indices: Sequence[int], lengths: RowLengths, limit: int) ->
     for index in indices:
         rows += int(lengths.sequences[index])
         widest = [max(w, int(of[index])) for w, of in zip(widest, lengths.widths.values(), strict=True)]
-        if not lists or rows * sum(widest) > limit:
+        if not lists or rows * (sum(widest) + lengths.generated) > limit:
             lists.append([])
             rows = int(lengths.sequences[index])
             widest = [int(of[index]) for of in lengths.widths.values()]

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -39,8 +38,8 @@ from dtrain.tasks.documents import check_separates_documents, document_inputs
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
-from dtrain.tasks.target_loss import target_loss
-from dtrain.tasks.tensors import count_targets, full_precision, perplexity
+from dtrain.tasks.target_loss import score_targets, target_loss
+from dtrain.tasks.tensors import count_targets, perplexity
 from dtrain.tasks.truncation import report_rows_without_targets
 
 HEAD = Head("causal_lm", AutoModelForCausalLM, logits="token", is_over_vocabulary=True, is_causal=True)
@@ -135,9 +134,8 @@ class CausalLmTask:
         return target_loss(model, self._inputs(model, batch), batch["labels"])
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
-        logits, labels = self._logits(module, batch)
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-        return ScoredBatch(losses.double().sum(dim=1), (labels != IGNORED).sum(dim=1), None)
+        scores = score_targets(module, self._inputs(module, batch), batch["labels"])
+        return ScoredBatch(scores.loss, scores.targets, None)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         values = {"perplexity": perplexity(loss)}
@@ -184,9 +182,6 @@ class CausalLmTask:
         if self._is_packed:
             inputs.update(document_inputs(batch["document_ids"], next(model.parameters()).dtype))
         return {**inputs, "use_cache": False}
-
-    def _logits(self, module: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        return full_precision(module(**self._inputs(module, batch)).logits), batch["labels"]
 
 
 def prepare_causal_lm(config: Config, settings: CausalLm, context: RankContext) -> CausalLmTask:

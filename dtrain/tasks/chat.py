@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 
@@ -28,7 +27,7 @@ from dtrain.tasks.causal_lm import HEAD
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
-from dtrain.tasks.target_loss import target_logits, target_loss
+from dtrain.tasks.target_loss import score_targets, target_loss
 from dtrain.tasks.tensors import count_targets, perplexity
 from dtrain.tasks.truncation import FULL_LENGTH
 
@@ -93,15 +92,8 @@ class ChatTask:
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
         """Returns as prediction (batch, 2) how many targets were the most likely token, and the number of targets."""
-        labels = batch["labels"]
-        is_target = labels != IGNORED
-        logits = target_logits(module, _inputs(batch), is_target)
-        losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-        losses[is_target] = F.cross_entropy(logits, labels[is_target], reduction="none").double()
-        correct = torch.zeros_like(labels)
-        correct[is_target] = (logits.argmax(dim=-1) == labels[is_target]).long()
-        count = is_target.sum(dim=1)
-        return ScoredBatch(losses.sum(dim=1), count, torch.stack([correct.sum(dim=1), count], dim=1))
+        scores = score_targets(module, _inputs(batch), batch["labels"])
+        return ScoredBatch(scores.loss, scores.targets, torch.stack([scores.correct, scores.targets], dim=1))
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         correct, count = (sum(column) for column in zip(*predictions, strict=True))

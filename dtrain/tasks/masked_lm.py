@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForMaskedLM
@@ -33,7 +32,7 @@ from dtrain.models.heads import Head
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, all_texts, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.target_loss import target_logits, target_loss
+from dtrain.tasks.target_loss import score_targets, target_loss
 from dtrain.tasks.tensors import count_targets, pad_rows, perplexity
 from dtrain.tasks.truncation import report_rows_without_targets
 
@@ -105,14 +104,8 @@ class MaskedLmTask:
         return target_loss(model, _inputs(batch), batch["labels"])
 
     def score(self, module: nn.Module, batch: Batch, *, lock_step: bool) -> ScoredBatch:
-        is_target = batch["labels"] != IGNORED
-        logits, labels = target_logits(module, _inputs(batch), is_target), batch["labels"][is_target]
-        losses = torch.zeros(is_target.shape, dtype=torch.float64, device=logits.device)
-        losses[is_target] = F.cross_entropy(logits, labels, reduction="none").double()
-        correct = torch.zeros_like(batch["labels"])
-        correct[is_target] = (logits.argmax(dim=-1) == labels).long()
-        targets = is_target.sum(dim=1)
-        return ScoredBatch(losses.sum(dim=1), targets, torch.stack([correct.sum(dim=1), targets], dim=1))
+        scores = score_targets(module, _inputs(batch), batch["labels"])
+        return ScoredBatch(scores.loss, scores.targets, torch.stack([scores.correct, scores.targets], dim=1))
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         correct, targets = (sum(column) for column in zip(*predictions, strict=True))

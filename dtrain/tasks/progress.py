@@ -1,6 +1,6 @@
-"""Shows how far a long preparation is: a bar on a terminal, else a line in the log every ten seconds.
+"""Shows how far long work is: a bar on a terminal, else a line in the log every ten seconds.
 
-Fast data shows neither.
+Fast work shows neither.
 """
 
 from __future__ import annotations
@@ -23,14 +23,25 @@ LOG_EVERY_S = 10.0
 
 @contextmanager
 def progress(
-    what: str, total: int, *, processes: int = 1, clock: Callable[[], float] = time.monotonic
+    what: str,
+    total: int,
+    *,
+    of: str = "data",
+    processes: int = 1,
+    is_shown: bool = True,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with the number of rows that are done since its last call; it may be too high.
 
     Args:
         what: what is counted, e.g. `train: rows tokenized`.
+        of: what the lines in the log begin with.
+        is_shown: false on a rank that does not report.
         processes: with several, the rows are counted elsewhere: `datasets` shows its own bar on a terminal.
     """
+    if not is_shown:
+        yield _do_nothing
+        return
     is_terminal = sys.stderr.isatty()
     if processes > 1:
         if is_terminal:
@@ -52,7 +63,7 @@ def progress(
             bar.update(rows)
             if not is_terminal and done < total and clock() - logged >= LOG_EVERY_S:
                 logged = clock()
-                log.info("data: %s: %d of %d (%.0f %%)", what, done, total, 100 * done / total)
+                log.info("%s: %s: %d of %d (%.0f %%)", of, what, done, total, 100 * done / total)
 
         yield advance
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dtrain.data.lengths import RowLengths, token_lengths
+from dtrain.errors import ConfigError
 from dtrain.tasks.protocol import Task
 
 
@@ -19,3 +20,16 @@ def row_lengths(task: Task, split: str) -> RowLengths | None:
     padding = getattr(task, "padding", None)
     length = None if padding is None else padding.length
     return token_lengths(task.splits[split], length=length, is_promised=padding is not None)
+
+
+def unknown_lengths(limit: int, section: str) -> ConfigError:
+    """Returns the error for a number of tokens as the limit of a micro-batch, where rows have no known number of tokens.
+
+    Args:
+        section: section of the setting: train or evaluation.
+    """
+    return ConfigError(
+        f"{section}.micro_batch_tokens={limit} needs the number of tokens of each row, which this task's rows do not have "
+        f"(images, or rows of your own that are no table with input_ids). Set {section}.micro_batch_tokens=null, and "
+        f"{section}.micro_batch_size, or give your task row_lengths (docs/new-task.md)."
+    )

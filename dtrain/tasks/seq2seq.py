@@ -37,11 +37,12 @@ from dtrain.models.seq2seq import (
     max_decoder_positions,
     set_languages,
 )
+from dtrain.tasks.generation import generate_tokens
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, fill_empty, map_rows, prepare_examples, read_columns
 from dtrain.tasks.protocol import IGNORED, Batch, Padding, ScoredBatch, Split, Targets
-from dtrain.tasks.target_loss import target_loss
-from dtrain.tasks.tensors import count_targets, full_precision, pad_arrays, pad_rows
+from dtrain.tasks.target_loss import score_targets, target_loss
+from dtrain.tasks.tensors import count_targets, pad_arrays, pad_rows
 from dtrain.tasks.text_metrics import TextMetrics
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths
 
@@ -98,7 +99,7 @@ class Seq2SeqTask:
         self._generates = evaluation.generate
         # Overrides transformers' default of 20 tokens, and never samples. The other options (length penalty, no repeated
         # n-grams, forced tokens) come from the model's generation_config.
-        self._generation_options = {
+        self._generation_options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "max_length": None,
             "num_beams": evaluation.num_beams,
@@ -119,14 +120,16 @@ class Seq2SeqTask:
         return batch
 
     def row_lengths(self, split: str) -> RowLengths | None:
-        """Returns the lengths of source and target: both are computed."""
+        """Returns the lengths of source and target, and how many tokens may be generated: all are computed."""
         rows, padding = self.splits[split], self.padding
         source = token_lengths(rows, length=padding.length)
         target = token_lengths(rows, "labels", length=padding.target_length, minimum=1)
         if source is None or target is None:
             return None
         widths, tokens = {**source.widths, **target.widths}, source.tokens + target.tokens
-        return RowLengths(source.sequences, widths, tokens, source=source.source)
+        generates = self._generates and split != "train"
+        generated = self.max_new_tokens * int(self._generation_options["num_beams"]) if generates else 0
+        return RowLengths(source.sequences, widths, tokens, source=source.source, generated=generated)
 
     def targets(self, batch: Batch) -> Targets:
         return count_targets(batch["labels"])
@@ -141,8 +144,7 @@ class Seq2SeqTask:
         if int(
             targets.sum()
         ):  # all examples of a split have a target or none has, so that every rank takes the same path
-            logits = full_precision(module(**_inputs(module, batch)).logits).transpose(1, 2)
-            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").double().sum(dim=1)
+            losses = score_targets(module, _inputs(module, batch), labels).loss
         generated = self._generate(module, batch, lock_step=lock_step) if self._generates else None
         return ScoredBatch(losses, targets, generated)
 
@@ -151,16 +153,19 @@ class Seq2SeqTask:
 
         With lock_step every rank calls this equally often, and a rank whose texts have ended continues with the others.
         """
-        tokens = module.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            synced_gpus=lock_step,
-            **self._generation_options,
-        )[:, 1:]  # without the decoder's start token
-        is_end = tokens == end_token_id(self.tokenizer)
+        end, pad = end_token_id(self.tokenizer), self.tokenizer.pad_token_id
+        assert end is not None, "prepare_seq2seq checks it"
+        tokens = generate_tokens(
+            module,
+            {name: batch[name] for name in ("input_ids", "attention_mask")},
+            self._generation_options,
+            ends=self.stop_ids,
+            pad=pad,
+            lock_step=lock_step,
+        )
+        is_end = tokens == end
         after_end = (is_end.cumsum(dim=1) - is_end.long()) > 0
-        pad = self.tokenizer.pad_token_id
-        return F.pad(tokens.masked_fill(after_end, pad), (0, self.max_new_tokens - tokens.shape[1]), value=pad)
+        return tokens.masked_fill(after_end, pad)
 
     def metrics(self, split: str, *, loss: float, predictions: Sequence[Any]) -> dict[str, float]:
         if not self._generates:
@@ -178,11 +183,11 @@ class Seq2SeqTask:
         return [text.strip() for text in texts]
 
     def _length(self, ids: Sequence[int]) -> int:
-        """Returns the number of tokens up to and including the end token."""
+        """Returns the number of tokens up to and including the end token, or the model's own one, after which only pads come."""
         end = end_token_id(self.tokenizer)
         if end in ids:
             return ids.index(end) + 1
-        return len(ids)
+        return next((number for number in range(len(ids), 0, -1) if ids[number - 1] != self.tokenizer.pad_token_id), 0)
 
     def _references(self, split: str) -> Sequence[str | None]:
         """Returns the original texts of the targets in data order."""

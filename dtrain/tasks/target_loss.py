@@ -2,7 +2,8 @@
 
 A language model's last layer is a linear one over the vocabulary, and its logits are the largest tensor of a training step.
 While a model runs, a hook on that layer hands it the rows that are targets and no others. Where even those are many, the
-layer gets no row, and `_ChunkedCrossEntropy` multiplies chunks of the rows with the layer's weights. A hook works inside
+layer gets no row, and chunks of the rows are multiplied with the layer's weights: by `_ChunkedCrossEntropy` in training,
+by `score_targets` in an evaluation. A hook works inside
 DDP's wrapper and leaves everything else to the model. `try_last_layer` finds out on a few tokens whether it is right for a
 model. The complete logits are used where it is not, where nobody has tried, and where the layer is not a plain `nn.Linear`.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +85,81 @@ def target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.
         inputs: everything that the model is called with.
         is_target: (batch, length) bool, the tokens whose logits count.
     """
+    return full_precision(_target_logits(model, inputs, is_target))
+
+
+def _target_logits(model: nn.Module, inputs: Mapping[str, Any], is_target: torch.Tensor) -> torch.Tensor:
+    """Returns logits (targets, vocabulary) in the model's own precision."""
     layer = _last_layer(model)
     if layer is None or _head_kind(model) == COMPLETE:
-        return full_precision(pick(model(**inputs).logits, is_target))
+        return pick(cast("torch.Tensor", model(**inputs).logits), is_target)
     with _selecting(layer, _Selection(is_target, passes_rows=True)) as selection:
-        logits = model(**inputs).logits
-    return full_precision(pick(logits, is_target) if selection.rows is None else logits[0])
+        logits: torch.Tensor = model(**inputs).logits
+    return pick(logits, is_target) if selection.rows is None else logits[0]
+
+
+@dataclass(frozen=True)
+class TargetScores:
+    """The targets of each row of a batch, scored without a gradient.
+
+    Attributes:
+        loss: (batch,) float64, summed over the row's targets, in nats.
+        targets: (batch,) int64, their number.
+        correct: (batch,) int64, how many of them were the most likely token.
+    """
+
+    loss: torch.Tensor
+    targets: torch.Tensor
+    correct: torch.Tensor
+
+
+@torch.no_grad()
+def score_targets(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> TargetScores:
+    """Returns the plain cross entropy and the number of correct targets of each row.
+
+    A row without a target has a loss of 0. Logits are computed in parts of at most MAX_LOGITS, except by a model whose last
+    layer has to work inside it.
+
+    Args:
+        labels: (batch, length) int64.
+    """
+    is_target = _is_target(labels)
+    expected, parts = pick(labels, is_target), _logits_in_parts(model, inputs, labels)
+    losses = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    correct = torch.zeros_like(labels)
+    scored = [
+        (F.cross_entropy(logits, expected[rows], reduction="none").double(), logits.argmax(dim=-1) == expected[rows])
+        for rows, logits in parts
+    ]
+    if scored:
+        losses[is_target] = torch.cat([loss for loss, _ in scored])
+        correct[is_target] = torch.cat([is_right for _, is_right in scored]).long()
+    return TargetScores(losses.sum(dim=1), is_target.sum(dim=1), correct.sum(dim=1))
+
+
+def _logits_in_parts(
+    model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Runs the model; yields numbers of targets and their logits in full precision, at most MAX_LOGITS at a time."""
+    is_target, layer = _is_target(labels), _last_layer(model)
+    if layer is not None and _is_separable(model, layer, labels):
+        with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
+            logits = model(**inputs).logits
+        if selection.rows is not None:
+            for part in _parts(len(selection.rows), layer.out_features, labels.device):
+                # Autocast casts, as it would in the layer.
+                yield part, full_precision(F.linear(selection.rows[part], layer.weight, layer.bias))
+            return
+        logits = pick(logits, is_target)
+    else:
+        logits = _target_logits(model, inputs, is_target)
+    for part in _parts(len(logits), logits.shape[-1], labels.device):
+        yield part, full_precision(logits[part])
+
+
+def _parts(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    chunk = max(1, _most_logits(device) // vocabulary)
+    return [slice(start, start + chunk) for start in range(0, rows, chunk)]
 
 
 def target_loss(
@@ -131,12 +201,17 @@ def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> boo
     device = labels.device.type
     # Gradients of a chunk do not have the loss scale of fp16 yet, so that small ones would become 0.
     is_fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if is_fp16 or not torch.is_grad_enabled():
+        return False
+    return _is_separable(model, layer, labels) and _keeps_order(model, layer)
+
+
+def _is_separable(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> bool:
+    """Returns whether there are so many logits that the layer is left out, and multiplying with its weights replaces it."""
     is_large = labels.numel() * layer.out_features > _most_logits(labels.device)
     is_hooked = bool(layer._forward_hooks)  # one that changes the logits
     is_whole = not hasattr(layer.weight, "ds_id") and "forward" not in layer.__dict__  # ZeRO 3; freeze.method=no_grad
-    if not is_large or not is_whole or is_fp16 or is_hooked or not torch.is_grad_enabled():
-        return False
-    return _head_kind(model) == LINEAR and _keeps_order(model, layer)
+    return is_large and is_whole and not is_hooked and _head_kind(model) == LINEAR
 
 
 def _most_logits(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from dtrain.models.fast_dropout import use_fast_dropout
 from dtrain.models.load import load_model
 from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
-from dtrain.tasks.row_lengths import row_lengths
+from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
 from dtrain.tasks.target_loss import try_last_layer
 from dtrain.tasks.trial import reads_padding, try_model
 from dtrain.training.frozen_cache import FrozenCache
@@ -62,9 +62,11 @@ def step_plan(config: Config, task: Task) -> StepPlan:
     """Returns which examples each step takes. Call it after `load`, which decides the task's padding.
 
     Raises:
-        ConfigError: train.micro_batch_tokens cannot be kept.
+        ConfigError: train.micro_batch_tokens or evaluation.micro_batch_tokens cannot be kept.
     """
-    train = config.train
+    train, tokens = config.train, config.evaluation.micro_batch_tokens
+    if tokens is not None and any(row_lengths(task, split) is None for split in task.splits if split != "train"):
+        raise unknown_lengths(tokens, "evaluation")
     lengths = row_lengths(task, "train") if train.sorts or train.micro_batch_tokens is not None else None
     if train.micro_batch_tokens is not None:
         check_token_budget(train.micro_batch_tokens, lengths)
@@ -83,11 +85,7 @@ def step_plan(config: Config, task: Task) -> StepPlan:
 def check_token_budget(limit: int, lengths: RowLengths | None) -> None:
     """Raises ConfigError if rows have no known number of tokens, or one has more than a micro-batch may compute."""
     if lengths is None:
-        raise ConfigError(
-            f"train.micro_batch_tokens={limit} needs the number of tokens of each row, which this task's rows do not have "
-            "(images, or rows of your own that are no table with input_ids). Set train.micro_batch_tokens=null, and "
-            "train.micro_batch_size, or give your task row_lengths (docs/new-task.md)."
-        )
+        raise unknown_lengths(limit, "train")
     costs = lengths.sequences * lengths.width
     longest = int(costs.argmax())
     if (cost := int(costs[longest])) > limit:

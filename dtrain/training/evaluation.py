@@ -7,8 +7,8 @@ depend on the order, and metrics are computed once on the gathered data in data 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 from dtrain.data.batches import MicroBatch, evaluation_batches
 from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metrics, share_from_main
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
-from dtrain.errors import ConfigError
+from dtrain.errors import ConfigError, DataError
 from dtrain.models.host_copy import to_device
+from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import ScoredBatch, Task
-from dtrain.tasks.row_lengths import row_lengths
+from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
 from dtrain.training.metric_selection import Reported
 from dtrain.training.out_of_memory import explain_in_evaluation
 from dtrain.training.stopping import NO_STOP, RunStopped, StopCondition
@@ -68,6 +70,7 @@ def evaluate(
     task: Task,
     *,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     workers: int = 0,
     reported: Reported = ALL,
     stop: StopCondition = NO_STOP,
@@ -75,16 +78,24 @@ def evaluate(
     """Collective. Evaluates every split but `train`. Leaves the model in eval mode.
 
     Args:
+        micro_batch_tokens: largest number of tokens of a micro-batch, instead of micro_batch_size.
         stop: a signal breaks the evaluation off.
 
     Raises:
-        ConfigError: the user's metric function fails, or two metrics have the same name.
+        ConfigError: micro_batch_tokens cannot be kept; the user's metric function fails, or two metrics have the same name.
         RunStopped: on every rank, after a signal.
     """
     with forward.context.heartbeat.within(Phase.EVALUATION):
         results = {
             split: evaluate_split(
-                forward, task, split, micro_batch_size=micro_batch_size, workers=workers, reported=reported, stop=stop
+                forward,
+                task,
+                split,
+                micro_batch_size=micro_batch_size,
+                micro_batch_tokens=micro_batch_tokens,
+                workers=workers,
+                reported=reported,
+                stop=stop,
             )
             for split in task.splits
             if split != "train"
@@ -110,6 +121,7 @@ def evaluate_split(
     split: str,
     *,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     workers: int = 0,
     reported: Reported = ALL,
     stop: StopCondition = NO_STOP,
@@ -121,11 +133,37 @@ def evaluate_split(
     forward pass is a collective, agrees before each micro-batch.
 
     Raises:
+        DataError: the split has no rows.
         RunStopped: on every rank, after a signal.
     """
     heartbeat = forward.context.heartbeat
     heartbeat.at(Phase.EVALUATION)
-    done = _score(forward, task, split, micro_batch_size=micro_batch_size, workers=workers, stop=stop)
+    if not len(task.splits[split]):
+        raise DataError(
+            f"The split {split} has no rows to evaluate: give it some, or remove it from the task's splits."
+        )
+    lengths = row_lengths(task, split)
+    if micro_batch_tokens is not None and lengths is None:
+        raise unknown_lengths(micro_batch_tokens, "evaluation")
+    size_setting = "micro_batch_size" if micro_batch_tokens is None else "micro_batch_tokens"
+    device = next(forward.module.parameters()).device
+    batches = evaluation_batches(
+        task.splits[split],
+        task.collate,
+        forward.context.topology,
+        micro_batch_size=micro_batch_size,
+        lock_step=forward.lock_step,
+        workers=workers,
+        lengths=lengths,
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+    def score(batch: MicroBatch) -> ScoredBatch:
+        with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors, size_setting=size_setting):
+            return task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
+
+    with _progress(forward.context, split, len(task.splits[split])) as advance:
+        done = _score(forward, batches, score, stop=stop, advance=advance)
     with leaving_together():
         gathered = gather_for_metrics(
             *_values(done), forward.context, num_examples=len(task.splits[split]), wants_stop=stop.is_signaled()
@@ -163,35 +201,30 @@ def evaluate_split(
 
 
 def _score(
-    forward: Forward, task: Task, split: str, *, micro_batch_size: int, workers: int, stop: StopCondition
+    forward: Forward,
+    batches: Iterable[MicroBatch],
+    score: Callable[[MicroBatch], ScoredBatch],
+    *,
+    stop: StopCondition,
+    advance: Callable[[int], None],
 ) -> list[tuple[MicroBatch, ScoredBatch]]:
-    """Scores this rank's micro-batches of a split; returns those that count, and after a signal only some of them.
+    """Scores this rank's micro-batches; returns those that count, and after a signal only some of them.
 
     Collective if the engine is in lock step.
 
     Raises:
         RunStopped: on every rank of an engine in lock step, after a signal.
     """
-    device = next(forward.module.parameters()).device
     forward.module.eval()
     done: list[tuple[MicroBatch, ScoredBatch]] = []
-    batches = evaluation_batches(
-        task.splits[split],
-        task.collate,
-        forward.context.topology,
-        micro_batch_size=micro_batch_size,
-        lock_step=forward.lock_step,
-        workers=workers,
-        lengths=row_lengths(task, split),
-    )
 
     def score_all() -> None:
         for batch in batches:
             if forward.lock_step:
                 stop.leave_together(forward.context)
-            with torch.no_grad(), forward.autocast(), explain_in_evaluation(batch.tensors):
-                scored = task.score(forward.module, to_device(batch.tensors, device), lock_step=forward.lock_step)
+            scored = score(batch)
             forward.context.heartbeat.tick()
+            advance(len(batch.example_index))
             if batch.counted:
                 done.append((batch, scored))
 
@@ -200,6 +233,11 @@ def _score(
     else:
         stop.attempt(score_all)
     return done
+
+
+def _progress(context: RankContext, split: str, rows: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Shows on rank 0 how far a long evaluation is, of the rows that this rank computes."""
+    return progress(f"{split}: rows", -(-rows // context.world_size), of="evaluation", is_shown=context.is_main)
 
 
 @contextmanager

@@ -31,9 +31,13 @@ def explain_in_training(tensors: Batch, *, size_setting: str = "train.micro_batc
     return _Explain("a micro-batch", CURE_IN_TRAINING, tensors, size_setting)
 
 
-def explain_in_evaluation(tensors: Batch) -> _Explain:
-    """Surrounds an evaluation's forward pass."""
-    return _Explain("an evaluation micro-batch", "Set evaluation.micro_batch_size lower.", tensors)
+def explain_in_evaluation(tensors: Batch, *, size_setting: str = "micro_batch_size") -> _Explain:
+    """Surrounds an evaluation's forward pass.
+
+    Args:
+        size_setting: the setting that limits the size of a micro-batch.
+    """
+    return _Explain("an evaluation micro-batch", f"Set evaluation.{size_setting} lower.", tensors)
 
 
 def explain_in_step() -> _Explain:

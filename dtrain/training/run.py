@@ -274,9 +274,8 @@ class TrainingRun:
         raise Preempted(self._stop_message(cause))
 
     def _stop_message(self, cause: str) -> str:
-        changes = []
-        if self.config.run.overwrite or self.config.checkpoint.resume != "auto":
-            changes = ["run.overwrite=false", "checkpoint.resume=auto"]
+        differs = self.config.run.overwrite or self.config.checkpoint.resume != "auto"
+        changes = ["run.overwrite=false", "checkpoint.resume=auto"] if differs else []
         how = how_to_go_on(self.context.topology, changes)
         return f"Stopped after step {self.state.step}: {cause}. The checkpoint is saved. {how}"
 
@@ -306,6 +305,7 @@ class TrainingRun:
                 self.engine,
                 self.task,
                 micro_batch_size=self.config.evaluation.micro_batch_size,
+                micro_batch_tokens=self.config.evaluation.micro_batch_tokens,
                 workers=self.config.data.workers,
                 reported=self.reported,
                 stop=self.stop,

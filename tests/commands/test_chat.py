@@ -14,9 +14,9 @@ import torch
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
-from dtrain.commands import chat
+from dtrain.commands import continuation
 from dtrain.commands.chat import Reply, converse, load_chat_model, run_chat
-from dtrain.commands.generate import continue_tokens
+from dtrain.commands.continuation import continue_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat
@@ -134,7 +134,7 @@ def test_the_prompt_is_encoded_as_in_training_and_fits_the_positions(
         received.append(ids.tolist())
         return torch.tensor([*ids.tolist(), NI, HAO, SEP])
 
-    monkeypatch.setattr(chat, "continue_tokens", fake_continue)
+    monkeypatch.setattr(continuation, "continue_tokens", fake_continue)
     model = load_chat_model(config(folder), ONE_PROCESS)
     history = [{"role": role, "content": "\u4f60 \u597d"} for role in ("user", "assistant", "user")]
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from dtrain.commands.generate import continue_tokens, end_tokens, run_generate
+from dtrain.commands.continuation import continue_tokens, end_tokens
+from dtrain.commands.generate import run_generate
 from dtrain.config.schema import Config
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.heartbeat import HEARTBEAT_BYTES, Heartbeat, Phase, read_heartbeat
@@ -40,7 +41,7 @@ class CallCounter(torch.nn.Module):
 
 def without_cache(model: Any, ids: torch.Tensor, settings: Config) -> list[int]:
     """Returns the same without a cache: each step computes the complete text."""
-    from dtrain.commands.generate import sample_token
+    from dtrain.commands.continuation import sample_token
 
     with torch.no_grad():
         for _ in range(settings.generate.max_new_tokens):

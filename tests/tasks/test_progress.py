@@ -47,6 +47,19 @@ def test_without_a_terminal_a_line_says_every_ten_seconds_how_far_it_is(caplog: 
     ]
 
 
+def test_a_rank_that_does_not_report_shows_nothing_and_the_others_say_of_what(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.tasks.progress.LOG_EVERY_S", 0.0)
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        for is_shown in (True, False):
+            with progress("validation: rows", 4, of="evaluation", is_shown=is_shown) as advance:
+                advance(2)
+                advance(2)
+
+    assert caplog.messages == ["evaluation: validation: rows: 2 of 4 (50 %)"]
+
+
 def test_fast_data_shows_nothing(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     for stream in (io.StringIO(), terminal):

@@ -238,6 +238,13 @@ def test_a_text_without_an_end_token_has_its_full_length() -> None:
     assert result.metrics["generated_length"] == 4.0
 
 
+def test_a_text_that_ends_with_the_models_own_end_token_is_as_long_as_it_is() -> None:
+    """The config of a model may name other end tokens than the tokenizer; `generate` pads after any of them."""
+    judge = made(evaluation={"max_new_tokens": 6})
+
+    assert [judge._length(ids) for ids in ([7, 8, 9, 0, 0, 0], [7, END, 0, 0, 0, 0], [7] * 6, [0] * 6)] == [3, 2, 6, 0]
+
+
 def test_summaries_have_rouge_metrics() -> None:
     judge = task(3, metric="summarization")
 

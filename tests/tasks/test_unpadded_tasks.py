@@ -185,7 +185,8 @@ def test_another_document_in_the_row_changes_no_logit_without_padding() -> None:
     changed["input_ids"][batch["document_ids"] == 1] = 9
 
     with torch.no_grad():
-        before, after = (learns._logits(prepared.module.eval(), one)[0] for one in (batch, changed))
+        module = prepared.module.eval()
+        before, after = (module(**learns._inputs(module, one)).logits for one in (batch, changed))
 
     others = batch["document_ids"] > 1
     assert torch.equal(before[others], after[others])

@@ -5,6 +5,7 @@ Dropout is on where only the number of ranks differs, because the list of micro-
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dtrain.config.schema import Config
+from dtrain.console import log
 from dtrain.data.lengths import token_lengths
 from dtrain.distributed.evaluation_exchange import SHARED_BYTES, StopWanted, share_from_main
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
@@ -114,13 +116,13 @@ def test_a_fixed_padding_counts_for_the_budget() -> None:
 # Evaluation
 
 
-def evaluated(context: RankContext) -> dict[str, Any]:
+def evaluated(context: RankContext, tokens: int | None = None) -> dict[str, Any]:
     """Collective. An evaluation of 23 rows of known length, and the number of its collectives."""
     task = training.task(SORTED)
     task.splits = {**task.splits, "validation": tiny.arrow_sentences(23, seed=5)}
     forward = ForwardOnly(tiny.bert(layers=2), SORTED.config(), context)
     before = context.traffic.copy()
-    found = evaluate_split(forward, task, "validation", micro_batch_size=4)
+    found = evaluate_split(forward, task, "validation", micro_batch_size=4, micro_batch_tokens=tokens)
     return {
         "metrics": dict(found.metrics),
         "records": [dict(record) for record in found.records],
@@ -128,11 +130,14 @@ def evaluated(context: RankContext) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_an_evaluation_takes_three_collectives_and_gives_the_digits_of_one_process(world_size: int) -> None:
-    alone = evaluated(ONE_PROCESS)
+@pytest.mark.parametrize(("world_size", "tokens"), [(2, None), (3, None), (3, 40), (3, 10_000)])
+def test_an_evaluation_takes_three_collectives_and_gives_the_digits_of_one_process(
+    world_size: int, tokens: int | None
+) -> None:
+    """With 10,000 tokens there is one micro-batch, and two ranks have none."""
+    alone = evaluated(ONE_PROCESS, tokens)
 
-    for found in run_ranks(evaluated, world_size):
+    for found in run_ranks(evaluated, world_size, tokens):
         assert found["collectives"] == 3
         assert found["metrics"] == alone["metrics"]
         assert found["records"] == alone["records"]
@@ -162,6 +167,63 @@ def test_a_sorted_evaluation_runs_the_largest_first_and_gives_results_in_data_or
     assert [r["example_index"] for r in found.records] == list(range(23))
     assert [r["prediction"] for r in found.records] == [r["prediction"] for r in plain.records]
     assert [r["loss"] for r in found.records] == pytest.approx([r["loss"] for r in plain.records], rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 60, 10_000])
+def test_an_evaluation_by_tokens_keeps_the_limit_and_gives_the_results_of_one_by_rows(limit: int) -> None:
+    task = training.task(SORTED)
+    rows = tiny.arrow_sentences(23, seed=5)
+    task.splits = {**task.splits, "validation": rows}
+    forward = ForwardOnly(tiny.bert(layers=2), SORTED.config(), ONE_PROCESS)
+    plain = evaluate_split(forward, task, "validation", micro_batch_size=4)
+    shapes: list[tuple[int, int]] = []
+    real = task.score
+
+    def score(module: Any, batch: Any, **more: Any) -> Any:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return real(module, batch, **more)
+
+    task.score = score  # type: ignore[method-assign]
+    found = evaluate_split(forward, task, "validation", micro_batch_size=4, micro_batch_tokens=limit)
+
+    assert all(rows * width <= limit or rows == 1 for rows, width in shapes), "a row that is too long is alone"
+    assert len(shapes) == {1: 23, 10_000: 1}.get(limit, len(shapes))
+    assert len({rows for rows, _ in shapes}) > 1 or limit != 60, "short rows come in larger micro-batches"
+    assert [r["example_index"] for r in found.records] == list(range(23))
+    assert [r["prediction"] for r in found.records] == [r["prediction"] for r in plain.records]
+    assert [r["loss"] for r in found.records] == pytest.approx([r["loss"] for r in plain.records], rel=1e-5)
+    assert found.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-6)
+
+
+def test_an_evaluation_by_tokens_of_rows_without_lengths_is_refused_at_the_start_and_in_an_evaluation() -> None:
+    task = training.task(SORTED)
+    task.splits = {**task.splits, "validation": tiny.sentences(4)}
+    forward = ForwardOnly(tiny.bert(layers=1), SORTED.config(), ONE_PROCESS)
+    config = SORTED.config()
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"micro_batch_tokens": 99})})
+
+    with pytest.raises(ConfigError, match=r"^evaluation\.micro_batch_tokens=99 needs the number of tokens of each row"):
+        evaluate_split(forward, task, "validation", micro_batch_size=4, micro_batch_tokens=99)
+    with pytest.raises(ConfigError, match=r"^evaluation\.micro_batch_tokens=99 needs .* evaluation\.micro_batch_size"):
+        build.step_plan(config, task)
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtrain.tasks.progress.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(log, "propagate", True)
+    task = training.task(SORTED)
+    task.splits = {**task.splits, "validation": tiny.arrow_sentences(11, seed=5)}
+
+    with caplog.at_level(logging.INFO, logger="dtrain"):
+        evaluate_split(
+            ForwardOnly(tiny.bert(layers=1), SORTED.config(), ONE_PROCESS), task, "validation", micro_batch_size=4
+        )
+
+    assert [line for line in caplog.messages if line.startswith("evaluation: ")] == [
+        f"evaluation: validation: rows: {done} of 11 ({share} %)" for done, share in ((4, 36), (7, 64))
+    ]
 
 
 def test_a_table_of_another_split_ends_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
