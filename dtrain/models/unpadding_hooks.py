@@ -30,6 +30,7 @@ class UnpaddedModel:
 
     Attributes:
         is_on: whether calls are packed. Switched off, the model computes padding as before.
+        is_causal: whether it is a decoder.
         packed_calls: number of calls that were packed so far.
     """
 
@@ -40,7 +41,7 @@ class UnpaddedModel:
             layers: name of an encoder's layers in it; None for a decoder.
             counts_tokens: whether the model numbers positions by the mask, not by the column.
         """
-        self.is_on = True
+        self.is_on, self.is_causal = True, layers is None
         self.packed_calls = 0
         self._base, self._counts_tokens = base, counts_tokens
         self._handles: list[RemovableHandle] = []

@@ -214,6 +214,11 @@ class FrozenCache:
         if self._is_in_use:
             self.open(engine)
 
+    @property
+    def replaces_layers(self) -> bool:
+        """Whether no layer of the model computes a call that is read."""
+        return self.border is not None and self.border.is_above_layers
+
     def _read(self, rows: TokenRows) -> torch.Tensor | None:
         assert self._store is not None
         assert self.border is not None
