@@ -69,9 +69,10 @@ def find_border(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Border |
 
 @dataclass(frozen=True)
 class _Pass:
-    """The loss of a batch, and some elements of the gradient of each parameter."""
+    """The loss of a batch in training and in evaluation, and some elements of the gradient of each parameter."""
 
     loss: float
+    evaluated: float
     gradients: list[torch.Tensor]
 
     def is_close(self, expected: _Pass) -> bool:
@@ -79,14 +80,12 @@ class _Pass:
 
         Each parameter is judged by itself: a large gradient, such as that of a head, would hide a wrong small one.
         """
-        if not abs(self.loss - expected.loss) <= TOLERANCE * max(abs(expected.loss), 1e-3):
-            return False
+        for found, wanted in ((self.loss, expected.loss), (self.evaluated, expected.evaluated)):
+            if not abs(found - wanted) <= TOLERANCE * max(abs(wanted), 1e-3):
+                return False
         whole = float(torch.stack([gradient.norm() for gradient in expected.gradients]).norm())
         pairs = zip(self.gradients, expected.gradients, strict=True)
-        return all(
-            float((found - wanted).norm()) <= 10 * TOLERANCE * float(wanted.norm()) + 1e-5 * whole
-            for found, wanted in pairs
-        )
+        return all(float((a - b).norm()) <= 10 * TOLERANCE * float(b.norm()) + 1e-5 * whole for a, b in pairs)
 
 
 def _pass(module: nn.Module, loss: Callable[[], torch.Tensor]) -> _Pass:
@@ -96,7 +95,10 @@ def _pass(module: nn.Module, loss: Callable[[], torch.Tensor]) -> _Pass:
         torch.autograd.backward(value)
     gradients = [_sample(p) for p in module.parameters() if p.requires_grad]
     module.zero_grad(set_to_none=True)
-    return _Pass(float(value.detach()), gradients)
+    # A model may use another part of its backbone's output in evaluation.
+    with torch.no_grad(), _evaluating(module):
+        evaluated = float(loss())
+    return _Pass(float(value.detach()), evaluated, gradients)
 
 
 def _backbone(module: nn.Module) -> nn.Module | str:

@@ -232,7 +232,9 @@ class LayersBorder:
         return captured.reshape(*inputs["input_ids"].shape, captured.shape[-1])
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        above = {id(tensor) for layer in self._layers[self._frozen :] for _, tensor in all_tensors(layer)}
+        # A tensor may be shared between layers above and below.
+        below = {id(tensor) for layer in self._layers[: self._frozen] for _, tensor in all_tensors(layer)}
+        above = {id(tensor) for layer in self._layers[self._frozen :] for _, tensor in all_tensors(layer)} - below
         for name, tensor in all_tensors(self._base):
             if id(tensor) not in above and not tensor.requires_grad:
                 yield name, tensor

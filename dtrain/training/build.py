@@ -243,6 +243,8 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
         return unused
 
     freeze(module, epoch)
+    # The loop does this after an evaluation only: a new model begins in train mode, with dropout in what is frozen.
+    train_mode(module)
     frozen_cache = FrozenCache(config, task, plan, total_steps=total_steps(config, plan), train_mode=train_mode)
     frozen_cache.find(module, epoch)
     if config.model.compile:

@@ -205,8 +205,8 @@ def test_one_damaged_byte_is_noticed_and_the_rows_are_computed_again(
 def test_what_a_killed_writer_left_is_completed_to_the_same_bits(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.training.frozen_cache.PART_BYTES", 4000)
-    monkeypatch.setattr("dtrain.training.frozen_cache.GROUP_TOKENS", 20)
+    monkeypatch.setattr("dtrain.training.frozen_fill.PART_BYTES", 4000)
+    monkeypatch.setattr("dtrain.training.frozen_fill.GROUP_TOKENS", 20)
     first, before = trained(setting), parts(setting)
     assert len(before) > 5
     for file in sorted(folders(setting)[0].glob("*.part"))[::2]:

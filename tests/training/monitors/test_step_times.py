@@ -52,7 +52,12 @@ class Lines:
 
 
 def account(
-    context: RankContext, every: int, *, rate: DeviceRate | None = None, unpad: str = "auto", before: Sequence[Monitor] = ()
+    context: RankContext,
+    every: int,
+    *,
+    rate: DeviceRate | None = None,
+    unpad: str = "auto",
+    before: Sequence[Monitor] = (),
 ) -> Lines:
     """Trains with the account, and other monitors before it; returns what it wrote."""
     ticks = Ticks()
