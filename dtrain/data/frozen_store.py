@@ -130,7 +130,9 @@ class FrozenStore:
                 os.fsync(file.fileno())
             # As the folder: other users of a shared cache may read it.
             Path(temporary).chmod(self.folder.stat().st_mode & 0o666 | 0o600)
-            Path(temporary).rename(self.folder / f"{hashlib.sha256(body).hexdigest()[:32]}.part")
+            target = self.folder / f"{hashlib.sha256(body).hexdigest()[:32]}.part"
+            if not target.exists():  # another job may have been faster, and reads its own last digits since
+                Path(temporary).rename(target)
         finally:
             Path(temporary).unlink(missing_ok=True)
 
