@@ -251,32 +251,24 @@ class FrozenCache:
         is_small = bound is None or bound * vector_bytes <= self._limit
         most = None if is_small else int(self._limit) // vector_bytes
         rows = collect(self._task, indices, progress=tick, most=most, is_per_token=border.is_per_token)
-        if most is not None and rows.vectors(is_per_token=border.is_per_token) > most:
-            return self._too_large(border, (bound or 0) * vector_bytes)
         groups = in_groups(rows.lengths, tokens=frozen_fill.GROUP_TOKENS)
         counts = rows.lengths if border.is_per_token else [1] * len(rows.keys)
 
         def prepare() -> Json:
+            if most is not None and rows.vectors(is_per_token=border.is_per_token) > most:
+                return {"problem": self._too_large(border, (bound or 0) * vector_bytes)}
             try:
                 return self._prepare_store(engine, border, rows, groups, counts, vector_bytes)
             except OSError as error:
                 return {"problem": _cannot_use(error)}
 
         opened = node_first(prepare, engine.context)
-        if "problem" in opened:
-            return str(opened["problem"])
-        self._store = FrozenStore(Path(opened["folder"]), vector_bytes=vector_bytes)
-        self._store.load()
-        topology = engine.context.topology
-        # By position in the list of all groups: another job may publish rows while this one looks.
-        missing = [
-            group
-            for number, group in enumerate(groups)
-            if number % topology.local_world_size == topology.local_rank
-            and any(rows.keys[row] not in self._store for row in group)
-        ]
+        problem: str | None = opened.get("problem")  # of this node
+        missing = [] if problem is not None else self._open_store(opened["folder"], vector_bytes, rows, groups, engine)
 
         def compute() -> Json:
+            if problem is not None:
+                return problem
             assert self._store is not None
             try:
                 compute_missing(
@@ -287,8 +279,23 @@ class FrozenCache:
             return None
 
         # It may take hours, and another rank may have nothing to do: nobody waits in a collective.
-        problem: str | None = every_rank(compute, engine.context)
-        return problem
+        found: str | None = every_rank(compute, engine.context)
+        return found
+
+    def _open_store(
+        self, folder: str, vector_bytes: int, rows: DistinctRows, groups: Sequence[Sequence[int]], engine: Engine
+    ) -> list[Sequence[int]]:
+        """Opens this node's store; returns the groups that this rank computes."""
+        self._store = FrozenStore(Path(folder), vector_bytes=vector_bytes)
+        self._store.load()
+        topology = engine.context.topology
+        # By position in the list of all groups: another job may publish rows while this one looks.
+        return [
+            group
+            for number, group in enumerate(groups)
+            if number % topology.local_world_size == topology.local_rank
+            and any(rows.keys[row] not in self._store for row in group)
+        ]
 
     @property
     def _limit(self) -> float:
