@@ -71,11 +71,11 @@ def step_plan(config: Config, task: Task) -> StepPlan:
         len(task.splits["train"]),
         train.global_batch_size,
         train.micro_batch_size,
-        config.run.seed,
-        train.shuffle,
-        lengths,
-        train.sorts,
-        train.micro_batch_tokens,
+        seed=config.run.seed,
+        shuffle=train.shuffle,
+        lengths=lengths,
+        sort_by_length=train.sorts,
+        micro_batch_tokens=train.micro_batch_tokens,
     )
 
 
