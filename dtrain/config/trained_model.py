@@ -42,8 +42,8 @@ SOURCE = ("name", "path", "config", "splits", "validation_fraction", "split", "l
 OF_ROWS = ("data", "evaluation")
 """Sections that say which rows are read, and how they are judged."""
 
-WITHOUT_ROWS = "generate"
-"""The command that reads no rows of a data set."""
+WITH_ROWS = ("evaluate", "predict", "inspect")
+"""Commands that read rows of a data set, or a text as if it were such a row. The others only write one."""
 
 LIMITS: Mapping[KeyPath, int] = {
     ("generate", "max_new_tokens"): 100_000,
@@ -145,7 +145,7 @@ def describe(run: ModelOrigin, config: BaseModel, chosen: Mapping[KeyPath, Any],
     texts = []
     values = config.model_dump(mode="json")
     for section, names in TAKEN.items():
-        if command == WITHOUT_ROWS and section in OF_ROWS:
+        if command not in WITH_ROWS and section in OF_ROWS:
             continue
         part = getattr(config, section)
         for name, field in type(part).model_fields.items():

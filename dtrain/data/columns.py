@@ -138,6 +138,17 @@ def value_counts(rows: datasets.Dataset, name: str) -> Counter[Any]:
     return Counter(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
 
 
+def selected_rows(rows: datasets.Dataset) -> npt.NDArray[np.int64] | None:
+    """Returns which rows of its table a dataset shows; None for all of them.
+
+    `select` and `shuffle` leave the table as it is, and list which of its rows are meant.
+    """
+    if rows._indices is None:
+        return None
+    selected: npt.NDArray[np.int64] = rows._indices.column(0).to_numpy().astype(np.int64)
+    return selected
+
+
 class ColumnRows:
     """A `datasets.Dataset` whose list columns are read as `ListColumn`. All other values are those of the dataset."""
 
@@ -151,9 +162,7 @@ class ColumnRows:
         others = [name for name in names if name not in self._columns]
         self._others = rows.select_columns(others) if others else None
         self._names = names
-        # `select` and `shuffle` leave the table as it is, and list which of its rows are meant.
-        mapping = rows._indices
-        self._selected: Array | None = None if mapping is None else mapping.column(0).to_numpy()
+        self._selected = selected_rows(rows)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -65,8 +65,12 @@ class FrozenStore:
         return key in self._rows
 
     def load(self) -> None:
-        """Memory-maps the parts that were published since the last call. Skips what is damaged or cannot be read."""
-        for file in sorted(self.folder.glob("*.part")):
+        """Memory-maps the parts that were published since the last call. Skips what is damaged or cannot be read.
+
+        Of a row that two jobs computed at the same time, what was written first is read: a run that is resumed gets
+        the same bits again.
+        """
+        for file in sorted(self.folder.glob("*.part"), key=_written):
             if file.name not in self._names:
                 with contextlib.suppress(OSError, DamagedPartError):
                     self._add(file)
@@ -85,7 +89,7 @@ class FrozenStore:
         keys = index["key"].tobytes()
         size = INDEX["key"].itemsize
         for row, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
-            self._rows[keys[row * size : (row + 1) * size]] = (number, start, count)
+            self._rows.setdefault(keys[row * size : (row + 1) * size], (number, start, count))
 
     def read(self, keys: Sequence[bytes], counts: Sequence[int]) -> npt.NDArray[np.uint8] | None:
         """Returns the vectors of these rows, one after the other: (vectors, bytes of one). None if any is missing.
@@ -126,7 +130,9 @@ class FrozenStore:
                 os.fsync(file.fileno())
             # As the folder: other users of a shared cache may read it.
             Path(temporary).chmod(self.folder.stat().st_mode & 0o666 | 0o600)
-            Path(temporary).rename(self.folder / f"{hashlib.sha256(body).hexdigest()[:32]}.part")
+            target = self.folder / f"{hashlib.sha256(body).hexdigest()[:32]}.part"
+            if not target.exists():  # another job may have been faster, and reads its own last digits since
+                Path(temporary).rename(target)
         finally:
             Path(temporary).unlink(missing_ok=True)
 
@@ -212,10 +218,18 @@ def make_room(root: Path, keep: Path, *, limit: int) -> list[Path]:
 
 
 def _is_store(path: Path) -> bool:
-    """Returns whether a folder is a store, and not something of the user's."""
+    """Returns whether a folder is a store, and not something of the user's, or of another job that deletes it just now."""
     if path.is_symlink() or not path.is_dir() or not re.fullmatch(r"[0-9a-f]{32}", path.name):
         return False
-    return all(file.suffix == ".part" or file.name.startswith(BUILDING) for file in path.iterdir())
+    with contextlib.suppress(OSError):
+        return all(file.suffix == ".part" or file.name.startswith(BUILDING) for file in path.iterdir())
+    return False
+
+
+def _written(file: Path) -> tuple[int, str]:
+    with contextlib.suppress(OSError):
+        return file.stat().st_mtime_ns, file.name
+    return 0, file.name
 
 
 def _last_used(path: Path) -> float:

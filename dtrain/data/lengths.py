@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from dtrain.data.columns import selected_rows
 from dtrain.errors import DataError
 
 Counts = npt.NDArray[np.int64]
@@ -126,7 +127,7 @@ def token_lengths(
     sequences, width, tokens = np.ones_like(outer), outer, outer
     if inner is not None:
         sequences, width, tokens = outer, *_longest_and_sum(_list_lengths(inner), outer)
-    take = _selected(rows)
+    take = selected_rows(rows)
     if take is not None:
         sequences, width, tokens = sequences[take], width[take], tokens[take]
     width, tokens = np.maximum(width - left_out, minimum), np.maximum(tokens - left_out, 0)
@@ -140,7 +141,7 @@ def list_lengths(rows: Any, column: str) -> Counts | None:
     values = _column(rows, column)
     if values is None or not _is_list(values.type):
         return None
-    take, found = _selected(rows), _list_lengths(values)
+    take, found = selected_rows(rows), _list_lengths(values)
     return found if take is None else found[take]
 
 
@@ -149,14 +150,6 @@ def _column(rows: Any, name: str) -> pa.ChunkedArray | None:
         return None
     values: pa.ChunkedArray = rows.data.column(name)
     return values
-
-
-def _selected(rows: datasets.Dataset) -> Counts | None:
-    """Returns which rows of the table the dataset shows, after select or shuffle; None for all of them."""
-    if rows._indices is None:
-        return None
-    selected: Counts = rows._indices.column(0).to_numpy().astype(np.int64)
-    return selected
 
 
 def _is_list(arrow_type: pa.DataType) -> bool:

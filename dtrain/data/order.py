@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -102,6 +102,7 @@ class StepPlan:
     num_examples: int
     global_batch_size: int
     micro_batch_size: int
+    _: KW_ONLY
     seed: int
     shuffle: bool
     lengths: RowLengths | None = field(default=None, repr=False, compare=False)

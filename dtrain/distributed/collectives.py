@@ -219,19 +219,36 @@ def node_first(work: Callable[[], Json], context: RankContext, *, progress_every
     """
     if not _has_peers(context):
         return json.loads(json.dumps(work()))
+    topology = context.topology
+    node_work = _node_work(context, "node_first", topology.node_rank, topology.num_nodes, unit="node")
+    return run_node_work(node_work, work if context.is_node_main else None, progress_every_s=progress_every_s)
+
+
+def every_rank(work: Callable[[], Json], context: RankContext, *, progress_every_s: float = 30.0) -> Json:
+    """Collective. Runs `work` on every rank, and waits for all; returns this rank's result, through JSON.
+
+    As in `node_first`, ranks that are done wait in the store for as long as the others work.
+
+    Args:
+        work: must not call collectives.
+        progress_every_s: seconds between two log lines that name the ranks still at work.
+
+    Raises:
+        DtrainError: what `work` raised on any rank, on all ranks, with the same type and message.
+    """
+    if not _has_peers(context):
+        return json.loads(json.dumps(work()))
+    rank_work = _node_work(context, "every_rank", context.rank, context.world_size, unit="rank")
+    return run_node_work(rank_work, work, progress_every_s=progress_every_s)
+
+
+def _node_work(context: RankContext, name: str, node_rank: int, num_nodes: int, *, unit: str) -> NodeWork:
     store = _get_default_store()
     # Each rank counts its own calls. All ranks make the same calls, so the number identifies the call on all of them.
-    number = store.add(f"node_first/calls/{context.rank}", 1)
-    node_work = NodeWork(
-        store,
-        f"node_first/{number}",
-        context.rank,
-        context.world_size,
-        context.topology.node_rank,
-        context.topology.num_nodes,
-        context.heartbeat,
+    number = store.add(f"{name}/calls/{context.rank}", 1)
+    return NodeWork(
+        store, f"{name}/{number}", context.rank, context.world_size, node_rank, num_nodes, unit, context.heartbeat
     )
-    return run_node_work(node_work, work if context.is_node_main else None, progress_every_s=progress_every_s)
 
 
 def on_main(work: Callable[[], Json], context: RankContext) -> Json:

@@ -1,6 +1,6 @@
-"""Work that one rank per node does while the others wait in the store, not in a collective: it may take hours.
+"""Work that takes hours on some ranks while the others wait in the store, not in a collective.
 
-Call it through collectives.node_first. Needs no torch.
+Call it through collectives.node_first, for work of one rank per node, or collectives.every_rank. Needs no torch.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ _INTERRUPTED = Interrupted.__name__
 
 @dataclass(frozen=True)
 class NodeWork:
-    """One call of node_first on one rank.
+    """One call of node_first, or of every_rank, on one rank.
 
     Attributes:
         store: the job's store.
         name: prefix of the keys of this call.
         rank: this rank.
         world_size: number of ranks.
-        node_rank: number of this rank's node.
-        num_nodes: number of nodes.
+        node_rank: number of this rank's node; of every_rank: this rank.
+        num_nodes: number of nodes; of every_rank: of ranks.
+        unit: what works for itself: node or rank.
         heartbeat: where this rank reports that it waits.
     """
 
@@ -44,6 +45,7 @@ class NodeWork:
     world_size: int
     node_rank: int
     num_nodes: int
+    unit: str = "node"
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
@@ -137,7 +139,10 @@ def _progress(node_work: NodeWork, every_s: float) -> Iterator[None]:
     def report() -> None:
         while not done.wait(every_s):
             seconds = time.monotonic() - begin
-            log.info("One process per node is at work, the others wait: %.0f s so far%s", seconds, _busy(node_work))
+            who = (
+                "One process per node is at work, the others wait" if node_work.unit == "node" else "Ranks are at work"
+            )
+            log.info("%s: %.0f s so far%s", who, seconds, _busy(node_work))
 
     reporter = threading.Thread(target=report, daemon=True)
     if node_work.rank == 0:
@@ -156,4 +161,4 @@ def _busy(node_work: NodeWork) -> str:
     busy: Sequence[str] = [
         str(node) for node, key in enumerate(node_work.result_keys) if not node_work.store.check([key])
     ]
-    return f"; nodes not done: {', '.join(busy[:8])}{', ...' if len(busy) > 8 else ''}"
+    return f"; {node_work.unit}s not done: {', '.join(busy[:8])}{', ...' if len(busy) > 8 else ''}"

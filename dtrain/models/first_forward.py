@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ def reads_padding_by_config(module: nn.Module, *, max_length: int) -> bool:
     if getattr(config, "attention_type", None) != "block_sparse":
         return False
     return bool(max_length > (5 + 2 * config.num_random_blocks) * config.block_size)
+
+
+def rotates_by_length(config: Any) -> bool:
+    """Returns whether a model's rotary positions depend on the length of a batch, or on the longest one before it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
+    return bool(kinds & {"dynamic", "longrope"})
 
 
 def explain_forward(error: BaseException, module: nn.Module, tokenizer: Any, ids: torch.Tensor | None) -> ConfigError:

@@ -39,6 +39,8 @@ class Border(Protocol):
     """What is kept, for the banner."""
     is_per_token: bool
     """Whether a row has a vector for each of its tokens; if not, it has one."""
+    is_above_layers: bool
+    """Whether no layer is computed in a call that is read."""
     read: Read | None
     """None: every call computes."""
 
@@ -63,6 +65,7 @@ class PooledBorder:
     """All below a head of dtrain's that reads one vector per row."""
 
     is_per_token = False
+    is_above_layers = True
 
     def __init__(self, module: HeadedModel) -> None:
         self._module = module
@@ -89,6 +92,8 @@ class PooledBorder:
 
 class BackboneBorder:
     """A wholly frozen backbone below a head of transformers', or below one of dtrain's that reads all tokens."""
+
+    is_above_layers = True
 
     def __init__(self, base: nn.Module, part: OutputPart, *, output: Any) -> None:
         """
@@ -191,6 +196,7 @@ class LayersBorder:
         self._is_injected = self._is_computing = False
         self._captured: torch.Tensor | None = None
         self.read: Read | None = None
+        self.is_above_layers = frozen_layers == len(self._layers)
         self.shown = f"the states after layer {frozen_layers} of {len(self._layers)} of each row's tokens"
 
     def attach(self) -> None:
@@ -226,7 +232,9 @@ class LayersBorder:
         return captured.reshape(*inputs["input_ids"].shape, captured.shape[-1])
 
     def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
-        above = {id(tensor) for layer in self._layers[self._frozen :] for _, tensor in all_tensors(layer)}
+        # A tensor may be shared between layers above and below.
+        below = {id(tensor) for layer in self._layers[: self._frozen] for _, tensor in all_tensors(layer)}
+        above = {id(tensor) for layer in self._layers[self._frozen :] for _, tensor in all_tensors(layer)} - below
         for name, tensor in all_tensors(self._base):
             if id(tensor) not in above and not tensor.requires_grad:
                 yield name, tensor

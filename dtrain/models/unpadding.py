@@ -19,7 +19,7 @@ from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
-from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.models.first_forward import FORWARD_ERRORS, rotates_by_length
 from dtrain.models.modes import restored_modes
 from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
 from dtrain.models.unpadding_layout import NAME
@@ -195,9 +195,7 @@ def _obstacle_of_config(config: Any, kind: str) -> str | None:
     first = (config.pad_token_id or 0) + 1 if kind in COUNTED_FROM_PADDING else 0
     if getattr(config, "max_position_embeddings", WIDTH) - first < WIDTH:
         return f"it has fewer than {WIDTH} positions"
-    rope = getattr(config, "rope_parameters", None) or {}
-    types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
-    if types & {"dynamic", "longrope"}:
+    if rotates_by_length(config):
         return "its rotary positions depend on the length of the batch"
     return None
 

@@ -49,16 +49,20 @@ class _Selection:
         passes_rows: whether the layer gets these rows; else it gets none.
         rows: (targets, width) once picked; None before, and where the layer's input has another shape.
         calls: number of times that the layer ran.
+        autocast: the lower type in which the layer ran; None in full precision. DeepSpeed sets it inside its wrapper only.
     """
 
     is_target: torch.Tensor
     passes_rows: bool
     rows: torch.Tensor | None = None
     calls: int = 0
+    autocast: torch.dtype | None = None
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = inputs[0]
         self.calls += 1
+        device = hidden.device.type
+        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         if hidden.shape[:-1] != self.is_target.shape:
             return None
         self.rows = pick(hidden, self.is_target)
@@ -175,13 +179,7 @@ def target_loss(
         with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
             logits = model(**inputs).logits
         if selection.rows is not None:
-            # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
-            chunk = max(1, max(_most_logits(labels.device), selection.rows.numel()) // layer.out_features)
-            options = (pick(labels, is_target), label_smoothing, chunk)
-            loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                selection.rows, layer.weight, layer.bias, *options
-            )
-            return loss
+            return _loss_of_rows(layer, selection.rows, pick(labels, is_target), label_smoothing, selection.autocast)
         logits = full_precision(pick(logits, is_target))
     else:
         logits = target_logits(model, inputs, is_target)
@@ -194,6 +192,22 @@ def _is_target(labels: torch.Tensor) -> torch.Tensor:
     if known is not None and labels.device.type != "cpu":
         remember(is_target, known != IGNORED)
     return is_target
+
+
+def _loss_of_rows(
+    layer: nn.Linear, rows: torch.Tensor, labels: torch.Tensor, label_smoothing: float, autocast: torch.dtype | None
+) -> torch.Tensor:
+    """Returns the loss of the rows that enter the last layer, in the precision in which that runs."""
+    with torch.autocast(rows.device.type, dtype=autocast, enabled=autocast is not None):
+        if autocast == torch.float16:  # seen too late by _is_chunked
+            logits = full_precision(layer(rows))
+            return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+        # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
+        chunk = max(1, max(_most_logits(rows.device), rows.numel()) // layer.out_features)
+        loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            rows, layer.weight, layer.bias, labels, label_smoothing, chunk
+        )
+        return loss
 
 
 def _is_chunked(model: nn.Module, layer: nn.Linear, labels: torch.Tensor) -> bool:

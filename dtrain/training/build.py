@@ -74,11 +74,11 @@ def step_plan(config: Config, task: Task) -> StepPlan:
         len(task.splits["train"]),
         train.global_batch_size,
         train.micro_batch_size,
-        config.run.seed,
-        train.shuffle,
-        lengths,
-        train.sorts,
-        train.micro_batch_tokens,
+        seed=config.run.seed,
+        shuffle=train.shuffle,
+        lengths=lengths,
+        sort_by_length=train.sorts,
+        micro_batch_tokens=train.micro_batch_tokens,
     )
 
 
@@ -244,6 +244,8 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
         return unused
 
     freeze(module, epoch)
+    # The loop does this after an evaluation only: a new model begins in train mode, with dropout in what is frozen.
+    train_mode(module)
     frozen_cache = FrozenCache(config, task, plan, total_steps=total_steps(config, plan), train_mode=train_mode)
     frozen_cache.find(module, epoch)
     if config.model.compile:

@@ -16,13 +16,11 @@ import json
 import os
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import transformers
 from torch import nn
@@ -34,7 +32,7 @@ from dtrain.data.cache import describe_os_error
 from dtrain.data.frozen_store import FrozenStore, in_groups
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import seed_all
-from dtrain.distributed.collectives import agree, all_gather_object, node_first
+from dtrain.distributed.collectives import agree, all_gather_object, every_rank, node_first
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.serialization import Json
 from dtrain.engine.build import engine_traits
@@ -43,17 +41,22 @@ from dtrain.engine.unused_parameters import layer_drop_settings
 from dtrain.errors import ConfigError
 from dtrain.models import freezing
 from dtrain.models.architecture import asks_for_router_loss
-from dtrain.models.frozen_border import are_close, find_border, tensors_of
+from dtrain.models.first_forward import rotates_by_length
+from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
-from dtrain.training.frozen_rows import DistinctRows, collated, collect, training_indices, trial_indices, why_not_fixed
-
-GROUP_TOKENS = 2048
-"""Tokens that are computed together. More need more memory; fewer leave the processor idle."""
-
-PART_BYTES = 1 << 26
-"""Size at which finished rows are published, so that a run that is stopped while it computes them keeps them."""
+from dtrain.training import frozen_fill
+from dtrain.training.frozen_fill import compute_missing, compute_rows, is_same
+from dtrain.training.frozen_rows import (
+    DistinctRows,
+    collated,
+    collect,
+    most_vectors,
+    training_indices,
+    trial_indices,
+    why_not_fixed,
+)
 
 GIB = 2**30
 
@@ -141,6 +144,8 @@ class FrozenCache:
             return "model.gradient_checkpointing computes layers again in the backward pass"
         if config is not None and hasattr(config, "get_text_config") and asks_for_router_loss(config):
             return "the loss of the router needs all layers"
+        if rotates_by_length(config):
+            return "its rotary positions depend on the length of the batch"
         if names := layer_drop_settings(module):
             return f"layers are skipped at random ({', '.join(names)} in the model's config)"
         if self._task.tokenizer is None:
@@ -153,7 +158,8 @@ class FrozenCache:
 
         def loss() -> torch.Tensor:
             seed_all(self._plan.seed, "frozen", 0)
-            return self._task.loss(module, {name: tensor.to(device) for name, tensor in batch.items()})
+            with freezing.frozen_statistics(module):  # model.batch_norm=train: a trial is no step
+                return self._task.loss(module, {name: tensor.to(device) for name, tensor in batch.items()})
 
         self._train_mode(module)
         return find_border(module, loss)
@@ -214,6 +220,11 @@ class FrozenCache:
         if self._is_in_use:
             self.open(engine)
 
+    @property
+    def replaces_layers(self) -> bool:
+        """Whether no layer of the model computes a call that is read."""
+        return self.border is not None and self.border.is_above_layers
+
     def _read(self, rows: TokenRows) -> torch.Tensor | None:
         assert self._store is not None
         assert self.border is not None
@@ -229,38 +240,72 @@ class FrozenCache:
 
     def _fill(self, engine: Engine, border: Border) -> str | None:
         """Collective. Completes this node's store; returns what prevented it."""
-        rows = collect(self._task, self._indices(), progress=engine.context.heartbeat.tick)
-        groups = in_groups(rows.lengths, tokens=GROUP_TOKENS)
-        if not groups:
+        indices, tick = self._indices(), engine.context.heartbeat.tick
+        trial = collect(self._task, {"train": trial_indices(self._task)}, progress=tick)
+        if not trial.keys:
             return "no row has a token"
-        vector = _compute(border, rows, groups[0][:1], engine.module)
+        vector = compute_rows(border, trial, [0], engine.module)
         self._dtype, vector_bytes = vector.dtype, vector.shape[-1] * vector.element_size()
+        # Rows of a large table are not read for nothing. Equal rows are kept once, so the bound may be too high.
+        bound = most_vectors(self._task, indices, is_per_token=border.is_per_token)
+        is_small = bound is None or bound * vector_bytes <= self._limit
+        most = None if is_small else int(self._limit) // vector_bytes
+        rows = collect(self._task, indices, progress=tick, most=most, is_per_token=border.is_per_token)
+        groups = in_groups(rows.lengths, tokens=frozen_fill.GROUP_TOKENS)
         counts = rows.lengths if border.is_per_token else [1] * len(rows.keys)
 
         def prepare() -> Json:
+            if most is not None and rows.vectors(is_per_token=border.is_per_token) > most:
+                return {"problem": self._too_large(border, (bound or 0) * vector_bytes)}
             try:
                 return self._prepare_store(engine, border, rows, groups, counts, vector_bytes)
             except OSError as error:
                 return {"problem": _cannot_use(error)}
 
         opened = node_first(prepare, engine.context)
-        if "problem" in opened:
-            return str(opened["problem"])
-        self._store = FrozenStore(Path(opened["folder"]), vector_bytes=vector_bytes)
+        problem: str | None = opened.get("problem")  # of this node
+        missing = [] if problem is not None else self._open_store(opened["folder"], vector_bytes, rows, groups, engine)
+
+        def compute() -> Json:
+            if problem is not None:
+                return problem
+            assert self._store is not None
+            try:
+                compute_missing(
+                    self._store, border, rows, missing, counts, engine.module, progress=engine.context.heartbeat.tick
+                )
+            except OSError as error:
+                return _cannot_use(error)
+            return None
+
+        # It may take hours, and another rank may have nothing to do: nobody waits in a collective.
+        found: str | None = every_rank(compute, engine.context)
+        return found
+
+    def _open_store(
+        self, folder: str, vector_bytes: int, rows: DistinctRows, groups: Sequence[Sequence[int]], engine: Engine
+    ) -> list[Sequence[int]]:
+        """Opens this node's store; returns the groups that this rank computes."""
+        self._store = FrozenStore(Path(folder), vector_bytes=vector_bytes)
         self._store.load()
         topology = engine.context.topology
         # By position in the list of all groups: another job may publish rows while this one looks.
-        missing = [
+        return [
             group
             for number, group in enumerate(groups)
             if number % topology.local_world_size == topology.local_rank
             and any(rows.keys[row] not in self._store for row in group)
         ]
-        try:
-            self._compute_missing(engine, border, rows, missing, counts)
-        except OSError as error:
-            return _cannot_use(error)
-        return None
+
+    @property
+    def _limit(self) -> float:
+        return self._config.freeze.cache_gb * GIB
+
+    def _too_large(self, border: Border, needed: int) -> str:
+        return (
+            f"freeze.cache_gb={self._config.freeze.cache_gb:g} is less than the {needed / GIB:.3g} GiB of this run "
+            f"({border.shown}): set freeze.cache_gb={needed / GIB * 1.05 + 0.1:.1f}"
+        )
 
     def _indices(self) -> dict[str, Sequence[int]]:
         evaluated = [split for split in self._task.splits if split != "train"]
@@ -285,12 +330,8 @@ class FrozenCache:
         cache = cache_dir.expanduser() if cache_dir else Path(datasets.config.HF_DATASETS_CACHE) / "dtrain"
         root = cache / "frozen"
         folder = root / self._store_name(engine, border)
-        needed, limit = sum(counts) * vector_bytes, self._config.freeze.cache_gb * GIB
-        if needed > limit:
-            return {
-                "problem": f"freeze.cache_gb={self._config.freeze.cache_gb:g} is less than the {needed / GIB:.3g} GiB of this run "
-                f"({border.shown}): set freeze.cache_gb={needed / GIB * 1.05 + 0.1:.1f}"
-            }
+        if (needed := sum(counts) * vector_bytes) > self._limit:
+            return {"problem": self._too_large(border, needed)}
         if folder.is_symlink():  # what it points to is not dtrain's
             return {"problem": f"{folder} is a symbolic link: remove it (rm {shlex.quote(str(folder))})"}
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +340,7 @@ class FrozenCache:
             log.warning("freeze.cache: %s. It was deleted, and its rows are computed again", damage)
         store = FrozenStore(folder, vector_bytes=vector_bytes)
         store.load()
-        if not self._is_same(border, store, rows, groups, engine.module):
+        if not is_same(store, border, rows, groups, engine.module):
             log.warning(
                 "freeze.cache: %s has the results of another model. It was deleted, and is computed again", folder
             )
@@ -308,7 +349,7 @@ class FrozenCache:
             store = FrozenStore(folder, vector_bytes=vector_bytes)
         missing = sum(count for key, count in zip(rows.keys, counts, strict=True) if key not in store) * vector_bytes
         used = frozen_store.stored_bytes(folder)
-        frozen_store.make_room(root, folder, limit=int(limit) - used - missing)
+        frozen_store.make_room(root, folder, limit=int(self._limit) - used - missing)
         free = shutil.disk_usage(folder).free
         if missing > free:
             return {
@@ -320,22 +361,6 @@ class FrozenCache:
                 "freeze.cache: computing %d rows of the frozen part once (%.3g GiB)", len(rows.keys), missing / GIB
             )
         return {"folder": str(folder)}
-
-    def _is_same(
-        self, border: Border, store: FrozenStore, rows: DistinctRows, groups: Sequence[Sequence[int]], module: nn.Module
-    ) -> bool:
-        """Returns whether what is stored is what this model computes, by the first and the last group that is stored."""
-        stored = [group for group in groups if all(rows.keys[row] in store for row in group)]
-        for group in [*stored[:1], *stored[-1:]]:
-            expected = _compute(border, rows, group, module)
-            counts = [len(rows.ids[row]) if border.is_per_token else 1 for row in group]
-            found = store.read([rows.keys[row] for row in group], counts)
-            if found is None:
-                return False
-            vectors = torch.from_numpy(found).view(expected.dtype)
-            if vectors.shape != expected.shape or not are_close(vectors.to(expected.device), expected):
-                return False
-        return True
 
     def _store_name(self, engine: Engine, border: Border) -> str:
         """Returns a hash of all that the results depend on, besides a row's tokens."""
@@ -355,39 +380,6 @@ class FrozenCache:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()[:32]
-
-    def _compute_missing(
-        self, engine: Engine, border: Border, rows: DistinctRows, groups: Sequence[Sequence[int]], counts: Sequence[int]
-    ) -> None:
-        """Computes groups of rows and publishes them.
-
-        Raises:
-            OSError: the disk is full, or the folder cannot be written.
-        """
-        assert self._store is not None
-        done: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-        finished: list[int] = []
-        begin, size = time.monotonic(), 0
-        for number, group in enumerate(groups):
-            vectors = _compute(border, rows, group, engine.module)
-            done.append(vectors.cpu().contiguous().view(torch.uint8).numpy())
-            finished += group
-            engine.context.heartbeat.tick()
-            size += done[-1].nbytes
-            if size >= PART_BYTES or number == len(groups) - 1:
-                self._store.write(
-                    [rows.keys[row] for row in finished], [counts[row] for row in finished], np.concatenate(done)
-                )
-                done, finished, size = [], [], 0
-        if groups:
-            log.info("freeze.cache: done in %.1f s", time.monotonic() - begin)
-
-
-def _compute(border: Border, rows: DistinctRows, group: Sequence[int], module: nn.Module) -> torch.Tensor:
-    """Returns the vectors of a group of rows, one after the other: (vectors, width)."""
-    ids, types = rows.batch(group)
-    vectors = border.compute(tensors_of(ids, types, module))
-    return vectors.reshape(-1, vectors.shape[-1])
 
 
 def _cannot_use(error: OSError) -> str:

@@ -14,6 +14,7 @@ from dtrain.data.order import StepPlan, chunks
 from dtrain.data.seeding import DataPosition
 from dtrain.models.token_rows import INPUTS, token_rows
 from dtrain.tasks.protocol import Batch, Task
+from dtrain.tasks.row_lengths import row_lengths
 
 CHUNK_ROWS = 256
 
@@ -47,6 +48,10 @@ class DistinctRows:
         """The number of tokens of each row."""
         return [len(ids) for ids in self.ids]
 
+    def vectors(self, *, is_per_token: bool) -> int:
+        """Returns how many vectors the rows have: one each, or one for each token."""
+        return sum(self.lengths) if is_per_token else len(self.keys)
+
     def batch(self, group: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
         """Returns ids and types of rows of equal length: (rows, length) each."""
         ids = np.stack([self.ids[row] for row in group]).astype(np.int64)
@@ -60,13 +65,34 @@ def training_indices(plan: StepPlan, steps: range) -> Sequence[int]:
     return sorted({index for step in steps for index in plan.indices(step)})
 
 
-def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Callable[[], None]) -> DistinctRows:
+def most_vectors(task: Task, indices: Mapping[str, Sequence[int]], *, is_per_token: bool) -> int | None:
+    """Returns how many vectors these examples have at most, by the table of lengths; None if lengths are not known."""
+    total = 0
+    for split, wanted in indices.items():
+        lengths = row_lengths(task, split)
+        if lengths is None:
+            return None
+        numbers = lengths.tokens if is_per_token else lengths.sequences
+        total += int(numbers[np.asarray(wanted, dtype=np.int64)].sum())
+    return total
+
+
+def collect(
+    task: Task,
+    indices: Mapping[str, Sequence[int]],
+    *,
+    progress: Callable[[], None],
+    most: int | None = None,
+    is_per_token: bool = False,
+) -> DistinctRows:
     """Returns the distinct rows of these examples of each split.
 
     Args:
         progress: called now and then.
+        most: number of vectors with which the rest is not read; None: no limit.
+        is_per_token: whether a row has a vector for each token.
     """
-    rows, known = DistinctRows(), set[bytes]()
+    rows, known, vectors = DistinctRows(), set[bytes](), 0
     for split, wanted in indices.items():
         for part in chunks(wanted, CHUNK_ROWS):
             found = token_rows(inputs_of(task, split, part))
@@ -78,6 +104,9 @@ def collect(task: Task, indices: Mapping[str, Sequence[int]], *, progress: Calla
                     rows.ids.append(ids.astype(np.int32))
                     if types is not None:
                         rows.types.append(types.astype(np.int32))
+                    vectors += len(ids) if is_per_token else 1
+            if most is not None and vectors > most:
+                return rows
             progress()
     return rows
 

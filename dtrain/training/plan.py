@@ -10,6 +10,7 @@ from dtrain.engine.protocol import EngineTraits
 from dtrain.models import freezing
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel, count, describe_device, gigabytes, total_steps
+from dtrain.training.computed_tokens import describe_padding
 from dtrain.training.understood import describe_data
 
 PADDING_STEPS = 20
@@ -26,6 +27,7 @@ def describe(
     parameters = list(prepared.module.parameters())
     trainable = count([p for p in parameters if p.requires_grad])
     frozen = freezing.frozen_parameters(prepared.module)
+    kept = prepared.frozen_cache.describe(traits)
     rows = ", ".join(f"{split} {len(split_rows)}" for split, split_rows in task.splits.items())
     lines = [
         f"run        {config.run_dir} (seed {config.run.seed})",
@@ -35,7 +37,7 @@ def describe(
         *describe_data(task, has_decoder=task.head.has_decoder),
         f"steps      {total}: {steps.steps_per_epoch} per epoch, global batch {config.train.global_batch_size}",
         f"per step   {_shares(config, context, steps, lock_step=traits.lock_step)}",
-        *(_padding(steps) if in_full else []),
+        *(_padding(task, prepared, steps) if in_full else []),
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",
         f"memory     {_memory(traits, context, count(parameters), trainable)} per rank, without activations",
         f"exactness  {exactness(config, traits)}",
@@ -48,7 +50,7 @@ def describe(
         )
     if frozen:
         lines.append(f"frozen     {len(frozen)} tensors: {freezing.summary(frozen)}")
-    if (kept := prepared.frozen_cache.describe(traits)) is not None:
+    if kept is not None:
         lines.append(f"cache      {kept}")
     if in_full:
         lines += [f"  frozen   {name}" for name in frozen]
@@ -73,13 +75,10 @@ def _size(config: Config) -> str:
     return str(config.train.micro_batch_size) if tokens is None else f"at most {tokens} tokens"
 
 
-def _padding(steps: StepPlan) -> list[str]:
-    """Returns a line about the padding in the first steps; none where lengths are not known."""
-    if steps.lengths is None:
-        return []
-    first = [batch for step in range(min(steps.steps_per_epoch, PADDING_STEPS)) for batch in steps.micro_batches(step)]
-    order = "sorted by length" if steps.sort_by_length else "unsorted"
-    return [f"padding    {1 - steps.lengths.fill(first):.0%} of the computed tokens ({order} within each step)"]
+def _padding(task: Task, prepared: PreparedModel, steps: StepPlan) -> list[str]:
+    """Returns a line about the padding in the first steps; none for a task without tokens."""
+    found = describe_padding(prepared, task, steps, range(min(steps.steps_per_epoch, PADDING_STEPS)))
+    return [] if found is None else [f"padding    {found}"]
 
 
 def _memory(traits: EngineTraits, context: RankContext, parameters: int, trainable: int) -> str:

@@ -218,7 +218,7 @@ class TrainingRun:
             decision = settle(self, record, after)
             if decision != Decision.CONTINUE:
                 return decision
-        account = StepAccount(self.config, self.context, self.task, self.tracker, lambda: self.engine)
+        account = StepAccount(self.config, self.context, self.task, self.prepared, self.tracker, lambda: self.engine)
         steps = account.watch(batches_ahead(self.settings, self.task, self.engine, start=self.state.step))
         self.look_ahead = LookAhead(steps, self.task, self.context, self.stop.is_wanted)
         try:

@@ -13,6 +13,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.protocol import Task
+from dtrain.training.build import PreparedModel
 from dtrain.training.model_flops import flops_per_token, peak_flops
 from dtrain.training.monitors.protocol import Monitor
 from dtrain.training.monitors.step_times import DeviceRate, StepTimes, TimesLog
@@ -27,20 +28,26 @@ class StepAccount:
     """
 
     def __init__(
-        self, config: Config, context: RankContext, task: Task, tracker: TimesLog, engine: Callable[[], Engine]
+        self,
+        config: Config,
+        context: RankContext,
+        task: Task,
+        prepared: PreparedModel,
+        tracker: TimesLog,
+        engine: Callable[[], Engine],
     ) -> None:
         """
         Args:
             engine: returns the current engine.
         """
         self.monitors: Sequence[Monitor] = ()
-        self._context, self._counter = context, BatchCounter(task)
+        self._context, self._counter = context, BatchCounter(task, prepared)
         self._clock: Clock | None = None
         every, on_gpu = config.train.time_every, device_of(context.topology).type == "cuda"
         if every is None:
             return
         self._clock = DeviceClock(context.world_size) if on_gpu else HostClock(context.world_size)
-        rate = _device_rate(config, context, task, engine) if on_gpu else None
+        rate = _device_rate(config, context, task, prepared, engine) if on_gpu else None
         self.monitors = [StepTimes(every, self._clock, self._counter, context, tracker, rate=rate)]
 
     def watch(self, steps: Generator[StepBatches, None, None]) -> Generator[StepBatches, None, None]:
@@ -52,8 +59,12 @@ class StepAccount:
         return nullcontext() if self._clock is None else measured(self._clock, self._context.heartbeat)
 
 
-def _device_rate(config: Config, context: RankContext, task: Task, engine: Callable[[], Engine]) -> DeviceRate:
+def _device_rate(
+    config: Config, context: RankContext, task: Task, prepared: PreparedModel, engine: Callable[[], Engine]
+) -> DeviceRate:
     def per_token() -> float | None:
+        if prepared.frozen_cache.border is not None:
+            return None  # the estimate is of all layers
         # A token of an encoder-decoder model passes one of its two halves, which the estimate does not tell apart.
         return None if task.head.has_decoder else flops_per_token(engine().module, engine().numel)
 

@@ -76,7 +76,7 @@ def next_batch(rows: int) -> float:
         def __getitem__(self, indices: list[int]) -> dict[str, list[int]]:
             return {"index": indices}
 
-    plan = StepPlan(rows, 32, 8, 7, True)
+    plan = StepPlan(rows, 32, 8, seed=7, shuffle=True)
     permutation.cache_clear()
     begin = time.perf_counter()
     start = int(0.9 * plan.steps_per_epoch)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtrain.distributed.rank_context import RankContext
 from tests.benchmarks import __main__ as command
 from tests.benchmarks.suite import spec, table
 from tests.benchmarks.suite.counting import Laps, TokenCounter
@@ -24,6 +25,7 @@ from tests.benchmarks.suite.rows.checkpoint import figures_of
 from tests.benchmarks.suite.rows.evaluation import one_evaluation
 from tests.benchmarks.suite.rows.training_steps import checked
 from tests.benchmarks.suite.workloads import T0, Workload, glue_lengths, write, write_csv
+from tests.support.multirank import run_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "performance.md"
@@ -278,10 +280,38 @@ def test_the_counter_counts_padding_and_only_layers() -> None:
 def test_an_evaluation_has_what_three_steps_with_it_have_more_than_three_steps(tmp_path: Path) -> None:
     workload = Workload(T0, rows=8, batch=1, validation=50)
     two_ranks = spec.Spec(spec.DTRAIN, workload, tmp_path, tmp_path, 9, ranks=2)
-    step = {"collectives": 2.0, "tokens_in_evaluation": 0.0}
-    cycle = {"collectives": 13.0, "tokens_in_evaluation": 2.0 * float(workload.lengths("validation").sum())}
+    step = {"collectives": 2.0, "collective_bytes": 80.0, "tokens_in_evaluation": 0.0}
+    cycle = {
+        "collectives": 13.0,
+        "collective_bytes": 1240.0,
+        "tokens_in_evaluation": 2.0 * float(workload.lengths("validation").sum()),
+    }
 
-    assert one_evaluation(step, cycle, spec=two_ranks) == {"fill": 0.5, "collectives_of_evaluation": 7.0}
+    assert one_evaluation(step, cycle, spec=two_ranks) == {
+        "fill": 0.5,
+        "collectives_of_evaluation": 7.0,
+        "collective_bytes_of_evaluation": 1000.0,
+    }
+
+
+def counted_collectives(_context: RankContext) -> list[dict[str, float]]:
+    import torch
+    import torch.distributed as dist
+
+    laps = Laps(TokenCounter(2), marks=3, collectives=True)
+    laps.mark()
+    dist.all_reduce(torch.zeros(10, 3))
+    dist.all_gather([torch.zeros(5, dtype=torch.int64) for _ in range(2)], torch.zeros(5, dtype=torch.int64))
+    laps.mark()
+    dist.broadcast(torch.zeros(7, dtype=torch.bfloat16), 0)
+    laps.mark()
+    return laps.counts
+
+
+@pytest.mark.ranks
+def test_collectives_are_counted_with_the_bytes_that_a_rank_hands_to_them() -> None:
+    for counts in run_ranks(counted_collectives, 2):
+        assert [(lap["collectives"], lap["collective_bytes"]) for lap in counts] == [(2, 120 + 40), (1, 14)]
 
 
 def test_waiting_for_a_checkpoint_and_slow_steps_while_it_is_written_are_told_apart() -> None:

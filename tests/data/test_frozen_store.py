@@ -108,6 +108,26 @@ def test_a_sound_store_has_no_damage_and_an_old_unfinished_part_is_removed(tmp_p
     assert read(loaded(tmp_path), 0) is not None
 
 
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 3)], ids=["same rows", "some of them"])
+def test_of_a_row_that_two_jobs_wrote_what_was_written_first_is_read_by_both_and_later(
+    tmp_path: Path, rows: slice
+) -> None:
+    first = written(tmp_path)
+    (file,) = tmp_path.glob("*.part")
+    os.utime(file, (1.0, 1.0))
+    keys, counts = KEYS[rows], COUNTS[rows]
+
+    second = FrozenStore(tmp_path, vector_bytes=SIZE)
+    second.write(keys, counts, VECTORS[: sum(counts)] + 100)
+    second.load()
+
+    for store in (first, second, loaded(tmp_path)):
+        found = read(store, 0, 1, 2)
+        assert found is not None
+        assert (found == VECTORS).all()
+    assert not list(tmp_path.glob(".building*"))
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
 

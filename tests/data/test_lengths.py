@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -85,33 +86,27 @@ def test_a_fixed_width_and_tokens_left_out_are_what_a_batch_has() -> None:
 # The list of micro-batches
 
 
-def plan_of(lengths: RowLengths | None, **options: Any) -> StepPlan:
-    rows = 100 if lengths is None else len(lengths.width)
-    return StepPlan(
-        rows, options.pop("global_batch_size", 32), options.pop("size", 8), 3, True, lengths, *options.values()
-    )
-
-
 def test_a_step_is_sorted_by_length_before_it_is_cut_and_ties_keep_their_order() -> None:
     lengths = [4, 2, 4, 1, 2, 4, 9, 1]
-    plan = StepPlan(8, 8, 3, 0, False, of(lengths), True)
+    plan = StepPlan(8, 8, 3, seed=0, shuffle=False, lengths=of(lengths), sort_by_length=True)
 
     assert plan.micro_batches(0) == [[3, 7, 1], [4, 0, 2], [5, 6]]
 
 
 def test_rows_of_one_length_and_unknown_lengths_give_the_plain_list() -> None:
-    plain = StepPlan(100, 32, 5, 3, True)
+    plain = StepPlan(100, 32, 5, seed=3, shuffle=True)
 
     for step in range(4):
-        assert StepPlan(100, 32, 5, 3, True, of([6] * 100), True).micro_batches(step) == plain.micro_batches(step)
-        assert StepPlan(100, 32, 5, 3, True, None, True).micro_batches(step) == plain.micro_batches(step)
+        for lengths in (of([6] * 100), None):
+            plan = replace(plain, lengths=lengths, sort_by_length=True)
+            assert plan.micro_batches(step) == plain.micro_batches(step)
 
 
 @pytest.mark.parametrize("sorts", [True, False])
 @pytest.mark.parametrize("limit", [128, 300, 4096])
 def test_a_token_budget_is_kept_and_loses_no_example(limit: int, sorts: bool) -> None:
     lengths = of(lognormal(200))
-    plan = StepPlan(200, 32, 8, 0, True, lengths, sorts, limit)
+    plan = StepPlan(200, 32, 8, seed=0, shuffle=True, lengths=lengths, sort_by_length=sorts, micro_batch_tokens=limit)
 
     for step in range(plan.steps_per_epoch):
         found = plan.micro_batches(step)
@@ -124,13 +119,13 @@ def test_a_token_budget_is_kept_and_loses_no_example(limit: int, sorts: bool) ->
 def test_sorting_raises_the_share_of_real_tokens() -> None:
     lengths = of(lognormal(10_007))
 
-    def fill(*options: Any) -> float:
-        plan = StepPlan(10_007, 32, *options)
+    def fill(**options: Any) -> float:
+        plan = StepPlan(10_007, 32, 8, seed=0, shuffle=True, **options)
         return lengths.fill([batch for step in range(200) for batch in plan.micro_batches(step)])
 
-    assert fill(8, 0, True) == pytest.approx(0.51, abs=0.02)
-    assert fill(8, 0, True, lengths, True) == pytest.approx(0.75, abs=0.02)
-    assert fill(8, 0, True, lengths, True, 256) > 0.83
+    assert fill() == pytest.approx(0.51, abs=0.02)
+    assert fill(lengths=lengths, sort_by_length=True) == pytest.approx(0.75, abs=0.02)
+    assert fill(lengths=lengths, sort_by_length=True, micro_batch_tokens=256) > 0.83
     assert lengths.fill(chunks(range(10_007), 32)) < 0.40
     assert lengths.fill(chunks(lengths.order(range(10_007)), 32)) > 0.98
 
@@ -172,7 +167,7 @@ def test_equal_costs_are_shared_as_without_costs() -> None:
 
 def test_ranks_finish_at_about_the_same_time() -> None:
     lengths = of(lognormal(6_400))
-    plan = StepPlan(6_400, 64, 8, 0, True, lengths, True)
+    plan = StepPlan(6_400, 64, 8, seed=0, shuffle=True, lengths=lengths, sort_by_length=True)
 
     def worst(by_cost: bool) -> float:
         """The slowest rank's tokens by those of an equal share, over 100 steps."""
@@ -211,7 +206,7 @@ def test_lengths_of_other_rows_are_an_error_that_names_the_place(stale: str) -> 
     wrong = of(lognormal(128)[64:] if stale == "another split" else [min(length, 20) for length in lengths])
 
     def train(known: RowLengths) -> None:
-        plan = StepPlan(64, 16, 4, 0, True, known, True)
+        plan = StepPlan(64, 16, 4, seed=0, shuffle=True, lengths=known, sort_by_length=True)
         for _ in step_batches(plan, rows, collate, SINGLE, lock_step=False, start=0, stop=4, workers=0):
             pass
 

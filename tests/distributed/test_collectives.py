@@ -17,6 +17,7 @@ from dtrain.distributed.collectives import (
     barrier,
     broadcast,
     broadcast_object,
+    every_rank,
     gather,
     node_first,
     reduce_sum,
@@ -174,6 +175,28 @@ def test_one_rank_per_node_works_and_all_get_its_result_or_its_error() -> None:
 
     message = "row 3 of train.tsv has 2 columns"
     assert results == [[0, [0, "tuple"], message], [0, [0, "tuple"], message], [2, [2, "tuple"], message]]
+
+
+def _works_on_every_rank(context: RankContext) -> list[Any]:
+    before = context.traffic.copy()
+    own = every_rank(lambda: (context.rank, "tuple"), context)
+    collectives = context.traffic.since(before).collectives
+
+    def fail() -> None:
+        if context.rank == 1:
+            raise DataError("rank 1 has no disk")
+
+    with pytest.raises(DataError) as caught:
+        every_rank(fail, context)
+    barrier(context)  # the job is whole after an error that all share
+    return [own, collectives, str(caught.value)]
+
+
+def test_every_rank_works_and_waits_for_the_others_in_no_collective() -> None:
+    results = run_ranks(_works_on_every_rank, 3)
+
+    assert results == [[[rank, "tuple"], 0, "rank 1 has no disk"] for rank in range(3)]
+    assert every_rank(lambda: (0, "tuple"), ONE_PROCESS) == [0, "tuple"]
 
 
 def _breaks_in_node_work(context: RankContext) -> str:

@@ -17,6 +17,8 @@ from dtrain.models import unpadding_hooks
 from dtrain.models.frozen_prefix import BackboneBorder, LayersBorder
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.tasks.token_classification import TokenClassificationTask
+from dtrain.training import build
+from dtrain.training.evaluation import evaluate_split
 from tests.support import tiny, training
 from tests.support.training import Setting, apart, worst
 
@@ -139,6 +141,12 @@ REFUSED = {
     "embeddings that learn": ("bert", {}, ("encoder.layer[:2]",), "embeddings.word_embeddings learns"),
     "a first layer that learns": ("bert", {}, ("embeddings", "encoder.layer[1:]"), "no layer is frozen together"),
     "dropout outside of frozen modules": ("gpt2", {"embd_pdrop": 0.5}, ("wte", "wpe", "h[:2]"), "dropout"),
+    "positions by the batch": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}, "max_position_embeddings": 10},
+        BASE,
+        "rotary positions depend on the length of the batch",
+    ),
     "layers that are skipped": ("opt", {"layerdrop": 0.5}, KINDS["opt"][3], "skipped at random (layerdrop"),
 }
 
@@ -276,3 +284,82 @@ def test_a_head_that_reads_padding_is_noticed_though_the_first_rows_have_none(tm
     cache = training.build(ONE_PROCESS, setting, OverPadding(tiny.bert(layers=2).config), learns).prepared.frozen_cache
 
     assert cache.border is None
+
+
+class OtherInEvaluation(transformers.BertForSequenceClassification):
+    """Its head reads the pooler's vector in training, and another state, or the states of frozen layers, in evaluation."""
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        output = self.bert(input_ids, **inputs)
+        vector = output.pooler_output
+        if not self.training:
+            inner = output.hidden_states
+            vector = output.last_hidden_state[:, 1] if inner is None else torch.stack(inner).mean(dim=0)[:, 0]
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(vector))
+
+
+@pytest.mark.parametrize(("frozen", "inner"), [(BASE, False), (ENCODER, True)])
+def test_a_head_that_reads_another_part_in_evaluation_is_evaluated_as_without_a_cache(
+    tmp_path: Path, frozen: tuple[str, ...], inner: bool
+) -> None:
+    losses = []
+    for cache in ("off", "auto"):
+        setting = Setting(freeze=frozen, cache=cache, cache_dir=str(tmp_path), dropout=0.0, find_unused=True)
+        config = tiny.bert(layers=3, dropout=0.0).config
+        config.output_hidden_states = inner
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            built = training.build(ONE_PROCESS, setting, OtherInEvaluation(config))
+        built.go()
+        losses.append(evaluate_split(built.engine, built.task, "validation", micro_batch_size=4).metrics["loss"])
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+class Normalized(transformers.BertForSequenceClassification):
+    """Its head has running statistics."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.BatchNorm1d(config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        vector = self.norm(self.bert(input_ids, **inputs).pooler_output)
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(vector))
+
+
+def test_frozen_parts_of_a_new_model_are_in_eval_mode_from_the_first_step_on() -> None:
+    module = Normalized(tiny.bert(layers=2).config).train()
+    built = training.build(ONE_PROCESS, Setting(freeze=("embeddings",), cache="off", find_unused=True, steps=1), module)
+    modes = []
+    module.bert.embeddings.register_forward_hook(lambda part, *_: modes.append(part.training))
+    module.norm.register_forward_hook(lambda part, *_: modes.append(part.training))
+    built.go()
+
+    assert modes
+    assert not any(modes)
+
+
+def test_the_trial_is_no_step_for_running_statistics(tmp_path: Path) -> None:
+    module = Normalized(tiny.bert(layers=2).config)
+    setting = Setting(freeze=BASE, cache="auto", cache_dir=str(tmp_path), find_unused=True)
+    config = setting.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"batch_norm": "train"})})
+    task = training.task(setting)
+
+    prepared = build.prepare_training(module, config, task, build.step_plan(config, task))
+
+    assert prepared.frozen_cache.border is not None
+    assert module.norm.training
+    assert int(module.norm.num_batches_tracked) == 0
+
+
+def test_weights_that_layers_below_and_above_share_belong_to_the_frozen_part(tmp_path: Path) -> None:
+    def make() -> Any:
+        module = model("bert")
+        module.bert.encoder.layer[2].output.dense.weight = module.bert.encoder.layer[0].output.dense.weight
+        return module
+
+    border = compare(ENCODER, tmp_path, make).border
+
+    assert "encoder.layer.0.output.dense.weight" in dict(border.frozen())

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
 
 from dtrain.config.schema import Config
+from dtrain.console import log
 from dtrain.data.sources import Source
 from dtrain.data.tables import BadRows
 from dtrain.errors import DataError
@@ -102,6 +106,33 @@ def test_encoding_counts_its_rows_and_leaves_the_librarys_bars_off(
     assert encoded["length"][:] == [1] * 2500
     assert ("train: rows tokenized" in terminal.getvalue()) == (processes == 1)
     assert datasets.are_progress_bars_disabled()
+
+
+def count_and_wait(rows: Mapping[str, list[str]], lines: str) -> dict[str, list[int]]:
+    """Encodes rows in another process. The last batches wait until a line was logged."""
+    deadline = time.monotonic() + 30.0
+    while rows["text"][0] == "late" and not Path(lines).exists() and time.monotonic() < deadline:
+        Path(lines).parent.stat()
+    return {"length": [len(text) for text in rows["text"]]}
+
+
+def test_several_processes_log_how_far_they_are_all_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dtrain.tasks.progress.LOG_EVERY_S", 0.01)
+    lines = tmp_path / "logged"
+    monkeypatch.setattr(log, "info", lambda text, *values: lines.write_text(text % values))
+    rows = datasets.Dataset.from_dict({"text": [*["a"] * 1000, *["late"] * 1000] * 2})
+    rows.save_to_disk(str(tmp_path / "rows"))
+    source = Source("train", datasets.load_from_disk(str(tmp_path / "rows")), "a.csv", None, BadRows(0))
+    config = Config.model_validate(
+        {"run": {"name": "test"}, "task": {"name": "classification"}, "data": {"num_proc": 2}}
+    )
+
+    map_rows(source, partial(count_and_wait, lines=str(lines)), config)
+
+    assert lines.read_text().startswith("data: train: rows tokenized: ")
+    assert lines.read_text().endswith(("000 of 4000 (25 %)", "000 of 4000 (50 %)", "000 of 4000 (75 %)"))
 
 
 def test_an_error_ends_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,3 +95,21 @@ def test_ranks_with_and_without_chunks_in_one_round_add_up_the_same_gradients(st
 
     assert worst(plain, found) < 1e-5
     assert apart(plain, found) < 1e-5
+
+
+def in_lower_precision(context: RankContext, precision: str) -> dict[str, Any]:
+    """Collective. The steps under DeepSpeed, which turns autocast on inside its wrapper only, and under DDP."""
+    setting = replace(SETTING, precision=precision, dropout=0.0, max_grad_norm=None)
+    zero = replace(setting, engine="deepspeed", zero_stage=1)
+    engines = {"ddp": replace(setting, engine="ddp"), "zero 1": zero}
+    found = {name: outcome(context, each, tried=True) for name, each in engines.items()}
+    return {**found, "complete": outcome(context, zero, tried=False)}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_chunks_under_deepspeed_have_the_precision_that_they_have_under_ddp(precision: str) -> None:
+    found = run_ranks(in_lower_precision, 2, precision)[0]
+
+    assert worst(found["ddp"], found["zero 1"]) < 1e-6
+    first = [found[name]["steps"][0]["loss"] for name in ("complete", "zero 1")]
+    assert first[1] == pytest.approx(first[0], rel=1e-6)

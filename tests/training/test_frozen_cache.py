@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import NewHead
-from dtrain.data.frozen_store import FrozenStore
+from dtrain.data.frozen_store import FrozenStore, _read_index
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.frozen_prefix import LayersBorder, PooledBorder
 from dtrain.tasks.masked_lm import MaskedLmTask
+from dtrain.tasks.row_lengths import row_lengths
 from dtrain.training.evaluation import evaluate_split
 from tests.support import tiny, training
 from tests.support.training import Setting, apart, worst
@@ -205,8 +206,8 @@ def test_one_damaged_byte_is_noticed_and_the_rows_are_computed_again(
 def test_what_a_killed_writer_left_is_completed_to_the_same_bits(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dtrain.training.frozen_cache.PART_BYTES", 4000)
-    monkeypatch.setattr("dtrain.training.frozen_cache.GROUP_TOKENS", 20)
+    monkeypatch.setattr("dtrain.training.frozen_fill.PART_BYTES", 4000)
+    monkeypatch.setattr("dtrain.training.frozen_fill.GROUP_TOKENS", 20)
     first, before = trained(setting), parts(setting)
     assert len(before) > 5
     for file in sorted(folders(setting)[0].glob("*.part"))[::2]:
@@ -216,6 +217,60 @@ def test_what_a_killed_writer_left_is_completed_to_the_same_bits(
 
     assert_same(first, again, limit=0.0)
     assert again["cache"].misses == 0
+
+
+def test_a_run_that_is_started_again_reads_the_bits_that_it_read_before_whatever_another_run_added(
+    setting: Setting,
+) -> None:
+    setting = replace(setting, rows=60, steps=9)
+    small = replace(setting, rows=21)
+    first, before = trained(small), parts(setting)
+    trained(setting)  # its groups hold rows of the first run, too
+    (folder,) = folders(setting)
+    store = FrozenStore(folder, vector_bytes=32 * 4)
+    store.load()
+    stored = sum(len(_read_index(file, 32 * 4)[0]) for file in folder.glob("*.part"))
+
+    assert set(parts(setting)) > set(before)
+    assert stored == len(store._rows), "no row is stored twice"
+    assert_same(first, trained(small), limit=0.0)
+
+
+class Counted:
+    """A split that counts the rows that are read from it."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows, self.read = rows, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        self.read += len(indices)
+        return self.rows[indices]
+
+
+def test_a_table_that_is_too_large_is_not_read_to_its_end_to_find_that_out(
+    setting: Setting, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = replace(setting, rows=2000, steps=2, global_batch_size=1000, micro_batch_size=50, table=True, cache="on")
+    lengths = training.task(setting).splits["train"]["input_ids"]
+    tokens = sum(map(len, lengths))
+    limited = replace(setting, cache_gb=tokens * 32 * 4 / 2**30 / 20)
+    built = training.build(ONE_PROCESS, replace(limited, cache="off"))
+    counted = Counted(built.task.splits["train"])
+    task = training.task(limited)
+    known = row_lengths(task, "train")
+    monkeypatch.setattr("dtrain.training.frozen_rows.row_lengths", lambda *_: known)
+    task.splits = {"train": counted}
+
+    training.build(ONE_PROCESS, limited, learns=task)
+
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "is less than the" in warning
+    enough = float(warning.split("set freeze.cache_gb=")[1].split(".  ")[0].split(". ")[0])
+    assert enough * 2**30 > tokens * 32 * 4
+    assert counted.read < 600
 
 
 @pytest.mark.parametrize("method", ["requires_grad", "no_grad"])

@@ -58,19 +58,12 @@ def test_a_run_without_an_update_is_named_with_its_cause() -> None:
     assert said("fp16", 0, 0) is None
 
 
-def test_the_plan_shows_micro_batches_by_tokens_and_the_padding() -> None:
-    def lines(**changes: object) -> str:
+def test_the_plan_shows_micro_batches_by_tokens() -> None:
+    def line(**changes: object) -> str:
         setting = Setting(table=True, **changes)  # type: ignore[arg-type]
-        task = training.task(setting)
-        steps = build.step_plan(setting.config(), task)
-        shares = plan._shares(setting.config(), placed(ONE_PROCESS, world_size=2), steps, lock_step=False)
-        return "\n".join([shares, *plan._padding(steps)])
+        steps = build.step_plan(setting.config(), training.task(setting))
+        return plan._shares(setting.config(), placed(ONE_PROCESS, world_size=2), steps, lock_step=False)
 
-    sorted_by_length = lines()
-    assert sorted_by_length.startswith("3 micro-batches of 3, 1 to 2 per rank, 0 rank(s) idle\npadding ")
-    assert "% of the computed tokens (sorted by length within each step)" in sorted_by_length
-    assert "4 micro-batches of at most 40 tokens, 2 per rank, 0 rank(s) idle (in the first step)" in lines(
-        micro_batch_tokens=40
-    )
-    assert "(unsorted within each step)" in lines(micro_batch_tokens=40, sort_by_length=False)
-    assert "padding" not in lines(sort_by_length=False)
+    assert line() == "3 micro-batches of 3, 1 to 2 per rank, 0 rank(s) idle"
+    budget = line(micro_batch_tokens=40)
+    assert budget == "4 micro-batches of at most 40 tokens, 2 per rank, 0 rank(s) idle (in the first step)"

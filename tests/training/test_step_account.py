@@ -24,7 +24,10 @@ def account(every: int | None) -> tuple[StepAccount, RankContext]:
     config = setting.config()
     config = config.model_copy(update={"train": config.train.model_copy(update={"time_every": every})})
     tracker: Any = None
-    return StepAccount(config, context, training.task(setting), tracker, lambda: pytest.fail("no engine yet")), context
+    prepared: Any = None
+    return StepAccount(
+        config, context, training.task(setting), prepared, tracker, lambda: pytest.fail("no engine yet")
+    ), context
 
 
 def no_steps() -> Generator[StepBatches, None, None]:

@@ -9,7 +9,10 @@ import torch
 
 from dtrain.data.batches import MicroBatch, StepBatches
 from dtrain.distributed.heartbeat import Heartbeat, Phase
-from dtrain.training.step_time import BatchCounter, DeviceClock, HostClock, Part, TokenCounts, count_tokens, measured
+from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import SINGLE
+from dtrain.training.computed_tokens import token_counts
+from dtrain.training.step_time import BatchCounter, DeviceClock, HostClock, Part, WorkCounts, measured
 from tests.support import tiny, training
 from tests.support.training import Setting
 
@@ -173,23 +176,30 @@ def test_padding_is_no_token() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     ids = torch.ones(2, 4, dtype=torch.int64)
 
-    assert count_tokens({"input_ids": ids, "attention_mask": mask}, has_decoder=False) == (4, 8)
-    assert count_tokens({"input_ids": ids}, has_decoder=False) == (8, 8)
+    assert token_counts({"input_ids": ids, "attention_mask": mask}, has_decoder=False) == (4, 8)
+    assert token_counts({"input_ids": ids}, has_decoder=False) == (8, 8)
     documents = torch.tensor([[1, 1, 2, 0], [1, 0, 0, 0]])
-    assert count_tokens({"input_ids": ids, "document_ids": documents}, has_decoder=False) == (4, 8)
-    assert count_tokens({"pixel_values": torch.ones(2, 3, 4, 4)}, has_decoder=False) == (0, 0)
+    assert token_counts({"input_ids": ids, "document_ids": documents}, has_decoder=False) == (4, 8)
+    assert token_counts({"pixel_values": torch.ones(2, 3, 4, 4)}, has_decoder=False) == (0, 0)
 
 
 def test_a_decoders_inputs_are_tokens_as_well() -> None:
     mask, labels = torch.tensor([[1, 1, 0]]), torch.tensor([[7, -100, -100, -100, -100]])
     batch = {"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": mask, "labels": labels}
 
-    assert count_tokens(batch, has_decoder=True) == (2 + 1, 3 + 5)
-    assert count_tokens(batch, has_decoder=False) == (2, 3)
+    assert token_counts(batch, has_decoder=True) == (2 + 1, 3 + 5)
+    assert token_counts(batch, has_decoder=False) == (2, 3)
 
 
-def test_a_step_counts_once_it_was_taken_and_a_dummy_only_as_computed() -> None:
-    counter = BatchCounter(training.task(Setting()))
+def counter_of(unpad: str) -> BatchCounter:
+    setting = Setting(unpad=unpad, dropout=0.0)
+    run = training.build(RankContext(SINGLE), setting)
+    return BatchCounter(run.task, run.prepared)
+
+
+@pytest.mark.parametrize(("unpad", "computed"), [("off", [12, 12]), ("on", [7, 8])])
+def test_a_step_counts_once_it_was_taken_and_a_dummy_only_as_computed(unpad: str, computed: list[int]) -> None:
+    counter = counter_of(unpad)
 
     def batch(tokens: int, *, counted: bool = True) -> MicroBatch:
         mask = torch.tensor([[1] * tokens + [0] * (6 - tokens)])
@@ -201,11 +211,11 @@ def test_a_step_counts_once_it_was_taken_and_a_dummy_only_as_computed() -> None:
 
     watched = counter.watch(steps())
     next(watched)  # the loop has read the first step ahead
-    assert counter.take() == TokenCounts()
+    assert counter.take() == WorkCounts()
     next(watched)
-    assert counter.take() == TokenCounts(tokens=7, computed=12, micro_batches=2)
+    assert counter.take() == WorkCounts(steps=1, tokens=7, padded=12, computed=computed[0], micro_batches=2)
     assert next(watched, None) is None
-    assert counter.take() == TokenCounts(tokens=5, computed=12, micro_batches=2)
+    assert counter.take() == WorkCounts(steps=1, tokens=5, padded=12, computed=computed[1], micro_batches=2)
 
 
 def test_the_batches_behind_the_counter_are_closed_with_it() -> None:
@@ -218,7 +228,7 @@ def test_the_batches_behind_the_counter_are_closed_with_it() -> None:
         finally:
             closed.append(True)
 
-    watched = BatchCounter(training.task(Setting())).watch(steps())
+    watched = counter_of("off").watch(steps())
     next(watched)
     watched.close()
 
@@ -230,4 +240,4 @@ def test_a_real_collated_batch_is_counted_as_its_rows_are() -> None:
     lengths = [len(ids) for ids in learns.splits["train"][list(rows)]["input_ids"]]
     batch = learns.collate(learns.splits["train"][list(rows)], tiny.HERE)
 
-    assert count_tokens(batch, has_decoder=False) == (sum(lengths), 5 * max(lengths))
+    assert token_counts(batch, has_decoder=False) == (sum(lengths), 5 * max(lengths))

@@ -13,7 +13,7 @@ from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
 from dtrain.training.monitors.protocol import Decision, StepRecord
-from dtrain.training.step_time import STEP_PARTS, BatchCounter, Clock, Part
+from dtrain.training.step_time import STEP_PARTS, BatchCounter, Clock, Part, WorkCounts
 from dtrain.training.stragglers import RankWork, Straggler, find_straggler
 
 STRAGGLER_STEPS = 50
@@ -62,23 +62,19 @@ class _RankTimes:
 
     Attributes:
         seconds: of each part.
-        tokens: without padding.
-        computed: with padding.
-        micro_batches: with dummies.
+        work: what it computed.
     """
 
     seconds: tuple[float, ...]
-    tokens: int
-    computed: int
-    micro_batches: int
+    work: WorkCounts
 
     @classmethod
     def of(cls, row: Sequence[float]) -> _RankTimes:
         parts = len(Part)
-        return cls(tuple(row[:parts]), int(row[parts]), int(row[parts + 1]), int(row[parts + 2]))
+        return cls(tuple(row[:parts]), WorkCounts(*map(int, row[parts:])))
 
     def row(self) -> list[float]:
-        return [*self.seconds, float(self.tokens), float(self.computed), float(self.micro_batches)]
+        return [*self.seconds, *map(float, self.work)]
 
     def plus(self, other: _RankTimes) -> _RankTimes:
         return _RankTimes.of([a + b for a, b in zip(self.row(), other.row(), strict=True)])
@@ -105,25 +101,22 @@ class StepTimes:
         """
         self._every, self._clock, self._counter = every, clock, counter
         self._context, self._tracker, self._rate = context, tracker, rate
-        self._steps = self._judged_steps = 0
         self._judged: list[_RankTimes] = []
         self._warned: tuple[int, str] | None = None
         self._hosts: list[str] = []
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where an account is due, which is at the same steps on every rank."""
-        self._steps += 1
         self._clock.poll()
         if record.step % self._every == 0 or record.is_last:
             ranks = self._gather()
             self._write(record.step, ranks)
             self._judge(record.step, ranks)
-            self._steps = 0
         return Decision.CONTINUE
 
     def _gather(self) -> list[_RankTimes]:
         """Collective. Returns every rank's times since the last call, equal on every rank."""
-        own = _RankTimes(tuple(self._clock.take()), *self._counter.take()).row()
+        own = _RankTimes(tuple(self._clock.take()), self._counter.take()).row()
         table = torch.zeros(self._context.world_size, len(own), dtype=torch.float64)
         table[self._context.rank] = torch.tensor(own, dtype=torch.float64)
         # Each number has one term that is not zero, so the sum is exact.
@@ -133,19 +126,21 @@ class StepTimes:
         seconds = {part: [round(each.seconds[part], 6) for each in ranks] for part in Part}
         main = ranks[0].seconds
         in_steps = sum(main[part] for part in STEP_PARTS)
-        tokens, computed = sum(each.tokens for each in ranks), sum(each.computed for each in ranks)
+        steps, tokens = ranks[0].work.steps, sum(each.work.tokens for each in ranks)
+        padded, computed = sum(each.work.padded for each in ranks), sum(each.work.computed for each in ranks)
         values: dict[str, Any] = {
-            "steps": self._steps,
+            "steps": steps,
             "wall_s": round(sum(main), 6),
             **{f"{part.name.lower()}_s": values for part, values in seconds.items()},
         }
         scalars = {
-            f"step_time/{part.name.lower()}": sum(seconds[part]) / len(ranks) / self._steps
+            f"step_time/{part.name.lower()}": sum(seconds[part]) / len(ranks) / steps
             for part in (*STEP_PARTS, Part.CHECKPOINT)
         }
-        if computed:
-            rates = {"tokens_per_second": tokens / max(in_steps, 1e-9), "fill": tokens / computed}
-            rates |= self._model_rates(tokens / max(in_steps, 1e-9))
+        if padded:
+            rates = {"tokens_per_second": tokens / max(in_steps, 1e-9)}
+            if computed:  # else what was kept of a frozen part replaces all layers
+                rates |= {"fill": tokens / computed, **self._model_rates(tokens / max(in_steps, 1e-9))}
             values |= {"tokens": tokens, **rates}
             scalars |= {f"train/{name}": value for name, value in rates.items()}
         self._tracker.step_time(step, values, scalars)
@@ -162,13 +157,13 @@ class StepTimes:
     def _judge(self, step: int, ranks: Sequence[_RankTimes]) -> None:
         """Collective where a new straggler is found, which all ranks find at the same step."""
         self._judged = [a.plus(b) for a, b in zip(self._judged, ranks, strict=True)] if self._judged else list(ranks)
-        self._judged_steps += self._steps
-        if self._judged_steps < STRAGGLER_STEPS:
+        steps = self._judged[0].work.steps
+        if steps < STRAGGLER_STEPS:
             return
         # Where the engine's collectives are not counted, the backward pass contains waits that nobody told apart.
         tells_apart = self._context.traffic.is_complete
         straggler = find_straggler([_work(each, with_backward=tells_apart) for each in self._judged])
-        steps, self._judged, self._judged_steps = self._judged_steps, [], 0
+        self._judged = []
         if straggler is not None:
             self._report(step, steps, straggler)
 
@@ -194,6 +189,6 @@ def _work(times: _RankTimes, *, with_backward: bool) -> RankWork:
     return RankWork(
         compute_s=times.seconds[Part.FORWARD] + backward,
         data_s=times.seconds[Part.DATA],
-        computed=times.computed,
-        micro_batches=times.micro_batches,
+        computed=times.work.computed,
+        micro_batches=times.work.micro_batches,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,19 @@ HEAVY = ("deepspeed", "peft", "torch._dynamo", "torch.distributed.tensor", "tens
 """Packages that take a good part of the import time. A run that does not need them should not import them."""
 
 LAYER = "BertLayer"
+
+ITEM_BYTES = {
+    "double": 8,
+    "long int": 8,
+    "float": 4,
+    "int": 4,
+    "c10::BFloat16": 2,
+    "c10::Half": 2,
+    "unsigned char": 1,
+    "signed char": 1,
+    "bool": 1,
+}
+"""Size of an element by the name that the profiler gives its type."""
 
 
 class TokenCounter:
@@ -58,7 +72,7 @@ def imported() -> dict[str, Any]:
 
 
 class Laps:
-    """Counts of the steps between two marks: the collectives that this rank calls, C++ included, and tokens."""
+    """Counts of the steps between two marks: this rank's collectives, C++ included, their bytes, and tokens."""
 
     def __init__(self, counter: TokenCounter, *, marks: int, collectives: bool) -> None:
         """
@@ -77,17 +91,28 @@ class Laps:
         tokens = self._counter.figures()
         if (before := self._before) is not None:
             lap = {name: tokens[name] - before[name] for name in tokens}
-            self.counts.append({**lap, "collectives": self._end_profile()})
+            self.counts.append({**lap, **self._end_profile()})
         self._before = tokens
         self._marks_left -= 1
         if self._collectives and self._marks_left > 0:  # a profiler that runs at exit crashes the process
             import torch
 
-            self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self._profile = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profile.start()
 
-    def _end_profile(self) -> int:
+    def _end_profile(self) -> dict[str, float]:
         if self._profile is None:
-            return 0
+            return {"collectives": 0, "collective_bytes": 0}
         self._profile.stop()
-        return sum(event.name.startswith("c10d::") for event in self._profile.events())
+        events = self._profile.events()
+        return {
+            "collectives": sum(event.name.startswith("c10d::") for event in events),
+            "collective_bytes": sum(_payload(event) for event in events if event.name.startswith("gloo:")),
+        }
+
+
+def _payload(event: Any) -> int:
+    """Returns the bytes of the tensors that this rank hands to a collective."""
+    pairs = zip(event.input_shapes, event.input_dtypes, strict=True)
+    return sum(math.prod(shape) * ITEM_BYTES[kind] for shape, kind in pairs if shape)

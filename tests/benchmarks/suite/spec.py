@@ -154,7 +154,7 @@ class Spec:
 
         if self.contestant.options.get("grouped"):
             return self._grouped()
-        plan = StepPlan(self.workload.rows, self.global_batch, self.workload.batch, 0, True)
+        plan = StepPlan(self.workload.rows, self.global_batch, self.workload.batch, seed=0, shuffle=True)
         return [plan.indices(step) for step in range(self.steps)]
 
     def _grouped(self) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.distributed.topology import SINGLE
 from dtrain.training import loop
 from dtrain.training.look_ahead import LookAhead
-from dtrain.training.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, Monitor, StepRecord
 from dtrain.training.monitors.step_times import DeviceRate, StepTimes
 from dtrain.training.step_time import BatchCounter, HostClock, Part, measured
 from tests.support import training
@@ -50,16 +51,23 @@ class Lines:
         self.scalars.append(scalars)
 
 
-def account(context: RankContext, every: int, *, rate: DeviceRate | None = None) -> Lines:
-    """Trains with the account; returns what it wrote."""
+def account(
+    context: RankContext,
+    every: int,
+    *,
+    rate: DeviceRate | None = None,
+    unpad: str = "auto",
+    before: Sequence[Monitor] = (),
+) -> Lines:
+    """Trains with the account, and other monitors before it; returns what it wrote."""
     ticks = Ticks()
-    run, lines = training.build(context, SETTING), Lines(ticks)
-    counter, clock = BatchCounter(run.task), HostClock(context.world_size, now=ticks)
+    run, lines = training.build(context, replace(SETTING, unpad=unpad)), Lines(ticks)
+    counter, clock = BatchCounter(run.task, run.prepared), HostClock(context.world_size, now=ticks)
     batches = loop.batches_ahead(run.settings, run.task, run.engine, start=0)
     run.look_ahead = LookAhead(counter.watch(batches), run.task, context)
     try:
         with measured(clock, context.heartbeat):
-            loop.train(run, [StepTimes(every, clock, counter, context, lines, rate=rate)])
+            loop.train(run, [*before, StepTimes(every, clock, counter, context, lines, rate=rate)])
     finally:
         run.look_ahead.close()
     return lines
@@ -83,7 +91,8 @@ def test_the_lines_cover_all_steps_and_their_parts_the_wall_time() -> None:
     assert [line["wall_s"] for line in lines] == [end - begin for begin, end in pairwise(ends)], "nothing is left out"
 
 
-def test_tokens_are_those_of_the_steps_of_the_line() -> None:
+@pytest.mark.parametrize("unpad", ["on", "off"])
+def test_tokens_are_those_of_the_steps_of_the_line(unpad: str) -> None:
     table = training.task(SETTING).splits["train"]
     lengths = [len(ids) for ids in table[list(range(21))]["input_ids"]]
     tokens = [sum(lengths[:8]), sum(lengths[8:16]), sum(lengths[16:])]
@@ -91,11 +100,11 @@ def test_tokens_are_those_of_the_steps_of_the_line() -> None:
         sum(len(part) * max(part) for part in chunks(step, 3)) for step in (lengths[:8], lengths[8:16], lengths[16:])
     ]
 
-    written = account(RankContext(SINGLE), every=3)
+    written = account(RankContext(SINGLE), every=3, unpad=unpad)
 
     first, second, last = written.lines
     assert first["tokens"] == second["tokens"] == sum(tokens)
-    assert first["fill"] == pytest.approx(sum(tokens) / sum(computed))
+    assert first["fill"] == (1.0 if unpad == "on" else pytest.approx(sum(tokens) / sum(computed)))
     assert last["tokens"] == tokens[0]
     in_steps = first["wall_s"] - first["other_s"][0] - first["evaluation_s"][0] - first["checkpoint_s"][0]
     assert first["tokens_per_second"] == pytest.approx(first["tokens"] / in_steps, rel=1e-3)
@@ -123,6 +132,20 @@ def test_on_a_gpu_the_arithmetic_is_rated_and_an_unknown_peak_is_left_out() -> N
     assert "model_flops_per_second" not in no_estimate.lines[0]
 
 
+class RollsBack:
+    """Requests a rollback after a step, so that no later monitor is called for it."""
+
+    def after_step(self, record: StepRecord) -> Decision:
+        return Decision.ROLLBACK if record.step == 2 else Decision.CONTINUE
+
+
+def test_a_step_that_is_rolled_back_is_one_of_the_steps_whose_time_and_tokens_are_counted() -> None:
+    plain, rolled = account(RankContext(SINGLE), every=3), account(RankContext(SINGLE), every=3, before=[RollsBack()])
+
+    assert [line["steps"] for line in rolled.lines] == [line["steps"] for line in plain.lines] == [3, 3, 1]
+    assert [line["tokens"] for line in rolled.lines] == [line["tokens"] for line in plain.lines]
+
+
 class Ends:
     """Keeps the last record."""
 
@@ -137,7 +160,7 @@ def test_the_account_changes_no_number() -> None:
     before = training.weights_of(plain.engine)
 
     run = training.build(RankContext(SINGLE), SETTING)
-    counter, clock = BatchCounter(run.task), HostClock(1)
+    counter, clock = BatchCounter(run.task, run.prepared), HostClock(1)
     batches = loop.batches_ahead(run.settings, run.task, run.engine, start=0)
     run.look_ahead, watched = LookAhead(counter.watch(batches), run.task, run.context), Ends()
     with measured(clock, run.context.heartbeat):

@@ -80,7 +80,7 @@ def trained(context: RankContext, setting: Setting, slow: int | None) -> dict[st
     if context.rank == slow:
         matrix = torch.ones(256, 256)
         run.engine.module.register_forward_pre_hook(lambda *_: [matrix @ matrix for _ in range(15)] and None)
-    clock, counter = HostClock(context.world_size, now=time.process_time), BatchCounter(run.task)
+    clock, counter = HostClock(context.world_size, now=time.process_time), BatchCounter(run.task, run.prepared)
     monitor = Counted(25, clock, counter, context, lines)
     batches = loop.batches_ahead(run.settings, run.task, run.engine, start=0)
     run.look_ahead = LookAhead(counter.watch(batches), run.task, context)

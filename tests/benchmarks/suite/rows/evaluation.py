@@ -42,6 +42,7 @@ def evaluation(options: Options) -> RowResult:
             "wall of 2 ranks / 1 rank": ("wall_share", 1.0, 3),
             "fill": ("fill", 1.0, 3),
             "collectives": ("collectives_of_evaluation", 1.0, 0),
+            "bytes of collectives": ("collective_bytes_of_evaluation", 1.0, 0),
         },
     )
     for lane in result.lanes:
@@ -98,5 +99,6 @@ def one_evaluation(step: dict[str, float], cycle: dict[str, float], *, spec: Spe
     tokens = cycle["tokens_in_evaluation"]
     figures = {"fill": float(spec.workload.lengths("validation").sum()) / tokens}
     if spec.ranks > 1:
-        figures["collectives_of_evaluation"] = cycle["collectives"] - 3 * step["collectives"]
+        for name in ("collectives", "collective_bytes"):
+            figures[f"{name}_of_evaluation"] = cycle[name] - 3 * step[name]
     return figures

@@ -78,14 +78,21 @@ def two_ranks(options: Options) -> RowResult:
     for lane in counted:
         lane.name = _with_ranks(lane.name, 2)
         if lane.ran:
-            lane.figures["collectives"] = lane.figures["laps"][0]["collectives"]
+            for name in ("collectives", "collective_bytes"):
+                lane.figures[name] = lane.figures["laps"][0][name]
     result = RowResult(
         "two_ranks",
         "two ranks on two cores",
         "T1, 32 rows of 64 tokens a rank. Efficiency = wall time of a step of one rank / of two ranks with twice the rows; "
         "1 is perfect. CPU time is rank 0's. Collectives are counted on a small model, whose gradients are one bucket.",
         counted,
-        {**TIMES, "efficiency": ("efficiency", 1.0, 3), **COUNTS, "collectives a step": ("collectives", 1.0, 0)},
+        {
+            **TIMES,
+            "efficiency": ("efficiency", 1.0, 3),
+            **COUNTS,
+            "collectives a step": ("collectives", 1.0, 0),
+            "bytes of collectives a step": ("collective_bytes", 1.0, 0),
+        },
     )
     if options.quick:
         return result
