@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.data.batches import StepBatches
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.training.late_totals import to_floats
 from dtrain.training.look_ahead import LookAhead
 from dtrain.training.loop import batches_ahead, run_micro_batches, take_step
 from tests.support import training
@@ -73,7 +74,7 @@ def test_a_micro_batch_adds_only_the_copy_of_its_loss() -> None:
     run, batches = ready()
 
     def work() -> None:
-        run_micro_batches(run.engine, run.task, batches[0], scale=0.125, seed=0)
+        to_floats(run_micro_batches(run.engine, run.task, batches[0], scale=0.125, seed=0))
 
     found = added(run, batches[0], work, update=False)
 
