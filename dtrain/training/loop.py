@@ -125,6 +125,7 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
         late = taken if taken.is_late else None
         if late is None:
             decision = decide(run, record_of(run, taken), monitors)
+    assert late is None, "a run that ends with a step whose values nobody has read"
     return decision
 
 
