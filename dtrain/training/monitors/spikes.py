@@ -24,6 +24,11 @@ class Spikes:
         self._state = state
         self._tracker = tracker
 
+    @property
+    def drops_updates(self) -> bool:
+        """Whether `drops` may return true."""
+        return self._settings.action == "skip"
+
     def drops(self, loss: float) -> bool:
         """Returns whether to skip the update of a step. Equal on every rank.
 
