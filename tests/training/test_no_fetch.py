@@ -26,7 +26,7 @@ from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate
 from dtrain.training.monitors.gradients import LogGradients
 from dtrain.training.monitors.logging_steps import LogSteps
 from dtrain.training.monitors.non_finite import NonFinite
-from dtrain.training.monitors.protocol import Decision, RunState, StepEnd, StepRecord
+from dtrain.training.monitors.protocol import RunState, StepEnd
 from dtrain.training.monitors.replicas import Replicas
 from dtrain.training.monitors.spikes import Spikes
 from tests.support import training
@@ -59,12 +59,11 @@ class Steps(Journal):
     def needs_at_once(self, end: StepEnd) -> bool:
         return False
 
-    def after_step(self, record: StepRecord) -> Decision:
-        return super().after_step(record)
 
-
-def train_on_meta(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Steps, str]:
-    """A run from step 2 on with the usual monitors, until it fetches something; the steps it saw, and the error."""
+def train_on_meta(
+    monkeypatch: pytest.MonkeyPatch, *, module: type[nn.Module] = Classifier, log_every: int = LOG_EVERY
+) -> tuple[Steps, str]:
+    """As `train_until_a_fetch`, on the meta device."""
     monkeypatch.setattr(single, "DECIDING_DEVICES", ("meta",))
     monkeypatch.setattr(optim, "FUSED_DEVICES", ("meta",))
     # The kernel has a meta version; only this check refuses it.
@@ -75,9 +74,13 @@ def train_on_meta(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Step
         return lambda: [2.0, 0.0, 1.0, *[0.5] * (len(values) - 3)]
 
     monkeypatch.setattr(late_totals, "copy_to_host", copied)
+    return train_until_a_fetch(module().to("meta"), log_every=log_every)
+
+
+def train_until_a_fetch(module: nn.Module, *, log_every: int = LOG_EVERY) -> tuple[Steps, str]:
+    """A run from step 2 on with the usual monitors, until a fetch raises an error: the steps it saw, and the functions."""
     setting = SETTING
     config, task = setting.config(), training.task(setting)
-    module = changes.get("module", Classifier)().to("meta")
     state = RunState(step=1, updates=1)
     settings = LoopSettings(
         plan=construct.step_plan(config, task),
@@ -90,11 +93,12 @@ def train_on_meta(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Step
     )
     engine = build_engine(module, config, ONE_PROCESS)
     assert engine.decides_on_device
-    run = training.Run(config, ONE_PROCESS, changes.get("prepared"), task, engine, settings, state)  # type: ignore[arg-type]
+    prepared = construct.PreparedModel  # only a thaw would need one
+    run = training.Run(config, ONE_PROCESS, prepared, task, engine, settings, state)  # type: ignore[arg-type]
     steps = Steps()
     monitors = [
         steps,
-        LogSteps(changes.get("log_every", LOG_EVERY), steps),
+        LogSteps(log_every, steps),
         LogGradients(lambda *_: None),
         NonFinite("stop", steps),
         Spikes(Spike(factor=3, window=10, action="warn"), state, steps),
@@ -103,9 +107,12 @@ def train_on_meta(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Step
         EarlyStopping(3, state),
     ]
     run.look_ahead = LookAhead(batches_ahead(settings, task, engine, start=1), task, ONE_PROCESS)
-    with pytest.raises((RuntimeError, NotImplementedError)) as raised:
-        train(run, monitors)
-    return steps, "".join(str(entry.name) + " " for entry in raised.traceback)
+    try:
+        with pytest.raises((RuntimeError, NotImplementedError)) as raised:
+            train(run, monitors)
+    finally:
+        run.look_ahead.close()
+    return steps, " ".join(entry.name for entry in raised.traceback)
 
 
 def test_nothing_is_fetched_before_the_next_log_point(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,3 +145,17 @@ def test_a_monitor_that_needs_each_step_makes_the_first_one_fetch(monkeypatch: p
 
     assert not steps.records
     assert "_update_at_once to_floats" in where
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_it_before_the_next_log_point() -> None:
+    module = Classifier().to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps, where = train_until_a_fetch(module)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert [record.step for record in steps.records] == [2, 3, 4, 5]
+    assert "_update_at_once to_floats" in where
+    assert all(0.1 < record.loss < 2.0 and record.grad_norm > 0 for record in steps.records)
