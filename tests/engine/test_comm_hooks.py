@@ -219,8 +219,8 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
         for rank, engine in enumerate(engines):
             mine = next(batches[rank])
             weight = math.fsum(learns.targets(b.tensors).weight for b in mine.micro_batches if b.counted)
-            losses = run_micro_batches(engine, learns, mine, scale=1 / weight if weight else 0.0, seed=config.run.seed)
-            sums += to_floats(losses)
+            scale = 1 / weight if weight else 0.0
+            sums += to_floats(run_micro_batches(engine, learns, mine, scale=scale, seed=config.run.seed))
             for group in engine.param_groups:
                 group["lr"] = rate(step)
             engine.step(StepWeight(weight, weight), discard=weight == 0)
