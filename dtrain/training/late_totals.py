@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
 
 
-@dataclass(frozen=True)
-class StepValues:
+class StepValues(NamedTuple):
     """What the device computed in a step.
 
     Attributes:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -160,8 +160,7 @@ def warm_up(engine: Engine, task: Task, batches: StepBatches) -> None:
         engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
 
 
-@dataclass(frozen=True)
-class TakenStep:
+class TakenStep(NamedTuple):
     """A step that was taken.
 
     Attributes:
