@@ -80,7 +80,8 @@ def build_engine(
         thawed: names of the parameters that each thaw so far has unfrozen.
     """
     groups = parameter_groups(module, config.optim, stages=thawed)
-    optimizer = optim.build_optimizer(groups, config.optim)
+    is_deepspeed = engine_name(config, context)[0] == "deepspeed"
+    optimizer = optim.build_optimizer(groups, config.optim, only_torchs=is_deepspeed)
     make: type = engine_class(config, context)
     engine: Engine = make(module, optimizer, config, context)
     return engine

@@ -17,6 +17,7 @@ from dtrain.config.schema import Config
 from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
+from dtrain.engine.clipping import total_norm
 from dtrain.engine.protocol import EngineTraits, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
 from dtrain.engine.state import STEP
@@ -91,7 +92,7 @@ class LocalSgd:
     def local_norm(self) -> float:
         """Returns the L2 norm of this rank's gradient, before clipping. Call it between the last backward and the step."""
         gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        return float(total_norm(gradients))
 
     def count(self, weight: StepWeight) -> None:
         """Counts a step that was applied."""

@@ -8,16 +8,30 @@ import torch
 from torch import nn
 
 from dtrain.config import schema
+from dtrain.engine.fused_adamw import FusedAdamW
 
 FUSED_DEVICES = ("cpu", "cuda")
 """Devices whose fused AdamW is tested here. torch refuses it on the meta device."""
 
 
-def build_optimizer(groups: list[dict[str, Any]], settings: schema.Optim) -> torch.optim.Optimizer:
-    """Returns the optimizer of `optim.name` over those groups."""
+def build_optimizer(
+    groups: list[dict[str, Any]], settings: schema.Optim, *, only_torchs: bool = False
+) -> torch.optim.Optimizer:
+    """Returns the optimizer of `optim.name` over those groups.
+
+    Args:
+        only_torchs: whether it must be one of torch's own classes: DeepSpeed warns of every other one.
+    """
     match settings.name:
         case "adamw":
-            is_fused = all(_can_fuse(parameter) for group in groups for parameter in group["params"])
+            parameters = [parameter for group in groups for parameter in group["params"]]
+            is_fused = all(map(_can_fuse, parameters))
+            if (
+                is_fused
+                and not only_torchs
+                and {(p.device.type, p.dtype) for p in parameters} == {("cpu", torch.float32)}
+            ):
+                return FusedAdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
             return torch.optim.AdamW(
                 groups,
                 lr=settings.learning_rate,

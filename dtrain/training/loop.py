@@ -17,6 +17,7 @@ from torch import nn
 
 from dtrain.data.batches import StepBatches, step_batches
 from dtrain.data.order import StepPlan
+from dtrain.data.read_ahead import read_ahead
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
@@ -87,7 +88,7 @@ def batches_ahead(
     settings: LoopSettings, task: Task, engine: Engine, *, start: int
 ) -> Generator[StepBatches, None, None]:
     """Returns this rank's batches of every step from `start` to the end."""
-    return step_batches(
+    steps = step_batches(
         settings.plan,
         task.splits["train"],
         task.collate,
@@ -97,6 +98,7 @@ def batches_ahead(
         stop=settings.total_steps,
         workers=settings.workers,
     )
+    return steps if settings.workers else read_ahead(steps)  # workers read ahead themselves
 
 
 def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:

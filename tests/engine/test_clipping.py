@@ -1,4 +1,4 @@
-"""Clipping: the bits of torch's own, with less work where nothing is clipped."""
+"""Clipping: the bits of torch's own, with less work where nothing is clipped; and norms that torch computes inexactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtrain.engine.clipping import clip
+from dtrain.engine.clipping import LARGE, ROW, clip, total_norm
 
 
 def parameters(*, scale: float) -> list[nn.Parameter]:
@@ -68,3 +68,35 @@ def test_gradients_below_the_limit_are_read_once_and_not_written(limit: float, m
         clip(parameters(scale=1.0), limit)
 
     assert any("_foreach_mul_" in name for name in operations.names) == multiplies
+
+
+@pytest.mark.parametrize("shape", [(LARGE + 1,), (30, ROW), (3_000_017,), (1500, 2000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_norm_of_a_large_gradient_is_exact(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    draws = torch.Generator().manual_seed(0)
+    large = torch.randn(shape, generator=draws, dtype=dtype) * 1e-4
+    others = [large, torch.ones(3, dtype=dtype) * 1e-2]
+    if len(shape) == 2:
+        others[0] = large.t()  # not contiguous
+
+    found = float(total_norm(others))
+
+    expected = math.sqrt(sum(float(one.double().square().sum()) for one in others))
+    assert found == pytest.approx(expected, rel=2e-7)
+
+
+def test_torchs_own_norm_of_a_large_gradient_is_not_exact() -> None:
+    """Why total_norm exists. When this fails, torch has improved, and total_norm can go."""
+    large = torch.randn(3_000_000, generator=torch.Generator().manual_seed(0))
+
+    exact = float(large.double().norm())
+
+    assert abs(float(nn.utils.get_total_norm([large])) / exact - 1) > 1e-5
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_large_gradient_that_is_not_finite_has_such_a_norm(value: float) -> None:
+    large = torch.zeros(LARGE + 10)
+    large[-1] = value
+
+    assert not math.isfinite(float(total_norm([large])))
