@@ -59,7 +59,8 @@ def plain_step(run: training.Run, batches: StepBatches, *, update: bool) -> None
 
 def added(run: training.Run, batches: StepBatches, work: Any, *, update: bool) -> dict[str, int]:
     """The operations of `work` that `plain_step` does not have."""
-    plain_step(run, batches, update=True)  # the first update makes the moments
+    for _ in range(2):  # the first update makes the moments, the second one gathers them for the fused kernel
+        plain_step(run, batches, update=True)
     with Operations() as plain:
         plain_step(run, batches, update=update)
     for parameter in run.engine.module.parameters():
