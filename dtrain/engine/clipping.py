@@ -28,12 +28,29 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
     Args:
         limit: maximum norm; None to measure only.
     """
-    having = [parameter for parameter in parameters if parameter.grad is not None]
-    total = total_norm([parameter.grad for parameter in having if parameter.grad is not None])
+    having, total = _measure(parameters)
     norm = float(total)
     if limit is not None and not norm + TORCH_EPS < CLEARLY_BELOW * limit:  # also where it is not a number
         nn.utils.clip_grads_with_norm_(having, limit, total)
     return norm
+
+
+def clip_on_device(parameters: Iterable[nn.Parameter], limit: float | None) -> torch.Tensor:
+    """Clips as `clip` does, to the same bits, without fetching the norm; returns it as a () tensor.
+
+    Args:
+        limit: maximum norm; None to measure only.
+    """
+    having, total = _measure(parameters)
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(having, limit, total)
+    return total
+
+
+def _measure(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], torch.Tensor]:
+    """Returns the parameters that have a gradient, and the norm of all; on the host if there are none."""
+    having = [parameter for parameter in parameters if parameter.grad is not None]
+    return having, total_norm([parameter.grad for parameter in having if parameter.grad is not None])
 
 
 @torch.no_grad()

@@ -45,6 +45,8 @@ class DdpEngine(SingleEngine):
             torch._dynamo.config.optimize_ddp = False
         self._hook = build_comm_hook(config, context, module)
         self.extra_slots = self._hook.extra_slots
+        # The host resets error feedback after a skipped step.
+        self.decides_on_device = self.decides_on_device and not self.extra_slots
         # Buffers are not broadcast: running statistics are frozen or labeled inexact (docs/models.md), so a broadcast per
         # forward would cost a round trip and change nothing.
         self._replica = DistributedDataParallel(

@@ -35,6 +35,7 @@ class LocalSgdEngine(SingleEngine):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         super().__init__(module, optimizer, config, context)
+        self.decides_on_device = False  # each rank has a gradient and a norm of its own
         self.local_sgd = LocalSgd(optimizer, config.train.local_steps, context)
         # All ranks begin with the weights of rank 0, as under DDP.
         weighted_mean([p.data for p in module.parameters()], float(context.is_main), context)

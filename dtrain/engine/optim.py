@@ -45,6 +45,14 @@ def build_optimizer(
             return torch.optim.Adafactor(groups, lr=settings.learning_rate)
 
 
+def can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether the optimizer's attribute `found_inf`, a tensor, makes a step leave weights, moments and counts alone.
+
+    Only torch's fused kernels read it.
+    """
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
 def _can_fuse(parameter: nn.Parameter) -> bool:
     """Returns whether torch's fused AdamW updates a parameter correctly.
 

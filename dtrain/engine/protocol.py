@@ -232,6 +232,22 @@ class Engine(Protocol):
         """
         ...
 
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether `step_on_device` may be called instead of `step`. Equal on every rank. Not a collective."""
+        ...
+
+    def step_on_device(self, skip: torch.Tensor) -> torch.Tensor:
+        """Does what `step` does, without waiting for the device: it decides by itself whether the weights change.
+
+        Args:
+            skip: whether to keep weights and moments: () bool, on the device, equal on every rank.
+
+        Returns:
+            The norm that `step` reports: () on the device. Where it is not finite, weights and moments are kept.
+        """
+        ...
+
     def synchronize(self, step: int, *, force: bool) -> bool:
         """Makes all ranks hold the same weights, if that is due after `step` steps, or forced; returns whether they do."""
         ...
@@ -284,6 +300,10 @@ class AveragesEveryStep:
 
     context: RankContext
     extra_slots = 0
+    decides_on_device = False
+
+    def step_on_device(self, skip: torch.Tensor) -> torch.Tensor:
+        raise AssertionError(f"{type(self).__name__} decides on the host")
 
     @property
     def lacks_gradients(self) -> bool:

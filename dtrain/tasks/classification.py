@@ -100,7 +100,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = compute_logits(model, batch), batch["labels"]
-        weights = None if self._weights is None else self._weights.to(logits)
+        weights = None if self._weights is None else self._weights.to(logits, non_blocking=True)
         return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )

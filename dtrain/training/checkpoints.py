@@ -25,7 +25,7 @@ from dtrain.tasks.protocol import Task
 from dtrain.training import data_guard
 from dtrain.training.export import save_without_weights
 from dtrain.training.monitors.evaluations import is_due
-from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, RunState, StepEnd, StepRecord
 from dtrain.training.summary import versions
 
 
@@ -90,6 +90,9 @@ class CheckpointMonitor:
             manifest_fields={"versions": versions(), "run": run_id},
             resumed_step=self._saved,
         )
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return self._every is not None and is_due(self._every, end)
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where a checkpoint is due, which is at the same steps on every rank."""

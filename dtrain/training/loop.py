@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -20,14 +21,16 @@ from dtrain.data.read_ahead import read_ahead
 from dtrain.data.seeding import seed_all
 from dtrain.distributed.collectives import agree, all_gather_object
 from dtrain.distributed.heartbeat import Phase
+from dtrain.distributed.traffic import Traffic
 from dtrain.engine.parameter_groups import set_learning_rate
-from dtrain.engine.protocol import Engine, StepResult, StepWeight
-from dtrain.errors import ConfigError
+from dtrain.engine.protocol import Engine
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.host_copy import to_device
 from dtrain.tasks.protocol import Task
+from dtrain.training.late_totals import LateTotals, StepValues, to_floats
 from dtrain.training.look_ahead import LookAhead, Step, StepTotals, counted
-from dtrain.training.monitors.protocol import Decision, Fault, Monitor, RunState, StepRecord
+from dtrain.training.monitors.calls import at_once_rule, run_monitors
+from dtrain.training.monitors.protocol import Decision, Fault, Monitor, RunState, StepEnd, StepRecord
 from dtrain.training.out_of_memory import explain_in_step, explain_in_training
 
 
@@ -106,8 +109,10 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
     plan, look_ahead, context = run.settings.plan, run.look_ahead, run.engine.context
     context.heartbeat.at(Phase.DATA, step=run.state.step)
     look_ahead.start()
+    needs_at_once = at_once_rule(monitors)
     decision = Decision.CONTINUE
     prepared_engine: Engine | None = None
+    late: TakenStep | None = None  # the step before, if its values are still on the device
     while (step := look_ahead.next_step) is not None and decision == Decision.CONTINUE:
         if step.batches.step % plan.steps_per_epoch == 0:
             run.begin_epoch(plan.epoch_of(step.batches.step))
@@ -117,9 +122,36 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
             with context.heartbeat.within(Phase.BUILDING):  # it may compile
                 warm_up(run.engine, run.task, step.batches)
             prepared_engine = run.engine
-        record = take_step(run, step)
-        decision = decide(run, record, monitors)
+        finish = partial(finish_late, run, late, monitors) if late is not None else None
+        taken = take_step(run, step, at_once=is_read_at_once(run, step, needs_at_once), finish_previous=finish)
+        late = taken if taken.is_late else None
+        if late is None:
+            decision = decide(run, record_of(run, taken), monitors)
+    assert late is None, "a run that ends with a step whose values nobody has read"
     return decision
+
+
+def is_read_at_once(run: LoopRun, step: Step, needs_at_once: Callable[[StepEnd], bool]) -> bool:
+    """Returns whether a step's values are read before the next step begins. Equal on every rank."""
+    settings = run.settings
+    if not run.engine.decides_on_device or settings.drops is not None or not step.weight.total:
+        return True
+    end = step_end(settings, step)
+    return end.ends_epoch or end.is_last or _measures_gradients(settings, end.step) or needs_at_once(end)
+
+
+def step_end(settings: LoopSettings, step: Step) -> StepEnd:
+    """Returns what is known of a step before it is taken."""
+    plan, done = settings.plan, step.batches.step + 1
+    return StepEnd(done, _epochs_after(plan, done - 1), done % plan.steps_per_epoch == 0, done == settings.total_steps)
+
+
+def finish_late(run: LoopRun, late: TakenStep, monitors: Sequence[Monitor]) -> None:
+    """Collective. Runs the monitors of the step before, while the device works on the current one."""
+    engine = run.engine
+    engine.context.heartbeat.at(Phase.SUMMING)
+    decide(run, record_of(run, late), monitors)
+    assert run.engine is engine, "a rollback at a step that no monitor needed at once"
 
 
 def warm_up(engine: Engine, task: Task, batches: StepBatches) -> None:
@@ -130,52 +162,91 @@ def warm_up(engine: Engine, task: Task, batches: StepBatches) -> None:
         engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
 
 
-def take_step(run: LoopRun, step: Step) -> StepRecord:
-    """Collective. Takes one step; the run's look-ahead then holds the next one."""
-    engine, settings, state, batches = run.engine, run.settings, run.state, step.batches
-    heartbeat, traffic_before = engine.context.heartbeat, engine.context.traffic.copy()
+class TakenStep(NamedTuple):
+    """A step that was taken.
+
+    Attributes:
+        step: the step.
+        end: what was known of it before.
+        learning_rate: the one that it used.
+        read: returns its values; waits for the device where `is_late`.
+        is_late: whether the values may be read after the next step's micro-batches.
+        averaged: as in StepRecord.
+        traffic: what this rank sent.
+    """
+
+    step: Step
+    end: StepEnd
+    learning_rate: float
+    read: Callable[[], StepValues]
+    is_late: bool
+    averaged: bool
+    traffic: Traffic
+
+
+def take_step(
+    run: LoopRun, step: Step, *, at_once: bool = True, finish_previous: Callable[[], None] | None = None
+) -> TakenStep:
+    """Collective. Takes one step; the run's look-ahead then holds the next one.
+
+    Args:
+        at_once: whether the step's values are fetched before its update.
+        finish_previous: reads the values of the step before, if it was late. Called when this step's micro-batches are
+            in the device's queue, and before everything that depends on the number of updates.
+    """
+    engine, settings, batches = run.engine, run.settings, step.batches
+    heartbeat, traffic = engine.context.heartbeat, engine.context.traffic
+    before = traffic.copy()
     heartbeat.at(Phase.MICRO_BATCH, step=batches.step)
-    learning_rate = settings.learning_rate(state.updates)
     losses = run_micro_batches(engine, run.task, batches, scale=engine.loss_scale(step.weight), seed=settings.seed)
-    local_sq_norm = engine.weighted_sq_norm(step.weight)
-    totals = run.look_ahead.advance(losses, weighted_sq_norm=local_sq_norm, lacks_gradients=engine.lacks_gradients)
-    heartbeat.at(Phase.UPDATE)
-    if totals.lacking:
-        engine.settle_missing_gradients(totals.lacking)
-    gradient_norms = engine.gradient_norms() if _measures_gradients(settings, state) else None
-    with explain_in_step():
-        result = _update(
-            run,
-            step.weight,
-            totals,
-            gradient_norms,
-            learning_rate=learning_rate,
-            has_summed_norm=local_sq_norm is not None,
-        )
-    _advance_state(state, step, applied=result.applied)
-    ends_epoch = (batches.step + 1) % settings.plan.steps_per_epoch == 0
-    is_last = state.step == settings.total_steps
-    averaged = engine.synchronize(state.step, force=ends_epoch or is_last)
-    faults = _gather_faults(engine, batches, losses) if totals.faults else ()
-    traffic = engine.context.traffic.since(traffic_before)
-    weight = step.weight.total
-    grad_norm = result.grad_norm if weight else 0.0
+    if finish_previous is not None:
+        paused = traffic.copy()
+        finish_previous()
+        others = traffic.since(paused)
+        before.add(others.payload_bytes, collectives=others.collectives)
+    learning_rate = settings.learning_rate(run.state.updates)
+    set_learning_rate(engine.param_groups, learning_rate)
+    read = _update_at_once(run, step, losses) if at_once else _update_on_device(run, step, losses)
+    end = step_end(settings, step)
+    return TakenStep(
+        step,
+        end,
+        learning_rate,
+        read,
+        is_late=not at_once and run.look_ahead.decision == Decision.CONTINUE,
+        averaged=engine.synchronize(batches.step + 1, force=end.ends_epoch or end.is_last),
+        traffic=traffic.since(before),
+    )
+
+
+def record_of(run: LoopRun, taken: TakenStep) -> StepRecord:
+    """Collective. Reads the values of a step, and counts it in the run's state."""
+    engine, settings, state, step = run.engine, run.settings, run.state, taken.step
+    values, weight, end = taken.read(), step.weight.total, taken.end
+    _advance_state(state, step, applied=values.applied)
+    faults: Sequence[Fault] = ()
+    if values.faults:
+        before = engine.context.traffic.copy()
+        faults = _gather_faults(engine, step.batches, values.losses)
+        sent = engine.context.traffic.since(before)
+        taken.traffic.add(sent.payload_bytes, collectives=sent.collectives)
+    grad_norm = values.grad_norm if weight else 0.0
     return StepRecord(
         step=state.step,
-        epoch=_epochs_after(settings.plan, batches.step),
-        loss=totals.loss / weight if weight else 0.0,
+        epoch=end.epoch,
+        loss=values.loss / weight if weight else 0.0,
         grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        examples=batches.examples,
+        learning_rate=taken.learning_rate,
+        examples=step.batches.examples,
         targets=step.targets,
-        applied=result.applied,
-        finite=totals.faults == 0 and _is_norm_acceptable(grad_norm, settings, engine),
+        applied=values.applied,
+        finite=values.faults == 0 and _is_norm_acceptable(grad_norm, settings, engine),
         faults=faults,
-        ends_epoch=ends_epoch,
-        is_last=is_last,
-        gradient_norms=gradient_norms,
-        averaged=averaged,
-        traffic=traffic if traffic.is_complete else None,
+        ends_epoch=end.ends_epoch,
+        is_last=end.is_last,
+        gradient_norms=values.gradient_norms,
+        averaged=taken.averaged,
+        traffic=taken.traffic if taken.traffic.is_complete else None,
     )
 
 
@@ -207,43 +278,18 @@ def settle(run: LoopRun, record: StepRecord, monitors: Sequence[Monitor]) -> Dec
     return Decision(agree(request, run.engine.context))
 
 
-def run_monitors(monitors: Sequence[Monitor], record: StepRecord) -> Decision:
-    """Returns the largest request. Stops at the first monitor that requests a rollback: this step's state is discarded."""
-    largest = Decision.CONTINUE
-    for monitor in monitors:
-        largest = max(largest, request := _request_of(monitor, record))
-        if request == Decision.ROLLBACK:
-            return request
-    return largest
-
-
-def _request_of(monitor: Monitor, record: StepRecord) -> Decision:
-    """Returns what one monitor requests. A monitor without a return statement requests nothing.
-
-    Raises:
-        ConfigError: it returned something that is not a Decision.
-    """
-    request: object = monitor.after_step(record)
-    if request is None:
-        return Decision.CONTINUE
-    if type(request) is Decision:
-        return request
-    if not isinstance(request, int) or isinstance(request, bool) or request not in list(Decision):
-        raise ConfigError(
-            f"{type(monitor).__name__}.after_step returned {request!r} at step {record.step}. Return Decision.CONTINUE, "
-            "STOP, ROLLBACK or PREEMPT (dtrain.training.monitors.protocol.Decision), or nothing, which continues."
-        )
-    return Decision(request)
-
-
-def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int) -> list[float]:
+def run_micro_batches(
+    engine: Engine, task: Task, batches: StepBatches, *, scale: float, seed: int
+) -> list[torch.Tensor]:
     """Collective. Runs forward and backward of this rank's part; returns the loss sum of each counted micro-batch, in nats.
+
+    The sums are () tensors on the device: nothing is fetched.
 
     Args:
         scale: multiplies each loss sum, so that the gradients add up to that of (sum of losses) / (sum of weights) (law 4).
     """
     device = next(engine.module.parameters()).device
-    losses = []
+    losses: list[torch.Tensor] = []
     for position, micro_batch in enumerate(batches.micro_batches):
         engine.context.heartbeat.at(Phase.MICRO_BATCH)
         is_last = position == len(batches.micro_batches) - 1
@@ -260,18 +306,11 @@ def run_micro_batches(engine: Engine, task: Task, batches: StepBatches, *, scale
                     loss = task.loss(engine.model, to_device(micro_batch.tensors, device))
             engine.context.heartbeat.at(Phase.BACKWARD)
             engine.backward(loss * (scale if micro_batch.counted else 0.0))
-    return _to_floats(losses)
+    return losses
 
 
-def _to_floats(losses: list[torch.Tensor]) -> list[float]:
-    """Returns numbers of one device, with one transfer for all."""
-    if len(losses) == 1:
-        return [losses[0].item()]
-    return torch.stack(list(losses)).double().tolist() if losses else []
-
-
-def _measures_gradients(settings: LoopSettings, state: RunState) -> bool:
-    return settings.log_gradients is not None and (state.step + 1) % settings.log_gradients == 0
+def _measures_gradients(settings: LoopSettings, step: int) -> bool:
+    return settings.log_gradients is not None and step % settings.log_gradients == 0
 
 
 def _advance_state(state: RunState, step: Step, *, applied: bool) -> None:
@@ -291,31 +330,41 @@ def _is_norm_acceptable(grad_norm: float, settings: LoopSettings, engine: Engine
     return math.isfinite(grad_norm) or (settings.loss_is_scaled and engine.scalars().get("loss_scale", 1.0) >= 1)
 
 
-def _update(
-    run: LoopRun,
-    weight: StepWeight,
-    totals: StepTotals,
-    gradient_norms: Mapping[str, float] | None,
-    *,
-    learning_rate: float,
-    has_summed_norm: bool,
-) -> StepResult:
-    """Collective. Takes the optimizer's step or skips it; the result is the same on every rank.
+def _update_at_once(run: LoopRun, step: Step, losses: Sequence[torch.Tensor]) -> Callable[[], StepValues]:
+    """Collective. Fetches the step's values, then takes the optimizer's step or skips it; equal on every rank."""
+    engine, settings = run.engine, run.settings
+    local = to_floats(losses)
+    local_sq_norm = engine.weighted_sq_norm(step.weight)
+    totals = run.look_ahead.advance(local, weighted_sq_norm=local_sq_norm, lacks_gradients=engine.lacks_gradients)
+    engine.context.heartbeat.at(Phase.UPDATE)
+    if totals.lacking:
+        engine.settle_missing_gradients(totals.lacking)
+    gradient_norms = engine.gradient_norms() if _measures_gradients(settings, step.batches.step + 1) else None
+    is_dropped = _is_dropped(settings, totals, step.weight.total)
+    with explain_in_step():
+        # DeepSpeed does not report the norm of a gradient that it discards.
+        measures_norm = is_dropped and local_sq_norm is None
+        dropped_norm = _total_norm(gradient_norms or engine.gradient_norms()) if measures_norm else None
+        # Without a target there is no gradient: a step would only decay weights and moments.
+        discard = totals.faults > 0 or step.weight.total == 0 or is_dropped
+        result = engine.step(step.weight, weighted_sq_norm=totals.weighted_sq_norm, discard=discard)
+    grad_norm = result.grad_norm if dropped_norm is None else dropped_norm
+    values = StepValues(local, totals.loss, totals.faults, grad_norm, result.applied, gradient_norms)
+    return lambda: values
 
-    Args:
-        gradient_norms: norm of each parameter's gradient, if already measured.
-        has_summed_norm: whether `totals` has the gradient's norm.
-    """
+
+def _update_on_device(run: LoopRun, step: Step, losses: Sequence[torch.Tensor]) -> Callable[[], StepValues]:
+    """Collective. Lets the device take the optimizer's step or skip it, without waiting for it; equal on every rank."""
     engine = run.engine
-    set_learning_rate(engine.param_groups, learning_rate)
-    is_dropped = _is_dropped(run.settings, totals, weight.total)
-    # DeepSpeed does not report the norm of a gradient that it discards.
-    measures_norm = is_dropped and not has_summed_norm
-    dropped_norm = _total_norm(gradient_norms or engine.gradient_norms()) if measures_norm else None
-    # Without a target there is no gradient: a step would only decay weights and moments.
-    discard = totals.faults > 0 or weight.total == 0 or is_dropped
-    result = engine.step(weight, weighted_sq_norm=totals.weighted_sq_norm, discard=discard)
-    return result if dropped_norm is None else replace(result, grad_norm=dropped_norm)
+    totals = LateTotals(losses, next(engine.module.parameters()).device, engine.context)
+    # Between the hosts, which know these numbers: the weight of the next step, and requests to stop.
+    known = run.look_ahead.advance([], weighted_sq_norm=None, lacks_gradients=engine.lacks_gradients)
+    engine.context.heartbeat.at(Phase.UPDATE)
+    if known.lacking:
+        engine.settle_missing_gradients(known.lacking)
+    with explain_in_step():
+        grad_norm = engine.step_on_device(totals.has_faults)
+    return totals.start_copy(grad_norm)
 
 
 def _is_dropped(settings: LoopSettings, totals: StepTotals, weight: float) -> bool:

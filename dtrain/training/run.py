@@ -238,7 +238,7 @@ class TrainingRun:
             learning_rate=schedules.learning_rate(config.optim, config.schedule, total_steps=total),
             train_mode=self.prepared.train_mode,
             log_gradients=config.train.log_gradients,
-            drops=self._spikes.drops if self._spikes is not None else None,
+            drops=self._spikes.drops if self._spikes is not None and self._spikes.drops_updates else None,
         )
 
     def _monitors(self, extra: Sequence[Monitor]) -> tuple[list[Monitor], list[Monitor]]:

@@ -25,6 +25,7 @@ from dtrain.engine.protocol import StepWeight
 from dtrain.engine.single import SingleEngine
 from dtrain.job.watchdog.flight_recorder import collective_number
 from dtrain.training import build
+from dtrain.training.late_totals import to_floats
 from dtrain.training.loop import run_micro_batches
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from dtrain.training.monitors.replicas import hashes_of
@@ -218,7 +219,8 @@ def by_hand(setting: Setting, world_size: int) -> dict[str, Any]:
         for rank, engine in enumerate(engines):
             mine = next(batches[rank])
             weight = math.fsum(learns.targets(b.tensors).weight for b in mine.micro_batches if b.counted)
-            sums += run_micro_batches(engine, learns, mine, scale=1 / weight if weight else 0.0, seed=config.run.seed)
+            scale = 1 / weight if weight else 0.0
+            sums += to_floats(run_micro_batches(engine, learns, mine, scale=scale, seed=config.run.seed))
             for group in engine.param_groups:
                 group["lr"] = rate(step)
             engine.step(StepWeight(weight, weight), discard=weight == 0)

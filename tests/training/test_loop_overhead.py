@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.data.batches import StepBatches
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.training.late_totals import to_floats
 from dtrain.training.look_ahead import LookAhead
 from dtrain.training.loop import batches_ahead, run_micro_batches, take_step
 from tests.support import training
@@ -58,7 +59,8 @@ def plain_step(run: training.Run, batches: StepBatches, *, update: bool) -> None
 
 def added(run: training.Run, batches: StepBatches, work: Any, *, update: bool) -> dict[str, int]:
     """The operations of `work` that `plain_step` does not have."""
-    plain_step(run, batches, update=True)  # the first update makes the moments
+    for _ in range(2):  # the first update makes the moments, the second one gathers them for the fused kernel
+        plain_step(run, batches, update=True)
     with Operations() as plain:
         plain_step(run, batches, update=update)
     for parameter in run.engine.module.parameters():
@@ -73,7 +75,7 @@ def test_a_micro_batch_adds_only_the_copy_of_its_loss() -> None:
     run, batches = ready()
 
     def work() -> None:
-        run_micro_batches(run.engine, run.task, batches[0], scale=0.125, seed=0)
+        to_floats(run_micro_batches(run.engine, run.task, batches[0], scale=0.125, seed=0))
 
     found = added(run, batches[0], work, update=False)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from dtrain.config.schema import Best
 from dtrain.console import log
-from dtrain.training.monitors.protocol import Decision, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, RunState, StepEnd, StepRecord
 
 
 class Evaluate:
@@ -30,6 +30,9 @@ class Evaluate:
         self._run = run
         self._save = save
 
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return is_due(self._every, end)
+
     def after_step(self, record: StepRecord) -> Decision:
         if is_due(self._every, record):
             self._save(record)
@@ -37,7 +40,7 @@ class Evaluate:
         return Decision.CONTINUE
 
 
-def is_due(every: int | str, record: StepRecord) -> bool:
+def is_due(every: int | str, record: StepRecord | StepEnd) -> bool:
     """Returns whether an evaluation, or a checkpoint, is due after this step."""
     if every == "never":
         return False
@@ -56,6 +59,9 @@ class KeepBest:
         self._best = best
         self._state = state
         self._export = export
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return False  # only evaluations count
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.metrics is not None:
@@ -86,6 +92,9 @@ class EarlyStopping:
     def __init__(self, patience: int, state: RunState) -> None:
         self._patience = patience
         self._state = state
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return False  # only evaluations count
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.metrics is None or self._state.patience < self._patience:

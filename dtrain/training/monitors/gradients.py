@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from dtrain.models.freezing import layer_group
-from dtrain.training.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, StepEnd, StepRecord
 
 
 class LogGradients:
@@ -18,6 +18,9 @@ class LogGradients:
             write: takes a step and its norms.
         """
         self._write = write
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return False  # the loop reads the steps that measure them at once
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.gradient_norms is not None:

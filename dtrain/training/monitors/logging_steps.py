@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.distributed.traffic import Traffic
-from dtrain.training.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepEnd, StepRecord
 
 
 class LogSteps:
@@ -13,6 +13,9 @@ class LogSteps:
         self._every = every
         self._tracker = tracker
         self._sent, self._steps = Traffic(), 0
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return end.step % self._every == 0 or end.step == 1 or end.is_last
 
     def after_step(self, record: StepRecord) -> Decision:
         due = record.step % self._every == 0 or record.step == 1 or record.is_last or not record.finite

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dtrain.console import log
 from dtrain.errors import NonFiniteError
-from dtrain.training.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepEnd, StepRecord
 
 
 class NonFinite:
@@ -15,6 +15,9 @@ class NonFinite:
     def __init__(self, policy: Literal["stop", "skip"], tracker: Log) -> None:
         self._policy = policy
         self._tracker = tracker
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return False
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.finite:

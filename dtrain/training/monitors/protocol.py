@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dtrain.distributed.traffic import Traffic
 
@@ -74,6 +74,15 @@ class Fault:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Fault:
         return cls(**value)
+
+
+class StepEnd(NamedTuple):
+    """What is known of a step before it is taken. The attributes are those of StepRecord."""
+
+    step: int
+    epoch: float
+    ends_epoch: bool
+    is_last: bool
 
 
 @dataclass
@@ -156,4 +165,20 @@ class Monitor(Protocol):
 
     def after_step(self, record: StepRecord) -> Decision | None:
         """Returns what this monitor requests on this rank; the ranks agree afterwards. None continues."""
+        ...
+
+
+@runtime_checkable
+class LateMonitor(Monitor, Protocol):
+    """A monitor that can take a record late: on CUDA, after the next step's micro-batches have run.
+
+    The weights are still those after its own step then. A run with a monitor that is not of this kind reads every step's
+    values at once, which costs time on CUDA.
+    """
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        """Returns whether this monitor must see the step before the next one begins. Equal on every rank.
+
+        It must where the monitor reads or replaces more than the record, and where it may request a rollback.
+        """
         ...

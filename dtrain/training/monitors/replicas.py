@@ -12,7 +12,7 @@ from torch import nn
 from dtrain.distributed.collectives import all_gather, all_gather_object, all_reduce_max
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import TopologyError
-from dtrain.training.monitors.protocol import Decision, Log, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, StepEnd, StepRecord
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type that shows the bits of an element, by the size of the element in bytes."""
@@ -37,6 +37,9 @@ class Replicas:
         self._module = module
         self._context = context
         self._tracker = tracker
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return end.step % self._every == 0 or end.is_last
 
     def after_step(self, record: StepRecord) -> Decision:
         if record.step % self._every == 0 or record.is_last:

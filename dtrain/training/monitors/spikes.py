@@ -7,7 +7,7 @@ from statistics import median
 
 from dtrain.config.schema import Spike
 from dtrain.console import log
-from dtrain.training.monitors.protocol import Decision, Log, RunState, StepRecord
+from dtrain.training.monitors.protocol import Decision, Log, RunState, StepEnd, StepRecord
 
 MIN_LOSSES = 10
 """Minimum number of losses for a median."""
@@ -24,6 +24,11 @@ class Spikes:
         self._state = state
         self._tracker = tracker
 
+    @property
+    def drops_updates(self) -> bool:
+        """Whether `drops` may return true."""
+        return self._settings.action == "skip"
+
     def drops(self, loss: float) -> bool:
         """Returns whether to skip the update of a step. Equal on every rank.
 
@@ -31,6 +36,9 @@ class Spikes:
             loss: loss of the step per target, in nats.
         """
         return self._settings.action == "skip" and self._is_spike(loss)
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return self._settings.action != "warn"
 
     def after_step(self, record: StepRecord) -> Decision:
         if not (record.targets and math.isfinite(record.loss)):

@@ -12,7 +12,7 @@ import torch
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
-from dtrain.training.monitors.protocol import Decision, StepRecord
+from dtrain.training.monitors.protocol import Decision, StepEnd, StepRecord
 from dtrain.training.step_time import STEP_PARTS, BatchCounter, Clock, Part, WorkCounts
 from dtrain.training.stragglers import RankWork, Straggler, find_straggler
 
@@ -104,6 +104,9 @@ class StepTimes:
         self._judged: list[_RankTimes] = []
         self._warned: tuple[int, str] | None = None
         self._hosts: list[str] = []
+
+    def needs_at_once(self, end: StepEnd) -> bool:
+        return end.step % self._every == 0 or end.is_last
 
     def after_step(self, record: StepRecord) -> Decision:
         """Collective where an account is due, which is at the same steps on every rank."""
