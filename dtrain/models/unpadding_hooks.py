@@ -22,7 +22,7 @@ from dtrain.models.unpadding_attention import LAYOUT, no_mask
 from dtrain.models.unpadding_kernels import try_kernels
 from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask, layout_of_whole_rows
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 
 CARRIED = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 """Tensors that a packed call of a whole model has. A call with others is left as it is."""
@@ -80,7 +80,7 @@ class UnpaddedModel:
         finally:
             self.is_on = True
 
-    def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _before_encoder(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not self._may_pack(args, kwargs):
             return None
@@ -90,7 +90,7 @@ class UnpaddedModel:
         self.packed_calls += 1
         return args, {**kwargs, "attention_mask": no_mask(mask.device), LAYOUT: layout}
 
-    def _before_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _before_model(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
         if args:
             kwargs = {"input_ids": args[0], **kwargs}
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
@@ -163,7 +163,7 @@ def remove_hooks(base: nn.Module) -> None:
             owner.remove()
 
 
-def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def _pack_states(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult | None:
     layout: PackedLayout | None = kwargs.get(LAYOUT)
     if layout is None:
         return None

