@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Generator
 from contextlib import closing
 
+import torch
+
 from dtrain.data.batches import StepBatches
 
 MOST_STEPS = 16
@@ -46,4 +48,5 @@ def read_ahead(steps: Generator[StepBatches, None, None]) -> Generator[StepBatch
 
 
 def _bytes(batches: StepBatches) -> int:
-    return sum(tensor.nbytes for batch in batches.micro_batches for tensor in batch.tensors.values())
+    tensors = (tensor for batch in batches.micro_batches for tensor in batch.tensors.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided)

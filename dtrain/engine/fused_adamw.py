@@ -13,58 +13,65 @@ from operator import is_
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from dtrain.engine.state import STEP
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A group of parameters that all have a state.
+class _Counts:
+    """The steps of a group of parameters that all have a state.
 
     Attributes:
-        states: the optimizer's state of each parameter.
         counts: (parameters,) float32, the steps of each.
         views: one element of `counts` for each parameter; its state has it as `step`.
     """
 
-    states: list[dict[str, Any]]
     counts: torch.Tensor
     views: list[torch.Tensor]
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """AdamW for parameters on the CPU, all of one type. Same state, same bits as torch's with `fused=True`.
-
-    Hooks that are registered with `register_step_pre_hook` and `register_step_post_hook` are not called.
-    """
+    """AdamW for parameters on the CPU, all of one type. Same state, same bits as torch's with `fused=True`."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
-        self._prepared: list[_Group] | None = None
+        self._counts: list[_Counts] | None = (
+            None  # nothing of the moments is kept, which must be free when the state is cleared
+        )
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step on the gradients that are there. A GradScaler's steps, and those without some gradient, are torch's."""
+        if closure is not None or self._is_observed():
+            return _observed_step(self, closure)
         gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
         is_scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
-        if closure is not None or is_scaled or any(one is None for of_group in gradients for one in of_group):
-            return super().step(closure)
-        if self._prepared is None or not self._is_current(self._prepared):
-            self._prepared = self._prepare()
-            if self._prepared is None:
-                return super().step()
-        for group, prepared, of_group in zip(self.param_groups, self._prepared, gradients, strict=True):
+        if is_scaled or any(one is None for of_group in gradients for one in of_group):
+            return super().step()
+        states = [[self.state.get(parameter, {}) for parameter in group["params"]] for group in self.param_groups]
+        if not all(state for of_group in states for state in of_group):  # before their first step
+            return super().step()
+        with torch.no_grad():
+            self._step(gradients, states)
+        return None
+
+    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it into a profiler range
+
+    def _step(self, gradients: list[list[torch.Tensor]], states: list[list[dict[str, Any]]]) -> None:
+        if self._counts is None or not _are_current(self._counts, states):
+            self._counts = [_gather_counts(of_group) for of_group in states]
+        for group, counts, of_group, with_state in zip(self.param_groups, self._counts, gradients, states, strict=True):
             if not of_group:
                 continue
-            prepared.counts.add_(1)
+            counts.counts.add_(1)
             beta1, beta2 = group["betas"]
             torch._fused_adamw_(
                 group["params"],
                 of_group,
-                [state["exp_avg"] for state in prepared.states],
-                [state["exp_avg_sq"] for state in prepared.states],
+                [state["exp_avg"] for state in with_state],
+                [state["exp_avg_sq"] for state in with_state],
                 [],
-                prepared.views,
+                counts.views,
                 amsgrad=False,
                 lr=group["lr"],
                 beta1=beta1,
@@ -73,29 +80,33 @@ class FusedAdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 maximize=False,
             )
-        return None
 
-    step.hooked = True  # type: ignore[attr-defined]  # so that torch does not wrap it into a profiler range
-
-    def _is_current(self, prepared: list[_Group]) -> bool:
-        """Returns whether the states, and the counts in them, are still those that were prepared."""
-        return len(prepared) == len(self.param_groups) and all(
-            len(group["params"]) == len(of_group.states)
-            and all(map(is_, map(self.state.get, group["params"]), of_group.states))
-            and all(map(is_, [state.get(STEP) for state in of_group.states], of_group.views))
-            for group, of_group in zip(self.param_groups, prepared, strict=True)
+    def _is_observed(self) -> bool:
+        """Returns whether somebody has registered a hook for the steps of optimizers."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
         )
 
-    def _prepare(self) -> list[_Group] | None:
-        """Gathers the states of all parameters; None if one has no state yet, as before its first step."""
-        prepared = []
-        for group in self.param_groups:
-            states = [self.state[parameter] for parameter in group["params"] if parameter in self.state]
-            if len(states) != len(group["params"]) or not all(states):
-                return None
-            counts = torch.tensor([float(state[STEP]) for state in states], dtype=torch.float32)
-            views = list(counts.unbind())
-            for state, view in zip(states, views, strict=True):
-                state[STEP] = view
-            prepared.append(_Group(states, counts, views))
-        return prepared
+
+_observed_step = torch.optim.Optimizer.profile_hook_step(torch.optim.Adam.step)
+"""torch's step, which calls the hooks."""
+
+
+def _are_current(counts: list[_Counts], states: list[list[dict[str, Any]]]) -> bool:
+    """Returns whether the states still have the counts that were gathered."""
+    return len(counts) == len(states) and all(
+        len(known.views) == len(of_group) and all(map(is_, [state[STEP] for state in of_group], known.views))
+        for known, of_group in zip(counts, states, strict=True)
+    )
+
+
+def _gather_counts(states: list[dict[str, Any]]) -> _Counts:
+    """Puts the counts of a group's states into one tensor, of which each state gets an element."""
+    counts = torch.tensor([float(state[STEP]) for state in states], dtype=torch.float32)
+    views = list(counts.unbind())
+    for state, view in zip(states, views, strict=True):
+        state[STEP] = view
+    return _Counts(counts, views)

@@ -20,6 +20,8 @@ class FastDropout(nn.Dropout):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name in torch
         if not self.training or self.inplace or input.device.type != "cpu" or not input.is_floating_point():
             return super().forward(input)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap, which forbids draws in place
+            return super().forward(input)
         return fast_dropout(input, self.p)
 
 
@@ -34,8 +36,9 @@ def fast_dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
     return values * factors.view(values.shape)
 
 
-def use_fast_dropout(module: nn.Module) -> None:
-    """Replaces the dropout of a model, in place. Only `nn.Dropout` itself: a subclass may do more."""
+def set_fast_dropout(module: nn.Module, *, on: bool) -> None:
+    """Replaces the dropout of a model in place, or restores torch's. Only `nn.Dropout` itself: a subclass may do more."""
+    before, after = (nn.Dropout, FastDropout) if on else (FastDropout, nn.Dropout)
     for part in module.modules():
-        if type(part) is nn.Dropout:
-            part.__class__ = FastDropout
+        if type(part) is before:
+            part.__class__ = after

@@ -26,7 +26,7 @@ from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
 from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
-from dtrain.models.fast_dropout import use_fast_dropout
+from dtrain.models.fast_dropout import set_fast_dropout
 from dtrain.models.load import load_model
 from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
@@ -222,8 +222,7 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
     Raises:
         ConfigError: a path that matches nothing, nothing is left to learn, or model.unpad=on for a model that cannot.
     """
-    if config.model.fast_dropout and not config.model.compile:
-        use_fast_dropout(module)
+    set_fast_dropout(module, on=config.model.fast_dropout and not config.model.compile)
     unpadding = prepare_unpadding(module, config.model, reads_padding=reads_padding(task))
     train_mode = partial(freezing.train_mode, batch_norm=config.model.batch_norm)
 

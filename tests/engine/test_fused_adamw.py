@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtrain.engine.fused_adamw import FusedAdamW
 
@@ -116,3 +118,34 @@ def test_a_grad_scaler_is_obeyed(overflows: bool) -> None:
 
     _assert_equal(ours, torchs)
     assert float(ours.state[_parameters(ours)[0]]["step"]) == (3 if overflows else 4)
+
+
+def test_the_hooks_of_optimizers_are_called() -> None:
+    ours, torchs = _pair()
+    calls: list[str] = []
+    for optimizer in (ours, torchs):
+        optimizer.register_step_post_hook(lambda *_: calls.append("own"))
+    handle = register_optimizer_step_post_hook(lambda *_: calls.append("all"))
+    try:
+        for step in range(3):
+            for optimizer in (ours, torchs):
+                _set_gradients(optimizer, step)
+                optimizer.step()
+    finally:
+        handle.remove()
+
+    assert sorted(calls) == ["all"] * 6 + ["own"] * 6
+    _assert_equal(ours, torchs)
+
+
+def test_clearing_the_state_frees_the_moments() -> None:
+    """A rollback and a thaw clear it before the next engine makes its own."""
+    ours, _ = _pair()
+    for step in range(3):
+        _set_gradients(ours, step)
+        ours.step()
+    moments = [weakref.ref(state["exp_avg"]) for state in ours.state.values()]
+
+    ours.state.clear()
+
+    assert [moment() for moment in moments] == [None] * len(moments)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dtrain.models.fast_dropout import STEPS, FastDropout, fast_dropout, use_fast_dropout
+from dtrain.models.fast_dropout import STEPS, FastDropout, fast_dropout, set_fast_dropout
 
 ONES = torch.ones(1000, 1001)
 
@@ -79,12 +79,20 @@ def test_only_plain_dropout_is_replaced_and_the_state_stays() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3), Own(0.2), nn.Dropout1d(0.1))
     before = copy.deepcopy(module.state_dict())
 
-    use_fast_dropout(module)
+    set_fast_dropout(module, on=True)
 
     assert [type(part) for part in module] == [nn.Linear, FastDropout, Own, nn.Dropout1d]
     assert type(copy.deepcopy(module)[1]) is FastDropout
     assert module.state_dict().keys() == before.keys()
     assert torch.equal(module.eval()[1](ONES), ONES)
+    set_fast_dropout(module, on=False)
+    assert [type(part) for part in module] == [nn.Linear, nn.Dropout, Own, nn.Dropout1d]
+
+
+def test_inside_vmap_it_is_torchs() -> None:
+    found = torch.vmap(FastDropout(0.5), randomness="different")(torch.ones(4, 100))
+
+    assert 0 < int((found == 0).sum()) < 400
 
 
 def test_what_is_not_on_the_cpu_or_in_place_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

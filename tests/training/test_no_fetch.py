@@ -119,7 +119,7 @@ def test_nothing_is_fetched_before_the_next_log_point(monkeypatch: pytest.Monkey
     steps, where = train_on_meta(monkeypatch)
 
     # Step 6 is logged: its losses are fetched before its update, when step 5 has been read.
-    assert [record.step for record in steps.records] == [2, 3, 4, 5]
+    assert [record.step for record in steps.records] == [2, 3, 4, 5], where
     assert "_update_at_once to_floats" in where
     assert [record.loss for record in steps.records] == [3.0 * 0.5 / 8] * 4
 
