@@ -21,7 +21,7 @@ from dtrain.data.order import chunks
 from dtrain.data.seeding import derive_seed, seed_all
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.models.compatibility import longest_input
-from dtrain.models.first_forward import FORWARD_ERRORS
+from dtrain.models.first_forward import FORWARD_ERRORS, rotates_by_length
 from dtrain.training.out_of_memory import explain_in_evaluation
 
 ALONE, EQUAL, PADDED = "alone", "equal", "padded"
@@ -265,7 +265,9 @@ def try_batches(model: PreTrainedModel) -> str:
     if min(vocabulary, window) < 8:
         return ALONE
     numbers = torch.arange(40).mul(7).remainder(vocabulary).tolist()
-    for sharing, lengths in ((PADDED, (3, 6, 5)), (EQUAL, (5, 5, 5))):
+    # A long prompt would change the rotary positions of those that it shares a batch with.
+    padded = [] if rotates_by_length(model.config.get_text_config()) else [(PADDED, (3, 6, 5))]
+    for sharing, lengths in [*padded, (EQUAL, (5, 5, 5))]:
         prompts = [row[:length] for row, length in zip(chunks(numbers, 10), lengths, strict=False)]
         try:
             if _are_alike(model, prompts, new=[[row[8]] for row in chunks(numbers, 10)[:3]]):

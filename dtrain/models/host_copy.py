@@ -7,7 +7,9 @@ device has done all its work. So each tensor on the device carries the one on th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,14 @@ def array_to(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def remember(tensor: torch.Tensor, host: torch.Tensor) -> None:
     """Makes `host` what `host_copy` returns for this tensor, as long as the tensor is not changed."""
-    setattr(tensor, _ATTRIBUTE, (host, tensor._version))
+    # The reference tells a copy of the tensor, which gets its attributes too, from the tensor itself.
+    setattr(tensor, _ATTRIBUTE, (host, tensor._version, weakref.ref(tensor)))
+
+
+def _kept(tensor: torch.Tensor) -> tuple[torch.Tensor, int] | None:
+    """Returns what `remember` has kept for this tensor: the host's copy and the version."""
+    kept: Any = getattr(tensor, _ATTRIBUTE, None)
+    return kept[:2] if kept is not None and kept[2]() is tensor else None
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -48,10 +57,9 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     if tensor.device.type == "cpu":
         return tensor.detach()
-    kept: tuple[torch.Tensor, int] | None = getattr(tensor, _ATTRIBUTE, None)
-    base = tensor._base
+    kept, base = _kept(tensor), tensor._base
     if kept is None and base is not None and base.numel() == tensor.numel() and tensor.is_contiguous():
-        kept = getattr(base, _ATTRIBUTE, None)
+        kept = _kept(base)
         if kept is not None and not base.is_contiguous():
             return None
     if kept is None or kept[1] != tensor._version:

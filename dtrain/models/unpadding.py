@@ -143,7 +143,12 @@ def _install(module: nn.Module, settings: schema.Model, *, reads_padding: bool) 
     unpadding_attention.register()
     base.set_attn_implementation(NAME)
     hooks = UnpaddedModel(
-        base, layers=ENCODERS.get(kind), is_causal=kind in DECODERS, counts_tokens=kind == "OPTDecoder"
+        base,
+        layers=ENCODERS.get(kind),
+        is_causal=kind in DECODERS,
+        counts_tokens=kind == "OPTDecoder",
+        # It came with model.fast_dropout, and changes the draws of attention's dropout: older runs go on without it.
+        shares_calls=settings.fast_dropout,
     )
     fault = _try(base, hooks)
     if fault is None:

@@ -60,11 +60,15 @@ class Calls:
     target: torch.Tensor | None
 
 
-def plan_calls(groups: Sequence[Group], device: torch.device) -> Calls:
-    """Returns the calls that compute a packed row of these groups at the least cost."""
+def plan_calls(groups: Sequence[Group], device: torch.device, *, shares: bool = True) -> Calls:
+    """Returns the calls that compute a packed row of these groups at the least cost.
+
+    Args:
+        shares: whether several groups may share a call.
+    """
     calls, sources, targets = [], [], []
     first_token = first_position = 0
-    for members in cheapest(groups):
+    for members in cheapest(groups) if shares else [[group] for group in groups]:
         lengths = np.concatenate([np.full(group.sequences, group.length) for group in members])
         longest, tokens = int(lengths.max()), int(lengths.sum())
         is_token = np.arange(longest) < lengths[:, None]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,13 @@ class UnpaddedModel:
     """
 
     def __init__(
-        self, base: nn.Module, *, layers: str | None, is_causal: bool = True, counts_tokens: bool = False
+        self,
+        base: nn.Module,
+        *,
+        layers: str | None,
+        is_causal: bool = True,
+        counts_tokens: bool = False,
+        shares_calls: bool = True,
     ) -> None:
         """
         Args:
@@ -47,7 +54,9 @@ class UnpaddedModel:
             layers: name of an encoder's layers in it; None if the whole model gets the packed row.
             is_causal: whether it is a decoder; read where `layers` is None.
             counts_tokens: whether the model numbers positions by the mask, not by the column.
+            shares_calls: as in PackedLayout.
         """
+        self._shares_calls = shares_calls
         self.is_causal = is_causal and layers is None
         device = next(base.parameters()).device
         self.kernels = try_kernels(base.config, device, is_causal=self.is_causal)
@@ -87,6 +96,7 @@ class UnpaddedModel:
         layout = layout_of_mask(mask, is_causal=False, **self._options()) if _is_readable(mask) else None
         if layout is None:
             return None
+        layout = replace(layout, shares_calls=self._shares_calls)
         self.packed_calls += 1
         return args, {**kwargs, "attention_mask": no_mask(mask.device), LAYOUT: layout}
 
@@ -100,6 +110,7 @@ class UnpaddedModel:
         layout = self._layout(ids, tensors)
         if layout is None or (layout.rows, layout.width) != tuple(ids.shape):
             return None
+        layout = replace(layout, shares_calls=self._shares_calls)
         self.packed_calls += 1
         packed = {name: layout.pack(tensors[name]) for name in tensors if name != "attention_mask"}
         if "position_ids" not in packed:

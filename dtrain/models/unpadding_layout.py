@@ -45,6 +45,7 @@ class PackedLayout:
         kernels: those that may compute its attention.
         starts: (sequences + 1,) int32, the place in the packed row where each sequence begins, and the end; None if no
             kernel may be used.
+        shares_calls: whether sequences of like length share a call of attention by groups; if not, those of equal length.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class PackedLayout:
     is_causal: bool
     kernels: frozenset[Kernel] = frozenset()
     starts: torch.Tensor | None = None
+    shares_calls: bool = True
 
     @property
     def is_whole(self) -> bool:
@@ -68,7 +70,7 @@ class PackedLayout:
     @cached_property
     def calls(self) -> Calls:
         """The calls of attention by groups."""
-        return plan_calls(self.groups, self.index.device)
+        return plan_calls(self.groups, self.index.device, shares=self.shares_calls)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """Returns (rows, width, ...) as (1, tokens, ...). A first dimension of 1 is repeated for each row."""

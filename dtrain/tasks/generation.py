@@ -17,6 +17,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 MIN_ROWS = 4
 """Fewer rows are not worth a new start of `generate`."""
 
+READS_PREFIX = "_dtrain_reads_prefix_at_once"
+"""Attribute of a model that keeps the result of `_reads_a_prefix_at_once`."""
+
+TRIED_ROWS, TRIED_TOKENS = 2, 6
+
+TOLERANCE = 0.03
+"""Largest difference of the trial, relative to the largest logit: rounding of bf16. A wrong mask makes 0.1 or more."""
+
 COUNTS_FROM_START = (
     "min_new_tokens",
     "begin_suppress_tokens",
@@ -70,6 +78,10 @@ def generate_tokens(
         new = found[:, 1:]
         tokens[left, : new.shape[1]] = new
         done, is_left = new.shape[1], ~_has_ended(new, stops)
+        if (
+            done < most and is_left.any() and not _reads_a_prefix_at_once(module, inputs, states, found)
+        ):  # at first all rows are left
+            return generate_tokens(module, inputs, options, ends=ends, pad=pad, lock_step=lock_step)
         # Without their cache: what has been generated is computed again, all at once.
         left, more = left[is_left], {"decoder_input_ids": found[is_left]}
     return tokens
@@ -103,8 +115,33 @@ def _can_go_on(module: Any) -> bool:
     return (
         config is not None
         and hasattr(module, "get_encoder")
+        and module.__dict__.get(READS_PREFIX) is not False
         and all(getattr(config, name, None) is None for name in COUNTS_FROM_START)
     )
+
+
+@torch.no_grad()
+def _reads_a_prefix_at_once(module: Any, inputs: Mapping[str, torch.Tensor], states: Any, prefix: torch.Tensor) -> bool:
+    """Returns whether tokens that are read at once give the logits that they give one by one. Tried once for a model.
+
+    FSMT has no causal mask for such a call, and ProphetNet's logits depend on its length.
+    """
+    known: bool | None = module.__dict__.get(READS_PREFIX)
+    if known is not None:
+        return known
+    tokens, mask = prefix[:TRIED_ROWS, :TRIED_TOKENS], inputs["attention_mask"][:TRIED_ROWS]
+    few_states = type(states)(last_hidden_state=states.last_hidden_state[:TRIED_ROWS])
+    always: dict[str, Any] = {"encoder_outputs": few_states, "attention_mask": mask, "use_cache": True}
+    at_once = module(**always, decoder_input_ids=tokens).logits[:, -1].float()
+    cache: Any = None
+    for place in range(tokens.shape[1]):
+        output = module(**always, decoder_input_ids=tokens[:, place : place + 1], past_key_values=cache)
+        cache = output.past_key_values
+    one_by_one = output.logits[:, -1].float()
+    is_alike = bool((at_once - one_by_one).abs().max() <= TOLERANCE * one_by_one.abs().max())
+    if not is_alike or tokens.shape[1] == TRIED_TOKENS:  # fewer tokens may be alike by chance
+        module.__dict__[READS_PREFIX] = is_alike
+    return is_alike
 
 
 def _model_ends(module: Any) -> set[int]:

@@ -109,7 +109,7 @@ def train(run: LoopRun, monitors: Sequence[Monitor]) -> Decision:
     plan, look_ahead, context = run.settings.plan, run.look_ahead, run.engine.context
     context.heartbeat.at(Phase.DATA, step=run.state.step)
     look_ahead.start()
-    needs_at_once = at_once_rule(monitors)
+    needs_at_once = at_once_rule(monitors, context) if run.engine.decides_on_device else _always
     decision = Decision.CONTINUE
     prepared_engine: Engine | None = None
     late: TakenStep | None = None  # the step before, if its values are still on the device
@@ -138,6 +138,10 @@ def is_read_at_once(run: LoopRun, step: Step, needs_at_once: Callable[[StepEnd],
         return True
     end = step_end(settings, step)
     return end.ends_epoch or end.is_last or _measures_gradients(settings, end.step) or needs_at_once(end)
+
+
+def _always(_end: StepEnd) -> bool:
+    return True
 
 
 def step_end(settings: LoopSettings, step: Step) -> StepEnd:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -86,3 +89,13 @@ def test_a_copy_to_a_gpu_comes_from_pinned_memory_and_waits_for_nothing() -> Non
 
     assert all(torch.equal(moved[name].cpu(), batch[name]) for name in batch)
     assert all(torch.equal(on_host(moved[name]), batch[name]) for name in batch)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_changed_tensor_is_not_known(copied: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    made, numbers = torch.ones(3, device="meta"), torch.ones(3)
+    remember(made, numbers)
+    made.zero_()
+
+    assert host_copy(made) is None
+    assert host_copy(copied(made)) is None

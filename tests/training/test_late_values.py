@@ -168,7 +168,7 @@ def rule(changes: dict[str, Any], *monitors: Any) -> list[int]:
     steps = training.batches_ahead(built.settings, built.task, built.engine, start=0)
     built.look_ahead = training.LookAhead(steps, built.task, ONE_PROCESS)
     built.look_ahead.start()
-    needs, found = at_once_rule(monitors), []
+    needs, found = at_once_rule(monitors, ONE_PROCESS), []
     while (step := built.look_ahead.next_step) is not None:
         if is_read_at_once(built, step, needs):
             found.append(step.batches.step + 1)
@@ -193,7 +193,7 @@ def test_a_setting_that_drops_updates_by_their_loss_needs_it_before_the_update(m
     steps = training.batches_ahead(built.settings, built.task, built.engine, start=0)
     built.look_ahead = training.LookAhead(steps, built.task, ONE_PROCESS)
     built.look_ahead.start()
-    step, never = built.look_ahead.next_step, at_once_rule([])
+    step, never = built.look_ahead.next_step, at_once_rule([], ONE_PROCESS)
     assert step is not None
     assert not is_read_at_once(built, step, never)
 
@@ -230,3 +230,16 @@ def test_values_that_are_infinite_are_told_from_those_that_are_not_numbers() -> 
     assert values.losses == [1.0, math.inf]
     assert math.isnan(values.loss)
     assert (values.faults, values.grad_norm, values.applied) == (1, 2.0, False)
+
+
+def one_monitor_on_rank_0(context: RankContext) -> int:
+    single.DECIDING_DEVICES = ("cpu",)
+    built = training.build(context, SETTING)
+    journal = Journal()
+    built.go(*([journal] if context.is_main else []))
+    return built.state.step
+
+
+@pytest.mark.ranks
+def test_ranks_with_other_monitors_read_every_step_at_once() -> None:
+    assert run_ranks(one_monitor_on_rank_0, 2) == [SETTING.steps] * 2

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.training.monitors.protocol import Decision, LateMonitor, Monitor, StepEnd, StepRecord
 
 
-def at_once_rule(monitors: Sequence[Monitor]) -> Callable[[StepEnd], bool]:
-    """Returns a function that says whether some monitor must see a step before the next one begins."""
+def at_once_rule(monitors: Sequence[Monitor], context: RankContext) -> Callable[[StepEnd], bool]:
+    """Collective. Returns a function that says whether some monitor must see a step before the next one begins.
+
+    Its answer is the same on all ranks. Ranks with other monitors than the first one make every step be read at once.
+    """
     late = [monitor for monitor in monitors if isinstance(monitor, LateMonitor)]
-    if len(late) < len(monitors):
+    numbers = all_gather_object((len(monitors), len(late)), context)
+    if len(late) < len(monitors) or any(number != numbers[0] for number in numbers):
         return lambda _end: True
     return lambda end: any(monitor.needs_at_once(end) for monitor in late)
 
