@@ -6,6 +6,7 @@ and so does an operation with a tensor that was left on the CPU.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -67,7 +68,8 @@ def train_on_meta(
     monkeypatch.setattr(single, "DECIDING_DEVICES", ("meta",))
     monkeypatch.setattr(optim, "FUSED_DEVICES", ("meta",))
     # The kernel has a meta version; only this check refuses it.
-    monkeypatch.setitem(torch.optim.Adam._init_group.__globals__, "_device_dtype_check_for_fused", lambda *_: None)
+    # Not by the globals of Adam._init_group, which torch._dynamo replaces once it is imported.
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
 
     def copied(values: torch.Tensor) -> Callable[[], list[float]]:
         assert values.device.type == "meta"

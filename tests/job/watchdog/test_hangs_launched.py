@@ -29,7 +29,7 @@ FAULT = f"""
 import ctypes, os, sys, time
 sys.path.insert(0, {str(jobs.ROOT)!r})
 from dtrain.training import loop; from dtrain import main
-from dtrain.data import batches
+from dtrain.data import batches, read_ahead
 
 class Rows:
     def __init__(self, rows):
@@ -70,6 +70,7 @@ def warm_up(*arguments):
         torch.distributed.barrier() if os.environ["RANK"] == "1" else torch.distributed.all_reduce(torch.zeros(7))
     return ready(*arguments)
 
+read_ahead.MOST_STEPS = 1  # so that the fault comes between two steps
 real, loop.step_batches = batches.step_batches, step_batches
 ready, loop.warm_up = loop.warm_up, warm_up
 main.console_script()
