@@ -51,9 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Undoes what a shell does to its background jobs: with SIGINT ignored, no job that a test starts could be stopped by it."""
+    """Undoes what a shell does to its background jobs, and nohup: a job that a test starts would ignore their signals, too."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # Time limits, order, resources

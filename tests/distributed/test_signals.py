@@ -285,8 +285,7 @@ with interruptible(grace_s=20, before_exit=report_cause), deferred() as request:
     def work():
         try:
             print("ready", flush=True)
-            while True:  # a signal that comes just before one long sleep would not end it
-                time.sleep(0.01)
+            time.sleep(30)
         except Exception:
             print("swallowed", flush=True)
     ended = request.attempt(work)
