@@ -36,9 +36,8 @@ class FusedAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, fused=True, **options)
-        self._counts: list[_Counts] | None = (
-            None  # nothing of the moments is kept, which must be free when the state is cleared
-        )
+        # It keeps no moments: clearing the state must free them.
+        self._counts: list[_Counts] | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step on the gradients that are there. A GradScaler's steps, and those without some gradient, are torch's."""
@@ -91,8 +90,12 @@ class FusedAdamW(torch.optim.AdamW):
         )
 
 
-_observed_step = torch.optim.Optimizer.profile_hook_step(torch.optim.Adam.step)
-"""torch's step, which calls the hooks."""
+def _observed_step(optimizer: torch.optim.AdamW, closure: Callable[[], Any] | None) -> Any:
+    """Takes torch's step, with the hooks. torch adds them to a class when its first optimizer is made."""
+    step: Any = torch.optim.AdamW.step
+    if not getattr(step, "hooked", False):
+        step = torch.optim.Optimizer.profile_hook_step(step)
+    return step(optimizer, closure)
 
 
 def _are_current(counts: list[_Counts], states: list[list[dict[str, Any]]]) -> bool:

@@ -169,6 +169,19 @@ def evaluate_split(
             *_values(done), forward.context, num_examples=len(task.splits[split]), wants_stop=stop.is_signaled()
         )
     heartbeat.at(Phase.METRICS)  # A phase without a time limit.
+    return _result(forward.context, task, split, gathered, reported=reported, stop=stop)
+
+
+def _result(
+    context: RankContext,
+    task: Task,
+    split: str,
+    gathered: Mapping[str, torch.Tensor],
+    *,
+    reported: Reported,
+    stop: StopCondition,
+) -> SplitResult:
+    """Collective. Returns the records and metrics of the values that all ranks gathered."""
     losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
     predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
     records: list[Mapping[str, Any]] = []
@@ -196,7 +209,7 @@ def evaluate_split(
 
     stop.attempt(make_records)
     with leaving_together():
-        shared = share_from_main(metrics_of_rank_0, forward.context, wants_stop=stop.is_signaled)
+        shared = share_from_main(metrics_of_rank_0, context, wants_stop=stop.is_signaled)
     return SplitResult(shared, records)
 
 

@@ -1,4 +1,4 @@
-"""The GPU script without a GPU: its arguments, what becomes of a part that fails, and a dry run of what a CPU can do."""
+"""The GPU script without a GPU: its arguments, a part that fails, and a dry run of what a CPU can do."""
 
 from __future__ import annotations
 
