@@ -14,6 +14,7 @@ BEFORE: Mapping[tuple[str, str], Any] = {
     ("train", "sort_by_length"): False,
     ("model", "unpad"): "off",
     ("model", "fast_dropout"): False,
+    ("model", "fast_linear"): "off",
     ("freeze", "cache"): "off",
 }
 """What versions did that did not have a setting yet, where its default would change the numbers of a run."""

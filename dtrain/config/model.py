@@ -65,6 +65,11 @@ class Model(Section):
     fast_dropout: bool = setting(
         True, "draw dropout's numbers on a CPU 3 times as fast as torch; they are other numbers"
     )
+    fast_linear: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "compute linear layers on a CPU by oneDNN, not MKL; auto: on processors of AMD with AVX-512, twice as fast",
+        resume="warn",
+    )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, more time", resume="free"
     )

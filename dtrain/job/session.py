@@ -21,6 +21,9 @@ from dtrain.job.failure import JobSession, lost_peer_error
 from dtrain.job.watchdog.client import WatchdogClient, start_watchdog
 from dtrain.job.watchdog.rules import HangSettings
 
+KEPT_KERNELS = "64"
+"""The default of 1024 took 0.4 GB, and 2 GB before the heap was trimmed, where each batch had another number of tokens."""
+
 
 @contextmanager
 def session(
@@ -60,6 +63,7 @@ def _join_group(
     from dtrain.job.cpu_sharing import set_threads, share_cores
 
     set_threads(topology, env)
+    _limit_kernels(env)
     _silence_libraries(env)
     run = {"command": command, "run folder": str(config.run_dir)}
     watchdog.heartbeat.on_run_dir_lost = lambda reason: _report_lost_run_dir(reason, watchdog)
@@ -90,6 +94,15 @@ def _report_lost_run_dir(reason: str, watchdog: WatchdogClient) -> None:
     """Tells the monitor why this rank is about to end, and waits until it has read that: it must not report a death."""
     watchdog.report_failure(reason, TopologyError.exit_code, by_signal=False)
     watchdog.close()
+
+
+def _limit_kernels(env: MutableMapping[str, str]) -> None:
+    """Limits the compiled kernels that oneDNN keeps in memory, one for each shape, to KEPT_KERNELS, unless the user has.
+
+    torch and oneDNN read these variables at the first call of oneDNN.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        env.setdefault(name, KEPT_KERNELS)
 
 
 def _silence_libraries(env: MutableMapping[str, str]) -> None:

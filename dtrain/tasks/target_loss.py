@@ -2,7 +2,7 @@
 
 A language model's last layer is a linear one over the vocabulary, and its logits are the largest tensor of a training step.
 While a model runs, a hook on that layer hands it the rows that are targets and no others. Where even those are many, the
-layer gets no row, and chunks of the rows are multiplied with the layer's weights: by `_ChunkedCrossEntropy` in training,
+layer gets no row, and chunks of the rows are multiplied with the layer's weights: by `ChunkedCrossEntropy` in training,
 by `score_targets` in an evaluation. A hook works inside
 DDP's wrapper and leaves everything else to the model. `try_last_layer` finds out on a few tokens whether it is right for a
 model. The complete logits are used where it is not, where nobody has tried, and where the layer is not a plain `nn.Linear`.
@@ -21,9 +21,11 @@ from torch import nn
 
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.fast_linear import FastLinear, fast_linear
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.host_copy import host_copy, pick, remember
 from dtrain.models.modes import restored_modes
+from dtrain.tasks.chunked_cross_entropy import ChunkedCrossEntropy
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.tensors import full_precision
 
@@ -150,9 +152,10 @@ def _logits_in_parts(
         with _selecting(layer, _Selection(is_target, passes_rows=False)) as selection:
             logits = model(**inputs).logits
         if selection.rows is not None:
+            linear = fast_linear if type(layer) is FastLinear else F.linear
             for part in _parts(len(selection.rows), layer.out_features, labels.device):
                 # Autocast casts, as it would in the layer.
-                yield part, full_precision(F.linear(selection.rows[part], layer.weight, layer.bias))
+                yield part, full_precision(linear(selection.rows[part], layer.weight, layer.bias))
             return
         logits = pick(logits, is_target)
     else:
@@ -204,8 +207,8 @@ def _loss_of_rows(
             return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
         # As large as the rows: smaller chunks would spend their time on adding to the gradient of the weights.
         chunk = max(1, max(_most_logits(rows.device), rows.numel()) // layer.out_features)
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            rows, layer.weight, layer.bias, labels, label_smoothing, chunk
+        loss: torch.Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            rows, layer.weight, layer.bias, labels, label_smoothing, chunk, type(layer) is FastLinear
         )
         return loss
 
@@ -253,7 +256,7 @@ def _last_layer(model: nn.Module) -> nn.Linear | None:
     if is_compiled or embeddings is None:
         return None
     layer = embeddings()
-    return layer if type(layer) is nn.Linear else None
+    return layer if type(layer) in (nn.Linear, FastLinear) else None
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -325,70 +328,3 @@ def _try_head(model: nn.Module, layer: nn.Linear) -> str:
 def _are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     tolerance = max(1e-5, 8 * torch.finfo(expected.dtype).eps) * float(expected.detach().abs().max())
     return found.shape == expected.shape and float((found - expected).detach().abs().max()) <= tolerance
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Linear layer and cross entropy over chunks of rows. Forward computes the gradients, so that no logits are kept.
-
-    The idea is that of Liger Kernel (Hsu et al. 2024, arXiv:2410.10989, section 3.2). The multiplications are as many as
-    without chunks, because the gradient of a sum of losses needs only one factor from backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        label_smoothing: float,
-        chunk: int,
-    ) -> torch.Tensor:
-        device = rows.device.type
-        lower = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # backward multiplies by the loss scale of fp16, without which small gradients would become 0.
-        rows_type = exact if rows.dtype == torch.float16 else rows.dtype
-        grad_rows = torch.empty_like(rows, dtype=rows_type) if needs_rows else None
-        grad_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
-        total = torch.zeros((), dtype=exact, device=rows.device)
-        with torch.autocast(device, enabled=False):
-            factor, offset = weight.to(lower), None if bias is None else bias.to(lower)
-            for start in range(0, len(rows), chunk):
-                part = rows[start : start + chunk].to(lower)
-                logits = full_precision(F.linear(part, factor, offset)).requires_grad_()
-                with torch.enable_grad():
-                    loss = F.cross_entropy(
-                        logits, labels[start : start + chunk], label_smoothing=label_smoothing, reduction="sum"
-                    )
-                grad = torch.autograd.grad(loss, logits)[0].to(lower)
-                total += loss.detach()
-                if grad_rows is not None:
-                    grad_rows[start : start + chunk] = grad @ factor
-                if grad_weight is not None:
-                    _add_product(grad_weight, grad.t(), part)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(dim=0, dtype=exact)
-        ctx.gradients = (grad_rows, grad_weight, grad_bias)
-        ctx.types = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        (scale,) = grad_outputs
-        gradients, ctx.gradients = ctx.gradients, None  # a second backward pass must fail
-        scaled = [
-            None if gradient is None else gradient.mul_(scale).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.types, strict=True)
-        ]
-        return *scaled, None, None, None
-
-
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds a matrix product in place."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

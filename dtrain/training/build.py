@@ -27,6 +27,7 @@ from dtrain.models import freezing
 from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.fast_dropout import set_fast_dropout
+from dtrain.models.fast_linear import set_fast_linear
 from dtrain.models.load import load_model
 from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
@@ -149,6 +150,8 @@ def place_and_try(module: nn.Module, config: Config, task: Task, context: RankCo
         ConfigError: the model cannot compute the example.
     """
     module = place(module, config, context)
+    is_served = device_of(context.topology).type == "cpu" and not config.model.compile
+    set_fast_linear(module, config.model.fast_linear if is_served else "off")
     try_model(module, task, context)
     try_last_layer(module, context)
     return module

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dtrain.engine.forward_only import autocast
+from dtrain.models.fast_linear import set_fast_linear
 
 PASSES = 5
 """Number of timed passes of each precision, fewer if they would take longer than MAX_S."""
@@ -98,6 +99,7 @@ def time_fixed_model() -> PrecisionTimes:
             FIXED_WIDTH, nhead=4, dim_feedforward=4 * FIXED_WIDTH, dropout=0.0, batch_first=True
         )
         model = nn.TransformerEncoder(layer, FIXED_LAYERS, enable_nested_tensor=False)
+        set_fast_linear(model, "auto")  # as in a run
         inputs = torch.randn(FIXED_ROWS, FIXED_LENGTH, FIXED_WIDTH)
 
         def run(precision: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.distributed.rank_context import ONE_PROCESS
+from dtrain.models.fast_linear import set_fast_linear
 from dtrain.tasks import target_loss
 from dtrain.tasks.protocol import IGNORED
 from dtrain.tasks.target_loss import COMPLETE, LINEAR, ROWS
@@ -168,6 +170,29 @@ def test_label_smoothing_double_precision_and_a_batch_without_targets(
         assert_equal(module, inputs, labels, to=1e-14)
     finally:
         module.float()
+
+
+@pytest.mark.parametrize("most", [2**24, 4 * VOCABULARY, 1])
+def test_with_linear_layers_by_onednn(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setattr(target_loss, "MAX_LOGITS", most)
+    monkeypatch.setattr("dtrain.tasks.chunked_cross_entropy.PART_OF_PRODUCT", 100)  # parts of 6 words
+    monkeypatch.setattr("dtrain.models.fast_linear.LEAST_PRODUCTS", 1)
+    torch.manual_seed(0)
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2)).eval()
+    fast = copy.deepcopy(plain)
+    set_fast_linear(fast, "on")
+    tried(plain), tried(fast)
+    inputs, labels = batch()
+
+    expected, slopes = with_gradients(plain, lambda: plain_loss(plain, inputs, labels))
+    found, ours = with_gradients(fast, lambda: target_loss.target_loss(fast, inputs, labels))
+
+    assert kind_of(fast) == LINEAR
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    for name, slope in slopes.items():
+        assert float((slope - ours[name]).abs().max()) <= 1e-6 * float(slope.abs().max()), name
 
 
 @pytest.mark.parametrize("frozen", ["lm_head", "transformer", "transformer.h"])
