@@ -21,7 +21,7 @@ from dtrain.job.failure import JobSession, lost_peer_error
 from dtrain.job.watchdog.client import WatchdogClient, start_watchdog
 from dtrain.job.watchdog.rules import HangSettings
 
-KEPT_KERNELS = "64"
+KEPT_KERNELS = "32"
 """The default of 1024 took 0.4 GB, and 2 GB before the heap was trimmed, where each batch had another number of tokens."""
 
 

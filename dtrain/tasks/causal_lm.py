@@ -35,6 +35,7 @@ from dtrain.errors import DataError
 from dtrain.models.heads import Head
 from dtrain.models.tokenizer import has_characters_only
 from dtrain.tasks.documents import check_separates_documents, document_inputs
+from dtrain.tasks.encoding import encode_all
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import Meta, Recipe, map_rows, prepare_examples
 from dtrain.tasks.protocol import IGNORED, Batch, ScoredBatch, Split, Targets
@@ -243,9 +244,7 @@ def _documents(source: Source, tokenizer: Any, config: Config) -> Sequence[list[
     """Returns the tokens of each row."""
 
     def tokenize(rows: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {
-            "input_ids": tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        }
+        return {"input_ids": encode_all(tokenizer, rows["text"], special_tokens=False).columns["input_ids"]}
 
     documents: Sequence[list[int]] = map_rows(source, tokenize, config)["input_ids"]
     return documents

@@ -29,6 +29,7 @@ from dtrain.models.template_limits import TemplateLimitError
 from dtrain.models.tokenizer import bpe_class, load_tokenizer, reload_tokenizer
 from dtrain.models.tokenizer_limits import limited_time
 from dtrain.tasks.data_facts import split_facts
+from dtrain.tasks.encoding import encode_all
 from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import Split
 from dtrain.tasks.truncation import FULL_LENGTH, FULL_TARGET_LENGTH, full_lengths, report_cuts, take_cuts
@@ -295,13 +296,11 @@ def label_config(labels: Sequence[str]) -> dict[str, Any]:
 
 def encode_texts(rows: Mapping[str, Any], tokenizer: Any, *, max_length: int) -> Mapping[str, Any]:
     """Encodes `text`, or `text` and `text_pair` joined by the tokenizer, truncated to max_length tokens."""
-    encoded = tokenizer(
-        rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length, return_attention_mask=False
-    )
     texts = {"text": rows["text"], "text_pair": rows.get("text_pair")}
-    encodings = None if texts["text_pair"] is not None else encoded.encodings
-    lengths = full_lengths(tokenizer, encoded["input_ids"], texts, max_length=max_length, encodings=encodings)
-    return {**fill_empty(encoded, tokenizer), FULL_LENGTH: lengths}
+    columns, encodings = encode_all(tokenizer, texts["text"], texts["text_pair"], max_length=max_length)
+    encodings = None if texts["text_pair"] is not None else encodings
+    lengths = full_lengths(tokenizer, columns["input_ids"], texts, max_length=max_length, encodings=encodings)
+    return {**fill_empty(columns, tokenizer), FULL_LENGTH: lengths}
 
 
 def fill_empty(encoded: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Any]:
