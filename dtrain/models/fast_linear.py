@@ -73,6 +73,11 @@ def set_fast_linear(module: nn.Module, choice: Literal["auto", "on", "off"]) -> 
             part.__class__ = pairs[type(part)]
 
 
+def uses_fast_linear(module: nn.Module) -> bool:
+    """Returns whether a model has a replaced layer."""
+    return any(type(part) in (FastLinear, FastConv1D) for part in module.modules())
+
+
 @cache
 def gains() -> bool:
     """Returns whether oneDNN is much faster than torch's BLAS: MKL on a processor of AMD with AVX-512."""

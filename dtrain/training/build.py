@@ -27,7 +27,7 @@ from dtrain.models import freezing
 from dtrain.models.chat_template import name_turn_end
 from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.fast_dropout import set_fast_dropout
-from dtrain.models.fast_linear import set_fast_linear
+from dtrain.models.fast_linear import set_fast_linear, uses_fast_linear
 from dtrain.models.load import load_model
 from dtrain.models.unpadding import Unpadding, prepare_unpadding
 from dtrain.tasks.protocol import Task
@@ -266,10 +266,9 @@ def gigabytes(number: float) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
-def describe_device() -> str:
+def describe_device(module: nn.Module) -> str:
     """Returns a description of the devices that the ranks run on."""
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} thread(s) per rank"
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    how = ", linear layers by oneDNN" if uses_fast_linear(module) else ""
+    return f"CPU, {torch.get_num_threads()} thread(s) per rank{how}"

@@ -31,7 +31,7 @@ def describe(
     rows = ", ".join(f"{split} {len(split_rows)}" for split, split_rows in task.splits.items())
     lines = [
         f"run        {config.run_dir} (seed {config.run.seed})",
-        f"topology   {context.topology.describe()}, {describe_device()}",
+        f"topology   {context.topology.describe()}, {describe_device(prepared.module)}",
         f"engine     {engine} ({why}), {config.engine.precision}" + (f", {traits.detail}" if traits.detail else ""),
         f"data       {rows} examples",
         *describe_data(task, has_decoder=task.head.has_decoder),
