@@ -69,8 +69,13 @@ def ten_lines(_context: RankContext, folder: str) -> dict[str, Any]:
     rows, held_out = tiny.sentences(24), tiny.sentences(10, seed=1)
     options = Classification(name="classification")
     task = ClassificationTask({"train": rows, "validation": held_out}, tiny.tokenizer(), names, options, max_length=32)
-    result = dtrain.fit(config(folder), model=tiny.bert(), task=task)
-    return {"metrics": result.metrics, "folder": str(result.run_dir)}
+    model = tiny.bert()
+    before = [type(part).__name__ for part in model.modules()]
+    result = dtrain.fit(config(folder, model={"fast_linear": "on"}), model=model, task=task)
+    is_as_given = [type(part).__name__ for part in model.modules()] == before
+    hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in model.modules())
+    left = {"is_as_given": is_as_given, "hooks": hooks, "attention": model.config._attn_implementation}
+    return {"metrics": result.metrics, "folder": str(result.run_dir), "left": left}
 
 
 def test_ten_lines_train_an_own_model_on_own_data_and_leave_a_whole_run_folder(tmp_path: Path) -> None:
@@ -78,6 +83,7 @@ def test_ten_lines_train_an_own_model_on_own_data_and_leave_a_whole_run_folder(t
     folder = tmp_path / "mine"
 
     assert Path(result["folder"]) == folder
+    assert result["left"] == {"is_as_given": True, "hooks": 0, "attention": "sdpa"}
     expected = {"loss", "accuracy", "f1", "precision", "recall", "matthews_correlation"}
     assert set(result["metrics"]) == expected
     summary = json.loads((folder / "summary.json").read_text())

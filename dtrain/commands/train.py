@@ -16,6 +16,7 @@ from dtrain.engine.build import engine_name
 from dtrain.runs.folder import RunFolder, record_config
 from dtrain.tasks.protocol import Task
 from dtrain.training import run_claim, summary
+from dtrain.training.build import restore_layers
 from dtrain.training.monitors.protocol import Monitor
 from dtrain.training.precision_advice import describe_precision
 from dtrain.training.prepare_run import prepare_run
@@ -45,11 +46,15 @@ def run_train(
         if claim.action == "already_finished":
             metrics = on_main(lambda: summary.read(config.run_dir)["eval"], context)
             return Result(dict(metrics), config.run_dir)
-        run = prepare_run(claim.config, context, model, task, claim.checkpoint)
-        on_main(lambda: record_config(RunFolder(config.run_dir), to_yaml(run.config)), context)
-        run.began = began
-        log.info("%s", run.describe(in_full=False))
-        return run.run(monitors)
+        try:
+            run = prepare_run(claim.config, context, model, task, claim.checkpoint)
+            on_main(lambda: record_config(RunFolder(config.run_dir), to_yaml(run.config)), context)
+            run.began = began
+            log.info("%s", run.describe(in_full=False))
+            return run.run(monitors)
+        finally:
+            if model is not None:
+                restore_layers(model)
 
 
 def run_dry(config: Config, context: RankContext) -> None:

@@ -21,7 +21,7 @@ from dtrain.job.failure import JobSession, lost_peer_error
 from dtrain.job.watchdog.client import WatchdogClient, start_watchdog
 from dtrain.job.watchdog.rules import HangSettings
 
-KEPT_KERNELS = "32"
+KEPT_KERNELS = "64"
 """The default of 1024 took 0.4 GB, and 2 GB before the heap was trimmed, where each batch had another number of tokens."""
 
 
@@ -63,7 +63,7 @@ def _join_group(
     from dtrain.job.cpu_sharing import set_threads, share_cores
 
     set_threads(topology, env)
-    _limit_kernels(env)
+    _limit_kernels(config, env)
     _silence_libraries(env)
     run = {"command": command, "run folder": str(config.run_dir)}
     watchdog.heartbeat.on_run_dir_lost = lambda reason: _report_lost_run_dir(reason, watchdog)
@@ -96,13 +96,17 @@ def _report_lost_run_dir(reason: str, watchdog: WatchdogClient) -> None:
     watchdog.close()
 
 
-def _limit_kernels(env: MutableMapping[str, str]) -> None:
-    """Limits the compiled kernels that oneDNN keeps in memory, one for each shape, to KEPT_KERNELS, unless the user has.
+def _limit_kernels(config: Config, env: MutableMapping[str, str]) -> None:
+    """Limits the compiled kernels that oneDNN keeps in memory, if it computes linear layers, unless the user has.
 
-    torch and oneDNN read these variables at the first call of oneDNN.
+    It keeps one for each shape. torch and oneDNN read these variables at the first call of oneDNN.
     """
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        env.setdefault(name, KEPT_KERNELS)
+    from dtrain.models.fast_linear import gains
+
+    choice = config.model.fast_linear
+    if config.engine.precision == "fp32" and (choice == "on" or (choice == "auto" and gains())):
+        for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            env.setdefault(name, KEPT_KERNELS)
 
 
 def _silence_libraries(env: MutableMapping[str, str]) -> None:

@@ -103,7 +103,7 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_paddin
     Raises:
         ConfigError: model.unpad=on, but the model cannot be served.
     """
-    _remove(module)
+    remove_unpadding(module)
     if settings.unpad == "off":
         return Unpadding("off", "as configured")
     decision = _install(module, settings, reads_padding=reads_padding)
@@ -121,8 +121,8 @@ def prepare_unpadding(module: nn.Module, settings: schema.Model, *, reads_paddin
     return decision
 
 
-def _remove(module: nn.Module) -> None:
-    """Removes the hooks of an earlier call."""
+def remove_unpadding(module: nn.Module) -> None:
+    """Removes the hooks of an earlier `prepare_unpadding`."""
     for part in _served_parts(module):
         if part.config._attn_implementation == NAME:
             remove_hooks(part)

@@ -21,7 +21,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         columns: input_ids, and token_type_ids if the model takes them; a list for each text.
-        encodings: of the tokenizers library, with the parts that were cut off; None without it.
+        encodings: of the tokenizers library, with the parts that were cut off; None without it. Where the call was
+            passed by, a cut-off part of a pair has no reliable type_ids.
     """
 
     columns: dict[str, list[list[int]]]

@@ -29,7 +29,7 @@ from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.fast_dropout import set_fast_dropout
 from dtrain.models.fast_linear import set_fast_linear, uses_fast_linear
 from dtrain.models.load import load_model
-from dtrain.models.unpadding import Unpadding, prepare_unpadding
+from dtrain.models.unpadding import Unpadding, prepare_unpadding, remove_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
 from dtrain.tasks.target_loss import try_last_layer
@@ -254,6 +254,13 @@ def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPl
         # In place, so that names in the state dict do not change.
         module.compile(dynamic=True)
     return PreparedModel(module, freeze, train_mode, unpadding, frozen_cache)
+
+
+def restore_layers(module: nn.Module) -> None:
+    """Gives a user's own module back as it came: with torch's layers, and padding."""
+    set_fast_linear(module, "off")
+    set_fast_dropout(module, on=False)
+    remove_unpadding(module)
 
 
 def count(parameters: list[nn.Parameter]) -> int:

@@ -41,6 +41,7 @@ from dtrain.engine.unused_parameters import layer_drop_settings
 from dtrain.errors import ConfigError
 from dtrain.models import freezing
 from dtrain.models.architecture import asks_for_router_loss
+from dtrain.models.fast_linear import uses_fast_linear
 from dtrain.models.first_forward import rotates_by_length
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
@@ -373,6 +374,7 @@ class FrozenCache:
             "class": type(engine.module).__name__,
             "kept": border.shown,
             "precision": [self._config.engine.precision, str(self._dtype), device.type],
+            "fast_linear": uses_fast_linear(engine.module),
             "versions": [torch.__version__, transformers.__version__],
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())

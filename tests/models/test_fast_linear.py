@@ -19,7 +19,7 @@ from dtrain.job.session import KEPT_KERNELS
 from dtrain.models import fast_linear as module_under_test
 from dtrain.models.fast_linear import FastConv1D, FastLinear, fast_linear, fast_product, gains, set_fast_linear
 
-LARGE = (300, 128, 160)
+LARGE = (512, 128, 160)
 """Rows, inputs and outputs of a product that oneDNN computes."""
 
 FARTHEST = 2e-6
@@ -76,7 +76,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("shape", [(300,), (3, 100), (1, 2, 150)])
+@pytest.mark.parametrize("shape", [(512,), (4, 128), (1, 2, 256)])
 def test_output_and_gradients_are_those_of_torch(
     name: str, shape: tuple[int, ...], counted: list[tuple[int, ...]]
 ) -> None:
@@ -112,6 +112,56 @@ def test_tensors_that_are_not_contiguous(name: str, counted: list[tuple[int, ...
     assert max(_distance(*each) for each in zip(found, expected, strict=True)) <= 5 * FARTHEST
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("shape", [(512,), (4, 128)])
+def test_the_output_may_be_changed_in_place(name: str, shape: tuple[int, ...]) -> None:
+    plain, fast = _pair(lambda: nn.Sequential(LAYERS[name](), nn.ReLU(inplace=True)))
+    inputs, gradient = torch.randn(*shape, LARGE[1]), torch.randn(*shape, LARGE[2])
+
+    found, expected = _results(fast, inputs, gradient), _exact(plain, inputs, gradient)
+
+    assert max(_distance(*each) for each in zip(found, expected, strict=True)) <= FARTHEST
+    fast(inputs).div_(2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_have_the_order_in_memory_of_the_weight(name: str) -> None:
+    _, fast = _pair(LAYERS[name])
+    fast(torch.randn(LARGE[0], LARGE[1])).sum().backward()
+
+    assert all(each.grad is not None and each.grad.stride() == each.stride() for each in fast.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_weight_may_move_between_forward_and_backward(name: str) -> None:
+    """ZeRO 3 takes the values away after the forward pass, and puts them elsewhere before the backward pass."""
+    _, fast = _pair(LAYERS[name])
+    weight: Any = fast.weight
+    values = weight.detach().clone()
+    output = fast(torch.randn(LARGE[0], LARGE[1], requires_grad=True))
+
+    (kept,) = [each for each in output.grad_fn.next_functions[0][0].saved_tensors if each.dim() == 2][1:]
+    before = kept.data_ptr()
+    weight.data = torch.empty(0)
+    weight.data = values
+
+    (kept,) = [each for each in output.grad_fn.next_functions[0][0].saved_tensors if each.dim() == 2][1:]
+    assert kept.data_ptr() == values.data_ptr() != before
+
+
+def _biases() -> dict[str, torch.Tensor]:
+    columns = torch.randn(LARGE[2], 2)
+    return {"a column": columns[:, 1], "expanded": torch.full((1,), 2.0).expand(LARGE[2]), "one": torch.ones(1)}
+
+
+@pytest.mark.parametrize("name", _biases())
+def test_a_bias_that_onednn_would_read_as_another_one(name: str, counted: list[tuple[int, ...]]) -> None:
+    inputs, weight, bias = torch.randn(LARGE[0], LARGE[1]), torch.randn(LARGE[2], LARGE[1]), _biases()[name]
+
+    assert torch.equal(fast_linear(inputs, weight, bias), nn.functional.linear(inputs, weight, bias))
+    assert counted == []
+
+
 def test_only_what_needs_a_gradient_is_computed_and_kept(counted: list[tuple[int, ...]]) -> None:
     _, fast = _pair(LAYERS["bias"])
     inputs = torch.randn(LARGE[0], LARGE[1])
@@ -120,7 +170,8 @@ def test_only_what_needs_a_gradient_is_computed_and_kept(counted: list[tuple[int
     assert len(counted) == 2  # no gradient of the input
     fast.weight.requires_grad_(False)  # type: ignore[union-attr,operator]
     output = fast(inputs.requires_grad_())
-    assert [None if each is None else each.shape for each in output.grad_fn.saved_tensors] == [None, (160, 128)]
+    function = output.grad_fn.next_functions[0][0]
+    assert [None if each is None else each.shape for each in function.saved_tensors] == [None, (160, 128)]
     output.sum().backward()
     assert len(counted) == 4  # none of the weight
     with torch.no_grad():
@@ -166,6 +217,7 @@ def _inputs_of_others() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "bf16": (inputs.bfloat16(), weight.bfloat16()),
         "float64": (inputs.double(), weight.double()),
         "meta": (inputs.to("meta"), weight.to("meta")),
+        "sparse": (torch.eye(width).repeat(4, 1).to_sparse(), weight),
     }
 
 
@@ -188,6 +240,19 @@ def test_autocast_and_vmap_are_torchs(counted: list[tuple[int, ...]]) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fast(inputs).dtype == torch.bfloat16
     assert torch.vmap(fast)(inputs).shape == (LARGE[0], LARGE[2])
+    assert counted == []
+
+
+def test_traces_and_forward_derivatives_are_torchs(counted: list[tuple[int, ...]]) -> None:
+    _, fast = _pair(LAYERS["bias"])
+    inputs = torch.randn(LARGE[0], LARGE[1])
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs, torch.ones_like(inputs))
+        assert torch.autograd.forward_ad.unpack_dual(fast(dual)).tangent is not None
+    assert torch.equal(
+        torch.jit.trace(fast, inputs, check_trace=False)(inputs), nn.functional.linear(inputs, fast.weight, fast.bias)
+    )  # type: ignore[no-untyped-call,arg-type]
     assert counted == []
 
 
@@ -258,10 +323,10 @@ weight, inputs = torch.randn(256, 256), torch.randn(800, 256)
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
-for rows in range(100, 164):
+for rows in range(100, 200):
     fast_linear(inputs[:rows], weight, None)
 begin = resident()
-for rows in range(164, 764):
+for rows in range(200, 800):
     fast_linear(inputs[:rows], weight, None)
 print(resident() - begin)
 """
