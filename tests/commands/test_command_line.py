@@ -142,7 +142,8 @@ def test_a_dry_run_on_three_ranks_shows_the_idle_rank(tmp_path: Path) -> None:
     job = jobs.run([*jobs.torchrun(3), "--dry-run", *run])
 
     assert job.process.returncode == 0, job.text
-    assert "topology   rank 0 of 3 on 1 node (local rank 0 of 3), by torchrun, CPU, 1 thread(s) per rank" in job.out
+    topology = "topology   rank 0 of 3 on 1 node (local rank 0 of 3), by torchrun, CPU, 1 thread(s) per rank"
+    assert {topology, f"{topology}, linear layers by oneDNN"} & set(job.out)  # the latter on processors of AMD
     assert "per step   2 micro-batches of 2, 0 to 1 per rank, 1 rank(s) idle" in job.out
     assert sum("1 of 3 ranks are idle in every step" in line for line in job.out) == 1
     assert not (tmp_path / "runs").exists()
