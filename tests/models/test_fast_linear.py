@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -160,6 +161,31 @@ def test_a_bias_that_onednn_would_read_as_another_one(name: str, counted: list[t
 
     assert torch.equal(fast_linear(inputs, weight, bias), nn.functional.linear(inputs, weight, bias))
     assert counted == []
+
+
+class _Strides(TorchDispatchMode):
+    """Notes whether the factors of oneDNN's products lie dense in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(func):
+            self.dense.append(args[1].is_contiguous() or args[1].t().is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_onednn_gets_dense_factors(name: str) -> None:
+    """The first state of each row, as a pooler takes it, is not dense: the weight's gradient took 107 ms instead of 0.5."""
+    _, fast = _pair(LAYERS[name])
+    states = torch.randn(LARGE[0], 3, LARGE[1], requires_grad=True)
+
+    with _Strides() as seen:
+        fast(states[:, 0]).sum().backward()
+
+    assert seen.dense == [True] * 3
 
 
 def test_only_what_needs_a_gradient_is_computed_and_kept(counted: list[tuple[int, ...]]) -> None:
