@@ -367,5 +367,6 @@ def test_kernels_of_past_shapes_are_not_kept() -> None:
         )
         grown.append(float(found.stdout))
 
-    assert grown[0] < 40
-    assert grown[1] > 2 * grown[0] + 40  # the test can fail
+    # 0 to 53 MB, of which the heap's gaps are most, against 387.
+    assert grown[0] < 120
+    assert grown[1] > 240  # the test can fail
