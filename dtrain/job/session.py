@@ -101,10 +101,9 @@ def _limit_kernels(config: Config, env: MutableMapping[str, str]) -> None:
 
     It keeps one for each shape. torch and oneDNN read these variables at the first call of oneDNN.
     """
-    from dtrain.models.fast_linear import gains
+    from dtrain.models.fast_linear import is_on
 
-    choice = config.model.fast_linear
-    if config.engine.precision == "fp32" and (choice == "on" or (choice == "auto" and gains())):
+    if config.engine.precision == "fp32" and is_on(config.model.fast_linear):
         for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
             env.setdefault(name, KEPT_KERNELS)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from dtrain.models.layer_classes import replace_layers
+
 STEPS = 2**16
 """The probability is rounded to one of so many steps, and results are scaled by the rounded one."""
 
@@ -38,7 +40,4 @@ def fast_dropout(values: torch.Tensor, probability: float) -> torch.Tensor:
 
 def set_fast_dropout(module: nn.Module, *, on: bool) -> None:
     """Replaces the dropout of a model in place, or restores torch's. Only `nn.Dropout` itself: a subclass may do more."""
-    before, after = (nn.Dropout, FastDropout) if on else (FastDropout, nn.Dropout)
-    for part in module.modules():
-        if type(part) is before:
-            part.__class__ = after
+    replace_layers(module, {nn.Dropout: FastDropout}, on=on)

@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear as linear_of_torch
 from transformers.pytorch_utils import Conv1D
 
+from dtrain.models.layer_classes import replace_layers
+
 LEAST_PRODUCTS = 2**22
 """Multiplications from which on oneDNN is faster. For a shape that is new it first compiles a kernel: 0.3 to 0.5 ms."""
 
@@ -69,19 +71,16 @@ def fast_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def set_fast_linear(module: nn.Module, choice: Literal["auto", "on", "off"]) -> None:
-    """Replaces the linear layers of a model in place, or restores torch's. Subclasses stay: they may do more.
+    """Replaces the linear layers of a model in place, or restores torch's. Subclasses stay: they may do more."""
+    replace_layers(module, {nn.Linear: FastLinear, Conv1D: FastConv1D}, on=is_on(choice))
 
-    Args:
-        choice: `auto` is `on` if this processor gains from it. A torch without oneDNN keeps its own.
+
+def is_on(choice: Literal["auto", "on", "off"]) -> bool:
+    """Returns what a value of model.fast_linear means here: `auto` is `on` if this processor gains from it.
+
+    A torch without oneDNN keeps its own.
     """
-    is_on = choice == "on" if choice != "auto" else gains()
-    is_on = is_on and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    pairs: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
-    if not is_on:
-        pairs = {after: before for before, after in pairs.items()}
-    for part in module.modules():
-        if type(part) in pairs:
-            part.__class__ = pairs[type(part)]
+    return gains() if choice == "auto" else choice == "on" and _has_onednn()
 
 
 def uses_fast_linear(module: nn.Module) -> bool:
@@ -92,9 +91,14 @@ def uses_fast_linear(module: nn.Module) -> bool:
 @cache
 def gains() -> bool:
     """Returns whether oneDNN is much faster than torch's BLAS: MKL on a processor of AMD with AVX-512."""
-    has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    has_both = torch.backends.mkl.is_available() and _has_onednn()
     is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_both and is_wide and "AuthenticAMD" in _processor()
+
+
+def _has_onednn() -> bool:
+    found: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _processor() -> str:
@@ -125,10 +129,9 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Returns left (m, k) times the transpose of right (n, k), plus bias (n,)."""
+    # oneDNN computes other strides number by number, 200 times as slowly. It copies left itself.
     if not (right.is_contiguous() or right.t().is_contiguous()):
-        right = (
-            right.contiguous()
-        )  # oneDNN computes other strides number by number, 200 times as slowly; left it copies itself
+        right = right.contiguous()
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
     return product
 
