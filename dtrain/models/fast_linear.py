@@ -91,7 +91,7 @@ def uses_fast_linear(module: nn.Module) -> bool:
 @cache
 def gains() -> bool:
     """Returns whether oneDNN is much faster than torch's BLAS: MKL on a processor of AMD with AVX-512."""
-    has_both = torch.backends.mkl.is_available() and _has_onednn()
+    has_both = torch.backends.mkl.is_available() and _has_onednn()  # type: ignore[no-untyped-call]
     is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return has_both and is_wide and "AuthenticAMD" in _processor()
 
