@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.models.custom_head import HeadedModel
+from dtrain.models.device import compute_device
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.frozen_prefix import (
     BackboneBorder,
@@ -305,7 +306,7 @@ def _one(border: Border, ids: Any, types: Any, module: nn.Module) -> torch.Tenso
 
 def tensors_of(ids: Any, types: Any, module: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the inputs of a call whose rows have no padding, on the module's device."""
-    device = next(module.parameters()).device
+    device = compute_device(module)
     inputs = {"input_ids": torch.from_numpy(ids).long()}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if types is not None:

@@ -20,7 +20,7 @@ from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
-from dtrain.engine.build import engine_traits
+from dtrain.engine.build import place
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
@@ -210,13 +210,6 @@ def verify_start(name: str | None) -> bool:
             "load. Use the run's model/ folder instead."
         )
     return "of" in saved.manifest
-
-
-def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
-    """Moves the module to this rank's device, unless the engine shards it and takes it from the host."""
-    if engine_traits(config, context).is_sharded:
-        return module
-    return module.to(device_of(context.topology))
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> PreparedModel:

@@ -15,7 +15,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import schedules
-from dtrain.engine.build import build_engine
+from dtrain.engine.build import build_engine, place
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training import build as construct
@@ -204,6 +204,7 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
     if setting.checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     plan = construct.step_plan(config, learns)
+    module = place(module, config, context)
     prepared = construct.prepare_training(module, config, learns, plan)
     engine = build_engine(prepared.module, config, context)
     if setting.cache != "off":
