@@ -23,8 +23,8 @@ from dtrain.data.seeding import DataPosition
 from dtrain.distributed.collectives import barrier
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.device import compute_device
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.build import build_task, task_info
 from dtrain.tasks.info import TaskInfo, format_value
 from dtrain.tasks.protocol import HasAnswers

@@ -24,7 +24,7 @@ from dtrain.engine.powersgd import PowerSgdCommHook
 from dtrain.engine.protocol import EngineTraits, ReadSlots, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
 from dtrain.engine.state import optimizer_slots
-from dtrain.models.device import compute_device
+from dtrain.models.placement import compute_device
 
 NO_GRADIENT = 0
 """Stands for the address of a gradient that does not exist."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
-from dtrain.models.device import compute_device
+from dtrain.models.placement import compute_device
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

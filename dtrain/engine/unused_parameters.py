@@ -11,8 +11,8 @@ from torch import nn
 
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition, seed_all
-from dtrain.models.device import compute_device
 from dtrain.models.freezing import frozen_statistics
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 
 PROBES = 4

@@ -21,9 +21,9 @@ from transformers.utils import cached_file
 
 from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
-from dtrain.models.device import compute_device
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward
 from dtrain.models.heads import Head
+from dtrain.models.placement import compute_device
 from dtrain.models.pooling import pool
 
 CONFIG_KEY = "dtrain_head"

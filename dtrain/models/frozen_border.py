@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dtrain.models.custom_head import HeadedModel
-from dtrain.models.device import compute_device
 from dtrain.models.first_forward import FORWARD_ERRORS
 from dtrain.models.frozen_prefix import (
     BackboneBorder,
@@ -27,6 +26,7 @@ from dtrain.models.frozen_prefix import (
     argument_names,
 )
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows, token_rows
 from dtrain.models.unpadding_attention import LAYOUT
 from dtrain.models.unpadding_layout import PackedLayout

@@ -19,9 +19,9 @@ from dtrain.config import schema
 from dtrain.console import log
 from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
-from dtrain.models.device import compute_device
 from dtrain.models.first_forward import FORWARD_ERRORS, rotates_by_length
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device, gathered
 from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
 from dtrain.models.unpadding_layout import NAME
 
@@ -218,7 +218,7 @@ def _try(base: Any, hooks: UnpaddedModel) -> str | None:
     if isinstance(config.pad_token_id, int) and 0 <= config.pad_token_id < config.vocab_size:
         ids = ids.masked_fill(mask == 0, config.pad_token_id)
     try:
-        with _evaluating(base):
+        with _evaluating(base), gathered(base):
             packed = base(input_ids=ids, attention_mask=mask).last_hidden_state
             with hooks.switched_off():
                 padded = base(input_ids=ids, attention_mask=mask).last_hidden_state

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dtrain.models.device import compute_device
 from dtrain.models.host_copy import host_copy
+from dtrain.models.placement import compute_device
 from dtrain.models.unpadding_attention import LAYOUT, no_mask
 from dtrain.models.unpadding_kernels import try_kernels
 from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask, layout_of_whole_rows

@@ -23,9 +23,9 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.serialization import Json
 from dtrain.errors import ConfigError
 from dtrain.models.custom_head import HeadedModel
-from dtrain.models.device import compute_device
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward, reads_padding_by_config
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.tasks.prepare import select_columns
 from dtrain.tasks.protocol import Batch, Padding, PadsRows, Task
 

@@ -20,8 +20,8 @@ from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError, DataError
-from dtrain.models.device import compute_device
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import ScoredBatch, Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths

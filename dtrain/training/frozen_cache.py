@@ -41,11 +41,11 @@ from dtrain.engine.unused_parameters import layer_drop_settings
 from dtrain.errors import ConfigError
 from dtrain.models import freezing
 from dtrain.models.architecture import asks_for_router_loss
-from dtrain.models.device import compute_device
 from dtrain.models.fast_linear import uses_fast_linear
 from dtrain.models.first_forward import rotates_by_length
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
+from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
 from dtrain.training import frozen_fill

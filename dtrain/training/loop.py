@@ -24,9 +24,9 @@ from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.traffic import Traffic
 from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine
-from dtrain.models.device import compute_device
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 from dtrain.training.late_totals import LateTotals, StepValues, to_floats
 from dtrain.training.look_ahead import LookAhead, Step, StepTotals, counted

@@ -12,9 +12,9 @@ from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition
 from dtrain.engine.forward_only import autocast
-from dtrain.models.device import compute_device
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel
 from dtrain.training.precision_timing import time_precisions, unchanged_random_state
