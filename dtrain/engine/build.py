@@ -59,6 +59,10 @@ def engine_class(config: Config, context: RankContext) -> type[Engine]:
             from dtrain.engine.deepspeed import DeepSpeedEngine
 
             return DeepSpeedEngine
+        case "fsdp":
+            from dtrain.engine.fsdp import FsdpEngine
+
+            return FsdpEngine
     raise AssertionError(name)
 
 

@@ -93,6 +93,8 @@ class Setting:
     powersgd: dict[str, Any] | None = None
     local_steps: int = 1
     bucket_mb: float | None = None
+    offload: bool = False
+    reshard_after_forward: bool = True
     table: bool = False
     sort_by_length: bool = True
     micro_batch_tokens: int | None = None
@@ -148,6 +150,8 @@ class Setting:
                     "gradient_wire": self.gradient_wire,
                     "powersgd": self.powersgd,
                     "bucket_mb": self.bucket_mb,
+                    "offload": self.offload,
+                    "reshard_after_forward": self.reshard_after_forward,
                 },
             }
         )
