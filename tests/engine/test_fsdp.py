@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
+from dtrain.engine import single
 from dtrain.engine.build import place
 from dtrain.engine.fsdp_sharding import sharded_parts
 from dtrain.engine.sharded_tensor import is_sharded, local_rows
@@ -89,6 +90,25 @@ def test_a_broken_run_is_rejected(references: dict[str, dict[str, Any]], broken:
 
     with pytest.raises(AssertionError):
         assert_same(references["plain"], ranks[0]["plain"])
+
+
+ADAMW = replace(PLAIN, optimizer="adamw", learning_rate=1e-2)
+
+
+def on_device(context: RankContext) -> dict[str, Any]:
+    """Collective. Trains as on a GPU, where the device decides whether the weights change."""
+    single.DECIDING_DEVICES = ("cpu",)  # this process ends with the test
+    assert training.build(context, ADAMW).engine.decides_on_device
+    return training.run(context, ADAMW)
+
+
+def test_an_update_that_the_device_decides_about_is_the_same() -> None:
+    one = training.run(ONE_PROCESS, replace(ADAMW, engine="single"))
+
+    for rank in run_ranks(on_device, 2):
+        assert worst(one, rank) <= 1e-5
+        assert worst(one, rank, "grad_norm") <= 1e-4
+        assert rank["updates"] == one["updates"]
 
 
 # What a rank holds
