@@ -18,7 +18,6 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dtrain.distributed.node_first import NodeWork, run_node_work
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.serialization import (
     HEADER_SIZE,
     Json,
@@ -30,6 +29,7 @@ from dtrain.distributed.serialization import (
     pad_bytes,
     tensor_to_bytes,
 )
+from dtrain.distributed.store import KeyValueStore
 from dtrain.errors import ERROR_TYPES, DtrainError
 
 
