@@ -2,7 +2,8 @@
 
 Every process writes its arrival into the store. Rank 0, the leader, replies to each arrival, and a process that
 answers the reply is alive. So a restarted job may use a store that is full of entries of dead processes, and a process
-of another job gets an error. No rank reads the entries of all others, except rank 0 (rendezvous_leader.py). torch's stores are used through the protocol `KeyValueStore`, so this file needs no torch.
+of another job gets an error. Only rank 0 (rendezvous_leader.py) reads the entries of all others. torch's stores are used
+through the protocol `KeyValueStore`, so this file needs no torch.
 """
 
 from __future__ import annotations

@@ -290,50 +290,43 @@ async def _report(ranks: int, running: Server) -> dict[str, Any]:
 
 
 def gathers(ranks: int) -> dict[str, Any]:
-    """One evaluation of 1,000 examples per rank, and the comparison of configs, over torch's process group of threads."""
+    """One evaluation of 1,000 examples per rank, and the comparison of the settings of all ranks, over threads."""
     import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.multi_threaded_pg import (
-        _install_threaded_pg,
-        _uninstall_threaded_pg,
-    )
 
+    from dtrain.config.load import load
     from dtrain.distributed.evaluation_exchange import gather_for_metrics
+    from dtrain.distributed.process_info import this_process
     from dtrain.distributed.rank_context import RankContext
-    from dtrain.distributed.topology import Topology
+    from dtrain.job.rank_checks import compare_configs
+    from tests.support.thread_ranks import run_thread_ranks
 
     rows = 1_000
-    held = [0] * ranks
-    seconds = [0.0] * ranks
-    _install_threaded_pg()
-    dist.get_backend_config = lambda *_: "cpu:gloo"  # the threads' group takes host tensors, as gloo does
-    store = dist.HashStore()  # type: ignore[attr-defined]
+    config = load([str(ROOT / "configs" / "cola.yaml")])
+    processes = [this_process()] * ranks
 
-    def run(rank: int) -> None:
-        dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
-        context = RankContext(Topology(rank, ranks, rank % 8, 8, rank // 8, -(-ranks // 8), "env", None, None))
-        index = torch.arange(rank, rows * ranks, ranks)
+    def evaluate(context: RankContext) -> list[int]:
+        index = torch.arange(context.rank, rows * ranks, ranks)
         values = {"loss": index.double(), "targets": torch.ones_like(index), "prediction": index % 3}
-        begin = time.monotonic()
-        gathered = gather_for_metrics(values, index, context, num_examples=rows * ranks)
-        seconds[rank] = time.monotonic() - begin
-        held[rank] = sum(column.nbytes for column in gathered.values())
-        if rank == 0:
-            assert torch.equal(gathered["loss"], torch.arange(rows * ranks).double())
+        held: list[int] = []
 
-    try:
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(LIMIT_S)
-    finally:
-        _uninstall_threaded_pg()
+        def work(gathered: dict[str, torch.Tensor]) -> None:
+            assert torch.equal(gathered["loss"], torch.arange(rows * ranks).double())
+            held.append(sum(column.nbytes for column in gathered.values()))
+
+        gather_for_metrics(values, index, context, num_examples=rows * ranks, work=work)
+        return held
+
+    begin = time.monotonic()
+    held, evaluated = run_thread_ranks(evaluate, ranks)
+    middle = time.monotonic()
+    _, compared = run_thread_ranks(lambda context: compare_configs(config, context, processes), ranks)
     return {
-        "seconds": max(seconds),
-        "megabytes_on_rank_0": held[0] / 1e6,
-        "megabytes_on_rank_1": held[1] / 1e6,
-        "megabytes_on_all": sum(held) / 1e6,
+        "seconds": middle - begin,
+        "values_megabytes": sum(map(sum, held)) / 1e6,
+        "received_by_rank_0_megabytes": evaluated[0] / 1e6,
+        "received_by_rank_1_megabytes": evaluated[1] / 1e6,
+        "configs_seconds": time.monotonic() - middle,
+        "configs_received_by_rank_1_megabytes": compared[1] / 1e6,
     }
 
 

@@ -269,7 +269,7 @@ def stopped(context: RankContext) -> list[str]:
 
 
 def test_a_signal_on_one_rank_stops_all_of_them_in_the_next_collective() -> None:
-    assert run_ranks(stopped, 2) == [["stopped after 2", "stopped after 3"]] * 2
+    assert run_ranks(stopped, 2) == [["stopped after 1", "stopped after 3"]] * 2
 
 
 def shared(context: RankContext) -> list[Any]:
