@@ -221,6 +221,12 @@ def gather_object(obj: Json, context: RankContext, *, dst: int = 0) -> list[Json
     return None if parts is None else [bytes_to_object(part) for part in parts]
 
 
+def scatter_object(objects: Sequence[Json] | None, context: RankContext, *, src: int = 0) -> Json:
+    """Collective. Returns `objects[r]` of rank `src` on rank r, through JSON. Ignores the argument of the others."""
+    parts = [object_to_bytes(obj) for obj in objects or ()] if context.rank == src else None
+    return bytes_to_object(scatter(parts, context, src=src))
+
+
 def is_equal_on_all_ranks(obj: Json, context: RankContext) -> bool:
     """Collective. Returns, on every rank, whether all ranks have the same object. Sends 64 bytes, whatever its size.
 

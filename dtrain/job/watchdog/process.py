@@ -34,6 +34,7 @@ from dtrain.errors import TopologyError
 from dtrain.job.launcher_error import write_launcher_error
 from dtrain.job.watchdog import exit_report, stacks
 from dtrain.job.watchdog.coordinator import (
+    BACKLOG,
     MAX_LINE,
     Coordinator,
     CoordinatorEndpoint,
@@ -259,6 +260,7 @@ class RankMonitor:
             lambda reader, writer: serve_monitor(coordinator, reader, writer, token=token),
             sock=listener,
             limit=MAX_LINE,
+            backlog=BACKLOG,
         )
         port = listener.getsockname()[1]
         endpoint = CoordinatorEndpoint(address, port, token, socket.gethostname(), self._rank.pid)
