@@ -33,7 +33,7 @@ def verify_together(
 
     On a shared disk rank 0 returns the checkpoint without the parts of a sharded one that other ranks have checked, and
     those return theirs. A rank that finds something wrong says so, and rank 0 reads that file again: its own view of the
-    disk decides.
+    disk decides, and it reads the parts of that rank.
 
     Args:
         path: the folder, which need not exist on this rank.
@@ -59,11 +59,13 @@ def verify_together(
         doubtful = {name for names in wrong or () for name in names}
         saved, error = _attempt(lambda: verify(path, checked=checked - doubtful))
     is_good = broadcast_object(saved is not None, context)
+    is_reader = scatter_object([not names for names in wrong] if wrong is not None else None, context)
     if context.is_main and saved is not None and dealt is not None:
-        others = {part for rank, share in enumerate(dealt) if rank for part in share.get("parts", ())}
+        helped = zip(dealt[1:], (wrong or [])[1:], strict=True)
+        others = {part for share, names in helped if not names for part in share.get("parts", ())}
         kept = [part for part in saved.stored_parts[1] if part not in others]
         return SavedCheckpoint(path, saved.step, {**saved.manifest, "parts": kept}, saved.state), None
-    if is_good and own.get("parts") and not context.is_main:
+    if is_good and is_reader and own.get("parts") and not context.is_main:
         return SavedCheckpoint(path, step, own, {}), None
     return saved, error
 
@@ -96,7 +98,7 @@ def _deal(path: Path, helpers: Sequence[int], world_size: int) -> list[Share] | 
         load, place, rank = heapq.heappop(loads)
         heapq.heappush(loads, (load + sum(sizes[name] for name in names), place, rank))
         shares[rank]["files"] |= {name: files[name] for name in names}
-        shares[rank]["parts"] += [] if part is None else [part]
+        shares[rank]["parts"] = sorted([*shares[rank]["parts"], *([] if part is None else [part])])
     return shares
 
 
