@@ -2,7 +2,6 @@
 
     .venv/bin/python tests/benchmarks/large_worlds.py                        # all parts at 64, 256 and 1,024 ranks
     .venv/bin/python tests/benchmarks/large_worlds.py --part hub --ranks 64
-    PYTHONPATH=OTHER_TREE .venv/bin/python tests/benchmarks/large_worlds.py --tree OTHER_TREE    # another tree
 
 A rank is a thread (rendezvous, node work, gathers) or a connection (hub). What they talk to is real: torch's TCPStore in
 a process of its own, dtrain's coordinator in a process of its own, and dtrain's collectives over torch's process group
@@ -41,13 +40,19 @@ def serve_store() -> None:
     """Runs torch's store until standard input is closed."""
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=LIMIT_S), False)
+    from dtrain.distributed.network import listen
+
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    timeout = timedelta(seconds=LIMIT_S)
+    store = TCPStore("127.0.0.1", port, None, True, timeout, False, master_listen_fd=listener.detach())
     print(store.port, flush=True)
     sys.stdin.read()
 
 
 def serve_hub(ranks: int) -> None:
     """Runs dtrain's coordinator until standard input is closed, as the monitor of rank 0 does."""
+    from dtrain.distributed.network import BACKLOG
     from dtrain.job.watchdog.coordinator import MAX_LINE, Coordinator, serve_monitor
     from dtrain.job.watchdog.rules import HangSettings
     from dtrain.job.watchdog.timers import poll_period_s
@@ -59,16 +64,12 @@ def serve_hub(ranks: int) -> None:
             return
 
         hub = Coordinator(range(ranks), settings, report_end)
-        try:
-            from dtrain.job.watchdog.coordinator import BACKLOG as backlog
-        except ImportError:  # an earlier tree
-            backlog = 100
         server = await asyncio.start_server(
             lambda reader, writer: serve_monitor(hub, reader, writer, token="token"),
             "127.0.0.1",
             0,
             limit=MAX_LINE,
-            backlog=backlog,
+            backlog=BACKLOG,
         )
         print(server.sockets[0].getsockname()[1], flush=True)
         watching = asyncio.create_task(hub.watch(poll_period_s(settings)))
@@ -293,7 +294,7 @@ def gathers(ranks: int) -> dict[str, Any]:
     """One evaluation of 1,000 examples per rank, and the comparison of the settings of all ranks, over threads."""
     import torch
 
-    from dtrain.config.load import load
+    from dtrain.config.load import load_config
     from dtrain.distributed.evaluation_exchange import gather_for_metrics
     from dtrain.distributed.process_info import this_process
     from dtrain.distributed.rank_context import RankContext
@@ -301,7 +302,7 @@ def gathers(ranks: int) -> dict[str, Any]:
     from tests.support.thread_ranks import run_thread_ranks
 
     rows = 1_000
-    config = load([str(ROOT / "configs" / "cola.yaml")])
+    config = load_config(ROOT / "configs" / "cola.yaml", [])
     processes = [this_process()] * ranks
 
     def evaluate(context: RankContext) -> list[int]:
@@ -337,7 +338,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the tree whose dtrain is measured")
     parser.add_argument("--serve-store", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve-hub", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -356,5 +356,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.environ.get("PYTHONPATH") or str(ROOT))
+    sys.path.insert(0, str(ROOT))
     sys.exit(main())

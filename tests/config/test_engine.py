@@ -56,7 +56,10 @@ TWO = replace(SINGLE, world_size=2)
         (["engine.bucket_mb=5", "engine.zero_stage=1"], ["engine.bucket_mb=5", "DeepSpeed does not use it"]),
         (["engine.bucket_mb=5", "engine.zero_stage=1", "engine.gradient_wire=bf16"], ["bucket_mb=5", "DeepSpeed does"]),
         (["engine.bucket_mb=5", "train.local_steps=4"], ["bucket_mb=5", "train.local_steps=4 does not use it"]),
-        (["engine.name=fsdp", "optim.name=adafactor"], ["optim.name=adafactor with engine.name=fsdp", "engine.name=ddp"]),
+        (
+            ["engine.name=fsdp", "optim.name=adafactor"],
+            ["optim.name=adafactor with engine.name=fsdp", "engine.name=ddp"],
+        ),
         (["engine.name=fsdp", "engine.precision=fp16"], ["engine.precision=fp16", "Use engine.precision=bf16"]),
         (["engine.name=fsdp", "model.compile=true"], ["model.compile with engine.name=fsdp", "model.compile=false"]),
         (["engine.name=fsdp", "train.check_replicas=5"], ["only a shard", "train.check_replicas=null"]),

@@ -38,9 +38,6 @@ JOINING_S = 30.0
 
 MAX_LINE = 2**20
 
-BACKLOG = 4096
-"""Connections that may wait to be accepted: all monitors connect at the same moment."""
-
 HELLO_TIMEOUT_S = 10.0
 """Time limit for the first line of a connection."""
 

@@ -34,7 +34,6 @@ from dtrain.errors import TopologyError
 from dtrain.job.launcher_error import write_launcher_error
 from dtrain.job.watchdog import exit_report, stacks
 from dtrain.job.watchdog.coordinator import (
-    BACKLOG,
     MAX_LINE,
     Coordinator,
     CoordinatorEndpoint,
@@ -260,7 +259,7 @@ class RankMonitor:
             lambda reader, writer: serve_monitor(coordinator, reader, writer, token=token),
             sock=listener,
             limit=MAX_LINE,
-            backlog=BACKLOG,
+            backlog=network.BACKLOG,
         )
         port = listener.getsockname()[1]
         endpoint = CoordinatorEndpoint(address, port, token, socket.gethostname(), self._rank.pid)
