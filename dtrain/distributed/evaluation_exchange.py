@@ -27,7 +27,7 @@ from dtrain.errors import DtrainError
 SHARED_BYTES = 8192
 """Results of rank 0 up to this size cross in the same all-reduce as the stop."""
 
-MAX_GATHER_BYTES = 2**26
+MAX_GATHER_BYTES = 2**24
 """Rank 0 receives this many bytes at once, of all ranks together. More rows cross in several gathers."""
 
 ALIGNMENT = 8

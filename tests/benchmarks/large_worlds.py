@@ -277,7 +277,7 @@ async def _report(ranks: int, running: Server) -> dict[str, Any]:
         writer.write(json.dumps({"signal": 15, "reason": None}).encode() + b"\n")
     quiet, before = 0, -1
     deadline = time.monotonic() + LIMIT_S / 2
-    while (quiet < 3 or received["signal"] < ranks) and time.monotonic() < deadline:
+    while (quiet < 3 or received["signal"] < ranks - 1) and time.monotonic() < deadline:
         quiet, before = (quiet + 1 if received["signal"] == before else 0), received["signal"]
         await asyncio.sleep(0.3)
     result |= {"signal_messages": received["signal"], "signal_cpu_s": running.cpu_s() - cpu_s}
