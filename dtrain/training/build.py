@@ -124,6 +124,7 @@ def load(config: Config, task: Task, context: RankContext, *, is_trained: bool =
             tokenizer=task.tokenizer,
             seed=config.run.seed,
             is_trained=is_trained,
+            is_copied=engine_traits(config, context).is_sharded,
         )
         if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import nn
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
+from dtrain.engine import single
 from dtrain.engine.build import place
 from dtrain.engine.fsdp_sharding import sharded_parts
 from dtrain.engine.sharded_tensor import is_sharded, local_rows
 from dtrain.errors import ConfigError
+from dtrain.training import build as construct
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny, training
 from tests.support.multirank import RanksFailed, run_ranks
@@ -87,6 +90,25 @@ def test_a_broken_run_is_rejected(references: dict[str, dict[str, Any]], broken:
 
     with pytest.raises(AssertionError):
         assert_same(references["plain"], ranks[0]["plain"])
+
+
+ADAMW = replace(PLAIN, optimizer="adamw", learning_rate=1e-2)
+
+
+def on_device(context: RankContext) -> dict[str, Any]:
+    """Collective. Trains as on a GPU, where the device decides whether the weights change."""
+    single.DECIDING_DEVICES = ("cpu",)  # this process ends with the test
+    assert training.build(context, ADAMW).engine.decides_on_device
+    return training.run(context, ADAMW)
+
+
+def test_an_update_that_the_device_decides_about_is_the_same() -> None:
+    one = training.run(ONE_PROCESS, replace(ADAMW, engine="single"))
+
+    for rank in run_ranks(on_device, 2):
+        assert worst(one, rank) <= 1e-5
+        assert worst(one, rank, "grad_norm") <= 1e-4
+        assert rank["updates"] == one["updates"]
 
 
 # What a rank holds
@@ -234,3 +256,33 @@ def evaluated_alone(context: RankContext) -> dict[str, Any]:
 
 def test_an_evaluation_leaves_nothing_gathered_so_that_one_rank_may_look_at_the_model() -> None:
     assert run_ranks(evaluated_alone, 2) == [{"equal": True, "freed": True}] * 2
+
+
+def grown(context: RankContext, folder: str, engine: str) -> float:
+    """Collective. Loads a model; returns by how much this rank's own memory grew, in sizes of the model."""
+    setting = replace(PLAIN, engine=engine)
+    config = setting.config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"name_or_path": folder})})
+    learns = training.task(setting)
+    before = own_memory()
+    module = construct.load(config, learns, context)
+    return (own_memory() - before) / (4 * sum(parameter.numel() for parameter in module.parameters()))
+
+
+def own_memory() -> int:
+    """Bytes of this process that it shares with no file."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def test_a_rank_never_has_memory_of_its_own_for_the_whole_model(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shape = BertConfig(
+        vocab_size=25, hidden_size=512, num_hidden_layers=8, intermediate_size=2048, num_attention_heads=8
+    )
+    BertForSequenceClassification(shape).save_pretrained(tmp_path)  # 101 MB
+    tiny.tokenizer().save_pretrained(tmp_path)
+
+    assert max(run_ranks(grown, 2, str(tmp_path), "fsdp")) < 0.7
+    assert min(run_ranks(grown, 2, str(tmp_path), "ddp")) > 0.9  # a control
