@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ MAX_MANIFEST_BYTES = 100 * 2**20
 
 CHUNK = 2**22
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_FOLDER = re.compile(r"step-(\d{6,})")
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+"""Name of a checkpoint folder, with its step."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def list_checkpoints(checkpoints: Path) -> dict[int, Path]:
     """Returns the published checkpoints in a folder by step, newest first. Drafts and damaged ones have other names."""
     steps = {}
     for path in checkpoints.glob("step-*") if checkpoints.is_dir() else ():
-        match = _FOLDER.fullmatch(path.name)
+        match = STEP_FOLDER.fullmatch(path.name)
         if match and path.is_dir():
             steps[int(match[1])] = path
     return dict(sorted(steps.items(), reverse=True))
@@ -126,8 +127,11 @@ def _hash_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def verify(path: Path) -> SavedCheckpoint:
+def verify(path: Path, *, checked: Collection[str] = ()) -> SavedCheckpoint:
     """Reads every byte of the files in the manifest and compares sizes and hashes.
+
+    Args:
+        checked: names of files that other ranks have compared.
 
     Raises:
         DamagedCheckpointError: a file is missing, truncated or changed.
@@ -136,7 +140,8 @@ def verify(path: Path) -> SavedCheckpoint:
     manifest = read_manifest(path)
     try:
         for name, expected in manifest["files"].items():
-            _verify_file(path / name, expected)
+            if name not in checked:
+                _verify_file(path / name, expected)
         if STATE not in manifest["files"]:
             raise DamagedCheckpointError(f"{MANIFEST} does not list {STATE}")
         state = bounded_json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -145,7 +150,7 @@ def verify(path: Path) -> SavedCheckpoint:
         raise DamagedCheckpointError(
             f"its contents are not those of a checkpoint ({type(error).__name__}: {error})"
         ) from None
-    match = _FOLDER.fullmatch(path.name)
+    match = STEP_FOLDER.fullmatch(path.name)
     if match and int(match[1]) != step:
         raise DamagedCheckpointError(f"{MANIFEST} says that this is step {step}")
     return SavedCheckpoint(path, step, manifest, state)
@@ -235,6 +240,15 @@ def _verify_file(file: Path, expected: Mapping[str, Any]) -> None:
             )
     except OSError as error:
         raise _read_error(file.name, error) from None
+
+
+def is_intact(file: Path, expected: Mapping[str, Any]) -> bool:
+    """Returns whether a file has the size and hash that its entry in the manifest says."""
+    try:
+        _verify_file(file, expected)
+    except (DamagedCheckpointError, KeyError, TypeError):
+        return False
+    return True
 
 
 def _require_file(file: Path) -> None:

@@ -101,7 +101,7 @@ class Saver:
         config_hash = hashlib.sha256(config_text.encode()).hexdigest()
         self._manifest_fields = {**manifest_fields, "start": self._nonce, "config_sha256": config_hash}
         self._folder_ranks = _ranks_sharing_folder(folder.parent, context)
-        first_ranks = sorted({ranks[0] for ranks in all_gather_object(self._folder_ranks, context)})
+        first_ranks = sorted(set(all_gather_object(self._folder_ranks[0], context)))
         publishers = first_ranks if settings.sharded else first_ranks[: settings.replicas]
         self.publishes = context.rank in publishers
         self.writes = settings.sharded or self.publishes

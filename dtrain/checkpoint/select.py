@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 from dtrain.checkpoint.format import (
     CONFIG,
+    STEP_FOLDER,
     DamagedCheckpointError,
     OtherFormatError,
     SavedCheckpoint,
     UnreadableCheckpointError,
+    folder_name,
     list_checkpoints,
     read_manifest,
-    verify,
 )
+from dtrain.checkpoint.verify_together import verify_together
 from dtrain.console import log
 from dtrain.distributed.collectives import all_gather_object, barrier, broadcast_object, on_main
 from dtrain.distributed.rank_context import RankContext
@@ -69,7 +72,8 @@ def newest(
 ) -> tuple[SelectedCheckpoint | None, frozenset[int]]:
     """Collective. Selects the newest complete checkpoint on any node. Renames damaged ones.
 
-    One rank per separate folder checks the candidates, newest first, and reads every byte of them.
+    The candidates are checked newest first, and every byte of them is read: by one rank per separate folder, and where ranks
+    share the folder of rank 0, by all of these together.
 
     Args:
         below: considers only checkpoints of earlier steps than this one.
@@ -91,7 +95,10 @@ def newest(
         if step < 0:
             return None, _damaged_steps(checkpoints, context)
         path = candidates.pop(step, None) if searches else None
-        saved, error = _verify_or_rename(path) if path is not None else (None, None)
+        saved, wrong = verify_together(
+            path or checkpoints / folder_name(step), step, context, verifies=path is not None, shares=shares
+        )
+        error = _rename_or_explain(checkpoints / folder_name(step), wrong) if wrong is not None else None
         readers = _readers(saved, context, error)
         if readers is not None:
             return _broadcast_contents(readers, saved, context), _damaged_steps(checkpoints, context)
@@ -105,7 +112,11 @@ def _readers(saved: SavedCheckpoint | None, context: RankContext, error: str | N
     Raises:
         CheckpointError: on every rank; a rank passed an `error`.
     """
-    answers = all_gather_object((saved.stored_parts if saved is not None else None, error), context)
+    stored = None
+    if saved is not None:
+        start, parts, num_parts = saved.stored_parts
+        stored = (start, _to_ranges(parts), num_parts)
+    answers = all_gather_object((stored, error), context)
     if errors := [error for _, error in answers if error is not None]:
         failed = CheckpointError(errors[0])
         failed.is_reported_elsewhere = not context.is_main
@@ -113,12 +124,24 @@ def _readers(saved: SavedCheckpoint | None, context: RankContext, error: str | N
     readers_by_start: dict[tuple[str, int], dict[int, int]] = {}
     for rank, (stored_parts, _) in enumerate(answers):
         if stored_parts is not None:
-            start, parts, num_parts = stored_parts
+            start, ranges, num_parts = stored_parts
             readers = readers_by_start.setdefault((start, num_parts), {})
-            readers.update({part: rank for part in parts if part not in readers})
+            for first, end in ranges:
+                readers.update({part: rank for part in range(first, end) if part not in readers})
     # The parts are from 0 to num_parts - 1: see format.read_manifest.
     complete = [readers for (_, num_parts), readers in readers_by_start.items() if len(readers) == num_parts]
     return [rank for _, rank in sorted(complete[0].items())] if complete else None
+
+
+def _to_ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Returns the first and the end (excluded) of each run of consecutive numbers: a rank may have all of 16,000 parts."""
+    ranges: list[tuple[int, int]] = []
+    for number in sorted(set(numbers)):
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return ranges
 
 
 def is_available(path: Path, context: RankContext) -> bool:
@@ -147,13 +170,15 @@ def at(path: Path, context: RankContext, *, setting: str) -> SelectedCheckpoint:
         CheckpointError: on every rank; the nodes do not have a complete checkpoint there.
     """
     reason = "there is no such folder"
-    saved, is_other_format = None, False
-    if context.is_node_main and path.is_dir():
-        try:
-            saved = verify(path)
-        except DamagedCheckpointError as error:
-            reason = str(error)
-            is_other_format = isinstance(error, OtherFormatError)
+    several = context.topology.num_nodes > 1
+    shares = shares_folder_with_rank_0(path.parent, context) if several else [True] * context.world_size
+    searches = context.is_main or (context.is_node_main and not shares[context.rank])
+    match = STEP_FOLDER.fullmatch(path.name)
+    saved, wrong = verify_together(
+        path, int(match[1]) if match else 0, context, verifies=searches and path.is_dir(), shares=shares
+    )
+    is_other_format = isinstance(wrong, OtherFormatError)
+    reason = reason if wrong is None else str(wrong)
     readers = _readers(saved, context)
     answers = all_gather_object([reason, path.is_dir(), is_other_format], context)
     if readers is None:
@@ -183,21 +208,18 @@ def _broadcast_contents(readers: list[int], saved: SavedCheckpoint | None, conte
     return SelectedCheckpoint(step, readers, state, config_text, saved, run_id)
 
 
-def _verify_or_rename(path: Path) -> tuple[SavedCheckpoint | None, str | None]:
-    """Returns the checkpoint if it is intact, or an error message if that is unknown. Renames a damaged one."""
-    try:
-        return verify(path), None
-    except OtherFormatError as error:
-        return None, f"{path} cannot be read: {error}, or start again with run.overwrite=true."
-    except UnreadableCheckpointError as error:
-        return None, (
-            f"{path} cannot be read, so it is unknown whether it is intact: {error}. Fix that, or move the folder away to "
+def _rename_or_explain(path: Path, wrong: DamagedCheckpointError) -> str | None:
+    """Renames a checkpoint that is damaged; returns an error message if it may be intact."""
+    if isinstance(wrong, OtherFormatError):
+        return f"{path} cannot be read: {wrong}, or start again with run.overwrite=true."
+    if isinstance(wrong, UnreadableCheckpointError):
+        return (
+            f"{path} cannot be read, so it is unknown whether it is intact: {wrong}. Fix that, or move the folder away to "
             "resume from the checkpoint before it."
         )
-    except DamagedCheckpointError as error:
-        renamed = _rename_with_prefix(path, "damaged")
-        log.warning("%s is damaged: %s. It is now %s; the checkpoint before it is used", path, error, renamed.name)
-    return None, None
+    renamed = _rename_with_prefix(path, "damaged")
+    log.warning("%s is damaged: %s. It is now %s; the checkpoint before it is used", path, wrong, renamed.name)
+    return None
 
 
 def _rename_with_prefix(path: Path, prefix: str) -> Path:

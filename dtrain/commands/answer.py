@@ -126,7 +126,10 @@ def _data(config: Config, file: Path) -> Data:
 
 
 def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankContext) -> str:
-    """Collective. Returns the task's own answer if it has one, else the prediction that an evaluation writes."""
+    """Collective. Returns the task's own answer if it has one, else the prediction that an evaluation writes.
+
+    Empty on other ranks where only rank 0 has it.
+    """
     if task_info(config.task).prompt is not None:
         return prompts.answer_single_prompt(config, file, context)
     if config.task.generates_texts:
@@ -134,8 +137,8 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
     task = build_task(config, context)
     forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
     if not isinstance(task, HasAnswers):
-        (record,) = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
-        return format_answer({"prediction": record["prediction"]}, row, config)
+        records = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
+        return "".join(format_answer({"prediction": record["prediction"]}, row, config) for record in records)
     forward.module.eval()
     batch = task.collate(task.splits[SPLIT][[0]], DataPosition(0, (0,)))
     device = compute_device(forward.module)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dtrain.console import log
 from dtrain.errors import ConfigError, DataError
 from dtrain.runs.jsonl import read_events
+from dtrain.runs.time_ranges import StepRanges, Waits
 
 CATEGORIES = {
     "training": "steps that count",
@@ -129,12 +131,9 @@ def format_table(report: TimeReport) -> str:
 
 
 def build_report(lines: Iterable[Event]) -> TimeReport:
-    """Returns the time report of the lines of one metrics.jsonl."""
+    """Returns the time report of the lines of one metrics.jsonl, which are read once and not kept."""
     report, last_step, end = TimeReport(), 0, None
-    starts = _split_by_start(lines)
-    for line in (line for members in starts for line in members if line.get("event") == "step_time"):
-        _add_step_parts(line, report.step_parts)
-    generations = [_Generation(members) for members in starts]
+    generations = _read_generations(lines, report.step_parts)
     paces = [pace for generation in generations if (pace := generation.pace()) is not None]
     median_pace = sorted(paces)[len(paces) // 2] if paces else None
     for generation in generations:
@@ -146,25 +145,73 @@ def build_report(lines: Iterable[Event]) -> TimeReport:
     return report
 
 
-class _Generation:
-    """The lines of one start, beginning with its `start` event."""
+def _read_generations(lines: Iterable[Event], step_parts: dict[str, float]) -> list[_Generation]:
+    """Returns each start. Lines before the first one are ignored.
 
-    def __init__(self, lines: Sequence[Event]) -> None:
-        start = lines[0]
-        self._lines = lines
+    Args:
+        step_parts: gets the seconds of each part of the steps.
+    """
+    generations: list[_Generation] = []
+    for line in lines:
+        if line.get("event") == "start":
+            generations.append(_Generation(line))
+        elif generations:
+            generations[-1].note(line)
+            if line.get("event") == "step_time":
+                _add_step_parts(line, step_parts)
+    return generations
+
+
+class _Generation:
+    """One start, from its `start` event on. Of a `train` line, two numbers are kept."""
+
+    def __init__(self, start: Event) -> None:
         self._startup_s = _seconds(start.get("startup_s"))
+        self._start_s = self._last_s = start["monotonic_s"]
         self.begin = start["time_s"] - self._startup_s
         """Wall time at which the process started, in seconds since 1970."""
-        self.seconds = self._startup_s + lines[-1]["monotonic_s"] - start["monotonic_s"]
+        self._first_step: int | None = None
+        self._latest = 0
+        self._lost = StepRanges()
+        self._stalls = Waits()
+        self._times, self._steps = array("d"), array("d")
+        """When each interval but the last one ended, and at which step."""
+        self._noted: dict[int, _Interval] = {}
+        """What the lines report of an interval, by its number; most have nothing."""
+
+    @property
+    def seconds(self) -> float:
         """Duration until the last line: its `end` event, or the last one before it was killed."""
-        self._lost = sorted((_lost_steps(line) for line in lines), key=lambda steps: steps.start)
-        self._stalls = [stall for line in lines if (stall := _stall(line)) is not None]
+        return float(self._startup_s + self._last_s - self._start_s)
+
+    def note(self, line: Event) -> None:
+        """Adds the next line."""
+        kind, step, now = line.get("event"), line.get("step"), line["monotonic_s"]
+        self._last_s = now
+        self._lost.add(_lost_steps(line))
+        if (stall := _stall(line)) is not None:
+            self._stalls.add(*stall)
+        number = len(self._times)
+        if kind in _REPORTING and stall is None:
+            self._noted.setdefault(number, _Interval(0)).note(line)
+        if kind == "resume" and number == 0:
+            if isinstance(step, int) and self._first_step is None:
+                self._first_step, self._latest = step, max(self._latest, step)
+            # Restoring ends here. Everything before counts as start-up.
+            self._noted.setdefault(0, _Interval(0)).known["start_up"] = now - self._start_s
+        if isinstance(step, int) and kind in ("train", "eval", "checkpoint", "preempt", "end"):
+            self._latest = max(self._latest, step)
+        if kind == "train":
+            self._times.append(now)
+            self._steps.append(self._latest)
 
     def pace(self) -> float | None:
         """Returns the seconds per step between two train lines, without other work; None with fewer than two lines."""
-        inner = [interval for interval in self._intervals() if not (interval.is_first or interval.is_last)]
-        steps = sum(interval.steps for interval in inner)
-        return sum(interval.rest for interval in inner) / steps if steps else None
+        steps, rest = 0, 0.0
+        for interval in self._intervals():
+            if not (interval.is_first or interval.is_last):
+                steps, rest = steps + interval.steps, rest + interval.rest
+        return rest / steps if steps else None
 
     def add_to(self, report: TimeReport, last_step: int, median_pace: float | None) -> int:
         """Adds this generation's time to the report and returns the last step reached so far.
@@ -194,31 +241,24 @@ class _Generation:
             last_step = max(last_step, interval.first + interval.steps)
         return last_step
 
-    def _intervals(self) -> list[_Interval]:
-        """Returns the time between `train` lines, and up to the end of the generation."""
-        start, closed = self._lines[0], []
-        interval = _Interval(_step_before(self._lines), is_first=True)
-        since, latest = start["monotonic_s"], interval.first
-
-        def close(now: float) -> _Interval:
-            for begin, end in self._stalls:
+    def _intervals(self) -> Iterator[_Interval]:
+        """Yields the time between `train` lines, and up to the end of the generation."""
+        since, first, last = self._start_s, self._first_step or 0, len(self._times)
+        ends = chain(zip(self._times, map(int, self._steps), strict=True), [(self._last_s, self._latest)])
+        for number, (now, step) in enumerate(ends):
+            noted = self._noted.get(number)
+            interval = _Interval(first, is_first=number == 0, is_last=number == last)
+            if noted is not None:
+                interval.known, interval.hangs = dict(noted.known), noted.hangs
+            for begin, end in self._stalls.between(since, now):
                 interval.add("checkpoint", min(end, now) - max(begin, since))
-            interval.dropped = _num_steps(self._lost, interval.first + 1, latest + 1)
-            return interval.close(latest, now - since)
+            interval.dropped = self._lost.count(first + 1, step + 1)
+            yield interval.close(step, now - since)
+            since, first = now, step
 
-        for line in self._lines[1:]:
-            kind, now = line.get("event"), line["monotonic_s"]
-            interval.note(line)
-            if kind == "resume" and interval.is_first:
-                # Restoring ends here. Everything before counts as start-up.
-                interval.known["start_up"] = now - since
-            if isinstance(line.get("step"), int) and kind in ("train", "eval", "checkpoint", "preempt", "end"):
-                latest = max(latest, line["step"])
-            if kind == "train":
-                closed.append(close(now))
-                interval, since = _Interval(latest), now
-        interval.is_last = True
-        return [*closed, close(self._lines[-1]["monotonic_s"])]
+
+_REPORTING = ("eval", "export", "rollback", "checkpoint", "fault")
+"""Events that report time of their own."""
 
 
 @dataclass
@@ -312,34 +352,6 @@ def _lost_steps(line: Event) -> range:
         case {"event": "rollback", "to_step": int(to_step)}:
             return range(to_step + 1, step + 1)
     return range(0)
-
-
-def _num_steps(ranges: Iterable[range], first: int, end: int) -> int:
-    """Returns how many steps from `first` up to `end` (excluded) are in any of the ranges, which are sorted by start."""
-    count = 0
-    for steps in ranges:
-        first = max(first, steps.start)
-        count += max(min(steps.stop, end) - first, 0)
-        first = max(first, steps.stop)
-    return count
-
-
-def _step_before(lines: Iterable[Event]) -> int:
-    """Returns the step at which a generation started: that of its `resume` event, else 0."""
-    before_training = takewhile(lambda line: line.get("event") != "train", lines)
-    steps = (line.get("step") for line in before_training if line.get("event") == "resume")
-    return next((step for step in steps if isinstance(step, int)), 0)
-
-
-def _split_by_start(lines: Iterable[Event]) -> list[list[Event]]:
-    """Returns the lines of each start. Lines before the first start are ignored."""
-    generations: list[list[Event]] = []
-    for line in lines:
-        if line.get("event") == "start":
-            generations.append([line])
-        elif generations:
-            generations[-1].append(line)
-    return generations
 
 
 def _checked_events(path: Path) -> Iterable[Event]:

@@ -23,7 +23,7 @@ from dtrain.data.encodings import text_lines
 from dtrain.data.order import assign_micro_batches, chunks
 from dtrain.data.readers import TEXT_SUFFIXES, read_rows, row_unit
 from dtrain.data.tables import TEXT, Origin, to_table
-from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.collectives import gather_object, on_main
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import DataError
 from dtrain.tasks.build import task_info
@@ -81,9 +81,11 @@ def run_prompts(config: Config, file: Path, context: RankContext) -> Result:
         with progress("prompts answered", sum(map(len, own)), of="predict", is_shown=context.is_main) as done:
             for batch in own:
                 local_records += responder.answer([(number, *prompts[number]) for number in batch], done)
-        gathered = [record for records in all_gather_object(local_records, context) for record in records]
-        records = sorted(gathered, key=lambda record: int(record["example_index"]))
-        assert [record["example_index"] for record in records] == list(range(len(prompts)))
+        gathered = gather_object(local_records, context)
+        records = sorted(
+            (record for part in gathered or () for record in part), key=lambda record: int(record["example_index"])
+        )
+        assert not context.is_main or [record["example_index"] for record in records] == list(range(len(prompts)))
         result = EvaluationResult({}, {"test": SplitResult({}, records)})
         write_results("predict", result, config.run_dir, context, engine="single", seconds=time.monotonic() - begin)
         return Result({}, config.run_dir)

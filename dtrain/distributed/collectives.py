@@ -7,7 +7,9 @@ device; gathers, and broadcasts of an unknown shape, go through the host.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,6 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from dtrain.distributed.node_first import NodeWork, run_node_work
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.serialization import (
     HEADER_SIZE,
     Json,
@@ -30,7 +31,11 @@ from dtrain.distributed.serialization import (
     pad_bytes,
     tensor_to_bytes,
 )
+from dtrain.distributed.store import KeyValueStore
 from dtrain.errors import ERROR_TYPES, DtrainError
+
+BROADCAST_BYTES = 2**16
+"""A broadcast more is worth it if it saves each rank this many bytes."""
 
 
 def all_reduce_sum(tensor: Tensor, context: RankContext) -> Tensor:
@@ -126,7 +131,8 @@ def gather(tensor: Tensor, context: RankContext, *, dst: int = 0) -> list[Tensor
     """Collective. Returns all ranks' tensors in rank order on rank `dst`'s host, None elsewhere. Shapes may differ."""
     if not _has_peers(context):
         return [tensor.detach().cpu().clone()]
-    headers, payload = _exchange_headers(tensor, context)
+    headers, data = _exchange_headers(tensor, context)
+    payload = _host_wire(pad_bytes(data, max(map(num_bytes, headers))))
     parts = [torch.empty_like(payload) for _ in headers] if context.rank == dst else None
     if payload.numel():
         context.traffic.add(payload.nbytes)
@@ -136,21 +142,99 @@ def gather(tensor: Tensor, context: RankContext, *, dst: int = 0) -> list[Tensor
     )
 
 
+def gather_bytes(data: Tensor, width: int, context: RankContext, *, dst: int = 0) -> list[Tensor] | None:
+    """Collective. Returns all ranks' bytes in rank order on rank `dst`'s host, filled up with zeros; None elsewhere.
+
+    Args:
+        data: (bytes,) uint8, at most `width`.
+        width: at least 1, and the same on all ranks.
+    """
+    payload = pad_bytes(data, width)
+    if not _has_peers(context):
+        return [payload]
+    payload = _host_wire(payload)
+    parts = [torch.empty_like(payload) for _ in range(context.world_size)] if context.rank == dst else None
+    context.traffic.add(width)
+    dist.gather(payload, parts, dst=dst)
+    return None if parts is None else [part.cpu() for part in parts]
+
+
+def all_gather_numbers(numbers: Sequence[int], context: RankContext) -> Tensor:
+    """Collective. Returns the integers of all ranks, (world_size, len(numbers)) int64, equally many from each rank."""
+    own = torch.tensor(numbers, dtype=torch.int64)
+    if not _has_peers(context):
+        return own.unsqueeze(0)
+    wire = _host_wire(own)
+    rows = [torch.empty_like(wire) for _ in range(context.world_size)]
+    context.traffic.add(wire.nbytes)
+    dist.all_gather(rows, wire)
+    return torch.stack(rows).cpu()
+
+
 def all_gather(tensor: Tensor, context: RankContext) -> list[Tensor]:
-    """Collective. Returns all ranks' tensors in rank order, on the host. Shapes and dtypes may differ."""
+    """Collective. Returns all ranks' tensors in rank order, on the host. Shapes and dtypes may differ.
+
+    A rank that has much more than the others sends the rest by itself, so that memory does not grow with the number of
+    ranks times the largest tensor.
+    """
     if not _has_peers(context):
         return [tensor.detach().cpu().clone()]
-    headers, payload = _exchange_headers(tensor, context)
+    headers, data = _exchange_headers(tensor, context)
+    sizes = [num_bytes(header) for header in headers]
+    width = gather_width(sizes)
+    payload = _host_wire(pad_bytes(data[:width], width))
     parts = [torch.empty_like(payload) for _ in headers]
-    if payload.numel():
-        context.traffic.add(payload.nbytes)
+    if width:
+        context.traffic.add(width)
         dist.all_gather(parts, payload)
+    for rank, size in enumerate(sizes):
+        if size > width:
+            rest = _host_wire(data[width:] if rank == context.rank else torch.empty(size - width, dtype=torch.uint8))
+            context.traffic.add(size - width)
+            dist.broadcast(rest, src=rank)
+            parts[rank] = torch.cat([parts[rank], rest])
     return [bytes_to_tensor(part, header) for part, header in zip(parts, headers, strict=True)]
+
+
+def gather_width(sizes: Sequence[int]) -> int:
+    """Returns how many bytes of each rank cross in one gather; the ranks with more broadcast the rest.
+
+    That moves the fewest bytes to each rank, where a broadcast counts as BROADCAST_BYTES more.
+    """
+    best, cheapest, larger, their_bytes = 0, None, 0, 0
+    for size, times in sorted(Counter(sizes).items(), reverse=True):
+        cost = len(sizes) * size + their_bytes - larger * size + larger * BROADCAST_BYTES
+        if cheapest is None or cost < cheapest:
+            best, cheapest = size, cost
+        larger, their_bytes = larger + times, their_bytes + times * size
+    return best
 
 
 def all_gather_object(obj: Json, context: RankContext) -> list[Json]:
     """Collective. Returns all ranks' objects in rank order, through JSON (tuples become lists)."""
     return [bytes_to_object(part) for part in all_gather(object_to_bytes(obj), context)]
+
+
+def gather_object(obj: Json, context: RankContext, *, dst: int = 0) -> list[Json] | None:
+    """Collective. Returns all ranks' objects in rank order on rank `dst`, None elsewhere, through JSON."""
+    parts = gather(object_to_bytes(obj), context, dst=dst)
+    return None if parts is None else [bytes_to_object(part) for part in parts]
+
+
+def scatter_object(objects: Sequence[Json] | None, context: RankContext, *, src: int = 0) -> Json:
+    """Collective. Returns `objects[r]` of rank `src` on rank r, through JSON. Ignores the argument of the others."""
+    parts = [object_to_bytes(obj) for obj in objects or ()] if context.rank == src else None
+    return bytes_to_object(scatter(parts, context, src=src))
+
+
+def is_equal_on_all_ranks(obj: Json, context: RankContext) -> bool:
+    """Collective. Returns, on every rank, whether all ranks have the same object. Sends 64 bytes, whatever its size.
+
+    Objects are compared by the SHA-256 of their JSON, in which dictionaries keep their order.
+    """
+    digest = torch.frombuffer(bytearray(hashlib.sha256(json.dumps(obj).encode()).digest()), dtype=torch.uint8)
+    largest = all_reduce_max(torch.cat([digest, 255 - digest]), context)  # the second half holds the smallest bytes
+    return bool((largest[:32] == 255 - largest[32:]).all())
 
 
 def broadcast_object(obj: Json | None, context: RankContext, *, src: int = 0) -> Json:
@@ -196,12 +280,12 @@ def _host_wire(tensor: Tensor) -> Tensor:
 
 
 def _exchange_headers(tensor: Tensor, context: RankContext) -> tuple[list[Tensor], Tensor]:
-    """Collective. Returns all ranks' headers, and this rank's bytes padded to the size of the largest tensor."""
+    """Collective. Returns all ranks' headers, and this rank's bytes."""
     header = _host_wire(build_header(tensor))
     headers = [torch.empty_like(header) for _ in range(context.world_size)]
     context.traffic.add(header.nbytes)
     dist.all_gather(headers, header)
-    return headers, _host_wire(pad_bytes(tensor_to_bytes(tensor), max(map(num_bytes, headers))))
+    return headers, tensor_to_bytes(tensor)
 
 
 def node_first(work: Callable[[], Json], context: RankContext, *, progress_every_s: float = 30.0) -> Json:

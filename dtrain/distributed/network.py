@@ -125,6 +125,10 @@ def _ipv4_of(interface: str) -> str | None:
     return socket.inet_ntoa(request[20:24])
 
 
+BACKLOG = 4096
+"""Connections that may wait to be accepted: all ranks connect at the same moment. The kernel has a limit of its own."""
+
+
 def listen(address: str, port: int) -> socket.socket:
     """Opens a listening socket on one address only (torch's listens on all interfaces); port 0 takes a free one.
 
@@ -137,7 +141,7 @@ def listen(address: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((address, port))
-        listener.listen(1024)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno != errno.EADDRINUSE:

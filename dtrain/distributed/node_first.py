@@ -1,6 +1,9 @@
 """Work that takes hours on some ranks while the others wait in the store, not in a collective.
 
 Call it through collectives.node_first, for work of one rank per node, or collectives.every_rank. Needs no torch.
+
+The last node to end sets one key, for which all ranks wait. So a call costs the store a few operations per rank, however
+many nodes there are.
 """
 
 from __future__ import annotations
@@ -8,18 +11,22 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from dtrain.console import log
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.process_limit import process_limit_error
-from dtrain.distributed.rendezvous import KeyValueStore
+from dtrain.distributed.store import KeyValueStore
 from dtrain.errors import ERROR_TYPES, DtrainError, Interrupted, TopologyError
 
 LINGER_S = 2.0
+
+MAX_LOOKS_PER_S = 2048
+"""How often all ranks together look into the store, once they have waited for a while."""
 
 _INTERRUPTED = Interrupted.__name__
 
@@ -48,15 +55,29 @@ class NodeWork:
     unit: str = "node"
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
-    @property
-    def result_keys(self) -> list[str]:
-        """One key per node, set when its work has ended."""
-        return [f"{self.name}/{node}" for node in range(self.num_nodes)]
+    def result_key(self, node_rank: int) -> str:
+        """Returns the key that is set when a node's work has ended."""
+        return f"{self.name}/{node_rank}"
 
     @property
-    def crash_key(self) -> str:
-        """Set when a rank leaves its work with an unexpected error, so that the others stop waiting."""
-        return f"{self.name}/crashed"
+    def num_done_key(self) -> str:
+        """Counts the nodes whose work has ended."""
+        return f"{self.name}/done"
+
+    @property
+    def num_failed_key(self) -> str:
+        """Counts the nodes whose work has failed."""
+        return f"{self.name}/failed"
+
+    @property
+    def end_key(self) -> str:
+        """Set once there is nothing to wait for: to an empty object, or to the failure. The only key that ranks poll."""
+        return f"{self.name}/end"
+
+    @property
+    def max_pause_s(self) -> float:
+        """Longest pause between two looks at the store, which answers this many ranks."""
+        return max(0.5, self.world_size / MAX_LOOKS_PER_S)
 
     @property
     def readers_key(self) -> str:
@@ -80,14 +101,12 @@ def run_node_work(node_work: NodeWork, work: Callable[[], Any] | None, *, progre
             _publish_result(node_work, work)
         with node_work.heartbeat.within(Phase.WAITING_FOR_NODE):
             pause = 0.005
-            while not store.check(node_work.result_keys) and not store.check([node_work.crash_key]):
+            while not store.check([node_work.end_key]):
                 time.sleep(pause)
-                pause = min(pause * 1.5, 0.5)
-    keys = [node_work.crash_key] if store.check([node_work.crash_key]) else node_work.result_keys
-    results = [json.loads(store.get(key)) for key in keys]
-    failure = next((result for result in results if "error" in result), None)
-    if failure is None:
-        return results[node_work.node_rank]["value"]
+                pause = min(pause * 1.5, node_work.max_pause_s)
+    failure = json.loads(store.get(node_work.end_key))
+    if not failure:
+        return json.loads(store.get(node_work.result_key(node_work.node_rank)))["value"]
     store.add(node_work.readers_key, 1)
     _wait_for_readers(node_work)
     if failure["error"] == _INTERRUPTED:
@@ -98,11 +117,12 @@ def run_node_work(node_work: NodeWork, work: Callable[[], Any] | None, *, progre
 
 
 def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
+    store, failed = node_work.store, False
     try:
         text = json.dumps({"value": work()})
     except DtrainError as error:
         kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in ERROR_TYPES)
-        text = json.dumps({"error": kind, "message": str(error)})
+        text, failed = json.dumps({"error": kind, "message": str(error)}), True
     except BaseException as error:
         # A bug in the work, or Ctrl-C: the others must not wait forever. On this rank the error propagates unchanged.
         message = f"Rank {node_work.rank} failed in the work of its node: {type(error).__name__}: {error}"
@@ -113,11 +133,23 @@ def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
         if isinstance(error, Interrupted):  # a signal stops all ranks, but may reach this one first
             failure = {"error": _INTERRUPTED, "message": str(error), "code": error.exit_code}
         crash = json.dumps(failure)
-        node_work.store.compare_set(node_work.crash_key, "", crash)
-        node_work.store.add(node_work.readers_key, 1)
+        store.compare_set(node_work.end_key, "", crash)
+        store.add(node_work.readers_key, 1)
         _wait_for_readers(node_work)
         raise
-    node_work.store.compare_set(node_work.result_keys[node_work.node_rank], "", text)
+    store.compare_set(node_work.result_key(node_work.node_rank), "", text)
+    if failed:
+        store.add(node_work.num_failed_key, 1)
+    if store.add(node_work.num_done_key, 1) == node_work.num_nodes:
+        store.compare_set(node_work.end_key, "", json.dumps(_first_failure(node_work)))
+
+
+def _first_failure(node_work: NodeWork) -> dict[str, Any]:
+    """Returns what the first failing node has published; empty if none failed. Called once, when all are done."""
+    if not node_work.store.add(node_work.num_failed_key, 0):
+        return {}
+    results = (json.loads(node_work.store.get(node_work.result_key(node))) for node in range(node_work.num_nodes))
+    return next(result for result in results if "error" in result)
 
 
 def _wait_for_readers(node_work: NodeWork) -> None:
@@ -158,7 +190,6 @@ def _progress(node_work: NodeWork, every_s: float) -> Iterator[None]:
 def _busy(node_work: NodeWork) -> str:
     if node_work.num_nodes == 1:
         return ""
-    busy: Sequence[str] = [
-        str(node) for node, key in enumerate(node_work.result_keys) if not node_work.store.check([key])
-    ]
+    nodes = range(node_work.num_nodes)
+    busy = list(islice((str(node) for node in nodes if not node_work.store.check([node_work.result_key(node)])), 9))
     return f"; {node_work.unit}s not done: {', '.join(busy[:8])}{', ...' if len(busy) > 8 else ''}"

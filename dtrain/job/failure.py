@@ -33,8 +33,8 @@ from dtrain.distributed.process_info import (
 )
 from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.rendezvous import KeyValueStore
 from dtrain.distributed.signals import ignore_further
+from dtrain.distributed.store import KeyValueStore
 from dtrain.distributed.topology import Topology
 from dtrain.environment import missing_module
 from dtrain.errors import DtrainError, Interrupted, Preempted, TopologyError

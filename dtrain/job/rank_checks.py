@@ -1,4 +1,7 @@
-"""Checks that all ranks have the same software, time and settings before a command runs."""
+"""Checks that all ranks have the same software, time and settings before a command runs.
+
+Ranks exchange hashes. Only if those differ does rank 0 read what each rank has.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 from dtrain.cluster.preflight import MAX_CLOCK_OFFSET_S, ROOT
 from dtrain.cluster.probe import hash_source
 from dtrain.config.schema import Config
-from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.collectives import gather_object, is_equal_on_all_ranks, on_main
 from dtrain.distributed.process_info import ProcessIdentity
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, TopologyError
@@ -25,7 +28,9 @@ def compare_software(context: RankContext, processes: list[ProcessIdentity]) -> 
     if context.world_size == 1:
         return
     local_versions = {**versions(), "dtrain's code": str(hash_source(ROOT))[:12]}
-    all_versions = all_gather_object(local_versions, context)
+    if is_equal_on_all_ranks(local_versions, context):
+        return
+    all_versions = gather_object(local_versions, context) or []
 
     def check() -> None:
         if differences := _differences("has other software", all_versions, processes):
@@ -38,7 +43,7 @@ def compare_clocks(context: RankContext, processes: list[ProcessIdentity]) -> No
     """Collective. Raises if clocks differ. Call it right after another collective, when all ranks are together."""
     if context.world_size == 1:
         return
-    times = all_gather_object(time.time(), context)
+    times = gather_object(time.time(), context) or []
 
     def check() -> None:
         rank = max(range(len(times)), key=lambda rank: abs(times[rank] - times[0]))
@@ -55,7 +60,10 @@ def compare_clocks(context: RankContext, processes: list[ProcessIdentity]) -> No
 
 def compare_configs(config: Config, context: RankContext, processes: list[ProcessIdentity]) -> None:
     """Collective. Raises if settings differ: the nodes would train parts of different runs."""
-    all_settings = [_flatten(settings) for settings in all_gather_object(config.model_dump(mode="json"), context)]
+    own = config.model_dump(mode="json")
+    if is_equal_on_all_ranks(own, context):
+        return
+    all_settings = [_flatten(settings) for settings in gather_object(own, context) or ()]
 
     def check() -> None:
         if differences := _differences("was started with other settings", all_settings, processes):

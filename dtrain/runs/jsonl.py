@@ -6,14 +6,17 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.errors import DataError, DtrainError
+
+BLOCK = 2**16
+"""Bytes that are read at once from the end of a file."""
 
 
 class MetricsLog:
@@ -27,9 +30,7 @@ class MetricsLog:
         self._waiting: list[bytes] = []
         with report_write_errors(path):
             self._file = path.open("ab+", buffering=0)
-            self._file.seek(0)
-            complete = self._file.read().rfind(b"\n") + 1
-            self._file.truncate(complete)
+            self._file.truncate(_end_of_complete_lines(self._file))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one event. Non-finite numbers become "nan", "inf" or "-inf".
@@ -99,6 +100,69 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
                 yield bounded_json.loads(line)
             except ValueError:
                 raise DataError(f"{path}, line {number}: not JSON; the file is damaged") from None
+
+
+def read_events_backward(path: Path, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yields the events of these kinds, the last one first; reads no more of the file than the caller asks for.
+
+    Lines that cannot hold such an event are skipped unread, and a damaged one among them goes unnoticed.
+
+    Args:
+        kinds: values of `event`.
+
+    Raises:
+        DataError: a line with the name of such an event is not JSON.
+    """
+    names = [json.dumps(kind).encode() for kind in kinds]
+    with path.open("rb") as file:
+        for begin, line in _lines_backward(file):
+            if not any(name in line for name in names):
+                continue
+            try:
+                event = bounded_json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}, line {_line_number(file, begin)}: not JSON; the file is damaged") from None
+            if isinstance(event, dict) and event.get("event") in kinds:
+                yield event
+
+
+def _lines_backward(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields where each complete line begins, and the line, from the last to the first."""
+    end = _end_of_complete_lines(file)
+    rest = b""  # the lines from `end` on, whose first one begins before it
+    while end > 0:
+        begin = max(0, end - max(BLOCK, len(rest)))  # more for a long line, which would else be copied once per block
+        file.seek(begin)
+        first, *lines = [line + b"\n" for line in (file.read(end - begin) + rest)[:-1].split(b"\n")]
+        place = begin + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            place -= len(line)
+            yield place, line
+        rest, end = first, begin
+    if rest:
+        yield 0, rest
+
+
+def _end_of_complete_lines(file: BinaryIO) -> int:
+    """Returns the size of a file without an incomplete last line. Reads from the end."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - BLOCK)
+        file.seek(begin)
+        last = file.read(end - begin).rfind(b"\n")
+        if last >= 0:
+            return begin + last + 1
+        end = begin
+    return 0
+
+
+def _line_number(file: BinaryIO, place: int) -> int:
+    file.seek(0)
+    number = 1
+    while place > 0 and (block := file.read(min(BLOCK, place))):
+        number += block.count(b"\n")
+        place -= len(block)
+    return number
 
 
 @contextmanager

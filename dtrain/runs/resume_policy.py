@@ -12,7 +12,7 @@ from dtrain.config.error_messages import Difference
 from dtrain.config.schema import Config
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.runs.folder import FolderState, RunFolder, folder_state
-from dtrain.runs.jsonl import read_events
+from dtrain.runs.jsonl import read_events, read_events_backward
 
 StartAction = Literal["start", "resume", "already_finished"]
 
@@ -161,14 +161,9 @@ def _decide_resume(
 
 def _known_checkpoint(metrics: Path) -> int | None:
     """Returns the step of the newest checkpoint in metrics.jsonl that belongs to the current history of the run."""
-    known = None
-    for event in read_events(metrics) if metrics.exists() else ():
-        match event.get("event"):
-            case "checkpoint":
-                known = int(event["step"])
-            case "resume":  # later checkpoints were discarded then
-                known = int(event["step"]) or None
-    return known
+    last = next(read_events_backward(metrics, ("checkpoint", "resume")), None) if metrics.exists() else None
+    # At a resume, later checkpoints were discarded.
+    return None if last is None else int(last["step"]) or None
 
 
 def _table(changes: Sequence[Difference]) -> str:

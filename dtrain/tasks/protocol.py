@@ -136,7 +136,7 @@ class Task(Protocol):
         ...
 
     def records(self, split: str, predictions: Sequence[Any]) -> Sequence[Mapping[str, Any]]:
-        """Returns a mapping for each example in data order, with `prediction` and `reference`.
+        """Returns a mapping for each example in data order, with `prediction` and `reference`. Called once, on rank 0.
 
         They become the lines of predictions/<split>.jsonl.
         """

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dtrain.data.batches import MicroBatch, evaluation_batches
-from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metrics, share_from_main
+from dtrain.distributed.evaluation_exchange import StopWanted, gather_for_metrics
 from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
@@ -41,6 +41,7 @@ class SplitResult:
     Attributes:
         metrics: `loss` per target in nats, and the task's own; empty if the split has no targets.
         records: one mapping per example, for predictions/<split>.jsonl; its `loss` is summed over the example's targets.
+            Empty on all ranks but rank 0.
     """
 
     metrics: Mapping[str, float]
@@ -129,7 +130,7 @@ def evaluate_split(
 ) -> SplitResult:
     """Collective. Evaluates one split; each example counts exactly once.
 
-    Three collectives: two gather the results, one shares the metrics of rank 0. Each rank breaks its own part off at a
+    Three collectives: two gather the results on rank 0, one shares its metrics. Each rank breaks its own part off at a
     signal, wherever it is, and the next of these collectives tells the others. Only an engine in lock step, whose
     forward pass is a collective, agrees before each micro-batch.
 
@@ -165,53 +166,56 @@ def evaluate_split(
 
     with _progress(forward.context, split, len(task.splits[split])) as advance:
         done = _score(forward, batches, score, stop=stop, advance=advance)
+    work = _RankZeroWork(task, split, reported, stop)
     with leaving_together():
-        gathered = gather_for_metrics(
-            *_values(done), forward.context, num_examples=len(task.splits[split]), wants_stop=stop.is_signaled()
+        metrics = gather_for_metrics(
+            *_values(done),
+            forward.context,
+            num_examples=len(task.splits[split]),
+            work=work.metrics_of,
+            wants_stop=stop.is_signaled,
         )
-    heartbeat.at(Phase.METRICS)  # A phase without a time limit.
-    return _result(forward.context, task, split, gathered, reported=reported, stop=stop)
+    return SplitResult(metrics, work.records)
 
 
-def _result(
-    context: RankContext,
-    task: Task,
-    split: str,
-    gathered: Mapping[str, torch.Tensor],
-    *,
-    reported: Reported,
-    stop: StopCondition,
-) -> SplitResult:
-    """Collective. Returns the records and metrics of the values that all ranks gathered."""
-    losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
-    predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
-    records: list[Mapping[str, Any]] = []
-    metrics: dict[str, float] = {}
+@dataclass
+class _RankZeroWork:
+    """What rank 0 makes of the gathered values. The other ranks make no records: a million rows take 0.5 GB.
 
-    def make_records() -> None:
-        records.extend(
-            {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
-            for index, record in enumerate(task.records(split, predictions))
-        )
+    Attributes:
+        records: see SplitResult.
+    """
 
-    def compute_metrics() -> None:
-        """Runs on rank 0 only, so that all ranks decide by the same number."""
-        if sum(targets) == 0:  # A test split without labels has predictions, but no metrics.
-            return
-        loss = math.fsum(losses) / sum(targets)
-        of_task = {"loss": loss, **task.metrics(split, loss=loss, predictions=predictions)}
-        user = reported.user(records, task_names=task.metric_names) if reported.user is not None else {}
-        metrics.update({name: of_task[name] for name in of_task if name in reported.of_task(task)})
-        metrics.update(user)
+    task: Task
+    split: str
+    reported: Reported
+    stop: StopCondition
+    records: list[Mapping[str, Any]] = field(default_factory=list)
 
-    def metrics_of_rank_0() -> dict[str, float]:
-        stop.attempt(compute_metrics)
+    def metrics_of(self, gathered: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Makes the records and returns the metrics. Rank 0's count for all ranks, so that all decide by the same number."""
+        metrics: dict[str, float] = {}
+
+        def make() -> None:
+            losses, targets = gathered["loss"].tolist(), gathered["targets"].tolist()
+            predictions = gathered["prediction"].tolist() if "prediction" in gathered else []
+            self.records.extend(
+                {"example_index": index, **record, "loss": losses[index], "targets": targets[index]}
+                for index, record in enumerate(self.task.records(self.split, predictions))
+            )
+            metrics.update(self._metrics(losses, targets, predictions))
+
+        self.stop.attempt(make)
         return metrics
 
-    stop.attempt(make_records)
-    with leaving_together():
-        shared = share_from_main(metrics_of_rank_0, context, wants_stop=stop.is_signaled)
-    return SplitResult(shared, records)
+    def _metrics(self, losses: list[float], targets: list[int], predictions: list[Any]) -> dict[str, float]:
+        task, reported = self.task, self.reported
+        if sum(targets) == 0:  # A test split without labels has predictions, but no metrics.
+            return {}
+        loss = math.fsum(losses) / sum(targets)
+        of_task = {"loss": loss, **task.metrics(self.split, loss=loss, predictions=predictions)}
+        user = reported.user(self.records, task_names=task.metric_names) if reported.user is not None else {}
+        return {**{name: of_task[name] for name in of_task if name in reported.of_task(task)}, **user}
 
 
 def _score(

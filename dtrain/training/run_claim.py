@@ -13,7 +13,7 @@ from dtrain.config.earlier_runs import as_begun, lacking
 from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.collectives import all_gather_object, on_main
+from dtrain.distributed.collectives import gather_object, on_main
 from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.torchrun_agent import find_agent
@@ -136,10 +136,10 @@ def _refuse_foreign(folder: RunFolder, chosen: SelectedCheckpoint | None, availa
 
 
 def _launch_record(context: RankContext) -> LaunchRecord:
-    """Collective. Returns what started this job, on all nodes."""
+    """Collective. Returns what started this job, on all nodes; only rank 0's is complete."""
     is_torchrun = context.topology.launcher == TORCHRUN
-    starts = all_gather_object(find_agent(), context) if is_torchrun else [None]
-    return gather_launch(starts, context.topology.launches)
+    starts = gather_object(find_agent(), context) if is_torchrun else [None]
+    return gather_launch(starts or [None], context.topology.launches)
 
 
 def _checkpoints(config: Config, context: RankContext) -> tuple[SelectedCheckpoint | None, AvailableCheckpoints]:

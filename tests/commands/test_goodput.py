@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +378,28 @@ def test_a_time_that_no_clock_shows_is_damage(tmp_path: Path, time: str) -> None
 
     with pytest.raises(DataError, match="line 1: time_s or monotonic_s is missing or no time"):
         run_goodput(tmp_path, as_json=False)
+
+
+def test_a_long_run_costs_a_few_bytes_per_line_however_many_checkpoints_and_losses_it_has() -> None:
+    """Written as it goes: neither the lines nor anything of the size of a line is kept."""
+    lines = 1200
+
+    def long_run() -> Iterator[dict[str, Any]]:
+        yield at(0, "start", startup_s=0.0)
+        for step in range(1, lines + 1):
+            yield train(float(step), step, applied=step % 4 != 0, note="x" * 500)
+            if step % 8 == 0:
+                yield at(step + 0.5, "checkpoint", step=step, stall_began_s=step - 0.25, stall_s=0.5)
+        yield at(lines + 1.0, "end", step=lines)
+
+    tracemalloc.start()
+    try:
+        report = build_report(long_run())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 150 * lines
+    assert report.total == pytest.approx(lines + 1.0)
+    assert report.seconds["checkpoint"] == pytest.approx(lines / 8 * 0.5)
+    assert report.seconds["faults"] == pytest.approx((lines + 1.0 - lines / 16 - 0.75) / 4, rel=0.2)

@@ -93,16 +93,22 @@ def _gathers_in_data_order(context: RankContext) -> None:
         }
         if not len(index) and count:
             values = {}  # a rank without examples knows no shapes
-        found = gather_for_metrics(values, index, context, num_examples=count)
+        found: list[dict[str, torch.Tensor]] = []
+        shared = gather_for_metrics(
+            values, index, context, num_examples=count, work=lambda table, found=found: found.append(table) or "made"
+        )
+        assert shared == "made"
+        assert len(found) == context.is_main, "only rank 0 holds all values"
         order = torch.arange(count)
-        assert torch.equal(found["loss"], order.to(torch.float64) / 3)
-        assert torch.equal(found["logits"], torch.stack([order, -order], dim=1).to(torch.float32))
-        assert (found["loss"].dtype, found["logits"].dtype) == (torch.float64, torch.float32)
+        for table in found:
+            assert torch.equal(table["loss"], order.to(torch.float64) / 3)
+            assert torch.equal(table["logits"], torch.stack([order, -order], dim=1).to(torch.float32))
+            assert (table["loss"].dtype, table["logits"].dtype) == (torch.float64, torch.float32)
 
 
 def _refused(context: RankContext, index: torch.Tensor, values: dict[str, torch.Tensor], count: int) -> str:
     with pytest.raises(DtrainError) as caught:
-        gather_for_metrics(values, index, context, num_examples=count)
+        gather_for_metrics(values, index, context, num_examples=count, work=lambda _: None)
     return str(caught.value)
 
 

@@ -14,7 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.distributed import network, rendezvous
 from dtrain.distributed.job_identity import JobIdentity
-from dtrain.distributed.rendezvous import RankPlacement
+from dtrain.distributed.rendezvous_leader import RankPlacement
 from dtrain.errors import TopologyError
 
 

@@ -19,7 +19,8 @@ def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
 ) -> None:
     found = [{"torch": "2", "deepspeed": "0.19"} for _ in range(2)]
     del found[lacks]["deepspeed"]
-    monkeypatch.setattr(rank_checks, "all_gather_object", lambda *_: found)
+    monkeypatch.setattr(rank_checks, "is_equal_on_all_ranks", lambda *_: False)
+    monkeypatch.setattr(rank_checks, "gather_object", lambda *_: found)
     monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
     processes = [this_process(), this_process()]
 

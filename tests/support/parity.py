@@ -17,6 +17,7 @@ from dtrain.models.unpadding import prepare_unpadding
 from dtrain.training.evaluation import evaluate
 from dtrain.training.export import export_model
 from tests.support import training
+from tests.support.evaluated import records_of
 from tests.support.training import Recorder, Setting
 
 SETTING = Setting(steps=5, global_batch_size=5, micro_batch_size=2, dropout=0.1)
@@ -35,7 +36,7 @@ def trained(context: RankContext, learns: Any, module: nn.Module, broken: str | 
     return {
         "steps": recorder.steps,
         "metrics": result.metrics,
-        "records": [dict(record) for record in result.splits["validation"].records],
+        "records": records_of(result.splits["validation"], context),
     }
 
 

@@ -18,6 +18,7 @@ from dtrain.tasks.causal_lm import CausalLmTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.tiny import Table
 from tests.support.training import Recorder, Setting
@@ -65,7 +66,7 @@ def both_kinds(context: RankContext) -> dict[str, Any]:
         engine = run.go(recorder)
         after = evaluate_split(engine, learns, "validation", micro_batch_size=2)
         found[kind] = {
-            "before": [dict(before.metrics), [dict(record) for record in before.records]],
+            "before": [dict(before.metrics), records_of(before, context)],
             "steps": recorder.steps,
             "after": dict(after.metrics),
         }

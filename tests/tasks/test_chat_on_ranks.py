@@ -21,6 +21,7 @@ from dtrain.tasks.chat import ChatTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.tiny import Table
 from tests.support.training import Recorder, Setting, worst
@@ -66,7 +67,7 @@ def outcome(context: RankContext, setting: Setting, folder: str) -> dict[str, An
     return {
         "steps": recorder.steps,
         "metrics": {split: dict(result.metrics) for split, result in found.items()},
-        "records": {split: [dict(record) for record in result.records] for split, result in found.items()},
+        "records": {split: records_of(result, context) for split, result in found.items()},
     }
 
 
@@ -104,7 +105,7 @@ def evaluation(context: RankContext, settings: str) -> dict[str, Any]:
     built = training.build(context, Setting(**json.loads(settings)), gpt(), task())
     found = {split: evaluate_split(built.engine, built.task, split, micro_batch_size=4) for split in built.task.splits}
     built.engine.release()
-    return {split: [dict(result.metrics), [dict(r) for r in result.records]] for split, result in found.items()}
+    return {split: [dict(result.metrics), records_of(result, context)] for split, result in found.items()}
 
 
 def test_evaluation_gives_the_same_digits_on_three_ranks() -> None:

@@ -20,6 +20,7 @@ from dtrain.tasks.masked_lm import MaskedLmTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.training import Recorder, Setting
 
@@ -56,7 +57,7 @@ def trained(context: RankContext, breaks: str = "", folder: str = "") -> dict[st
     return {
         "steps": recorder.steps,
         "metrics": dict(found.metrics),
-        "records": [dict(record) for record in found.records],
+        "records": records_of(found, context),
         "weights": training.weights_of(engine),
     }
 
@@ -104,7 +105,7 @@ def test_each_epoch_masks_other_tokens() -> None:
 def evaluated(context: RankContext) -> dict[str, Any]:
     forward = ForwardOnly(model(), SETTING.config(), context)
     found = evaluate_split(forward, task(), "validation", micro_batch_size=2)
-    return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
+    return {"metrics": dict(found.metrics), "records": records_of(found, context)}
 
 
 def test_evaluation_gives_the_digits_of_one_process() -> None:

@@ -24,6 +24,7 @@ from dtrain.tasks.multi_label import MultiLabelTask
 from dtrain.tasks.protocol import Targets
 from dtrain.training.evaluation import evaluate_split
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.tiny import HERE, Table
 from tests.support.training import Recorder, Setting
@@ -215,7 +216,7 @@ def trained(context: RankContext, setting: Setting) -> dict[str, Any]:
     run, recorder = training.build(context, setting, model(), task()), Recorder()
     result = evaluate_split(run.engine, run.task, "validation", micro_batch_size=4)
     run.go(recorder).release()
-    return {"steps": recorder.steps, "metrics": dict(result.metrics), "records": [dict(one) for one in result.records]}
+    return {"steps": recorder.steps, "metrics": dict(result.metrics), "records": records_of(result, context)}
 
 
 def assert_same(ranks: list[dict[str, Any]], *, digits: bool) -> None:

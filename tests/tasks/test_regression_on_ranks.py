@@ -19,6 +19,7 @@ from dtrain.tasks.regression import RegressionTask
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.tiny import Table
 from tests.support.training import Recorder, Setting
@@ -66,7 +67,7 @@ def trained(context: RankContext, setting: Setting, folder: str | None = None) -
     return {
         "steps": recorder.steps,
         "metrics": dict(found.metrics),
-        "records": [dict(record) for record in found.records],
+        "records": records_of(found, context),
     }
 
 
@@ -74,7 +75,7 @@ def evaluated(context: RankContext) -> dict[str, Any]:
     """Collective. Without training, so that every digit is one process's."""
     run = training.build(context, SETTING, model(), task())
     found = evaluate_split(run.engine, run.task, "validation", micro_batch_size=4)
-    return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
+    return {"metrics": dict(found.metrics), "records": records_of(found, context)}
 
 
 @cache

@@ -22,6 +22,7 @@ from dtrain.engine.sharded_tensor import is_sharded
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny_seq2seq, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.training import Recorder, Setting
 
@@ -33,7 +34,7 @@ SETTING = Setting(steps=4, learning_rate=0.2, warmup=0)
 def measured(forward: Forward, rows: int, **evaluation: Any) -> dict[str, Any]:
     task = tiny_seq2seq.task(rows, evaluation=evaluation)
     found = evaluate_split(forward, task, "validation", micro_batch_size=4)
-    return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
+    return {"metrics": dict(found.metrics), "records": records_of(found, forward.context)}
 
 
 def both_ways(forward: Forward) -> dict[str, Any]:

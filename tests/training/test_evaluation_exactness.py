@@ -30,6 +30,7 @@ from dtrain.training.evaluation import evaluate_split
 from dtrain.training.monitors.evaluations import Evaluate
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import RanksFailed, run_ranks
 from tests.support.training import Setting
 
@@ -60,7 +61,7 @@ def task(rows: int, split: Any = None) -> ClassificationTask:
 
 def result_of(forward: Forward, rows: int, *, micro_batch_size: int = 4, workers: int = 0) -> dict[str, Any]:
     found = evaluate_split(forward, task(rows), "validation", micro_batch_size=micro_batch_size, workers=workers)
-    return {"metrics": dict(found.metrics), "records": [dict(record) for record in found.records]}
+    return {"metrics": dict(found.metrics), "records": records_of(found, forward.context)}
 
 
 # The usual evaluations, none of which is exact
@@ -212,7 +213,7 @@ def broken_inside(context: RankContext, breaks: str) -> Any:
         split: Any = training.Repeats(tiny.sentences(23, seed=5), context.rank)
         forward = ForwardOnly(model(), SETTING.config(), context)
         found = evaluate_split(forward, task(23, split), "validation", micro_batch_size=4)
-        return {"metrics": dict(found.metrics), "records": list(found.records)}
+        return {"metrics": dict(found.metrics), "records": records_of(found, context)}
 
     def wrong(*args: Any, **kwargs: Any) -> Iterator[MicroBatch]:
         for batch in evaluation_batches(*args, **kwargs):

@@ -24,6 +24,7 @@ from dtrain.training import build
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.stopping import RunStopped
 from tests.support import tiny, training
+from tests.support.evaluated import records_of
 from tests.support.multirank import run_ranks
 from tests.support.training import Setting, apart, worst
 
@@ -123,11 +124,8 @@ def evaluated(context: RankContext, tokens: int | None = None) -> dict[str, Any]
     forward = ForwardOnly(tiny.bert(layers=2), SORTED.config(), context)
     before = context.traffic.copy()
     found = evaluate_split(forward, task, "validation", micro_batch_size=4, micro_batch_tokens=tokens)
-    return {
-        "metrics": dict(found.metrics),
-        "records": [dict(record) for record in found.records],
-        "collectives": context.traffic.since(before).collectives,
-    }
+    collectives = context.traffic.since(before).collectives
+    return {"metrics": dict(found.metrics), "records": records_of(found, context), "collectives": collectives}
 
 
 @pytest.mark.parametrize(("world_size", "tokens"), [(2, None), (3, None), (3, 40), (3, 10_000)])
@@ -269,7 +267,7 @@ def stopped(context: RankContext) -> list[str]:
 
 
 def test_a_signal_on_one_rank_stops_all_of_them_in_the_next_collective() -> None:
-    assert run_ranks(stopped, 2) == [["stopped after 2", "stopped after 3"]] * 2
+    assert run_ranks(stopped, 2) == [["stopped after 1", "stopped after 3"]] * 2
 
 
 def shared(context: RankContext) -> list[Any]:

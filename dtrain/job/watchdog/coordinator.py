@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dtrain.config import bounded_json
 from dtrain.console import log
@@ -119,6 +119,7 @@ class Coordinator:
         self._settings = settings
         self._report_end = report_end
         self._ranks: dict[int, RankRecord] = {}
+        self._unsignaled: set[int] = set()
         self._is_over = self._is_reported = self._is_done = False
         self._ending: asyncio.Task[None] | None = None
         self._start_s, self._has_warned = time.monotonic(), False
@@ -127,6 +128,7 @@ class Coordinator:
     def add_rank(self, rank: int, record: RankRecord) -> None:
         """Adds a rank when its monitor connects."""
         self._ranks[rank] = record
+        self._unsignaled.add(rank)
 
     def receive(self, rank: int, message: MonitorMessage) -> None:
         """Handles a message from the monitor of a rank."""
@@ -139,7 +141,7 @@ class Coordinator:
             case {"evidence": evidence}:
                 record.evidence = evidence
             case {"signal": _}:
-                self._send_all(message)
+                self._pass_on_signal(rank, message)
             case {"leaving": _}:
                 record.has_left = True
                 if self._ending is not None:  # the others must still be ended, even if rank 0 is gone
@@ -286,11 +288,29 @@ class Coordinator:
     def _alive(self) -> list[RankRecord]:
         return [record for record in self._ranks.values() if not (record.has_left or record.is_disconnected)]
 
+    def _pass_on_signal(self, rank: int, message: MonitorMessage) -> None:
+        """Sends a signal to each rank that has had none. Every rank that gets one reports it in turn: that adds nothing."""
+        ranks = self._unsignaled - {rank}
+        self._unsignaled = set()
+        self._send_to([self._ranks[each] for each in sorted(ranks)], message)
+
     def _send_all(self, message: MonitorMessage) -> None:
         """Sends to all ranks that have not left. A rank that has failed ends by itself, or continues in a notebook."""
-        for record in self._ranks.values():
+        self._send_to(self._ranks.values(), message)
+
+    def _send_to(self, records: Iterable[RankRecord], message: MonitorMessage) -> None:
+        encoded = EncodedMessage(message)
+        for record in records:
             if not record.has_left:
-                record.send(message)
+                record.send(encoded)
+
+
+class EncodedMessage(dict[str, Any]):
+    """A message to many monitors, with the line that each of them gets."""
+
+    def __init__(self, message: MonitorMessage) -> None:
+        super().__init__(message)
+        self.line = json.dumps(message).encode() + b"\n"
 
 
 async def serve_monitor(
@@ -329,4 +349,5 @@ def _parse_hello(line: bytes, token: str) -> MonitorMessage | None:
 def send_message(writer: asyncio.StreamWriter, message: MonitorMessage) -> None:
     """Sends a line of JSON, unless the connection is closed."""
     if not writer.is_closing():
-        writer.write(json.dumps(message).encode() + b"\n")
+        line = message.line if isinstance(message, EncodedMessage) else json.dumps(message).encode() + b"\n"
+        writer.write(line)

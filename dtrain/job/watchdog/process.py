@@ -259,6 +259,7 @@ class RankMonitor:
             lambda reader, writer: serve_monitor(coordinator, reader, writer, token=token),
             sock=listener,
             limit=MAX_LINE,
+            backlog=network.BACKLOG,
         )
         port = listener.getsockname()[1]
         endpoint = CoordinatorEndpoint(address, port, token, socket.gethostname(), self._rank.pid)
