@@ -61,6 +61,12 @@ def _kept_nothing() -> Any:
     gc.enable()
 
 
+def import_in_vain(*, keep: bool) -> None:
+    with without_collections(keep=keep):
+        assert not gc.isenabled()
+        raise ImportError("no module")
+
+
 @pytest.mark.usefixtures("_kept_nothing")
 @pytest.mark.parametrize("was_on", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
@@ -68,9 +74,8 @@ def test_the_collector_is_off_in_the_block_and_afterwards_as_before(was_on: bool
     gc.unfreeze()
     (gc.enable if was_on else gc.disable)()
 
-    with pytest.raises(ImportError), without_collections(keep=keep):
-        assert not gc.isenabled()
-        raise ImportError("no module")
+    with pytest.raises(ImportError):
+        import_in_vain(keep=keep)
 
     assert gc.isenabled() == was_on
     assert (gc.get_freeze_count() > 0) == keep

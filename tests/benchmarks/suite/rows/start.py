@@ -47,7 +47,9 @@ def start(options: Options) -> RowResult:
 def _specs(options: Options, workload: Workload) -> list[Spec]:
     return [
         replace(
-            options.spec("start", replace(one, name=f"{one.name}, {ranks} rank" + "s" * (ranks > 1)), workload, steps=1),
+            options.spec(
+                "start", replace(one, name=f"{one.name}, {ranks} rank" + "s" * (ranks > 1)), workload, steps=1
+            ),
             ranks=ranks,
             core=None,
         )
