@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from dtrain.job.failure import (
     write_exit_file,
     write_exit_json,
 )
+from dtrain.job.imports import without_collections
 from dtrain.job.launcher_watch import exit_with_launcher
 from dtrain.runs.launch_record import is_by_same_agents
 
@@ -138,7 +139,7 @@ def fit(
     """Collective. Trains from Python as the command line does: see dtrain.fit."""
     begin = time.monotonic()
     topology = Topology.from_env(os.environ)
-    context = RankContext(topology)
+    context, is_torch_loaded = RankContext(topology), "torch" in sys.modules
     console.configure_logging(rank=topology.rank, world_size=topology.world_size)
 
     def record_cause(cause: BaseException) -> None:
@@ -150,7 +151,8 @@ def fit(
 
         try:
             with session(config, topology, os.environ) as job:
-                from dtrain.commands.train import run_train
+                with without_collections(keep=not is_torch_loaded):
+                    from dtrain.commands.train import run_train
 
                 context = job.context  # record_cause needs its heartbeat, which has the id of the lock
                 try:
@@ -258,39 +260,45 @@ def _report_common_error(error: DtrainError, topology: Topology) -> int:
 
 
 def _run_command(command: str, config: Config, context: RankContext, *, dry_run: bool) -> None:
+    with without_collections(keep=True):
+        run = _import_command(command, dry_run=dry_run)
+    run(config, context)
+
+
+def _import_command(command: str, *, dry_run: bool) -> Callable[[Config, RankContext], object]:
+    """Returns the function that runs a command."""
     match command:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, context) if dry_run else run_train(config, context, began=process_start())
+            return run_dry if dry_run else partial(run_train, began=process_start())
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 
-            run_evaluate(config, context)
+            return run_evaluate
         case "predict":
             from dtrain.commands.predict import run_predict
 
-            run_predict(config, context)
+            return run_predict
         case "generate":
             from dtrain.commands.generate import run_generate
 
-            run_generate(config, context)
+            return run_generate
         case "inspect":
             from dtrain.commands.inspect_model import run_inspect
 
-            run_inspect(config, context)
+            return run_inspect
         case "download":
             from dtrain.commands.download import run_download
 
-            run_download(config, context)
+            return run_download
         case "export":
             from dtrain.commands.export import run_export
 
-            run_export(config, context)
-        case "chat":
-            from dtrain.commands.chat import run_chat
+            return run_export
+    from dtrain.commands.chat import run_chat
 
-            run_chat(config, context)
+    return run_chat
 
 
 def console_script() -> None:

@@ -7,6 +7,7 @@ rank.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from dtrain.distributed.signals import telling_peers
 from dtrain.distributed.topology import Topology
 from dtrain.errors import TopologyError
 from dtrain.job.failure import JobSession, lost_peer_error
+from dtrain.job.imports import without_collections
 from dtrain.job.watchdog.client import WatchdogClient, start_watchdog
 from dtrain.job.watchdog.rules import HangSettings
 
@@ -57,14 +59,16 @@ def _join_group(
         TopologyError: the ranks have not met; or one of them died before they had exchanged their processes, or at the
             end.
     """
-    from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_store, on_main
-    from dtrain.distributed.process_group import process_group
-    from dtrain.job import rank_checks
-    from dtrain.job.cpu_sharing import set_threads, share_cores
+    # In a notebook torch may be loaded, with objects that become garbage later.
+    with without_collections(keep="torch" not in sys.modules):
+        from dtrain.distributed.collectives import all_gather_object, is_lost_peer, job_store, on_main
+        from dtrain.distributed.process_group import process_group
+        from dtrain.job import rank_checks
+        from dtrain.job.cpu_sharing import set_threads, share_cores
 
-    set_threads(topology, env)
-    _limit_kernels(config, env)
-    _silence_libraries(env)
+        set_threads(topology, env)
+        _limit_kernels(config, env)
+        _silence_libraries(env)
     run = {"command": command, "run folder": str(config.run_dir)}
     watchdog.heartbeat.on_run_dir_lost = lambda reason: _report_lost_run_dir(reason, watchdog)
     job: JobSession | None = None

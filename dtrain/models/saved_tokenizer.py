@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,16 +68,23 @@ def _without_last_call(text: str) -> str:
     return text
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_remote_code: bool = False) -> str | None:
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> str | None:
     """Saves a tokenizer into a folder, beside the model's config.json if there is one, so that it reloads as the same one.
+
+    Args:
+        texts: compared as well; what is saved does not depend on them.
 
     Returns:
         What differs nevertheless; see `find_difference`.
     """
     tokenizer.save_pretrained(str(folder))
-    difference = find_difference(tokenizer, folder, trust_remote_code=trust_remote_code)
-    if difference is None:
-        return None
+    difference = find_difference(tokenizer, folder, texts, trust_remote_code=trust_remote_code)
+    if difference is None or (
+        texts and find_difference(tokenizer, folder, trust_remote_code=trust_remote_code) is None
+    ):
+        return difference
     # transformers leaves out what is the default of the saved class. The class that is loaded may have other defaults.
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -86,7 +93,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, *, trust_re
     for name in SPECIALS:
         content.setdefault(f"{name}_token", None)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return find_difference(tokenizer, folder, trust_remote_code=trust_remote_code)
+    return find_difference(tokenizer, folder, texts, trust_remote_code=trust_remote_code)
 
 
 def find_difference(

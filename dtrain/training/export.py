@@ -92,11 +92,13 @@ def check_reload(module: nn.Module, task: Task, config: Config) -> None:
     tokenizer = task.tokenizer
     if not isinstance(processor_or_tokenizer(task), PreTrainedTokenizerBase):
         return
-    remote = config.model.trust_remote_code
+    remote, texts = config.model.trust_remote_code, _some_texts(task)
     with tempfile.TemporaryDirectory(prefix="dtrain-") as place:
         folder = Path(place) / "model"
-        difference = save(module, {}, tokenizer, folder, config_only=True)
-        difference = difference or find_difference(tokenizer, folder, _some_texts(task), trust_remote_code=remote)
+        _save_config(module, folder)
+        difference = save_tokenizer(tokenizer, folder, texts)
+        if difference is None and remote:
+            difference = find_difference(tokenizer, folder, texts, trust_remote_code=True)
     if difference is None:
         return
     kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
@@ -108,6 +110,21 @@ def check_reload(module: nn.Module, task: Task, config: Config) -> None:
         f"The tokenizer {name} cannot be saved with a {kind} model: in the folder of such a model, the saved tokenizer "
         f"{difference}. {fix}."
     )
+
+
+def _save_config(module: nn.Module, folder: Path) -> None:
+    """Writes what a model's folder has besides weights and tokenizer.
+
+    The save_pretrained of a model imports DeepSpeed, where it is installed, in 0.1 s: a model of transformers has its own
+    parts written instead.
+    """
+    is_special = hasattr(module, adapters.CONFIG_ATTRIBUTE) or getattr(module, "hf_quantizer", None) is not None
+    if is_special or not isinstance(module, PreTrainedModel) or module.is_remote_code():
+        save(module, {}, None, folder, config_only=True)
+        return
+    module.config.save_pretrained(str(folder))
+    if module.can_generate():
+        module.generation_config.save_pretrained(str(folder))
 
 
 def _some_texts(task: Task) -> list[str]:

@@ -322,3 +322,9 @@ def test_the_image_runs_as_a_user_by_number_and_its_entry_point_gets_the_signals
     entry = json.loads(found["ENTRYPOINT"])  # a list: a shell in between would not forward SIGTERM
     assert entry == ["torchrun", "dtrain/main.py"]
     assert (ROOT / entry[1]).exists()
+
+
+def test_the_image_has_dtrain_compiled_by_its_user() -> None:
+    order = [f"{name} {rest}" for name, rest in instructions()]
+
+    assert order.index("USER 1000:1000") < order.index("RUN python -m compileall -q dtrain")

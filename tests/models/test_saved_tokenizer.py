@@ -126,20 +126,58 @@ def test_train_bpe_uses_the_class_that_the_model_type_forces(model_type: str, pa
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_run_whose_folder_would_have_another_tokenizer_is_refused_before_training(tmp_path: Path) -> None:
+def char_task() -> CausalLmTask:
     tokenizer = build_char_tokenizer(["ab c"])
     rows = Dataset.from_dict({"input_ids": [tokenizer("ab ca")["input_ids"]]})
-    task = CausalLmTask({"train": rows}, tokenizer, max_length=4, is_char=True)
-    config = load_config(None, ["model.tokenizer=char", "model.from_scratch=true", "model.config={model_type: qwen2}"])
-    sizes = {
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    sizes["num_key_value_heads"] = 1
+    return CausalLmTask({"train": rows}, tokenizer, max_length=4, is_char=True)
 
-    check_reload(LlamaForCausalLM(LlamaConfig(**sizes)), task, config)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+}
+
+
+def test_a_run_whose_folder_would_have_another_tokenizer_is_refused_before_training() -> None:
+    task = char_task()
+    config = load_config(None, ["model.tokenizer=char", "model.from_scratch=true", "model.config={model_type: qwen2}"])
+
+    check_reload(LlamaForCausalLM(LlamaConfig(**SIZES)), task, config)
     with pytest.raises(ConfigError, match=r"char cannot be saved with a qwen2 model: .* Set model.tokenizer=train-bpe"):
-        check_reload(Qwen2ForCausalLM(Qwen2Config(**sizes)), task, config)
+        check_reload(Qwen2ForCausalLM(Qwen2Config(**SIZES)), task, config)
+
+
+def test_the_check_before_training_loads_the_saved_tokenizer_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[set[str]] = []
+    real = AutoTokenizer.from_pretrained
+
+    def load(folder: Path, **options: Any) -> Any:
+        loaded.append({file.name for file in folder.iterdir()})
+        return real(folder, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+
+    check_reload(LlamaForCausalLM(LlamaConfig(**SIZES)), char_task(), load_config(None, ["model.tokenizer=char"]))
+
+    assert len(loaded) == 1
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= loaded[0]
+
+
+@pytest.mark.parametrize("is_repaired", [True, False])
+def test_what_is_saved_does_not_depend_on_the_texts_that_are_compared(
+    is_repaired: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(_tokenizer: Any, folder: Path, texts: Any = (), **_: Any) -> str | None:
+        is_first = "model_input_names" not in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return "differs" if texts or (is_repaired and is_first) else None
+
+    monkeypatch.setattr("dtrain.models.saved_tokenizer.find_difference", differs)
+    for name, texts in (("without", ()), ("with", ("a text",))):
+        assert save_tokenizer(build_char_tokenizer(["ab c"]), tmp_path / name, texts) == ("differs" if texts else None)
+
+    files = [(tmp_path / name / "tokenizer_config.json").read_text(encoding="utf-8") for name in ("without", "with")]
+    assert files[0] == files[1]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.benchmarks.suite import machine
 
 HEAVY = ("deepspeed", "peft", "torch._dynamo", "torch.distributed.tensor", "tensorboard", "sklearn", "pandas")
 """Packages that take a good part of the import time. A run that does not need them should not import them."""
@@ -69,6 +72,17 @@ class TokenCounter:
 def imported() -> dict[str, Any]:
     """Returns how many modules this process has imported, and which heavy packages are among them."""
     return {"modules": len(sys.modules), "heavy_imports": [name for name in HEAVY if name in sys.modules]}
+
+
+def at_first_step() -> dict[str, Any]:
+    """Returns when the first step ended, by the monotonic clock, what it had cost until then, and what was imported."""
+    found = imported()
+    return {
+        "first_step_s": time.monotonic(),
+        "first_step_cpu_s": machine.tree_cpu_seconds(),
+        "modules_at_first_step": found["modules"],
+        "heavy_at_first_step": found["heavy_imports"],
+    }
 
 
 class Laps:

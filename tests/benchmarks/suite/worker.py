@@ -25,13 +25,21 @@ def main() -> None:
     counter = counting.TokenCounter(spec.workload.shape.layers)
     laps = counting.Laps(counter, marks=len(spec.laps), collectives=spec.ranks > 1)
     peak: list[int] = []  # of the steps alone: what a trainer does at its end is left out
+    first: dict[str, Any] = {}
+
+    def after_first_step() -> None:
+        first.update(counting.at_first_step())
+        counter.begin()
+        if spec.steps == 1:
+            peak.append(machine.peak_memory_bytes())
+
     gate = Gate(
         spec.gate if rank == 0 else None,
         warm=spec.warm,
         block=spec.block,
         at_step={
-            1: counter.begin,
             spec.steps: lambda: peak.append(machine.peak_memory_bytes()),
+            1: after_first_step,
             **dict.fromkeys(spec.laps, laps.mark),
         },
         traced=spec.traced,
@@ -46,6 +54,7 @@ def main() -> None:
         "step_ends": gate.ends,
         "process_cpu_s": machine.tree_cpu_seconds(),
         **counting.imported(),
+        **first,
     }
     if spec.counted:
         result |= {**counter.figures(), "laps": laps.counts}

@@ -12,6 +12,7 @@ from tests.benchmarks.suite.rows import (
     frozen,
     memory,
     minilm_cola,
+    start,
     tokenizing,
     training_steps,
 )
@@ -25,6 +26,7 @@ ROWS: dict[str, Callable[[Options], RowResult]] = {
     "evaluation": evaluation.evaluation,
     "memory": memory.memory,
     "checkpoint": checkpoint.checkpoint,
+    "start": start.start,
     "tokenizing": tokenizing.tokenizing,
     "minilm_cola": minilm_cola.minilm_cola,
     "two_ranks": training_steps.two_ranks,
