@@ -1,0 +1,357 @@
+"""Runs the ranks of one machine as forks of this process, and starts them again after a failure: `--ranks N`.
+
+Forked and not spawned, because everything is imported once for all ranks and all restarts (a rank is there 0.1 s after its
+start, not 4 s), and that is safe as long as this process has no thread, no CUDA context and no process group: preload.py
+only imports, `other_threads` checks, and where a thread exists nevertheless, ranks are started as new programs.
+
+A rank sees the variables of torchrun, is in a session of its own, and handles signals itself. This process only waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import secrets
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dtrain import console
+from dtrain.config import bounded_json
+from dtrain.console import log
+from dtrain.distributed import launcher_env, network
+from dtrain.distributed.process_info import read_stat
+from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
+from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
+
+FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
+"""Exit codes after which the ranks are not started again: the same error would come again, or all is saved."""
+
+PATIENT_CODES = (0, Preempted.exit_code)
+"""Exit codes of one rank after which the others may take as long as they need."""
+
+SETTLE_S = 5.0
+"""Time for the other ranks to end by themselves after one has failed; they notice at once, and report it."""
+
+TERM_S = 3.0
+"""Time from SIGTERM to SIGKILL for a rank that has not ended by then."""
+
+LINGER_S = 2.0
+"""Time for helper processes of ranks to end by themselves before this process ends: a monitor may still write."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that are passed on to all ranks."""
+
+SAFE_THREADS = ("jemalloc_bg_thd",)
+"""Names of threads that may exist before a fork: jemalloc (in pyarrow) takes its locks before and starts it again after."""
+
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+
+
+@dataclass(frozen=True)
+class RankLaunch:
+    """What to start.
+
+    Attributes:
+        ranks: number of ranks.
+        max_restarts: how often they are started again after a failure.
+        exit_file: exit.json of the run folder; None for a command that writes none.
+        run_rank: runs a rank in its process and returns its exit code.
+    """
+
+    ranks: int
+    max_restarts: int
+    exit_file: Path | None
+    run_rank: Callable[[], int]
+
+
+@dataclass
+class _Start:
+    """One start of all ranks.
+
+    Attributes:
+        running: rank of each process that has not ended, by process id.
+        codes: exit code of each rank that has ended, negative for a signal, in the order of their ends.
+        pids: process ids by rank.
+    """
+
+    running: dict[int, int] = field(default_factory=dict)
+    codes: dict[int, int] = field(default_factory=dict)
+    pids: list[int] = field(default_factory=list)
+
+    def failures(self, allowed: Sequence[int] = (0,)) -> list[int]:
+        """Returns the ranks that have failed, the first failure first."""
+        return [rank for rank, code in self.codes.items() if code not in allowed]
+
+    def send(self, number: int) -> None:
+        """Sends a signal to all ranks that are running."""
+        for pid in self.running:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
+    """Runs all ranks to their end, with restarts, and returns the job's exit code. Call it after the imports.
+
+    Args:
+        env: os.environ; a rank's variables are set in it, in the process of the rank.
+    """
+    own_name = _process_name()
+    _prctl(PR_SET_NAME, ctypes.c_char_p(LAUNCHER_NAME.encode()))
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed rank leaves behind becomes ours, and ends with us
+    gc.collect()
+    gc.freeze()  # the ranks' garbage collections would copy every shared page
+    run_id, restart = secrets.token_hex(8), 0
+    with _blocked_signals() as (signals, mask):
+        while True:
+            old_stamp = _stamp(launch.exit_file)
+            start = _start_all(launch, env, run_id=run_id, restart=restart, mask=mask, name=own_name)
+            was_stopped = _wait(start, signals)
+            record = _read_exit(launch.exit_file, old_stamp)
+            code = _job_code(start, record)
+            if was_stopped or code in FINAL_CODES or restart == launch.max_restarts:
+                break
+            restart += 1
+            log.warning(
+                "%s All %d ranks start again: restart %d of %d.", _why(start), launch.ranks, restart, launch.max_restarts
+            )
+        _end_descendants()
+    if (message := _final_message(start, record)) is not None and code != Preempted.exit_code:
+        log.error("%s", message)
+    return code
+
+
+# ---------------------------------------------------------------- starting ranks
+
+
+def _start_all(
+    launch: RankLaunch,
+    env: MutableMapping[str, str],
+    *,
+    run_id: str,
+    restart: int,
+    mask: set[signal.Signals],
+    name: bytes,
+) -> _Start:
+    """Forks all ranks. Rank 0 inherits the socket where they meet, so that its port is free and stays so."""
+    start, launcher, threads = _Start(), os.getpid(), other_threads()
+    with network.listen("127.0.0.1", 0) as listener:
+        common = {
+            "WORLD_SIZE": launch.ranks,
+            "LOCAL_WORLD_SIZE": launch.ranks,
+            "GROUP_RANK": 0,
+            "GROUP_WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": listener.getsockname()[1],
+            "TORCHELASTIC_RUN_ID": f"dtrain-{run_id}",
+            "TORCHELASTIC_RESTART_COUNT": restart,
+            "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
+            launcher_env.LAUNCHER_PID: launcher,
+        }
+        console.flush_streams()  # all processes would write what is still buffered
+        for rank in range(launch.ranks):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads: see SAFE_THREADS
+                pid = os.fork()
+            if pid:
+                start.running[pid] = rank
+                start.pids.append(pid)
+                continue
+            own = {"RANK": rank, "LOCAL_RANK": rank, **({launcher_env.MASTER_FD: listener.fileno()} if rank == 0 else {})}
+            env.update({key: str(value) for key, value in {**common, **own}.items()})
+            if rank > 0:
+                listener.close()
+            _become_rank(launcher, mask, name)
+            _run_rank(launch.run_rank, env, listener.fileno() if rank == 0 else None, threads)
+    return start
+
+
+def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
+    """Gives this fork what a newly started program has: a session, default signals, a name."""
+    os.setsid()
+    _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))  # until it watches its launcher itself: launcher_watch.py
+    if os.getppid() != launcher:
+        os._exit(TopologyError.exit_code)
+    _prctl(PR_SET_NAME, ctypes.c_char_p(name))
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run_rank(run_rank: Callable[[], int], env: MutableMapping[str, str], socket: int | None, threads: list[str]) -> NoReturn:
+    """Runs the rank and ends its process; as a new program if a thread of the launcher is missing in this fork."""
+    code = 1
+    try:
+        if threads:
+            if socket is not None:
+                os.set_inheritable(socket, True)
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()  # else all ranks would draw the same numbers, in code of the user
+        code = run_rank()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001 - this is the outermost handler of the process
+        traceback.print_exc()
+    finally:
+        console.flush_streams()
+        os._exit(code)
+
+
+def other_threads() -> list[str]:
+    """Returns the names of this process's threads that a fork would lose; a lock that one holds would stay locked."""
+    tasks = Path("/proc/self/task")
+    names = [_read(task / "comm") for task in tasks.iterdir() if task.name != str(os.getpid())]
+    return [name for name in names if name and name not in SAFE_THREADS]
+
+
+# ---------------------------------------------------------------- waiting for their end
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
+    """Blocks the signals that this process waits for, so that none is missed and none needs a handler.
+
+    Yields:
+        The signals to wait for, and the mask from before.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no exit code is kept
+    # nohup ignores SIGHUP, and a shell SIGINT in the background: they must stay ignored.
+    stops = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    waited = {signal.SIGCHLD, *stops}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
+    try:
+        yield waited, {signal.Signals(number) for number in mask}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _wait(start: _Start, signals: set[signal.Signals]) -> bool:
+    """Waits until all ranks have ended. Ends those that do not end by themselves after another has failed.
+
+    Returns:
+        Whether a signal told the job to stop.
+    """
+    was_stopped, next_number, deadline = False, signal.SIGTERM, float("inf")
+    while start.running:
+        remaining_s = min(deadline - time.monotonic(), 60.0)
+        info = signal.sigtimedwait(signals, max(remaining_s, 0.0))
+        if info is not None and info.si_signo != signal.SIGCHLD:
+            was_stopped = True
+            start.send(info.si_signo)
+        _collect(start)
+        if deadline == float("inf") and start.failures(PATIENT_CODES):
+            deadline = time.monotonic() + SETTLE_S
+        elif time.monotonic() > deadline:
+            start.send(next_number)
+            next_number, deadline = signal.SIGKILL, time.monotonic() + TERM_S
+    return was_stopped
+
+
+def _collect(start: _Start) -> None:
+    """Collects the processes that have ended, helpers of dead ranks included."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        rank = start.running.pop(pid, None)
+        if rank is not None:
+            start.codes[rank] = os.waitstatus_to_exitcode(status)
+
+
+def _end_descendants() -> None:
+    """Waits for helper processes that dead ranks have left, and kills those that stay."""
+    deadline = time.monotonic() + LINGER_S
+    while left := _children(os.getpid()):
+        if time.monotonic() > deadline:
+            for pid in left:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+        _collect(_Start())
+        time.sleep(0.01)
+        if time.monotonic() > deadline + LINGER_S:  # the kernel does not end it: a dead disk
+            return
+
+
+def _children(pid: int) -> list[int]:
+    listings = [_read(task / "children") for task in Path(f"/proc/{pid}/task").iterdir()]
+    return [int(child) for listing in listings for child in listing.split()]
+
+
+# ---------------------------------------------------------------- the outcome
+
+
+def _job_code(start: _Start, record: dict[str, Any] | None) -> int:
+    """Returns dtrain's exit code of the first rank that failed; a killed rank has none, but those that follow it do."""
+    failures = start.failures()
+    codes = [start.codes[rank] for rank in failures if start.codes[rank] > 0]
+    if not failures:
+        return 0
+    if record is not None and record["code"]:
+        return int(record["code"])
+    return codes[0] if codes else TopologyError.exit_code
+
+
+def _why(start: _Start) -> str:
+    rank = start.failures()[0]
+    code = start.codes[rank]
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"Rank {rank} (process {start.pids[rank]}) {how}."
+
+
+def _final_message(start: _Start, record: dict[str, Any] | None) -> str | None:
+    """Returns the job's last line; None if rank 0 has printed it: the cause was its own, or it had lost another rank."""
+    failures = start.failures()
+    if not failures:
+        return None
+    if record is None:
+        is_silent = all(start.codes[rank] < 0 for rank in failures)
+        return f"{_why(start)} Was the memory full?" if is_silent else None
+    if record["cause"] == TopologyError.__name__ or record["rank"] == 0:
+        return None
+    message = (str(record["message"]).splitlines() or [str(record["cause"])])[0]
+    return f"rank {record['rank']} on {record['host']}: {message}"
+
+
+def _read_exit(file: Path | None, old_stamp: tuple[int, int] | None) -> dict[str, Any] | None:
+    """Returns exit.json if this start has written it."""
+    if file is None or _stamp(file) in (None, old_stamp):
+        return None
+    try:
+        record: dict[str, Any] = bounded_json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if {"code", "cause", "rank", "host", "message"} <= set(record) else None
+
+
+def _stamp(file: Path | None) -> tuple[int, int] | None:
+    """Returns what changes whenever a file is replaced or written; None if there is no file."""
+    try:
+        status = file.stat() if file is not None else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_ino, status.st_mtime_ns)
+
+
+def _process_name() -> bytes:
+    return _read(Path("/proc/self/comm")).encode()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _prctl(option: int, value: Any) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
