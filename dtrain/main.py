@@ -110,18 +110,19 @@ def _launch_ranks(arguments: argparse.Namespace, config: Config, run: Callable[[
         console.configure_logging(rank=topology.rank, world_size=topology.world_size)
         return run(topology)
 
+    from dtrain.job.forked_ranks import RankLaunch, run_ranks
+    from dtrain.job.preload import preload
+
+    exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
+    launch = RankLaunch(
+        arguments.ranks, arguments.max_restarts or 0, exit_file, partial(preload, os.environ), run_rank
+    )
     try:
         check_process_limit(os.environ, local_world_size=arguments.ranks)
-        from dtrain.job.preload import preload
-
-        preload(os.environ)
+        return run_ranks(launch, os.environ)
     except (TopologyError, Interrupted) as error:
         log.error("%s", error)
         return error.exit_code
-    from dtrain.job.forked_ranks import RankLaunch, run_ranks
-
-    exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
-    return run_ranks(RankLaunch(arguments.ranks, arguments.max_restarts or 0, exit_file, run_rank), os.environ)
 
 
 def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:

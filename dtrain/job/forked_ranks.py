@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from dtrain import console
@@ -29,8 +30,10 @@ from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed import launcher_env, network
 from dtrain.distributed.process_info import read_stat
+from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
 from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
+from dtrain.job.failure import interrupted_early
 
 FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
 """Exit codes after which the ranks are not started again: the same error would come again, or all is saved."""
@@ -64,12 +67,14 @@ class RankLaunch:
         ranks: number of ranks.
         max_restarts: how often they are started again after a failure.
         exit_file: exit.json of the run folder; None for a command that writes none.
+        preload: imports what the ranks will import.
         run_rank: runs a rank in its process and returns its exit code.
     """
 
     ranks: int
     max_restarts: int
     exit_file: Path | None
+    preload: Callable[[], None]
     run_rank: Callable[[], int]
 
 
@@ -99,14 +104,19 @@ class _Start:
 
 
 def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
-    """Runs all ranks to their end, with restarts, and returns the job's exit code. Call it after the imports.
+    """Runs all ranks to their end, with restarts, and returns the job's exit code.
 
     Args:
         env: os.environ; a rank's variables are set in it, in the process of the rank.
+
+    Raises:
+        Interrupted: a signal told the job to stop before there were ranks.
     """
     own_name = _process_name()
     _prctl(PR_SET_NAME, ctypes.c_char_p(LAUNCHER_NAME.encode()))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed rank leaves behind becomes ours, and ends with us
+    with _interruptible():
+        launch.preload()
     gc.collect()
     gc.freeze()  # the ranks' garbage collections would copy every shared page
     run_id, restart = secrets.token_hex(8), 0
@@ -127,6 +137,22 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
     if (message := _final_message(start, record)) is not None and code != Preempted.exit_code:
         log.error("%s", message)
     return code
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets a signal end the imports. No helper thread, unlike signals.py: it would be one at the fork."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise interrupted_early(SINGLE, signal.Signals(number).name)
+
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- starting ranks
