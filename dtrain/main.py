@@ -114,9 +114,7 @@ def _launch_ranks(arguments: argparse.Namespace, config: Config, run: Callable[[
     from dtrain.job.preload import preload
 
     exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
-    launch = RankLaunch(
-        arguments.ranks, arguments.max_restarts or 0, exit_file, partial(preload, os.environ), run_rank
-    )
+    launch = RankLaunch(arguments.ranks, arguments.max_restarts or 0, exit_file, partial(preload, os.environ), run_rank)
     try:
         check_process_limit(os.environ, local_world_size=arguments.ranks)
         return run_ranks(launch, os.environ)
@@ -209,7 +207,7 @@ class _ReportedFailure(Exception):
         self.code = code
 
 
-def _has_exit_json(command: str, config: Config, dry_run: bool) -> bool:  # noqa: FBT001
+def _has_exit_json(command: str, config: Config, dry_run: bool) -> bool:
     # These have no run folder: one text to predict, and a chat unless a setting says otherwise.
     answers_directly = (command == "predict" and config.predict.text is not None) or (
         command == "chat" and not config.talk.makes_run_folder

@@ -91,7 +91,9 @@ def parse(
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
     parser.add_argument("--ranks", type=int, metavar="N", help="run on N ranks of this machine: no launcher is needed")
-    parser.add_argument("--max-restarts", type=int, metavar="N", help="with --ranks: start again up to N times after a failure")
+    parser.add_argument(
+        "--max-restarts", type=int, metavar="N", help="with --ranks: start again up to N times after a failure"
+    )
     parser.add_argument("--json", action="store_true", help="goodput, doctor: one JSON object instead of a table")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: file of the hosts to check")
     parser.add_argument("--include", metavar="HOST[:SLOT,..][@..]", help="doctor: only these hosts of the file")
@@ -174,6 +176,8 @@ def _refuse_options_of_other_commands(arguments: argparse.Namespace) -> None:
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ConfigError(f"--ranks {arguments.ranks} is not a number of ranks: it must be at least 1.")
     if arguments.max_restarts is not None and arguments.max_restarts < 0:
-        raise ConfigError(f"--max-restarts {arguments.max_restarts} is not a number of restarts: it must be at least 0.")
+        raise ConfigError(
+            f"--max-restarts {arguments.max_restarts} is not a number of restarts: it must be at least 0."
+        )
     if arguments.dry_run and command != "train":
         raise ConfigError(f"--dry-run shows the plan of a training run, and {command} has no plan. Remove it.")

@@ -29,7 +29,6 @@ from dtrain import console
 from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed import launcher_env, network
-from dtrain.distributed.process_info import read_stat
 from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
 from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
@@ -131,7 +130,11 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
                 break
             restart += 1
             log.warning(
-                "%s All %d ranks start again: restart %d of %d.", _why(start), launch.ranks, restart, launch.max_restarts
+                "%s All %d ranks start again: restart %d of %d.",
+                _why(start),
+                launch.ranks,
+                restart,
+                launch.max_restarts,
             )
         _end_descendants()
     if (message := _final_message(start, record)) is not None and code != Preempted.exit_code:
@@ -169,6 +172,8 @@ def _start_all(
 ) -> _Start:
     """Forks all ranks. Rank 0 inherits the socket where they meet, so that its port is free and stays so."""
     start, launcher, threads = _Start(), os.getpid(), other_threads()
+    if threads:
+        log.warning("Ranks are started as new programs, which takes longer: a thread (%s) runs already.", threads[0])
     with network.listen("127.0.0.1", 0) as listener:
         common = {
             "WORLD_SIZE": launch.ranks,
@@ -191,7 +196,11 @@ def _start_all(
                 start.running[pid] = rank
                 start.pids.append(pid)
                 continue
-            own = {"RANK": rank, "LOCAL_RANK": rank, **({launcher_env.MASTER_FD: listener.fileno()} if rank == 0 else {})}
+            own = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                **({launcher_env.MASTER_FD: listener.fileno()} if rank == 0 else {}),
+            }
             env.update({key: str(value) for key, value in {**common, **own}.items()})
             if rank > 0:
                 listener.close()
@@ -210,7 +219,9 @@ def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _run_rank(run_rank: Callable[[], int], env: MutableMapping[str, str], socket: int | None, threads: list[str]) -> NoReturn:
+def _run_rank(
+    run_rank: Callable[[], int], env: MutableMapping[str, str], socket: int | None, threads: list[str]
+) -> NoReturn:
     """Runs the rank and ends its process; as a new program if a thread of the launcher is missing in this fork."""
     code = 1
     try:

@@ -153,7 +153,10 @@ class Job:
         return sorted(
             found,
             # Forked ranks show the environment of their launcher, which starts them in order.
-            key=lambda pid: (int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))), pid),
+            key=lambda pid: (
+                int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))),
+                pid,
+            ),
         )
 
     def named(self, word: str) -> int:
