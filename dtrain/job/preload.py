@@ -23,6 +23,5 @@ def preload(env: MutableMapping[str, str]) -> None:
     import transformers  # noqa: F401
 
     from dtrain.distributed import collectives, process_group  # noqa: F401
-    from dtrain.engine import ddp, single  # noqa: F401
     from dtrain.job import cpu_sharing, rank_checks, session  # noqa: F401
     from dtrain.training import prepare_run, run_claim  # noqa: F401
