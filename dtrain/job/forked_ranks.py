@@ -114,10 +114,11 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
     own_name = _process_name()
     _prctl(PR_SET_NAME, ctypes.c_char_p(LAUNCHER_NAME.encode()))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed rank leaves behind becomes ours, and ends with us
+    gc.disable()  # imports leave next to nothing to collect
     with _interruptible():
         launch.preload()
-    gc.collect()
     gc.freeze()  # the ranks' garbage collections would copy every shared page
+    gc.enable()
     run_id, restart = secrets.token_hex(8), 0
     with _blocked_signals() as (signals, mask):
         while True:
