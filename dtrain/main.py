@@ -28,7 +28,7 @@ from dtrain.config import bounded_json
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.launcher_env import DTRAIN
+from dtrain.distributed.launcher_env import DTRAIN, read_node
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import process_start
 from dtrain.distributed.process_limit import check_process_limit
@@ -114,9 +114,16 @@ def _launch_ranks(arguments: argparse.Namespace, config: Config, run: Callable[[
     from dtrain.job.preload import preload
 
     exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
-    launch = RankLaunch(arguments.ranks, arguments.max_restarts or 0, exit_file, partial(preload, os.environ), run_rank)
     try:
         check_process_limit(os.environ, local_world_size=arguments.ranks)
+        launch = RankLaunch(
+            arguments.ranks,
+            read_node(os.environ, arguments.ranks),
+            arguments.max_restarts or 0,
+            exit_file,
+            partial(preload, os.environ),
+            run_rank,
+        )
         return run_ranks(launch, os.environ)
     except (TopologyError, Interrupted) as error:
         log.error("%s", error)

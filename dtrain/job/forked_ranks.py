@@ -1,4 +1,4 @@
-"""Runs the ranks of one machine as forks of this process, and starts them again after a failure: `--ranks N`.
+"""Runs the ranks of one node as forks of this process, and starts them again after a failure: `--ranks N`.
 
 Forked and not spawned, because everything is imported once for all ranks and all restarts (a rank is there 0.1 s after its
 start, not 4 s), and that is safe as long as this process has no thread, no CUDA context and no process group: preload.py
@@ -14,12 +14,13 @@ import gc
 import os
 import secrets
 import signal
+import socket
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from dtrain import console
 from dtrain.config import bounded_json
 from dtrain.console import log
 from dtrain.distributed import launcher_env, network
+from dtrain.distributed.launcher_env import NodePlace
 from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
 from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
@@ -63,7 +65,8 @@ class RankLaunch:
     """What to start.
 
     Attributes:
-        ranks: number of ranks.
+        ranks: number of ranks on this node.
+        node: this node's place in the job.
         max_restarts: how often they are started again after a failure.
         exit_file: exit.json of the run folder; None for a command that writes none.
         preload: imports what the ranks will import.
@@ -71,6 +74,7 @@ class RankLaunch:
     """
 
     ranks: int
+    node: NodePlace
     max_restarts: int
     exit_file: Path | None
     preload: Callable[[], None]
@@ -84,12 +88,12 @@ class _Start:
     Attributes:
         running: rank of each process that has not ended, by process id.
         codes: exit code of each rank that has ended, negative for a signal, in the order of their ends.
-        pids: process ids by rank.
+        pids: process id of each rank.
     """
 
     running: dict[int, int] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
-    pids: list[int] = field(default_factory=list)
+    pids: dict[int, int] = field(default_factory=dict)
 
     def failures(self, allowed: Sequence[int] = (0,)) -> list[int]:
         """Returns the ranks that have failed, the first failure first."""
@@ -119,7 +123,8 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
         launch.preload()
     gc.freeze()  # the ranks' garbage collections would copy every shared page
     gc.enable()
-    run_id, restart = secrets.token_hex(8), 0
+    # Nodes that launch/dtrain.sh has started share a token of their own: launcher_env.JOB_ID.
+    run_id, restart = f"dtrain-{secrets.token_hex(8)}" if launch.node.num_nodes == 1 else "dtrain", 0
     with _blocked_signals() as (signals, mask):
         while True:
             old_stamp = _stamp(launch.exit_file)
@@ -175,39 +180,43 @@ def _start_all(
     start, launcher, threads = _Start(), os.getpid(), other_threads()
     if threads:
         log.warning("Ranks are started as new programs, which takes longer: a thread (%s) runs already.", threads[0])
-    with network.listen("127.0.0.1", 0) as listener:
+    node = launch.node
+    with _master_socket(node) as listener:
         common = {
-            "WORLD_SIZE": launch.ranks,
+            "WORLD_SIZE": node.world_size,
             "LOCAL_WORLD_SIZE": launch.ranks,
-            "GROUP_RANK": 0,
-            "GROUP_WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": listener.getsockname()[1],
-            "TORCHELASTIC_RUN_ID": f"dtrain-{run_id}",
+            "GROUP_RANK": node.node_rank,
+            "GROUP_WORLD_SIZE": node.num_nodes,
+            **({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]} if listener is not None else {}),
+            "TORCHELASTIC_RUN_ID": run_id,
             "TORCHELASTIC_RESTART_COUNT": restart,
             "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
             launcher_env.LAUNCHER_PID: launcher,
         }
         console.flush_streams()  # all processes would write what is still buffered
-        for rank in range(launch.ranks):
+        for local_rank in range(launch.ranks):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads: see SAFE_THREADS
                 pid = os.fork()
+            rank = node.first_rank + local_rank
             if pid:
                 start.running[pid] = rank
-                start.pids.append(pid)
+                start.pids[rank] = pid
                 continue
-            own = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                **({launcher_env.MASTER_FD: listener.fileno()} if rank == 0 else {}),
-            }
+            own = {"RANK": rank, "LOCAL_RANK": local_rank}
+            if listener is not None and rank == 0:
+                own[launcher_env.MASTER_FD] = listener.fileno()
             env.update({key: str(value) for key, value in {**common, **own}.items()})
-            if rank > 0:
+            if listener is not None and rank > 0:
                 listener.close()
             _become_rank(launcher, mask, name)
-            _run_rank(launch.run_rank, env, listener.fileno() if rank == 0 else None, threads)
+            _run_rank(launch.run_rank, env, own.get(launcher_env.MASTER_FD), threads)
     return start
+
+
+def _master_socket(node: NodePlace) -> AbstractContextManager[socket.socket | None]:
+    """Opens the socket where the ranks of one machine meet. On several, rank 0 opens it on the port that was chosen."""
+    return network.listen("127.0.0.1", 0) if node.num_nodes == 1 else nullcontext()
 
 
 def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
@@ -221,14 +230,14 @@ def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
 
 
 def _run_rank(
-    run_rank: Callable[[], int], env: MutableMapping[str, str], socket: int | None, threads: list[str]
+    run_rank: Callable[[], int], env: MutableMapping[str, str], master_fd: int | None, threads: list[str]
 ) -> NoReturn:
     """Runs the rank and ends its process; as a new program if a thread of the launcher is missing in this fork."""
     code = 1
     try:
         if threads:
-            if socket is not None:
-                os.set_inheritable(socket, True)
+            if master_fd is not None:
+                os.set_inheritable(master_fd, True)
             os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed()  # else all ranks would draw the same numbers, in code of the user

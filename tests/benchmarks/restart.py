@@ -132,7 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "first step: dtrain --ranks 2": lambda: first_step(jobs.forked(2), 2, workload),
             "first step: torchrun, 2 ranks": lambda: first_step(jobs.torchrun(2), 2, workload),
             "first step: HF Trainer, torchrun, 2 ranks": lambda: first_step_of_trainer(workload),
-            "SIGKILL to next new step: dtrain --ranks 2": lambda: next_step(jobs.forked(2, "--max-restarts", "1"), workload),
+            "SIGKILL to next new step: dtrain --ranks 2": lambda: next_step(
+                jobs.forked(2, "--max-restarts", "1"), workload
+            ),
             "SIGKILL to next new step: torchrun": lambda: next_step(
                 jobs.torchrun(2, "--standalone", "--max-restarts", "1"), workload
             ),
