@@ -302,7 +302,10 @@ def _run_command(command: str, config: Config, context: RankContext, *, dry_run:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            run_dry(config, context) if dry_run else run_train(config, context, began=process_start())
+            # The imports of forked ranks are part of their first start.
+            is_first_fork = context.topology.launcher == DTRAIN and not any(context.topology.launches.values())
+            began = process_start(os.getppid() if is_first_fork else None)
+            run_dry(config, context) if dry_run else run_train(config, context, began=began)
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 

@@ -19,22 +19,29 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from dtrain import console
-from dtrain.config import bounded_json
 from dtrain.console import log
-from dtrain.distributed import launcher_env, network
+from dtrain.distributed import launcher_env, network, process_limit
 from dtrain.distributed.launcher_env import NodePlace
 from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
 from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
 from dtrain.job.failure import interrupted_early
+from dtrain.job.forked_outcome import (
+    RankStart,
+    describe_first_failure,
+    final_message,
+    job_code,
+    read_exit,
+    stamp,
+)
 
 FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
 """Exit codes after which the ranks are not started again: the same error would come again, or all is saved."""
@@ -81,31 +88,6 @@ class RankLaunch:
     run_rank: Callable[[], int]
 
 
-@dataclass
-class _Start:
-    """One start of all ranks.
-
-    Attributes:
-        running: rank of each process that has not ended, by process id.
-        codes: exit code of each rank that has ended, negative for a signal, in the order of their ends.
-        pids: process id of each rank.
-    """
-
-    running: dict[int, int] = field(default_factory=dict)
-    codes: dict[int, int] = field(default_factory=dict)
-    pids: dict[int, int] = field(default_factory=dict)
-
-    def failures(self, allowed: Sequence[int] = (0,)) -> list[int]:
-        """Returns the ranks that have failed, the first failure first."""
-        return [rank for rank, code in self.codes.items() if code not in allowed]
-
-    def send(self, number: int) -> None:
-        """Sends a signal to all ranks that are running."""
-        for pid in self.running:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-
 def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
     """Runs all ranks to their end, with restarts, and returns the job's exit code.
 
@@ -114,6 +96,7 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
 
     Raises:
         Interrupted: a signal told the job to stop before there were ranks.
+        TopologyError: a rank could not be started.
     """
     own_name = _process_name()
     _prctl(PR_SET_NAME, ctypes.c_char_p(LAUNCHER_NAME.encode()))
@@ -121,29 +104,29 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
     gc.disable()  # imports leave next to nothing to collect
     with _interruptible():
         launch.preload()
+        signals, mask = _block_signals()
     gc.freeze()  # the ranks' garbage collections would copy every shared page
     gc.enable()
     # Nodes that launch/dtrain.sh has started share a token of their own: launcher_env.JOB_ID.
     run_id, restart = f"dtrain-{secrets.token_hex(8)}" if launch.node.num_nodes == 1 else "dtrain", 0
-    with _blocked_signals() as (signals, mask):
-        while True:
-            old_stamp = _stamp(launch.exit_file)
-            start = _start_all(launch, env, run_id=run_id, restart=restart, mask=mask, name=own_name)
-            was_stopped = _wait(start, signals)
-            record = _read_exit(launch.exit_file, old_stamp)
-            code = _job_code(start, record)
-            if was_stopped or code in FINAL_CODES or restart == launch.max_restarts:
-                break
-            restart += 1
-            log.warning(
-                "%s All %d ranks start again: restart %d of %d.",
-                _why(start),
-                launch.ranks,
-                restart,
-                launch.max_restarts,
-            )
-        _end_descendants()
-    if (message := _final_message(start, record)) is not None and code != Preempted.exit_code:
+    while True:
+        old_stamp = stamp(launch.exit_file)
+        start = _start_all(launch, env, run_id=run_id, restart=restart, mask=mask, name=own_name)
+        was_stopped = _wait(start, signals)
+        record = read_exit(launch.exit_file, old_stamp)
+        code = job_code(start, record)
+        if was_stopped or code in FINAL_CODES or restart == launch.max_restarts:
+            break
+        restart += 1
+        log.warning(
+            "%s All %d ranks start again: restart %d of %d.",
+            describe_first_failure(start),
+            launch.ranks,
+            restart,
+            launch.max_restarts,
+        )
+    _end_descendants()
+    if (message := final_message(start, record)) is not None and code != Preempted.exit_code:
         log.error("%s", message)
     return code
 
@@ -175,9 +158,9 @@ def _start_all(
     restart: int,
     mask: set[signal.Signals],
     name: bytes,
-) -> _Start:
+) -> RankStart:
     """Forks all ranks. Rank 0 inherits the socket where they meet, so that its port is free and stays so."""
-    start, launcher, threads = _Start(), os.getpid(), other_threads()
+    start, launcher, threads = RankStart(), os.getpid(), other_threads()
     if threads:
         log.warning("Ranks are started as new programs, which takes longer: a thread (%s) runs already.", threads[0])
     node = launch.node
@@ -195,9 +178,7 @@ def _start_all(
         }
         console.flush_streams()  # all processes would write what is still buffered
         for local_rank in range(launch.ranks):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads: see SAFE_THREADS
-                pid = os.fork()
+            pid = _fork(start)
             rank = node.first_rank + local_rank
             if pid:
                 start.running[pid] = rank
@@ -212,6 +193,17 @@ def _start_all(
             _become_rank(launcher, mask, name)
             _run_rank(launch.run_rank, env, own.get(launcher_env.MASTER_FD), threads)
     return start
+
+
+def _fork(start: RankStart) -> int:
+    """Returns the process id of a fork, 0 in the fork; ends the ranks that are there if there can be no further one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # about forks with threads: see SAFE_THREADS
+            return os.fork()
+    except OSError as error:
+        start.send(signal.SIGKILL)
+        raise process_limit.start_error() from error
 
 
 def _master_socket(node: NodePlace) -> AbstractContextManager[socket.socket | None]:
@@ -261,25 +253,20 @@ def other_threads() -> list[str]:
 # ---------------------------------------------------------------- waiting for their end
 
 
-@contextmanager
-def _blocked_signals() -> Iterator[tuple[set[signal.Signals], set[signal.Signals]]]:
-    """Blocks the signals that this process waits for, so that none is missed and none needs a handler.
+def _block_signals() -> tuple[set[signal.Signals], set[signal.Signals]]:
+    """Blocks the signals that this process waits for, until it ends: none is missed, and none needs a handler.
 
-    Yields:
+    Returns:
         The signals to wait for, and the mask from before.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no exit code is kept
     # nohup ignores SIGHUP, and a shell SIGINT in the background: they must stay ignored.
-    stops = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-    waited = {signal.SIGCHLD, *stops}
+    waited = {signal.SIGCHLD, *(each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
-    try:
-        yield waited, {signal.Signals(number) for number in mask}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return waited, {signal.Signals(number) for number in mask}
 
 
-def _wait(start: _Start, signals: set[signal.Signals]) -> bool:
+def _wait(start: RankStart, signals: set[signal.Signals]) -> bool:
     """Waits until all ranks have ended. Ends those that do not end by themselves after another has failed.
 
     Returns:
@@ -301,7 +288,7 @@ def _wait(start: _Start, signals: set[signal.Signals]) -> bool:
     return was_stopped
 
 
-def _collect(start: _Start) -> None:
+def _collect(start: RankStart) -> None:
     """Collects the processes that have ended, helpers of dead ranks included."""
     while True:
         try:
@@ -323,7 +310,7 @@ def _end_descendants() -> None:
             for pid in left:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-        _collect(_Start())
+        _collect(RankStart())
         time.sleep(0.01)
         if time.monotonic() > deadline + LINGER_S:  # the kernel does not end it: a dead disk
             return
@@ -332,61 +319,6 @@ def _end_descendants() -> None:
 def _children(pid: int) -> list[int]:
     listings = [_read(task / "children") for task in Path(f"/proc/{pid}/task").iterdir()]
     return [int(child) for listing in listings for child in listing.split()]
-
-
-# ---------------------------------------------------------------- the outcome
-
-
-def _job_code(start: _Start, record: dict[str, Any] | None) -> int:
-    """Returns dtrain's exit code of the first rank that failed; a killed rank has none, but those that follow it do."""
-    failures = start.failures()
-    codes = [start.codes[rank] for rank in failures if start.codes[rank] > 0]
-    if not failures:
-        return 0
-    if record is not None and record["code"]:
-        return int(record["code"])
-    return codes[0] if codes else TopologyError.exit_code
-
-
-def _why(start: _Start) -> str:
-    rank = start.failures()[0]
-    code = start.codes[rank]
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"Rank {rank} (process {start.pids[rank]}) {how}."
-
-
-def _final_message(start: _Start, record: dict[str, Any] | None) -> str | None:
-    """Returns the job's last line; None if rank 0 has printed it: the cause was its own, or it had lost another rank."""
-    failures = start.failures()
-    if not failures:
-        return None
-    if record is None:
-        is_silent = all(start.codes[rank] < 0 for rank in failures)
-        return f"{_why(start)} Was the memory full?" if is_silent else None
-    if record["cause"] == TopologyError.__name__ or record["rank"] == 0:
-        return None
-    message = (str(record["message"]).splitlines() or [str(record["cause"])])[0]
-    return f"rank {record['rank']} on {record['host']}: {message}"
-
-
-def _read_exit(file: Path | None, old_stamp: tuple[int, int] | None) -> dict[str, Any] | None:
-    """Returns exit.json if this start has written it."""
-    if file is None or _stamp(file) in (None, old_stamp):
-        return None
-    try:
-        record: dict[str, Any] = bounded_json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if {"code", "cause", "rank", "host", "message"} <= set(record) else None
-
-
-def _stamp(file: Path | None) -> tuple[int, int] | None:
-    """Returns what changes whenever a file is replaced or written; None if there is no file."""
-    try:
-        status = file.stat() if file is not None else None
-    except OSError:
-        return None
-    return None if status is None else (status.st_ino, status.st_mtime_ns)
 
 
 def _process_name() -> bytes:

@@ -90,6 +90,13 @@ def test_ranks_get_torchruns_variables_a_session_each_and_the_masters_socket(tmp
             r"error: Rank \d \(process \d+\) was killed by SIGKILL. Was the memory full?",
             id="no rank is left to say why",
         ),
+        pytest.param(
+            "rank == 0 and exit_json(0, 'done'); rank == 1 and os.kill(os.getpid(), signal.SIGSEGV); return 0",
+            4,
+            3,
+            r"error: Rank 1 \(process \d+\) was killed by SIGSEGV",
+            id="a crash after the end",
+        ),
         pytest.param("raise RuntimeError('made to fail')", 1, 3, None, id="an error outside of dtrain"),
         pytest.param("sys.exit(6)", 6, 1, None, id="sys.exit"),
     ],
