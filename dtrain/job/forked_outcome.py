@@ -14,6 +14,10 @@ from dtrain.config import bounded_json
 from dtrain.errors import TopologyError
 
 
+UNKNOWN_ERROR = 1
+"""Exit code of an error that has no message for users: its rank prints a traceback."""
+
+
 @dataclass
 class RankStart:
     """One start of all ranks.
@@ -59,14 +63,17 @@ def describe_first_failure(start: RankStart) -> str:
 
 
 def final_message(start: RankStart, record: dict[str, Any] | None) -> str | None:
-    """Returns the job's last line; None if rank 0 has printed it: the cause was its own, or it had lost another rank."""
+    """Returns the job's last line; None if the ranks have printed it.
+
+    Rank 0 prints its own error, and one that all ranks have. Only below a traceback of another rank the cause is missing.
+    """
     failures = start.failures()
     if not failures:
         return None
     if record is None or not record["code"]:
         is_silent = all(start.codes[rank] < 0 for rank in failures)
         return f"{describe_first_failure(start)} Was the memory full?" if is_silent else None
-    if record["cause"] == TopologyError.__name__ or record["rank"] == 0:
+    if record["rank"] == 0 or record["code"] != UNKNOWN_ERROR:
         return None
     message = (str(record["message"]).splitlines() or [str(record["cause"])])[0]
     return f"rank {record['rank']} on {record['host']}: {message}"

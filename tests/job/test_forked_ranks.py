@@ -81,7 +81,7 @@ def test_ranks_get_torchruns_variables_a_session_each_and_the_masters_socket(tmp
             "error: rank 1 on here: RuntimeError happened",
             id="another rank's error",
         ),
-        pytest.param("exit_json(5, 'NonFiniteError'); return 5", 5, 3, None, id="rank 0 has printed its own error"),
+        pytest.param("exit_json(5, 'NonFiniteError', 1); return 5", 5, 3, None, id="rank 0 has printed what all have"),
         pytest.param("return 0 if start == 2 else 4", 0, 3, None, id="the last restart succeeds"),
         pytest.param(
             "os.kill(os.getpid(), signal.SIGKILL)",
