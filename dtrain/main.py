@@ -302,10 +302,7 @@ def _run_command(command: str, config: Config, context: RankContext, *, dry_run:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            # The imports of forked ranks are part of their first start.
-            is_first_fork = context.topology.launcher == DTRAIN and not any(context.topology.launches.values())
-            began = process_start(os.getppid() if is_first_fork else None)
-            run_dry(config, context) if dry_run else run_train(config, context, began=began)
+            run_dry(config, context) if dry_run else run_train(config, context, began=_start_of(context.topology))
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 
@@ -334,6 +331,12 @@ def _run_command(command: str, config: Config, context: RankContext, *, dry_run:
             from dtrain.commands.chat import run_chat
 
             run_chat(config, context)
+
+
+def _start_of(topology: Topology) -> float:
+    """Returns when this start began: the imports of forked ranks, in their launcher, are part of their first start."""
+    is_first_fork = topology.launcher == DTRAIN and not any(topology.launches.values())
+    return process_start(os.getppid() if is_first_fork else None)
 
 
 def console_script() -> None:

@@ -105,6 +105,7 @@ ENGINE_API = (
     "optim",
     "schedules",
     "parameter_groups",
+    "sharded_tensor",
     "state",
     "forward_only",
     "unused_parameters",

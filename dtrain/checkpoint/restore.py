@@ -14,11 +14,12 @@ from dtrain.checkpoint.read import CheckpointTensors
 from dtrain.checkpoint.select import SelectedCheckpoint
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.protocol import Engine
+from dtrain.engine.sharded_tensor import copy_values
 from dtrain.errors import CheckpointError
 
 
 def restore_weights(module: nn.Module, checkpoint: SelectedCheckpoint, context: RankContext) -> None:
-    """Collective. Loads parameters and buffers into a bare, unsharded module.
+    """Collective. Loads parameters and buffers into a module in its place, without an engine.
 
     Raises:
         CheckpointError: on every rank; the checkpoint belongs to another model.
@@ -36,8 +37,7 @@ def restore_weights(module: nn.Module, checkpoint: SelectedCheckpoint, context: 
             failed.is_reported_elsewhere = not context.is_main
             raise failed
         for name, target in targets.items():
-            with torch.no_grad():
-                target.copy_(tensors.value(name, target.shape))
+            copy_values(target, tensors.value(name, target.shape))
 
 
 def restore_slots(engine: Engine, checkpoint: SelectedCheckpoint, context: RankContext) -> None:

@@ -24,6 +24,7 @@ from dtrain.distributed.collectives import barrier
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.build import build_task, task_info
 from dtrain.tasks.info import TaskInfo, format_value
 from dtrain.tasks.protocol import HasAnswers
@@ -137,7 +138,7 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
         return format_answer({"prediction": record["prediction"]}, row, config)
     forward.module.eval()
     batch = task.collate(task.splits[SPLIT][[0]], DataPosition(0, (0,)))
-    device = next(forward.module.parameters()).device
+    device = compute_device(forward.module)
     with torch.no_grad(), forward.autocast():
         (answer,) = task.answers(forward.module, to_device(batch, device))
     return format_answer(answer, row, config)

@@ -12,6 +12,8 @@ from pydantic import model_validator
 
 from dtrain.config.deepspeed_keys import unknown_keys
 from dtrain.config.fields import Section, setting
+from dtrain.config.model import Model
+from dtrain.config.optim import Optim
 
 OWNED_DEEPSPEED_KEYS: dict[str, str] = {
     "train_batch_size": "train.global_batch_size",
@@ -42,8 +44,10 @@ class PowerSgd(Section):
 class EngineSettings(Section):
     """The back end that runs forward, backward and optimizer step."""
 
-    name: Literal["auto", "single", "ddp", "deepspeed"] = setting(
-        "auto", "auto: deepspeed if zero_stage or deepspeed is set, else single (one process) or ddp", resume="free"
+    name: Literal["auto", "single", "ddp", "deepspeed", "fsdp"] = setting(
+        "auto",
+        "auto: deepspeed if zero_stage or deepspeed is set, else single (one process) or ddp; fsdp: torch's FSDP2",
+        resume="free",
     )
     precision: Literal["fp32", "bf16", "fp16"] = setting(
         "fp32", "precision of the forward pass; weights stay in fp32", resume="warn"
@@ -56,9 +60,15 @@ class EngineSettings(Section):
         le=3,
     )
     deepspeed: dict[str, Any] = setting({}, "other keys of DeepSpeed's config, passed through unchanged", resume="free")
+    offload: bool = setting(False, "fsdp: keep weights, gradients and moments on the host", resume="free")
+    reshard_after_forward: bool = setting(
+        True,
+        "fsdp: free a layer's weights between forward and backward; false: more memory, fewer transfers",
+        resume="free",
+    )
     find_unused: bool = setting(
         False,
-        "single, ddp: keep parts that the first micro-batches do not use trainable, because later ones do (rare experts or heads)",
+        "single, ddp, fsdp: keep parts that the first micro-batches do not use trainable, because later ones do (rare experts or heads)",
         resume="free",
     )
 
@@ -79,13 +89,18 @@ class EngineSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _check_deepspeed_keys(self) -> EngineSettings:
+    def _check_keys(self) -> EngineSettings:
         if self.name not in ("auto", "deepspeed") and (self.zero_stage is not None or self.deepspeed):
             key = "zero_stage" if self.zero_stage is not None else "deepspeed"
             raise ValueError(
                 f"engine.{key} belongs to DeepSpeed, but engine.name={self.name}: set engine.name=deepspeed, "
                 f"or remove engine.{key}"
             )
+        for key, default in (("offload", False), ("reshard_after_forward", True)):
+            if self.name != "fsdp" and getattr(self, key) != default:
+                raise ValueError(
+                    f"engine.{key} is for FSDP2, but engine.name={self.name}: set engine.name=fsdp, or remove engine.{key}"
+                )
         zero = self.deepspeed.get("zero_optimization")
         zero_keys = zero if isinstance(zero, Mapping) else ()
         keys = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero_keys)}
@@ -105,18 +120,43 @@ class EngineSettings(Section):
         return self.name == "deepspeed" or (self.name == "auto" and has_deepspeed_keys)
 
 
-def exchange_conflicts(
-    engine: EngineSettings, *, local_steps: int, sync_steps: Mapping[str, int], logs_gradients: bool
+def engine_conflicts(
+    engine: EngineSettings,
+    optim: Optim,
+    model: Model,
+    *,
+    local_steps: int,
+    sync_steps: Mapping[str, int],
+    logs_gradients: bool,
+    checks_replicas: bool,
 ) -> list[str]:
-    """Returns one message for each conflict between the settings for slow links, or with other settings.
+    """Returns one message for each setting that the chosen engine does not support, alone or with another one.
 
-    On one process they are no error and change no number, so that one config works on a laptop and on a cluster.
+    On one process the settings for slow links are no error and change no number, so that one config works on a laptop and on a
+    cluster.
 
     Args:
+        engine: the engine section.
+        optim: the optim section.
+        model: the model section.
         local_steps: train.local_steps.
         sync_steps: name and value of each setting that is a number of steps after which all ranks need equal weights.
         logs_gradients: whether train.log_gradients is set.
+        checks_replicas: whether train.check_replicas is set.
     """
+    conflicts = []
+    if engine.is_deepspeed:
+        conflicts += _zero_conflicts(engine, optim, checks_replicas=checks_replicas)
+    if engine.name == "fsdp":
+        conflicts += _fsdp_conflicts(engine, optim, model, checks_replicas=checks_replicas)
+    conflicts += _exchange_conflicts(engine, local_steps)
+    if local_steps > 1:
+        conflicts += _local_steps_conflicts(local_steps, sync_steps, logs_gradients=logs_gradients)
+    return conflicts
+
+
+def _exchange_conflicts(engine: EngineSettings, local_steps: int) -> list[str]:
+    """Returns messages for settings for slow links that the engine does not support, or that exclude each other."""
     methods = [
         name
         for name, is_set in {
@@ -132,8 +172,10 @@ def exchange_conflicts(
         conflicts.append(f"{' and '.join(methods)} each choose how ranks exchange their updates: set only one of them")
     if engine.is_deepspeed:
         conflicts += _deepspeed_conflicts(engine, ddp_only)
-    if engine.bucket_mb is not None and (ddp_only or engine.is_deepspeed):
-        other = "DeepSpeed" if engine.is_deepspeed else ddp_only[0]
+    if engine.name == "fsdp":
+        conflicts += [f"{name} is for ddp, but FSDP2 sends fp32 itself: use engine.name=ddp" for name in methods]
+    if engine.bucket_mb is not None and (ddp_only or engine.is_deepspeed or engine.name == "fsdp"):
+        other = "DeepSpeed" if engine.is_deepspeed else "FSDP2" if engine.name == "fsdp" else ddp_only[0]
         conflicts.append(f"engine.bucket_mb={engine.bucket_mb:g} is for ddp's full gradients: {other} does not use it")
     if engine.precision == "fp16" and (engine.powersgd is not None or local_steps > 1):
         conflicts.append(
@@ -145,8 +187,55 @@ def exchange_conflicts(
             "engine.powersgd with engine.find_unused: the approximation error kept from earlier steps would change "
             "parameters that a step does not use. Set only one of them"
         )
-    if local_steps > 1:
-        conflicts += _local_steps_conflicts(local_steps, sync_steps, logs_gradients=logs_gradients)
+    return conflicts
+
+
+def _zero_conflicts(engine: EngineSettings, optim: Optim, *, checks_replicas: bool) -> list[str]:
+    """Returns messages for settings that DeepSpeed with its ZeRO stage does not support."""
+    stage = engine.zero_stage
+    conflicts = []
+    if optim.name == "adafactor" and stage:
+        conflicts.append(
+            f"optim.name=adafactor with engine.zero_stage={stage}: ZeRO passes flat shards to Adafactor, whose row "
+            "and column statistics would be meaningless. Use ZeRO stage 0, ddp, or AdamW"
+        )
+    if engine.precision == "fp16" and stage and optim.max_grad_norm is not None:
+        conflicts.append(
+            f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
+            "DeepSpeed clips gradients before it removes the loss scale. Use bf16, or optim.max_grad_norm=null"
+        )
+    if checks_replicas and stage == 3:
+        conflicts.append(
+            "train.check_replicas compares complete weights, but with engine.zero_stage=3 each rank holds only a "
+            "shard: set it to null, or use stage 0, 1 or 2"
+        )
+    if engine.find_unused:
+        conflicts.append("engine.find_unused is for ddp: DeepSpeed would decay unused parameters. Use engine.name=ddp")
+    return conflicts
+
+
+def _fsdp_conflicts(engine: EngineSettings, optim: Optim, model: Model, *, checks_replicas: bool) -> list[str]:
+    """Returns messages for settings that FSDP2 does not support here."""
+    conflicts = []
+    if optim.name == "adafactor":
+        conflicts.append(
+            "optim.name=adafactor with engine.name=fsdp: each rank has some rows of a parameter only, so Adafactor's statistics "
+            "of rows and columns would be meaningless. Use optim.name=adamw, or engine.name=ddp"
+        )
+    if engine.precision == "fp16":
+        conflicts.append(
+            "engine.precision=fp16 with engine.name=fsdp: the ranks would not agree on the loss scale. Use engine.precision=bf16"
+        )
+    if model.compile:
+        conflicts.append(
+            "model.compile with engine.name=fsdp: gathering a layer's weights breaks the compiled graph at every layer. "
+            "Set model.compile=false, or use engine.name=ddp"
+        )
+    if checks_replicas:
+        conflicts.append(
+            "train.check_replicas compares complete weights, but with engine.name=fsdp each rank holds only a shard: set "
+            "train.check_replicas=null"
+        )
     return conflicts
 
 

@@ -17,7 +17,7 @@ from dtrain.config.commands import Download, Export, Generate, Inspect, Predict,
 from dtrain.config.data import Data as Data
 from dtrain.config.engine import OWNED_DEEPSPEED_KEYS as OWNED_DEEPSPEED_KEYS
 from dtrain.config.engine import EngineSettings as EngineSettings
-from dtrain.config.engine import exchange_conflicts
+from dtrain.config.engine import engine_conflicts
 from dtrain.config.fields import AnyPath, CheckpointEvery, EvalEvery, Section, setting
 from dtrain.config.model import Lora as Lora
 from dtrain.config.model import Model as Model
@@ -307,45 +307,21 @@ class Config(Section):
     def _check_combinations(self) -> Config:
         """Rejects settings that are valid alone but not together."""
         conflicts = [
-            *self._engine_conflicts(),
-            *self._training_conflicts(),
-            *self._task_conflicts(),
-            *exchange_conflicts(
+            *engine_conflicts(
                 self.engine,
+                self.optim,
+                self.model,
                 local_steps=self.train.local_steps,
                 sync_steps=self._sync_steps(),
                 logs_gradients=self.train.log_gradients is not None,
+                checks_replicas=self.train.check_replicas is not None,
             ),
+            *self._training_conflicts(),
+            *self._task_conflicts(),
         ]
         if conflicts:
             raise ValueError("\n".join(conflicts))
         return self
-
-    def _engine_conflicts(self) -> list[str]:
-        """Returns messages for settings that the chosen engine does not support."""
-        stage, optim = self.engine.zero_stage, self.optim
-        sharded = self.engine.is_deepspeed and stage is not None and stage >= 1
-        conflicts = []
-        if optim.name == "adafactor" and sharded:
-            conflicts.append(
-                f"optim.name=adafactor with engine.zero_stage={stage}: ZeRO passes flat shards to Adafactor, whose row "
-                "and column statistics would be meaningless. Use ZeRO stage 0, ddp, or AdamW"
-            )
-        if self.engine.precision == "fp16" and sharded and optim.max_grad_norm is not None:
-            conflicts.append(
-                f"engine.precision=fp16 with engine.zero_stage={stage} and optim.max_grad_norm={optim.max_grad_norm}: "
-                "DeepSpeed clips gradients before it removes the loss scale. Use bf16, or optim.max_grad_norm=null"
-            )
-        if self.train.check_replicas is not None and sharded and stage == 3:
-            conflicts.append(
-                "train.check_replicas compares complete weights, but with engine.zero_stage=3 each rank holds only a "
-                "shard: set it to null, or use stage 0, 1 or 2"
-            )
-        if self.engine.find_unused and self.engine.is_deepspeed:
-            conflicts.append(
-                "engine.find_unused is for ddp: DeepSpeed would decay unused parameters. Use engine.name=ddp"
-            )
-        return conflicts
 
     def _training_conflicts(self) -> list[str]:
         """Returns messages for evaluations, checkpoints and monitors that need each other."""

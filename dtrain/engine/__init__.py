@@ -1,1 +1,1 @@
-"""Back ends behind one protocol: single, ddp, deepspeed. One file each."""
+"""Back ends behind one protocol: single, ddp, deepspeed, fsdp. One file each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,10 @@ def engine_class(config: Config, context: RankContext) -> type[Engine]:
             from dtrain.engine.deepspeed import DeepSpeedEngine
 
             return DeepSpeedEngine
+        case "fsdp":
+            from dtrain.engine.fsdp import FsdpEngine
+
+            return FsdpEngine
     raise AssertionError(name)
 
 
@@ -70,18 +75,25 @@ def engine_traits(config: Config, context: RankContext, *, total_steps: int | No
     return engine_class(config, context).traits(config, context, total_steps=total_steps)
 
 
+def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
+    """Collective. Returns the module where its engine wants it: on this rank's device, or sharded."""
+    return engine_class(config, context).place(module, config, context)
+
+
 def build_engine(
     module: nn.Module, config: Config, context: RankContext, *, thawed: Sequence[Sequence[str]] = ()
 ) -> Engine:
     """Collective. Wraps `module` in its engine and creates the optimizer.
 
     Args:
-        module: the model on its device (any device for sharded engines), already frozen: DDP and ZeRO now fix their buckets.
+        module: the model in its place, already frozen: DDP and ZeRO now fix their buckets.
         thawed: names of the parameters that each thaw so far has unfrozen.
     """
+    make: Any = engine_class(config, context)
     groups = parameter_groups(module, config.optim, stages=thawed)
+    for group in groups:
+        group["params"] = [make.updated_part(parameter) for parameter in group["params"]]
     is_deepspeed = engine_name(config, context)[0] == "deepspeed"
     optimizer = optim.build_optimizer(groups, config.optim, only_torchs=is_deepspeed)
-    make: type = engine_class(config, context)
     engine: Engine = make(module, optimizer, config, context)
     return engine

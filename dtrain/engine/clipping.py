@@ -30,9 +30,14 @@ def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> float:
     """
     having, total = _measure(parameters)
     norm = float(total)
-    if limit is not None and not norm + TORCH_EPS < CLEARLY_BELOW * limit:  # also where it is not a number
+    if limit is not None and not is_clearly_below(norm, limit):
         nn.utils.clip_grads_with_norm_(having, limit, total)
     return norm
+
+
+def is_clearly_below(norm: float, limit: float) -> bool:
+    """Returns whether clipping would multiply every gradient by exactly 1; False for a norm that is not a number."""
+    return norm + TORCH_EPS < CLEARLY_BELOW * limit
 
 
 def clip_on_device(parameters: Iterable[nn.Parameter], limit: float | None) -> torch.Tensor:

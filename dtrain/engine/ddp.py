@@ -24,6 +24,7 @@ from dtrain.engine.powersgd import PowerSgdCommHook
 from dtrain.engine.protocol import EngineTraits, ReadSlots, StepResult, StepWeight
 from dtrain.engine.single import SingleEngine, replicated_memory
 from dtrain.engine.state import optimizer_slots
+from dtrain.models.placement import compute_device
 
 NO_GRADIENT = 0
 """Stands for the address of a gradient that does not exist."""
@@ -38,7 +39,7 @@ class DdpEngine(SingleEngine):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext
     ) -> None:
         super().__init__(module, optimizer, config, context)
-        device = next(module.parameters()).device
+        device = compute_device(module)
         if config.model.compile:
             # Splitting the graph at DDP's buckets fails with dynamic shapes in torch 2.13 ("'float' object has no
             # attribute 'meta'"). In one graph the averaging of gradients overlaps less with backward.

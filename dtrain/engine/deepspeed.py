@@ -66,7 +66,7 @@ class DeepSpeedEngine(AveragesEveryStep):
         context.traffic.is_complete = context.world_size == 1  # DeepSpeed's collectives are not counted
         self.stage = config.engine.zero_stage or 0
         self.lock_step = needs_lock_step(self.stage)
-        refuse_layer_drop(module, self.stage)
+        refuse_layer_drop(module, f"DeepSpeed with ZeRO {self.stage}")
         self._max_grad_norm = config.optim.max_grad_norm
         self._device_type = device_of(context.topology).type
         self._precision = config.engine.precision
@@ -90,6 +90,11 @@ class DeepSpeedEngine(AveragesEveryStep):
     @classmethod
     def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
         return deepspeed_traits(config, world_size=context.world_size)
+
+    @classmethod
+    def place(cls, module: nn.Module, config: Config, context: RankContext) -> nn.Module:
+        # ZeRO 3 takes the module from the host, and shards it when the engine is built.
+        return module if config.engine.zero_stage == 3 else super().place(module, config, context)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

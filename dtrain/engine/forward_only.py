@@ -10,6 +10,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.placement import compute_device
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,7 +38,7 @@ class ForwardOnly:
         self._precision = config.engine.precision
 
     def autocast(self) -> AbstractContextManager[None]:
-        return autocast(self._precision, next(self.module.parameters()).device.type)
+        return autocast(self._precision, compute_device(self.module).type)
 
 
 def autocast(precision: str, device_type: str) -> AbstractContextManager[None]:

@@ -64,8 +64,11 @@ def drop_unused_gradients(
             parameter.grad = None
 
 
-def refuse_layer_drop(module: nn.Module, stage: int) -> None:
-    """Refuses a model that skips layers, for DeepSpeed, which needs every gradient in every step.
+def refuse_layer_drop(module: nn.Module, engine: str) -> None:
+    """Refuses a model that skips layers, for an engine that needs every layer or gradient in every step.
+
+    Args:
+        engine: what is called so in the message.
 
     Raises:
         ConfigError: its config sets LayerDrop.
@@ -74,9 +77,8 @@ def refuse_layer_drop(module: nn.Module, stage: int) -> None:
     if names:
         off = " ".join(f"model.config.{name}=0" for name in names)
         raise ConfigError(
-            f"The model drops layers at random ({', '.join(names)} in its config), but DeepSpeed with ZeRO {stage} needs a "
-            f"gradient for every parameter in every step. Set {off}, or use engine.name=ddp without "
-            "engine.zero_stage and engine.deepspeed."
+            f"The model drops layers at random ({', '.join(names)} in its config), but {engine} needs "
+            f"every layer in every step. Set {off}, or use engine.name=ddp without engine.zero_stage and engine.deepspeed."
         )
 
 

@@ -114,7 +114,7 @@ def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
 
     Source: Clark et al. 2020, ELECTRA, https://arxiv.org/abs/2003.10555 (layerwise learning rate decay).
     """
-    stacks = _layer_stacks(model)
+    stacks = layer_stacks(model)
     if not stacks:
         raise ConfigError(
             f"optim.layer_decay={decay}: {type(model).__name__} has no list of layers (torch.nn.ModuleList), so there is no "
@@ -132,7 +132,7 @@ def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     return factors
 
 
-def _layer_stacks(model: nn.Module) -> dict[str, int]:
+def layer_stacks(model: nn.Module) -> dict[str, int]:
     """Returns the number of layers of each list of layers by its name; lists inside a layer do not count.
 
     A model may keep small lists besides (heads, adapters), so only lists whose layers hold the most parameters count: those with

@@ -16,6 +16,7 @@ from torch import nn
 
 from dtrain.config.schema import Config
 from dtrain.distributed.rank_context import RankContext
+from dtrain.distributed.topology import device_of
 
 
 class BytesPerNumber(NamedTuple):
@@ -41,8 +42,7 @@ class EngineTraits:
     Attributes:
         memory: memory for each parameter.
         detail: addition to the name in the banner, for example "ZeRO 2"; may be empty.
-        is_sharded: whether parameters are spread over the ranks. The engine takes the module from the host and places it itself,
-            and a forward pass needs every rank.
+        is_sharded: whether parameters are spread over the ranks, so that a forward pass needs every rank.
         lock_step: whether forward or backward of a micro-batch is a collective, so that all ranks must run equally many.
         other_rounding: why results differ by rounding from fp32 on one process, apart from `engine.precision`.
         other_algorithm: why results differ by more than rounding; empty if they do not.
@@ -151,6 +151,19 @@ class Engine(Protocol):
         """
         ...
 
+    @classmethod
+    def place(cls, module: nn.Module, config: Config, context: RankContext) -> nn.Module:
+        """Collective. Returns the module where the engine wants it before it is built: on this rank's device, or sharded.
+
+        Leaves a module alone that is in its place already.
+        """
+        ...
+
+    @staticmethod
+    def updated_part(parameter: nn.Parameter) -> nn.Parameter:
+        """Returns what the optimizer updates for a parameter of a placed module. Not a collective."""
+        ...
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups; the loop writes "lr" here."""
@@ -191,9 +204,10 @@ class Engine(Protocol):
         ...
 
     def weighted_sq_norm(self, weight: StepWeight) -> float | None:
-        """Returns the local weight times the squared norm of the local gradient, before clipping. Not a collective.
+        """Returns what `step` needs the sum of over all ranks, for the norm of the gradient before clipping. Not a collective.
 
-        None if gradients are averaged in every step, because `step` then computes the norm itself.
+        It crosses ranks with the loop's one small all-reduce: with local steps the local weight times the squared norm of the
+        local gradient, with sharded gradients the squared norm of this rank's part. None if `step` computes the norm itself.
         """
         ...
 
@@ -291,7 +305,7 @@ class Engine(Protocol):
         ...
 
     def release(self) -> nn.Module:
-        """Ends the engine and returns the bare model, complete on every rank, to be frozen and wrapped again."""
+        """Ends the engine and returns the bare model in its place (see `place`), to be frozen and wrapped again."""
         ...
 
 
@@ -301,6 +315,14 @@ class AveragesEveryStep:
     context: RankContext
     extra_slots = 0
     decides_on_device = False
+
+    @classmethod
+    def place(cls, module: nn.Module, config: Config, context: RankContext) -> nn.Module:
+        return module.to(device_of(context.topology))
+
+    @staticmethod
+    def updated_part(parameter: nn.Parameter) -> nn.Parameter:
+        return parameter
 
     def step_on_device(self, skip: torch.Tensor) -> torch.Tensor:
         raise AssertionError(f"{type(self).__name__} decides on the host")

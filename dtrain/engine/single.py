@@ -35,6 +35,7 @@ from dtrain.engine.state import (
     scaler_scalars,
     slot_tensors,
 )
+from dtrain.models.placement import compute_device
 
 DECIDING_DEVICES = ("cuda",)
 """Devices that work behind the host, which a fetch would stop."""
@@ -55,7 +56,7 @@ class SingleEngine(AveragesEveryStep):
         self.model = module
         self._optimizer = optimizer
         self._max_grad_norm = config.optim.max_grad_norm
-        self._device_type = next(module.parameters()).device.type
+        self._device_type = compute_device(module).type
         self._precision = config.engine.precision
         # Only fp16 needs it: its gradients underflow without a scale.
         self._scaler = torch.amp.GradScaler(self._device_type, enabled=config.engine.precision == "fp16")
@@ -111,12 +112,16 @@ class SingleEngine(AveragesEveryStep):
 
     def step_on_device(self, skip: torch.Tensor) -> torch.Tensor:
         grad_norm = clip_on_device(self._parameters(), self._max_grad_norm).to(skip.device)
+        self._update_unless(skip | ~grad_norm.isfinite())
+        return grad_norm
+
+    def _update_unless(self, skips: torch.Tensor) -> None:
+        """Takes the optimizer's step, unless the device finds that it is to be skipped; clears the gradients."""
         optimizer: Any = self._optimizer
-        optimizer.found_inf = (skip | ~grad_norm.isfinite()).float()
+        optimizer.found_inf = skips.float()
         optimizer.step()
         del optimizer.found_inf
         self._clear_gradients()
-        return grad_norm
 
     def _clear_gradients(self) -> None:
         for parameter in self._parameters():  # a fifth of the time of Optimizer.zero_grad, which opens a profiler range

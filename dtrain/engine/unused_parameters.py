@@ -12,6 +12,7 @@ from torch import nn
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition, seed_all
 from dtrain.models.freezing import frozen_statistics
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 
 PROBES = 4
@@ -45,7 +46,7 @@ def parameters_without_gradient(
 
 def _add_gradient(module: nn.Module, task: Task, position: DataPosition) -> None:
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(position.example_index)]
-    device = next(module.parameters()).device
+    device = compute_device(module)
     loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()})
     if loss.requires_grad:
         torch.autograd.backward(loss)

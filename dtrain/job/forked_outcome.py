@@ -13,7 +13,6 @@ from typing import Any
 from dtrain.config import bounded_json
 from dtrain.errors import TopologyError
 
-
 UNKNOWN_ERROR = 1
 """Exit code of an error that has no message for users: its rank prints a traceback."""
 

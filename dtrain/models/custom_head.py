@@ -23,6 +23,7 @@ from dtrain.config import schema
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward
 from dtrain.models.heads import Head
+from dtrain.models.placement import compute_device
 from dtrain.models.pooling import pool
 
 CONFIG_KEY = "dtrain_head"
@@ -99,7 +100,7 @@ class HeadedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return next(self.parameters()).device
+        return compute_device(self)
 
     @property
     def supports_gradient_checkpointing(self) -> bool:

@@ -26,6 +26,7 @@ from dtrain.models.frozen_prefix import (
     argument_names,
 )
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows, token_rows
 from dtrain.models.unpadding_attention import LAYOUT
 from dtrain.models.unpadding_layout import PackedLayout
@@ -305,7 +306,7 @@ def _one(border: Border, ids: Any, types: Any, module: nn.Module) -> torch.Tenso
 
 def tensors_of(ids: Any, types: Any, module: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the inputs of a call whose rows have no padding, on the module's device."""
-    device = next(module.parameters()).device
+    device = compute_device(module)
     inputs = {"input_ids": torch.from_numpy(ids).long()}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if types is not None:

@@ -53,6 +53,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     is_trained: bool = False,
+    is_copied: bool = False,
 ) -> PreTrainedModel:
     """Loads or creates the model of the config.
 
@@ -64,6 +65,8 @@ def load_model(
             for tasks without text.
         seed: seed of weights that no file provides: a new head, or all from scratch.
         is_trained: whether the model must have all its weights already, because nothing will train it.
+        is_copied: whether an engine will copy the weights that it keeps. Until then they stay in the file's pages, which the
+            ranks of a node share.
 
     Returns:
         The model, fp32, on the host, in PyTorch's initial train mode.
@@ -101,7 +104,7 @@ def load_model(
         config.problem_type = head.problem_type
     with quiet(), _seeded(seed):
         loaded, new = _build_model(
-            model, config, head=head, tokenizer=tokenizer, old_pad=old_pad, local_only=local_only
+            model, config, head=head, tokenizer=tokenizer, old_pad=old_pad, local_only=local_only, is_copied=is_copied
         )
     if new and is_trained:
         raise ConfigError(
@@ -138,6 +141,7 @@ def _build_model(
     tokenizer: PreTrainedTokenizerBase | None,
     old_pad: int | None,
     local_only: bool,
+    is_copied: bool,
 ) -> tuple[Any, list[str]]:
     """Returns the model with its head (of transformers or of `model.head`) and with saved or new adapters.
 
@@ -156,10 +160,10 @@ def _build_model(
     elif saved is not None:
         with adapters.naming_the_base(saved):
             loaded, new = adapters.load_base(
-                saved, config, lambda: _pretrained(auto_model, model, config, head, local_only)
+                saved, config, lambda: _pretrained(auto_model, model, config, head, local_only, is_copied=is_copied)
             )
     else:
-        loaded, new = _pretrained(auto_model, model, config, head, local_only)
+        loaded, new = _pretrained(auto_model, model, config, head, local_only, is_copied=is_copied)
     holders: list[str] = []
     adds = given.add_tokens or given.pad_token is not None
     if tokenizer is not None and adds and not model.from_scratch:
@@ -211,7 +215,7 @@ def _from_scratch(auto_model: Any, model: schema.Model, config: PretrainedConfig
 
 
 def _pretrained(
-    auto_model: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool
+    auto_model: Any, model: schema.Model, config: PretrainedConfig, head: Head, local_only: bool, *, is_copied: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """Returns the model, and the names of its weights that no file provides."""
     name = model.name_or_path
@@ -245,7 +249,7 @@ def _pretrained(
         log.info("Newly initialized (not in %s): %s", name, _first_names(new))
     if unused:
         log.info("Unused weights in %s: %s", name, _first_names(unused))
-    if not torch.cuda.is_available():
+    if not is_copied and not torch.cuda.is_available():
         # A GPU gets the weights straight from the file's pages, which the ranks of a node share.
         _align_memory(loaded)
     return loaded, new

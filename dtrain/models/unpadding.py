@@ -21,6 +21,7 @@ from dtrain.errors import ConfigError
 from dtrain.models import unpadding_attention
 from dtrain.models.first_forward import FORWARD_ERRORS, rotates_by_length
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device, gathered
 from dtrain.models.unpadding_hooks import UnpaddedModel, remove_hooks
 from dtrain.models.unpadding_layout import NAME
 
@@ -210,14 +211,14 @@ def _try(base: Any, hooks: UnpaddedModel) -> str | None:
 
     Leaves modes, weights and the random state as they are.
     """
-    config, device = base.config, next(base.parameters()).device
+    config, device = base.config, compute_device(base)
     tokens = [token for token in range(min(config.vocab_size, 8)) if token != config.pad_token_id]
     ids = torch.tensor([(tokens * WIDTH)[:WIDTH], (tokens[::-1] * WIDTH)[:WIDTH]], device=device)
     mask = torch.tensor([[1] * WIDTH, [1] * (WIDTH - 2) + [0] * 2], device=device)
     if isinstance(config.pad_token_id, int) and 0 <= config.pad_token_id < config.vocab_size:
         ids = ids.masked_fill(mask == 0, config.pad_token_id)
     try:
-        with _evaluating(base):
+        with _evaluating(base), gathered(base):
             packed = base(input_ids=ids, attention_mask=mask).last_hidden_state
             with hooks.switched_off():
                 padded = base(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -233,7 +234,7 @@ def _try(base: Any, hooks: UnpaddedModel) -> str | None:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    device = next(module.parameters()).device.type
+    device = compute_device(module).type
     with (
         restored_modes(module),
         torch.no_grad(),

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dtrain.models.host_copy import host_copy
+from dtrain.models.placement import compute_device
 from dtrain.models.unpadding_attention import LAYOUT, no_mask
 from dtrain.models.unpadding_kernels import try_kernels
 from dtrain.models.unpadding_layout import PackedLayout, layout_of_documents, layout_of_mask, layout_of_whole_rows
@@ -58,7 +59,7 @@ class UnpaddedModel:
         """
         self._shares_calls = shares_calls
         self.is_causal = is_causal and layers is None
-        device = next(base.parameters()).device
+        device = compute_device(base)
         self.kernels = try_kernels(base.config, device, is_causal=self.is_causal)
         self.is_on = True
         self.packed_calls = 0

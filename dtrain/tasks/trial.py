@@ -25,6 +25,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward, reads_padding_by_config
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.tasks.prepare import select_columns
 from dtrain.tasks.protocol import Batch, Padding, PadsRows, Task
 
@@ -190,7 +191,7 @@ def _run(module: nn.Module, task: Task, batch: Batch) -> Outputs:
         ConfigError: the model, which is one of transformers, cannot compute them.
     """
     found: list[Any] = []
-    device = next(module.parameters()).device
+    device = compute_device(module)
     handle = module.register_forward_hook(lambda _module, _inputs, output: found.append(output))
     try:
         with torch.autocast(device.type, enabled=False):

@@ -20,7 +20,7 @@ from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import device_of
-from dtrain.engine.build import engine_traits
+from dtrain.engine.build import engine_traits, place
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.errors import CheckpointError, ConfigError
 from dtrain.models import freezing
@@ -124,6 +124,7 @@ def load(config: Config, task: Task, context: RankContext, *, is_trained: bool =
             tokenizer=task.tokenizer,
             seed=config.run.seed,
             is_trained=is_trained,
+            is_copied=engine_traits(config, context).is_sharded,
         )
         if task.tokenizer is not None and config.model.factory is None:
             check_fit(model, task.tokenizer, max_length=task.max_length, needs_padding=task.needs_padding)
@@ -144,17 +145,19 @@ def load(config: Config, task: Task, context: RankContext, *, is_trained: bool =
 
 
 def place_and_try(module: nn.Module, config: Config, task: Task, context: RankContext) -> nn.Module:
-    """Collective. Moves the model to this rank's device, and runs it on an example, which decides the task's padding.
+    """Collective. Puts the model where its engine wants it, and runs it on an example, which decides the task's padding.
 
     Raises:
         ConfigError: the model cannot compute the example.
     """
-    module = place(module, config, context)
+    # One rank per node runs the example, so the model is sharded only after it.
+    if not engine_traits(config, context).is_sharded:
+        module = place(module, config, context)
     is_served = device_of(context.topology).type == "cpu" and not config.model.compile
     set_fast_linear(module, config.model.fast_linear if is_served else "off")
     try_model(module, task, context)
     try_last_layer(module, context)
-    return module
+    return place(module, config, context)
 
 
 def _from_shards(config: Config, make: Callable[[Model], nn.Module], context: RankContext) -> nn.Module:
@@ -210,13 +213,6 @@ def verify_start(name: str | None) -> bool:
             "load. Use the run's model/ folder instead."
         )
     return "of" in saved.manifest
-
-
-def place(module: nn.Module, config: Config, context: RankContext) -> nn.Module:
-    """Moves the module to this rank's device, unless the engine shards it and takes it from the host."""
-    if engine_traits(config, context).is_sharded:
-        return module
-    return module.to(device_of(context.topology))
 
 
 def prepare_training(module: nn.Module, config: Config, task: Task, plan: StepPlan, *, epoch: int = 0) -> PreparedModel:

@@ -21,6 +21,7 @@ from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.forward_only import Forward
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.progress import progress
 from dtrain.tasks.protocol import ScoredBatch, Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
@@ -146,7 +147,7 @@ def evaluate_split(
     if micro_batch_tokens is not None and lengths is None:
         raise unknown_lengths(micro_batch_tokens, "evaluation")
     size_setting = "micro_batch_size" if micro_batch_tokens is None else "micro_batch_tokens"
-    device = next(forward.module.parameters()).device
+    device = compute_device(forward.module)
     batches = evaluation_batches(
         task.splits[split],
         task.collate,

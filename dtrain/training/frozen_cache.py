@@ -45,6 +45,7 @@ from dtrain.models.fast_linear import uses_fast_linear
 from dtrain.models.first_forward import rotates_by_length
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
+from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
 from dtrain.training import frozen_fill
@@ -155,7 +156,7 @@ class FrozenCache:
 
     def _find(self, module: nn.Module) -> Border | str:
         batch = collated(self._task, "train", trial_indices(self._task))
-        device = next(module.parameters()).device
+        device = compute_device(module)
 
         def loss() -> torch.Tensor:
             seed_all(self._plan.seed, "frozen", 0)
@@ -236,7 +237,7 @@ class FrozenCache:
             self.misses += 1
             return None
         self.hits += 1
-        device = next(self._module.parameters()).device
+        device = compute_device(self._module)
         return torch.from_numpy(found).view(self._dtype).to(device, non_blocking=True)
 
     def _fill(self, engine: Engine, border: Border) -> str | None:
@@ -367,7 +368,7 @@ class FrozenCache:
         """Returns a hash of all that the results depend on, besides a row's tokens."""
         model: Any = engine.module.config
         settings = {name: value for name, value in model.to_dict().items() if name not in NAMES_OF_OUTPUTS}
-        device = next(engine.module.parameters()).device
+        device = compute_device(engine.module)
         identity = {
             "config": settings,
             "attention": getattr(model, "_attn_implementation", None),

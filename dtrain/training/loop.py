@@ -26,6 +26,7 @@ from dtrain.engine.parameter_groups import set_learning_rate
 from dtrain.engine.protocol import Engine
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.host_copy import to_device
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 from dtrain.training.late_totals import LateTotals, StepValues, to_floats
 from dtrain.training.look_ahead import LookAhead, Step, StepTotals, counted
@@ -162,7 +163,7 @@ def warm_up(engine: Engine, task: Task, batches: StepBatches) -> None:
     """Collective. Lets a new engine prepare itself on a micro-batch that does not count."""
     tensors = batches.micro_batches[0].tensors
     with frozen_statistics(engine.module):
-        device = next(engine.module.parameters()).device
+        device = compute_device(engine.module)
         engine.warm_up(lambda: task.loss(engine.model, to_device(tensors, device)), step=batches.step)
 
 
@@ -292,7 +293,7 @@ def run_micro_batches(
     Args:
         scale: multiplies each loss sum, so that the gradients add up to that of (sum of losses) / (sum of weights) (law 4).
     """
-    device = next(engine.module.parameters()).device
+    device = compute_device(engine.module)
     losses: list[torch.Tensor] = []
     for position, micro_batch in enumerate(batches.micro_batches):
         engine.context.heartbeat.at(Phase.MICRO_BATCH)
@@ -360,7 +361,7 @@ def _update_at_once(run: LoopRun, step: Step, losses: Sequence[torch.Tensor]) ->
 def _update_on_device(run: LoopRun, step: Step, losses: Sequence[torch.Tensor]) -> Callable[[], StepValues]:
     """Collective. Lets the device take the optimizer's step or skip it, without waiting for it; equal on every rank."""
     engine = run.engine
-    totals = LateTotals(losses, next(engine.module.parameters()).device, engine.context)
+    totals = LateTotals(losses, compute_device(engine.module), engine.context)
     # Between the hosts, which know these numbers: the weight of the next step, and requests to stop.
     known = run.look_ahead.advance([], weighted_sq_norm=None, lacks_gradients=engine.lacks_gradients)
     engine.context.heartbeat.at(Phase.UPDATE)

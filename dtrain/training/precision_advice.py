@@ -14,6 +14,7 @@ from dtrain.data.seeding import DataPosition
 from dtrain.engine.forward_only import autocast
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.modes import restored_modes
+from dtrain.models.placement import compute_device
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel
 from dtrain.training.precision_timing import time_precisions, unchanged_random_state
@@ -31,7 +32,7 @@ def describe_precision(config: Config, task: Task, prepared: PreparedModel, plan
     Leaves weights, buffers, modes and random states as they are, and all gradients None.
     """
     module = prepared.module
-    if config.engine.precision != "fp32" or next(module.parameters()).device.type != "cpu":
+    if config.engine.precision != "fp32" or compute_device(module).type != "cpu":
         return None
     if any(parameter.dtype != torch.float32 for parameter in module.parameters() if parameter.is_floating_point()):
         return None

@@ -30,6 +30,7 @@ LAYOUTS: list[tuple[str, int, list[str]]] = [
         (f"deepspeed ZeRO {stage} W=2", 2, ["engine.name=deepspeed", f"engine.zero_stage={stage}"])
         for stage in range(4)
     ),
+    *((f"fsdp W={world}", world, ["engine.name=fsdp"]) for world in (2, 3, 4)),
 ]
 
 PLAIN = ["train.sort_by_length=false", "model.unpad=off", "freeze.cache=off"]
@@ -104,12 +105,15 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a BERT-family folder or name")
     parser.add_argument("--data", required=True, type=Path, help="a folder in CoLA's format")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", help="a word in the name of the layouts to compare with one process, e.g. fsdp")
     parser.add_argument("--shapes", action="store_true", help="compare with the plain padded run, without dropout")
     arguments = parser.parse_args()
     arguments.data = arguments.data.resolve()
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.shapes:
-            return 0 if compare(Path(folder), LAYOUTS, arguments) else 1
+            first, *others = LAYOUTS
+            chosen = [layout for layout in others if arguments.only is None or arguments.only in layout[0]]
+            return 0 if compare(Path(folder), [first, *chosen], arguments) else 1
         are_equal = True
         for learns, (settings, layouts) in SHAPES.items():
             print(f"{learns}:")

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ranks
 
 PLAIN = Setting(steps=4, log_gradients=2, freeze=("embeddings",), max_grad_norm=0.1)
 DEEPSPEED = [replace(PLAIN, engine="deepspeed", zero_stage=stage) for stage in (0, 1, 2, 3)]
+FSDP = replace(PLAIN, engine="fsdp")
 
 
 class Norms:
@@ -69,7 +70,7 @@ def test_two_ranks_measure_what_one_process_does_on_every_engine(single: list[di
 
     half = replace(DEEPSPEED[2], precision="fp16", max_grad_norm=None, steps=2)
 
-    ranks = run_ranks(measured, 2, [PLAIN, *DEEPSPEED, offloaded, half], timeout_s=150)
+    ranks = run_ranks(measured, 2, [PLAIN, *DEEPSPEED, FSDP, offloaded, half], timeout_s=150)
 
     assert ranks[0] == ranks[1]
     *exact, rounded = ranks[0]
@@ -79,7 +80,7 @@ def test_two_ranks_measure_what_one_process_does_on_every_engine(single: list[di
 
 
 def test_three_ranks_of_which_one_has_nothing_to_do_measure_the_same(single: list[dict[str, Any]]) -> None:
-    small = [replace(setting, micro_batch_size=4, steps=2) for setting in (PLAIN, DEEPSPEED[1], DEEPSPEED[3])]
+    small = [replace(setting, micro_batch_size=4, steps=2) for setting in (PLAIN, DEEPSPEED[1], DEEPSPEED[3], FSDP)]
 
     ranks = run_ranks(measured, 3, small, timeout_s=150)
 

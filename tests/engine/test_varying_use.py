@@ -15,6 +15,7 @@ from torch import nn
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine import ddp
+from dtrain.engine.sharded_tensor import is_sharded, local_rows
 from tests.support import tiny, training
 from tests.support.multirank import RanksFailed, run_ranks
 from tests.support.training import Setting, apart, worst
@@ -95,8 +96,12 @@ def trained(context: RankContext, kind: str, setting: Setting, broken: str | Non
     engine = run.go(recorder)
     names = {name for name, _ in engine.module.named_parameters()}
     slots = {state.name: sorted(state.slots) for state in engine.named_state(here=True) if state.name in names}
-    own = {name: float(p.detach().double().square().sum()) for name, p in engine.module.named_parameters()}
+    own = {name: float(local(p).double().square().sum()) for name, p in engine.module.named_parameters()}
     return {"steps": recorder.steps, "weights": training.weights_of(engine), "slots": slots, "own": own}
+
+
+def local(parameter: nn.Parameter) -> torch.Tensor:
+    return local_rows(parameter) if is_sharded(parameter) else parameter.detach()
 
 
 def assert_same(one: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
@@ -117,6 +122,21 @@ def alone() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ddp_takes_the_steps_of_one_process(alone: dict[str, dict[str, Any]], kind: str, world_size: int) -> None:
     assert_same(alone[kind], run_ranks(trained, world_size, kind, SETTING))
+
+
+@pytest.mark.parametrize("kind", ["layerdrop", "experts", "one_row"])
+def test_fsdp_takes_the_steps_of_one_process(alone: dict[str, dict[str, Any]], kind: str) -> None:
+    one, ranks = alone[kind], run_ranks(trained, 2, kind, replace(SETTING, engine="fsdp"))
+
+    assert worst(one, ranks[0]) <= 1e-9
+    assert worst(one, ranks[0], "grad_norm") <= 1e-8
+    assert apart(one, ranks[0]) <= 1e-9
+    assert all((rank["slots"], rank["steps"]) == (one["slots"], ranks[0]["steps"]) for rank in ranks)
+
+
+def test_fsdp_refuses_micro_batches_without_any_trainable_parameter() -> None:
+    with pytest.raises(RanksFailed, match=r"used no trainable parameter.*engine\.name=ddp"):
+        run_ranks(trained, 2, "nothing", replace(SETTING, engine="fsdp"))
 
 
 def test_the_subject_really_leaves_parameters_out(alone: dict[str, dict[str, Any]]) -> None:

@@ -249,17 +249,20 @@ def test_two_ranks_train_like_one_and_the_folder_evaluates_the_same(base: Path, 
     runs = [("train", settings(tmp_path, base, "one")), ("evaluate", settings(tmp_path, base, "again", **trained))]
 
     one, again = run_ranks(commands, 1, runs)[0]
-    two, plain = run_ranks(
+    two, sharded, plain = run_ranks(
         commands,
         2,
         [
             ("train", settings(tmp_path, base, "two")),
+            ("train", settings(tmp_path, base, "sharded", **{"engine.name": "fsdp"})),
             ("train", settings(tmp_path, base, "plain", **{"model.lora": "null"})),
         ],
     )[0]
 
     assert (again["metrics"], again["predictions"]) == (one["metrics"], one["predictions"])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert sharded["losses"] == pytest.approx(one["losses"], rel=1e-6)
+    assert sharded["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
     assert plain["losses"][1:] != pytest.approx(one["losses"][1:], rel=1e-6)  # a control
 
 

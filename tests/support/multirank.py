@@ -39,6 +39,7 @@ PRELOADED = (
     "distutils.ccompiler",
     "dtrain.engine.ddp",
     "dtrain.engine.deepspeed",
+    "dtrain.engine.fsdp",
     "transformers.models.bert.modeling_bert",
     __name__,
 )

@@ -15,7 +15,7 @@ from dtrain.config.schema import Config
 from dtrain.config.task import Classification
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import schedules
-from dtrain.engine.build import build_engine
+from dtrain.engine.build import build_engine, place
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.classification import ClassificationTask
 from dtrain.training import build as construct
@@ -93,6 +93,8 @@ class Setting:
     powersgd: dict[str, Any] | None = None
     local_steps: int = 1
     bucket_mb: float | None = None
+    offload: bool = False
+    reshard_after_forward: bool = True
     table: bool = False
     sort_by_length: bool = True
     micro_batch_tokens: int | None = None
@@ -148,6 +150,8 @@ class Setting:
                     "gradient_wire": self.gradient_wire,
                     "powersgd": self.powersgd,
                     "bucket_mb": self.bucket_mb,
+                    "offload": self.offload,
+                    "reshard_after_forward": self.reshard_after_forward,
                 },
             }
         )
@@ -204,6 +208,7 @@ def build(context: RankContext, setting: Setting, module: nn.Module | None = Non
     if setting.checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     plan = construct.step_plan(config, learns)
+    module = place(module, config, context)
     prepared = construct.prepare_training(module, config, learns, plan)
     engine = build_engine(prepared.module, config, context)
     if setting.cache != "off":

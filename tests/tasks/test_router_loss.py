@@ -102,6 +102,7 @@ ENGINES = {
     "ddp": SETTING,
     "checkpointing": replace(SETTING, checkpointing=True),
     "zero2": replace(SETTING, engine="deepspeed", zero_stage=2),
+    "fsdp": replace(SETTING, engine="fsdp"),
 }
 
 

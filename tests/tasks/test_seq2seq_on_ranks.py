@@ -16,8 +16,9 @@ import sacrebleu
 import torch
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
-from dtrain.engine.build import build_engine
+from dtrain.engine.build import build_engine, place
 from dtrain.engine.forward_only import Forward, ForwardOnly
+from dtrain.engine.sharded_tensor import is_sharded
 from dtrain.training.evaluation import evaluate_split
 from dtrain.training.export import export_model
 from tests.support import tiny_seq2seq, training
@@ -53,10 +54,15 @@ def trained(context: RankContext, setting: Setting, folder: str | None = None) -
     return {"steps": recorder.steps, "measured": measured(engine, 23, max_new_tokens=6)}
 
 
-def evaluated(context: RankContext, stage: int | None) -> dict[str, Any]:
-    """Collective. The untrained model, plain or in shards."""
+def evaluated(context: RankContext, stage: int | str | None) -> dict[str, Any]:
+    """Collective. The untrained model, plain or in shards: of a ZeRO stage or of FSDP2."""
     if stage is None:
         return {"measured": both_ways(ForwardOnly(tiny_seq2seq.t5(), SETTING.config(), context)), "shards": True}
+    if stage == "fsdp":
+        config = replace(SETTING, engine="fsdp").config()
+        engine = build_engine(place(tiny_seq2seq.t5(), config, context), config, context)
+        return {"measured": both_ways(engine), "shards": all(map(is_sharded, engine.module.parameters()))}
+    assert isinstance(stage, int)
     setting = replace(SETTING, engine="deepspeed", zero_stage=stage)
     module = tiny_seq2seq.t5()
     engine = build_engine(module, setting.config(), context)
@@ -88,8 +94,9 @@ def test_the_texts_that_are_compared_differ_and_end_at_different_steps() -> None
     assert greedy["metrics"]["bleu"] > 0.0
 
 
-def test_a_sharded_model_generates_the_same_tokens_with_an_idle_rank() -> None:
-    for rank in run_ranks(evaluated, 2, 3, timeout_s=120):
+@pytest.mark.parametrize("stage", [3, "fsdp"])
+def test_a_sharded_model_generates_the_same_tokens_with_an_idle_rank(stage: int | str) -> None:
+    for rank in run_ranks(evaluated, 2, stage, timeout_s=120):
         assert rank["shards"]
         for name, expected in alone()["measured"].items():
             found = rank["measured"][name]
@@ -106,8 +113,8 @@ def of_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
 
 @pytest.mark.parametrize(
     ("world_size", "changed"),
-    [(2, {}), (3, {}), (2, {"engine": "deepspeed", "zero_stage": 3})],
-    ids=["ddp-2", "ddp-3", "zero3-2"],
+    [(2, {}), (3, {}), (2, {"engine": "deepspeed", "zero_stage": 3}), (2, {"engine": "fsdp"})],
+    ids=["ddp-2", "ddp-3", "zero3-2", "fsdp-2"],
 )
 def test_ranks_train_and_evaluate_like_one_process(
     world_size: int, changed: dict[str, Any], of_one: tuple[dict[str, Any], Path]

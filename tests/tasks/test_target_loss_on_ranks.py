@@ -26,6 +26,7 @@ ENGINES = {
     "ddp": replace(SETTING, engine="ddp"),
     "zero 1": replace(SETTING, engine="deepspeed", zero_stage=1),
     "zero 3": replace(SETTING, engine="deepspeed", zero_stage=3),
+    "fsdp": replace(SETTING, engine="fsdp"),
 }
 
 

@@ -314,12 +314,14 @@ def digits_of(weights: dict[str, Any]) -> dict[str, Any]:
     return result_of(ForwardOnly(module, SETTING.config(), ONE_PROCESS), 23)
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(None, 1), (None, 3), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "world_size"), [(None, 1), (None, 3), (1, 2), (3, 2), ("fsdp", 2)])
 def test_evaluation_through_an_engine_measures_its_weights_and_leaves_the_training_alone(
-    stage: int | None, world_size: int
+    stage: int | str | None, world_size: int
 ) -> None:
-    engine = "auto" if stage is None else "deepspeed"
-    setting = replace(SETTING, steps=5, learning_rate=0.05, engine=engine, zero_stage=stage)
+    if isinstance(stage, int):
+        setting = replace(SETTING, steps=5, learning_rate=0.05, engine="deepspeed", zero_stage=stage)
+    else:
+        setting = replace(SETTING, steps=5, learning_rate=0.05, engine=stage or "auto")
 
     ranks = run_ranks(trained_both_ways, world_size, setting, timeout_s=120)
     measured, left_alone = ranks[0]
@@ -330,7 +332,7 @@ def test_evaluation_through_an_engine_measures_its_weights_and_leaves_the_traini
     assert measured["way"][0] != measured["way"][1]
     assert all(rank[0]["way"] == measured["way"] for rank in ranks)
     expected = digits_of(measured["weights"])
-    if stage == 3:
+    if stage in (3, "fsdp"):
         assert measured["final"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
     else:
         assert measured["final"] == expected

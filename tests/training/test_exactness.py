@@ -81,6 +81,7 @@ def test_in_float64_two_ranks_end_with_the_weights_of_one_process() -> None:
         ("auto", None, 2),
         *(("deepspeed", stage, 2) for stage in (0, 1, 2)),
         ("deepspeed", 3, 3),
+        ("fsdp", None, 2),
     ],
 )
 def test_adamw_with_frozen_and_thawed_parts_and_rates_by_layer_is_the_same_on_every_engine(
@@ -166,10 +167,12 @@ def test_class_weights_and_activation_checkpointing_change_no_promise() -> None:
     assert apart(one, two) <= 2e-6
 
 
-@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-def test_bf16_is_the_same_method_with_other_rounding(single: dict[str, Any], stage: int | None) -> None:
-    engine = "auto" if stage is None else "deepspeed"
-    setting = replace(PLAIN, precision="bf16", engine=engine, zero_stage=stage)
+@pytest.mark.parametrize("stage", [None, 0, 1, 2, 3, "fsdp"])
+def test_bf16_is_the_same_method_with_other_rounding(single: dict[str, Any], stage: int | str | None) -> None:
+    if isinstance(stage, int):
+        setting = replace(PLAIN, precision="bf16", engine="deepspeed", zero_stage=stage)
+    else:
+        setting = replace(PLAIN, precision="bf16", engine=stage or "auto")
 
     result = run_ranks(training.run, 2, setting, timeout_s=120)[0]
 

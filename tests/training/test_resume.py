@@ -96,6 +96,9 @@ STAGES: list[tuple[int, dict[str, Any]]] = [
     (3, {}),
     (2, {"engine.zero_stage": 2}),
     (2, {"engine.zero_stage": 3}),
+    (3, {"engine.name": "fsdp"}),
+    (2, {"engine.zero_stage": 1}),
+    (2, {"engine.name": "fsdp"}),
     (1, {}),
 ]
 
@@ -104,7 +107,7 @@ STAGES: list[tuple[int, dict[str, Any]]] = [
 @pytest.mark.parametrize("form", [{}, SHARDED], ids=["portable", "sharded"])
 def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Path, form: dict[str, Any]) -> None:
     taken: dict[int, list[int]] = {}
-    name = f"elastic-{len(form)}"
+    name, form = f"elastic-{len(form)}", {**form, "train.max_steps": 2 * len(STAGES)}
     for number, (world, changes) in enumerate(STAGES):
         end = {} if number == len(STAGES) - 1 else {"die_in": 2 * number + 2}
         ranks = start(folder, name, world, {**changes, **form}, **end)
@@ -118,7 +121,7 @@ def test_a_run_that_moves_over_ranks_and_engines_takes_the_same_steps(folder: Pa
                 for index in part
             )
 
-    alone = run_ranks(dying, 1, str(folder), f"alone-{len(form)}", {}, {})[0]
+    alone = run_ranks(dying, 1, str(folder), f"alone-{len(form)}", {"train.max_steps": 2 * len(STAGES)}, {})[0]
     assert taken == {step: sorted(index for part in parts for index in part) for step, parts in alone["taken"]}
     expected, found = losses(folder, f"alone-{len(form)}"), losses(folder, name)
     assert found.keys() == expected.keys()
