@@ -28,6 +28,7 @@ from dtrain.config import bounded_json
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.launcher_env import DTRAIN, read_node
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import process_start
 from dtrain.distributed.process_limit import check_process_limit
@@ -91,7 +92,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         if topology.is_main:
             sys.stdout.write(to_yaml(config))
         return 0
-    return _run(arguments.command, config, topology, dry_run=arguments.dry_run)
+    run = partial(_run, arguments.command, config, dry_run=arguments.dry_run)
+    if arguments.ranks is not None and topology.launcher != DTRAIN:
+        return _launch_ranks(arguments, config, run)
+    return run(topology)
+
+
+def _launch_ranks(arguments: argparse.Namespace, config: Config, run: Callable[[Topology], int]) -> int:
+    """Starts the ranks of --ranks, and runs the command on them. The config has been checked, so all ranks share it."""
+    topology = Topology.from_env(os.environ)
+    if topology.launcher != "none" or sys.platform != "linux":
+        problem = "needs Linux" if sys.platform != "linux" else f"starts ranks, but this is {topology.describe()}"
+        log.error("--ranks %d %s. Remove the option, and start the ranks with torchrun.", arguments.ranks, problem)
+        return ConfigError.exit_code
+
+    def run_rank() -> int:
+        topology = Topology.from_env(os.environ)
+        console.configure_logging(rank=topology.rank, world_size=topology.world_size)
+        return run(topology)
+
+    from dtrain.job.forked_ranks import RankLaunch, run_ranks
+    from dtrain.job.preload import preload
+
+    exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
+    try:
+        check_process_limit(os.environ, local_world_size=arguments.ranks)
+        launch = RankLaunch(
+            arguments.ranks,
+            read_node(os.environ, arguments.ranks),
+            arguments.max_restarts or 0,
+            exit_file,
+            partial(preload, os.environ),
+            run_rank,
+        )
+        return run_ranks(launch, os.environ)
+    except (TopologyError, Interrupted) as error:
+        log.error("%s", error)
+        return error.exit_code
 
 
 def _goodput(arguments: argparse.Namespace, topology: Topology) -> int:
@@ -179,14 +216,17 @@ class _ReportedFailure(Exception):
         self.code = code
 
 
-def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
-    """Runs the command. Signals and the launcher are watched from the start, since imports take seconds."""
-    context = RankContext(topology)
+def _has_exit_json(command: str, config: Config, dry_run: bool) -> bool:
     # These have no run folder: one text to predict, and a chat unless a setting says otherwise.
     answers_directly = (command == "predict" and config.predict.text is not None) or (
         command == "chat" and not config.talk.makes_run_folder
     )
-    has_exit_json = not (dry_run or answers_directly or command in WITHOUT_RUN_DIR)
+    return not (dry_run or answers_directly or command in WITHOUT_RUN_DIR)
+
+
+def _run(command: str, config: Config, topology: Topology, *, dry_run: bool) -> int:
+    """Runs the command. Signals and the launcher are watched from the start, since imports take seconds."""
+    context, has_exit_json = RankContext(topology), _has_exit_json(command, config, dry_run)
     if has_exit_json and (previous := _non_retryable_failure(config, topology, os.environ)) is not None:
         if topology.is_main:
             log.error("%s", previous["message"])
@@ -261,17 +301,17 @@ def _report_common_error(error: DtrainError, topology: Topology) -> int:
 
 def _run_command(command: str, config: Config, context: RankContext, *, dry_run: bool) -> None:
     with without_collections(keep=True):
-        run = _import_command(command, dry_run=dry_run)
+        run = _import_command(command, context.topology, dry_run=dry_run)
     run(config, context)
 
 
-def _import_command(command: str, *, dry_run: bool) -> Callable[[Config, RankContext], object]:
+def _import_command(command: str, topology: Topology, *, dry_run: bool) -> Callable[[Config, RankContext], object]:
     """Returns the function that runs a command."""
     match command:
         case "train":
             from dtrain.commands.train import run_dry, run_train
 
-            return run_dry if dry_run else partial(run_train, began=process_start())
+            return run_dry if dry_run else partial(run_train, began=_start_of(topology))
         case "evaluate":
             from dtrain.commands.evaluate import run_evaluate
 
@@ -299,6 +339,12 @@ def _import_command(command: str, *, dry_run: bool) -> Callable[[Config, RankCon
     from dtrain.commands.chat import run_chat
 
     return run_chat
+
+
+def _start_of(topology: Topology) -> float:
+    """Returns when this start began: the imports of forked ranks, in their launcher, are part of their first start."""
+    is_first_fork = topology.launcher == DTRAIN and not any(topology.launches.values())
+    return process_start(os.getppid() if is_first_fork else None)
 
 
 def console_script() -> None:

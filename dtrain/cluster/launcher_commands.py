@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dtrain.cluster.hostfile import Host
 from dtrain.cluster.run_job import HostCommand, MultiHostJob
-from dtrain.distributed.launcher_env import JOB_ID
+from dtrain.distributed.launcher_env import JOB_ID, NODE_RANK, NODE_SLOTS
 
 FORWARDED_NAMES = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
@@ -83,6 +83,20 @@ def is_secret(name: str) -> bool:
 def rank_env(plan: LaunchPlan) -> dict[str, str]:
     """Returns the variables that are set for every rank."""
     return {**plan.env, JOB_ID: plan.job_id}
+
+
+def dtrain(plan: LaunchPlan) -> MultiHostJob:
+    """Returns a job with dtrain's own launcher on every host, which imports once and forks its ranks."""
+    slots = ",".join(str(host.slots) for host in plan.hosts)
+    master = {"MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port)} if len(plan.hosts) > 1 else {}
+    commands = []
+    for index, host in enumerate(plan.hosts):
+        argv = [sys.executable, str(plan.script), "--ranks", str(host.slots)]
+        argv += ["--max-restarts", str(plan.max_restarts)] if plan.max_restarts else []
+        env = {**rank_env(plan), **_visible_devices(host), **master, NODE_SLOTS: slots, NODE_RANK: str(index)}
+        commands.append(HostCommand(host.name, [*argv, *plan.arguments], env))
+    signals = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
+    return MultiHostJob("dtrain", commands, plan.folder, plan.exit_file, launcher_signals=signals)
 
 
 def torchrun(plan: LaunchPlan) -> MultiHostJob:

@@ -28,6 +28,9 @@ COMMANDS = {
     "goodput": "show how the wall time of a run was spent: goodput runs/cola",
 }
 
+WITHOUT_RANKS = ("download", "chat", "doctor", "goodput")
+"""Commands that run in one process."""
+
 EPILOG = """
 what a command works on:
 
@@ -41,8 +44,8 @@ settings are section.key=value, for example
     dtrain/main.py --print-config            every setting and its value
     dtrain/main.py --dry-run ...             what would happen: ranks, steps, memory, frozen parts
 
-Without arguments, a small character GPT is trained on Python's own documentation (configs/quickstart.yaml). Under
-torchrun, deepspeed, mpirun or srun, the same command runs on many ranks.
+Without arguments, a small character GPT is trained on Python's own documentation (configs/quickstart.yaml). With
+--ranks N, and under torchrun, deepspeed, mpirun or srun, the same command runs on many ranks.
 
 exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 checkpoint, 75 preempted, 1 any other error
 """
@@ -87,6 +90,10 @@ def parse(
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings; default: the quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the plan without training")
+    parser.add_argument("--ranks", type=int, metavar="N", help="run on N ranks of this machine: no launcher is needed")
+    parser.add_argument(
+        "--max-restarts", type=int, metavar="N", help="with --ranks: start again up to N times after a failure"
+    )
     parser.add_argument("--json", action="store_true", help="goodput, doctor: one JSON object instead of a table")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="doctor: file of the hosts to check")
     parser.add_argument("--include", metavar="HOST[:SLOT,..][@..]", help="doctor: only these hosts of the file")
@@ -162,5 +169,15 @@ def _refuse_options_of_other_commands(arguments: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{option} works only with doctor; {command} gets its hosts from its launcher: launch/torchrun.sh."
             )
+    if arguments.ranks is None and arguments.max_restarts is not None:
+        raise ConfigError("--max-restarts works only with --ranks N. Add it, or use the launcher's own option.")
+    if arguments.ranks is not None and command in WITHOUT_RANKS:
+        raise ConfigError(f"{command} runs in one process, so --ranks does not work with it. Remove it.")
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise ConfigError(f"--ranks {arguments.ranks} is not a number of ranks: it must be at least 1.")
+    if arguments.max_restarts is not None and arguments.max_restarts < 0:
+        raise ConfigError(
+            f"--max-restarts {arguments.max_restarts} is not a number of restarts: it must be at least 0."
+        )
     if arguments.dry_run and command != "train":
         raise ConfigError(f"--dry-run shows the plan of a training run, and {command} has no plan. Remove it.")

@@ -1,4 +1,4 @@
-"""Runs a job on the hosts of a hostfile, for launch/torchrun.sh, launch/deepspeed.sh and launch/mpirun.sh.
+"""Runs a job on the hosts of a hostfile, for launch/dtrain.sh, torchrun.sh, deepspeed.sh and mpirun.sh.
 
     python dtrain/commands/launch.py torchrun hostfiles/cluster --config configs/cola.yaml
 
@@ -38,7 +38,7 @@ from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
 
-LAUNCHERS = ("torchrun", "deepspeed", "mpirun")
+LAUNCHERS = ("dtrain", "torchrun", "deepspeed", "mpirun")
 
 MAIN = ROOT / "dtrain" / "main.py"
 
@@ -57,7 +57,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an option is wrong.
     """
     parser = Parser(
-        prog=f"launch/{argv[0] if argv and argv[0] in LAUNCHERS else '<torchrun|deepspeed|mpirun>'}.sh",
+        prog=f"launch/{argv[0] if argv and argv[0] in LAUNCHERS else '<dtrain|torchrun|deepspeed|mpirun>'}.sh",
         description="Starts dtrain on the hosts of a hostfile, and exits with the job's exit code.",
         epilog="All other arguments, and all after --, are passed to dtrain: --config FILE, section.key=value, a command.",
         allow_abbrev=False,
@@ -72,7 +72,13 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--master-port", type=int, metavar="PORT", help="the master's port; default: a free port")
     parser.add_argument("--dry-run", action="store_true", help="print the commands without starting them")
     parser.add_argument("--nnodes", metavar="MIN:MAX", help="torchrun: an elastic job, which needs at least MIN hosts")
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="torchrun: restart up to N times")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="torchrun, or dtrain on one host: restart up to N times",
+    )
     launcher_words, rest = list(argv), []
     if "--" in launcher_words:
         at = launcher_words.index("--")
@@ -104,9 +110,15 @@ def build_plan(options: argparse.Namespace, env: Mapping[str, str]) -> LaunchPla
         raise ConfigError(
             f"mpirun cannot select single slots: include or exclude all slots of {partial[0]}, or use launch/torchrun.sh."
         )
-    if options.launcher != "torchrun" and (options.nnodes or options.max_restarts):
-        raise ConfigError(f"--nnodes and --max-restarts need torchrun: {options.launcher} does not restart a job.")
+    can_restart = options.launcher == "torchrun" or (options.launcher == "dtrain" and len(hosts) == 1)
+    if (options.nnodes and options.launcher != "torchrun") or (options.max_restarts and not can_restart):
+        what = f"{options.launcher} does not restart a job{' on several hosts' * (options.launcher == 'dtrain')}"
+        raise ConfigError(f"--nnodes and --max-restarts need launch/torchrun.sh: {what}.")
     arguments = parse(options.rest, program=options.program, launcher_options=options.options)
+    if arguments.ranks is not None:
+        raise ConfigError(
+            "--ranks is for one machine without a hostfile. Remove it: the hostfile has the number of ranks."
+        )
     exit_file = None
     if arguments.command != "goodput":
         config = load_config(arguments.config, arguments.overrides, command=arguments.command)
@@ -169,6 +181,8 @@ def build_job(launcher: str, plan: LaunchPlan, hostfile: Path) -> MultiHostJob:
         hostfile: a file with the selected hosts, for mpirun.
     """
     match launcher:
+        case "dtrain":
+            return launcher_commands.dtrain(plan)
         case "torchrun":
             return launcher_commands.torchrun(plan)
         case "deepspeed":

@@ -1,7 +1,7 @@
 """Reads from the environment what the launcher says about this process in the job.
 
-Pure functions of an environment mapping, for torchrun, DeepSpeed, Open MPI, MPICH, Intel MPI, Slurm, and variables
-set by hand. topology.py turns the result into a Topology.
+Pure functions of an environment mapping, for dtrain's own launcher (`--ranks`), torchrun, DeepSpeed, Open MPI, MPICH,
+Intel MPI, Slurm, and variables set by hand. topology.py turns the result into a Topology.
 """
 
 from __future__ import annotations
@@ -21,8 +21,23 @@ EXIT_FILE = "DTRAIN_EXIT_FILE"
 """Set by launch/*.sh to a path on each host, where a rank writes why it ends, in the format of exit.json. A run that
 has no folder yet, or never gets one, has no exit.json."""
 
+LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"
+"""Set for the ranks that dtrain itself has started (job/forked_ranks.py): the process id of their launcher."""
+
+MASTER_FD = "DTRAIN_MASTER_FD"
+"""Set for rank 0 by dtrain's launcher: the number of its open socket that listens on the master's port."""
+
+NODE_SLOTS = "DTRAIN_NODE_SLOTS"
+"""Set by launch/dtrain.sh for dtrain's launcher on each host: the number of ranks on each, separated by commas."""
+
+NODE_RANK = "DTRAIN_NODE_RANK"
+"""Set by launch/dtrain.sh: the number of this host, from 0."""
+
+DTRAIN = "dtrain"
+"""Name of dtrain's own launcher, which sets the same variables as torchrun."""
+
 TORCHRUN = "torchrun"
-"""Prefix of the name of a job that torchrun started, in `count_launches`."""
+"""Name of torchrun, and prefix of the name of a job that it started, in `count_launches`."""
 
 SHOWN_VARIABLES = re.compile(
     r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|LOCAL_SIZE|CROSS_RANK|CROSS_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|MASTER_ADDR"
@@ -45,6 +60,40 @@ class LauncherPlacement(NamedTuple):
     master_addr: str | None
     master_port: int | None
     is_complete: bool = True
+
+
+class NodePlace(NamedTuple):
+    """The ranks of one node among all ranks of a job that dtrain's launcher starts.
+
+    Attributes:
+        first_rank: the rank of its first process.
+        world_size: number of ranks on all nodes.
+        node_rank: number of this node, from 0.
+        num_nodes: number of nodes.
+    """
+
+    first_rank: int
+    world_size: int
+    node_rank: int
+    num_nodes: int
+
+
+def read_node(env: Mapping[str, str], ranks: int) -> NodePlace:
+    """Returns the place of this node for dtrain's launcher.
+
+    Args:
+        ranks: number of ranks on this node.
+
+    Raises:
+        TopologyError: the variables of launch/dtrain.sh are wrong.
+    """
+    slots = [int(text) for text in re.findall(r"\d+", env.get(NODE_SLOTS, str(ranks)))]
+    node = _number(env, NODE_RANK) or 0
+    if not 0 <= node < len(slots) or slots[node] != ranks:
+        refuse(env, f"{NODE_SLOTS}={env.get(NODE_SLOTS)} and {NODE_RANK}={node} do not fit to --ranks {ranks}.")
+    if len(slots) > 1 and (not env.get("MASTER_ADDR") or _number(env, "MASTER_PORT") is None):
+        refuse(env, f"{NODE_SLOTS} is set, but MASTER_ADDR or MASTER_PORT is not, so the ranks cannot meet.")
+    return NodePlace(sum(slots[:node]), sum(slots), node, len(slots))
 
 
 class RankClaim(NamedTuple):
@@ -95,7 +144,7 @@ def read_job_identity(env: Mapping[str, str], launcher: str, *, run: Mapping[str
     job = {"job": _fingerprint(env[JOB_ID])} if env.get(JOB_ID) else {}
     restart, is_global = 0, True
     match launcher:
-        case "torchrun":
+        case "torchrun" | "dtrain":
             job["rdzv id"] = env["TORCHELASTIC_RUN_ID"]
             restart = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
             # Each node's agent counts only the failures of its own workers.
@@ -117,8 +166,8 @@ def _fingerprint(token: str) -> str:
 def count_launches(env: Mapping[str, str], launcher: str) -> dict[str, int]:
     """Returns how often each launcher that may restart this job has started it before, by a permanent name."""
     launches = {}
-    if launcher == "torchrun":
-        launches[f"{TORCHRUN} {env['TORCHELASTIC_RUN_ID']}"] = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
+    if launcher in (TORCHRUN, DTRAIN):
+        launches[f"{launcher} {env['TORCHELASTIC_RUN_ID']}"] = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
     if "SLURM_JOB_ID" in env:
         launches[f"Slurm job {env['SLURM_JOB_ID']}"] = _number(env, "SLURM_RESTART_COUNT") or 0
     return launches
@@ -135,7 +184,7 @@ def refuse(env: Mapping[str, str], problem: str) -> NoReturn:
 def _check_agreement(env: Mapping[str, str], torch: RankClaim, mpi: RankClaim | None, slurm: RankClaim | None) -> None:
     for other in (mpi, slurm):
         # torchrun inside any launcher, and deepspeed inside srun, are nested launchers. A step of one task is no job.
-        nested = torch.launcher == "torchrun" or (torch.launcher == "deepspeed" and other is slurm)
+        nested = torch.launcher in (TORCHRUN, DTRAIN) or (torch.launcher == "deepspeed" and other is slurm)
         if other is None or nested or (other is slurm and other.world_size == 1) or other[1:] == torch[1:]:
             continue
         refuse(
@@ -147,15 +196,15 @@ def _check_agreement(env: Mapping[str, str], torch: RankClaim, mpi: RankClaim | 
 
 
 def _torch(env: Mapping[str, str]) -> RankClaim | None:
-    """Reads RANK and WORLD_SIZE, set by torchrun, by deepspeed, or by hand."""
+    """Reads RANK and WORLD_SIZE, set by dtrain, by torchrun, by deepspeed, or by hand."""
     if "TORCHELASTIC_RUN_ID" in env:
-        launcher = "torchrun"
+        launcher = DTRAIN if env.get(LAUNCHER_PID) else TORCHRUN
     elif "CROSS_SIZE" in env and "LOCAL_SIZE" in env:
         launcher = "deepspeed"
     else:
         launcher = "env"
     rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    if size is None and (rank is not None or launcher == "torchrun" or _number(env, "LOCAL_RANK")):
+    if size is None and (rank is not None or launcher in (TORCHRUN, DTRAIN) or _number(env, "LOCAL_RANK")):
         refuse(env, "A rank is set, but WORLD_SIZE is not. Set both RANK and WORLD_SIZE, or neither.")
     if size is None:
         return None

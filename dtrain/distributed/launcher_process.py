@@ -16,6 +16,7 @@ from dtrain.distributed.process_info import is_running, read_stat
 from dtrain.distributed.topology import Topology
 
 LAUNCHER_PATTERNS = {
+    "dtrain": r".*",  # the parent, whatever started it
     "torchrun": r"torchrun|torch\.distributed\.(run|launch)",
     # launch.py is the parent; the runner above it is what the user started, and its death leaves launch.py alive.
     "deepspeed": r"deepspeed|deepspeed\.launcher\.runner",
@@ -82,7 +83,7 @@ def _typed_words(launcher: str) -> tuple[str, ...] | None:
     if not (sys.argv and re.fullmatch(r"main\.py|__main__\.py|dtrain", Path(sys.argv[0]).name)):
         return None
     words = list(sys.orig_argv)
-    if launcher != "none":
+    if launcher not in ("none", "dtrain"):  # a rank that dtrain has forked has its launcher's command line
         chain = find_ancestors(os.getpid(), LAUNCHER_PATTERNS[launcher])
         if not chain or not is_launcher(chain[-1], LAUNCHER_PATTERNS[launcher]):
             return None

@@ -148,6 +148,8 @@ def _open_store(
     agent_has_store = topology.launcher == "torchrun" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=timeout_s)
     if topology.is_main and not agent_has_store:
+        if listener is None and (file := env.pop(launcher_env.MASTER_FD, "")):
+            listener = socket.socket(fileno=int(file))  # nobody else can have taken its port
         if listener is None:
             listener = network.listen_as_master(address, port, serves_other_nodes=serves_others)
         resolved = network.resolve(address, port)[1]

@@ -88,9 +88,13 @@ def _shows_running(stat: list[str], started: str) -> bool:
     return stat[0] not in "ZX" and stat[19] == started
 
 
-def process_start() -> float:
-    """Returns when this process started, as time.monotonic() counts; now, without /proc."""
-    return time.monotonic() - (age_s(os.getpid()) or 0.0)
+def process_start(pid: int | None = None) -> float:
+    """Returns when a process started, as time.monotonic() counts; now, without /proc.
+
+    Args:
+        pid: its process id; None for this one.
+    """
+    return time.monotonic() - (age_s(os.getpid() if pid is None else pid) or 0.0)
 
 
 def age_s(pid: int) -> float | None:

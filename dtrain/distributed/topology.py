@@ -26,7 +26,8 @@ class Topology:
         local_world_size: number of processes on this node.
         node_rank: number of this node, from 0.
         num_nodes: number of nodes.
-        launcher: none, torchrun, deepspeed, openmpi, mpich, intelmpi, slurm, or env (RANK and WORLD_SIZE set by hand).
+        launcher: none, dtrain (`--ranks`), torchrun, deepspeed, openmpi, mpich, intelmpi, slurm, or env (RANK and
+            WORLD_SIZE set by hand).
         master_addr: host where the ranks meet; None for one process, and under MPI until the group has formed.
         master_port: its port; None as above.
         is_complete: False while the node's numbers are estimates because the launcher does not set them;

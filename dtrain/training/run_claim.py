@@ -14,7 +14,7 @@ from dtrain.config.load import differences, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import gather_object, on_main
-from dtrain.distributed.launcher_env import TORCHRUN
+from dtrain.distributed.launcher_env import DTRAIN, TORCHRUN
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.torchrun_agent import find_agent
 from dtrain.errors import CheckpointError, ConfigError
@@ -137,8 +137,8 @@ def _refuse_foreign(folder: RunFolder, chosen: SelectedCheckpoint | None, availa
 
 def _launch_record(context: RankContext) -> LaunchRecord:
     """Collective. Returns what started this job, on all nodes; only rank 0's is complete."""
-    is_torchrun = context.topology.launcher == TORCHRUN
-    starts = gather_object(find_agent(), context) if is_torchrun else [None]
+    has_agent = context.topology.launcher in (DTRAIN, TORCHRUN)
+    starts = gather_object(find_agent(), context) if has_agent else [None]
     return gather_launch(starts or [None], context.topology.launches)
 
 

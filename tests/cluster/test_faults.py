@@ -13,7 +13,7 @@ from tests.support.simulated import needs_cluster, simulated_cluster
 
 pytestmark = [pytest.mark.launchers, needs_cluster, pytest.mark.slow]
 
-TORCHRUN, DEEPSPEED, MPIRUN = SCRIPTS
+DTRAIN, TORCHRUN, DEEPSPEED, MPIRUN = SCRIPTS
 nightly = pytest.mark.nightly
 
 
@@ -23,14 +23,18 @@ def _settings(folder: Path, **more: object) -> list[str]:
     return jobs.settings(folder / "runs", "run", train__hang_timeout=HANG_TIMEOUT_S, **{**endless, **more})
 
 
-# Every fault is tried under torchrun, and every other launcher with two of them; the rest of the product is nightly.
+UNDER_TORCHRUN = ("SIGKILL of a rank on node2", "SIGKILL of the launcher on node1")
+
+# Every fault is tried under dtrain's launcher, and every other launcher with two of them; the rest of the product is nightly.
 # A daemon of mpirun's that dies is named by mpirun itself, above our last line, and ends it with 1: no test says otherwise.
 
 
 @pytest.mark.parametrize(
     ("fault", "command"),
     [
-        *((fault, TORCHRUN) for fault in WHILE_IT_RUNS),
+        *((fault, DTRAIN) for fault in WHILE_IT_RUNS),
+        *((fault, TORCHRUN) for fault in UNDER_TORCHRUN),
+        *(pytest.param(fault, TORCHRUN, marks=nightly) for fault in WHILE_IT_RUNS if fault not in UNDER_TORCHRUN),
         ("SIGKILL of the launcher on node2", DEEPSPEED),
         ("node2 without power", DEEPSPEED),
         ("SIGKILL of a rank on node2", MPIRUN),

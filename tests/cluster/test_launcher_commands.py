@@ -18,6 +18,7 @@ from dtrain.cluster.job_outcome import HostResult, combine_results
 from dtrain.cluster.preflight import HostProbe, check_hosts, choose_master
 from dtrain.cluster.ssh import command_on, explain_exit, is_local, python_command
 from dtrain.commands.launch import apply_probes, build_plan, format_commands, main, read_arguments
+from dtrain.distributed.launcher_env import NodePlace, read_node
 from dtrain.errors import ConfigError, TopologyError
 
 NOW = 1_000_000.0
@@ -81,7 +82,7 @@ def test_only_listed_variables_are_forwarded_and_secrets_only_by_name() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", [launcher_commands.torchrun, launcher_commands.deepspeed])
+@pytest.mark.parametrize("kind", [launcher_commands.dtrain, launcher_commands.torchrun, launcher_commands.deepspeed])
 def test_secrets_are_not_printed_and_are_in_no_command_line(kind: Any) -> None:
     job = kind(_plan())
     assert "hf_secret" not in format_commands(job, ["HF_TOKEN"])
@@ -104,6 +105,24 @@ def test_mpirun_gets_the_names_of_variables_and_not_their_values() -> None:
 
 
 # ---------------------------------------------------------------- commands
+
+
+def test_dtrains_launcher_gets_the_slots_of_all_hosts_and_no_port_on_one() -> None:
+    one, two = launcher_commands.dtrain(_plan()).commands
+
+    assert one.argv[1:] == ["/opt/dtrain/dtrain/main.py", "--ranks", "2", "run.name=a b", "data.path=$(touch x)"]
+    assert two.argv[2:4] == ["--ranks", "1"]
+    assert read_node(one.env, 2) == NodePlace(0, 3, 0, 2)
+    assert read_node(two.env, 1) == NodePlace(2, 3, 1, 2)
+    with pytest.raises(TopologyError, match="do not fit to --ranks 2"):
+        read_node(two.env, 2)
+    with pytest.raises(TopologyError, match="MASTER_ADDR or MASTER_PORT is not"):
+        read_node({**two.env, "MASTER_PORT": ""}, 1)
+
+    (alone,) = launcher_commands.dtrain(_plan(Host("node1", 4), max_restarts=3)).commands
+    assert alone.argv[2:6] == ["--ranks", "4", "--max-restarts", "3"]
+    assert "MASTER_ADDR" not in alone.env
+    assert read_node(alone.env, 4) == read_node({}, 4) == NodePlace(0, 4, 0, 1)
 
 
 def test_torchrun_gets_its_node_rank_on_each_host() -> None:
@@ -396,7 +415,10 @@ def test_unknown_arguments_are_passed_to_dtrain() -> None:
             "--dryrun is not an option. Did you mean --dry-run? See launch/torchrun.sh",
         ),
         (["mpirun", "HOSTS", "--master_port=5"], "--master_port is not an option. Did you mean --master-port?"),
-        (["deepspeed", "HOSTS", "--max-restarts", "1"], "need torchrun"),
+        (["deepspeed", "HOSTS", "--max-restarts", "1"], "need launch/torchrun.sh: deepspeed does not restart a job."),
+        (["dtrain", "HOSTS", "--max-restarts", "1"], "dtrain does not restart a job on several hosts."),
+        (["dtrain", "HOSTS", "--nnodes", "1:2"], "need launch/torchrun.sh"),
+        (["dtrain", "HOSTS", "--ranks", "4"], "--ranks is for one machine without a hostfile."),
         (["torchrun", "HOSTS", "--export", "NOT_THERE"], "this variable is not set here"),
         (["torchrun", "HOSTS", "--include", "node9"], "no host 'node9'"),
         (["torchrun", "HOSTS-", "--dry-run"], "cannot read the hostfile"),

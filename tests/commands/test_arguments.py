@@ -42,6 +42,18 @@ def test_a_text_to_predict_is_not_read_as_yaml(text: str) -> None:
     assert load_config(None, arguments.overrides, command="predict").predict.text == text
 
 
+def test_ranks_and_restarts_are_checked() -> None:
+    assert parse(["--ranks", "2", "--max-restarts", "3"]).max_restarts == 3
+    assert parse(["evaluate", "--ranks=4", "model.name_or_path=m"]).ranks == 4
+    with pytest.raises(ConfigError, match="--max-restarts works only with --ranks"):
+        parse(["--max-restarts", "3"])
+    for wrong in ("0", "-1", "two"):
+        with pytest.raises(ConfigError, match="--ranks"):
+            parse(["--ranks", wrong])
+    with pytest.raises(ConfigError, match="doctor runs in one process, so --ranks does not work with it"):
+        parse(["doctor", "--ranks", "2"])
+
+
 def test_a_mistyped_command_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"predikt is not a command\. Did you mean predict\?"):
         parse(["predikt"])

@@ -100,6 +100,18 @@ def test_torchrun_gives_every_number_itself() -> None:
     assert Topology.from_env(TORCHRUN) == Topology(7, 8, 3, 4, 1, 2, "torchrun", "node1", 40001)
 
 
+def test_dtrains_own_launcher_sets_torchruns_variables_and_its_process_id() -> None:
+    env = {**TORCHRUN, launcher_env.LAUNCHER_PID: "7", "TORCHELASTIC_RESTART_COUNT": "2"}
+
+    topology = Topology.from_env(env)
+
+    assert topology == Topology(7, 8, 3, 4, 1, 2, "dtrain", "node1", 40001)
+    assert topology.launches == {"dtrain b7c5": 2}
+    assert launcher_env.read_job_identity(env, "dtrain") == launcher_env.read_job_identity(env, "torchrun")
+    # What is left in the environment of a program that a rank has started is no rank of torchrun's.
+    assert Topology.from_env({launcher_env.LAUNCHER_PID: "7"}) == SINGLE
+
+
 def test_deepspeed_is_told_by_its_own_names_and_keeps_its_permuted_local_ranks() -> None:
     assert Topology.from_env(DEEPSPEED) == Topology(3, 5, 1, 2, 1, 2, "deepspeed", "10.77.0.1", 29500)
 

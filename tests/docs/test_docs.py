@@ -139,7 +139,7 @@ def check_command(words: list[str], *, in_a_run_page: bool) -> str:
     if "dtrain/main.py" in words:
         check_arguments(words[words.index("dtrain/main.py") + 1 :])
         return "dtrain"
-    if match := re.fullmatch(r"launch/(torchrun|deepspeed|mpirun)\.sh", program):
+    if match := re.fullmatch(r"launch/(dtrain|torchrun|deepspeed|mpirun)\.sh", program):
         start = [sys.executable, str(ROOT / "dtrain" / "commands" / "launch.py"), match[1], words[1], "--dry-run"]
         subprocess.run([*start, *words[2:]], check=True, capture_output=True, timeout=60)
         return "launch"

@@ -51,6 +51,9 @@ def lines_after(job: Job, text: str) -> list[str]:
         pytest.param(jobs.python, signal.SIGINT, "launcher", "SIGINT", id="python-int"),
         pytest.param(jobs.python, signal.SIGHUP, "group", "SIGHUP", id="python-hup"),
         pytest.param(jobs.python, signal.SIGTERM, "launcher", "SIGTERM", id="python-term", marks=slow),
+        pytest.param(jobs.forked, signal.SIGTERM, "launcher", "SIGTERM", id="forked-term"),
+        pytest.param(jobs.forked, signal.SIGINT, "group", "SIGINT", id="forked-int-group", marks=nightly),
+        pytest.param(jobs.forked, signal.SIGUSR1, "launcher", "SIGUSR1", id="forked-usr1", marks=nightly),
         pytest.param(jobs.torchrun, signal.SIGINT, "group", "SIGINT", id="torchrun-int-group"),
         pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "SIGINT", id="torchrun-int", marks=slow),
         pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "SIGTERM", id="torchrun-term", marks=slow),
@@ -153,6 +156,7 @@ def test_a_job_that_gets_a_signal_before_it_trains_reports_it_too(tmp_path: Path
 @pytest.mark.parametrize(
     ("start", "target", "named"),
     [
+        pytest.param(jobs.forked, "launcher", "dtrain", id="forked"),
         pytest.param(jobs.torchrun, "launcher", "torchrun", id="torchrun"),
         pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner", marks=nightly),
         pytest.param(jobs.deepspeed, "deepspeed.launcher.launch", "deepspeed", id="deepspeed-launch", marks=slow),
@@ -179,6 +183,8 @@ def test_ranks_are_gone_5_s_after_their_launcher_was_killed(
 @pytest.mark.parametrize(
     ("start", "killed"),
     [
+        pytest.param(jobs.forked, 1, id="forked-1", marks=nightly),
+        pytest.param(jobs.forked, 0, id="forked-0"),
         pytest.param(jobs.torchrun, 1, id="torchrun-1"),
         pytest.param(jobs.torchrun, 0, id="torchrun-0", marks=slow),
         pytest.param(jobs.deepspeed, 1, id="deepspeed-1", marks=nightly),
@@ -320,9 +326,9 @@ def test_a_rank_that_dies_as_the_ranks_meet_or_part_is_missed_in_one_line(
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Path) -> None:
     bad = {"optim__learning_rate": "1e30", "optim__max_grad_norm": "null", "schedule__name": "constant"}
 
-    job = jobs.run([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **bad)])
+    job = jobs.run([*jobs.forked(), *jobs.settings(tmp_path / "runs", "run", **bad)])
 
-    assert job.process.returncode != 0
+    assert job.process.returncode == 5
     run = tmp_path / "runs" / "run"
     end = jobs.exit_of(run)
     assert (end["code"], end["cause"]) == (5, "NonFiniteError")
@@ -356,9 +362,9 @@ def test_an_error_that_all_ranks_have_is_printed_once(
     (folder / "train.tsv").write_text("made\t1\t\tthe cat\nmade\t7\t\tthe dog\n")
     settings = {key: value.replace("FOLDER", str(folder)) for key, value in wrong.items()}
 
-    job = jobs.run([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **settings)])
+    job = jobs.run([*jobs.forked(2, "--max-restarts", "2"), *jobs.settings(tmp_path / "runs", "run", **settings)])
 
-    assert job.process.returncode != 0
+    assert job.process.returncode == code
     end = jobs.exit_of(tmp_path / "runs" / "run")
     assert (end["code"], end["cause"]) == (code, cause)
     assert words in end["message"]

@@ -20,10 +20,11 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from dtrain.cluster.run_job import SUPERVISOR
+from dtrain.distributed.launcher_env import NODE_RANK
 from tests.support import jobs
 from tests.support.simulated import SimulatedCluster
 
-SCRIPTS = ("launch/torchrun.sh", "launch/deepspeed.sh", "launch/mpirun.sh")
+SCRIPTS = ("launch/dtrain.sh", "launch/torchrun.sh", "launch/deepspeed.sh", "launch/mpirun.sh")
 LITERAL = ("torchrun", "deepspeed")
 MAIN = str(jobs.ROOT / jobs.MAIN)
 PYTHON = str(jobs.BIN / "python")
@@ -51,7 +52,9 @@ class ClusterJob:
     def ranks(self) -> list[int]:
         """Returns the processes that run dtrain on any node, in the order of ranks."""
         found = {pid: rank_of(pid) for job in self.typed for pid in job.ranks()}
-        return sorted(found, key=lambda pid: found[pid])
+        return sorted(
+            found, key=lambda pid: (found[pid], pid)
+        )  # forks of one launcher are in the order of their starts
 
     def launchers(self) -> dict[str, int]:
         """Returns, by node, the process that started its ranks."""
@@ -101,7 +104,7 @@ class ClusterJob:
 
 def rank_of(pid: int) -> int:
     env = jobs._environment(pid)
-    return int(env.get("RANK", env.get("OMPI_COMM_WORLD_RANK", "0")))
+    return int(env.get("RANK", env.get("OMPI_COMM_WORLD_RANK", env.get(NODE_RANK, "0"))))
 
 
 def parent_of(pid: int) -> int:

@@ -33,7 +33,7 @@ MAIN = "dtrain/main.py"
 SCRIPT = "runs_dtrain.py"
 """What a test's own script is called that runs dtrain with a fault in it."""
 
-HELPERS = ("dtrain-monitor",)
+HELPERS = ("dtrain-monitor", "dtrain-launcher")
 """Processes that have a rank's command line, but a name of their own."""
 
 MARK = "DTRAIN_TEST_JOB"
@@ -94,6 +94,11 @@ def torchrun(ranks: int = 2, *options: str) -> list[str]:
     return [launcher("torchrun"), *(options or ["--standalone"]), "--nproc-per-node", str(ranks), MAIN]
 
 
+def forked(ranks: int = 2, *options: str) -> list[str]:
+    """dtrain's own launcher."""
+    return [*python(), "train", "--ranks", str(ranks), *options]
+
+
 def deepspeed(*options: str) -> list[str]:
     # Its launcher takes no port 0; one that was free a moment ago is the best there is.
     chosen = options or ("--num_accelerators", "2", "--master_addr", "127.0.0.1")
@@ -147,7 +152,11 @@ class Job:
         ]
         return sorted(
             found,
-            key=lambda pid: int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))),
+            # Forked ranks show the environment of their launcher, which starts them in order.
+            key=lambda pid: (
+                int(_environment(pid).get("RANK", _environment(pid).get("OMPI_COMM_WORLD_RANK", "0"))),
+                pid,
+            ),
         )
 
     def named(self, word: str) -> int:

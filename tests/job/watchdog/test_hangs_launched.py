@@ -238,6 +238,7 @@ def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Pa
 @pytest.mark.parametrize(
     ("start", "limit_s"),
     [
+        pytest.param(jobs.forked, LIMIT, id="forked"),
         pytest.param(jobs.torchrun, 10, id="torchrun"),
         pytest.param(jobs.deepspeed, LIMIT, id="deepspeed", marks=slow),
         pytest.param(jobs.mpirun, LIMIT, id="mpirun", marks=slow),
