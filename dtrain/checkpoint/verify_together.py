@@ -1,4 +1,4 @@
-"""Checks a checkpoint on a disk that ranks share: each of them reads a part of the files, and rank 0 has the last word.
+"""Checks a checkpoint on a disk that ranks share: each of them reads a part of the files, and rank 0 decides.
 
 The rank that checked a part of a sharded checkpoint also reads its tensors later, from memory where they still are.
 """

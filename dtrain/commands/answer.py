@@ -20,7 +20,7 @@ from dtrain.config import bounded_json
 from dtrain.config.schema import Config, Data
 from dtrain.console import log, warnings_only
 from dtrain.data.seeding import DataPosition
-from dtrain.distributed.collectives import barrier
+from dtrain.distributed.collectives import barrier, broadcast_object
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.host_copy import to_device
@@ -126,10 +126,7 @@ def _data(config: Config, file: Path) -> Data:
 
 
 def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankContext) -> str:
-    """Collective. Returns the task's own answer if it has one, else the prediction that an evaluation writes.
-
-    Empty on other ranks where only rank 0 has it.
-    """
+    """Collective. Returns the task's own answer if it has one, else the prediction that an evaluation writes."""
     if task_info(config.task).prompt is not None:
         return prompts.answer_single_prompt(config, file, context)
     if config.task.generates_texts:
@@ -138,7 +135,8 @@ def _answer(config: Config, row: Mapping[str, Any], file: Path, context: RankCon
     forward = wrap(build.load(config, task, context, is_trained=True), config, task, context)
     if not isinstance(task, HasAnswers):
         records = evaluate(forward, task, micro_batch_size=1).splits[SPLIT].records
-        return "".join(format_answer({"prediction": record["prediction"]}, row, config) for record in records)
+        (prediction,) = broadcast_object([record["prediction"] for record in records], context)  # rank 0 has it
+        return format_answer({"prediction": prediction}, row, config)
     forward.module.eval()
     batch = task.collate(task.splits[SPLIT][[0]], DataPosition(0, (0,)))
     device = compute_device(forward.module)

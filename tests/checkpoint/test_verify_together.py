@@ -1,4 +1,4 @@
-"""A checkpoint on a shared disk: each file is read by one rank, and rank 0 has the last word."""
+"""A checkpoint on a shared disk: each file is read by one rank, and rank 0 decides."""
 
 from __future__ import annotations
 
