@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtrain.data.columns import fast_rows
 from dtrain.data.lengths import RowLengths
-from dtrain.data.order import Assignment, StepPlan, assign_micro_batches, chunks, chunks_by_tokens
+from dtrain.data.order import (
+    Assignment,
+    StepPlan,
+    assign_micro_batches,
+    chunks,
+    chunks_by_tokens,
+    contiguous_shares,
+)
 from dtrain.data.seeding import DataPosition
 from dtrain.data.worker_batches import PackedBatch, exit_without_thread, pack, unpack
 from dtrain.distributed.process_limit import process_limit_error
@@ -63,12 +70,14 @@ class StepBatches:
         examples: number of examples of the complete step, over all ranks.
         micro_batches: those of this rank, in order.
         size_setting: the setting that limits the size of a micro-batch.
+        shares: the rank of each micro-batch of the complete step, by index, where shares are contiguous; else empty.
     """
 
     step: int
     examples: int
     micro_batches: tuple[MicroBatch, ...]
     size_setting: str = "train.micro_batch_size"
+    shares: tuple[int, ...] = ()
 
 
 def step_batches(
@@ -81,35 +90,38 @@ def step_batches(
     start: int,
     stop: int,
     workers: int,
+    contiguous: bool = False,
 ) -> Generator[StepBatches, None, None]:
-    """Yields this rank's micro-batches of the steps from `start` to `stop`, excluding `stop`."""
-    planned: deque[tuple[int, int, int, list[int], Assignment]] = deque()
+    """Yields this rank's micro-batches of the steps from `start` to `stop`, excluding `stop`.
+
+    Args:
+        contiguous: whether each rank takes neighbors, in their order (see order.contiguous_shares).
+    """
+    planned: deque[tuple[int, int, int, list[int], Assignment, Sequence[int]]] = deque()
 
     def positions() -> Iterator[DataPosition]:
         """Plans each step once. Workers, which prepare batches ahead, read it ahead."""
         for step in range(start, stop):
             micro_batches = plan.micro_batches(step)
+            number, size, costs = len(micro_batches), topology.world_size, plan.costs(micro_batches)
+            shares = contiguous_shares(number, world_size=size, costs=costs) if contiguous else None
             assigned = assign_micro_batches(
-                len(micro_batches),
-                rank=topology.rank,
-                world_size=topology.world_size,
-                lock_step=lock_step,
-                costs=plan.costs(micro_batches),
+                number, rank=topology.rank, world_size=size, lock_step=lock_step, costs=costs, shares=shares
             )
             examples = sum(map(len, micro_batches))
             for assignment in assigned:
                 indices = micro_batches[assignment.micro_batch]
-                planned.append((step, len(assigned), examples, indices, assignment))
+                planned.append((step, len(assigned), examples, indices, assignment, shares or ()))
                 yield DataPosition(plan.epoch_of(step), indices)
 
     step_micro_batches: list[MicroBatch] = []
     for tensors in _collate_in_order(rows, collate, positions(), workers=workers):
-        step, count, examples, indices, assignment = planned.popleft()
+        step, count, examples, indices, assignment, ranks = planned.popleft()
         if plan.lengths is not None:
             plan.lengths.check(tensors, indices)
         step_micro_batches.append(MicroBatch(assignment.micro_batch, assignment.counted, tuple(indices), tensors))
         if len(step_micro_batches) == count:
-            yield StepBatches(step, examples, tuple(step_micro_batches), plan.size_setting)
+            yield StepBatches(step, examples, tuple(step_micro_batches), plan.size_setting, tuple(ranks))
             step_micro_batches = []
 
 

@@ -163,7 +163,13 @@ class Assignment:
 
 
 def assign_micro_batches(
-    num_micro_batches: int, *, rank: int, world_size: int, lock_step: bool, costs: Sequence[int] | None = None
+    num_micro_batches: int,
+    *,
+    rank: int,
+    world_size: int,
+    lock_step: bool,
+    costs: Sequence[int] | None = None,
+    shares: Sequence[int] | None = None,
 ) -> list[Assignment]:
     """Returns the micro-batches of one rank, the most expensive first, so that all ranks finish at about the same time.
 
@@ -176,7 +182,11 @@ def assign_micro_batches(
 
     Args:
         costs: of each micro-batch, in any unit; None: equal.
+        shares: as `contiguous_shares` returns them, if each rank takes neighbors, in their order; None: as above.
     """
+    if shares is not None:
+        taken = [Assignment(index, counted=True) for index, owner in enumerate(shares) if owner == rank]
+        return taken or [Assignment(0, counted=False)]
     by_cost = list(range(num_micro_batches))
     if costs is not None:
         by_cost.sort(key=lambda index: (-costs[index], index))
@@ -187,6 +197,29 @@ def assign_micro_batches(
     assigned = [Assignment(index, counted=True) for index in mine]
     wanted = -(-num_micro_batches // world_size) if lock_step else 1
     return assigned + [Assignment(0, counted=False)] * (wanted - len(assigned))
+
+
+def contiguous_shares(num_micro_batches: int, *, world_size: int, costs: Sequence[int] | None = None) -> list[int]:
+    """Returns the rank of each micro-batch, where each rank takes neighbors: the largest cost of a rank is the least possible.
+
+    Args:
+        costs: as in `assign_micro_batches`.
+    """
+    costs = [1] * num_micro_batches if costs is None else costs
+    low, high = max(costs, default=0), sum(costs)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _fill(costs, middle)[-1] < world_size else (middle + 1, high)
+    return _fill(costs, low)
+
+
+def _fill(costs: Sequence[int], limit: int) -> list[int]:
+    """Returns the rank of each micro-batch if every rank takes what comes next, up to a limit that no single one exceeds."""
+    ranks, rank, load = [], 0, 0
+    for cost in costs:
+        rank, load = (rank, load + cost) if load + cost <= limit else (rank + 1, cost)
+        ranks.append(rank)
+    return ranks
 
 
 def _share_by_cost(by_cost: Sequence[int], costs: Sequence[int], world_size: int) -> list[list[int]]:

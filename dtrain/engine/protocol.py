@@ -6,7 +6,7 @@ build.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -44,8 +44,10 @@ class EngineTraits:
         detail: addition to the name in the banner, for example "ZeRO 2"; may be empty.
         is_sharded: whether parameters are spread over the ranks, so that a forward pass needs every rank.
         lock_step: whether forward or backward of a micro-batch is a collective, so that all ranks must run equally many.
+        contiguous: whether each rank's micro-batches are neighbors in the step's list, in its order.
         other_rounding: why results differ by rounding from fp32 on one process, apart from `engine.precision`.
         other_algorithm: why results differ by more than rounding; empty if they do not.
+        stronger_promise: what is equal to every bit, and when; empty if nothing is promised.
         evaluation_note: exactness of an evaluation; empty if it is exact to every digit.
         notes: warnings and notes for the plan, one line each.
     """
@@ -54,8 +56,10 @@ class EngineTraits:
     detail: str = ""
     is_sharded: bool = False
     lock_step: bool = False
+    contiguous: bool = False
     other_rounding: tuple[str, ...] = ()
     other_algorithm: str = ""
+    stronger_promise: str = ""
     evaluation_note: str = ""
     notes: tuple[str, ...] = ()
 
@@ -139,6 +143,8 @@ class Engine(Protocol):
     """The bare model, for evaluation, generation and export."""
     lock_step: bool
     """See EngineTraits."""
+    contiguous: bool
+    """See EngineTraits."""
     extra_slots: int
     """Numbers that the engine keeps for each trainable value, apart from the optimizer's."""
 
@@ -171,6 +177,14 @@ class Engine(Protocol):
 
     def numel(self, parameter: nn.Parameter) -> int:
         """Returns the number of values of a parameter of `module` on all ranks together. Not a collective."""
+        ...
+
+    def begin_step(self, shares: Sequence[int]) -> None:
+        """Called before a step's first micro-batch. Not a collective.
+
+        Args:
+            shares: the rank of each micro-batch of the step, by index, if `contiguous`; else empty.
+        """
         ...
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -314,6 +328,7 @@ class AveragesEveryStep:
 
     context: RankContext
     extra_slots = 0
+    contiguous = False
     decides_on_device = False
 
     @classmethod
@@ -323,6 +338,9 @@ class AveragesEveryStep:
     @staticmethod
     def updated_part(parameter: nn.Parameter) -> nn.Parameter:
         return parameter
+
+    def begin_step(self, shares: Sequence[int]) -> None:
+        """Does nothing: no matter which rank runs a micro-batch."""
 
     def step_on_device(self, skip: torch.Tensor) -> torch.Tensor:
         raise AssertionError(f"{type(self).__name__} decides on the host")

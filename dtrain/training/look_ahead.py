@@ -2,6 +2,8 @@
 
 A step's summed weight over all ranks must be known before its first backward pass (law 4). So each step's all-reduce
 carries its own losses and the weight of the step after it, and no step needs a second one.
+
+Where shares are contiguous it carries them for each micro-batch, so that the sums do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -102,10 +104,12 @@ class LookAhead:
         """
         heartbeat = self._context.heartbeat
         heartbeat.at(Phase.DATA)
+        taken = self.next_step.batches if self.next_step is not None else None
         batches = next(self._steps, None)
         heartbeat.at(Phase.SUMMING)
         targets = [self._task.targets(batch.tensors) for batch in counted(batches)]
-        local_weight = math.fsum(target.weight for target in targets)
+        weights = [target.weight for target in targets]
+        local_weight = math.fsum(weights)
         local: list[float] = [
             math.fsum(losses) if all(map(math.isfinite, losses)) else math.nan,
             sum(not math.isfinite(loss) for loss in losses),
@@ -116,10 +120,18 @@ class LookAhead:
             weighted_sq_norm or 0.0,
             int(lacks_gradients),
         ]
+        parts = [by_micro_batch(taken, losses), by_micro_batch(batches, weights)]
         if self._context.world_size > 1:
-            # float64 holds the counts exactly.
-            local = all_reduce_sum(torch.tensor(local, dtype=torch.float64), self._context).tolist()
+            # float64 holds the counts exactly. So it does each part: all ranks but one add 0 to it.
+            vector = torch.tensor([*local, *parts[0], *parts[1]], dtype=torch.float64)
+            summed = all_reduce_sum(vector, self._context).tolist()
+            middle, end = len(local), len(local) + len(parts[0])
+            local, parts = summed[:middle], [summed[middle:end], summed[end:]]
         loss, faults, stops, preempts, weight, count, sq_norm, lacking = local
+        if parts[0] and math.isfinite(loss):
+            loss = math.fsum(parts[0])
+        if parts[1]:
+            weight = math.fsum(parts[1])
         self.next_step = None if batches is None else Step(batches, StepWeight(weight, local_weight), int(count))
         self.decision = resolve_decision(stops=int(stops), preempts=int(preempts))
         return StepTotals(loss, int(faults), sq_norm, int(lacking))
@@ -135,6 +147,14 @@ def resolve_decision(*, stops: int, preempts: int) -> Decision:
     if preempts:
         return Decision.PREEMPT
     return Decision.STOP if stops else Decision.CONTINUE
+
+
+def by_micro_batch(batches: StepBatches | None, values: Sequence[float]) -> list[float]:
+    """Returns values of this rank's counted micro-batches at their indices, 0 elsewhere; empty if shares are not contiguous."""
+    if batches is None or not batches.shares:
+        return []
+    value_of = dict(zip((batch.index for batch in counted(batches)), values, strict=True))
+    return [value_of.get(index, 0.0) for index in range(len(batches.shares))]
 
 
 def counted(batches: StepBatches | None) -> list[MicroBatch]:

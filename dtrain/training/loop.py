@@ -98,6 +98,7 @@ def batches_ahead(
         start=start,
         stop=settings.total_steps,
         workers=settings.workers,
+        contiguous=engine.contiguous,
     )
     return steps if settings.workers else read_ahead(steps)  # workers read ahead themselves
 
@@ -295,6 +296,7 @@ def run_micro_batches(
     """
     device = compute_device(engine.module)
     losses: list[torch.Tensor] = []
+    engine.begin_step(batches.shares)
     for position, micro_batch in enumerate(batches.micro_batches):
         engine.context.heartbeat.at(Phase.MICRO_BATCH)
         is_last = position == len(batches.micro_batches) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dtrain.config.schema import Config
-from dtrain.data.order import StepPlan, assign_micro_batches
+from dtrain.data.order import StepPlan, assign_micro_batches, contiguous_shares
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine.build import engine_name, engine_traits
 from dtrain.engine.protocol import EngineTraits
@@ -36,7 +36,7 @@ def describe(
         f"data       {rows} examples",
         *describe_data(task, has_decoder=task.head.has_decoder),
         f"steps      {total}: {steps.steps_per_epoch} per epoch, global batch {config.train.global_batch_size}",
-        f"per step   {_shares(config, context, steps, lock_step=traits.lock_step)}",
+        f"per step   {_shares(config, context, steps, lock_step=traits.lock_step, contiguous=traits.contiguous)}",
         *(_padding(task, prepared, steps) if in_full else []),
         f"parameters {trainable:,} trainable, {count(parameters) - trainable:,} frozen",
         f"memory     {_memory(traits, context, count(parameters), trainable)} per rank, without activations",
@@ -57,11 +57,12 @@ def describe(
     return "\n".join([*lines, *_warnings(config, context, steps), *traits.notes])
 
 
-def _shares(config: Config, context: RankContext, steps: StepPlan, *, lock_step: bool) -> str:
+def _shares(config: Config, context: RankContext, steps: StepPlan, *, lock_step: bool, contiguous: bool = False) -> str:
     micro_batches, ranks = steps.micro_batches(0), context.world_size
     number, costs = len(micro_batches), steps.costs(micro_batches)
+    neighbors = contiguous_shares(number, world_size=ranks, costs=costs) if contiguous else None
     assigned = [
-        assign_micro_batches(number, rank=rank, world_size=ranks, lock_step=lock_step, costs=costs)
+        assign_micro_batches(number, rank=rank, world_size=ranks, lock_step=lock_step, costs=costs, shares=neighbors)
         for rank in range(ranks)
     ]
     shares = [sum(assignment.counted for assignment in assignments) for assignments in assigned]
@@ -140,6 +141,11 @@ def warn_without_update(config: Config, *, step: int, updates: int) -> str | Non
 
 def exactness(config: Config, traits: EngineTraits) -> str:
     """Returns the row of docs/exactness.md that this run is in."""
+    row = _exactness_row(config, traits)
+    return f"{row}; {traits.stronger_promise}" if traits.stronger_promise else row
+
+
+def _exactness_row(config: Config, traits: EngineTraits) -> str:
     if config.model.batch_norm == "train":
         return "inexact: model.batch_norm=train updates running statistics separately on each rank"
     if traits.other_algorithm:
