@@ -72,6 +72,12 @@ class EngineSettings(Section):
         resume="free",
     )
 
+    bitwise: bool = setting(
+        False,
+        "single, ddp: every bit of weights and losses is the same at any number of ranks (slow links: slower)",
+        resume="warn",
+    )
+
     gradient_wire: Literal["fp32", "bf16"] = setting(
         "fp32",
         "data type in which ranks exchange gradients: bf16 halves the bytes (same method, other rounding)",
@@ -149,6 +155,8 @@ def engine_conflicts(
         conflicts += _zero_conflicts(engine, optim, checks_replicas=checks_replicas)
     if engine.name == "fsdp":
         conflicts += _fsdp_conflicts(engine, optim, model, checks_replicas=checks_replicas)
+    if engine.bitwise:
+        conflicts += _bitwise_conflicts(engine, model, local_steps)
     conflicts += _exchange_conflicts(engine, local_steps)
     if local_steps > 1:
         conflicts += _local_steps_conflicts(local_steps, sync_steps, logs_gradients=logs_gradients)
@@ -188,6 +196,32 @@ def _exchange_conflicts(engine: EngineSettings, local_steps: int) -> list[str]:
             "parameters that a step does not use. Set only one of them"
         )
     return conflicts
+
+
+def _bitwise_conflicts(engine: EngineSettings, model: Model, local_steps: int) -> list[str]:
+    """Returns one message for each setting with which engine.bitwise cannot keep its promise."""
+    if engine.is_deepspeed or engine.name not in ("auto", "single", "ddp"):
+        name = "deepspeed" if engine.is_deepspeed else engine.name
+        return [
+            f"engine.bitwise adds gradients in an order of its own, but engine.name={name} adds them itself: use engine.name=auto "
+            "without engine.zero_stage and engine.deepspeed, or engine.bitwise=false"
+        ]
+    rounds = engine.gradient_wire == "bf16"
+    reasons = {
+        "engine.gradient_wire=bf16": (rounds, "rounds what crosses ranks, as one process never does"),
+        "engine.powersgd": (engine.powersgd is not None, "approximates what crosses ranks, as one process never does"),
+        f"train.local_steps={local_steps}": (
+            local_steps > 1,
+            "averages the weights of ranks, as one process never does",
+        ),
+        "model.compile": (model.compile, "chooses kernels by the shapes that a rank has seen"),
+        "model.batch_norm=train": (model.batch_norm == "train", "updates running statistics on each rank alone"),
+    }
+    return [
+        f"engine.bitwise promises the same bits at any number of ranks, but {name} {why}: set only one of them"
+        for name, (is_set, why) in reasons.items()
+        if is_set
+    ]
 
 
 def _zero_conflicts(engine: EngineSettings, optim: Optim, *, checks_replicas: bool) -> list[str]:

@@ -43,6 +43,10 @@ def engine_class(config: Config, context: RankContext) -> type[Engine]:
     """Returns the class of the engine that runs. Each back end is imported only where it is chosen."""
     name, _ = _resolve_name(config, context)
     match name:
+        case "single" | "ddp" if config.engine.bitwise:
+            from dtrain.engine.bitwise import BitwiseEngine
+
+            return BitwiseEngine
         case "single":
             from dtrain.engine.single import SingleEngine
 

@@ -129,7 +129,7 @@ def weighted_mean(tensors: list[torch.Tensor], share: float, context: RankContex
         share: this rank's weight in the mean; all ranks' add up to 1. The values of a rank with 0 do not count, even
             if they are not finite.
     """
-    for bucket in _buckets(tensors):
+    for bucket in buckets_of(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         if share != 1:  # frozen parameters may be integers, which must not become floats
             flat = flat * share if share else torch.zeros_like(flat)
@@ -138,7 +138,7 @@ def weighted_mean(tensors: list[torch.Tensor], share: float, context: RankContex
             tensor.copy_(part.view_as(tensor))
 
 
-def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def buckets_of(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """Yields runs of tensors of one type, each of at most BUCKET_BYTES unless a single tensor is larger."""
     bucket: list[torch.Tensor] = []
     size = 0

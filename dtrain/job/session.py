@@ -64,6 +64,8 @@ def _join_group(
 
     set_threads(topology, env)
     _limit_kernels(config, env)
+    if config.engine.bitwise:
+        env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add in another order in each run
     _silence_libraries(env)
     run = {"command": command, "run folder": str(config.run_dir)}
     watchdog.heartbeat.on_run_dir_lost = lambda reason: _report_lost_run_dir(reason, watchdog)

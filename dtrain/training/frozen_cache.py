@@ -140,6 +140,8 @@ class FrozenCache:
             return "nothing is frozen"
         if len(self._steps) <= self._plan.steps_per_epoch and settings.freeze.cache == "auto":
             return "each row is used only once while this part is frozen"
+        if settings.engine.bitwise:
+            return "engine.bitwise does not read what another run may have computed in other groups of rows"
         if settings.model.compile:
             return "model.compile fixes what is computed"
         if settings.model.gradient_checkpointing:

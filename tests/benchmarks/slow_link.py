@@ -1,4 +1,4 @@
-"""What slow links cost, and what each way around them gives: plain ddp, bf16 on the wire, PowerSGD, local steps.
+"""What slow links cost, and what each way around them gives: plain ddp, bf16 on the wire, PowerSGD, local steps; and engine.bitwise.
 
     torchrun --nnodes 3 --nproc-per-node 1 --node-rank K --rdzv-backend c10d --rdzv-endpoint NODE1:29500 \\
         tests/benchmarks/slow_link.py --width 384 --layers 6 --steps 100
@@ -85,6 +85,7 @@ def layouts(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "bf16 wire": ["engine.gradient_wire=bf16"],
         f"PowerSGD, rank {arguments.rank}": [f"engine.powersgd={squeezed}"],
         f"local steps, {arguments.local_steps}": [f"train.local_steps={arguments.local_steps}"],
+        "bitwise": ["engine.bitwise=true"],
     }
 
 

@@ -95,6 +95,7 @@ class Setting:
     bucket_mb: float | None = None
     offload: bool = False
     reshard_after_forward: bool = True
+    bitwise: bool = False
     table: bool = False
     sort_by_length: bool = True
     micro_batch_tokens: int | None = None
@@ -152,6 +153,7 @@ class Setting:
                     "bucket_mb": self.bucket_mb,
                     "offload": self.offload,
                     "reshard_after_forward": self.reshard_after_forward,
+                    "bitwise": self.bitwise,
                 },
             }
         )
