@@ -17,6 +17,9 @@ DEVICE_ATTRIBUTE = "_dtrain_device"
 GATHER_ATTRIBUTE = "_dtrain_gather"
 """A function that returns `gathered`'s context, if the engine has sharded the model."""
 
+PASSED_BY_ATTRIBUTE = "_dtrain_passed_by"
+"""Whether a trial of the model did not call this entry of a list of layers; the model may use its weights all the same."""
+
 
 def compute_device(module: nn.Module) -> torch.device:
     """Returns the device for a module's inputs."""
