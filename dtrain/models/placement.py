@@ -27,6 +27,11 @@ def compute_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device if device is None else device
 
 
+def needs_every_rank(module: nn.Module) -> bool:
+    """Returns whether every call of the module is a collective, so that no rank's clock may decide about one."""
+    return GATHER_ATTRIBUTE in module.__dict__
+
+
 def gathered(module: nn.Module) -> AbstractContextManager[None]:
     """Collective. Surrounds calls of a part of a model that are not calls of the model itself, e.g. of an encoder alone."""
     gather: Callable[[], AbstractContextManager[None]] = module.__dict__.get(GATHER_ATTRIBUTE, nullcontext)
