@@ -286,6 +286,14 @@ def test_a_parameter_without_rows_is_refused(shape: tuple[int, ...], fault: str)
         place(module, config, ONE_PROCESS)
 
 
+def test_a_model_that_an_earlier_run_has_sharded_is_refused() -> None:
+    config = PLAIN.config()
+    module = place(tiny.bert(), config, ONE_PROCESS)
+
+    with pytest.raises(ConfigError, match=r"earlier dtrain\.fit with engine\.name=fsdp.*Load that run's folder model/"):
+        construct.place_and_try(module, config, training.task(PLAIN), ONE_PROCESS)
+
+
 def evaluated_alone(context: RankContext) -> dict[str, Any]:
     """Collective. Evaluates, then rank 0 alone reads the state's names, then all evaluate again."""
     run = training.build(context, PLAIN)
