@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dtrain.engine.build import place
 from dtrain.engine.fsdp_sharding import LayerCalls, sharded_parts
 from dtrain.engine.sharded_tensor import is_sharded, local_rows
 from dtrain.errors import ConfigError
+from dtrain.models.placement import GATHER_ATTRIBUTE
 from dtrain.training import build as construct
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny, training
@@ -287,11 +289,11 @@ def test_a_parameter_without_rows_is_refused(shape: tuple[int, ...], fault: str)
 
 
 def test_a_model_that_an_earlier_run_has_sharded_is_refused() -> None:
-    config = PLAIN.config()
-    module = place(tiny.bert(), config, ONE_PROCESS)
+    module = tiny.bert()
+    module.__dict__[GATHER_ATTRIBUTE] = nullcontext
 
     with pytest.raises(ConfigError, match=r"earlier dtrain\.fit with engine\.name=fsdp.*Load that run's folder model/"):
-        construct.place_and_try(module, config, training.task(PLAIN), ONE_PROCESS)
+        construct.place_and_try(module, PLAIN.config(), training.task(PLAIN), ONE_PROCESS)
 
 
 def evaluated_alone(context: RankContext) -> dict[str, Any]:
