@@ -12,7 +12,7 @@ from torch import nn
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition, seed_all
 from dtrain.models.freezing import frozen_statistics
-from dtrain.models.placement import compute_device
+from dtrain.models.placement import compute_device, gathered
 from dtrain.tasks.protocol import Task
 
 PROBES = 4
@@ -31,7 +31,8 @@ def parameters_without_gradient(
     """
     train_mode(module)
     unused: list[str] = []
-    with frozen_statistics(module), _all_layers(module):
+    # Gathered: a pass without a backward pass would leave a sharded model so.
+    with frozen_statistics(module), _all_layers(module), gathered(module):
         # From both ends: sorted by length, the first ones have short rows only, and a part may be for long ones.
         first, *others = enumerate(plan.micro_batches(0))
         for index, examples in [first, *reversed(others)][:PROBES]:

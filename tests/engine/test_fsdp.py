@@ -296,6 +296,18 @@ def test_a_model_that_an_earlier_run_has_sharded_is_refused() -> None:
         construct.place_and_try(module, PLAIN.config(), training.task(PLAIN), ONE_PROCESS)
 
 
+@pytest.mark.parametrize("is_sharded_", [False, True])
+def test_a_sharded_model_is_not_tried_for_a_cache(is_sharded_: bool) -> None:
+    setting = replace(PLAIN, engine="single", freeze=("embeddings", "encoder.layer[:1]"), cache="auto", table=True)
+    config, learns, module = setting.config(), training.task(setting), tiny.bert(dropout=0.0)
+    if is_sharded_:
+        module.__dict__[GATHER_ATTRIBUTE] = nullcontext
+
+    prepared = construct.prepare_training(module, config, learns, construct.step_plan(config, learns))
+
+    assert (prepared.frozen_cache.border is None) == is_sharded_
+
+
 def evaluated_alone(context: RankContext) -> dict[str, Any]:
     """Collective. Evaluates, then rank 0 alone reads the state's names, then all evaluate again."""
     run = training.build(context, PLAIN)
