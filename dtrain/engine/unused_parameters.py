@@ -31,8 +31,7 @@ def parameters_without_gradient(
     """
     train_mode(module)
     unused: list[str] = []
-    # Gathered: a pass without a backward pass would leave a sharded model so.
-    with frozen_statistics(module), _all_layers(module), gathered(module):
+    with frozen_statistics(module), _all_layers(module):
         # From both ends: sorted by length, the first ones have short rows only, and a part may be for long ones.
         first, *others = enumerate(plan.micro_batches(0))
         for index, examples in [first, *reversed(others)][:PROBES]:
@@ -48,9 +47,11 @@ def parameters_without_gradient(
 def _add_gradient(module: nn.Module, task: Task, position: DataPosition) -> None:
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(position.example_index)]
     device = compute_device(module)
-    loss = task.loss(module, {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()})
-    if loss.requires_grad:
-        torch.autograd.backward(loss)
+    tensors = {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()}
+    with gathered(module):  # without a backward pass a sharded model would stay so, and its parameters have no gradient
+        loss = task.loss(module, tensors)
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
 
 
 @contextmanager
