@@ -95,6 +95,7 @@ class FsdpEngine(SingleEngine):
         if last != self._sends:
             self._root().set_requires_gradient_sync(last)
             self._sends = last
+        self._calls.clear()
         with self.autocast():
             yield
         if last:

@@ -33,7 +33,7 @@ from dtrain.distributed.traffic import Traffic
 from dtrain.engine.parameter_groups import layer_stacks
 from dtrain.engine.sharded_tensor import local_rows
 from dtrain.errors import ConfigError
-from dtrain.models.placement import DEVICE_ATTRIBUTE, GATHER_ATTRIBUTE
+from dtrain.models.placement import DEVICE_ATTRIBUTE, GATHER_ATTRIBUTE, PASSED_BY_ATTRIBUTE
 
 PART_ATTRIBUTE = "_dtrain_updated_part"
 """Attribute of a sharded parameter: this rank's rows, as the parameter that the optimizer updates."""
@@ -139,7 +139,7 @@ class GatheredRecord:
 
 
 class LayerCalls:
-    """Records which layers the model has called since the last `check`."""
+    """Records which layers the model has called since the last `clear`."""
 
     def __init__(self, module: nn.Module) -> None:
         layers: dict[str, Any] = {
@@ -152,6 +152,10 @@ class LayerCalls:
             for name, layer in layers.items()
         ]
 
+    def clear(self) -> None:
+        """Begins a new micro-batch: evaluations, and backward passes with checkpointing, call layers as well."""
+        self._called.clear()
+
     def check(self) -> None:
         """Refuses a forward pass that left a layer out: other ranks have gathered it, and taken another one's weights for it.
 
@@ -159,7 +163,6 @@ class LayerCalls:
             ConfigError: on this rank, before anything of the step is used.
         """
         missing = sorted(self._names - self._called)
-        self._called.clear()
         if missing:
             raise ConfigError(
                 f"A micro-batch of this step did not use {', '.join(missing[:3])}, but FSDP2 gathers every layer on every rank. Use "
@@ -185,19 +188,28 @@ def _check(module: nn.Module) -> None:
             f"engine.name=fsdp shards parameters by rows, but {', '.join(scalars[:3])} of this model is a single number. Use "
             "engine.name=ddp, or engine.name=deepspeed engine.zero_stage=3."
         )
+    empty = [name for name, parameter in module.named_parameters() if not parameter.numel()]
+    if empty:
+        raise ConfigError(
+            f"engine.name=fsdp shards parameters by rows, but {', '.join(empty[:3])} of this model has no number at all, and torch "
+            "averages no such gradient. Remove it from the model, or use engine.name=ddp."
+        )
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
     """Returns the modules to gather one at a time: the entries of the model's lists of layers, also of lists in lists.
 
-    Those that share a parameter with another part are left to the root, because FSDP2 keeps a parameter in one place.
+    Those that share a parameter with another part are left to the root, because FSDP2 keeps a parameter in one place; so are
+    those that the model does not call, because FSDP2 gathers a layer's weights when it is called.
     """
     everywhere = _uses(module)
     entries = [entry for name in layer_stacks(module) for entry in _entries(module.get_submodule(name))]
     return [
         entry
         for entry in dict.fromkeys(entries)
-        if (inside := _uses(entry)) and all(everywhere[parameter] == count for parameter, count in inside.items())
+        if not entry.__dict__.get(PASSED_BY_ATTRIBUTE)
+        and (inside := _uses(entry))
+        and all(everywhere[parameter] == count for parameter, count in inside.items())
     ]
 
 

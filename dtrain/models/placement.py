@@ -17,11 +17,19 @@ DEVICE_ATTRIBUTE = "_dtrain_device"
 GATHER_ATTRIBUTE = "_dtrain_gather"
 """A function that returns `gathered`'s context, if the engine has sharded the model."""
 
+PASSED_BY_ATTRIBUTE = "_dtrain_passed_by"
+"""Whether a trial of the model did not call this entry of a list of layers; the model may use its weights all the same."""
+
 
 def compute_device(module: nn.Module) -> torch.device:
     """Returns the device for a module's inputs."""
     device: torch.device | None = module.__dict__.get(DEVICE_ATTRIBUTE)
     return next(module.parameters()).device if device is None else device
+
+
+def needs_every_rank(module: nn.Module) -> bool:
+    """Returns whether every call of the module is a collective, so that no rank's clock may decide about one."""
+    return GATHER_ATTRIBUTE in module.__dict__
 
 
 def gathered(module: nn.Module) -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from dtrain.errors import ConfigError
 from dtrain.models.custom_head import HeadedModel
 from dtrain.models.first_forward import FORWARD_ERRORS, explain_forward, reads_padding_by_config
 from dtrain.models.modes import restored_modes
-from dtrain.models.placement import compute_device
+from dtrain.models.placement import PASSED_BY_ATTRIBUTE, compute_device
 from dtrain.tasks.prepare import select_columns
 from dtrain.tasks.protocol import Batch, Padding, PadsRows, Task
 
@@ -43,14 +43,16 @@ Outputs = Mapping[str, torch.Tensor]
 def try_model(module: nn.Module, task: Task, context: RankContext) -> None:
     """Collective. Runs the model on an example, and sets `task.padding` for a task that pads rows.
 
-    Call it before an engine wraps the model. Leaves the model as it is.
+    Call it before an engine wraps the model. Leaves the model as it is, but marks the layers that it does not call.
 
     Raises:
         ConfigError: the model cannot compute the example, or a causal model sees the tokens that it has to predict.
     """
     if task.tokenizer is None:
         return
-    found = node_first(lambda: _try(module, task), context)
+    found, passed_by = node_first(lambda: _try_layers(module, task), context)
+    for name in passed_by:
+        module.get_submodule(name).__dict__[PASSED_BY_ATTRIBUTE] = True
     if found is not None and _pads(task):
         task.padding = Padding(**found)
         # Is saved with the model, so that transformers pads as dtrain does. Only the arguments of a tokenizer are saved.
@@ -69,6 +71,27 @@ def reads_padding(task: Task) -> bool:
 
 def _pads(task: Task) -> TypeGuard[PadsRows]:
     return task.needs_padding and isinstance(task, PadsRows)
+
+
+def _try_layers(module: nn.Module, task: Task) -> Json:
+    """Returns what `_try` found, and the names of the entries of lists of layers that the model did not call."""
+    entries = {
+        f"{name}.{key}" if name else key: entry
+        for name, listed in module.named_modules()
+        if isinstance(listed, nn.ModuleList | nn.ModuleDict)
+        for key, entry in listed.named_children()
+    }
+    called: set[str] = set()
+    handles = [
+        part.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name, part in {"": module, **entries}.items()
+    ]
+    try:
+        found = _try(module, task)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found, sorted(entries.keys() - called) if called else []]
 
 
 def _try(module: nn.Module, task: Task) -> Json:

@@ -29,6 +29,7 @@ from dtrain.models.compatibility import check_fit, check_images
 from dtrain.models.fast_dropout import set_fast_dropout
 from dtrain.models.fast_linear import set_fast_linear, uses_fast_linear
 from dtrain.models.load import load_model
+from dtrain.models.placement import needs_every_rank
 from dtrain.models.unpadding import Unpadding, prepare_unpadding, remove_unpadding
 from dtrain.tasks.protocol import Task
 from dtrain.tasks.row_lengths import row_lengths, unknown_lengths
@@ -148,8 +149,13 @@ def place_and_try(module: nn.Module, config: Config, task: Task, context: RankCo
     """Collective. Puts the model where its engine wants it, and runs it on an example, which decides the task's padding.
 
     Raises:
-        ConfigError: the model cannot compute the example.
+        ConfigError: the model cannot compute the example, or an earlier `dtrain.fit` has sharded it.
     """
+    if needs_every_rank(module):
+        raise ConfigError(
+            "The model of dtrain.fit(model=...) holds only this rank's part of its weights: an earlier dtrain.fit with "
+            "engine.name=fsdp has sharded it. Load that run's folder model/ instead, or make a new model."
+        )
     # One rank per node runs the example, so the model is sharded only after it.
     if not engine_traits(config, context).is_sharded:
         module = place(module, config, context)

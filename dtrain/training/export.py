@@ -182,7 +182,8 @@ def save(
         module.save_pretrained(str(folder), state_dict=state)
     else:
         folder.mkdir(parents=True)
-        save_file({name: value.clone() for name, value in state.items()}, folder / "model.safetensors")
+        whole = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+        save_file(whole, folder / "model.safetensors")
         write_json_atomic(folder / "config.json", {"architectures": [type(module).__name__], **record})
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return save_tokenizer(tokenizer, folder)

@@ -45,7 +45,7 @@ from dtrain.models.fast_linear import uses_fast_linear
 from dtrain.models.first_forward import rotates_by_length
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
-from dtrain.models.placement import compute_device
+from dtrain.models.placement import compute_device, needs_every_rank
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
 from dtrain.training import frozen_fill
@@ -64,6 +64,9 @@ GIB = 2**30
 
 NAMES_OF_OUTPUTS = ("id2label", "label2id", "problem_type", "dtrain_head", "_name_or_path", "architectures")
 """Entries of a model's config that do not change its frozen part."""
+
+SHARDED = "the engine shards the model, so that every rank takes part in each forward pass"
+"""Why a sharded model reads nothing."""
 
 
 class FrozenCache:
@@ -138,6 +141,8 @@ class FrozenCache:
         config, settings = getattr(module, "config", None), self._config
         if not freezing.frozen_parameters(module):
             return "nothing is frozen"
+        if needs_every_rank(module):  # a trial would run parts of the model, whose weights are not gathered
+            return SHARDED
         if len(self._steps) <= self._plan.steps_per_epoch and settings.freeze.cache == "auto":
             return "each row is used only once while this part is frozen"
         if settings.engine.bitwise:
@@ -182,7 +187,7 @@ class FrozenCache:
     def _rule_out_sharding(self, traits: EngineTraits) -> None:
         if self.border is not None and traits.is_sharded:
             self.border = None
-            self._refuse("the engine shards the model, so that every rank takes part in each forward pass")
+            self._refuse(SHARDED)
 
     def open(self, engine: Engine) -> None:
         """Collective. Computes what is missing on this node, and reads from then on. Leaves the model in eval mode."""

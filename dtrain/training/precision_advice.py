@@ -14,7 +14,7 @@ from dtrain.data.seeding import DataPosition
 from dtrain.engine.forward_only import autocast
 from dtrain.models.freezing import frozen_statistics
 from dtrain.models.modes import restored_modes
-from dtrain.models.placement import compute_device
+from dtrain.models.placement import compute_device, needs_every_rank
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel
 from dtrain.training.precision_timing import time_precisions, unchanged_random_state
@@ -40,6 +40,8 @@ def describe_precision(config: Config, task: Task, prepared: PreparedModel, plan
         return None
     if config.model.compile:
         return "precision  bf16 was not timed, because model.compile=true would compile the model for it"
+    if needs_every_rank(module):
+        return "precision  bf16 was not timed, because the engine shards the model, so that every rank takes part in each pass"
     try:
         with restored_modes(module):
             prepared.train_mode(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
 from dtrain.engine import single
 from dtrain.engine.build import place
-from dtrain.engine.fsdp_sharding import sharded_parts
+from dtrain.engine.fsdp_sharding import LayerCalls, sharded_parts
 from dtrain.engine.sharded_tensor import is_sharded, local_rows
 from dtrain.errors import ConfigError
+from dtrain.models.placement import GATHER_ATTRIBUTE
 from dtrain.training import build as construct
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny, training
@@ -195,13 +198,35 @@ def branches() -> nn.Module:
         return Branches()
 
 
-MODELS = {"shared layers": shared_layers, "branches": branches}
+class PassesBy(Branches):
+    """Uses the weights of its layers without calling them."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = self.embed(input_ids[:, 1])
+        for layer in self.first:
+            hidden = hidden + torch.tanh(nn.functional.linear(hidden, layer.weight, layer.bias))
+        return SequenceClassifierOutput(logits=self.head(hidden))
+
+
+def passes_by() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return PassesBy()
+
+
+MODELS = {"shared layers": shared_layers, "branches": branches, "passes by": passes_by}
 
 
 def every_model(context: RankContext) -> dict[str, Any]:
-    """Collective. Trains each model."""
+    """Collective. Tries and trains each model."""
     setting = replace(PLAIN, engine="auto" if context.world_size == 1 else "fsdp")
-    return {name: training.run(context, setting, make()) for name, make in MODELS.items()}
+    tried = {
+        name: construct.place_and_try(make(), setting.config(), training.task(setting), context)
+        for name, make in MODELS.items()
+    }
+    return {name: training.run(context, setting, module) for name, module in tried.items()}
 
 
 def test_models_of_other_shapes_take_the_steps_of_one_process() -> None:
@@ -234,13 +259,53 @@ def leaves_out(context: RankContext) -> None:
     training.build(context, replace(PLAIN, find_unused=True), Skips()).go()
 
 
-def test_a_parameter_that_is_a_single_number_is_refused() -> None:
+def test_a_layer_called_again_in_the_backward_pass_was_not_called_in_the_next_micro_batch() -> None:
+    layers = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    root = nn.Sequential(*layers)
+    for layer in layers:
+        layer.__class__ = type("Sharded", (FSDPModule, nn.Linear), {"__new__": object.__new__})
+    calls = LayerCalls(root)
+
+    root(torch.ones(1))
+    calls.check()
+    root(torch.ones(1))  # as checkpointing does, or an evaluation
+    calls.clear()
+    layers[0](torch.ones(1))
+
+    with pytest.raises(ConfigError, match="did not use 1, but"):
+        calls.check()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fault"), [((), "scale of this model is a single number"), ((0, 8), "scale of this model has no number")]
+)
+def test_a_parameter_without_rows_is_refused(shape: tuple[int, ...], fault: str) -> None:
     module = branches()
-    module.scale = nn.Parameter(torch.ones(()))
+    module.scale = nn.Parameter(torch.ones(shape))
     config = PLAIN.config()
 
-    with pytest.raises(ConfigError, match=r"scale of this model is a single number.*engine\.name=ddp"):
+    with pytest.raises(ConfigError, match=rf"{fault}.*engine\.name=ddp"):
         place(module, config, ONE_PROCESS)
+
+
+def test_a_model_that_an_earlier_run_has_sharded_is_refused() -> None:
+    module = tiny.bert()
+    module.__dict__[GATHER_ATTRIBUTE] = nullcontext
+
+    with pytest.raises(ConfigError, match=r"earlier dtrain\.fit with engine\.name=fsdp.*Load that run's folder model/"):
+        construct.place_and_try(module, PLAIN.config(), training.task(PLAIN), ONE_PROCESS)
+
+
+@pytest.mark.parametrize("is_sharded_", [False, True])
+def test_a_sharded_model_is_not_tried_for_a_cache(is_sharded_: bool) -> None:
+    setting = replace(PLAIN, engine="single", freeze=("embeddings", "encoder.layer[:1]"), cache="auto", table=True)
+    config, learns, module = setting.config(), training.task(setting), tiny.bert(dropout=0.0)
+    if is_sharded_:
+        module.__dict__[GATHER_ATTRIBUTE] = nullcontext
+
+    prepared = construct.prepare_training(module, config, learns, construct.step_plan(config, learns))
+
+    assert (prepared.frozen_cache.border is None) == is_sharded_
 
 
 def evaluated_alone(context: RankContext) -> dict[str, Any]:

@@ -241,3 +241,12 @@ def test_the_factory_file_is_found_beside_the_config_and_recorded_in_the_runs_co
     plain = ["task.name=classification", "model.factory=own_model:build", "data.path=a.csv"]
     assert load_config(None, plain).model.factory_folder == Path()
     assert load_config(None, []).model.factory_folder is None
+
+
+def test_weights_that_are_stored_transposed_are_saved(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 3)
+    module.weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3).t())
+
+    save(module, {name: value.detach() for name, value in module.named_parameters()}, None, tmp_path / "model")
+
+    assert torch.equal(load_file(tmp_path / "model" / "model.safetensors")["weight"], module.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dtrain.models.placement import GATHER_ATTRIBUTE
 from dtrain.models.unpadding import Unpadding
 from dtrain.training import precision_advice
 from dtrain.training.build import PreparedModel, prepare_training, step_plan
@@ -44,6 +46,16 @@ def test_a_model_that_would_be_compiled_is_not_timed() -> None:
 
     assert said is not None
     assert said.startswith("precision  bf16 was not timed, because model.compile=true")
+
+
+def test_a_sharded_model_is_not_timed_because_the_ranks_clocks_differ() -> None:
+    module = tiny.bert()
+    module.__dict__[GATHER_ATTRIBUTE] = nullcontext
+
+    said = line(Setting(), module)
+
+    assert said is not None
+    assert said.startswith("precision  bf16 was not timed, because the engine shards the model")
 
 
 def test_where_another_setting_forbids_bf16_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
