@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -527,8 +528,10 @@ def test_a_start_that_was_stopped_itself_does_not_count_that_time(
         if len(sleeps) == 4:
             os.utime(tmp_path / LOCK)  # the owner's heartbeats, too, waited for it
 
-    monkeypatch.setattr(run_lock.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(run_lock.time, "sleep", sleep)
+    # Not the functions of `time` itself: a thread of another test may sleep meanwhile.
+    monkeypatch.setattr(
+        run_lock, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0], "sleep": sleep})
+    )
     with pytest.raises(ConfigError, match="is in use by process"), locked(tmp_path, command="train"):
         pass
 
