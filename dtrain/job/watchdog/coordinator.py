@@ -197,11 +197,13 @@ class Coordinator:
     def _reported_states(self) -> list[RankState]:
         now = time.monotonic()
         states = []
-        for record in self._ranks.values():
-            if record.state is not None and not record.has_left:
+        for rank, record in self._ranks.items():
+            if not record.has_left:
+                # A node may be lost before its first report, which comes within seconds of the connection.
+                state = record.state or RankState(rank, Phase.STARTING)
                 silence_s = now - record.heard_s
                 is_unreachable = record.is_disconnected or silence_s > self._unreachable_after_s
-                states.append(replace(record.state, unreachable_s=silence_s if is_unreachable else 0.0))
+                states.append(replace(state, unreachable_s=silence_s if is_unreachable else 0.0))
         return states
 
     async def _end_hang(self) -> None:

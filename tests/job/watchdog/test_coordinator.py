@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from contextlib import suppress
 
 import pytest
 
-from dtrain.job.watchdog.coordinator import MAX_LINE, Coordinator, serve_monitor
-from dtrain.job.watchdog.rules import HangSettings
+from dtrain.distributed.heartbeat import Phase
+from dtrain.job.watchdog.coordinator import MAX_LINE, Coordinator, RankRecord, serve_monitor
+from dtrain.job.watchdog.rules import HangSettings, RankState, is_hang, is_unreachable
 
 TOKEN = "0f1e"
 STRANGERS = [
@@ -57,3 +59,16 @@ def test_a_stranger_is_turned_away_without_a_trace_in_the_log(caplog: pytest.Log
 
     assert ranks == {0: 7}
     assert [record.message for record in caplog.records if record.levelno > logging.DEBUG] == []
+
+
+def test_a_rank_that_is_lost_before_its_first_report_is_named() -> None:
+    settings = HangSettings(10.0)
+    coordinator = Coordinator([0, 1], settings, report_end=lambda *_: asyncio.sleep(0))
+    waits = RankState(0, Phase.EXCHANGE, step=5, idle_s=11.0, in_collective=True, in_collective_s=11.0)
+    coordinator.add_rank(0, RankRecord(lambda _: None, "node1", 7, waits))
+    coordinator.add_rank(1, RankRecord(lambda _: None, "node2", 8, heard_s=time.monotonic() - 12.0))
+
+    states = coordinator._reported_states()
+
+    assert is_hang(states, settings)
+    assert [state.rank for state in states if is_unreachable(state, settings)] == [1]
