@@ -55,7 +55,7 @@ class Supervisor:
     def __init__(self, spec: dict[str, Any]) -> None:
         self._write_lock, self._last_order_s = threading.Lock(), time.monotonic()
         self._exit_file = Path(spec["exit_file"]) if spec.get("exit_file") else None
-        self._old_stamp = _stamp(self._exit_file)
+        self._old_stamp = stamp(self._exit_file)
         self._temp_folder = tempfile.TemporaryDirectory(prefix="dtrain-end-")
         self._temp_exit_file = Path(self._temp_folder.name) / "exit.json"
         self._launcher_signals = frozenset(spec.get("launcher_signals", ()))
@@ -154,7 +154,7 @@ class Supervisor:
 
     def _read_exit_record(self, code: int) -> dict[str, Any] | None:
         """Returns exit.json if dtrain wrote it during this job: in the run folder, or before there was one."""
-        if self._exit_file is not None and _stamp(self._exit_file) not in (None, self._old_stamp):
+        if self._exit_file is not None and stamp(self._exit_file) not in (None, self._old_stamp):
             return _read_object(self._exit_file)
         # The temporary file counts only after a failure: a restart within the job may have succeeded.
         return _read_object(self._temp_exit_file) if code else None
@@ -176,7 +176,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _stamp(path: Path | None) -> tuple[int, int] | None:
+def stamp(path: Path | None) -> tuple[int, int] | None:
     """Returns what changes whenever a file is replaced or written; None if there is no file."""
     try:
         status = path.stat() if path is not None else None

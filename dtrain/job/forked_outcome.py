@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain.cluster.remote_supervisor import stamp
 from dtrain.config import bounded_json
 from dtrain.errors import TopologyError
 
@@ -87,12 +88,3 @@ def read_exit(file: Path | None, old_stamp: tuple[int, int] | None) -> dict[str,
     except (OSError, ValueError):
         return None
     return record if {"code", "cause", "rank", "host", "message"} <= set(record) else None
-
-
-def stamp(file: Path | None) -> tuple[int, int] | None:
-    """Returns what changes whenever a file is replaced or written; None if there is no file."""
-    try:
-        status = file.stat() if file is not None else None
-    except OSError:
-        return None
-    return None if status is None else (status.st_ino, status.st_mtime_ns)

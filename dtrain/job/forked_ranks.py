@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from dtrain import console
+from dtrain.cluster.remote_supervisor import stamp
 from dtrain.console import log
 from dtrain.distributed import launcher_env, network, process_limit
 from dtrain.distributed.launcher_env import NodePlace
@@ -40,7 +41,6 @@ from dtrain.job.forked_outcome import (
     final_message,
     job_code,
     read_exit,
-    stamp,
 )
 
 FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)

@@ -23,6 +23,7 @@ from dtrain.config.load import load_config
 from dtrain.distributed.rank_context import RankContext
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.benchmarks.suite.workloads import T2, Workload, write
+from tests.support.memory import own_memory
 from tests.support.multirank import run_ranks
 
 STEPS = 8
@@ -55,12 +56,6 @@ class Meter:
             }
         )
         return Decision.CONTINUE
-
-
-def own_memory() -> int:
-    """Bytes of this process that it shares with no file."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def train(context: RankContext, folder: str, name: str, settings: list[str]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from dtrain.models.placement import GATHER_ATTRIBUTE
 from dtrain.training import build as construct
 from dtrain.training.evaluation import evaluate
 from tests.support import tiny, training
+from tests.support.memory import own_memory
 from tests.support.multirank import RanksFailed, run_ranks
 from tests.support.training import Setting, apart, worst
 
@@ -332,12 +333,6 @@ def grown(context: RankContext, folder: str, engine: str) -> float:
     before = own_memory()
     module = construct.load(config, learns, context)
     return (own_memory() - before) / (4 * sum(parameter.numel() for parameter in module.parameters()))
-
-
-def own_memory() -> int:
-    """Bytes of this process that it shares with no file."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
 def test_a_rank_never_has_memory_of_its_own_for_the_whole_model(tmp_path: Path) -> None:
