@@ -34,6 +34,21 @@ class TopologyError(DtrainError):
     exit_code = 4
 
 
+class DeviceError(DtrainError):
+    """A fault of one rank's GPU, of its driver, or of NCCL. The message names that rank where there are several.
+
+    Attributes:
+        exit_code: 4 where ranks cannot reach each other, or have no GPU of their own.
+        is_bug: whether the traceback helps too.
+    """
+
+    is_bug = False
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NonFiniteError(DtrainError):
     """A loss or gradient that is not finite, with `train.non_finite=stop`."""
 

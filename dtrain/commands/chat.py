@@ -21,9 +21,9 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.dialogues import read_prompts
 from dtrain.data.readers import row_unit
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.heartbeat import Heartbeat
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.chat_format import ChatFormat, choose_format, prompt_truncated
 from dtrain.models.chat_template import ChatMessage

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dtrain.config.schema import Config
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError, DataError
 from dtrain.models.compatibility import check_fit, longest_input
 from dtrain.models.load import load_model

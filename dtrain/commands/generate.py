@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from dtrain.commands.continuation import Continuer, Prompt, end_tokens
 from dtrain.config.schema import Config
 from dtrain.console import log
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError
 from dtrain.models.chat_template import turn_end_tokens
 from dtrain.models.load import load_model

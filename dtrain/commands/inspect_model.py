@@ -16,8 +16,8 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.data.seeding import DataPosition
 from dtrain.distributed.collectives import on_main
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.errors import ConfigError
 from dtrain.models.base import load_base
 from dtrain.models.compatibility import longest_input

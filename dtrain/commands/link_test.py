@@ -25,9 +25,10 @@ import torch.distributed as dist
 from dtrain import console
 from dtrain.cluster.doctor.link_checks import host_pairs
 from dtrain.distributed.collectives import all_gather_object
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.process_group import process_group
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.topology import Topology
 from dtrain.errors import DtrainError, TopologyError
 from dtrain.training.precision_timing import time_fixed_model
 

@@ -381,6 +381,8 @@ def is_lost_peer(error: BaseException) -> bool:
         "Broken pipe",
         "Connection refused",
         "NCCL communicator was aborted",
+        "remote process exited or there was a network error",
+        "Connection closed by remote peer",
     )
     if isinstance(error, dist.DistNetworkError):
         return True

@@ -1,17 +1,12 @@
-"""The place of this process in the job, and its device. torch is imported when used."""
+"""The place of this process in the job. Its device: see cuda_devices.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dtrain.distributed import launcher_env
-from dtrain.errors import TopologyError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,7 @@ class Topology:
         launches: how often each launcher that may restart this job has started it before, by the launcher's name.
         exit_file: file that receives the reason why this process ends, in addition to exit.json; None for no such file.
         launcher_error_file: file whose content torchrun reports if this process fails; None for no such file.
+        cuda_mask: CUDA_VISIBLE_DEVICES; None where it is not set. Empty: no GPU is to be used.
     """
 
     rank: int
@@ -50,6 +46,7 @@ class Topology:
     launches: Mapping[str, int] = field(default_factory=dict, compare=False)
     exit_file: Path | None = field(default=None, compare=False)
     launcher_error_file: Path | None = field(default=None, compare=False)
+    cuda_mask: str | None = field(default="", compare=False)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Topology:
@@ -69,6 +66,7 @@ class Topology:
             launches=launcher_env.count_launches(env, placement.launcher),
             exit_file=exit_file,
             launcher_error_file=Path(error_file) if error_file else None,
+            cuda_mask=env.get("CUDA_VISIBLE_DEVICES"),
         )
 
     @property
@@ -94,26 +92,3 @@ class Topology:
 
 SINGLE = Topology(0, 1, 0, 1, 0, 1, "none", None, None)
 """One process without a launcher."""
-
-
-def device_of(topology: Topology) -> torch.device:
-    """Returns the device of this rank: its CUDA device, which becomes the current one, or the CPU.
-
-    Raises:
-        TopologyError: more ranks on this node than CUDA devices.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    # One visible device for several ranks: the launcher assigns a device to each rank (srun --gpus-per-task).
-    index = 0 if count == 1 else topology.local_rank
-    if index >= count:
-        raise TopologyError(
-            f"Local rank {topology.local_rank} has no CUDA device: {topology.local_world_size} ranks on this node, "
-            f"{count} devices. Start at most one rank per device."
-        )
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    return device

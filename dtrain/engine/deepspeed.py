@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from dtrain.config.schema import Config
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.engine.clipping import clip
 from dtrain.engine.deepspeed_config import deepspeed_config, deepspeed_traits, explain_refused_config, needs_lock_step
 from dtrain.engine.forward_only import autocast

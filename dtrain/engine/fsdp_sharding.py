@@ -27,8 +27,8 @@ from torch.distributed.fsdp import (
 )
 
 from dtrain.config.schema import Config
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.distributed.traffic import Traffic
 from dtrain.engine.parameter_groups import layer_stacks
 from dtrain.engine.sharded_tensor import local_rows

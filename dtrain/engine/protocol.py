@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dtrain.config.schema import Config
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 
 
 class BytesPerNumber(NamedTuple):

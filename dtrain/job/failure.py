@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.bounded import call_with_timeout
+from dtrain.distributed.device_faults import explain, find_fault, is_from_device
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.launcher_process import how_to_go_on
 from dtrain.distributed.process_info import (
@@ -37,7 +38,7 @@ from dtrain.distributed.signals import ignore_further
 from dtrain.distributed.store import KeyValueStore
 from dtrain.distributed.topology import Topology
 from dtrain.environment import missing_module
-from dtrain.errors import DtrainError, Interrupted, Preempted, TopologyError
+from dtrain.errors import DeviceError, DtrainError, Interrupted, Preempted, TopologyError
 from dtrain.job.launcher_error import write_launcher_error
 from dtrain.runs.folder import write_exit
 from dtrain.runs.lock import is_held_by_another_job
@@ -128,13 +129,15 @@ def for_user(error: BaseException) -> BaseException:
     # Not imported here: a signal may have interrupted the first import of torch, and a second one would crash.
     workers = sys.modules.get("dtrain.data.worker_batches")
     death: BaseException | None = workers.worker_death(error) if workers is not None else None
-    return death or error
+    return death or explain(error) or error
 
 
 def error_record(error: BaseException, topology: Topology) -> ExitRecord:
     """Returns the record of an error on this rank."""
     error = for_user(error)
     message = str(error) if _is_for_user(error) and str(error) else f"{type(error).__name__}: {error}"
+    if isinstance(error, DeviceError) and topology.world_size > 1:
+        message = f"{_name(topology.rank, socket.gethostname())}: {message}"
     code = error.exit_code if isinstance(error, DtrainError | Interrupted) else 1
     return ExitRecord(code, type(error).__name__, topology.rank, socket.gethostname(), message)
 
@@ -259,8 +262,11 @@ def _is_for_user(error: BaseException) -> bool:
 
 
 def _error_text(error: BaseException, own: ExitRecord) -> str:
-    """Returns the message of an error that has one for the user, else the traceback."""
-    return own.message if _is_for_user(for_user(error)) else "".join(traceback.format_exception(error)).rstrip()
+    """Returns the message of an error that has one for the user; the traceback where it has none, or is a bug."""
+    shown, trace = for_user(error), "".join(traceback.format_exception(error)).rstrip()
+    if isinstance(shown, DeviceError) and shown.is_bug:
+        return f"{trace}\n{own.message}"
+    return own.message if _is_for_user(shown) else trace
 
 
 def _traceback_title(error: BaseException, topology: Topology) -> str:
@@ -270,8 +276,20 @@ def _traceback_title(error: BaseException, topology: Topology) -> str:
     return f"Rank {topology.rank} on {socket.gethostname()} failed:\n"
 
 
+def _name(rank: int, host: str) -> str:
+    return f"Rank {rank} on {host}"
+
+
+def _unnamed(message: str) -> str:
+    """Returns a message without the rank that it names: of a fault that all ranks have, one line is enough."""
+    return re.sub(r"^Rank \d+ on \S+: ", "", message)
+
+
 def _follower_message(first: ExitRecord, own: ExitRecord) -> str:
-    return f"Rank {first.rank} on {first.host} ended: {first.first_line}" if first != own else own.message
+    name, line = _name(first.rank, first.host), first.first_line
+    if first == own:
+        return own.message
+    return line if line.startswith(f"{name}: ") else f"{name} ended: {line}"
 
 
 def _print(message: str, job: JobSession, error: BaseException, *, follows: bool, title: str = "") -> None:
@@ -289,7 +307,8 @@ def _print(message: str, job: JobSession, error: BaseException, *, follows: bool
         is_printed = isinstance(error, DtrainError) and error.is_reported_elsewhere
         wait_s = 0.0 if is_printed else FINAL_MESSAGE_S
         final: str | None = _with_store(partial(_receive_final_message, job.store, wait_s=wait_s), None)
-        if not (is_printed or final == message or (follows and final is not None)):
+        is_same = final is not None and _unnamed(final) == _unnamed(message)
+        if not (is_printed or is_same or (follows and final is not None)):
             log.error("%s%s", title, message)
 
 
@@ -350,7 +369,12 @@ def _follower_record(error: BaseException, job: JobSession) -> ExitRecord:
 
 def _lost_connection_record(error: BaseException, rank: int, host: str) -> ExitRecord:
     """Returns the record of `rank`, which cannot see which rank it has lost."""
-    address = re.search(r"\[([0-9a-fA-F.:]+)\]:\d+", str(error))
+    fault = find_fault(str(error)) if is_from_device(error) else None
+    if fault is not None and fault.fault.name != "remote":  # NCCL says more than that a connection is gone
+        message = f"{_name(rank, host)}: {fault.message}"
+        return ExitRecord(TopologyError.exit_code, TopologyError.__name__, rank, host, message)
+    # gloo writes [10.0.0.2]:4567, and NCCL 10.0.0.2<4567>.
+    address = re.search(r"(?:\[|\b)([0-9a-fA-F.:]+)(?:\]:|<)\d+", str(error))
     message = (
         f"Rank {rank} on {host} lost its connection to another rank{f' at {address[1]}' if address else ''}: that rank "
         "has died, or its node or the network is down."

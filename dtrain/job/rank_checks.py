@@ -1,18 +1,19 @@
-"""Checks that all ranks have the same software, time and settings before a command runs.
+"""Checks that all ranks have the same software, time and settings, and a GPU each, before a command runs.
 
-Ranks exchange hashes. Only if those differ does rank 0 read what each rank has.
+For software and settings they exchange hashes. Only if those differ does rank 0 read what each rank has.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dtrain.cluster.preflight import MAX_CLOCK_OFFSET_S, ROOT
 from dtrain.cluster.probe import hash_source
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import gather_object, is_equal_on_all_ranks, on_main
+from dtrain.distributed.cuda_devices import GpuIdentity, device_of, identify
 from dtrain.distributed.process_info import ProcessIdentity
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError, TopologyError
@@ -56,6 +57,66 @@ def compare_clocks(context: RankContext, processes: list[ProcessIdentity]) -> No
             )
 
     on_main(check, context)
+
+
+def compare_devices(context: RankContext, processes: list[ProcessIdentity]) -> None:
+    """Collective. Raises if two ranks have one GPU, or if some have a GPU and others compute on the CPU.
+
+    Compares the UUIDs of the GPUs: their numbers depend on CUDA_VISIBLE_DEVICES, and on the container.
+    """
+    if context.world_size == 1:
+        return
+    own = identify(device_of(context.topology), context.topology.cuda_mask)
+    gathered = gather_object(list(own), context) or []
+
+    def check() -> None:
+        if problem := device_problem([GpuIdentity(*each) for each in gathered], [each.host for each in processes]):
+            raise TopologyError(problem)
+
+    on_main(check, context)
+
+
+def device_problem(gpus: Sequence[GpuIdentity], hosts: Sequence[str]) -> str | None:
+    """Returns why the ranks cannot work with these GPUs; None if they can. Pure.
+
+    Args:
+        gpus: by rank.
+        hosts: by rank.
+    """
+    on_cpu = [rank for rank, gpu in enumerate(gpus) if not gpu.key]
+    if on_cpu and len(on_cpu) < len(gpus):
+        with_gpu = next(rank for rank, gpu in enumerate(gpus) if gpu.key)
+        lost = on_cpu[0]
+        return (
+            f"Rank {lost} ({hosts[lost]}) finds no GPU (CUDA_VISIBLE_DEVICES: {gpus[lost].mask or 'empty'}), but rank {with_gpu} "
+            f"({hosts[with_gpu]}) uses {gpus[with_gpu].name}. {len(on_cpu)} of {len(gpus)} ranks have none. Repair the driver there "
+            "(nvidia-smi), leave that host out, or set CUDA_VISIBLE_DEVICES= (empty) on all hosts to use the CPUs."
+        )
+    first: dict[str, int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu.key in first:
+            return _shared_gpu(gpus, hosts, first[gpu.key], rank)
+        if gpu.key:
+            first[gpu.key] = rank
+    return None
+
+
+def _shared_gpu(gpus: Sequence[GpuIdentity], hosts: Sequence[str], one: int, other: int) -> str:
+    places = f"{hosts[one]}" if hosts[one] == hosts[other] else f"{hosts[one]} and {hosts[other]}"
+    masks = gpus[one].mask, gpus[other].mask
+    text = f"Ranks {one} and {other} ({places}) both use {gpus[one].name}, but NCCL needs a GPU for each rank. "
+    shown = masks[0] if masks[0] == masks[1] else f"{masks[0]} on rank {one}, {masks[1]} on rank {other}"
+    text += f"CUDA_VISIBLE_DEVICES: {shown or 'empty'}. "
+    if "MIG" in gpus[one].name:
+        return (
+            text
+            + "A process sees only its first MIG slice: start one rank on this GPU, or give each rank one of the names "
+        )
+        "of `nvidia-smi -L`."
+    return text + (
+        "Start at most one rank per GPU (--nproc-per-node, slots in the hostfile, --ntasks-per-node), and let each rank see all "
+        "GPUs of its host, or one that no other rank sees."
+    )
 
 
 def compare_configs(config: Config, context: RankContext, processes: list[ProcessIdentity]) -> None:

@@ -82,6 +82,7 @@ def _join_group(
             job = JobSession(context, job_store(context), processes, watchdog)
             rank_checks.compare_software(context, processes)
             rank_checks.compare_clocks(context, processes)
+            rank_checks.compare_devices(context, processes)
             rank_checks.compare_configs(config, context, processes)
             if context.world_size == 1:
                 watchdog.watch_single_rank()

@@ -18,8 +18,8 @@ from dtrain.console import log
 from dtrain.data.lengths import RowLengths
 from dtrain.data.order import StepPlan
 from dtrain.distributed.collectives import node_first
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.engine.build import engine_traits, place
 from dtrain.engine.unused_parameters import parameters_without_gradient
 from dtrain.errors import CheckpointError, ConfigError

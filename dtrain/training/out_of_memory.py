@@ -1,12 +1,16 @@
-"""Explains an out-of-memory error: where it happened, how much memory was in use, and which settings help."""
+"""Explains an out-of-memory error: where it happened, how much memory was in use, and which settings help.
+
+An error outside the places below (while the model is copied, or in NCCL) is explained by distributed/device_faults.py.
+"""
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 import torch
 
-from dtrain.errors import DtrainError
+from dtrain.errors import DeviceError
 from dtrain.tasks.protocol import Batch
 
 CURE_IN_TRAINING = (
@@ -26,7 +30,7 @@ def explain_in_training(tensors: Batch, *, size_setting: str = "train.micro_batc
         size_setting: the setting that limits the size of a micro-batch.
 
     Raises:
-        DtrainError: instead of torch's OutOfMemoryError.
+        DeviceError: instead of torch's OutOfMemoryError.
     """
     return _Explain("a micro-batch", CURE_IN_TRAINING, tensors, size_setting)
 
@@ -70,7 +74,26 @@ class _Explain:
             at = self._at if self._tensors is None else f"{self._at} of {size(self._tensors)}"
             first_line = str(error).splitlines()[0]
             cure = self._cure.format(size_setting=self._size_setting)
-            raise DtrainError(f"Out of memory at {at}{_held()}. {cure}\n{first_line}") from error
+            raise DeviceError(f"Out of memory at {at}{_held()}. {hints(str(error))}{cure}\n{first_line}") from error
+
+
+def hints(text: str) -> str:
+    """Returns what torch's text says of memory that this process does not use: sentences, or nothing."""
+    found = ""
+    others = re.findall(r"(?:^|[^\w])Process (\d+) has ([\d.]+ \w+) memory in use", text)
+    if others and "this process has" in text:  # in a container torch does not know which of them it is
+        listed = ", ".join(f"process {process} has {size}" for process, size in others[:4])
+        found += f"Other programs use this GPU ({listed}): end them, or choose another GPU with CUDA_VISIBLE_DEVICES. "
+    tried = re.search(r"Tried to allocate ([\d.]+) (\w+)", text)
+    unused = re.search(r"([\d.]+) (\w+) is reserved by PyTorch but unallocated", text)
+    if tried and unused and _bytes(unused) >= _bytes(tried):
+        found += "Enough memory is free, but in pieces: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the command. "
+    return found
+
+
+def _bytes(size: re.Match[str]) -> float:
+    units = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return float(size[1]) * units.get(size[2], 0)
 
 
 def _held() -> str:

@@ -9,8 +9,8 @@ import torch
 
 from dtrain.config.schema import Config
 from dtrain.data.batches import StepBatches
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.rank_context import RankContext
-from dtrain.distributed.topology import device_of
 from dtrain.engine.protocol import Engine
 from dtrain.tasks.protocol import Task
 from dtrain.training.build import PreparedModel

@@ -20,7 +20,8 @@ import json, os, sys
 sys.path.insert(0, {str(jobs.ROOT)!r})
 import torch
 from dtrain.distributed.process_group import process_group
-from dtrain.distributed.topology import Topology, device_of
+from dtrain.distributed.cuda_devices import device_of
+from dtrain.distributed.topology import Topology
 
 place = Topology.from_env(os.environ)
 # As many devices as the node has slots; the arithmetic is dtrain's own.

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dtrain.distributed.cuda_devices import device_of
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_group import process_group
-from dtrain.distributed.topology import SINGLE, device_of
+from dtrain.distributed.topology import SINGLE
 from dtrain.errors import TopologyError
 from dtrain.job.cpu_sharing import set_threads
 

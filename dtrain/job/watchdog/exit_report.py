@@ -29,6 +29,11 @@ BUS_ERROR_CAUSE = (
     "disk failed, or /dev/shm is full."
 )
 
+ABORT_CAUSE = (
+    " A library ended it. If the lines above name ProcessGroupNCCL, that was NCCL, after a collective that took too long or an "
+    "error of CUDA on this rank: they say which."
+)
+
 PRINT_S = 1.0
 """The same limit for standard output, which may be a file there."""
 
@@ -56,7 +61,7 @@ def death_message(
     if error is None:
         return f"{name} exited without an error message: killed by a signal, or out of memory?"
     frames = parse_stack(text[text.index("Fatal Python error") :], thread)
-    cause = BUS_ERROR_CAUSE if error == "Bus error" else ""
+    cause = {"Bus error": BUS_ERROR_CAUSE, "Aborted": ABORT_CAUSE}.get(error, "")
     return f"{name} died: {error} at {format_place(frames)}.{cause}"
 
 
