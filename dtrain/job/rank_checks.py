@@ -107,16 +107,14 @@ def _shared_gpu(gpus: Sequence[GpuIdentity], hosts: Sequence[str], one: int, oth
     text = f"Ranks {one} and {other} ({places}) both use {gpus[one].name}, but NCCL needs a GPU for each rank. "
     shown = masks[0] if masks[0] == masks[1] else f"{masks[0]} on rank {one}, {masks[1]} on rank {other}"
     text += f"CUDA_VISIBLE_DEVICES: {shown or 'empty'}. "
-    if "MIG" in gpus[one].name:
-        return (
-            text
-            + "A process sees only its first MIG slice: start one rank on this GPU, or give each rank one of the names "
-        )
-        "of `nvidia-smi -L`."
-    return text + (
-        "Start at most one rank per GPU (--nproc-per-node, slots in the hostfile, --ntasks-per-node), and let each rank see all "
-        "GPUs of its host, or one that no other rank sees."
+    cure = (
+        "A process sees only the first MIG slice of its mask: start one rank on this GPU, or give each rank one of the names of "
+        "`nvidia-smi -L`."
+        if "MIG" in gpus[one].name
+        else "Start at most one rank per GPU (--nproc-per-node, slots in the hostfile, --ntasks-per-node), and let each rank see "
+        "all GPUs of its host, or one that no other rank sees."
     )
+    return f"{text}{cure}"
 
 
 def compare_configs(config: Config, context: RankContext, processes: list[ProcessIdentity]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,8 @@ from dtrain.config.load import load_config
 from dtrain.config.schema import Config
 from dtrain.distributed.process_info import this_process
 from dtrain.distributed.rank_context import ONE_PROCESS, RankContext
-from dtrain.distributed.topology import Topology
-from dtrain.errors import DtrainError, Interrupted, TopologyError
+from dtrain.distributed.topology import SINGLE, Topology
+from dtrain.errors import DeviceError, DtrainError, Interrupted, TopologyError
 from dtrain.job import failure as failure_module
 from dtrain.job import session
 from dtrain.job.failure import (
@@ -221,3 +222,95 @@ def test_python_code_that_started_a_run_hears_an_error_before_the_ranks_meet_and
         main.fit(config)
 
     assert json.loads((config.run_dir / "exit.json").read_text())["cause"] == "OSError"
+
+
+ECC = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`"
+
+
+def test_a_fault_of_the_gpu_names_its_rank_and_host_in_one_line_on_every_rank(
+    tmp_path: Path, said: Callable[[], list[str]]
+) -> None:
+    config, store, processes = config_in(tmp_path), MemoryStore(), [this_process(), this_process()]
+    faulty = JobSession(two(1), store, processes, FakeWatchdog(None))  # type: ignore[arg-type]
+    host = socket.gethostname()
+
+    record_failure(RuntimeError(ECC), config, faulty)
+
+    end = json.loads((config.run_dir / "exit.json").read_text())
+    assert end["rank"] == 1
+    assert end["cause"] == "DeviceError"
+    line = end["message"].splitlines()[0]
+    assert line.startswith(f"Rank 1 on {host}: The GPU's hardware failed")
+    assert "hostfile" in line
+    # Rank 0 sees only that NCCL lost a rank. It repeats the line, with the name once.
+    failure = PeerFailure(1, host, line, 1, by_signal=False)
+    follower = JobSession(two(0), store, processes, FakeWatchdog(failure))  # type: ignore[arg-type]
+    lost = record_failure(
+        RuntimeError("NCCL error: remote process exited or there was a network error"), config, follower
+    )
+    assert str(lost) == line
+    assert said() == []
+
+
+def test_one_process_needs_no_rank_in_the_message() -> None:
+    record = error_record(RuntimeError(ECC), SINGLE)
+
+    assert record.message.startswith("The GPU's hardware failed")
+    assert record.code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said_first"),
+    [
+        (
+            "NCCL communicator was aborted on rank 1. WorkNCCL(...) timed out in call to wait().",
+            "did not finish in time",
+        ),
+        (
+            "ncclSystemError\nLast error:\nConnect to 10.0.0.2<45763> failed : Connection refused",
+            "cannot reach another host",
+        ),
+        (
+            "ncclRemoteError: Call to recv from 10.200.84.247<58355> failed : Connection reset by peer",
+            "at 10.200.84.247:",
+        ),
+    ],
+)
+def test_a_lost_connection_of_nccl_whose_peer_lives_is_named_with_what_nccl_says(
+    text: str, said_first: str, tmp_path: Path
+) -> None:
+    job = JobSession(two(0), MemoryStore(), [this_process(), this_process()], FakeWatchdog(None))  # type: ignore[arg-type]
+
+    lost = record_failure(RuntimeError(text), config_in(tmp_path), job)
+
+    assert lost is not None
+    assert str(lost).startswith(f"Rank 0 on {socket.gethostname()}")
+    assert said_first in str(lost).splitlines()[0]
+
+
+def test_an_assert_on_the_device_keeps_its_traceback(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    job = JobSession(two(0), MemoryStore(), [this_process()], FakeWatchdog(None))  # type: ignore[arg-type]
+
+    report_failure(error, config_in(tmp_path), job, has_exit_json=True, is_launcher_alive=lambda: True)
+
+    (printed,) = said()
+    lines = printed.splitlines()
+    assert "RuntimeError: CUDA error: device-side assert triggered" in lines
+    assert "a label, a token id or a position" in lines[-2]
+
+
+def test_all_ranks_without_memory_print_one_message(tmp_path: Path, said: Callable[[], list[str]]) -> None:
+    config, store, processes = config_in(tmp_path), MemoryStore(), [this_process(), this_process()]
+    store.compare_set("end/message", "", "Rank 0 on node0: The memory of the GPU is full.\nCUDA out of memory.")
+    job = JobSession(two(1), store, processes, FakeWatchdog(None))  # type: ignore[arg-type]
+
+    report_failure(
+        DeviceError("The memory of the GPU is full.\nCUDA out of memory."),
+        config,
+        job,
+        has_exit_json=True,
+        is_launcher_alive=lambda: True,
+    )
+
+    assert said() == []

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from dtrain.distributed.cuda_devices import GpuIdentity
 from dtrain.distributed.process_info import this_process
 from dtrain.distributed.rank_context import ONE_PROCESS
 from dtrain.errors import TopologyError
@@ -29,3 +30,50 @@ def test_a_package_that_one_node_lacks_is_named_whichever_node_it_is(
 
     assert re.search(rf"deepspeed: .*not set on rank {lacks} ", str(refused.value))
     assert "torch" not in str(refused.value)
+
+
+H100, SLICE = "NVIDIA H100 (GPU-5d5b)", "NVIDIA A100 MIG 1g.5gb (MIG-a)"
+ONE, OTHER, NONE = GpuIdentity("5d5b", H100, "0"), GpuIdentity("77aa", H100, "0"), GpuIdentity("", "the CPU", "")
+
+
+def test_ranks_with_a_gpu_each_are_left_alone_and_so_are_ranks_on_the_cpu() -> None:
+    # Containers and masks number them alike: only the UUID tells them apart.
+    assert rank_checks.device_problem([ONE, OTHER], ["node1", "node1"]) is None
+    assert rank_checks.device_problem([NONE, NONE], ["node1", "node1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        (
+            [ONE, OTHER, ONE],
+            ["Ranks 0 and 2 (node0 and node2) both use NVIDIA H100 (GPU-5d5b)", "CUDA_VISIBLE_DEVICES: 0."],
+        ),
+        (
+            [ONE, ONE._replace(mask="GPU-5d5b")],
+            ["CUDA_VISIBLE_DEVICES: 0 on rank 0, GPU-5d5b on rank 1.", "--nproc-per-node"],
+        ),
+        ([GpuIdentity("MIG-a", SLICE, "MIG-a,MIG-b")] * 2, ["sees only the first MIG slice", "`nvidia-smi -L`"]),
+        (
+            [ONE, NONE],
+            ["Rank 1 (node1) finds no GPU", "rank 0 (node0) uses NVIDIA H100", "CUDA_VISIBLE_DEVICES= (empty)"],
+        ),
+        ([NONE, ONE], ["Rank 0 (node0) finds no GPU", "1 of 2 ranks have none"]),
+    ],
+)
+def test_one_gpu_for_two_ranks_or_for_some_of_them_is_refused_with_the_reason(
+    gpus: list[GpuIdentity], said: list[str]
+) -> None:
+    problem = rank_checks.device_problem(gpus, [f"node{rank}" for rank in range(len(gpus))])
+
+    assert problem is not None
+    assert all(part in problem for part in said)
+
+
+def test_the_gpus_of_all_ranks_are_compared_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_checks, "gather_object", lambda own, _context: [own, list(ONE), list(ONE)])
+    monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
+
+    rank_checks.compare_devices(ONE_PROCESS, [this_process()])  # one process has nobody to compare with
+    with pytest.raises(TopologyError, match=r"Rank 0 .* finds no GPU"):
+        rank_checks.compare_devices(placed(ONE_PROCESS, world_size=3), [this_process()] * 3)

@@ -76,6 +76,28 @@ def test_elements_that_the_host_knows_are_picked_without_a_fetch() -> None:
         pick(values.to(META), is_picked.to(META))
 
 
+@pytest.mark.parametrize(("kind", "pins"), [("cuda", True), ("meta", False), ("cpu", False)])
+def test_only_for_a_gpu_a_batch_is_pinned_and_no_copy_is_waited_for(
+    kind: str, pins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, object]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(("pinned", tensor.shape))
+        return tensor
+
+    def move(tensor: torch.Tensor, device: torch.device, *, non_blocking: bool = False) -> torch.Tensor:
+        calls.append((device.type, non_blocking))
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", move)
+
+    to_device({"input_ids": torch.ones(2, 3)}, torch.device(kind))
+
+    assert calls == [("pinned", (2, 3))] * pins + [(kind, True)]
+
+
 @pytest.mark.gpu
 def test_a_copy_to_a_gpu_comes_from_pinned_memory_and_waits_for_nothing() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
