@@ -54,7 +54,7 @@ def test_the_account_of_the_steps_is_measured_on_the_device(tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [(), ("engine.zero_stage=2",), ("engine.zero_stage=3",)])
+@pytest.mark.parametrize("settings", [(), ("engine.name=fsdp",), ("engine.zero_stage=2",), ("engine.zero_stage=3",)])
 def test_all_gpus_over_nccl_take_the_steps_of_one(tmp_path: Path, settings: tuple[str, ...]) -> None:
     ranks = str(torch.cuda.device_count())
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]

@@ -1,4 +1,4 @@
-"""The parts of `python -m tests.benchmarks.cuda`, each in a process of its own: NAME, device and folders in, one row out."""
+"""The parts of `python -m tests.benchmarks.gpu`, each in a process of its own: NAME, device and folders in, one row out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import gpu_same
+from tests.benchmarks.gpu_same import Setup
 from tests.benchmarks.suite import machine, race
 from tests.benchmarks.suite.contestants import own
 from tests.benchmarks.suite.options import Options
@@ -44,25 +46,6 @@ LLAMA = {
 
 LOG_EVERY, WINDOW = 10, (12, 18)
 """Steps between log points, and the steps after whose ends the count of syncs begins and ends: no log point is between."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a part is told.
-
-    Attributes:
-        device: cuda or cpu.
-        tiny: sizes that a CPU computes in seconds: shows that the part runs, and nothing else.
-        scratch: folder for models, data and runs.
-    """
-
-    device: str
-    tiny: bool
-    scratch: Path
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device == "cuda"
 
 
 def bert(setup: Setup) -> RowResult:
@@ -343,14 +326,17 @@ def gpu_tests(setup: Setup) -> RowResult:
 
 
 PARTS: dict[str, Callable[[Setup], RowResult]] = {
+    "nccl": nccl,
+    "gpu_tests": gpu_tests,
+    "same_answer": gpu_same.same_answer,
+    "bitwise": gpu_same.bitwise,
+    "syncs": syncs,
     "bert": bert,
     "launch_bound": launch_bound,
     "llama": llama,
-    "syncs": syncs,
-    "nccl": nccl,
-    "gpu_tests": gpu_tests,
     "llama_compiled": llama_compiled,
 }
+"""What must be right, then what should be fast."""
 
 
 def run(name: str, setup: Setup) -> None:
