@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any
 
 from dtrain.console import log
+from dtrain.distributed.device_faults import explain
 from dtrain.distributed.heartbeat import Heartbeat, Phase
 from dtrain.distributed.process_limit import process_limit_error
 from dtrain.distributed.store import KeyValueStore
@@ -130,6 +131,10 @@ def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
         failure: dict[str, Any] = {"error": "DtrainError", "message": message}
         if limit is not None:
             failure = {"error": TopologyError.__name__, "message": str(limit)}
+        elif (fault := explain(error)) is not None:
+            kind = TopologyError if fault.exit_code == TopologyError.exit_code else DtrainError
+            message = f"Rank {node_work.rank} failed in the work of its node: {fault}"
+            failure = {"error": kind.__name__, "message": message}
         if isinstance(error, Interrupted):  # a signal stops all ranks, but may reach this one first
             failure = {"error": _INTERRUPTED, "message": str(error), "code": error.exit_code}
         crash = json.dumps(failure)

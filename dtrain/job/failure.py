@@ -136,8 +136,6 @@ def error_record(error: BaseException, topology: Topology) -> ExitRecord:
     """Returns the record of an error on this rank."""
     error = for_user(error)
     message = str(error) if _is_for_user(error) and str(error) else f"{type(error).__name__}: {error}"
-    if isinstance(error, DeviceError) and topology.world_size > 1:
-        message = f"{_name(topology.rank, socket.gethostname())}: {message}"
     code = error.exit_code if isinstance(error, DtrainError | Interrupted) else 1
     return ExitRecord(code, type(error).__name__, topology.rank, socket.gethostname(), message)
 
@@ -270,26 +268,17 @@ def _error_text(error: BaseException, own: ExitRecord) -> str:
 
 
 def _traceback_title(error: BaseException, topology: Topology) -> str:
-    """Returns a line to print above a traceback: which rank it is from."""
-    if _is_for_user(for_user(error)) or topology.world_size == 1:
+    """Returns what to print before a traceback, or a fault of one rank's GPU: which rank it is from."""
+    shown = for_user(error)
+    is_of_one = isinstance(shown, DeviceError) or not _is_for_user(shown)
+    if topology.world_size == 1 or not is_of_one:
         return ""
-    return f"Rank {topology.rank} on {socket.gethostname()} failed:\n"
-
-
-def _name(rank: int, host: str) -> str:
-    return f"Rank {rank} on {host}"
-
-
-def _unnamed(message: str) -> str:
-    """Returns a message without the rank that it names: of a fault that all ranks have, one line is enough."""
-    return re.sub(r"^Rank \d+ on \S+: ", "", message)
+    has_message = isinstance(shown, DeviceError) and not shown.is_bug
+    return f"Rank {topology.rank} on {socket.gethostname()} failed:{' ' if has_message else chr(10)}"
 
 
 def _follower_message(first: ExitRecord, own: ExitRecord) -> str:
-    name, line = _name(first.rank, first.host), first.first_line
-    if first == own:
-        return own.message
-    return line if line.startswith(f"{name}: ") else f"{name} ended: {line}"
+    return f"Rank {first.rank} on {first.host} ended: {first.first_line}" if first != own else own.message
 
 
 def _print(message: str, job: JobSession, error: BaseException, *, follows: bool, title: str = "") -> None:
@@ -307,8 +296,7 @@ def _print(message: str, job: JobSession, error: BaseException, *, follows: bool
         is_printed = isinstance(error, DtrainError) and error.is_reported_elsewhere
         wait_s = 0.0 if is_printed else FINAL_MESSAGE_S
         final: str | None = _with_store(partial(_receive_final_message, job.store, wait_s=wait_s), None)
-        is_same = final is not None and _unnamed(final) == _unnamed(message)
-        if not (is_printed or is_same or (follows and final is not None)):
+        if not (is_printed or final == message or (follows and final is not None)):
             log.error("%s%s", title, message)
 
 
@@ -371,7 +359,7 @@ def _lost_connection_record(error: BaseException, rank: int, host: str) -> ExitR
     """Returns the record of `rank`, which cannot see which rank it has lost."""
     fault = find_fault(str(error)) if is_from_device(error) else None
     if fault is not None and fault.fault.name != "remote":  # NCCL says more than that a connection is gone
-        message = f"{_name(rank, host)}: {fault.message}"
+        message = f"Rank {rank} on {host}: {fault.fault.cause} {fault.fault.cure} ({fault.line})"
         return ExitRecord(TopologyError.exit_code, TopologyError.__name__, rank, host, message)
     # gloo writes [10.0.0.2]:4567, and NCCL 10.0.0.2<4567>.
     address = re.search(r"(?:\[|\b)([0-9a-fA-F.:]+)(?:\]:|<)\d+", str(error))

@@ -5,9 +5,13 @@ A line has the kind, where the text was reported (repository#number on GitHub), 
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from dtrain.distributed import node_first
 from dtrain.distributed.collectives import is_lost_peer
 from dtrain.distributed.device_faults import FAULTS, explain, find_fault
 from dtrain.errors import DeviceError
@@ -204,3 +208,36 @@ def test_a_lost_rank_is_looked_for_only_where_the_text_says_that_a_connection_en
         if kind == name and "Watchdog" not in text:
             assert is_lost_peer(RuntimeError(text)), source
     assert not is_lost_peer(RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+
+
+class Store:
+    """The part of a store that work of a node uses when it fails."""
+
+    def __init__(self) -> None:
+        self.end = ""
+
+    def compare_set(self, _key: str, _expected: str, value: str) -> None:
+        self.end = value
+
+    def add(self, _key: str, _amount: int) -> int:
+        return 1
+
+
+def test_a_fault_in_work_that_one_rank_does_for_its_node_is_named_to_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_first, "_wait_for_readers", lambda _work: None)
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    store = Store()
+    work = SimpleNamespace(store=store, rank=0, end_key="end", readers_key="readers")
+    with pytest.raises(torch.OutOfMemoryError):
+        node_first._publish_result(work, full)  # type: ignore[arg-type]
+
+    told = json.loads(store.end)
+    assert told["error"] == "DtrainError"
+    assert told["message"].startswith(
+        "Rank 0 failed in the work of its node: The memory of the GPU is full. Set train.micro"
+    )

@@ -227,29 +227,33 @@ def test_python_code_that_started_a_run_hears_an_error_before_the_ranks_meet_and
 ECC = "CUDA error: uncorrectable ECC error encountered\nCompile with `TORCH_USE_CUDA_DSA`"
 
 
-def test_a_fault_of_the_gpu_names_its_rank_and_host_in_one_line_on_every_rank(
-    tmp_path: Path, said: Callable[[], list[str]]
+def test_a_fault_of_the_gpu_is_one_line_that_names_its_rank_and_host_on_every_rank(
+    tmp_path: Path, said: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(failure_module, "FINAL_MESSAGE_S", 0.0)  # there is no rank 0 to wait for
     config, store, processes = config_in(tmp_path), MemoryStore(), [this_process(), this_process()]
     faulty = JobSession(two(1), store, processes, FakeWatchdog(None))  # type: ignore[arg-type]
     host = socket.gethostname()
 
-    record_failure(RuntimeError(ECC), config, faulty)
+    report_failure(RuntimeError(ECC), config, faulty, has_exit_json=True, is_launcher_alive=lambda: True)
 
     end = json.loads((config.run_dir / "exit.json").read_text())
-    assert end["rank"] == 1
-    assert end["cause"] == "DeviceError"
     line = end["message"].splitlines()[0]
-    assert line.startswith(f"Rank 1 on {host}: The GPU's hardware failed")
+    assert (end["rank"], end["cause"]) == (1, "DeviceError")
+    assert line.startswith("The GPU's hardware failed")
     assert "hostfile" in line
-    # Rank 0 sees only that NCCL lost a rank. It repeats the line, with the name once.
+    (printed,) = said()
+    assert printed.splitlines() == [
+        f"Rank 1 on {host} failed: {line}",
+        "CUDA error: uncorrectable ECC error encountered",
+    ]
+    # Rank 0 sees only that NCCL lost a rank.
     failure = PeerFailure(1, host, line, 1, by_signal=False)
     follower = JobSession(two(0), store, processes, FakeWatchdog(failure))  # type: ignore[arg-type]
     lost = record_failure(
         RuntimeError("NCCL error: remote process exited or there was a network error"), config, follower
     )
-    assert str(lost) == line
-    assert said() == []
+    assert str(lost) == f"Rank 1 on {host} ended: {line}"
 
 
 def test_one_process_needs_no_rank_in_the_message() -> None:
@@ -302,7 +306,7 @@ def test_an_assert_on_the_device_keeps_its_traceback(tmp_path: Path, said: Calla
 
 def test_all_ranks_without_memory_print_one_message(tmp_path: Path, said: Callable[[], list[str]]) -> None:
     config, store, processes = config_in(tmp_path), MemoryStore(), [this_process(), this_process()]
-    store.compare_set("end/message", "", "Rank 0 on node0: The memory of the GPU is full.\nCUDA out of memory.")
+    store.compare_set("end/message", "", "The memory of the GPU is full.\nCUDA out of memory.")
     job = JobSession(two(1), store, processes, FakeWatchdog(None))  # type: ignore[arg-type]
 
     report_failure(

@@ -47,3 +47,25 @@ def test_prepared_data_that_is_cut_short_in_mid_run_is_named_as_a_cause(tmp_path
     assert message.startswith("Rank 3 (process 77 on ")
     assert "died: Bus error at " in message
     assert "had mapped into memory was cut short (the prepared data in data.cache_dir" in message
+
+
+ABORTS = """
+import faulthandler, os, sys, threading
+
+faulthandler.enable(open(sys.argv[1], "w"))
+print(threading.get_ident(), flush=True)
+os.abort()
+"""
+
+
+def test_a_process_that_a_library_ended_is_told_where_nccl_would_have_said_why(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks"
+    ended = subprocess.run(
+        [sys.executable, "-S", "-c", ABORTS, str(stacks)], capture_output=True, text=True, timeout=60, check=False
+    )
+    with stacks.open() as file:
+        message = death_message(3, 77, file.fileno(), int(ended.stdout))
+
+    assert ended.returncode == -signal.SIGABRT
+    assert "died: Aborted at " in message
+    assert "If the lines above name ProcessGroupNCCL, that was NCCL" in message
