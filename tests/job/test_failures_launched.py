@@ -408,17 +408,23 @@ console_script()
             "2.12.0 on rank 1",
         ),
         ("time.time = lambda: clock() - 3600", "ages of shared files", "The clock of rank 1 (HOST) is 3600 s behind"),
+        (
+            "rank_checks.identify = lambda *_: rank_checks.GpuIdentity('5d5b', 'NVIDIA H100', '0')",
+            "Rank 0 (HOST) finds no GPU",
+            "but rank 1 (HOST) uses NVIDIA H100",
+        ),
     ],
-    ids=["torch", "clock"],
+    ids=["torch", "clock", "gpu"],
 )
-def test_a_node_with_other_software_or_another_time_is_refused_and_it_is_named(
+def test_a_node_with_other_software_or_time_or_without_its_gpu_is_refused_and_it_is_named(
     planted: str, once: str, told: str, tmp_path: Path
 ) -> None:
     script = tmp_path / jobs.SCRIPT
     script.write_text(OTHER_NODE.replace("{planted}", planted))
     settings = jobs.settings(tmp_path / "runs", "run")
 
-    job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings], env={"PYTHONPATH": str(jobs.ROOT)})
+    env = {"PYTHONPATH": str(jobs.ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings], env=env)
 
     assert told.replace("HOST", os.uname().nodename) in job.text
     assert "\n".join(job.said).count(once.replace("HOST", os.uname().nodename)) == 1
