@@ -132,9 +132,9 @@ def _publish_result(node_work: NodeWork, work: Callable[[], Any]) -> None:
         if limit is not None:
             failure = {"error": TopologyError.__name__, "message": str(limit)}
         elif (fault := explain(error)) is not None:
-            kind = TopologyError if fault.exit_code == TopologyError.exit_code else DtrainError
+            shown = TopologyError if fault.exit_code == TopologyError.exit_code else DtrainError
             message = f"Rank {node_work.rank} failed in the work of its node: {fault}"
-            failure = {"error": kind.__name__, "message": message}
+            failure = {"error": shown.__name__, "message": message}
         if isinstance(error, Interrupted):  # a signal stops all ranks, but may reach this one first
             failure = {"error": _INTERRUPTED, "message": str(error), "code": error.exit_code}
         crash = json.dumps(failure)
