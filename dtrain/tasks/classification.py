@@ -101,7 +101,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = compute_logits(model, batch), batch["labels"]
-        weights = None if self._weights is None else copy_to(self._weights, logits.device).to(logits.dtype)
+        weights = None if self._weights is None else copy_to(self._weights, logits.device).to(logits)
         return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )
