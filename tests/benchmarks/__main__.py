@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
 from tests.benchmarks.suite import machine, table
 from tests.benchmarks.suite.options import Options
 from tests.benchmarks.suite.result import RowResult
@@ -123,7 +124,7 @@ def at_least_one(text: str) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", type=row_name, metavar="NAME", help="rows: " + ", ".join(ROWS))

@@ -27,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
 from tests.benchmarks import cuda_parts
 from tests.benchmarks.cuda_parts import PARTS, Setup
 from tests.benchmarks.suite import machine, table
@@ -158,7 +159,7 @@ def write(results: Sequence[RowResult], about: dict[str, Any], folder: Path, *, 
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m tests.benchmarks.cuda",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 150.0
 """Limit for one subprocess. A run takes about 10 seconds on an idle machine."""
@@ -713,7 +715,7 @@ def flat(records: dict[str, Record]) -> dict[tuple[str, str, str], str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     names = list(all_jobs(Path(), Path()))
     recording = commands.add_parser("record", help="run the jobs and write a record")
