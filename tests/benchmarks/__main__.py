@@ -12,7 +12,6 @@ import argparse
 import datetime
 import difflib
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -150,5 +149,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contestants end with the driver
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

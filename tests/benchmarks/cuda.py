@@ -17,7 +17,6 @@ import datetime
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -181,5 +180,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -286,4 +286,6 @@ def shown(metrics: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

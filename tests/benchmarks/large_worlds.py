@@ -359,4 +359,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

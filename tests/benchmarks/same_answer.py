@@ -143,4 +143,7 @@ def compare(folder: Path, layouts: list[tuple[str, int, list[str]]], arguments: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -197,4 +197,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from tests.support.script import run_script
+
+    run_script(main)
