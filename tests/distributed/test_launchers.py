@@ -71,7 +71,7 @@ def test_a_launcher_trains_the_default_on_two_ranks_with_the_losses_of_one_proce
     ("start", "ranks", "stage"),
     [
         pytest.param(jobs.python, 1, 0, id="python-zero0"),
-        pytest.param(jobs.mpirun, 2, 2, id="mpirun-zero2", marks=pytest.mark.slow),
+        pytest.param(jobs.mpirun, 2, 2, id="mpirun-zero2", marks=pytest.mark.nightly),
     ],
 )
 def test_the_deepspeed_engine_does_not_need_the_deepspeed_launcher(

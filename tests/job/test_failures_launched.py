@@ -57,7 +57,7 @@ def lines_after(job: Job, text: str) -> list[str]:
         pytest.param(jobs.forked, signal.SIGUSR1, "launcher", "SIGUSR1", id="forked-usr1", marks=nightly),
         pytest.param(jobs.torchrun, signal.SIGINT, "group", "SIGINT", id="torchrun-int-group", marks=slow),
         pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "SIGINT", id="torchrun-int", marks=nightly),
-        pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "SIGTERM", id="torchrun-term", marks=slow),
+        pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "SIGTERM", id="torchrun-term", marks=nightly),
         pytest.param(jobs.torchrun, signal.SIGHUP, "group", "SIGHUP", id="torchrun-hup", marks=nightly),
         # Its launcher sends a second signal after the first, and not to all ranks; its runner dies at once.
         pytest.param(jobs.deepspeed, signal.SIGINT, "group", "SIG", id="deepspeed-int-group", marks=slow),
