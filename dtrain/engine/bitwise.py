@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -193,8 +194,7 @@ class BitwiseEngine(SingleEngine):
             root = sums.pop((0, len(self._shares)), None)
             roots.append(messenger.broadcast(message.empty() if root is None else root, src=self._shares[0]))
         messenger.finish()
-        for message, root in zip(self._messages, roots, strict=True):
-            message.unpack(root)
+        unpack_all(self._messages, roots)
 
     def scalars(self) -> dict[str, float]:
         return {**super().scalars(), THREADS: float(torch.get_num_threads())}
@@ -210,6 +210,14 @@ class BitwiseEngine(SingleEngine):
                 threads,
                 saved,
             )
+
+
+def unpack_all(messages: Sequence[GradientMessage], roots: Sequence[torch.Tensor]) -> None:
+    """Gives each parameter its gradient. The counts of all messages are fetched from the device at once."""
+    views = [message.counts(root) for message, root in zip(messages, roots, strict=True)]
+    counts = iter(torch.cat([view.double() for view in views]).tolist() if views else [])
+    for message, root, view in zip(messages, roots, views, strict=True):
+        message.unpack(root, list(islice(counts, len(view))))
 
 
 def add_shared(

@@ -50,8 +50,13 @@ class CommHook:
     def _all_reduce(self, tensor: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         self._traffic.add(tensor.nbytes)
         work: Any = dist.all_reduce(tensor, async_op=True)
-        summed: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: done.value()[0])
-        return summed
+
+        def summed(done: torch.futures.Future[Any]) -> torch.Tensor:
+            done.value()  # raises the error of a collective that failed
+            return tensor
+
+        result: torch.futures.Future[torch.Tensor] = work.get_future().then(summed)
+        return result
 
     def reset(self) -> None:
         """Drops the error-feedback state, after a step that was skipped."""

@@ -144,7 +144,7 @@ class FsdpEngine(SingleEngine):
         applied = not discard and math.isfinite(norm)
         if applied:
             if limit is not None and not is_clearly_below(norm, limit):
-                nn.utils.clip_grads_with_norm_(self._parts, limit, self._parts[0].new_tensor(norm))
+                nn.utils.clip_grads_with_norm_(self._parts, limit, self._parts[0].new_full((), norm))
             self._optimizer.step()
         self._clear_gradients()
         return StepResult(norm, applied)

@@ -12,6 +12,7 @@ from torch import nn
 
 from dtrain.distributed.process_group import COLLECTIVE_TIMEOUT_S
 from dtrain.distributed.rank_context import RankContext
+from dtrain.models.host_copy import copy_to
 
 DEFAULT_MB = 25.0
 """MiB of gradients per message, as in DDP's collectives."""
@@ -50,7 +51,8 @@ class GradientMessage:
     def pack(self, gradients: list[torch.Tensor | None]) -> torch.Tensor:
         """Moves this message's gradients into a new flat tensor; `gradients` then has None for them."""
         flat = self._like.new_zeros(self._size)
-        flat[: len(self._indices)] = torch.tensor([float(gradients[index] is not None) for index in self._indices])
+        counts = torch.tensor([float(gradients[index] is not None) for index in self._indices])
+        self.counts(flat).copy_(copy_to(counts, flat.device))
         for index, view in zip(self._indices, self._views(flat), strict=True):
             gradient = gradients[index]
             if gradient is not None:
@@ -58,10 +60,17 @@ class GradientMessage:
                 gradients[index] = None
         return flat
 
+    def counts(self, flat: torch.Tensor) -> torch.Tensor:
+        """Returns the count of each gradient, as a view."""
+        return flat[: len(self._indices)]
+
     @torch.no_grad()
-    def unpack(self, flat: torch.Tensor) -> None:
-        """Gives each parameter its gradient, in the parameter's memory layout; None where the count is 0."""
-        counts = flat[: len(self._indices)].tolist()
+    def unpack(self, flat: torch.Tensor, counts: Sequence[float]) -> None:
+        """Gives each parameter its gradient, in the parameter's memory layout; None where the count is 0.
+
+        Args:
+            counts: those of `flat`, on the host.
+        """
         for parameter, count, view in zip(self._parameters, counts, self._views(flat), strict=True):
             if not count:
                 parameter.grad = None

@@ -12,6 +12,7 @@ from torch import nn
 from dtrain.data.order import StepPlan
 from dtrain.data.seeding import DataPosition, seed_all
 from dtrain.models.freezing import frozen_statistics
+from dtrain.models.host_copy import to_device
 from dtrain.models.placement import compute_device, gathered
 from dtrain.tasks.protocol import Task
 
@@ -47,7 +48,7 @@ def parameters_without_gradient(
 def _add_gradient(module: nn.Module, task: Task, position: DataPosition) -> None:
     rows: Mapping[str, Sequence[Any]] = task.splits["train"][list(position.example_index)]
     device = compute_device(module)
-    tensors = {name: tensor.to(device) for name, tensor in task.collate(rows, position).items()}
+    tensors = to_device(task.collate(rows, position), device)
     with gathered(module):  # without a backward pass a sharded model would stay so, and its parameters have no gradient
         loss = task.loss(module, tensors)
         if loss.requires_grad:

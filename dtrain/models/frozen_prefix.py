@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dtrain.models.custom_head import HeadedModel
+from dtrain.models.host_copy import array_to
 from dtrain.models.token_rows import TokenRows, token_rows
 from dtrain.models.unpadding_attention import LAYOUT
 from dtrain.models.unpadding_layout import PackedLayout
@@ -296,7 +297,7 @@ def spread(rows: TokenRows, vectors: torch.Tensor) -> torch.Tensor:
     if len(vectors) == shape[0] * shape[1]:
         return vectors.view(shape)
     flat = vectors.new_zeros(shape[0] * shape[1], shape[2])
-    flat[torch.from_numpy(rows.places()).to(vectors.device, non_blocking=True)] = vectors
+    flat[array_to(rows.places(), vectors.device)] = vectors
     return flat.view(shape)
 
 

@@ -22,6 +22,7 @@ from dtrain.data.tables import LABELED
 from dtrain.distributed.rank_context import RankContext
 from dtrain.errors import ConfigError
 from dtrain.models.heads import Head
+from dtrain.models.host_copy import copy_to
 from dtrain.tasks.info import TaskInfo
 from dtrain.tasks.prepare import (
     Meta,
@@ -100,7 +101,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         logits, labels = compute_logits(model, batch), batch["labels"]
-        weights = None if self._weights is None else self._weights.to(logits, non_blocking=True)
+        weights = None if self._weights is None else copy_to(self._weights, logits.device).to(logits)
         return F.cross_entropy(
             logits, labels, weight=weights, ignore_index=IGNORED, label_smoothing=self._smoothing, reduction="sum"
         )

@@ -42,6 +42,7 @@ from dtrain.models import freezing
 from dtrain.models.fast_linear import uses_fast_linear
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
+from dtrain.models.host_copy import copy_to
 from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
@@ -217,7 +218,7 @@ class FrozenCache:
             return None
         self.hits += 1
         device = compute_device(self._module)
-        return torch.from_numpy(found).view(self._dtype).to(device, non_blocking=True)
+        return copy_to(torch.from_numpy(found).view(self._dtype), device)
 
     def _fill(self, engine: Engine, border: Border) -> str | None:
         """Collective. Completes this node's store; returns what prevented it."""

@@ -1,12 +1,11 @@
 """No value is fetched from the device between two log points: shown on torch's meta device, where a fetch raises an error.
 
 Tensors there have shapes and no values, so `.item()`, `.tolist()`, `float()`, `bool()`, `.cpu()` and boolean indexing fail,
-and so does an operation with a tensor that was left on the CPU.
+and so does an operation with a tensor that was left on the CPU. Every engine is tested in tests/engine/test_on_meta.py.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,23 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from dtrain.config.schema import Spike
 from dtrain.distributed.rank_context import ONE_PROCESS
-from dtrain.engine import optim, schedules, single
+from dtrain.engine import schedules
 from dtrain.engine.build import build_engine
 from dtrain.training import build as construct
-from dtrain.training import late_totals
 from dtrain.training.look_ahead import LookAhead
 from dtrain.training.loop import LoopSettings, batches_ahead, train
-from dtrain.training.monitors.evaluations import EarlyStopping, Evaluate
-from dtrain.training.monitors.gradients import LogGradients
 from dtrain.training.monitors.logging_steps import LogSteps
-from dtrain.training.monitors.non_finite import NonFinite
 from dtrain.training.monitors.protocol import RunState, StepEnd
-from dtrain.training.monitors.replicas import Replicas
-from dtrain.training.monitors.spikes import Spikes
 from tests.support import training
 from tests.support.faults import Journal
+from tests.support.on_meta import stand_for_a_gpu, usual_monitors
 from tests.support.training import Setting
 
 LOG_EVERY = 6
@@ -65,17 +58,7 @@ def train_on_meta(
     monkeypatch: pytest.MonkeyPatch, *, module: type[nn.Module] = Classifier, log_every: int = LOG_EVERY
 ) -> tuple[Steps, str]:
     """As `train_until_a_fetch`, on the meta device."""
-    monkeypatch.setattr(single, "DECIDING_DEVICES", ("meta",))
-    monkeypatch.setattr(optim, "FUSED_DEVICES", ("meta",))
-    # The kernel has a meta version; only this check refuses it.
-    # Not by the globals of Adam._init_group, which torch._dynamo replaces once it is imported.
-    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_: None)
-
-    def copied(values: torch.Tensor) -> Callable[[], list[float]]:
-        assert values.device.type == "meta"
-        return lambda: [2.0, 0.0, 1.0, *[0.5] * (len(values) - 3)]
-
-    monkeypatch.setattr(late_totals, "copy_to_host", copied)
+    stand_for_a_gpu(monkeypatch)
     return train_until_a_fetch(module().to("meta"), log_every=log_every)
 
 
@@ -101,12 +84,7 @@ def train_until_a_fetch(module: nn.Module, *, log_every: int = LOG_EVERY) -> tup
     monitors = [
         steps,
         LogSteps(log_every, steps),
-        LogGradients(lambda *_: None),
-        NonFinite("stop", steps),
-        Spikes(Spike(factor=3, window=10, action="warn"), state, steps),
-        Replicas(100, lambda: module, ONE_PROCESS, steps),
-        Evaluate("never", lambda _step: {}),
-        EarlyStopping(3, state),
+        *usual_monitors(steps, state, module, ONE_PROCESS),
     ]
     run.look_ahead = LookAhead(batches_ahead(settings, task, engine, start=1), task, ONE_PROCESS)
     try:
