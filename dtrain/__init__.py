@@ -41,7 +41,9 @@ def fit(
 
     Args:
         config: from `load_config`, or built as `Config(...)`; an unset `run.name` is the task's name.
-        model: model to train instead of the one that the config's model section names.
+        model: model to train instead of the one that the config's model section names. It is trained in place: afterwards
+            it has the trained weights, except with an engine that shards the model (engine.name=fsdp, engine.zero_stage=3).
+            Then it keeps this rank's part only, and is of no use by itself: load the run's folder model/.
         task: your own (see dtrain/tasks/protocol.py) instead of the one that the task and data sections name.
         monitors: further monitors (see dtrain/training/monitors/protocol.py).
 

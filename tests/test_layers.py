@@ -99,6 +99,8 @@ ENGINE_QUESTIONS = {
 }
 """Attributes that tell one engine from another. Only engine/ and config/ use them; the rest asks dtrain.engine.protocol."""
 
+ENGINES = ("single", "ddp", "deepspeed", "fsdp")
+
 ENGINE_API = (
     "build",
     "protocol",
@@ -295,9 +297,21 @@ def _of_places(module: Module) -> Iterator[str]:
         yield f"1: {module.name} imports deepspeed when it is imported, not when it is used"
 
 
+def _engine_compared(node: ast.Compare) -> str | None:
+    """The name of an engine that is compared with something else than a launcher's name or the name that the user has set."""
+    sides = [node.left, *node.comparators]
+    if any(ast.unparse(side).endswith(("launcher", "config.engine.name")) for side in sides):
+        return None
+    values = [constant.value for side in sides for constant in ast.walk(side) if isinstance(constant, ast.Constant)]
+    return next((value for value in values if isinstance(value, str) and value in ENGINES), None)
+
+
 def _of_engines(module: Module) -> Iterator[str]:
-    """A new engine must be one file and one `case`: nothing outside engine/ asks which engine runs."""
+    """A new engine must be one file and one `case`: nothing outside engine/ asks which engine runs, build.py but once."""
     home = home_of(module.name)
+    for node in ast.walk(ast.parse(module.path.read_text(encoding="utf-8"))):
+        if home != "config" and isinstance(node, ast.Compare) and (name := _engine_compared(node)):
+            yield f"{node.lineno}: {module.name} compares with {name}: build.py has one `case` for it, the rest asks the engine"
     if home in ("engine", "config"):
         return
     for name in ENGINE_QUESTIONS & module.attributes.keys():
@@ -438,6 +452,10 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
         (
             {"training/loop.py": "from dtrain.engine.ddp import DdpEngine"},
             "training/loop.py:1: training.loop imports dtrain.engine.ddp.DdpEngine, which belongs to one engine",
+        ),
+        (
+            {"engine/build.py": "is_deepspeed = engine_name(config, context)[0] == 'deepspeed'"},
+            "engine/build.py:1: engine.build compares with deepspeed: build.py has one `case` for it",
         ),
         (
             {"data/cache.py": "Json = dict", "engine/state.py": "class Json:\n    pass"},

@@ -6,7 +6,6 @@ when its rank ends.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import os
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.checkpoint.publish import WriteRequest, publish
+from dtrain.distributed import linux_process
 from dtrain.distributed.process_limit import process_limit_error
 from dtrain.errors import CheckpointError
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.5
 CLOSE_S = 10.0
 
@@ -158,8 +157,7 @@ def serve(arguments: list[str]) -> None:
     fd, parent = int(arguments[0]), int(arguments[1])
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    linux_process.send_on_parent_death()
     os.nice(5)  # Training has priority over writing.
     texts = json.loads(sys.stdin.buffer.readline() or b"{}")
     static = {name: content.encode("latin-1") for name, content in texts.items()}

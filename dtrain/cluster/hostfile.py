@@ -7,7 +7,6 @@ A host name may be passed to ssh and to a remote shell, so only letters, digits,
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dtrain.config.option_parser import OptionParser
 from dtrain.errors import ConfigError
 
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
@@ -149,7 +149,7 @@ def _restrict(host: Host, slots: tuple[int, ...]) -> Host:
     return host if slots == _all_slots(host) else replace(host, slots=len(slots), devices=slots)
 
 
-class _HostfileParser(argparse.ArgumentParser):
+class _HostfileParser(OptionParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See python -m dtrain.cluster --help.")
 

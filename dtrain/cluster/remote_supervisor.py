@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+"""The same as in linux_process.py, which cannot be imported here."""
 
 GRACE_S = 3.0
 """Time from the end of the input to SIGKILL, in which a rank can write why it ended."""

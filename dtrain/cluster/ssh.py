@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
+
+from dtrain.distributed import linux_process
 
 CONNECT_TIMEOUT_S = 6
 """A host that does not answer within this time is unreachable. TCP retries at 1 and 3 s; a launch must fail within 10 s."""
@@ -16,8 +18,6 @@ CONNECT_TIMEOUT_S = 6
 KEEPALIVE_S, KEEPALIVE_COUNT = 15, 20
 """ssh probes a silent host at this interval and disconnects after this many probes. The limit is long because the
 job's own monitoring must detect the loss first."""
-
-PR_SET_PDEATHSIG = 1
 
 NO_SSH = "there is no ssh program on this machine. Install it: apt-get install openssh-client"
 
@@ -90,7 +90,7 @@ def start_on(host: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=None if is_local(host) else _die_with_parent,
+        preexec_fn=None if is_local(host) else partial(linux_process.send_on_parent_death, signal.SIGTERM),
     )
 
 
@@ -108,8 +108,3 @@ def explain_exit(host: str, code: int, stderr: str) -> str:
     if code == 255:
         return f"{host}: ssh failed: {last[0]}"
     return f"{host}: the remote command exited with code {code}: {last[0]}"
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

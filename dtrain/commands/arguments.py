@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,6 +11,7 @@ from typing import NoReturn
 from dtrain import __version__
 from dtrain.commands.operands import expand_operands, is_setting
 from dtrain.config.foreign_names import refusal_of_arguments
+from dtrain.config.option_parser import OptionParser, unknown_option
 from dtrain.config.yaml_dialect import quote
 from dtrain.errors import ConfigError
 
@@ -51,7 +51,7 @@ exit codes: 0 done, 2 config or usage, 3 data, 4 cluster, 5 loss not finite, 6 c
 """
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OptionParser):
     """Raises a ConfigError for a wrong command line, where argparse would exit the process."""
 
     def error(self, message: str) -> NoReturn:
@@ -105,7 +105,7 @@ def parse(
     parser.add_argument("--merge", action="store_true", help="export: short for export.merge=true")
     # DeepSpeed's launcher adds this option. dtrain reads the same value from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    known = [*list_options(parser), *launcher_options]
+    known = [*parser.long_options(), *launcher_options]
     refusal = refusal_of_arguments(argv, own_options=[*known, "--local_rank", "--local-rank"], commands=list(COMMANDS))
     if refusal is not None:
         raise ConfigError(refusal)
@@ -127,17 +127,11 @@ def parse(
     return arguments
 
 
-def list_options(parser: argparse.ArgumentParser) -> list[str]:
-    """Returns the long options in the parser's help."""
-    return re.findall(r"--[a-z_-]+", parser.format_usage())
-
-
 def _unknown_option(word: str, known: Sequence[str]) -> str:
     option, _, value = word.partition("=")
     if "." in option:
         return f"{option} is not an option. Settings have no dashes: {option.lstrip('-')}={value or 'VALUE'}."
-    nearest = difflib.get_close_matches(option, known, 1)
-    return f"{option} is not an option.{f' Did you mean {nearest[0]}?' if nearest else ''}"
+    return unknown_option(word, known)
 
 
 def _expand_short_options(arguments: argparse.Namespace) -> list[str]:

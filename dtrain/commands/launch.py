@@ -33,7 +33,7 @@ from dtrain.cluster.launcher_commands import LaunchPlan
 from dtrain.cluster.preflight import ROOT, HostProbe, check_hosts, choose_master, probe_hosts
 from dtrain.cluster.run_job import MultiHostJob, run_job
 from dtrain.cluster.ssh import is_local
-from dtrain.commands.arguments import Parser, list_options, parse
+from dtrain.commands.arguments import Parser, parse
 from dtrain.config.load import load_config
 from dtrain.console import log
 from dtrain.errors import ConfigError, DtrainError, TopologyError
@@ -60,7 +60,6 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog=f"launch/{argv[0] if argv and argv[0] in LAUNCHERS else '<dtrain|torchrun|deepspeed|mpirun>'}.sh",
         description="Starts dtrain on the hosts of a hostfile, and exits with the job's exit code.",
         epilog="All other arguments, and all after --, are passed to dtrain: --config FILE, section.key=value, a command.",
-        allow_abbrev=False,
     )
     parser.add_argument("launcher", choices=LAUNCHERS, help=argparse.SUPPRESS)
     parser.add_argument("hostfile", type=Path, help="hosts and slots, such as hostfiles/cluster")
@@ -85,7 +84,7 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
         launcher_words, rest = launcher_words[:at], launcher_words[at + 1 :]
     options, unknown = parser.parse_known_args(launcher_words)
     options.rest = [*unknown, *rest]
-    options.program, options.options = parser.prog, list_options(parser)
+    options.program, options.options = parser.prog, parser.long_options()
     return options
 
 

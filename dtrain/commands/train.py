@@ -12,7 +12,7 @@ from dtrain.config.schema import Config
 from dtrain.console import log
 from dtrain.distributed.collectives import on_main
 from dtrain.distributed.rank_context import RankContext
-from dtrain.engine.build import engine_name
+from dtrain.engine.build import engine_name, engine_traits
 from dtrain.runs.folder import RunFolder, record_config
 from dtrain.tasks.protocol import Task
 from dtrain.training import run_claim, summary
@@ -51,7 +51,13 @@ def run_train(
             on_main(lambda: record_config(RunFolder(config.run_dir), to_yaml(run.config)), context)
             run.began = began
             log.info("%s", run.describe(in_full=False))
-            return run.run(monitors)
+            result = run.run(monitors)
+            if model is not None and engine_traits(claim.config, context).is_sharded:
+                whole = config.run_dir / "model"
+                log.info(
+                    "The model of dtrain.fit(model=...) holds only this rank's part. The whole model is in %s", whole
+                )
+            return result
         finally:
             if model is not None:
                 restore_layers(model)

@@ -10,11 +10,9 @@ does not react in time, or at a later signal.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +21,13 @@ from functools import partial
 from types import FrameType
 
 from dtrain.console import log
+from dtrain.distributed import linux_process
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.errors import Interrupted, Preempted, TopologyError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """SIGUSR1 is what Slurm's --signal sends ahead of the end of a job; mpirun passes it on and survives. SIGHUP: the terminal
 or the ssh connection is gone."""
-
-PR_SET_PDEATHSIG = 1
 
 REPEAT_AFTER_S = 3.0
 """A further signal after this time ends the process. Before, it may be the first one, passed on by a launcher."""
@@ -278,8 +275,7 @@ def leave_to_parent() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    linux_process.send_on_parent_death()
 
 
 # ---------------------------------------------------------------- the helper thread

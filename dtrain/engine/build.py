@@ -33,7 +33,10 @@ def _resolve_name(config: Config, context: RankContext) -> tuple[str, str]:
     """Returns name and reason without a check, for commands that need no engine but the placement of the model."""
     chosen = config.engine.name
     if config.engine.is_deepspeed:
-        return "deepspeed", "as configured" if chosen == "deepspeed" else "engine.zero_stage or engine.deepspeed is set"
+        return (
+            "deepspeed",
+            "as configured" if config.engine.name == "deepspeed" else "engine.zero_stage or engine.deepspeed is set",
+        )
     if chosen != "auto":
         return chosen, "as configured"
     return ("single", "one process") if context.world_size == 1 else ("ddp", f"{context.world_size} processes")
@@ -93,11 +96,11 @@ def build_engine(
         module: the model in its place, already frozen: DDP and ZeRO now fix their buckets.
         thawed: names of the parameters that each thaw so far has unfrozen.
     """
+    engine_name(config, context)  # refuses what only the world size shows to be wrong
     make: Any = engine_class(config, context)
     groups = parameter_groups(module, config.optim, stages=thawed)
     for group in groups:
         group["params"] = [make.updated_part(parameter) for parameter in group["params"]]
-    is_deepspeed = engine_name(config, context)[0] == "deepspeed"
-    optimizer = optim.build_optimizer(groups, config.optim, only_torchs=is_deepspeed)
+    optimizer = optim.build_optimizer(groups, config.optim, only_torchs=make.needs_torchs_optimizer)
     engine: Engine = make(module, optimizer, config, context)
     return engine

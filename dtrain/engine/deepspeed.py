@@ -58,6 +58,7 @@ class DeepSpeedEngine(AveragesEveryStep):
     """One DeepSpeed engine over a plain module and a torch optimizer."""
 
     name = "deepspeed"
+    needs_torchs_optimizer = True  # DeepSpeed warns of every other class
 
     def __init__(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, config: Config, context: RankContext

@@ -21,7 +21,7 @@ from dtrain.distributed.collectives import all_reduce_sum
 from dtrain.distributed.rank_context import RankContext
 from dtrain.engine import fsdp_sharding
 from dtrain.engine.clipping import is_clearly_below, total_norm
-from dtrain.engine.missing_gradients import drop_unused_gradients, refuse_layer_drop
+from dtrain.engine.missing_gradients import GradientRecord, drop_unused_gradients, refuse_layer_drop
 from dtrain.engine.optim import slots_per_value
 from dtrain.engine.protocol import (
     BytesPerNumber,
@@ -52,7 +52,7 @@ class FsdpEngine(SingleEngine):
         self.decides_on_device = self.decides_on_device and not config.engine.offload
         self._named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._parts = [fsdp_sharding.updated_part(parameter) for _, parameter in self._named]
-        self._record = fsdp_sharding.GatheredRecord(module, [parameter for _, parameter in self._named])
+        self._record = GradientRecord(module, fsdp_sharding.gathered_parameter(module))
         self._calls = fsdp_sharding.LayerCalls(module)
         self._sends = True  # FSDP2's initial state
         # Ranks may use different parameters in a step, but must send the same ones.

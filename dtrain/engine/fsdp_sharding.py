@@ -8,7 +8,7 @@ this also serves a user's own module.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -99,43 +99,14 @@ def free_gathered(module: nn.Module) -> None:
         part.reshard()
 
 
-class GatheredRecord:
-    """Records which parameters have received a gradient on this rank since the last `clear`. Private API.
+def gathered_parameter(module: nn.Module) -> Callable[[nn.Parameter], nn.Parameter | None]:
+    """Returns a function from a sharded parameter to the gathered one, which receives its gradients. Private API.
 
-    Gradients are added to the gathered parameters, which FSDP2 makes when it gathers them for the first time.
+    FSDP2 makes that when it gathers the parameter for the first time; until then the function returns None.
     """
-
-    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        index = {id(parameter): number for number, parameter in enumerate(parameters)}
-        groups = [group for part in sharded_parts(module) for group in part._get_fsdp_state()._fsdp_param_groups]
-        states = [state for group in groups for state in group.fsdp_params]
-        self._unwatched = {index[id(s.sharded_param)]: s for s in states if id(s.sharded_param) in index}
-        self._count = len(parameters)
-        self._received: set[int] = set()
-        self._handles: list[Any] = []
-
-    def watch(self) -> None:
-        """Watches the parameters that have been gathered by now. Call it before each backward pass."""
-        for index, state in list(self._unwatched.items()):
-            gathered: Any = getattr(state, "_unsharded_param", None)
-            if gathered is not None:
-                add = gathered.register_post_accumulate_grad_hook
-                self._handles.append(add(lambda _parameter, index=index: self._received.add(index)))
-                del self._unwatched[index]
-
-    @property
-    def missing(self) -> list[int]:
-        """Indices of parameters without a gradient."""
-        return [index for index in range(self._count) if index not in self._received]
-
-    def clear(self) -> None:
-        """Begins a new step."""
-        self._received.clear()
-
-    def remove(self) -> None:
-        """Removes the hooks from the parameters."""
-        for handle in self._handles:
-            handle.remove()
+    groups = [group for part in sharded_parts(module) for group in part._get_fsdp_state()._fsdp_param_groups]
+    states = {id(state.sharded_param): state for group in groups for state in group.fsdp_params}
+    return lambda parameter: getattr(states.get(id(parameter)), "_unsharded_param", None)
 
 
 class LayerCalls:

@@ -6,7 +6,7 @@ something for them sends zeros, which is another thing to AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,33 @@ from dtrain.errors import ConfigError
 
 
 class GradientRecord:
-    """Records which trainable parameters have received a gradient on this rank since the last `clear`."""
+    """Records which trainable parameters have received a gradient on this rank since the last `clear`.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the model.
+        receiver: returns the tensor that a parameter's gradients are added to, or None while there is none; by default the
+            parameter itself.
+    """
+
+    def __init__(
+        self, module: nn.Module, receiver: Callable[[nn.Parameter], nn.Parameter | None] = lambda parameter: parameter
+    ) -> None:
         trainable = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in trainable]
         self.parameters = [parameter for _, parameter in trainable]
+        self._receiver, self._unwatched = receiver, dict(enumerate(self.parameters))
         self._received: set[int] = set()
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda _parameter, index=index: self._received.add(index)
-            )
-            for index, parameter in enumerate(self.parameters)
-        ]
+        self._handles: list[Any] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Watches the parameters whose receiver exists by now. Call it before a backward pass if receivers are made later."""
+        for index, parameter in list(self._unwatched.items()):
+            receiver: Any = self._receiver(parameter)
+            if receiver is not None:
+                add = receiver.register_post_accumulate_grad_hook
+                self._handles.append(add(lambda _parameter, index=index: self._received.add(index)))
+                del self._unwatched[index]
 
     @property
     def missing(self) -> list[int]:

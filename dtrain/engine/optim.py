@@ -20,7 +20,7 @@ def build_optimizer(
     """Returns the optimizer of `optim.name` over those groups.
 
     Args:
-        only_torchs: whether it must be one of torch's own classes: DeepSpeed warns of every other one.
+        only_torchs: whether it must be of one of torch's own classes: see Engine.needs_torchs_optimizer.
     """
     match settings.name:
         case "adamw":

@@ -147,6 +147,8 @@ class Engine(Protocol):
     """See EngineTraits."""
     extra_slots: int
     """Numbers that the engine keeps for each trainable value, apart from the optimizer's."""
+    needs_torchs_optimizer: bool
+    """Whether the optimizer must be of one of torch's own classes, not of one that extends it."""
 
     @classmethod
     def traits(cls, config: Config, context: RankContext, *, total_steps: int | None) -> EngineTraits:
@@ -330,6 +332,7 @@ class AveragesEveryStep:
     extra_slots = 0
     contiguous = False
     decides_on_device = False
+    needs_torchs_optimizer = False
 
     @classmethod
     def place(cls, module: nn.Module, config: Config, context: RankContext) -> nn.Module:

@@ -9,7 +9,6 @@ A rank sees the variables of torchrun, is in a session of its own, and handles s
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import secrets
@@ -24,12 +23,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dtrain import console
 from dtrain.cluster.remote_supervisor import stamp
 from dtrain.console import log
-from dtrain.distributed import launcher_env, network, process_limit
+from dtrain.distributed import launcher_env, linux_process, network, process_limit
 from dtrain.distributed.launcher_env import NodePlace
 from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
@@ -64,8 +63,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SAFE_THREADS = ("jemalloc_bg_thd",)
 """Names of threads that may exist before a fork: jemalloc (in pyarrow) takes its locks before and starts it again after."""
 
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
-
 
 @dataclass(frozen=True)
 class RankLaunch:
@@ -99,8 +96,8 @@ def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
         TopologyError: a rank could not be started.
     """
     own_name = _process_name()
-    _prctl(PR_SET_NAME, ctypes.c_char_p(LAUNCHER_NAME.encode()))
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed rank leaves behind becomes ours, and ends with us
+    linux_process.name_process(LAUNCHER_NAME.encode())
+    linux_process.adopt_orphans()  # what a killed rank leaves behind becomes ours, and ends with us
     gc.disable()  # imports leave next to nothing to collect
     with _interruptible():
         launch.preload()
@@ -214,10 +211,10 @@ def _master_socket(node: NodePlace) -> AbstractContextManager[socket.socket | No
 def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
     """Gives this fork what a newly started program has: a session, default signals, a name."""
     os.setsid()
-    _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))  # until it watches its launcher itself: launcher_watch.py
+    linux_process.send_on_parent_death()  # until it watches its launcher itself: launcher_watch.py
     if os.getppid() != launcher:
         os._exit(TopologyError.exit_code)
-    _prctl(PR_SET_NAME, ctypes.c_char_p(name))
+    linux_process.name_process(name)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -330,7 +327,3 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace").strip()
     except OSError:
         return ""
-
-
-def _prctl(option: int, value: Any) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)

@@ -6,11 +6,9 @@ launch.py alive, also at Ctrl-C. So each rank watches its launcher itself. A run
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from dtrain.console import log
-from dtrain.distributed import signals
+from dtrain.distributed import linux_process, signals
 from dtrain.distributed.bounded import call_with_timeout
 from dtrain.distributed.launcher_process import LAUNCHER_PATTERNS, Ancestor, find_ancestors, typed_command
 from dtrain.distributed.topology import Topology
@@ -33,8 +31,6 @@ REPORT_S = 1.5
 
 STOPPING_S = 60.0
 """How long a run may take to save if it was told to stop before its launcher died: Ctrl-C ends DeepSpeed's runner at once."""
-
-PR_SET_PDEATHSIG = 1
 
 
 def exit_with_launcher(topology: Topology, on_death: Callable[[BaseException], None]) -> Callable[[], bool]:
@@ -55,7 +51,7 @@ def exit_with_launcher(topology: Topology, on_death: Callable[[BaseException], N
     watched = find_ancestors(os.getpid(), pattern)
     typed_command(topology)  # while the launcher lives
     # A stopped rank runs no thread. Its parent's death continues it, and then the thread sees that.
-    _signal_on_parent_death(signal.SIGCONT)
+    linux_process.send_on_parent_death(signal.SIGCONT)
     threading.Thread(target=_watch, args=(topology, watched, on_death), name="launcher-watch", daemon=True).start()
     return lambda: all(process.is_running for process in watched)
 
@@ -82,8 +78,3 @@ def _report(error: BaseException, on_death: Callable[[BaseException], None], top
     finally:
         if topology.is_node_main:  # all ranks of a node have the same launcher
             log.error("%s Its ranks end as well.", error)
-
-
-def _signal_on_parent_death(number: signal.Signals) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,13 +100,14 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield bounded_json.loads(line)
             except ValueError:
-                raise DataError(f"{path}, line {number}: not JSON; the file is damaged") from None
+                raise _damaged(path, number) from None
 
 
 def read_events_backward(path: Path, kinds: Collection[str]) -> Iterator[dict[str, Any]]:
     """Yields the events of these kinds, the last one first; reads no more of the file than the caller asks for.
 
-    Lines that cannot hold such an event are skipped unread, and a damaged one among them goes unnoticed.
+    Lines that cannot hold such an event are skipped unread. A damaged one among them does not stop a start; `goodput`, which
+    reads all, names it.
 
     Args:
         kinds: values of `event`.
@@ -121,9 +123,16 @@ def read_events_backward(path: Path, kinds: Collection[str]) -> Iterator[dict[st
             try:
                 event = bounded_json.loads(line)
             except ValueError:
-                raise DataError(f"{path}, line {_line_number(file, begin)}: not JSON; the file is damaged") from None
+                raise _damaged(path, _line_number(file, begin)) from None
             if isinstance(event, dict) and event.get("event") in kinds:
                 yield event
+
+
+def _damaged(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}, line {number}: not JSON; the file is damaged. All other lines are of use without this one: "
+        f"sed -i {number}d {shlex.quote(str(path))}"
+    )
 
 
 def _lines_backward(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

@@ -37,20 +37,18 @@ from dtrain.distributed.heartbeat import Phase
 from dtrain.distributed.serialization import Json
 from dtrain.engine.build import engine_traits
 from dtrain.engine.protocol import Engine, EngineTraits
-from dtrain.engine.unused_parameters import layer_drop_settings
 from dtrain.errors import ConfigError
 from dtrain.models import freezing
-from dtrain.models.architecture import asks_for_router_loss
 from dtrain.models.fast_linear import uses_fast_linear
-from dtrain.models.first_forward import rotates_by_length
 from dtrain.models.frozen_border import find_border
 from dtrain.models.frozen_prefix import Border
 from dtrain.models.host_copy import copy_to
-from dtrain.models.placement import compute_device, needs_every_rank
+from dtrain.models.placement import compute_device
 from dtrain.models.token_rows import TokenRows
 from dtrain.tasks.protocol import Task
 from dtrain.training import frozen_fill
 from dtrain.training.frozen_fill import compute_missing, compute_rows, is_same
+from dtrain.training.frozen_refusal import FREEZE, SHARDED, Refusal, find_refusal
 from dtrain.training.frozen_rows import (
     DistinctRows,
     collated,
@@ -58,16 +56,12 @@ from dtrain.training.frozen_rows import (
     most_vectors,
     training_indices,
     trial_indices,
-    why_not_fixed,
 )
 
 GIB = 2**30
 
 NAMES_OF_OUTPUTS = ("id2label", "label2id", "problem_type", "dtrain_head", "_name_or_path", "architectures")
 """Entries of a model's config that do not change its frozen part."""
-
-SHARDED = "the engine shards the model, so that every rank takes part in each forward pass"
-"""Why a sharded model reads nothing."""
 
 
 class FrozenCache:
@@ -114,19 +108,21 @@ class FrozenCache:
         # Parameters that no gradient reaches are frozen too, which is no reason to explain anything.
         if settings.cache == "off" or (settings.cache == "auto" and not settings.modules):
             return
-        found = self._refusal(module) or self._find(module)
-        if isinstance(found, str):
+        once = len(self._steps) <= self._plan.steps_per_epoch
+        found = find_refusal(module, self._config, self._task, used_once=once) or self._find(module)
+        if isinstance(found, Refusal):
             self._refuse(found)
         else:
             self.border = found
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         if self._config.freeze.cache == "on" and not self._is_in_use:  # a thaw may end it
+            cure = f"{refusal.cure}, or use" if refusal.cure else "Use"
             raise ConfigError(
-                f"freeze.cache=on: the frozen part cannot be computed once and read from then on, because {reason}. Freeze the "
-                "embeddings and the first layers, or all but the head (freeze.modules=[base_model]), or use freeze.cache=auto."
+                "freeze.cache=on: the frozen part cannot be computed once and read from then on, because "
+                f"{refusal.reason}. {cure} freeze.cache=auto."
             )
-        self._why_off = reason
+        self._why_off = refusal.reason
 
     def _steps_as_frozen(self, epoch: int) -> range:
         """Returns the steps from the last thaw to the next one."""
@@ -137,32 +133,7 @@ class FrozenCache:
         stop = self._total_steps if end is None else min(self._total_steps, end * per_epoch)
         return range(min(begin * per_epoch, stop), stop)
 
-    def _refusal(self, module: nn.Module) -> str | None:
-        """Returns why the settings rule a cache out."""
-        config, settings = getattr(module, "config", None), self._config
-        if not freezing.frozen_parameters(module):
-            return "nothing is frozen"
-        if needs_every_rank(module):  # a trial would run parts of the model, whose weights are not gathered
-            return SHARDED
-        if len(self._steps) <= self._plan.steps_per_epoch and settings.freeze.cache == "auto":
-            return "each row is used only once while this part is frozen"
-        if settings.engine.bitwise:
-            return "engine.bitwise does not read what another run may have computed in other groups of rows"
-        if settings.model.compile:
-            return "model.compile fixes what is computed"
-        if settings.model.gradient_checkpointing:
-            return "model.gradient_checkpointing computes layers again in the backward pass"
-        if config is not None and hasattr(config, "get_text_config") and asks_for_router_loss(config):
-            return "the loss of the router needs all layers"
-        if rotates_by_length(config):
-            return "its rotary positions depend on the length of the batch"
-        if names := layer_drop_settings(module):
-            return f"layers are skipped at random ({', '.join(names)} in the model's config)"
-        if self._task.tokenizer is None:
-            return "the model's inputs are not tokens"
-        return why_not_fixed(self._task)
-
-    def _find(self, module: nn.Module) -> Border | str:
+    def _find(self, module: nn.Module) -> Border | Refusal:
         batch = collated(self._task, "train", trial_indices(self._task))
         device = compute_device(module)
 
@@ -172,7 +143,8 @@ class FrozenCache:
                 return self._task.loss(module, {name: tensor.to(device) for name, tensor in batch.items()})
 
         self._train_mode(module)
-        return find_border(module, loss)
+        found = find_border(module, loss)
+        return Refusal(found, FREEZE) if isinstance(found, str) else found
 
     def describe(self, traits: EngineTraits) -> str | None:
         """Returns what the plan says; None if there is nothing to say.

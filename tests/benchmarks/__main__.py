@@ -12,7 +12,6 @@ import argparse
 import datetime
 import difflib
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
 from tests.benchmarks.suite import machine, table
 from tests.benchmarks.suite.options import Options
 from tests.benchmarks.suite.result import RowResult
@@ -123,7 +123,7 @@ def at_least_one(text: str) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m tests.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", type=row_name, metavar="NAME", help="rows: " + ", ".join(ROWS))
@@ -149,5 +149,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # contestants end with the driver
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from dtrain.distributed.rank_context import RankContext  # noqa: E402
 from dtrain.errors import DtrainError  # noqa: E402
 from tests.support import tiny  # noqa: E402
@@ -333,7 +334,7 @@ def line_of(pair: str, found: Found) -> str:
 
 def main() -> int:
     """Runs the pairs and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="parts of names such as classification:bert; none: all pairs")
     only = parser.parse_args().only
     pairs = [(task, kind) for task, kinds in PAIRS.items() for kind in kinds.split()]
@@ -357,4 +358,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

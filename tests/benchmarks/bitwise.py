@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from tests.benchmarks import same_bits  # noqa: E402
 
 FIELDS = ("step", "loss", "grad_norm", "learning_rate", "examples", "targets")
@@ -132,7 +133,7 @@ def digest(content: bytes) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--plain", action="store_true", help="without engine.bitwise, to see the hashes differ")
@@ -167,4 +168,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dtrain.config.load import load_config
+from dtrain.config.option_parser import OptionParser
 from dtrain.config.schema import Config
 from dtrain.data.order import StepPlan
 
@@ -108,7 +109,7 @@ def loss_sum(model: GPT2LMHeadModel, blocks: list[torch.Tensor]) -> tuple[torch.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, type=Path, help="a UTF-8 file")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=1, help="of both, so that the times can be compared")
@@ -127,4 +128,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from tests.support import jobs  # noqa: E402
 from tests.support.cluster_jobs import (  # noqa: E402
     BEFORE_IT_STARTS,
@@ -120,7 +121,7 @@ def _struck(fault: str, way: str, folder: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=["ways", "faults"])
     parser.add_argument("--data", type=Path, help="a folder with CoLA's train.tsv and dev.tsv")
     parser.add_argument("--model", type=Path, help="a BERT-family model folder")
@@ -137,4 +138,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import dtrain
+from dtrain.config.option_parser import OptionParser
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.benchmarks.suite.workloads import T0, Workload, write
 
@@ -41,7 +42,7 @@ class Held:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     arguments = parser.parse_args()
     held = Held(max(1, arguments.steps // 10))

@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from dtrain.data.glue import TASKS, GlueTask  # noqa: E402
 from dtrain.runs.jsonl import read_metrics  # noqa: E402
 from tests.support import pictures, tiny, tiny_seq2seq  # noqa: E402
@@ -258,7 +259,7 @@ def run(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     failed = False
     heads = ("task", "config", "steps", "loss, 1 against 2 ranks", "metrics on 1 process", "on 2 ranks", "predictions")
@@ -285,4 +286,6 @@ def shown(metrics: Mapping[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -19,7 +19,6 @@ import datetime
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
 from tests.benchmarks import gpu_parts
 from tests.benchmarks.gpu_parts import PARTS, Setup
 from tests.benchmarks.suite import machine, table
@@ -206,7 +206,7 @@ def write(results: Sequence[RowResult], about: dict[str, Any], folder: Path, *, 
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m tests.benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -229,5 +229,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends with it
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from dtrain.config.option_parser import OptionParser
+
 SIZE = 48
 TARGETS = ("left_eye_x", "left_eye_y", "right_eye_x", "right_eye_y")
 
@@ -54,7 +56,7 @@ def make(folder: Path, *, train: int = 2000, validation: int = 200, seed: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, required=True, metavar="FOLDER")
     print(make(parser.parse_args().make))
 

@@ -335,7 +335,9 @@ PARTS = {"rendezvous": rendezvous, "node_work": node_work, "hub": hub, "gathers"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from dtrain.config.option_parser import OptionParser
+
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--serve-store", action="store_true", help=argparse.SUPPRESS)
@@ -357,4 +359,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

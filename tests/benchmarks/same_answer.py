@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from dtrain.config.option_parser import OptionParser
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: list[tuple[str, int, list[str]]] = [
     ("one process", 1, ["engine.name=single"]),
@@ -101,7 +103,7 @@ def losses(folder: Path, name: str, world: int, settings: list[str], arguments: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a BERT-family folder or name")
     parser.add_argument("--data", required=True, type=Path, help="a folder in CoLA's format")
     parser.add_argument("--steps", type=int, default=50)
@@ -141,4 +143,7 @@ def compare(folder: Path, layouts: list[tuple[str, int, list[str]]], arguments: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -34,6 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain.config.option_parser import OptionParser
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 150.0
 """Limit for one subprocess. A run takes about 10 seconds on an idle machine."""
@@ -458,6 +460,8 @@ def image(path: Path, color: tuple[int, int, int]) -> None:
 
 def record(out: Path, *, checkout: Path, only: Sequence[str], seed: int) -> int:
     """Runs the jobs and writes what they computed; gives the exit code."""
+    from tests.support.script import end_descendants
+
     check_checkout(checkout)
     begin, broken = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="same-bits-") as place:
@@ -477,7 +481,12 @@ def record(out: Path, *, checkout: Path, only: Sequence[str], seed: int) -> int:
         together = [name for name, job in jobs.items() if job.ranks == 1]
         records_of = {name: take(name) for name in jobs if name not in together}
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            records_of |= dict(zip(together, pool.map(take, together), strict=True))
+            try:
+                records_of |= dict(zip(together, pool.map(take, together), strict=True))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_descendants()  # the pool's threads wait for them
+                raise
     content = {"seed": seed, "jobs": {name: records_of[name] for name in jobs}}
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"{len(jobs)} jobs in {time.monotonic() - begin:.0f} s, {broken} failed: {out}")
@@ -713,7 +722,7 @@ def flat(records: dict[str, Record]) -> dict[tuple[str, str, str], str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     names = list(all_jobs(Path(), Path()))
     recording = commands.add_parser("record", help="run the jobs and write a record")
@@ -732,4 +741,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from tests.support.script import run_script
+
+    run_script(main)

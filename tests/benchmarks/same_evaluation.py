@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dtrain.config.option_parser import OptionParser
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS: list[tuple[str, int, list[str]]] = [
     *((f"W={world}", world, []) for world in (1, 2, 3, 5)),
@@ -51,7 +53,7 @@ def evaluate(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a BERT-family folder or name")
     parser.add_argument("--data", required=True, type=Path, help="a folder in CoLA's format")
     arguments = parser.parse_args()
@@ -72,4 +74,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.path.insert(0, str(ROOT))
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -20,6 +20,7 @@ from typing import Any
 
 from dtrain.commands.train import run_train
 from dtrain.config.load import load_config
+from dtrain.config.option_parser import OptionParser
 from dtrain.distributed.rank_context import RankContext
 from dtrain.training.monitors.protocol import Decision, StepRecord
 from tests.benchmarks.suite.workloads import T2, Workload, write
@@ -80,7 +81,7 @@ def train(context: RankContext, folder: str, name: str, settings: list[str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", action="store_true", help="measure CPU time instead of memory")
     takes_times = parser.parse_args().times
     if not takes_times:
@@ -105,4 +106,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from tests.support import jobs, tiny, tiny_seq2seq  # noqa: E402
 
 STEPS = 6
@@ -250,7 +251,7 @@ def try_launcher(name: str, folder: Path, *, signals: int, rows: int, rng: rando
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--signals", type=int, default=20, help="per launcher")
     parser.add_argument("--rows", type=int, default=600, help="rows of each evaluation")
     parser.add_argument("--seed", type=int, default=0)
@@ -279,4 +280,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from tests.support.script import run_script
+
+    run_script(main)

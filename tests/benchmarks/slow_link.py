@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dtrain import console
 from dtrain.config.load import load_config
+from dtrain.config.option_parser import OptionParser
 from dtrain.distributed.collectives import all_gather_object
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.topology import Topology
@@ -186,7 +187,7 @@ def table(found: list[dict[str, Any]], world_size: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--width", type=int, default=256, help="of the model; the gradient has 48 x layers x width^2 bytes"

@@ -13,6 +13,8 @@ import argparse
 import random
 from pathlib import Path
 
+from dtrain.config.option_parser import OptionParser
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WORDS = 25
 
@@ -44,7 +46,7 @@ def make(folder: Path, *, train: int = 2000, validation: int = 200, seed: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", type=Path, required=True, metavar="FOLDER")
     print(make(parser.parse_args().make))
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from dtrain.config.option_parser import OptionParser  # noqa: E402
 from tests.support import tiny  # noqa: E402
 
 EXAMPLES, VALIDATION = 8, 11
@@ -184,7 +185,7 @@ def compare(folder: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--micro-batch", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--accumulation", type=int, default=1, help=argparse.SUPPRESS)
@@ -196,4 +197,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from tests.support.script import run_script
+
+    run_script(main)

@@ -55,7 +55,7 @@ def occupy(filler: Path) -> None:
 
 def test_a_full_disk_is_a_fault_and_training_continues_with_the_old_checkpoint(disk: Path) -> None:
     run = disk / "runs" / "run"
-    with jobs.started([*jobs.torchrun(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
+    with jobs.started([*jobs.forked(), *jobs.settings(disk / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
         assert jobs.until(lambda: bool(list_checkpoints(run / "checkpoints")) or job.has_ended()), job.text
         filler = disk / "filler"
@@ -115,7 +115,7 @@ def test_an_fsync_that_fails_is_a_fault_and_the_next_checkpoint_is_tried(tmp_pat
     run = tmp_path / "runs" / "run"
 
     settings = {**STEPS, "train__max_steps": 35, "checkpoint__keep": 10}
-    job = jobs.run([*jobs.torchrun()[:-1], str(script), *jobs.settings(tmp_path / "runs", "run", **settings)])
+    job = jobs.run([*jobs.forked_script(script), *jobs.settings(tmp_path / "runs", "run", **settings)])
 
     assert job.process.returncode == 0, job.text
     (fault,) = jobs.read_events(run, "fault")
@@ -133,7 +133,7 @@ def test_a_read_only_folder_is_reported_before_any_work(disk: Path) -> None:
     settings = jobs.settings(disk / "runs", "run", **STEPS)  # Writes the data there.
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
 
-    job = jobs.run([*jobs.torchrun(), *settings])
+    job = jobs.run([*jobs.forked(), *settings])
 
     assert job.process.returncode != 0
     last = job.said[-1]
@@ -145,7 +145,7 @@ def test_a_read_only_folder_is_reported_before_any_work(disk: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_writer_ends_the_run_and_is_named(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
-    with jobs.started([*jobs.torchrun(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
+    with jobs.started([*jobs.forked(), *jobs.settings(tmp_path / "runs", "run", **STEPS)]) as job:
         job.wait_for("  loss ")
         assert jobs.until(lambda: bool(list_checkpoints(run / "checkpoints")) or job.has_ended()), job.text
         (writer,) = [pid for pid, words in job.members().items() if any("writer_process" in word for word in words)]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ def _supervisor(folder: Path, source: str, **spec: Any) -> Iterator[subprocess.P
         yield process
     finally:
         process.kill()
-        process.communicate(timeout=20)
+        process.wait(timeout=20)
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
 
 
 def _send(process: subprocess.Popen[str], order: dict[str, Any]) -> None:
@@ -61,9 +64,11 @@ def _send(process: subprocess.Popen[str], order: dict[str, Any]) -> None:
 
 
 def _close_and_read(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
-    """Closes its input and returns its frames until it ends."""
-    output, _ = process.communicate(timeout=30)
-    return [json.loads(line) for line in output.splitlines()]
+    """Closes its input and returns its frames until it ends. `communicate` would lose what readline has read ahead."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already
+        process.stdin.close()
+    return _frames_to_end(process)
 
 
 def _frames_to_end(process: subprocess.Popen[str]) -> list[dict[str, Any]]:

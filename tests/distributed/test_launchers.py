@@ -46,9 +46,9 @@ def test_one_process_trains_the_default(one_process: Path) -> None:
     ("start", "name"),
     [
         pytest.param(jobs.torchrun, "torchrun", id="torchrun"),
-        pytest.param(deepspeed_by_hostfile, "deepspeed", id="deepspeed-hostfile"),
-        pytest.param(jobs.deepspeed, "deepspeed", id="deepspeed", marks=pytest.mark.slow),
-        pytest.param(jobs.mpirun, "openmpi", id="mpirun"),
+        pytest.param(deepspeed_by_hostfile, "deepspeed", id="deepspeed-hostfile", marks=pytest.mark.slow),
+        pytest.param(jobs.deepspeed, "deepspeed", id="deepspeed", marks=pytest.mark.nightly),
+        pytest.param(jobs.mpirun, "openmpi", id="mpirun", marks=pytest.mark.slow),
     ],
 )
 def test_a_launcher_trains_the_default_on_two_ranks_with_the_losses_of_one_process(
@@ -71,7 +71,7 @@ def test_a_launcher_trains_the_default_on_two_ranks_with_the_losses_of_one_proce
     ("start", "ranks", "stage"),
     [
         pytest.param(jobs.python, 1, 0, id="python-zero0"),
-        pytest.param(jobs.mpirun, 2, 2, id="mpirun-zero2", marks=pytest.mark.slow),
+        pytest.param(jobs.mpirun, 2, 2, id="mpirun-zero2", marks=pytest.mark.nightly),
     ],
 )
 def test_the_deepspeed_engine_does_not_need_the_deepspeed_launcher(
@@ -98,7 +98,7 @@ def deepspeed_node(rank: int, port: int) -> list[str]:
     return [*start, "--master_port", str(port), "--hostfile", "HOSTFILE", jobs.MAIN]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # launch/torchrun.sh and launch/deepspeed.sh do the same on the hosts of a simulated cluster
 @pytest.mark.parametrize(
     ("node", "ranks"),
     [pytest.param(torchrun_node, 4, id="torchrun"), pytest.param(deepspeed_node, 3, id="deepspeed-uneven")],

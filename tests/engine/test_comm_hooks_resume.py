@@ -43,7 +43,7 @@ def lives(context: RankContext, folder: str, name: str, changes: Mapping[str, An
     return ended
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_died_ends_with_every_bit_of_one_that_did_not(folder: Path, way: str, world_size: int) -> None:
     name = f"{way}-{world_size}"

@@ -142,7 +142,7 @@ def found(world_size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_parts_that_micro_batches_leave_out_learn_as_on_one_process(world_size: int, name: str) -> None:
     one, many = found(1)[name], found(world_size)[name]
 

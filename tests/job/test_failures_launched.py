@@ -52,12 +52,13 @@ def lines_after(job: Job, text: str) -> list[str]:
         pytest.param(jobs.python, signal.SIGHUP, "group", "SIGHUP", id="python-hup"),
         pytest.param(jobs.python, signal.SIGTERM, "launcher", "SIGTERM", id="python-term", marks=slow),
         pytest.param(jobs.forked, signal.SIGTERM, "launcher", "SIGTERM", id="forked-term"),
-        pytest.param(jobs.forked, signal.SIGINT, "group", "SIGINT", id="forked-int-group", marks=nightly),
+        pytest.param(jobs.forked, signal.SIGINT, "group", "SIGINT", id="forked-int-group", marks=slow),
+        pytest.param(jobs.forked, signal.SIGHUP, "group", "SIGHUP", id="forked-hup", marks=slow),
         pytest.param(jobs.forked, signal.SIGUSR1, "launcher", "SIGUSR1", id="forked-usr1", marks=nightly),
-        pytest.param(jobs.torchrun, signal.SIGINT, "group", "SIGINT", id="torchrun-int-group"),
-        pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "SIGINT", id="torchrun-int", marks=slow),
-        pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "SIGTERM", id="torchrun-term", marks=slow),
-        pytest.param(jobs.torchrun, signal.SIGHUP, "group", "SIGHUP", id="torchrun-hup", marks=slow),
+        pytest.param(jobs.torchrun, signal.SIGINT, "group", "SIGINT", id="torchrun-int-group", marks=slow),
+        pytest.param(jobs.torchrun, signal.SIGINT, "launcher", "SIGINT", id="torchrun-int", marks=nightly),
+        pytest.param(jobs.torchrun, signal.SIGTERM, "launcher", "SIGTERM", id="torchrun-term", marks=nightly),
+        pytest.param(jobs.torchrun, signal.SIGHUP, "group", "SIGHUP", id="torchrun-hup", marks=nightly),
         # Its launcher sends a second signal after the first, and not to all ranks; its runner dies at once.
         pytest.param(jobs.deepspeed, signal.SIGINT, "group", "SIG", id="deepspeed-int-group", marks=slow),
         pytest.param(
@@ -99,7 +100,7 @@ def test_a_job_told_to_stop_saves_says_so_once_and_what_goes_on(
 @pytest.mark.parametrize(
     ("number", "target"),
     [
-        pytest.param(signal.SIGTERM, "launcher", id="term"),
+        pytest.param(signal.SIGTERM, "launcher", id="term", marks=slow),
         pytest.param(signal.SIGINT, "group", id="int", marks=nightly),
     ],
 )
@@ -120,7 +121,7 @@ def test_mpirun_leaves_no_time_to_save_but_nothing_is_left_behind(
 
 @slow
 def test_a_signal_to_one_rank_ends_all_and_exit_json_names_it(tmp_path: Path) -> None:
-    with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
+    with jobs.started([*jobs.forked(), *train(tmp_path / "runs")]) as job:
         job.wait_for("  loss ")
         send(job, signal.SIGTERM, "rank 1")
         assert job.gone_within(GONE_S), job.members()
@@ -157,7 +158,7 @@ def test_a_job_that_gets_a_signal_before_it_trains_reports_it_too(tmp_path: Path
     ("start", "target", "named"),
     [
         pytest.param(jobs.forked, "launcher", "dtrain", id="forked"),
-        pytest.param(jobs.torchrun, "launcher", "torchrun", id="torchrun"),
+        pytest.param(jobs.torchrun, "launcher", "torchrun", id="torchrun", marks=slow),
         pytest.param(jobs.deepspeed, "launcher", "deepspeed", id="deepspeed-runner", marks=nightly),
         pytest.param(jobs.deepspeed, "deepspeed.launcher.launch", "deepspeed", id="deepspeed-launch", marks=slow),
         pytest.param(jobs.mpirun, "launcher", "openmpi", id="mpirun", marks=nightly),
@@ -185,8 +186,8 @@ def test_ranks_are_gone_5_s_after_their_launcher_was_killed(
     [
         pytest.param(jobs.forked, 1, id="forked-1", marks=nightly),
         pytest.param(jobs.forked, 0, id="forked-0"),
-        pytest.param(jobs.torchrun, 1, id="torchrun-1"),
-        pytest.param(jobs.torchrun, 0, id="torchrun-0", marks=slow),
+        pytest.param(jobs.torchrun, 1, id="torchrun-1", marks=slow),
+        pytest.param(jobs.torchrun, 0, id="torchrun-0", marks=nightly),
         pytest.param(jobs.deepspeed, 1, id="deepspeed-1", marks=nightly),
         pytest.param(jobs.mpirun, 1, id="mpirun-1", marks=slow),
         pytest.param(jobs.mpirun, 0, id="mpirun-0", marks=nightly),

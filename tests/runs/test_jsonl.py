@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,22 @@ def test_a_damaged_line_of_that_kind_is_named_by_its_number(tmp_path: Path) -> N
 
     with pytest.raises(DataError, match=r"line 3: not JSON"):
         _known_checkpoint(path)
+
+
+def test_the_command_in_the_message_removes_the_damaged_line_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "my run's metrics.jsonl", train(1), rest="DAMAGED\n" + json.dumps(train(2)) + "\n")
+    with pytest.raises(DataError, match=r"line 2: not JSON") as error:
+        list(read_events(path))
+
+    subprocess.run(shlex.split(str(error.value).partition("without this one: ")[2]), check=True)
+
+    assert list(read_events(path)) == [train(1), train(2)]
+
+
+def test_a_start_needs_no_line_but_those_of_checkpoints_and_resumes(tmp_path: Path) -> None:
+    saved = json.dumps({"event": "checkpoint", "step": 4}) + "\n"
+
+    assert _known_checkpoint(write(tmp_path / "metrics.jsonl", train(1), rest="DAMAGED\n" + saved)) == 4
 
 
 @pytest.mark.parametrize(

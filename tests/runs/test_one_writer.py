@@ -99,7 +99,7 @@ def test_a_second_start_that_is_stopped_early_does_not_change_the_firsts_exit_ca
 @slow
 def test_no_rank_of_a_job_that_lost_its_folder_writes_its_exit_cause_there(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
-    with jobs.started([*jobs.torchrun(), *train(tmp_path / "runs")]) as job:
+    with jobs.started([*jobs.forked(), *train(tmp_path / "runs")]) as job:
         job.wait_for("  loss ")
         lock = run / "run.lock"
         other = {**json.loads(lock.read_text()), "host": "node7", "id": "0123"}

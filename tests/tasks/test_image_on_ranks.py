@@ -138,3 +138,23 @@ def test_more_ranks_give_the_same_losses_and_digits(place: Path, single: dict[st
     assert measured["metrics"] == single["classes"]["metrics"]
     assert measured["predictions"] == single["classes"]["predictions"]
     assert repeated["losses"] != pytest.approx(single["classes"]["losses"], rel=1e-6)  # a control
+
+
+def test_fsdp_gives_the_same_losses_and_digits(place: Path, single: dict[str, Any]) -> None:
+    fsdp = {"engine.name": "fsdp"}
+    classes, numbers, measured = run_ranks(
+        commands,
+        2,
+        [
+            ("train", settings(place, "classes-fsdp", **fsdp)),
+            ("train", landmarks(place, "numbers-fsdp", **fsdp)),
+            ("evaluate", settings(place, "measured-fsdp", **fsdp, **trained(place, "classes"))),
+        ],
+    )[0]
+
+    assert classes["losses"] == pytest.approx(single["classes"]["losses"], rel=1e-5)
+    assert numbers["losses"] == pytest.approx(single["numbers"]["losses"], rel=1e-5)
+    assert measured["metrics"] == pytest.approx(single["classes"]["metrics"], rel=1e-6)
+    assert [row["prediction"] for row in measured["predictions"]] == [
+        row["prediction"] for row in single["classes"]["predictions"]
+    ]

@@ -21,6 +21,7 @@ from dtrain.models.custom_head import HeadedModel
 from dtrain.models.frozen_prefix import LayersBorder, PooledBorder
 from dtrain.tasks.masked_lm import MaskedLmTask
 from dtrain.tasks.row_lengths import row_lengths
+from dtrain.training import frozen_refusal
 from dtrain.training.evaluation import evaluate_split
 from tests.support import tiny, training
 from tests.support.training import Setting, apart, worst
@@ -379,10 +380,16 @@ def masked(setting: Setting) -> tuple[Setting, nn.Module, Any]:
 
 
 REASONS: dict[str, tuple[Callable[[Setting], tuple[Setting, Any, Any]], str]] = {
-    "nothing frozen": (lambda s: (replace(s, freeze=()), None, None), "nothing is frozen"),
-    "masks of each epoch": (masked, "draws other inputs in each epoch"),
-    "only the embeddings": (lambda s: (replace(s, freeze=("embeddings",)), None, None), "no layer is frozen"),
-    "compile": (lambda s: (replace(s, compile=True), None, None), "model.compile"),
+    "nothing frozen": (lambda s: (replace(s, freeze=()), None, None), r"nothing is frozen. Freeze the embeddings"),
+    "masks of each epoch": (masked, r"draws other inputs in each epoch \(masks\)\. Use freeze\.cache=auto\.$"),
+    "only the embeddings": (
+        lambda s: (replace(s, freeze=("embeddings",)), None, None),
+        "no layer is frozen.* Freeze the embeddings and the first layers",
+    ),
+    "compile": (
+        lambda s: (replace(s, compile=True), None, None),
+        r"model\.compile .* Set model\.compile=false, or use freeze\.cache=auto\.$",
+    ),
 }
 
 
@@ -395,6 +402,15 @@ def test_on_is_an_error_where_nothing_can_be_read_and_auto_computes(setting: Set
 
     changed, module, task = change(setting)
     assert training.build(ONE_PROCESS, changed, module, task).prepared.frozen_cache.border is None
+
+
+def test_the_cure_for_a_sharded_engine_is_another_engine(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_refusal, "needs_every_rank", lambda _module: True)
+
+    with pytest.raises(
+        ConfigError, match=r"shards the model.* Use engine\.name=ddp without engine\.zero_stage, or use"
+    ):
+        training.build(ONE_PROCESS, replace(setting, cache="on"))
 
 
 def test_auto_does_not_store_what_is_used_once_and_on_does(setting: Setting) -> None:

@@ -52,8 +52,8 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
         pytest.param(jobs.python, INT, "launcher", 75, id="python-int", marks=nightly),
         pytest.param(jobs.torchrun, TERM, "launcher", 1, id="torchrun-term"),
         pytest.param(jobs.torchrun, USR1, "rank 1", 1, id="torchrun-usr1-to-rank-1", marks=slow),
-        pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term", marks=slow),
-        pytest.param(jobs.mpirun, USR1, "launcher", 75, id="mpirun-usr1", marks=slow),
+        pytest.param(jobs.deepspeed, TERM, "launcher.launch", 1, id="deepspeed-term", marks=nightly),
+        pytest.param(jobs.mpirun, USR1, "launcher", 75, id="mpirun-usr1", marks=nightly),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_says_so_and_goes_on_from_there(

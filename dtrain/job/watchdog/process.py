@@ -8,7 +8,6 @@ torch.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import faulthandler
 import gc
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.console import log
-from dtrain.distributed import network
+from dtrain.distributed import linux_process, network
 from dtrain.distributed.heartbeat import IDLE_RULES, IdleRule, Phase, read_heartbeat
 from dtrain.distributed.oom_kills import count_oom_kills
 from dtrain.errors import TopologyError
@@ -65,8 +64,6 @@ ALONE_FACTOR = 10.0
 ALONE_WARNING_S = 5.0
 """Time without the coordinator after which a monitor warns."""
 
-PR_SET_NAME = 15
-
 CONNECT_S = 10.0
 
 MAX_PAUSE_PERIODS = 3
@@ -78,7 +75,7 @@ def run(rank: WatchedRank) -> None:
     code = 1
     try:
         faulthandler.disable()  # its file is for errors of the rank
-        _name_process(b"dtrain-monitor")
+        linux_process.name_process(b"dtrain-monitor")
         gc.disable()  # a collection would copy every page that is shared with the rank
         ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, stacks.STACK_SIGNAL, signal.SIGPIPE)
         for number in ignored:
@@ -391,8 +388,3 @@ class RankMonitor:
         self._is_reported = True
         write_launcher_error(self._rank.launcher_error_file, end["message"])
         await exit_report.report_end(end, ranks, self._rank.run_dir, covers_all_ranks=self._watches_all)
-
-
-def _name_process(name: bytes) -> None:
-    """Sets the name that ps and top show. The command line is still that of the rank."""
-    ctypes.CDLL(None).prctl(PR_SET_NAME, name, 0, 0, 0)

@@ -21,7 +21,7 @@ from tests.support.jobs import Job, train
 
 pytestmark = pytest.mark.launchers
 
-slow = pytest.mark.slow
+slow, nightly = pytest.mark.slow, pytest.mark.nightly
 LIMIT = 4
 """Seconds of train.hang_timeout in these tests."""
 
@@ -81,7 +81,7 @@ def faulty(folder: Path, start: list[str]) -> list[str]:
     """The launcher's command with a script that has a fault, in place of dtrain's own."""
     script = folder / jobs.SCRIPT
     script.write_text(FAULT)
-    return [*start[:-1], str(script)]
+    return [str(script) if word == jobs.MAIN else word for word in start]
 
 
 def line_of(text: str) -> int:
@@ -107,11 +107,11 @@ class Case:
 
 
 CASES = {
-    "sleeps": Case(jobs.torchrun, "sleeps"),
-    "worker": Case(jobs.torchrun, "sleeps", workers=1),
-    "lock": Case(jobs.torchrun, "holds the lock"),
+    "sleeps": Case(jobs.forked, "sleeps"),
+    "worker": Case(jobs.forked, "sleeps", workers=1),
+    "lock": Case(jobs.forked, "holds the lock"),
     "skips": Case(jobs.torchrun, "skips"),
-    "deadlocks": Case(jobs.torchrun, "deadlocks", bad_rank=""),
+    "deadlocks": Case(jobs.forked, "deadlocks", bad_rank=""),
     "one process sleeps": Case(jobs.python, "sleeps", "0", sign="Rank 0 (process ", gone_s=5.0),
     "one process segfault": Case(jobs.python, "segfault", "0", sign="Rank 0 (process ", gone_s=5.0),
 }
@@ -229,7 +229,7 @@ def test_ranks_that_wait_for_each_other_in_a_phase_without_a_limit_are_ended(
 def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Path) -> None:
     settings = jobs.settings(tmp_path / "runs", "run", train__hang_timeout=LIMIT, train__max_steps=8)
 
-    job = jobs.run([*faulty(tmp_path, jobs.torchrun()), *settings], env={"FAULT": "is debugged", "BAD_RANK": "1"})
+    job = jobs.run([*faulty(tmp_path, jobs.forked()), *settings], env={"FAULT": "is debugged", "BAD_RANK": "1"})
 
     assert job.process.returncode == 0, job.text
     assert jobs.exit_of(tmp_path / "runs" / "run")["code"] == 0
@@ -239,9 +239,9 @@ def test_a_rank_that_waits_for_a_person_at_a_debugger_does_not_hang(tmp_path: Pa
     ("start", "limit_s"),
     [
         pytest.param(jobs.forked, LIMIT, id="forked"),
-        pytest.param(jobs.torchrun, 10, id="torchrun"),
-        pytest.param(jobs.deepspeed, LIMIT, id="deepspeed", marks=slow),
-        pytest.param(jobs.mpirun, LIMIT, id="mpirun", marks=slow),
+        pytest.param(jobs.torchrun, 10, id="torchrun", marks=slow),
+        pytest.param(jobs.deepspeed, LIMIT, id="deepspeed", marks=nightly),
+        pytest.param(jobs.mpirun, LIMIT, id="mpirun", marks=nightly),
     ],
 )
 def test_a_rank_that_is_stopped_is_named_and_ended(
@@ -291,7 +291,7 @@ def test_when_rank_0_fails_no_rank_is_left_even_without_a_launcher(tmp_path: Pat
 
 
 def test_a_segmentation_fault_is_named_with_the_line_that_led_there(tmp_path: Path) -> None:
-    command = [*faulty(tmp_path, jobs.torchrun()), *train(tmp_path / "runs")]
+    command = [*faulty(tmp_path, jobs.forked()), *train(tmp_path / "runs")]
 
     with jobs.started(command, env={"FAULT": "segfault", "BAD_RANK": "1"}) as job:
         job.wait_for("Segmentation fault")
@@ -348,7 +348,7 @@ def test_long_work_of_one_rank_is_no_hang(tmp_path: Path) -> None:
         tmp_path / "runs", "run", train__hang_timeout=1.5, train__eval_every=3, evaluation__micro_batch_size=1
     )
 
-    job = jobs.run([*jobs.torchrun()[:-1], str(script), *settings])
+    job = jobs.run([*jobs.forked_script(script), *settings])
 
     assert job.process.returncode == 0, job.text
     assert jobs.exit_of(tmp_path / "runs" / "run")["code"] == 0
