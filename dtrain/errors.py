@@ -83,6 +83,9 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
+FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
+"""Exit codes after which a launcher does not start ranks again: the same error would come again, or all is saved."""
+
 ERROR_TYPES: dict[str, type[DtrainError]] = {
     error_type.__name__: error_type
     for error_type in (

@@ -28,7 +28,7 @@ from dtrain.config import bounded_json
 from dtrain.config.load import load_config, to_yaml
 from dtrain.config.schema import Config
 from dtrain.console import log
-from dtrain.distributed.launcher_env import DTRAIN, read_node
+from dtrain.distributed.launcher_env import DTRAIN
 from dtrain.distributed.mpi_bootstrap import finalize_mpi
 from dtrain.distributed.process_info import process_start
 from dtrain.distributed.process_limit import check_process_limit
@@ -111,15 +111,14 @@ def _launch_ranks(arguments: argparse.Namespace, config: Config, run: Callable[[
         console.configure_logging(rank=topology.rank, world_size=topology.world_size)
         return run(topology)
 
-    from dtrain.job.forked_ranks import RankLaunch, run_ranks
     from dtrain.job.preload import preload
+    from dtrain.job.rank_launcher import RankLaunch, run_ranks
 
     exit_file = config.run_dir / "exit.json" if _has_exit_json(arguments.command, config, arguments.dry_run) else None
     try:
         check_process_limit(os.environ, local_world_size=arguments.ranks)
         launch = RankLaunch(
             arguments.ranks,
-            read_node(os.environ, arguments.ranks),
             arguments.max_restarts or 0,
             exit_file,
             partial(preload, os.environ),

@@ -1,4 +1,4 @@
-"""Reads hostfiles: which hosts take part and how many ranks each runs. The format is DeepSpeed's.
+"""Reads hostfiles: which hosts take part and how many ranks each runs. The format is DeepSpeed's, and a host may be spare.
 
     python -m dtrain.cluster hostfiles/cluster --exclude node2     # for shell scripts: prints a line "host slots" each
 
@@ -21,7 +21,7 @@ from dtrain.errors import ConfigError
 HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 """A host name, an alias of the ssh config, or an IPv4 address. It must not begin with a hyphen, as ssh options do."""
 
-HOST_LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\S+)")
+HOST_LINE = re.compile(r"(?P<name>\S+)\s+slots\s*=\s*(?P<slots>\S+)(?P<spare>\s+spare)?")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,13 @@ class Host:
         name: the host's name or address.
         slots: number of ranks on this host.
         devices: the slot numbers to use if --include or --exclude left some out; None for all.
+        is_spare: it waits, and takes the place of a host that is lost.
     """
 
     name: str
     slots: int
     devices: tuple[int, ...] | None = None
+    is_spare: bool = False
 
 
 def read_hostfile(path: Path) -> list[Host]:
@@ -71,6 +73,8 @@ def read_hostfile(path: Path) -> list[Host]:
         raise ConfigError("\n".join(problems))
     if not hosts:
         raise ConfigError(f"the hostfile {path} lists no host. A line looks like this: node1 slots=4")
+    if all(host.is_spare for host in hosts.values()):
+        raise ConfigError(f"the hostfile {path} has spare hosts only. Remove `spare` from those that run the job.")
     return list(hosts.values())
 
 
@@ -81,11 +85,11 @@ def _parse_line(content: str) -> Host | str:
         return f"{name!r} is not a host name: use only letters, digits, dots and hyphens."
     match = HOST_LINE.fullmatch(content)
     if match is None:
-        return f"{content!r} is not <host> slots=<ranks>. Example: {name} slots=4"
+        return f"{content!r} is not <host> slots=<ranks> or <host> slots=<ranks> spare. Example: {name} slots=4"
     slots = match["slots"]
     if not re.fullmatch(r"[0-9]{1,4}", slots) or int(slots) == 0:
         return f"slots={slots} is not a number of ranks on {name}: it must be from 1 to 9999."
-    return Host(name, int(slots))
+    return Host(name, int(slots), is_spare=match["spare"] is not None)
 
 
 def _suggest_path(path: Path) -> str:
@@ -168,5 +172,5 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
-    sys.stdout.write("".join(f"{host.name} {host.slots}\n" for host in hosts))
+    sys.stdout.write("".join(f"{host.name} {host.slots}\n" for host in hosts if not host.is_spare))
     return 0

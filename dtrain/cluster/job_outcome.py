@@ -47,6 +47,12 @@ class HostResult:
         return not (self.problem or self.lost)
 
 
+def silent_result(host: str) -> HostResult:
+    """Returns the result of a host that is not waited for."""
+    lost = f"{host}: it no longer answers, so its processes may still be running; its ranks end by themselves."
+    return HostResult(host, 1, lost=lost, was_killed=True)
+
+
 class JobOutcome(NamedTuple):
     """The end of a job.
 

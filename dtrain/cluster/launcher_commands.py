@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtrain.cluster.hostfile import Host
+from dtrain.cluster.rounds import RoundHost, RoundPlan
 from dtrain.cluster.run_job import HostCommand, MultiHostJob
-from dtrain.distributed.launcher_env import JOB_ID, NODE_RANK, NODE_SLOTS
+from dtrain.distributed.launcher_env import JOB_ID, NODE_RANK
 
 FORWARDED_NAMES = (
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE",
@@ -37,7 +38,7 @@ class LaunchPlan:
     """The job to start, independent of the launcher.
 
     Attributes:
-        hosts: in the order of ranks.
+        hosts: in the order of ranks; spare ones only for dtrain's own launcher.
         script: the path of dtrain/main.py on every host.
         arguments: dtrain's arguments.
         folder: the working folder on every host.
@@ -48,7 +49,9 @@ class LaunchPlan:
         job_id: a secret unique to this job. Ranks reject processes that have another one.
         name: a name unique to this job, which may be printed.
         host_range: the smallest and the largest number of hosts of an elastic job; None for a fixed number.
-        max_restarts: how often torchrun restarts the ranks after a failure.
+        max_restarts: how often the launcher restarts the ranks after a failure.
+        fixed_port: the master's port if the user has chosen it; else None.
+        addresses: every host's address as the others see it; empty before the hosts are probed.
     """
 
     hosts: Sequence[Host]
@@ -63,6 +66,8 @@ class LaunchPlan:
     name: str
     host_range: tuple[int, int] | None = None
     max_restarts: int = 0
+    fixed_port: int | None = None
+    addresses: Sequence[str] = ()
 
 
 def forwarded_env(env: Mapping[str, str], exported: Sequence[str]) -> dict[str, str]:
@@ -86,17 +91,29 @@ def rank_env(plan: LaunchPlan) -> dict[str, str]:
 
 
 def dtrain(plan: LaunchPlan) -> MultiHostJob:
-    """Returns a job with dtrain's own launcher on every host, which imports once and forks its ranks."""
-    slots = ",".join(str(host.slots) for host in plan.hosts)
-    master = {"MASTER_ADDR": plan.address, "MASTER_PORT": str(plan.port)} if len(plan.hosts) > 1 else {}
-    commands = []
+    """Returns a job with dtrain's own launcher on every host, which imports once and forks its ranks.
+
+    On one host it restarts them itself. On several it waits for orders, also on spare hosts.
+    """
+    is_alone, commands = len(plan.hosts) == 1, []
     for index, host in enumerate(plan.hosts):
         argv = [sys.executable, str(plan.script), "--ranks", str(host.slots)]
-        argv += ["--max-restarts", str(plan.max_restarts)] if plan.max_restarts else []
-        env = {**rank_env(plan), **_visible_devices(host), **master, NODE_SLOTS: slots, NODE_RANK: str(index)}
+        argv += ["--max-restarts", str(plan.max_restarts)] if plan.max_restarts and is_alone else []
+        env = {**rank_env(plan), **_visible_devices(host), NODE_RANK: str(index)}
         commands.append(HostCommand(host.name, [*argv, *plan.arguments], env))
-    signals = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
-    return MultiHostJob("dtrain", commands, plan.folder, plan.exit_file, launcher_signals=signals)
+    addresses = plan.addresses or [host.name for host in plan.hosts]
+    hosts = [
+        RoundHost(host.name, address, host.slots, host.is_spare)
+        for host, address in zip(plan.hosts, addresses, strict=True)
+    ]
+    return MultiHostJob(
+        "dtrain",
+        commands,
+        plan.folder,
+        plan.exit_file,
+        launcher_signals=frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}),
+        rounds=None if is_alone else RoundPlan(hosts, plan.fixed_port or 0, plan.max_restarts),
+    )
 
 
 def torchrun(plan: LaunchPlan) -> MultiHostJob:

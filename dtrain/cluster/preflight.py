@@ -202,3 +202,13 @@ def choose_master(probes: Sequence[HostProbe]) -> tuple[str, int]:
                 "addresses in the hostfile."
             )
     return str(probes[1].facts["addresses"][first.host]), int(first.facts["port"])
+
+
+def host_addresses(probes: Sequence[HostProbe]) -> list[str]:
+    """Returns the address of each host as another one sees it; its name where that one cannot resolve it."""
+    addresses = []
+    for probe in probes:
+        seen = [str(other.facts["addresses"].get(probe.host) or "") for other in probes if other is not probe]
+        found = next((address for address in seen if address and not address.startswith("127.")), probe.host)
+        addresses.append(found)
+    return addresses

@@ -5,7 +5,8 @@ first line of standard input describes the command; every later line is an order
 process has died, and everything here is ended. Nothing passes through a shell, and no value appears in a process list.
 
 Standard output carries one JSON object a line: {"out": text} and {"err": text} are the command's output, {"ping": true}
-answers a ping, and {"end": ...} is the command's result.
+answers a ping, {"report": {...}} is a line of dtrain's launcher, which takes orders ({"order": {...}} in the input), and
+{"end": ...} is the command's result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -46,6 +48,9 @@ LINGER_LIMIT_S = 2.0
 EXIT_FILE = "DTRAIN_EXIT_FILE"
 """The same name as in launcher_env.py, which cannot be imported here."""
 
+ORDERS_FD = "DTRAIN_ORDERS_FD"
+"""As above: the command's end of the socket that carries orders and reports."""
+
 DRAIN_TIMEOUT_S = 2.0
 """Time to read the rest of the output after the command has ended."""
 
@@ -61,18 +66,27 @@ class Supervisor:
         self._temp_exit_file = Path(self._temp_folder.name) / "exit.json"
         self._launcher_signals = frozenset(spec.get("launcher_signals", ()))
         self._ends_with_exit_file = bool(spec.get("ends_with_exit_file"))
+        self._orders: socket.socket | None = None
+        env, inherited = self._child_env(spec["env"]), list[int]()
+        if spec.get("takes_orders"):
+            self._orders, command_end = socket.socketpair()
+            inherited = [command_end.detach()]
+            env[ORDERS_FD] = str(inherited[0])
         # torchrun starts each rank in a new session. As their subreaper this process remains their ancestor.
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         self._child = subprocess.Popen(
             spec["argv"],
             cwd=spec["cwd"],
-            env=self._child_env(spec["env"]),
+            env=env,
+            pass_fds=inherited,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
+        for file in inherited:
+            os.close(file)
 
     def _child_env(self, env: dict[str, str]) -> dict[str, str]:
         """Returns the command's environment, with the .venv of this Python on the PATH: DeepSpeed calls ninja."""
@@ -85,7 +99,8 @@ class Supervisor:
             threading.Thread(target=self._forward_output, args=(stream, name), daemon=True)
             for stream, name in ((self._child.stdout, "out"), (self._child.stderr, "err"))
         ]
-        for target in (self._follow_orders, self._end_when_cut_off):
+        targets = [self._follow_orders, self._end_when_cut_off]
+        for target in targets if self._orders is None else [*targets, self._forward_reports]:
             threading.Thread(target=target, daemon=True).start()
         for thread in readers:
             thread.start()
@@ -118,6 +133,20 @@ class Supervisor:
             if text := decoder.decode(chunk):
                 self._write({name: text})
 
+    def _forward_reports(self) -> None:
+        """Forwards the reports of a command that takes orders."""
+        assert self._orders is not None
+        with self._orders.makefile(encoding="utf-8") as reports:
+            for line in reports:
+                self._write({"report": json.loads(line)})
+
+    def _order(self, order: dict[str, Any]) -> None:
+        assert self._orders is not None
+        try:
+            self._orders.sendall(json.dumps(order).encode() + b"\n")
+        except OSError:  # the command has ended, which is reported
+            return
+
     def _follow_orders(self) -> None:
         """Follows orders until the input ends, then ends everything."""
         for line in sys.stdin:
@@ -130,6 +159,8 @@ class Supervisor:
                 self._signal(order["signal"])
             elif "ping" in order:
                 self._write(order)
+            elif "order" in order:
+                self._order(order["order"])
             elif "kill" in order:
                 break
         else:

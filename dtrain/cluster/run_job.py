@@ -21,7 +21,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
-from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results
+from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, silent_result
+from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
+from dtrain.cluster.rounds import RoundPlan
 from dtrain.cluster.ssh import explain_exit, python_command, start_on
 
 SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
@@ -31,9 +33,6 @@ SETTLE_S = 5.0
 
 KILL_TIMEOUT_S = 3.0
 """Time for the hosts to answer after they are told to kill their commands."""
-
-PING_INTERVAL_S = 3.0
-"""Interval at which each supervisor receives a ping, which it answers."""
 
 SILENCE_LIMIT_S = 9.0
 """After another host has failed, a host that has been silent for this long is not waited for."""
@@ -75,6 +74,7 @@ class MultiHostJob:
         launcher_signals: signals that the launcher forwards to its ranks; all others are sent to the ranks directly.
         min_hosts: an elastic job continues while this many hosts, including the first, have not failed. None: the job
             needs all hosts.
+        rounds: the launchers wait for orders, so that the job can start again and use spare hosts (rounds.py).
     """
 
     launcher: str
@@ -85,6 +85,7 @@ class MultiHostJob:
     signal_map: Mapping[int, int] | None = None
     launcher_signals: frozenset[int] = frozenset()
     min_hosts: int | None = None
+    rounds: RoundPlan | None = None
 
     def is_over(self, results: Sequence[HostResult]) -> bool:
         """Returns whether the failures so far end the job, so that the other hosts must end too."""
@@ -120,7 +121,7 @@ class _Connection:
     """The connection to one host's supervisor: its local process, and threads that read from it."""
 
     def __init__(self, index: int, command: HostCommand, job: MultiHostJob, events: SimpleQueue[_Event]) -> None:
-        self.host, self._index, self._events = command.host, index, events
+        self.host, self.index, self._events = command.host, index, events
         self.last_message_s = time.monotonic()
         self._stderr_lines: list[str] = []
         self.process = start_on(command.host, [*python_command(command.env), str(SUPERVISOR)])
@@ -132,6 +133,7 @@ class _Connection:
                 "exit_file": str(job.exit_file) if job.exit_file is not None else None,
                 "ends_with_exit_file": job.ends_with_exit_file,
                 "launcher_signals": sorted(job.launcher_signals),
+                "takes_orders": job.rounds is not None,
             }
         )
         self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
@@ -163,12 +165,12 @@ class _Connection:
             if not isinstance(frame, dict):  # output of a login script on the host
                 frame = {"err": line.decode("utf-8", "replace")}
             has_ended = has_ended or "end" in frame
-            self._events.put(_Event(self._index, frame))
+            self._events.put(_Event(self.index, frame))
         if not has_ended:
             code = self.process.wait()
             self._stderr_reader.join(1.0)
             lost = explain_exit(self.host, code, "".join(self._stderr_lines))
-            self._events.put(_Event(self._index, {"end": {"code": code, "record": None, "lost": lost}}))
+            self._events.put(_Event(self.index, {"end": {"code": code, "record": None, "lost": lost}}))
 
     def _read_stderr(self) -> None:
         stream = self.process.stderr
@@ -200,30 +202,47 @@ def _wait_for_hosts(
     """Waits until all commands have ended, or the remaining hosts no longer answer."""
     results, stop_signal = list[HostResult](), None
     deadline, was_killed, last_ping = math.inf, False, 0.0
+    watch = RoundWatch(connections, job.rounds) if job.rounds is not None else None
     while running := [each for each in connections if each.host not in {result.host for result in results}]:
         now = time.monotonic()
-        if (was_killed and now > deadline) or (results and _are_silent(running, now, deadline < math.inf, job)):
-            results += map(_silent_result, running)
+        can_be_over = watch is None or watch.rounds.is_final
+        if (was_killed and now > deadline) or (
+            results and can_be_over and _are_silent(running, now, deadline < math.inf, job)
+        ):
+            results += [silent_result(connection.host) for connection in running]
             break
         if now > deadline:
             _send_to_all(running, {"kill": True})
             deadline, was_killed = now + KILL_TIMEOUT_S, True
-        if now > last_ping + PING_INTERVAL_S:
+        interval_s = PING_INTERVAL_S if watch is None else watch.ping_interval_s
+        if now > last_ping + interval_s:
             _send_to_all(running, {"ping": True})
             last_ping = now
-        event = _next_event(events, min(deadline, last_ping + PING_INTERVAL_S) - now)
+        if watch is not None:
+            results += watch.look(running, now)
+        wait_s = min(deadline, last_ping + interval_s, math.inf if watch is None else watch.rounds.deadline) - now
+        event = _next_event(events, wait_s)
         if event is None:
             continue
         if event.host_index is None:
             stop_signal = _map_signal(event.frame["signal"], job)
             _send_to_all(running, {"signal": stop_signal})
+            if watch is not None:
+                watch.stop()
         elif "end" in event.frame:
+            if connections[event.host_index].host in {result.host for result in results}:
+                continue  # it was given up before
             results.append(HostResult(connections[event.host_index].host, was_killed=was_killed, **event.frame["end"]))
-            if deadline == math.inf and job.is_over(results):
+            if watch is not None:
+                watch.take_end(event.host_index, results[-1], now)
+            if deadline == math.inf and (watch is None or watch.rounds.is_final) and job.is_over(results):
                 deadline = now + SETTLE_S
+        elif "report" in event.frame and watch is not None:
+            watch.take_report(event.host_index, event.frame["report"], now)
         elif "ping" not in event.frame:
             output.show(event.host_index, event.frame)
-    return combine_results(results, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
+    counted = results if watch is None else watch.of_last_round(results)
+    return combine_results(counted, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
 
 
 def _are_silent(running: Sequence[_Connection], now: float, is_over: bool, job: MultiHostJob) -> bool:
@@ -243,13 +262,6 @@ def _next_event(events: SimpleQueue[_Event], wait_s: float) -> _Event | None:
         return events.get(timeout=max(wait_s, 0.0))
     except Empty:
         return None
-
-
-def _silent_result(connection: _Connection) -> HostResult:
-    lost = (
-        f"{connection.host}: it no longer answers, so its processes may still be running; its ranks end by themselves."
-    )
-    return HostResult(connection.host, 1, lost=lost, was_killed=True)
 
 
 def _send_to_all(connections: Sequence[_Connection], order: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from dtrain import console
 from dtrain.cluster import launcher_commands
 from dtrain.cluster.hostfile import Host, read_hostfile, select_hosts
 from dtrain.cluster.launcher_commands import LaunchPlan
-from dtrain.cluster.preflight import ROOT, HostProbe, check_hosts, choose_master, probe_hosts
+from dtrain.cluster.preflight import ROOT, HostProbe, check_hosts, choose_master, host_addresses, probe_hosts
 from dtrain.cluster.run_job import MultiHostJob, run_job
 from dtrain.cluster.ssh import is_local
 from dtrain.commands.arguments import Parser, parse
@@ -74,9 +74,8 @@ def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-restarts",
         type=int,
-        default=0,
         metavar="N",
-        help="torchrun, or dtrain on one host: restart up to N times",
+        help="torchrun or dtrain: restart up to N times; default 0, with spare hosts their number",
     )
     launcher_words, rest = list(argv), []
     if "--" in launcher_words:
@@ -109,10 +108,16 @@ def build_plan(options: argparse.Namespace, env: Mapping[str, str]) -> LaunchPla
         raise ConfigError(
             f"mpirun cannot select single slots: include or exclude all slots of {partial[0]}, or use launch/torchrun.sh."
         )
-    can_restart = options.launcher == "torchrun" or (options.launcher == "dtrain" and len(hosts) == 1)
-    if (options.nnodes and options.launcher != "torchrun") or (options.max_restarts and not can_restart):
-        what = f"{options.launcher} does not restart a job{' on several hosts' * (options.launcher == 'dtrain')}"
-        raise ConfigError(f"--nnodes and --max-restarts need launch/torchrun.sh: {what}.")
+    if options.nnodes and options.launcher != "torchrun":
+        own = " dtrain.sh goes on with all hosts that are left: use --max-restarts alone." * (
+            options.launcher == "dtrain"
+        )
+        raise ConfigError(f"--nnodes needs launch/torchrun.sh.{own}")
+    if options.max_restarts and options.launcher not in ("dtrain", "torchrun"):
+        raise ConfigError(
+            f"--max-restarts needs launch/dtrain.sh or torchrun.sh: {options.launcher} does not restart a job."
+        )
+    hosts, max_restarts = _with_spares(hosts, options)
     arguments = parse(options.rest, program=options.program, launcher_options=options.options)
     if arguments.ranks is not None:
         raise ConfigError(
@@ -134,8 +139,34 @@ def build_plan(options: argparse.Namespace, env: Mapping[str, str]) -> LaunchPla
         job_id=secrets.token_hex(16),
         name=f"dtrain-{secrets.token_hex(4)}",
         host_range=_parse_nnodes(options.nnodes, len(hosts)),
-        max_restarts=options.max_restarts,
+        max_restarts=max_restarts,
+        fixed_port=options.master_port,
     )
+
+
+def _with_spares(hosts: Sequence[Host], options: argparse.Namespace) -> tuple[list[Host], int]:
+    """Returns the hosts of the job, those in use before the spare ones, and the number of restarts.
+
+    Raises:
+        ConfigError: no host is left to run the job, or the number of restarts is wrong.
+    """
+    active, spares = [each for each in hosts if not each.is_spare], [each for each in hosts if each.is_spare]
+    if not active:
+        raise ConfigError(
+            "all selected hosts are spare. Select one that runs the job, or remove `spare` in the hostfile."
+        )
+    if spares and options.launcher != "dtrain":
+        names = ", ".join(host.name for host in spares)
+        log.warning("Only launch/dtrain.sh uses spare hosts, so %s will not take part.", names)
+        spares = []
+    max_restarts = len(spares) if options.max_restarts is None else options.max_restarts
+    if max_restarts < 0:
+        raise ConfigError(f"--max-restarts {max_restarts} is not a number of restarts: it must be at least 0.")
+    if spares and not max_restarts:
+        raise ConfigError(
+            f"{spares[0].name} is a spare host, which --max-restarts 0 never uses. Remove one of the two."
+        )
+    return [*active, *spares], max_restarts
 
 
 def _parse_nnodes(text: str | None, hosts: int) -> tuple[int, int] | None:
@@ -164,7 +195,7 @@ def apply_probes(plan: LaunchPlan, probes: Sequence[HostProbe], *, port: int | N
     threads = min(threads_per_rank(probe, host) for probe, host in zip(probes, plan.hosts, strict=True))
     # The same number on all hosts, because it affects the order of floating-point sums. torchrun would set 1.
     env = {"OMP_NUM_THREADS": str(threads), **plan.env}
-    return replace(plan, address=address, port=port or free_port, env=env)
+    return replace(plan, address=address, port=port or free_port, env=env, addresses=host_addresses(probes))
 
 
 def threads_per_rank(probe: HostProbe, host: Host) -> int:

@@ -27,11 +27,14 @@ LAUNCHER_PID = "DTRAIN_LAUNCHER_PID"
 MASTER_FD = "DTRAIN_MASTER_FD"
 """Set for rank 0 by dtrain's launcher: the number of its open socket that listens on the master's port."""
 
-NODE_SLOTS = "DTRAIN_NODE_SLOTS"
-"""Set by launch/dtrain.sh for dtrain's launcher on each host: the number of ranks on each, separated by commas."""
-
 NODE_RANK = "DTRAIN_NODE_RANK"
-"""Set by launch/dtrain.sh: the number of this host, from 0."""
+"""Set by launch/dtrain.sh for dtrain's launcher: the number of this host in the hostfile, from 0."""
+
+ORDERS_FD = "DTRAIN_ORDERS_FD"
+"""Set for dtrain's launcher by the host's supervisor: the number of the socket for orders (job/node_orders.py)."""
+
+LOST_HOSTS = "DTRAIN_LOST_HOSTS"
+"""Set for ranks by dtrain's launcher: names of hosts that the job has lost, separated by commas."""
 
 DTRAIN = "dtrain"
 """Name of dtrain's own launcher, which sets the same variables as torchrun."""
@@ -60,40 +63,6 @@ class LauncherPlacement(NamedTuple):
     master_addr: str | None
     master_port: int | None
     is_complete: bool = True
-
-
-class NodePlace(NamedTuple):
-    """The ranks of one node among all ranks of a job that dtrain's launcher starts.
-
-    Attributes:
-        first_rank: the rank of its first process.
-        world_size: number of ranks on all nodes.
-        node_rank: number of this node, from 0.
-        num_nodes: number of nodes.
-    """
-
-    first_rank: int
-    world_size: int
-    node_rank: int
-    num_nodes: int
-
-
-def read_node(env: Mapping[str, str], ranks: int) -> NodePlace:
-    """Returns the place of this node for dtrain's launcher.
-
-    Args:
-        ranks: number of ranks on this node.
-
-    Raises:
-        TopologyError: the variables of launch/dtrain.sh are wrong.
-    """
-    slots = [int(text) for text in re.findall(r"\d+", env.get(NODE_SLOTS, str(ranks)))]
-    node = _number(env, NODE_RANK) or 0
-    if not 0 <= node < len(slots) or slots[node] != ranks:
-        refuse(env, f"{NODE_SLOTS}={env.get(NODE_SLOTS)} and {NODE_RANK}={node} do not fit to --ranks {ranks}.")
-    if len(slots) > 1 and (not env.get("MASTER_ADDR") or _number(env, "MASTER_PORT") is None):
-        refuse(env, f"{NODE_SLOTS} is set, but MASTER_ADDR or MASTER_PORT is not, so the ranks cannot meet.")
-    return NodePlace(sum(slots[:node]), sum(slots), node, len(slots))
 
 
 class RankClaim(NamedTuple):
@@ -147,8 +116,8 @@ def read_job_identity(env: Mapping[str, str], launcher: str, *, run: Mapping[str
         case "torchrun" | "dtrain":
             job["rdzv id"] = env["TORCHELASTIC_RUN_ID"]
             restart = _number(env, "TORCHELASTIC_RESTART_COUNT") or 0
-            # Each node's agent counts only the failures of its own workers.
-            is_global = env.get("GROUP_WORLD_SIZE", "1") == "1"
+            # Each node's agent of torchrun counts only the failures of its own workers.
+            is_global = launcher == DTRAIN or env.get("GROUP_WORLD_SIZE", "1") == "1"
         case "openmpi" | "mpich" | "intelmpi" if env.get("PMIX_NAMESPACE"):
             job["MPI job"] = env["PMIX_NAMESPACE"]
         case "slurm" if env.get("SLURM_JOB_ID"):

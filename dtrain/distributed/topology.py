@@ -30,6 +30,7 @@ class Topology:
         launches: how often each launcher that may restart this job has started it before, by the launcher's name.
         exit_file: file that receives the reason why this process ends, in addition to exit.json; None for no such file.
         launcher_error_file: file whose content torchrun reports if this process fails; None for no such file.
+        lost_hosts: names of hosts that the job has given up; their processes count as ended.
         cuda_mask: CUDA_VISIBLE_DEVICES; None where it is not set. Empty: no GPU is to be used.
     """
 
@@ -46,6 +47,7 @@ class Topology:
     launches: Mapping[str, int] = field(default_factory=dict, compare=False)
     exit_file: Path | None = field(default=None, compare=False)
     launcher_error_file: Path | None = field(default=None, compare=False)
+    lost_hosts: tuple[str, ...] = field(default=(), compare=False)
     cuda_mask: str | None = field(default="", compare=False)
 
     @classmethod
@@ -66,6 +68,7 @@ class Topology:
             launches=launcher_env.count_launches(env, placement.launcher),
             exit_file=exit_file,
             launcher_error_file=Path(error_file) if error_file else None,
+            lost_hosts=tuple(filter(None, env.get(launcher_env.LOST_HOSTS, "").split(","))),
             cuda_mask=env.get("CUDA_VISIBLE_DEVICES"),
         )
 

@@ -1,4 +1,4 @@
-"""Runs the ranks of one node as forks of this process, and starts them again after a failure: `--ranks N`.
+"""Runs the ranks of one node as forks of this process, once: for rank_launcher.py.
 
 Forked and not spawned, because everything is imported once for all ranks and all restarts (a rank is there 0.1 s after its
 start, not 4 s), and that is safe as long as this process has no thread, no CUDA context and no process group: preload.py
@@ -9,41 +9,26 @@ A rank sees the variables of torchrun, is in a session of its own, and handles s
 
 from __future__ import annotations
 
-import gc
 import os
-import secrets
 import signal
 import socket
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, MutableMapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dtrain import console
 from dtrain.cluster.remote_supervisor import stamp
 from dtrain.console import log
-from dtrain.distributed import launcher_env, linux_process, network, process_limit
-from dtrain.distributed.launcher_env import NodePlace
-from dtrain.distributed.topology import SINGLE
-from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
-from dtrain.errors import CheckpointError, ConfigError, DataError, Preempted, TopologyError
-from dtrain.job.failure import interrupted_early
-from dtrain.job.forked_outcome import (
-    RankStart,
-    describe_first_failure,
-    final_message,
-    job_code,
-    read_exit,
-)
-
-FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
-"""Exit codes after which the ranks are not started again: the same error would come again, or all is saved."""
+from dtrain.distributed import launcher_env, linux_process, process_limit
+from dtrain.errors import Preempted, TopologyError
+from dtrain.job.forked_outcome import RankStart, job_code, read_exit
+from dtrain.job.node_orders import Orders, RoundOrder
 
 PATIENT_CODES = (0, Preempted.exit_code)
 """Exit codes of one rank after which the others may take as long as they need."""
@@ -57,6 +42,9 @@ TERM_S = 3.0
 LINGER_S = 2.0
 """Time for helper processes of ranks to end by themselves before this process ends: a monitor may still write."""
 
+AFTER_RESTART_S = 0.3
+"""The same before ranks start again. Ranks that reported an error have been heard by then."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that are passed on to all ranks."""
 
@@ -65,130 +53,108 @@ SAFE_THREADS = ("jemalloc_bg_thd",)
 
 
 @dataclass(frozen=True)
-class RankLaunch:
-    """What to start.
+class RoundEnd:
+    """How one start of the ranks has ended.
 
     Attributes:
-        ranks: number of ranks on this node.
-        node: this node's place in the job.
-        max_restarts: how often they are started again after a failure.
-        exit_file: exit.json of the run folder; None for a command that writes none.
-        preload: imports what the ranks will import.
+        start: its ranks and their exit codes.
+        record: content of exit.json if this start has written it.
+        code: dtrain's exit code of the job, as this node sees it.
+        was_stopped: a signal told the job to stop.
+        was_killed: the coordinator has had the ranks killed.
+    """
+
+    start: RankStart
+    record: dict[str, Any] | None
+    code: int
+    was_stopped: bool
+    was_killed: bool
+
+
+@dataclass(frozen=True)
+class RankForker:
+    """What every start of this node's ranks needs.
+
+    Attributes:
         run_rank: runs a rank in its process and returns its exit code.
-    """
-
-    ranks: int
-    node: NodePlace
-    max_restarts: int
-    exit_file: Path | None
-    preload: Callable[[], None]
-    run_rank: Callable[[], int]
-
-
-def run_ranks(launch: RankLaunch, env: MutableMapping[str, str]) -> int:
-    """Runs all ranks to their end, with restarts, and returns the job's exit code.
-
-    Args:
+        exit_file: exit.json of the run folder; None for a command that writes none.
         env: os.environ; a rank's variables are set in it, in the process of the rank.
-
-    Raises:
-        Interrupted: a signal told the job to stop before there were ranks.
-        TopologyError: a rank could not be started.
+        signals: the signals to wait for, which are blocked here.
+        mask: the signals that are blocked in a rank.
+        name: the process name of a rank.
+        orders: the channel to the coordinator of a job on several hosts; None on one.
     """
-    own_name = _process_name()
-    linux_process.name_process(LAUNCHER_NAME.encode())
-    linux_process.adopt_orphans()  # what a killed rank leaves behind becomes ours, and ends with us
-    gc.disable()  # imports leave next to nothing to collect
-    with _interruptible():
-        launch.preload()
-        signals, mask = _block_signals()
-    gc.freeze()  # the ranks' garbage collections would copy every shared page
-    gc.enable()
-    # Nodes that launch/dtrain.sh has started share a token of their own: launcher_env.JOB_ID.
-    run_id, restart = f"dtrain-{secrets.token_hex(8)}" if launch.node.num_nodes == 1 else "dtrain", 0
-    while True:
-        old_stamp = stamp(launch.exit_file)
-        start = _start_all(launch, env, run_id=run_id, restart=restart, mask=mask, name=own_name)
-        was_stopped = _wait(start, signals)
-        record = read_exit(launch.exit_file, old_stamp)
-        code = job_code(start, record)
-        if was_stopped or code in FINAL_CODES or restart == launch.max_restarts:
-            break
-        restart += 1
-        log.warning(
-            "%s All %d ranks start again: restart %d of %d.",
-            describe_first_failure(start),
-            launch.ranks,
-            restart,
-            launch.max_restarts,
-        )
-    _end_descendants()
-    if (message := final_message(start, record)) is not None and code != Preempted.exit_code:
-        log.error("%s", message)
-    return code
 
+    run_rank: Callable[[], int]
+    exit_file: Path | None
+    env: MutableMapping[str, str]
+    signals: set[signal.Signals]
+    mask: set[signal.Signals]
+    name: bytes
+    orders: Orders | None
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lets a signal end the imports. No helper thread, unlike signals.py: it would be one at the fork."""
+    def run(
+        self, order: RoundOrder, listener: socket.socket | None, *, run_id: str, earlier: RoundEnd | None
+    ) -> RoundEnd:
+        """Runs the ranks once, to their end.
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise interrupted_early(SINGLE, signal.Signals(number).name)
-
-    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        Args:
+            listener: the open socket where they meet, if rank 0 is here; it is closed here when the ranks have it.
+            earlier: the end of the start before this one. Its monitors would report it as the end of this one, so they
+                are ended first.
+        """
+        if earlier is not None:
+            end_descendants(0.0 if earlier.was_killed else AFTER_RESTART_S)
+        file = self.exit_file
+        old_stamp = stamp(file)
+        if own_file := self.env.get(launcher_env.EXIT_FILE):  # an earlier start's end is not this one's
+            Path(own_file).unlink(missing_ok=True)
+        with listener or nullcontext():
+            start = _start_all(self, order, listener, run_id=run_id)
+        was_stopped, was_killed = _wait(start, self.signals, self.orders)
+        record = read_exit(file, old_stamp)
+        return RoundEnd(start, record, job_code(start, record), was_stopped, was_killed)
 
 
 # ---------------------------------------------------------------- starting ranks
 
 
-def _start_all(
-    launch: RankLaunch,
-    env: MutableMapping[str, str],
-    *,
-    run_id: str,
-    restart: int,
-    mask: set[signal.Signals],
-    name: bytes,
-) -> RankStart:
-    """Forks all ranks. Rank 0 inherits the socket where they meet, so that its port is free and stays so."""
+def _start_all(forker: RankForker, order: RoundOrder, listener: socket.socket | None, *, run_id: str) -> RankStart:
+    """Forks all ranks. Rank 0 inherits the socket where they meet."""
     start, launcher, threads = RankStart(), os.getpid(), other_threads()
     if threads:
         log.warning("Ranks are started as new programs, which takes longer: a thread (%s) runs already.", threads[0])
-    node = launch.node
-    with _master_socket(node) as listener:
-        common = {
-            "WORLD_SIZE": node.world_size,
-            "LOCAL_WORLD_SIZE": launch.ranks,
-            "GROUP_RANK": node.node_rank,
-            "GROUP_WORLD_SIZE": node.num_nodes,
-            **({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": listener.getsockname()[1]} if listener is not None else {}),
-            "TORCHELASTIC_RUN_ID": run_id,
-            "TORCHELASTIC_RESTART_COUNT": restart,
-            "TORCHELASTIC_MAX_RESTARTS": launch.max_restarts,
-            launcher_env.LAUNCHER_PID: launcher,
-        }
-        console.flush_streams()  # all processes would write what is still buffered
-        for local_rank in range(launch.ranks):
-            pid = _fork(start)
-            rank = node.first_rank + local_rank
-            if pid:
-                start.running[pid] = rank
-                start.pids[rank] = pid
-                continue
-            own = {"RANK": rank, "LOCAL_RANK": local_rank}
-            if listener is not None and rank == 0:
-                own[launcher_env.MASTER_FD] = listener.fileno()
-            env.update({key: str(value) for key, value in {**common, **own}.items()})
-            if listener is not None and rank > 0:
-                listener.close()
-            _become_rank(launcher, mask, name)
-            _run_rank(launch.run_rank, env, own.get(launcher_env.MASTER_FD), threads)
+    common = {
+        "WORLD_SIZE": order.world_size,
+        "LOCAL_WORLD_SIZE": order.ranks,
+        "GROUP_RANK": order.node_rank,
+        "GROUP_WORLD_SIZE": order.num_nodes,
+        "MASTER_ADDR": order.address,
+        "MASTER_PORT": order.port,
+        "TORCHELASTIC_RUN_ID": run_id,
+        "TORCHELASTIC_RESTART_COUNT": order.restart,
+        "TORCHELASTIC_MAX_RESTARTS": order.max_restarts,
+        launcher_env.LAUNCHER_PID: launcher,
+        launcher_env.LOST_HOSTS: ",".join(order.lost_hosts),
+    }
+    console.flush_streams()  # all processes would write what is still buffered
+    for local_rank in range(order.ranks):
+        pid = _fork(start)
+        rank = order.first_rank + local_rank
+        if pid:
+            start.running[pid] = rank
+            start.pids[rank] = pid
+            continue
+        own = {"RANK": rank, "LOCAL_RANK": local_rank}
+        if forker.orders is not None:
+            forker.orders.socket.close()
+        if listener is not None and rank == 0:
+            own[launcher_env.MASTER_FD] = listener.fileno()
+        elif listener is not None:
+            listener.close()
+        forker.env.update({key: str(value) for key, value in {**common, **own}.items()})
+        _become_rank(launcher, forker.mask, forker.name)
+        _run_rank(forker.run_rank, forker.env, own.get(launcher_env.MASTER_FD), threads)
     return start
 
 
@@ -201,11 +167,6 @@ def _fork(start: RankStart) -> int:
     except OSError as error:
         start.send(signal.SIGKILL)
         raise process_limit.start_error() from error
-
-
-def _master_socket(node: NodePlace) -> AbstractContextManager[socket.socket | None]:
-    """Opens the socket where the ranks of one machine meet. On several, rank 0 opens it on the port that was chosen."""
-    return network.listen("127.0.0.1", 0) if node.num_nodes == 1 else nullcontext()
 
 
 def _become_rank(launcher: int, mask: set[signal.Signals], name: bytes) -> None:
@@ -250,7 +211,7 @@ def other_threads() -> list[str]:
 # ---------------------------------------------------------------- waiting for their end
 
 
-def _block_signals() -> tuple[set[signal.Signals], set[signal.Signals]]:
+def block_signals() -> tuple[set[signal.Signals], set[signal.Signals]]:
     """Blocks the signals that this process waits for, until it ends: none is missed, and none needs a handler.
 
     Returns:
@@ -258,31 +219,38 @@ def _block_signals() -> tuple[set[signal.Signals], set[signal.Signals]]:
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, no exit code is kept
     # nohup ignores SIGHUP, and a shell SIGINT in the background: they must stay ignored.
-    waited = {signal.SIGCHLD, *(each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN)}
+    waited = {
+        signal.SIGCHLD,
+        signal.SIGIO,
+        *(each for each in STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN),
+    }
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, waited)
     return waited, {signal.Signals(number) for number in mask}
 
 
-def _wait(start: RankStart, signals: set[signal.Signals]) -> bool:
+def _wait(start: RankStart, signals: set[signal.Signals], orders: Orders | None) -> tuple[bool, bool]:
     """Waits until all ranks have ended. Ends those that do not end by themselves after another has failed.
 
     Returns:
-        Whether a signal told the job to stop.
+        Whether a signal told the job to stop, and whether the coordinator had the ranks killed.
     """
-    was_stopped, next_number, deadline = False, signal.SIGTERM, float("inf")
+    was_stopped, was_killed, next_number, deadline = False, False, signal.SIGTERM, float("inf")
     while start.running:
         remaining_s = min(deadline - time.monotonic(), 60.0)
         info = signal.sigtimedwait(signals, max(remaining_s, 0.0))
-        if info is not None and info.si_signo != signal.SIGCHLD:
+        if info is not None and info.si_signo in STOP_SIGNALS:
             was_stopped = True
             start.send(info.si_signo)
+        if orders is not None and orders.take_stop():
+            was_killed = True
+            start.send(signal.SIGKILL)
         _collect(start)
         if deadline == float("inf") and start.failures(PATIENT_CODES):
             deadline = time.monotonic() + SETTLE_S
         elif time.monotonic() > deadline:
             start.send(next_number)
             next_number, deadline = signal.SIGKILL, time.monotonic() + TERM_S
-    return was_stopped
+    return was_stopped, was_killed
 
 
 def _collect(start: RankStart) -> None:
@@ -299,9 +267,9 @@ def _collect(start: RankStart) -> None:
             start.codes[rank] = os.waitstatus_to_exitcode(status)
 
 
-def _end_descendants() -> None:
-    """Waits for helper processes that dead ranks have left, and kills those that stay."""
-    deadline = time.monotonic() + LINGER_S
+def end_descendants(linger_s: float | None = None) -> None:
+    """Waits LINGER_S, or this long, for helper processes that dead ranks have left, and kills those that stay."""
+    deadline = time.monotonic() + (LINGER_S if linger_s is None else linger_s)
     while left := _children(os.getpid()):
         if time.monotonic() > deadline:
             for pid in left:
@@ -318,7 +286,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for listing in listings for child in listing.split()]
 
 
-def _process_name() -> bytes:
+def process_name() -> bytes:
     return _read(Path("/proc/self/comm")).encode()
 
 

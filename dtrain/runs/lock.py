@@ -19,7 +19,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,12 @@ def _ignore_loss(_message: str) -> None:
 
 @contextmanager
 def locked(
-    folder: Path, *, command: str, period_s: float = HEARTBEAT_PERIOD_S, on_loss: Callable[[str], None] = _ignore_loss
+    folder: Path,
+    *,
+    command: str,
+    period_s: float = HEARTBEAT_PERIOD_S,
+    on_loss: Callable[[str], None] = _ignore_loss,
+    lost_hosts: Sequence[str] = (),
 ) -> Iterator[LockOwner]:
     """Locks the folder for this process against other starts, and creates the folder if needed.
 
@@ -119,6 +124,8 @@ def locked(
     Args:
         folder: the run folder, which may not exist yet.
         command: the command that needs the folder, for messages to others.
+        lost_hosts: names of hosts whose processes count as dead if they cannot be seen: this job has lost them. One that
+            lives nevertheless notices at its next heartbeat that the lock is gone, and ends.
         on_loss: called in a helper thread with the reason why this process ends, if another job takes the folder over.
 
     Raises:
@@ -130,7 +137,7 @@ def locked(
     owner = LockOwner(this_process(), command, since, uuid.uuid4().hex)
     done = threading.Event()
     try:
-        _acquire(folder, owner, period_s)
+        _acquire(folder, owner, period_s, lost_hosts)
         heartbeat_args = (folder, owner, done, period_s, on_loss)
         threading.Thread(target=_heartbeat, args=heartbeat_args, name="run-lock", daemon=True).start()
         yield owner
@@ -222,7 +229,7 @@ def _parse_owner(text: str) -> LockOwner | None:
         return None
 
 
-def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
+def _acquire(folder: Path, owner: LockOwner, period_s: float, lost_hosts: Sequence[str]) -> None:
     draft = folder / f".{LOCK}.{owner.id}.tmp"
     try:
         _write_in_folder(draft, owner.as_text())
@@ -237,7 +244,7 @@ def _acquire(folder: Path, owner: LockOwner, period_s: float) -> None:
             current = chain[-1]
             if current.owner == owner:  # a network file system created the link but reported an error
                 return
-            reason = _stale_reason(folder, chain, period_s)
+            reason = _stale_reason(folder, chain, period_s, lost_hosts)
             if reason == IN_USE:
                 break
             if reason != CHANGED and _replace(folder, chain, draft, owner):
@@ -264,12 +271,14 @@ def _write_in_folder(file: Path, text: str) -> None:
                 raise
 
 
-def _stale_reason(folder: Path, chain: list[LockState], period_s: float) -> str:
+def _stale_reason(folder: Path, chain: list[LockState], period_s: float, lost_hosts: Sequence[str]) -> str:
     """Returns why the lock is stale; `IN_USE` if it is not, `CHANGED` if it was replaced in the meantime."""
     lock = chain[-1]
     is_owner_alive = is_alive(lock.owner.process) if lock.owner is not None else None
     if is_owner_alive is not None:
         return IN_USE if is_owner_alive else "whose process is gone"
+    if lock.owner is not None and lock.owner.process.host in lost_hosts:
+        return "whose host this job has lost"
     wait_s = MAX_MISSED_HEARTBEATS * period_s
     log.info(
         "%s holds the lock of %s, but its process is not visible here: waiting %.3g s for a heartbeat",

@@ -64,7 +64,8 @@ def _claim(config: Config, context: RankContext, command: str, lock: ExitStack) 
             return "", False
         lock_id = ""
         try:
-            held = locked(folder.path, command=command, on_loss=context.heartbeat.lose_run_dir)
+            on_loss, lost_hosts = context.heartbeat.lose_run_dir, context.topology.lost_hosts
+            held = locked(folder.path, command=command, on_loss=on_loss, lost_hosts=lost_hosts)
             lock_id = lock.enter_context(held).id
         except OSError as error:
             refusals.append(unwritable_error(folder, error))

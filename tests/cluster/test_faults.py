@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import jobs
-from tests.support.cluster_jobs import BEFORE_IT_STARTS, HANG_TIMEOUT_S, SCRIPTS, WHILE_IT_RUNS, started
-from tests.support.simulated import needs_cluster, simulated_cluster
+from tests.support.cluster_jobs import (
+    BEFORE_IT_STARTS,
+    HANG_TIMEOUT_S,
+    SCRIPTS,
+    WHILE_IT_RUNS,
+    ClusterJob,
+    kill_last_launcher,
+    kill_node,
+    started,
+)
+from tests.support.simulated import SimulatedCluster, needs_cluster, simulated_cluster
 
 pytestmark = [pytest.mark.launchers, needs_cluster, pytest.mark.slow]
 
@@ -125,3 +136,32 @@ def test_an_elastic_job_continues_on_the_remaining_node(tmp_path: Path) -> None:
     assert code == 0, job.first.text
     summary = jobs.summary_of(tmp_path / "runs" / "run")
     assert (summary["step"], summary["world_size"]) == (400, 1)
+
+
+@pytest.mark.parametrize(
+    ("strike", "spares", "world_size", "reason"),
+    [
+        pytest.param(kill_node, 1, 2, "node2: no answer for 3 s", id="a spare host for one without power"),
+        pytest.param(kill_last_launcher, 0, 1, "node2: its launcher was killed by SIGKILL", id="smaller without one"),
+    ],
+)
+def test_dtrains_launcher_goes_on_with_a_spare_host_or_smaller(
+    strike: Callable[[SimulatedCluster, ClusterJob], None], spares: int, world_size: int, reason: str, tmp_path: Path
+) -> None:
+    settings = _settings(tmp_path, train__max_steps=400, checkpoint__every=20)
+    with simulated_cluster(2 + spares) as cluster:
+        hosts = cluster.hostfile.read_text()
+        cluster.hostfile.write_text(hosts.replace("node3 slots=1", "node3 slots=1 spare"))
+        with started(DTRAIN, cluster, settings, "--max-restarts", "1") as job:
+            job.wait_for(" 60/400")
+            strike(cluster, job)
+            begin = time.monotonic()
+            job.wait_for("resumes from the checkpoint")
+            again_s = time.monotonic() - begin
+            code, _ = job.end()
+    assert code == 0, job.first.text
+    assert reason in job.first.text
+    assert "done: 400 steps" in job.first.text
+    assert again_s < 10.0, job.first.text
+    summary = jobs.summary_of(tmp_path / "runs" / "run")
+    assert (summary["step"], summary["world_size"]) == (400, world_size)

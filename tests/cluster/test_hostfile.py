@@ -23,6 +23,16 @@ def test_hosts_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     assert read_hostfile(_file(tmp_path, text)) == [Host("node2", 4), Host("node1.lan", 2), Host("10.0.0.7", 1)]
 
 
+def test_a_host_may_be_spare_but_not_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _file(tmp_path, "node1 slots=2\nnode2 slots = 4\tspare # in the next rack")
+    assert read_hostfile(path)[1] == Host("node2", 4, is_spare=True)
+    assert select_hosts(read_hostfile(path), exclude="node2:0")[1] == Host("node2", 3, (1, 2, 3), is_spare=True)
+    assert main([str(path)]) == 0
+    assert capsys.readouterr().out == "node1 2\n"
+    with pytest.raises(ConfigError, match="has spare hosts only"):
+        read_hostfile(_file(tmp_path, "node1 slots=2 spare"))
+
+
 @pytest.mark.parametrize(
     "name", ["a;touch", "$(id)", "-oProxyCommand=x", "a`id`", "a|b", "node*", "a/b", "a'b", "a&", "a-"]
 )
@@ -31,7 +41,18 @@ def test_a_name_that_is_special_to_a_shell_or_to_ssh_is_refused(tmp_path: Path, 
         read_hostfile(_file(tmp_path, f"node1 slots=1\n{name} slots=1\n"))
 
 
-@pytest.mark.parametrize("line", ["node1", "node1 slot=4", "node1 slots=4 gpus=2", "node1 4", "a;touch x slots=1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "node1",
+        "node1 slot=4",
+        "node1 slots=4 gpus=2",
+        "node1 slots=4 spares",
+        "node1 spare",
+        "node1 4",
+        "a;touch x slots=1",
+    ],
+)
 def test_an_invalid_line_is_shown_with_its_number(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"hosts, line 1: .* is not "):
         read_hostfile(_file(tmp_path, line))

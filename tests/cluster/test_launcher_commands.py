@@ -15,10 +15,10 @@ import pytest
 from dtrain.cluster import launcher_commands
 from dtrain.cluster.hostfile import Host
 from dtrain.cluster.job_outcome import HostResult, combine_results
-from dtrain.cluster.preflight import HostProbe, check_hosts, choose_master
+from dtrain.cluster.preflight import HostProbe, check_hosts, choose_master, host_addresses
+from dtrain.cluster.rounds import RoundHost
 from dtrain.cluster.ssh import command_on, explain_exit, is_local, python_command
 from dtrain.commands.launch import apply_probes, build_plan, format_commands, main, read_arguments
-from dtrain.distributed.launcher_env import NodePlace, read_node
 from dtrain.errors import ConfigError, TopologyError
 
 NOW = 1_000_000.0
@@ -107,22 +107,27 @@ def test_mpirun_gets_the_names_of_variables_and_not_their_values() -> None:
 # ---------------------------------------------------------------- commands
 
 
-def test_dtrains_launcher_gets_the_slots_of_all_hosts_and_no_port_on_one() -> None:
-    one, two = launcher_commands.dtrain(_plan()).commands
+def test_dtrains_launcher_waits_for_orders_on_several_hosts_and_restarts_alone_on_one() -> None:
+    hosts = Host("node1", 2), Host("node2", 1), Host("node3", 2, is_spare=True)
+    job = launcher_commands.dtrain(_plan(*hosts, max_restarts=3, addresses=["10.0.0.1", "10.0.0.2", "10.0.0.3"]))
+    assert job.commands[0].argv[1:] == [
+        "/opt/dtrain/dtrain/main.py",
+        "--ranks",
+        "2",
+        "run.name=a b",
+        "data.path=$(touch x)",
+    ]
+    assert [command.argv[2:4] for command in job.commands] == [["--ranks", "2"], ["--ranks", "1"], ["--ranks", "2"]]
+    assert job.rounds is not None
+    assert (job.rounds.max_restarts, job.rounds.port) == (3, 0)
+    assert job.rounds.hosts[2] == RoundHost("node3", "10.0.0.3", 2, is_spare=True)
+    fixed = launcher_commands.dtrain(_plan(fixed_port=5000)).rounds
+    assert fixed is not None
+    assert fixed.port == 5000
 
-    assert one.argv[1:] == ["/opt/dtrain/dtrain/main.py", "--ranks", "2", "run.name=a b", "data.path=$(touch x)"]
-    assert two.argv[2:4] == ["--ranks", "1"]
-    assert read_node(one.env, 2) == NodePlace(0, 3, 0, 2)
-    assert read_node(two.env, 1) == NodePlace(2, 3, 1, 2)
-    with pytest.raises(TopologyError, match="do not fit to --ranks 2"):
-        read_node(two.env, 2)
-    with pytest.raises(TopologyError, match="MASTER_ADDR or MASTER_PORT is not"):
-        read_node({**two.env, "MASTER_PORT": ""}, 1)
-
-    (alone,) = launcher_commands.dtrain(_plan(Host("node1", 4), max_restarts=3)).commands
-    assert alone.argv[2:6] == ["--ranks", "4", "--max-restarts", "3"]
-    assert "MASTER_ADDR" not in alone.env
-    assert read_node(alone.env, 4) == read_node({}, 4) == NodePlace(0, 4, 0, 1)
+    alone = launcher_commands.dtrain(_plan(Host("node1", 4), max_restarts=3))
+    assert alone.commands[0].argv[2:6] == ["--ranks", "4", "--max-restarts", "3"]
+    assert alone.rounds is None
 
 
 def test_torchrun_gets_its_node_rank_on_each_host() -> None:
@@ -383,8 +388,11 @@ def test_a_requested_stop_is_not_a_failure_of_the_launcher() -> None:
 # ---------------------------------------------------------------- the command line
 
 
-def _hostfile(folder: Path) -> str:
-    (folder / "hosts").write_text("node1 slots=2\nnode2 slots=1\n")
+SPARE = "node3 slots=2 spare\n"
+
+
+def _hostfile(folder: Path, first: str = "") -> str:
+    (folder / "hosts").write_text(f"{first}node1 slots=2\nnode2 slots=1\n")
     return str(folder / "hosts")
 
 
@@ -395,6 +403,23 @@ def test_unknown_arguments_are_passed_to_dtrain() -> None:
     assert options.rest == ["--config", "c.yaml", "a.b=1", "--dry-run"]
     assert not options.dry_run
     assert options.max_restarts == 2
+
+
+def test_a_spare_host_comes_last_gives_one_restart_and_is_left_out_by_other_launchers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = build_plan(read_arguments(["dtrain", _hostfile(tmp_path, SPARE)]), {})
+    assert [(host.name, host.is_spare) for host in plan.hosts] == [("node1", False), ("node2", False), ("node3", True)]
+    assert plan.max_restarts == 1
+    plan = build_plan(read_arguments(["torchrun", _hostfile(tmp_path, SPARE), "--nnodes", "1:2"]), {})
+    assert [host.name for host in plan.hosts] == ["node1", "node2"]
+    assert plan.max_restarts == 0
+
+
+def test_every_host_has_the_address_that_another_one_sees() -> None:
+    seen = {"node1": "10.0.0.1", "node2": "127.0.1.1", "node3": "10.0.0.3"}
+    probes = [_probe(name, addresses=seen) for name in seen]
+    assert host_addresses(probes) == ["10.0.0.1", "node2", "10.0.0.3"]
 
 
 @pytest.mark.parametrize(
@@ -415,9 +440,11 @@ def test_unknown_arguments_are_passed_to_dtrain() -> None:
             "--dryrun is not an option. Did you mean --dry-run? See launch/torchrun.sh",
         ),
         (["mpirun", "HOSTS", "--master_port=5"], "--master_port is not an option. Did you mean --master-port?"),
-        (["deepspeed", "HOSTS", "--max-restarts", "1"], "need launch/torchrun.sh: deepspeed does not restart a job."),
-        (["dtrain", "HOSTS", "--max-restarts", "1"], "dtrain does not restart a job on several hosts."),
-        (["dtrain", "HOSTS", "--nnodes", "1:2"], "need launch/torchrun.sh"),
+        (["deepspeed", "HOSTS", "--max-restarts", "1"], "torchrun.sh: deepspeed does not restart a job."),
+        (["dtrain", "HOSTS", "--max-restarts", "-1"], "--max-restarts -1 is not a number of restarts"),
+        (["dtrain", "HOSTS", "--nnodes", "1:2"], "dtrain.sh goes on with all hosts that are left: use --max-restarts"),
+        (["dtrain", "HOSTS", "--include", "node3"], "all selected hosts are spare"),
+        (["dtrain", "HOSTS", "--max-restarts", "0"], "node3 is a spare host, which --max-restarts 0 never uses"),
         (["dtrain", "HOSTS", "--ranks", "4"], "--ranks is for one machine without a hostfile."),
         (["torchrun", "HOSTS", "--export", "NOT_THERE"], "this variable is not set here"),
         (["torchrun", "HOSTS", "--include", "node9"], "no host 'node9'"),
@@ -428,7 +455,8 @@ def test_unknown_arguments_are_passed_to_dtrain() -> None:
 def test_a_wrong_argument_exits_with_2_before_any_host_is_probed(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [word.replace("HOSTS", _hostfile(tmp_path)) for word in words]
+    spare = SPARE if "node3" in message or "spare" in message else ""
+    words = [word.replace("HOSTS", _hostfile(tmp_path, spare)) for word in words]
     assert main(words, {}) == 2
     printed = capsys.readouterr().out
     assert message in printed

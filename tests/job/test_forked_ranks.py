@@ -28,10 +28,9 @@ def launched(tmp_path: Path, rank: str, *, ranks: int = 2, restarts: int = 0, li
 import json, os, signal, sys, time
 from pathlib import Path
 from dtrain import console
-from dtrain.distributed.launcher_env import NodePlace
 from dtrain.job import forked_ranks
 forked_ranks.SETTLE_S = forked_ranks.TERM_S = forked_ranks.LINGER_S = {limits_s}
-from dtrain.job.forked_ranks import RankLaunch, run_ranks
+from dtrain.job.rank_launcher import RankLaunch, run_ranks
 console.configure_logging(rank=0, world_size=1)
 file = Path({str(tmp_path / "exit.json")!r})
 def exit_json(code, cause, rank=0):
@@ -39,7 +38,7 @@ def exit_json(code, cause, rank=0):
 def run_rank():
     rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 {rank}
-sys.exit(run_ranks(RankLaunch({ranks}, NodePlace(0, {ranks}, 0, 1), {restarts}, file, lambda: None, run_rank), os.environ))
+sys.exit(run_ranks(RankLaunch({ranks}, {restarts}, file, lambda: None, run_rank), os.environ))
 """
     )
     return jobs.run([sys.executable, str(script)], env={"PYTHONPATH": str(jobs.ROOT)})

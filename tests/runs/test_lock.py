@@ -733,3 +733,11 @@ def test_a_run_name_outside_the_output_folder_is_refused(tmp_path: Path) -> None
     for name in ("../one", "..", "a/b", "/etc", ".hidden", "a\\b", ""):
         with pytest.raises(ConfigError, match="a run name is one folder"):
             load_config(None, [f"run.output_dir={tmp_path}", f"run.name={json.dumps(name)}"])
+
+
+def test_the_lock_of_a_host_that_the_job_has_lost_is_taken_over_at_once(tmp_path: Path) -> None:
+    leave_lock(tmp_path, owner(host="node7"))
+    with locked(tmp_path, command="train", period_s=1000.0, lost_hosts=["node6", "node7"]) as own:
+        state = read_lock(tmp_path)
+        assert state is not None
+        assert state.owner == own

@@ -1,0 +1,127 @@
+"""Lets the coordinator of a job on several hosts start the ranks of this node, again and again: the node's side.
+
+The coordinator (cluster/rounds.py) knows all hosts, so it decides who takes part in which start, called a round. This
+process has imported everything and waits. One socket carries JSON lines in both directions:
+
+    {"ready": "node2"}                     this node has imported, and this is its host name
+    {"listen": {"address", "port"}}        open the socket where the ranks meet; answered by {"listening": port}
+    {"start": {...}}                       the fields of `RoundOrder`: fork the ranks
+    {"ended": restart, "code", "failure"}  all ranks of that start have ended
+    {"stop": restart}                      kill the ranks of that start; without ranks, answer with their end
+    {"finish": true}                       end; the end of the socket means the same
+
+The kernel sends SIGIO when a line arrives, so that one sigtimedwait sees orders, ends of ranks and signals alike.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
+from dtrain.distributed.launcher_env import ORDERS_FD
+
+
+class RoundOrder(NamedTuple):
+    """One start of the ranks on all nodes.
+
+    Attributes:
+        ranks: number of ranks on this node.
+        first_rank: the rank of this node's first process.
+        world_size: number of ranks on all nodes.
+        node_rank: number of this node, from 0.
+        num_nodes: number of nodes.
+        address: address where the ranks meet.
+        port: its port.
+        restart: how often the job was started before.
+        max_restarts: how often it may be started again.
+        lost_hosts: host names of nodes that the coordinator has given up.
+    """
+
+    ranks: int
+    first_rank: int
+    world_size: int
+    node_rank: int
+    num_nodes: int
+    address: str
+    port: int
+    restart: int
+    max_restarts: int
+    lost_hosts: list[str]
+
+
+class Orders:
+    """This node's end of the channel.
+
+    Attributes:
+        socket: its socket, which ranks must close.
+        is_closed: the other end has gone.
+    """
+
+    def __init__(self, file: int) -> None:
+        """Takes over the socket. SIGIO must be blocked, because its default action ends the process."""
+        self.socket, self.is_closed = socket.socket(fileno=file), False
+        self._rest, self._waiting = b"", list[dict[str, Any]]()
+        self.socket.set_inheritable(False)
+        self.socket.setblocking(False)
+        fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Returns the orders that have arrived, and were not returned before."""
+        self._receive()
+        taken, self._waiting = self._waiting, []
+        return taken
+
+    def take_stop(self) -> bool:
+        """Returns whether an order to stop the ranks has arrived; other orders wait for `take`."""
+        self._receive()
+        others = [order for order in self._waiting if "stop" not in order]
+        has_stop, self._waiting = len(others) < len(self._waiting), others
+        return has_stop
+
+    def _receive(self) -> None:
+        while not self.is_closed:
+            try:
+                received = self.socket.recv(65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                received = b""
+            self.is_closed, self._rest = not received, self._rest + received
+        *lines, self._rest = self._rest.split(b"\n")
+        self._waiting += [json.loads(line) for line in lines]
+
+    def report(self, **fields: Any) -> None:
+        """Sends a line; nothing if the other end has gone."""
+        self.socket.setblocking(True)
+        try:
+            self.socket.sendall(json.dumps(fields).encode() + b"\n")
+        except OSError:
+            self.is_closed = True
+        finally:
+            self.socket.setblocking(False)
+
+
+def open_orders(env: MutableMapping[str, str]) -> Orders | None:
+    """Returns the channel to the coordinator; None without one. Its variable is removed, so that ranks do not see it."""
+    file = env.pop(ORDERS_FD, "")
+    return Orders(int(file)) if file else None
+
+
+def wait_for_orders(orders: Orders, signals: set[signal.Signals]) -> tuple[list[dict[str, Any]], bool]:
+    """Waits while there are no ranks.
+
+    Returns:
+        The orders, none if the channel has ended; and whether a signal told the job to stop.
+    """
+    while True:
+        if (found := orders.take()) or orders.is_closed:
+            return found, False
+        info = signal.sigwaitinfo(signals)
+        if info.si_signo not in (signal.SIGIO, signal.SIGCHLD):
+            return [], True
