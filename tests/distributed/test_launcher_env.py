@@ -107,7 +107,11 @@ def test_dtrains_own_launcher_sets_torchruns_variables_and_its_process_id() -> N
 
     assert topology == Topology(7, 8, 3, 4, 1, 2, "dtrain", "node1", 40001)
     assert topology.launches == {"dtrain b7c5": 2}
-    assert launcher_env.read_job_identity(env, "dtrain") == launcher_env.read_job_identity(env, "torchrun")
+    assert topology.lost_hosts == ()
+    assert Topology.from_env({**env, launcher_env.LOST_HOSTS: "node2,node3"}).lost_hosts == ("node2", "node3")
+    # On several nodes dtrain's starts are counted once for all, torchrun's by each agent for itself.
+    of_torchrun = launcher_env.read_job_identity(env, "torchrun")
+    assert launcher_env.read_job_identity(env, "dtrain") == replace(of_torchrun, is_restart_global=True)
     # What is left in the environment of a program that a rank has started is no rank of torchrun's.
     assert Topology.from_env({launcher_env.LAUNCHER_PID: "7"}) == SINGLE
 
