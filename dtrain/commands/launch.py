@@ -246,7 +246,12 @@ def launch(argv: Sequence[str], env: Mapping[str, str]) -> int:
         hostfile = Path(temp_folder) / "hosts"
         hostfile.write_text("".join(f"{host.name} slots={host.slots}\n" for host in plan.hosts), encoding="utf-8")
         if options.dry_run:
-            log.info("%s", format_commands(build_job(options.launcher, plan, hostfile), options.export))
+            job = build_job(options.launcher, plan, hostfile)
+            log.info("%s", format_commands(job, options.export))
+            if job.rounds is not None:
+                log.info(
+                    "These launchers wait for orders of this script. Typed by hand, each would start a job on its host alone."
+                )
             return 0
         names = [host.name for host in plan.hosts]
         probes = probe_hosts(names, folder=plan.folder, env=plan.env, request={"port": options.master_port})

@@ -1,11 +1,14 @@
-"""Two tables about jobs on a simulated cluster: every way to start one, and what goes wrong with each way.
+"""Three tables about jobs on a simulated cluster: every way to start one, what goes wrong with each way, and restarts.
 
     .venv/bin/python tests/benchmarks/clusters.py ways --data data/CoLA --model path/to/model
     .venv/bin/python tests/benchmarks/clusters.py faults
+    .venv/bin/python tests/benchmarks/clusters.py restarts --rounds 3
 
 `ways`: 50 steps of configs/cola.yaml on one process, on 3 nodes of 1 rank and on 2 nodes of 2; the largest relative
 difference of a loss, and the wall time. `faults`: how long until no rank and until nothing at all was left on any node, the
 exit code of what was typed, and the last line that its user saw; `--by torchrun deepspeed` only for these ways to start it.
+`restarts`: seconds from a fault to the next new step, with a spare host and without, beside torchrun's elastic job, and how far the
+losses of all steps are from those of one process without a fault.
 Needs root on Linux and launch/simulate-cluster's packages.
 """
 
@@ -13,11 +16,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -30,9 +36,14 @@ from tests.support.cluster_jobs import (  # noqa: E402
     LITERAL,
     SCRIPTS,
     WHILE_IT_RUNS,
+    ClusterJob,
+    cut,
+    kill_last_launcher,
+    kill_node,
+    kill_rank,
     started,
 )
-from tests.support.simulated import simulated_cluster  # noqa: E402
+from tests.support.simulated import SimulatedCluster, simulated_cluster  # noqa: E402
 
 LAUNCHERS = (*SCRIPTS, *LITERAL)
 LIMIT_S = 90.0
@@ -120,16 +131,94 @@ def _struck(fault: str, way: str, folder: Path) -> str:
         return f"{ranks_s} | {time.monotonic() - begin:.1f} | {code} | {line[:160]}"
 
 
+SPARE = ("launch/dtrain.sh", 1, ("--max-restarts", "1"))
+SMALLER = ("launch/dtrain.sh", 0, ("--max-restarts", "1"))
+ELASTIC = ("launch/torchrun.sh", 0, ("--nnodes", "1:2", "--max-restarts", "3"))
+RESTARTS = {
+    "SIGKILL of a rank, dtrain.sh, same hosts": (kill_rank, *SMALLER),
+    "SIGKILL of the launcher on node2, dtrain.sh, spare host": (kill_last_launcher, *SPARE),
+    "SIGKILL of the launcher on node2, dtrain.sh, smaller": (kill_last_launcher, *SMALLER),
+    "node2 without power, dtrain.sh, spare host": (kill_node, *SPARE),
+    "node2 without power, dtrain.sh, smaller": (kill_node, *SMALLER),
+    "node2 cut off, dtrain.sh, spare host": (cut, *SPARE),
+    "SIGKILL of a rank, torchrun.sh, same hosts": (kill_rank, *ELASTIC),
+    "node2 without power, torchrun.sh, smaller": (kill_node, *ELASTIC),
+}
+RESTART_STEPS = 2000
+
+
+def restarts(rounds: int) -> None:
+    """Prints the table of restarts. Every round starts a job of its own for each row."""
+    print("| fault, how the job goes on | median s | samples | ranks after | losses apart |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "runs"
+        folder.mkdir()
+        settings = {
+            "train__max_steps": RESTART_STEPS,
+            "train__epochs": "null",
+            "train__log_every": 1,
+            "checkpoint__every": 20,
+        }
+        job = jobs.run([*jobs.python(), *jobs.settings(folder, "alone", **settings)])
+        assert job.process.returncode == 0, job.text
+        alone = jobs.read_events(folder / "alone")
+        for name, (strike, way, spares, options) in RESTARTS.items():
+            found = [_restarted(strike, way, spares, options, folder, settings) for _ in range(rounds)]
+            seconds = [each[0] for each in found]
+            apart = max(_apart(events, alone) for _, events, _ in found)
+            ranks = ", ".join(str(each) for each in sorted({each[2] for each in found}))
+            samples = ", ".join(f"{each:.2f}" for each in seconds)
+            print(f"| {name} | {statistics.median(seconds):.2f} | {samples} | {ranks} | {apart:.1e} |", flush=True)
+
+
+def _restarted(
+    strike: Callable[[SimulatedCluster, ClusterJob], None],
+    way: str,
+    spares: int,
+    options: Sequence[str],
+    folder: Path,
+    settings: dict[str, object],
+) -> tuple[float, list[dict[str, Any]], int]:
+    """Returns seconds from the fault to the next new step, the events of the run, and its ranks at the end."""
+    run = folder / "struck"
+    shutil.rmtree(run, ignore_errors=True)
+    with simulated_cluster(2 + spares) as cluster:
+        hosts = cluster.hostfile.read_text()
+        cluster.hostfile.write_text(hosts.replace("node3 slots=1", "node3 slots=1 spare"))
+        with started(way, cluster, jobs.settings(folder, "struck", **settings), *options) as job:
+            job.wait_for(f" 100/{RESTART_STEPS}")
+            strike(cluster, job)
+            begin = time.monotonic()
+            assert jobs.until(lambda: "resumes from the checkpoint" in job.first.text, LIMIT_S), job.first.text
+            resumed = time.monotonic()
+            code, _ = job.end(LIMIT_S)
+        assert code == 0, job.first.text
+    events = jobs.read_events(run)
+    old = max(event["step"] for event in events if event["monotonic_s"] < resumed)
+    new = next(event for event in events if event["monotonic_s"] > resumed and event["step"] > old)
+    return new["monotonic_s"] - begin, events, jobs.summary_of(run)["world_size"]
+
+
+def _apart(events: Sequence[dict[str, Any]], alone: Sequence[dict[str, Any]]) -> float:
+    """Returns the largest relative difference of a loss, over all steps and all times that they were done."""
+    expected = {event["step"]: event["loss"] for event in alone}
+    assert {event["step"] for event in events} == set(expected)
+    return max(abs(event["loss"] - expected[event["step"]]) / expected[event["step"]] for event in events)
+
+
 def main() -> int:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["ways", "faults"])
+    parser.add_argument("table", choices=["ways", "faults", "restarts"])
     parser.add_argument("--data", type=Path, help="a folder with CoLA's train.tsv and dev.tsv")
     parser.add_argument("--model", type=Path, help="a BERT-family model folder")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--by", nargs="+", choices=LAUNCHERS, default=LAUNCHERS, help="of the faults")
+    parser.add_argument("--rounds", type=int, default=3, help="jobs for each row of the restarts")
     given = parser.parse_args()
     if given.table == "faults":
         faults(given.by)
+    elif given.table == "restarts":
+        restarts(given.rounds)
     elif given.data is None or given.model is None:
         parser.error("ways needs --data and --model")
     else:

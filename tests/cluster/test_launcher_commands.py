@@ -474,6 +474,10 @@ def test_a_dry_run_prints_the_commands_and_probes_no_host(
     assert "--node-rank 1" in two
     assert two.endswith("dtrain/main.py train.max_steps=3")
     assert time.monotonic() - begin < 20
+    assert main(["dtrain", _hostfile(tmp_path, SPARE), "--dry-run"], {}) == 0
+    *commands, warning = capsys.readouterr().out.splitlines()
+    assert [command.partition("$")[0] for command in commands] == ["node1", "node2", "node3"]
+    assert "wait for orders of this script" in warning
 
 
 def test_exported_values_are_never_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
