@@ -215,6 +215,14 @@ def test_no_host_is_given_up_if_none_answers_or_this_process_was_stopped_itself(
     assert watch.look(connections, 1000.0) == []
 
 
+def test_waiting_for_a_ping_is_no_pause_so_that_silence_is_noticed_without_restarts_too() -> None:
+    watch, connections = watched(1000.0, 0.1, 20.0)
+    watch.rounds.stop()
+    for now in (1003.0, 1006.0, 1009.0):
+        watch.look(connections, now)
+    assert connections[1].last_message_s == 980.0
+
+
 def test_results_are_those_of_the_last_start_in_the_order_of_its_ends() -> None:
     watch, _ = watched(1000.0, 0.0, 0.0)
     started(watch.rounds)
