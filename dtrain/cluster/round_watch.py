@@ -18,6 +18,10 @@ WATCH_INTERVAL_S = 0.5
 """The same while the job can go on without a host that does not answer."""
 
 
+PAUSE_S = 1.0
+"""A look that is later than this was delayed by a stop of this process (Ctrl-Z, a sleeping laptop)."""
+
+
 class Connection(Protocol):
     """The connection to one host's supervisor.
 
@@ -51,8 +55,9 @@ class RoundWatch:
     def look(self, running: Sequence[Connection], now: float) -> list[HostResult]:
         """Acts on what is due. Returns results of hosts that are given up because they do not answer."""
         paused_s, self._last_look = now - self._last_look, now
-        for connection in running if paused_s > LOST_AFTER_S / 2 else ():
-            connection.last_message_s += paused_s  # this process was stopped itself, so it has heard nobody
+        # Between two looks there is a ping at the latest. More than that: this process was stopped itself, so it has heard nobody.
+        for connection in running if paused_s > self.ping_interval_s + PAUSE_S else ():
+            connection.last_message_s += paused_s
         given_up = []
         silent = [each for each in running if now - each.last_message_s > LOST_AFTER_S]
         # If nobody answers, this machine's own network is gone.

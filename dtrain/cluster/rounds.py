@@ -14,6 +14,9 @@ from typing import Any, TypeAlias
 
 from dtrain.errors import FINAL_CODES, Preempted
 
+NEVER_AGAIN = tuple(code for code in FINAL_CODES if code not in (0, Preempted.exit_code))
+"""Exit codes of errors that would come again. A host that saves may do so because a launcher has died, so 75 is no error."""
+
 LOST_AFTER_S = 3.0
 """A host that does not answer for this long is given up if the job can go on without it."""
 
@@ -110,9 +113,13 @@ class Rounds:
         elif report.get("ended") == self._restart and index in self.members and index not in self._gone:
             if index in self._ended:  # it ended by itself just before the order to do so
                 return []
-            self._ended[index] = int(report["code"])
+            code = self._ended[index] = int(report["code"])
             self.end_order.append(index)
-            if self._ended[index] not in (0, Preempted.exit_code):
+            if self.is_final:
+                return []
+            if not self.can_lose_hosts or code in NEVER_AGAIN:
+                return self._finish()  # the launchers end when their ranks have ended
+            if code not in (0, Preempted.exit_code):
                 self._first_failure = self._first_failure or f"{self._hosts[index].name}: {report['failure']}"
                 self.deadline = min(self.deadline, now + SETTLE_S)
             return self._proceed()
@@ -135,8 +142,9 @@ class Rounds:
         if index not in self.members:
             return []
         self.end_order.append(index)
-        settle_s = SETTLE_S if left_trace or not self.can_lose_hosts else SETTLE_AFTER_LOSS_S
-        self.deadline = min(self.deadline, now + settle_s)
+        if not self.can_lose_hosts:
+            return self._finish()
+        self.deadline = min(self.deadline, now + (SETTLE_S if left_trace else SETTLE_AFTER_LOSS_S))
         return self._proceed()
 
     def tick(self, now: float) -> list[Order]:
@@ -172,17 +180,15 @@ class Rounds:
         return orders
 
     def _proceed(self) -> list[Order]:
-        """Ends the round if all its hosts have ended: the job is over, or begins again."""
+        """Ends the round if all its hosts have ended: the job is over, or begins again. There is a restart left."""
         lost = [index for index in self.members if index in self._gone]
         if len(self._ended.keys() | lost) < len(self.members):
             return []
         codes = set(self._ended.values())
         is_stopped = codes <= {0, Preempted.exit_code} and not lost  # else ranks saved because a launcher has died
-        final = {code for code in codes if code in FINAL_CODES} - {0, Preempted.exit_code}
-        # If a host is lost after all others have finished, the job has finished.
         is_done = bool(codes) and codes <= {0}
-        if is_stopped or final or is_done or self._restart == self._max_restarts:
-            if is_done:
+        if is_stopped or is_done:
+            if is_done:  # a host that is lost after all others have finished does not count
                 self.members = {index: slots for index, slots in self.members.items() if index not in lost}
             return self._finish()
         members = self._replace(lost)

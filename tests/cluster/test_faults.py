@@ -123,6 +123,7 @@ def test_a_stopped_script_saves_and_exits_with_75(command: str, tmp_path: Path) 
     assert "checkpoint" in job.last_line(), job.first.text
 
 
+@nightly  # two agents on one machine do the same in training/test_survival.py, and dtrain's launcher below
 def test_an_elastic_job_continues_on_the_remaining_node(tmp_path: Path) -> None:
     settings = _settings(tmp_path, train__max_steps=400, checkpoint__every=20)
     elastic = ("--nnodes", "1:2", "--max-restarts", "3")

@@ -126,11 +126,26 @@ def test_the_number_of_restarts_is_a_limit_and_reports_of_earlier_starts_do_not_
     started(rounds)
     assert not rounds.can_lose_hosts
     assert ended(rounds, 0, 4, restart=0) == []
-    ended(rounds, 0, 4, restart=1)
-    assert not rounds.is_final
-    ended(rounds, 1, 4, restart=1)
+    # Without a restart left the launchers end as soon as their ranks have, and nobody waits here for a host that is cut off.
+    assert ended(rounds, 0, 4, restart=1) == [(0, {"finish": True}), (1, {"finish": True})]
     assert rounds.is_final
+    assert ended(rounds, 1, 4, restart=1) == []
     assert rounds.end_order == [0, 1]
+
+
+@pytest.mark.parametrize("code", [0, 75, 4])
+def test_without_restarts_the_first_end_is_final_so_that_a_silent_host_is_not_waited_for(code: int) -> None:
+    rounds = rounds_of(max_restarts=0)
+    rounds.begin()
+    started(rounds)
+    ended(rounds, 0, code)
+    assert rounds.is_final
+    assert rounds.deadline == math.inf
+    rounds = rounds_of(max_restarts=0)
+    rounds.begin()
+    started(rounds)
+    rounds.lose(1, "node2: lost.", 1.0, left_trace=True)
+    assert rounds.is_final
 
 
 def test_a_launcher_that_does_not_end_its_ranks_is_given_up() -> None:
@@ -198,6 +213,14 @@ def test_no_host_is_given_up_if_none_answers_or_this_process_was_stopped_itself(
     connections[0].last_message_s = 1000.0  # the first answer after the pause
     watch._last_look = 940.0
     assert watch.look(connections, 1000.0) == []
+
+
+def test_waiting_for_a_ping_is_no_pause_so_that_silence_is_noticed_without_restarts_too() -> None:
+    watch, connections = watched(1000.0, 0.1, 20.0)
+    watch.rounds.stop()
+    for now in (1003.0, 1006.0, 1009.0):
+        watch.look(connections, now)
+    assert connections[1].last_message_s == 980.0
 
 
 def test_results_are_those_of_the_last_start_in_the_order_of_its_ends() -> None:
