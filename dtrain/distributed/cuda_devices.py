@@ -5,7 +5,10 @@ torch is imported when used. Whether two ranks have one GPU is checked by job/ra
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -66,10 +69,8 @@ def device_of(topology: Topology) -> torch.device:
     import torch
 
     if not torch.cuda.is_available():
-        if (
-            torch.version.cuda is not None
-            and (problem := why_no_device(topology.cuda_mask, count_gpu_files())) is not None
-        ):
+        gpus = count_gpu_files() if torch.version.cuda is not None and has_driver_library() else 0
+        if (problem := why_no_device(topology.cuda_mask, gpus)) is not None:
             raise TopologyError(problem)
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -100,13 +101,13 @@ def why_no_device(value: str | None, gpus: int) -> str | None:
             f"nvidia-smi, and compare its CUDA version with torch.version.cuda. {TO_CPU}"
         )
     mask = read_mask(value)
-    missing = [name for name in mask.names if name.isdecimal() and int(name) >= gpus]
-    if mask.problem is not None:
+    first = mask.names[0] if mask.names else None  # what follows it can only take further GPUs away
+    if first is None and mask.problem is not None:
         problem = mask.problem
-    elif missing:
-        problem = f"there is no GPU {missing[0]}: this host has {_count(gpus)}, numbered from 0."
-    elif mask.names[0].startswith(("GPU-", "MIG-")):
-        problem = f"no GPU here has the name {mask.names[0]}: `nvidia-smi -L` lists the names."
+    elif first is not None and first.isdecimal() and int(first) >= gpus:
+        problem = f"there is no GPU {first}: this host has {_count(gpus)}, numbered from 0."
+    elif first is not None and first.startswith(("GPU-", "MIG-")):
+        problem = f"no GPU here has the name {first}: `nvidia-smi -L` lists the names."
     else:
         problem = f"this host has {_count(gpus)}, but its driver does not work (run nvidia-smi)."
     cure = f"Set {MASK}={','.join(map(str, range(gpus)))} for all GPUs, or unset it."
@@ -114,18 +115,31 @@ def why_no_device(value: str | None, gpus: int) -> str | None:
 
 
 def count_gpu_files() -> int:
-    """Returns the number of NVIDIA GPUs that the kernel shows this process, whatever CUDA may use."""
+    """Returns the number of NVIDIA GPUs that the kernel lets this process open, whatever CUDA may use.
+
+    A batch system shows a job that asked for no GPU the files of the host's GPUs, and does not let it open them.
+    """
     try:
-        return sum(re.fullmatch(r"nvidia\d+", file.name) is not None for file in Path("/dev").iterdir())
+        files = [file for file in Path("/dev").iterdir() if re.fullmatch(r"nvidia\d+", file.name)]
     except OSError:
         return 0
+    return sum(os.access(file, os.R_OK | os.W_OK) for file in files)
+
+
+def has_driver_library() -> bool:
+    """Returns whether the driver's library is here. A container that was given no GPU lacks it, even where it sees all of /dev."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 class GpuIdentity(NamedTuple):
     """Which physical GPU a rank uses; equal for two ranks only if they use the same one.
 
     Attributes:
-        key: UUID of the GPU or MIG slice, or host and PCI address; "" on the CPU.
+        key: UUID and PCI address of the GPU, or the MIG slice; where they do not tell it, host and number; "" on the CPU.
         name: what to call it in a message.
         mask: CUDA_VISIBLE_DEVICES of the rank; "not set" without.
     """
@@ -145,11 +159,19 @@ def identify(device: torch.device, cuda_mask: str | None) -> GpuIdentity:
     properties = torch.cuda.get_device_properties(device)
     uuid = str(getattr(properties, "uuid", ""))
     pci = ":".join(f"{getattr(properties, f'pci_{part}_id', 0):x}" for part in ("domain", "bus", "device"))
+    has_pci = hasattr(properties, "pci_bus_id")
     # CUDA gives a MIG slice the UUID of the whole GPU. A process sees only the first slice of its mask.
     if mask.startswith("MIG-"):
-        uuid = mask.split(",")[0]
+        uuid = key = mask.split(",")[0]
+    elif " MIG " in f"{properties.name} ":  # two containers may each have a slice of one GPU, and no mask
+        key = f"{uuid}/{pci}/{socket.gethostname()}"
+    elif uuid or has_pci:
+        # Some GPUs of AMD all have one UUID. A PCI address is that of the host, in its containers too.
+        key = f"{uuid or boot_id()}/{pci}"
+    else:
+        key = f"{boot_id()}/{socket.gethostname()}/{mask}/{device.index}"
     shown = uuid if uuid.startswith("MIG-") else f"GPU-{uuid}" if uuid else f"PCI {pci}"
-    return GpuIdentity(uuid or f"{boot_id()}/{pci}", f"{properties.name} ({shown})", mask)
+    return GpuIdentity(key, f"{properties.name} ({shown})", mask)
 
 
 def _count(gpus: int) -> str:

@@ -26,7 +26,8 @@ class DeviceFault(NamedTuple):
         cause: what happened and why; a sentence.
         cure: what to do; sentences.
         exit_code: the exit code of the process that ends with it.
-        is_bug: whether the code or the data are wrong, so that the traceback is shown too.
+        is_bug: whether the code or the data may be wrong, so that the traceback is shown too.
+        only_nccl: whether the pattern is also in errors of others, so that the text must name NCCL.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DeviceFault(NamedTuple):
     cure: str
     exit_code: int = HERE
     is_bug: bool = False
+    only_nccl: bool = False
 
 
 MEMORY_CURE = (
@@ -134,6 +136,7 @@ FAULTS = (
         "Compare CUDA_VISIBLE_DEVICES with `nvidia-smi -L`, and start at most one rank per visible GPU. Of several MIG slices a "
         "process sees the first.",
         NETWORK,
+        is_bug=True,
     ),
     DeviceFault(
         "busy",
@@ -157,13 +160,15 @@ FAULTS = (
         "Run nvidia-smi on this host. With NVSwitch start the fabric manager (systemctl start nvidia-fabricmanager); in a container "
         "add --gpus all. To use the CPU, set CUDA_VISIBLE_DEVICES= before the command.",
         NETWORK,
+        is_bug=True,
     ),
     DeviceFault(
         "no kernel",
         r"no kernel image is available",
-        "This torch was not built for this GPU.",
+        "This torch, or a library of kernels that the model uses, was not built for this GPU.",
         "Install a torch whose list of architectures (python -c 'import torch; print(torch.cuda.get_arch_list())') has this "
         "GPU's. To use the CPU, set CUDA_VISIBLE_DEVICES= before the command.",
+        is_bug=True,
     ),
     DeviceFault(
         "forked",
@@ -188,6 +193,7 @@ FAULTS = (
         "Open all TCP ports between the hosts. If they have several networks, set NCCL_SOCKET_IFNAME to the one they share. "
         "`dtrain doctor` tests every pair.",
         NETWORK,
+        only_nccl=True,
     ),
     DeviceFault(
         "remote",
@@ -197,13 +203,15 @@ FAULTS = (
         "Look for the rank that reported another error first; without one, test the network with `dtrain doctor`. "
         + RESUME,
         NETWORK,
+        only_nccl=True,
     ),
     DeviceFault(
         "NCCL",
         r"unhandled (?:system|cuda) error|ncclInternalError|ncclInvalidUsage|ncclSystemError|NCCL error",
-        "NCCL failed, and does not say why.",
+        "NCCL failed, for a reason that is not in dtrain's table.",
         "Run again with NCCL_DEBUG=WARN: a line with `NCCL WARN` then names the cause.",
         NETWORK,
+        is_bug=True,
     ),
 )
 """The first pattern that matches is the one."""
@@ -225,8 +233,12 @@ class FoundFault:
 def find_fault(text: str) -> FoundFault | None:
     """Returns the fault that a text of CUDA or NCCL shows; None if the table does not have it."""
     for fault in FAULTS:
-        if match := re.search(fault.pattern, text):
-            start, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+        match = re.search(fault.pattern, text)
+        if match is not None and (not fault.only_nccl or "nccl" in text.lower()):
+            if fault.name == "NCCL":  # what failed is in the line after this one, if NCCL knows it
+                match = re.search(r"Last error:[ \t]*\n[ \t]*(\S)", text) or match
+            first = match.start(match.lastindex or 0)
+            start, end = text.rfind("\n", 0, first) + 1, text.find("\n", match.end())
             return FoundFault(fault, text[start : end if end >= 0 else None].strip())
     return None
 

@@ -14,9 +14,10 @@ from dtrain.cluster.probe import hash_source
 from dtrain.config.schema import Config
 from dtrain.distributed.collectives import gather_object, is_equal_on_all_ranks, on_main
 from dtrain.distributed.cuda_devices import GpuIdentity, device_of, identify
+from dtrain.distributed.device_faults import explain
 from dtrain.distributed.process_info import ProcessIdentity
 from dtrain.distributed.rank_context import RankContext
-from dtrain.errors import ConfigError, TopologyError
+from dtrain.errors import ConfigError, DtrainError, TopologyError
 from dtrain.training.summary import versions
 
 
@@ -60,17 +61,28 @@ def compare_clocks(context: RankContext, processes: list[ProcessIdentity]) -> No
 
 
 def compare_devices(context: RankContext, processes: list[ProcessIdentity]) -> None:
-    """Collective. Raises if two ranks have one GPU, or if some have a GPU and others compute on the CPU.
+    """Collective. Raises if a rank cannot use its GPU, two have one, or some have a GPU and others compute on the CPU.
 
     Compares the UUIDs of the GPUs: their numbers depend on CUDA_VISIBLE_DEVICES, and on the container.
     """
     if context.world_size == 1:
         return
-    own = identify(device_of(context.topology), context.topology.cuda_mask)
-    gathered = gather_object(list(own), context) or []
+    own, fault = GpuIdentity("", "the CPU", context.topology.cuda_mask or ""), ""
+    try:
+        own = identify(device_of(context.topology), context.topology.cuda_mask)
+    except (DtrainError, RuntimeError) as error:  # the others wait below, and no monitor would tell them why it ended
+        explained = error if isinstance(error, DtrainError) else explain(error)
+        if explained is None:
+            raise
+        fault = str(explained)
+    gathered = gather_object([list(own), fault], context) or []
 
     def check() -> None:
-        if problem := device_problem([GpuIdentity(*each) for each in gathered], [each.host for each in processes]):
+        hosts = [each.host for each in processes]
+        for rank, (_, found) in enumerate(gathered):
+            if found:
+                raise TopologyError(f"Rank {rank} ({hosts[rank]}): {found}")
+        if problem := device_problem([GpuIdentity(*each) for each, _ in gathered], hosts):
             raise TopologyError(problem)
 
     on_main(check, context)

@@ -65,7 +65,7 @@ def _record(cause: str, code: int = 1, host: str = "node2", message: str = "it b
 
 
 def test_only_listed_variables_are_forwarded_and_secrets_only_by_name() -> None:
-    listed = {"HF_HOME": "/hf", "NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "x"}
+    listed = {"HF_HOME": "/hf", "CUDA_HOME": "/cuda", "NCCL_DEBUG": "INFO", "TOKENIZERS_PARALLELISM": "x"}
     others = {
         "HF_TOKEN": "t",
         "TORCH_API_KEY": "k",

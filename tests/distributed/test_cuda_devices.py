@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,8 @@ def test_a_host_without_a_gpu_computes_on_the_cpu_whatever_the_mask_says() -> No
         ("MIG-beef", "no GPU here has the name MIG-beef"),
         ("all", "CUDA stops reading at 'all'"),
         ("0,1", "its driver does not work (run nvidia-smi)"),
+        ("0,x", "its driver does not work (run nvidia-smi)"),  # without the rest GPU 0 would be left
+        ("0,7", "its driver does not work (run nvidia-smi)"),
     ],
 )
 def test_a_gpu_that_cannot_be_used_is_refused_with_the_reason_and_the_cure(value: str | None, found: str) -> None:
@@ -110,12 +114,27 @@ def test_fewer_devices_than_ranks_are_refused_with_the_mask_and_its_fault(monkey
 
 def test_a_host_whose_gpus_torch_cannot_use_does_not_fall_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_devices, "count_gpu_files", lambda: 2)
+    monkeypatch.setattr(cuda_devices, "has_driver_library", lambda: True)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     assert "it names 0 twice" in ranks_of(1, "0,0", monkeypatch, visible=0)[0]
     assert "its driver does not work" in ranks_of(1, None, monkeypatch, visible=0)[0]
     assert ranks_of(1, "", monkeypatch, visible=0) == ["cpu"]
+    monkeypatch.setattr(cuda_devices, "has_driver_library", lambda: False)  # a container that was given no GPU
+    assert ranks_of(1, None, monkeypatch, visible=0) == ["cpu"]
+    monkeypatch.setattr(cuda_devices, "has_driver_library", lambda: True)
     monkeypatch.setattr("torch.version.cuda", None)  # a torch for CPUs was installed on purpose
     assert ranks_of(1, None, monkeypatch, visible=0) == ["cpu"]
+
+
+def test_gpus_that_the_kernel_does_not_let_this_job_open_are_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [Path("/dev", name) for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null")]
+    monkeypatch.setattr(Path, "iterdir", lambda _folder: iter(files))
+    given = ["/dev/nvidia1"]
+    monkeypatch.setattr(os, "access", lambda file, _mode: str(file) in given)
+
+    assert cuda_devices.count_gpu_files() == 1
+    given.clear()  # Slurm's ConstrainDevices, and a job without --gres
+    assert cuda_devices.count_gpu_files() == 0
 
 
 def test_the_mask_is_read_from_the_environment_once() -> None:
@@ -132,11 +151,34 @@ def test_a_gpu_is_told_by_its_uuid_and_a_mig_slice_by_its_mask(monkeypatch: pyte
     device = torch.device("cuda", 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties(uuid="5d5ba0d6-d33d"))
     # Numbers differ between ranks with different masks, and in containers.
-    assert identify(device, "0").key == identify(device, "1").key == identify(device, None).key == "5d5ba0d6-d33d"
+    assert identify(device, "0").key == identify(device, "1").key == identify(device, None).key
     assert identify(device, "0").name == "NVIDIA H100 (GPU-5d5ba0d6-d33d)"
     assert identify(device, "MIG-a,MIG-b").key == identify(device, "MIG-a").key != identify(device, "MIG-b").key
     assert identify(device, None).mask == "not set"
 
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties())
     assert identify(device, "0").key.endswith("/0:1b:0")
+
+    # Consumer GPUs of AMD all have one UUID.
+    found = [properties(uuid="58580000-0000"), properties(uuid="58580000-0000")]
+    found[1].pci_bus_id = 0x2B
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda chosen: found[chosen.index])
+    assert identify(device, None).key != identify(torch.device("cuda", 1), None).key
+
+    nothing = SimpleNamespace(name="a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: nothing)
+    assert identify(device, None).key != identify(torch.device("cuda", 1), None).key
+    assert identify(device, "0").key != identify(device, "1").key
     assert identify(torch.device("cpu"), "0").key == ""
+
+
+def test_slices_of_one_gpu_in_two_containers_are_not_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = properties(uuid="5d5b")  # both have the UUID of the whole GPU, and no mask
+    given.name = "NVIDIA A100-SXM4-40GB MIG 1g.5gb"
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: given)
+    keys = set()
+    for host in ("pod-0", "pod-1", "pod-1"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        keys.add(identify(torch.device("cuda", 0), None).key)
+
+    assert len(keys) == 2

@@ -174,10 +174,34 @@ def test_of_several_lines_the_one_that_says_why_is_shown() -> None:
     assert (found.fault.name, found.line) == ("same GPU", "Duplicate GPU detected : rank 1 and")
 
 
+def test_what_nccl_says_last_is_shown_where_the_table_does_not_have_it() -> None:
+    text = f"{NCCL_2_21}unhandled system error\nncclSystemError: System call failed.\nLast error:\nnvmlInit_v2() failed: 999\nframe #0"
+
+    found = find_fault(text)
+
+    assert found is not None
+    assert (found.fault.name, found.line) == ("NCCL", "nvmlInit_v2() failed: 999")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: invalid device ordinal",  # of .to("cuda:7")
+        "Found no NVIDIA driver on your system. CUDA",  # of .cuda()
+        "CUDA error: no kernel image is available for execution on the device",  # of a library of kernels
+        "NCCL error: unhandled system error",
+    ],
+)
+def test_what_a_task_of_the_users_may_have_caused_keeps_its_traceback(text: str) -> None:
+    assert getattr(explain(RuntimeError(text)), "is_bug", None) is True
+
+
 UNRELATED = [
     RuntimeError("The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 1"),
     RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
     RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection reset by peer"),  # of gloo, which has its own message
+    RuntimeError("GET https://host/cuda/data.txt: Connection reset by peer"),  # of a task's own loader
+    RuntimeError("cuda-3.example.org: Network is unreachable"),
     ValueError("CUDA error: device-side assert triggered"),  # a text about the error, by other code
     KeyError("NCCL error"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -71,9 +72,38 @@ def test_one_gpu_for_two_ranks_or_for_some_of_them_is_refused_with_the_reason(
 
 
 def test_the_gpus_of_all_ranks_are_compared_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_checks, "gather_object", lambda own, _context: [own, list(ONE), list(ONE)])
+    others = [[list(ONE), ""], [list(ONE), ""]]
+    monkeypatch.setattr(rank_checks, "gather_object", lambda own, _context: [own, *others])
     monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
 
     rank_checks.compare_devices(ONE_PROCESS, [this_process()])  # one process has nobody to compare with
     with pytest.raises(TopologyError, match=r"Rank 0 .* finds no GPU"):
         rank_checks.compare_devices(placed(ONE_PROCESS, world_size=3), [this_process()] * 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TopologyError("This host has 4 GPUs, but torch finds none"),
+        RuntimeError("CUDA error: uncorrectable ECC error encountered"),
+    ],
+    ids=["refused", "of CUDA"],
+)
+def test_why_a_rank_cannot_use_its_gpu_is_told_to_all_with_its_host(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_topology: Any) -> Any:
+        raise error
+
+    sent: list[Any] = []
+    monkeypatch.setattr(rank_checks, "device_of", refuse)
+    monkeypatch.setattr(rank_checks, "gather_object", lambda own, _context: sent.append(own) or [[list(ONE), ""], own])
+    monkeypatch.setattr(rank_checks, "on_main", lambda work, _context: work())
+    process = this_process()
+
+    with pytest.raises(TopologyError) as refused:
+        rank_checks.compare_devices(placed(ONE_PROCESS, world_size=2), [process] * 2)
+
+    assert sent, "the others wait for this rank"
+    assert str(refused.value).startswith(f"Rank 1 ({process.host}): ")
+    assert str(error).split()[-1] in str(refused.value)
