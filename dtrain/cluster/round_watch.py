@@ -63,6 +63,10 @@ class RoundWatch:
                 given_up.append(silent_result(connection.host))
                 self._send(self.rounds.lose(connection.index, reason, now, left_trace=False))
         self._send(self.rounds.tick(now))
+        for index, reason in self.rounds.given_up:
+            self._connections[index].send({"kill": True})
+            given_up.append(HostResult(self._connections[index].host, 1, lost=reason, was_killed=True))
+        self.rounds.given_up.clear()
         return given_up
 
     def take_report(self, index: int, report: Mapping[str, Any], now: float) -> None:
@@ -71,10 +75,11 @@ class RoundWatch:
 
     def take_end(self, index: int, result: HostResult, now: float) -> None:
         """Takes note that a host's launcher has ended."""
-        if result.is_known and result.code >= 0:
+        if result.is_known and result.code >= 0 and not self.rounds.is_unused(index):
             self._send(self.rounds.stop())  # by itself: it was told to, or cannot start
             return
-        reason = result.lost or result.problem or f"its launcher was killed by {signal.Signals(-result.code).name}."
+        how = f"ended with code {result.code}" if result.code >= 0 else f"was killed by {signal.Signals(-result.code).name}"
+        reason = result.lost or result.problem or f"its launcher {how}."
         reason = reason if reason.startswith(result.host) else f"{result.host}: {reason}"
         self._send(self.rounds.lose(index, reason, now, left_trace=result.is_known))
 

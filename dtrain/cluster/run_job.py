@@ -25,6 +25,7 @@ from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, 
 from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
 from dtrain.cluster.rounds import RoundPlan
 from dtrain.cluster.ssh import explain_exit, python_command, start_on
+from dtrain.errors import Preempted
 
 SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
 
@@ -235,14 +236,20 @@ def _wait_for_hosts(
             results.append(HostResult(connections[event.host_index].host, was_killed=was_killed, **event.frame["end"]))
             if watch is not None:
                 watch.take_end(event.host_index, results[-1], now)
-            if deadline == math.inf and (watch is None or watch.rounds.is_final) and job.is_over(results):
+            # Hosts that were lost before the last start, and spare ones, do not count.
+            counted = results if watch is None else watch.of_last_round(results)
+            if deadline == math.inf and (watch is None or watch.rounds.is_final) and job.is_over(counted):
                 deadline = now + SETTLE_S
         elif "report" in event.frame and watch is not None:
             watch.take_report(event.host_index, event.frame["report"], now)
         elif "ping" not in event.frame:
             output.show(event.host_index, event.frame)
     counted = results if watch is None else watch.of_last_round(results)
-    return combine_results(counted, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
+    outcome = combine_results(counted, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
+    if watch is None or watch.rounds.has_begun or outcome.code or stop_signal is None:
+        return outcome
+    message = f"Stopped by {signal.Signals(stop_signal).name} before there were ranks: nothing is lost."
+    return JobOutcome(Preempted.exit_code, message, stop_signal)
 
 
 def _are_silent(running: Sequence[_Connection], now: float, is_over: bool, job: MultiHostJob) -> bool:
