@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, silent_result
 from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
 from dtrain.cluster.rounds import RoundPlan
-from dtrain.cluster.ssh import explain_exit, python_command, start_on
+from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, explain_exit, python_command, start_on
 from dtrain.errors import Preempted
 
 SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
@@ -40,6 +40,9 @@ SILENCE_LIMIT_S = 9.0
 
 SILENCE_LIMIT_AFTER_SUCCESS_S = 60.0
 """The same limit after another host has succeeded. It is longer, because a busy network may delay the answer."""
+
+ANSWER_TIMEOUT_S = 30.0
+"""Time from the connection to a host's first answer; its disk may be slow."""
 
 HARMLESS_CODES = (0, 75)
 """Exit codes that are not a failure, so that the other hosts have no time limit."""
@@ -123,7 +126,8 @@ class _Connection:
 
     def __init__(self, index: int, command: HostCommand, job: MultiHostJob, events: SimpleQueue[_Event]) -> None:
         self.host, self.index, self._events = command.host, index, events
-        self.last_message_s = time.monotonic()
+        # With restarts, silence means that a host is lost. A login may take longer than that.
+        self.last_message_s = time.monotonic() + (CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S if job.rounds is not None else 0.0)
         self._stderr_lines: list[str] = []
         self.process = start_on(command.host, [*python_command(command.env), str(SUPERVISOR)])
         self.send(
@@ -225,6 +229,7 @@ def _wait_for_hosts(
         event = _next_event(events, wait_s)
         if event is None:
             continue
+        now = time.monotonic()
         if event.host_index is None:
             stop_signal = _map_signal(event.frame["signal"], job)
             _send_to_all(running, {"signal": stop_signal})

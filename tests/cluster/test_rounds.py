@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dtrain.cluster.job_outcome import HostResult
 from dtrain.cluster.round_watch import RoundWatch
 from dtrain.cluster.rounds import (
+    IMPORT_TIMEOUT_S,
     KILL_TIMEOUT_S,
     LOST_AFTER_S,
     SETTLE_AFTER_LOSS_S,
@@ -117,6 +119,16 @@ def test_what_ends_the_job_although_it_could_start_again(codes: tuple[int, ...],
     assert rounds.members == ({0: 2} if codes == (0,) else {0: 2, 1: 1}), "a host lost after the end does not count"
 
 
+def test_a_job_without_the_end_of_its_first_host_is_not_done() -> None:
+    rounds = rounds_of(*NODES, SPARE)
+    rounds.begin()
+    started(rounds)
+    ended(rounds, 1, 0)
+    rounds.lose(0, "node1: lost.", 1.0, left_trace=True)  # rank 0 writes the summary and exit.json
+    assert list(rounds.members) == [2, 1]
+    assert not rounds.is_final
+
+
 def test_the_number_of_restarts_is_a_limit_and_reports_of_earlier_starts_do_not_count() -> None:
     rounds = rounds_of()
     rounds.begin()
@@ -136,11 +148,45 @@ def test_the_number_of_restarts_is_a_limit_and_reports_of_earlier_starts_do_not_
 def test_a_launcher_that_does_not_end_its_ranks_is_given_up() -> None:
     rounds = rounds_of(*NODES, SPARE)
     rounds.begin()
+    rounds.take(1, {"ready": "host-2"}, 0.0)
     started(rounds)
     ended(rounds, 0, 4, now=0.0)
     assert rounds.tick(SETTLE_S) == [(1, {"stop": 0})]
     assert rounds.tick(SETTLE_S + KILL_TIMEOUT_S) == [(0, {"listen": {"address": "10.0.0.1", "port": 0}})]
     assert list(rounds.members) == [0, 2]
+    assert [index for index, _ in rounds.given_up] == [1]
+
+
+def test_a_launcher_that_still_imports_is_waited_for_and_not_given_up() -> None:
+    rounds = rounds_of(*NODES, RoundHost("node3", "10.0.0.3", 1))
+    rounds.begin()
+    rounds.tick(0.0)
+    rounds.lose(1, "node2: lost.", 1.0, left_trace=False)
+    assert rounds.tick(2.0) == [(0, {"stop": 0}), (2, {"stop": 0})]
+    assert rounds.tick(2.0 + KILL_TIMEOUT_S) == []
+    for index in (0, 2):
+        rounds.take(index, {"ready": "host"}, 20.0)
+    assert not started(rounds), "what it was told before the order to stop is over"
+    assert ended(rounds, 0, 4, now=20.0) == []
+    assert ended(rounds, 2, 4, now=20.0) == [(0, {"listen": {"address": "10.0.0.1", "port": 0}})]
+    assert list(started(rounds)) == [0, 2]
+
+
+def test_imports_have_a_time_limit_and_are_not_waited_for_once_the_job_has_ended() -> None:
+    rounds = rounds_of()
+    rounds.begin()
+    assert rounds.tick(0.0) == []
+    assert rounds.tick(IMPORT_TIMEOUT_S) == []
+    rounds.tick(IMPORT_TIMEOUT_S + 1)
+    assert rounds.given_up[0][0] == 0
+    assert "node1: its launcher has not begun to work" in rounds.given_up[0][1]
+    rounds = rounds_of()
+    rounds.begin()
+    rounds.tick(0.0)
+    started(rounds)
+    ended(rounds, 0, 2, now=0.0)  # a wrong setting
+    rounds.tick(SETTLE_S)
+    assert rounds.tick(SETTLE_S + KILL_TIMEOUT_S) == [(0, {"finish": True})]
 
 
 def test_a_lost_spare_host_is_named_and_never_used() -> None:
@@ -160,8 +206,28 @@ def test_a_stopped_job_does_not_start_again() -> None:
     rounds.begin()
     started(rounds)
     assert [index for index, _ in rounds.stop()] == [0, 1]
+    assert ended(rounds, 0, 1) == []
     assert rounds.lose(1, "node2: lost.", 0.0, left_trace=True) == []
     assert rounds.stop() == []
+    assert rounds.notes == []
+    assert rounds.deadline == math.inf, "else the coordinator would not sleep any more"
+
+
+def test_a_stopped_job_does_not_say_that_it_starts_again() -> None:
+    rounds = rounds_of()
+    rounds.begin()
+    started(rounds)
+    rounds.stop()
+    assert ended(rounds, 0, 1) == ended(rounds, 1, 1) == []
+    assert rounds.notes == []
+    assert rounds.end_order == [0, 1]
+
+
+def test_no_ranks_start_while_a_host_is_lost() -> None:
+    rounds = rounds_of(*NODES, SPARE)
+    rounds.begin()
+    rounds.lose(1, "node2: lost.", 0.0, left_trace=True)
+    assert not started(rounds)
 
 
 class FakeConnection:
@@ -174,12 +240,14 @@ class FakeConnection:
         self.sent.append(order)
 
 
-def watched(now: float, *silences: float) -> tuple[RoundWatch, list[FakeConnection]]:
+def watched(
+    now: float, *silences: float, hosts: Sequence[RoundHost] = NODES
+) -> tuple[RoundWatch, list[FakeConnection]]:
     connections = [
         FakeConnection(index, host.name, now - silence)
-        for index, (host, silence) in enumerate(zip(NODES, silences, strict=True))
+        for index, (host, silence) in enumerate(zip(hosts, silences, strict=True))
     ]
-    watch = RoundWatch(connections, RoundPlan(NODES, 0, 1))
+    watch = RoundWatch(connections, RoundPlan(hosts, 0, 1))
     watch._last_look = now - 0.5
     return watch, connections
 
@@ -214,3 +282,26 @@ def test_a_launcher_that_ends_by_itself_before_its_ranks_start_ends_the_job() ->
     watch.take_end(1, HostResult("node2", 2), 1000.0)
     assert watch.rounds.is_final
     assert connections[0].sent[-1] == {"order": {"finish": True}}
+
+
+def test_a_launcher_that_follows_no_orders_is_told_to_end_and_not_waited_for() -> None:
+    watch, connections = watched(1000.0, 0.0, 0.0)
+    for index in (0, 1):
+        watch.take_report(index, {"ready": "host"}, 1000.0)
+    started(watch.rounds)
+    watch.take_report(0, {"ended": 0, "code": 4, "failure": "x"}, 1000.0)
+    assert watch.look([], 1000.0 + SETTLE_S) == []
+    results = watch.look([], 1000.0 + SETTLE_S + KILL_TIMEOUT_S)
+    assert [(each.host, each.lost) for each in results] == [("node2", "node2: its launcher does not end its ranks.")]
+    assert connections[1].sent[-1] == {"kill": True}
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, -9])
+def test_a_spare_host_whose_launcher_ends_does_not_end_the_job(code: int) -> None:
+    watch, connections = watched(1000.0, 0.0, 0.0, 0.0, hosts=[*NODES, SPARE])
+    started(watch.rounds)
+    before = len(connections[0].sent)
+    watch.take_end(2, HostResult("node3", code), 1000.0)
+    assert not watch.rounds.is_final
+    assert len(connections[0].sent) == before
+    assert watch.of_last_round([HostResult("node3", code)]) == []
