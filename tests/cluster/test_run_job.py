@@ -273,5 +273,5 @@ def test_a_job_that_is_stopped_before_there_are_ranks_does_not_succeed(tmp_path:
 
 def test_a_host_with_a_slow_login_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(round_watch, "LOST_AFTER_S", 0.8)
-    _add_login_script(monkeypatch, 'mkdir first 2>/dev/null || sleep 2')
+    _add_login_script(monkeypatch, f"mkdir {tmp_path / 'first'} 2>/dev/null || sleep 2")
     assert run_job(_with_rounds(tmp_path, LAUNCHER, LAUNCHER), output=CollectedOutput()) == JobOutcome(0, "")
