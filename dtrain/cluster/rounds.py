@@ -217,8 +217,8 @@ class Rounds:
         codes = set(self._ended.values())
         is_stopped = codes <= {0, Preempted.exit_code} and not lost  # else ranks saved because a launcher has died
         final = {code for code in codes if code in FINAL_CODES} - {0, Preempted.exit_code}
-        # If a host is lost after all others have finished, the job has finished. Rank 0 writes last.
-        is_done = codes <= {0} and next(iter(self.members)) in self._ended
+        # If a host is lost after all others have finished, the job has finished.
+        is_done = bool(codes) and codes <= {0}
         if is_stopped or final or is_done or self._restart == self._max_restarts:
             if is_done:
                 self.members = {index: slots for index, slots in self.members.items() if index not in lost}

@@ -119,16 +119,6 @@ def test_what_ends_the_job_although_it_could_start_again(codes: tuple[int, ...],
     assert rounds.members == ({0: 2} if codes == (0,) else {0: 2, 1: 1}), "a host lost after the end does not count"
 
 
-def test_a_job_without_the_end_of_its_first_host_is_not_done() -> None:
-    rounds = rounds_of(*NODES, SPARE)
-    rounds.begin()
-    started(rounds)
-    ended(rounds, 1, 0)
-    rounds.lose(0, "node1: lost.", 1.0, left_trace=True)  # rank 0 writes the summary and exit.json
-    assert list(rounds.members) == [2, 1]
-    assert not rounds.is_final
-
-
 def test_the_number_of_restarts_is_a_limit_and_reports_of_earlier_starts_do_not_count() -> None:
     rounds = rounds_of()
     rounds.begin()
