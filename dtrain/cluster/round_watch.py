@@ -25,11 +25,13 @@ class Connection(Protocol):
         host: the host's name.
         index: its number among the job's hosts.
         last_message_s: when it sent something last, by time.monotonic().
+        is_local: the host is this machine, which answers without a network.
     """
 
     host: str
     index: int
     last_message_s: float
+    is_local: bool
 
     def send(self, order: Mapping[str, Any]) -> None:
         """Sends one line; does nothing if the supervisor has ended."""
@@ -55,8 +57,10 @@ class RoundWatch:
             connection.last_message_s += paused_s  # this process was stopped itself, so it has heard nobody
         given_up = []
         silent = [each for each in running if now - each.last_message_s > LOST_AFTER_S]
-        # If nobody answers, this machine's own network is gone.
-        if self.rounds.can_lose_hosts and len(silent) < len(running):
+        remote = [each for each in running if not each.is_local]
+        # If nobody answers, or no other one of several, this machine's own network is gone.
+        is_cut_off = len(silent) == len(running) or len(silent) == len(remote) > 1
+        if self.rounds.can_lose_hosts and not is_cut_off:
             for connection in silent:
                 reason = f"{connection.host}: no answer for {LOST_AFTER_S:g} s."
                 connection.send({"kill": True})

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, silent_result
 from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
 from dtrain.cluster.rounds import RoundPlan
-from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, explain_exit, python_command, start_on
+from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, explain_exit, is_local, python_command, start_on
 from dtrain.errors import Preempted
 
 SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
@@ -126,6 +126,7 @@ class _Connection:
 
     def __init__(self, index: int, command: HostCommand, job: MultiHostJob, events: SimpleQueue[_Event]) -> None:
         self.host, self.index, self._events = command.host, index, events
+        self.is_local = is_local(command.host)
         # With restarts, silence means that a host is lost. A login may take longer than that.
         self.last_message_s = time.monotonic() + (CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S if job.rounds is not None else 0.0)
         self._stderr_lines: list[str] = []

@@ -225,6 +225,7 @@ class FakeConnection:
 
     def __init__(self, index: int, host: str, last_message_s: float) -> None:
         self.index, self.host, self.last_message_s, self.sent = index, host, last_message_s, list[Any]()
+        self.is_local = False
 
     def send(self, order: Any) -> None:
         self.sent.append(order)
@@ -256,6 +257,13 @@ def test_no_host_is_given_up_if_none_answers_or_this_process_was_stopped_itself(
     connections[0].last_message_s = 1000.0  # the first answer after the pause
     watch._last_look = 940.0
     assert watch.look(connections, 1000.0) == []
+
+
+def test_this_machine_itself_does_not_show_that_its_network_works() -> None:
+    watch, connections = watched(1000.0, 0.1, 9.0, 9.0, hosts=[*NODES, SPARE])
+    connections[0].is_local = True
+    assert watch.look(connections, 1000.0) == []
+    assert [each.host for each in watch.look(connections[:2], 1000.0)] == ["node2"], "the only other one"
 
 
 def test_results_are_those_of_the_last_start_in_the_order_of_its_ends() -> None:
