@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,10 @@ PING_INTERVAL_S = 3.0
 
 WATCH_INTERVAL_S = 0.5
 """The same while the job can go on without a host that does not answer."""
+
+
+SILENCE_LIMIT_S = 9.0
+"""After another host has failed, a host that has been silent for this long is not waited for."""
 
 
 class Connection(Protocol):
@@ -56,13 +61,14 @@ class RoundWatch:
         for connection in running if paused_s > LOST_AFTER_S / 2 else ():
             connection.last_message_s += paused_s  # this process was stopped itself, so it has heard nobody
         given_up = []
-        silent = [each for each in running if now - each.last_message_s > LOST_AFTER_S]
+        limit_s = LOST_AFTER_S if self.rounds.can_lose_hosts else SILENCE_LIMIT_S
+        silent = [each for each in running if now - each.last_message_s > limit_s]
         remote = [each for each in running if not each.is_local]
         # If nobody answers, or no other one of several, this machine's own network is gone.
         is_cut_off = len(silent) == len(running) or len(silent) == len(remote) > 1
-        if self.rounds.can_lose_hosts and not is_cut_off:
+        if (self.rounds.can_lose_hosts or self.rounds.deadline < math.inf) and not is_cut_off:
             for connection in silent:
-                reason = f"{connection.host}: no answer for {LOST_AFTER_S:g} s."
+                reason = f"{connection.host}: no answer for {limit_s:g} s."
                 connection.send({"kill": True})
                 given_up.append(silent_result(connection.host))
                 self._send(self.rounds.lose(connection.index, reason, now, left_trace=False))

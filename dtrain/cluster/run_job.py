@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, silent_result
-from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
+from dtrain.cluster.round_watch import PING_INTERVAL_S, SILENCE_LIMIT_S, RoundWatch
 from dtrain.cluster.rounds import RoundPlan
 from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, explain_exit, is_local, python_command, start_on
 from dtrain.errors import Preempted
@@ -34,9 +34,6 @@ SETTLE_S = 5.0
 
 KILL_TIMEOUT_S = 3.0
 """Time for the hosts to answer after they are told to kill their commands."""
-
-SILENCE_LIMIT_S = 9.0
-"""After another host has failed, a host that has been silent for this long is not waited for."""
 
 SILENCE_LIMIT_AFTER_SUCCESS_S = 60.0
 """The same limit after another host has succeeded. It is longer, because a busy network may delay the answer."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dtrain.cluster.job_outcome import HostResult
-from dtrain.cluster.round_watch import RoundWatch
+from dtrain.cluster.round_watch import SILENCE_LIMIT_S, RoundWatch
 from dtrain.cluster.rounds import (
     IMPORT_TIMEOUT_S,
     KILL_TIMEOUT_S,
@@ -232,13 +232,13 @@ class FakeConnection:
 
 
 def watched(
-    now: float, *silences: float, hosts: Sequence[RoundHost] = NODES
+    now: float, *silences: float, hosts: Sequence[RoundHost] = NODES, max_restarts: int = 1
 ) -> tuple[RoundWatch, list[FakeConnection]]:
     connections = [
         FakeConnection(index, host.name, now - silence)
         for index, (host, silence) in enumerate(zip(hosts, silences, strict=True))
     ]
-    watch = RoundWatch(connections, RoundPlan(hosts, 0, 1))
+    watch = RoundWatch(connections, RoundPlan(hosts, 0, max_restarts))
     watch._last_look = now - 0.5
     return watch, connections
 
@@ -257,6 +257,15 @@ def test_no_host_is_given_up_if_none_answers_or_this_process_was_stopped_itself(
     connections[0].last_message_s = 1000.0  # the first answer after the pause
     watch._last_look = 940.0
     assert watch.look(connections, 1000.0) == []
+
+
+def test_a_silent_host_is_not_waited_for_after_another_has_failed_for_the_last_time() -> None:
+    watch, connections = watched(1000.0, 0.1, SILENCE_LIMIT_S + 0.1, max_restarts=0)
+    started(watch.rounds)
+    assert watch.look(connections, 1000.0) == []
+    watch.take_report(0, {"ended": 0, "code": 4, "failure": "x"}, 1000.0)
+    assert [result.host for result in watch.look(connections, 1000.0)] == ["node2"]
+    assert watch.rounds.is_final
 
 
 def test_this_machine_itself_does_not_show_that_its_network_works() -> None:
