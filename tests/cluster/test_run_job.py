@@ -264,9 +264,9 @@ def test_a_spare_host_that_cannot_start_its_launcher_does_not_end_the_job(
 
 
 def test_a_job_that_is_stopped_before_there_are_ranks_does_not_succeed(tmp_path: Path) -> None:
-    waits = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); open('ready', 'w'); signal.pause()"
-    stop = _later((tmp_path / "ready").exists, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    outcome = run_job(_with_rounds(tmp_path, waits, LAUNCHER), output=CollectedOutput())
+    waits = "import os, signal, sys; signal.signal(15, lambda *_: sys.exit(0)); open(f'{os.getpid()}.up', 'w'); signal.pause()"
+    stop = _later(lambda: len(list(tmp_path.glob("*.up"))) == 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = run_job(_with_rounds(tmp_path, waits, waits), output=CollectedOutput())
     stop.join()
     assert (outcome.code, outcome.message) == (75, "Stopped by SIGTERM before there were ranks: nothing is lost.")
 
