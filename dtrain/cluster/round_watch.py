@@ -58,7 +58,7 @@ class RoundWatch:
     def look(self, running: Sequence[Connection], now: float) -> list[HostResult]:
         """Acts on what is due. Returns results of hosts that are given up because they do not answer."""
         paused_s, self._last_look = now - self._last_look, now
-        for connection in running if paused_s > LOST_AFTER_S / 2 else ():
+        for connection in running if paused_s > self.ping_interval_s + LOST_AFTER_S / 2 else ():
             connection.last_message_s += paused_s  # this process was stopped itself, so it has heard nobody
         given_up = []
         limit_s = LOST_AFTER_S if self.rounds.can_lose_hosts else SILENCE_LIMIT_S
