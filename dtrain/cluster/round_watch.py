@@ -88,7 +88,11 @@ class RoundWatch:
         if result.is_known and result.code >= 0 and not self.rounds.is_unused(index):
             self._send(self.rounds.stop())  # by itself: it was told to, or cannot start
             return
-        how = f"ended with code {result.code}" if result.code >= 0 else f"was killed by {signal.Signals(-result.code).name}"
+        how = (
+            f"ended with code {result.code}"
+            if result.code >= 0
+            else f"was killed by {signal.Signals(-result.code).name}"
+        )
         reason = result.lost or result.problem or f"its launcher {how}."
         reason = reason if reason.startswith(result.host) else f"{result.host}: {reason}"
         self._send(self.rounds.lose(index, reason, now, left_trace=result.is_known))

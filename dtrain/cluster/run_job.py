@@ -125,7 +125,9 @@ class _Connection:
         self.host, self.index, self._events = command.host, index, events
         self.is_local = is_local(command.host)
         # With restarts, silence means that a host is lost. A login may take longer than that.
-        self.last_message_s = time.monotonic() + (CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S if job.rounds is not None else 0.0)
+        self.last_message_s = time.monotonic() + (
+            CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S if job.rounds is not None else 0.0
+        )
         self._stderr_lines: list[str] = []
         self.process = start_on(command.host, [*python_command(command.env), str(SUPERVISOR)])
         self.send(

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 from dtrain.distributed.launcher_env import ORDERS_FD
 
-
 F_SETOWN_EX, F_OWNER_TID = 15, 0
 """From Linux's fcntl.h; Python's fcntl lacks them."""
 

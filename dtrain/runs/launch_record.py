@@ -73,11 +73,7 @@ def gather_launch(starts: Sequence[Any], counts: Mapping[str, int]) -> LaunchRec
     """
     found = [None if start is None else AgentStart(*map(_process, start)) for start in starts]
     agents = tuple(dict.fromkeys(start.agent for start in found if start is not None))
-    named = {
-        name: count
-        for name, count in counts.items()
-        if not agents or not name.startswith(f"{TORCHRUN} ")
-    }
+    named = {name: count for name, count in counts.items() if not agents or not name.startswith(f"{TORCHRUN} ")}
     return LaunchRecord(agents, found[0].worker if found[0] is not None else None, named)
 
 
