@@ -142,6 +142,8 @@ class Supervisor:
 
     def _order(self, order: dict[str, Any]) -> None:
         assert self._orders is not None
+        if "start" in order:  # what an earlier start wrote into a folder of this host alone says nothing about this one
+            self._old_stamp = stamp(self._exit_file)
         try:
             self._orders.sendall(json.dumps(order).encode() + b"\n")
         except OSError:  # the command has ended, which is reported

@@ -29,11 +29,13 @@ class Connection(Protocol):
         host: the host's name.
         index: its number among the job's hosts.
         last_message_s: when it sent something last, by time.monotonic().
+        is_local: the host is this machine, which answers without a network.
     """
 
     host: str
     index: int
     last_message_s: float
+    is_local: bool
 
     def send(self, order: Mapping[str, Any]) -> None:
         """Sends one line; does nothing if the supervisor has ended."""
@@ -60,14 +62,20 @@ class RoundWatch:
             connection.last_message_s += paused_s
         given_up = []
         silent = [each for each in running if now - each.last_message_s > LOST_AFTER_S]
-        # If nobody answers, this machine's own network is gone.
-        if self.rounds.can_lose_hosts and len(silent) < len(running):
+        remote = [each for each in running if not each.is_local]
+        # If nobody answers, or no other one of several, this machine's own network is gone.
+        is_cut_off = len(silent) == len(running) or len(silent) == len(remote) > 1
+        if self.rounds.can_lose_hosts and not is_cut_off:
             for connection in silent:
                 reason = f"{connection.host}: no answer for {LOST_AFTER_S:g} s."
                 connection.send({"kill": True})
                 given_up.append(silent_result(connection.host))
                 self._send(self.rounds.lose(connection.index, reason, now, left_trace=False))
         self._send(self.rounds.tick(now))
+        for index, reason in self.rounds.given_up:
+            self._connections[index].send({"kill": True})
+            given_up.append(HostResult(self._connections[index].host, 1, lost=reason, was_killed=True))
+        self.rounds.given_up.clear()
         return given_up
 
     def take_report(self, index: int, report: Mapping[str, Any], now: float) -> None:
@@ -76,10 +84,15 @@ class RoundWatch:
 
     def take_end(self, index: int, result: HostResult, now: float) -> None:
         """Takes note that a host's launcher has ended."""
-        if result.is_known and result.code >= 0:
+        if result.is_known and result.code >= 0 and not self.rounds.is_unused(index):
             self._send(self.rounds.stop())  # by itself: it was told to, or cannot start
             return
-        reason = result.lost or result.problem or f"its launcher was killed by {signal.Signals(-result.code).name}."
+        how = (
+            f"ended with code {result.code}"
+            if result.code >= 0
+            else f"was killed by {signal.Signals(-result.code).name}"
+        )
+        reason = result.lost or result.problem or f"its launcher {how}."
         reason = reason if reason.startswith(result.host) else f"{result.host}: {reason}"
         self._send(self.rounds.lose(index, reason, now, left_trace=result.is_known))
 

@@ -29,6 +29,9 @@ SETTLE_AFTER_LOSS_S = 0.2
 KILL_TIMEOUT_S = 3.0
 """Time for a launcher to report the end of its ranks after the order to kill them."""
 
+IMPORT_TIMEOUT_S = 300.0
+"""Time for a launcher to import everything. Until then it has no ranks and follows no order, but nothing is wrong with it."""
+
 
 @dataclass(frozen=True)
 class RoundHost:
@@ -75,6 +78,7 @@ class Rounds:
         deadline: when `tick` must be called at the latest.
         notes: lines for the user that have not been printed yet.
         end_order: the hosts of the current start that have ended or are lost, the first first.
+        given_up: hosts, and why, whose launchers follow no orders any more. Who takes one from here ends it.
     """
 
     def __init__(self, plan: RoundPlan) -> None:
@@ -87,16 +91,27 @@ class Rounds:
         self.is_final, self._was_killed, self.deadline = False, False, math.inf
         self.notes: list[str] = []
         self.end_order: list[int] = []
+        self.given_up: list[tuple[int, str]] = []
+        self._begin_s: float | None = None
 
     @property
     def can_lose_hosts(self) -> bool:
         """Whether a host that no longer answers may be given up, because the job can go on without it."""
         return not self.is_final and self._restart < self._max_restarts
 
+    def is_unused(self, index: int) -> bool:
+        """Returns whether a host is a spare one that has taken no place yet."""
+        return index in self._spares
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the hosts were told to start their ranks."""
+        return self._started or self._restart > 0
+
     def begin(self) -> list[Order]:
         """Returns the orders of a start: the first host opens the socket where the ranks meet."""
         self._ended, self.end_order, self._started, self._first_failure = {}, [], False, ""
-        self._was_killed, self.deadline = False, math.inf
+        self._was_killed, self.deadline, self._begin_s = False, math.inf, None
         first = next(iter(self.members))
         return [(first, {"listen": {"address": self._hosts[first].address, "port": self._port}})]
 
@@ -108,7 +123,7 @@ class Rounds:
         """Takes a report of a launcher, and returns orders."""
         if "ready" in report:
             self._host_names[index] = str(report["ready"])
-        elif "listening" in report and index == next(iter(self.members)) and not self._started:
+        elif "listening" in report and index == next(iter(self.members)) and self._can_start():
             return self._start(int(report["listening"]))
         elif report.get("ended") == self._restart and index in self.members and index not in self._gone:
             if index in self._ended:  # it ended by itself just before the order to do so
@@ -149,15 +164,32 @@ class Rounds:
 
     def tick(self, now: float) -> list[Order]:
         """Kills ranks that should have ended by now; gives up launchers that do not even answer that."""
-        if now < self.deadline or self.is_final:
+        self._begin_s = now if self._begin_s is None else self._begin_s
+        if self.is_final:
+            return []
+        if not self._started and now > self._begin_s + IMPORT_TIMEOUT_S and self.deadline == math.inf:
+            first = next(iter(self.members))
+            reason = f"{self._hosts[first].name}: its launcher has not begun to work within {IMPORT_TIMEOUT_S:g} s."
+            self.given_up.append((first, reason))
+            return self.lose(first, reason, now, left_trace=False)
+        if now < self.deadline:
             return []
         left = [index for index in self.members if index not in self._ended and index not in self._gone]
         if not self._was_killed:
             self._was_killed, self.deadline = True, now + KILL_TIMEOUT_S
             return [(index, {"stop": self._restart}) for index in left]
+        is_patient = self.can_lose_hosts and now < self._begin_s + IMPORT_TIMEOUT_S
         for index in left:
+            if index not in self._host_names and is_patient:
+                self.deadline = now + KILL_TIMEOUT_S  # it still imports; the next start needs it
+                continue
             self._gone[index] = f"{self._hosts[index].name}: its launcher does not end its ranks."
+            self.given_up.append((index, self._gone[index]))
         return self._proceed()
+
+    def _can_start(self) -> bool:
+        """Returns whether this start can still begin: nobody is lost, and nobody was told to stop."""
+        return not (self._started or self.is_final or self._was_killed or self._gone.keys() & self.members.keys())
 
     def _start(self, port: int) -> list[Order]:
         self._started = True

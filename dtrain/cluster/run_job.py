@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, Protocol
 from dtrain.cluster.job_outcome import HostResult, JobOutcome, combine_results, silent_result
 from dtrain.cluster.round_watch import PING_INTERVAL_S, RoundWatch
 from dtrain.cluster.rounds import RoundPlan
-from dtrain.cluster.ssh import explain_exit, python_command, start_on
+from dtrain.cluster.ssh import CONNECT_TIMEOUT_S, explain_exit, is_local, python_command, start_on
+from dtrain.errors import Preempted
 
 SUPERVISOR = Path(__file__).with_name("remote_supervisor.py")
 
@@ -39,6 +40,9 @@ SILENCE_LIMIT_S = 9.0
 
 SILENCE_LIMIT_AFTER_SUCCESS_S = 60.0
 """The same limit after another host has succeeded. It is longer, because a busy network may delay the answer."""
+
+ANSWER_TIMEOUT_S = 30.0
+"""Time from the connection to a host's first answer; its disk may be slow."""
 
 HARMLESS_CODES = (0, 75)
 """Exit codes that are not a failure, so that the other hosts have no time limit."""
@@ -122,7 +126,11 @@ class _Connection:
 
     def __init__(self, index: int, command: HostCommand, job: MultiHostJob, events: SimpleQueue[_Event]) -> None:
         self.host, self.index, self._events = command.host, index, events
-        self.last_message_s = time.monotonic()
+        self.is_local = is_local(command.host)
+        # With restarts, silence means that a host is lost. A login may take longer than that.
+        self.last_message_s = time.monotonic() + (
+            CONNECT_TIMEOUT_S + ANSWER_TIMEOUT_S if job.rounds is not None else 0.0
+        )
         self._stderr_lines: list[str] = []
         self.process = start_on(command.host, [*python_command(command.env), str(SUPERVISOR)])
         self.send(
@@ -224,6 +232,7 @@ def _wait_for_hosts(
         event = _next_event(events, wait_s)
         if event is None:
             continue
+        now = time.monotonic()
         if event.host_index is None:
             stop_signal = _map_signal(event.frame["signal"], job)
             _send_to_all(running, {"signal": stop_signal})
@@ -235,14 +244,20 @@ def _wait_for_hosts(
             results.append(HostResult(connections[event.host_index].host, was_killed=was_killed, **event.frame["end"]))
             if watch is not None:
                 watch.take_end(event.host_index, results[-1], now)
-            if deadline == math.inf and (watch is None or watch.rounds.is_final) and job.is_over(results):
+            # Hosts that were lost before the last start, and spare ones, do not count.
+            counted = results if watch is None else watch.of_last_round(results)
+            if deadline == math.inf and (watch is None or watch.rounds.is_final) and job.is_over(counted):
                 deadline = now + SETTLE_S
         elif "report" in event.frame and watch is not None:
             watch.take_report(event.host_index, event.frame["report"], now)
         elif "ping" not in event.frame:
             output.show(event.host_index, event.frame)
     counted = results if watch is None else watch.of_last_round(results)
-    return combine_results(counted, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
+    outcome = combine_results(counted, job.launcher, is_elastic=job.min_hosts is not None, stop_signal=stop_signal)
+    if watch is None or watch.rounds.has_begun or outcome.code or stop_signal is None:
+        return outcome
+    message = f"Stopped by {signal.Signals(stop_signal).name} before there were ranks: nothing is lost."
+    return JobOutcome(Preempted.exit_code, message, stop_signal)
 
 
 def _are_silent(running: Sequence[_Connection], now: float, is_over: bool, job: MultiHostJob) -> bool:

@@ -110,7 +110,7 @@ def read_job_identity(env: Mapping[str, str], launcher: str, *, run: Mapping[str
         launcher: the one that started this process. Variables of other launchers may be left over from around it.
         run: which run the job works on.
     """
-    job = {"job": _fingerprint(env[JOB_ID])} if env.get(JOB_ID) else {}
+    job = {"job": fingerprint(env[JOB_ID])} if env.get(JOB_ID) else {}
     restart, is_global = 0, True
     match launcher:
         case "torchrun" | "dtrain":
@@ -127,7 +127,7 @@ def read_job_identity(env: Mapping[str, str], launcher: str, *, run: Mapping[str
     return JobIdentity(job, restart, is_global, run or {})
 
 
-def _fingerprint(token: str) -> str:
+def fingerprint(token: str) -> str:
     """Returns a hash that distinguishes tokens without revealing them: a rejected process sees it in its error."""
     return hashlib.sha256(token.encode()).hexdigest()[:12]
 

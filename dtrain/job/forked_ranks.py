@@ -104,7 +104,7 @@ class RankForker:
                 are ended first.
         """
         if earlier is not None:
-            end_descendants(0.0 if earlier.was_killed else AFTER_RESTART_S)
+            self.clear(earlier)
         file = self.exit_file
         old_stamp = stamp(file)
         if own_file := self.env.get(launcher_env.EXIT_FILE):  # an earlier start's end is not this one's
@@ -114,6 +114,10 @@ class RankForker:
         was_stopped, was_killed = _wait(start, self.signals, self.orders)
         record = read_exit(file, old_stamp)
         return RoundEnd(start, record, job_code(start, record), was_stopped, was_killed)
+
+    def clear(self, earlier: RoundEnd) -> None:
+        """Ends what the ranks of an earlier start have left."""
+        end_descendants(0.0 if earlier.was_killed else AFTER_RESTART_S)
 
 
 # ---------------------------------------------------------------- starting ranks

@@ -20,10 +20,15 @@ import json
 import os
 import signal
 import socket
+import struct
+import threading
 from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 from dtrain.distributed.launcher_env import ORDERS_FD
+
+F_SETOWN_EX, F_OWNER_TID = 15, 0
+"""From Linux's fcntl.h; Python's fcntl lacks them."""
 
 
 class RoundOrder(NamedTuple):
@@ -68,7 +73,8 @@ class Orders:
         self._rest, self._waiting = b"", list[dict[str, Any]]()
         self.socket.set_inheritable(False)
         self.socket.setblocking(False)
-        fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())
+        # To the main thread, which blocks it: a library's thread that does not would take it, and end the process.
+        fcntl.fcntl(file, F_SETOWN_EX, struct.pack("ii", F_OWNER_TID, threading.get_native_id()))
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
 
     def take(self) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from dtrain.console import log
-from dtrain.distributed import linux_process, network
+from dtrain.distributed import launcher_env, linux_process, network
 from dtrain.distributed.topology import SINGLE
 from dtrain.distributed.torchrun_agent import LAUNCHER_NAME
 from dtrain.errors import FINAL_CODES, Preempted, TopologyError
@@ -103,23 +103,30 @@ def _follow_orders(forker: RankForker, orders: Orders) -> RoundEnd | None:
     """Runs the ranks of this node as the coordinator of a job on several hosts orders it; None without any start."""
     end: RoundEnd | None = None
     listener: socket.socket | None = None
+    run_id = f"dtrain-{launcher_env.fingerprint(forker.env.get(launcher_env.JOB_ID, ''))}"  # the same on all nodes
     orders.report(ready=socket.gethostname())
     while True:
         found, was_stopped = wait_for_orders(orders, forker.signals)
         if was_stopped or not found:
             return end
+        stopped = [order["stop"] for order in found if "stop" in order]
         for order in found:
             if "finish" in order:
                 return end
+            if "start" in order and order["start"]["restart"] in stopped:
+                continue  # both came during the imports
             if "stop" in order:
                 orders.report(ended=order["stop"], code=TopologyError.exit_code, failure="")
             elif "listen" in order:
+                if listener is not None:  # of a start that was stopped before it began
+                    listener.close()
+                if end is not None:  # what dead ranks have left may hold the same port
+                    forker.clear(end)
                 listener = _listen(orders, **order["listen"])
             elif "start" in order:
                 start = RoundOrder(**order["start"])
-                # Nodes share a token of their own: launcher_env.JOB_ID.
                 socket_here = listener if start.node_rank == 0 else None
-                end = forker.run(start, socket_here, run_id="dtrain", earlier=end)
+                end = forker.run(start, socket_here, run_id=run_id, earlier=end)
                 listener = None
                 failure = describe_first_failure(end.start) if end.start.failures() else ""
                 orders.report(ended=start.restart, code=end.code, failure=failure)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.config import bounded_json
-from dtrain.distributed.launcher_env import DTRAIN, TORCHRUN
+from dtrain.distributed.launcher_env import TORCHRUN
 from dtrain.distributed.process_info import ProcessIdentity
 from dtrain.distributed.torchrun_agent import AgentStart, find_agent
 
@@ -33,7 +33,7 @@ class LaunchRecord:
             on another node.
         worker: what rank 0's agent started. Two commands in one script have one worker; a restart has another.
         counts: how often each launcher that names its jobs has restarted this one, by name. torchrun's is here only
-            where no agent is visible.
+            where no agent is visible; dtrain's counts for all nodes, also after none of the first ones is left.
     """
 
     agents: tuple[ProcessIdentity, ...] = ()
@@ -73,11 +73,7 @@ def gather_launch(starts: Sequence[Any], counts: Mapping[str, int]) -> LaunchRec
     """
     found = [None if start is None else AgentStart(*map(_process, start)) for start in starts]
     agents = tuple(dict.fromkeys(start.agent for start in found if start is not None))
-    named = {
-        name: count
-        for name, count in counts.items()
-        if not agents or not name.startswith((f"{DTRAIN} ", f"{TORCHRUN} "))
-    }
+    named = {name: count for name, count in counts.items() if not agents or not name.startswith(f"{TORCHRUN} ")}
     return LaunchRecord(agents, found[0].worker if found[0] is not None else None, named)
 
 

@@ -156,3 +156,17 @@ def test_only_an_exit_file_of_this_job_counts(tmp_path: Path) -> None:
         assert _frames_to_end(process)[-1]["end"]["record"] == {"code": 3}
     with _supervisor(tmp_path, f"open({str(exit_file)!r}, 'w').write('[')", exit_file=str(exit_file)) as process:
         assert _frames_to_end(process)[-1]["end"]["record"] is None
+
+
+def test_an_exit_file_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
+    """A host with a folder of its own: only rank 0's host, another one, writes a new exit.json there."""
+    exit_file = tmp_path / "exit.json"
+    source = (
+        f"import os, socket; orders = socket.socket(fileno=int(os.environ['DTRAIN_ORDERS_FD'])).makefile('rw'); "
+        f"open({str(exit_file)!r}, 'w').write('{{\"code\": 4}}'); print(end='x', flush=True); orders.readline()"
+    )
+    with _supervisor(tmp_path, source, exit_file=str(exit_file), takes_orders=True) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"out": "x"}
+        _send(process, {"order": {"start": {"restart": 1}}})
+        assert _frames_to_end(process)[-1]["end"] == {"code": 0, "record": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dtrain.cluster.job_outcome import HostResult
 from dtrain.cluster.round_watch import RoundWatch
 from dtrain.cluster.rounds import (
+    IMPORT_TIMEOUT_S,
     KILL_TIMEOUT_S,
     LOST_AFTER_S,
     SETTLE_AFTER_LOSS_S,
@@ -151,11 +153,44 @@ def test_without_restarts_the_first_end_is_final_so_that_a_silent_host_is_not_wa
 def test_a_launcher_that_does_not_end_its_ranks_is_given_up() -> None:
     rounds = rounds_of(*NODES, SPARE)
     rounds.begin()
+    rounds.take(1, {"ready": "host-2"}, 0.0)
     started(rounds)
     ended(rounds, 0, 4, now=0.0)
     assert rounds.tick(SETTLE_S) == [(1, {"stop": 0})]
     assert rounds.tick(SETTLE_S + KILL_TIMEOUT_S) == [(0, {"listen": {"address": "10.0.0.1", "port": 0}})]
     assert list(rounds.members) == [0, 2]
+    assert [index for index, _ in rounds.given_up] == [1]
+
+
+def test_a_launcher_that_still_imports_is_waited_for_and_not_given_up() -> None:
+    rounds = rounds_of(*NODES, RoundHost("node3", "10.0.0.3", 1))
+    rounds.begin()
+    rounds.tick(0.0)
+    rounds.lose(1, "node2: lost.", 1.0, left_trace=False)
+    assert rounds.tick(2.0) == [(0, {"stop": 0}), (2, {"stop": 0})]
+    assert rounds.tick(2.0 + KILL_TIMEOUT_S) == []
+    for index in (0, 2):
+        rounds.take(index, {"ready": "host"}, 20.0)
+    assert not started(rounds), "what it was told before the order to stop is over"
+    assert ended(rounds, 0, 4, now=20.0) == []
+    assert ended(rounds, 2, 4, now=20.0) == [(0, {"listen": {"address": "10.0.0.1", "port": 0}})]
+    assert list(started(rounds)) == [0, 2]
+
+
+def test_imports_have_a_time_limit_and_are_not_waited_for_once_the_job_has_ended() -> None:
+    rounds = rounds_of()
+    rounds.begin()
+    assert rounds.tick(0.0) == []
+    assert rounds.tick(IMPORT_TIMEOUT_S) == []
+    rounds.tick(IMPORT_TIMEOUT_S + 1)
+    assert rounds.given_up[0][0] == 0
+    assert "node1: its launcher has not begun to work" in rounds.given_up[0][1]
+    rounds = rounds_of()
+    rounds.begin()
+    rounds.tick(0.0)
+    started(rounds)
+    assert ended(rounds, 0, 2, now=0.0) == [(0, {"finish": True}), (1, {"finish": True})]  # a wrong setting
+    assert rounds.is_final
 
 
 def test_a_lost_spare_host_is_named_and_never_used() -> None:
@@ -175,8 +210,28 @@ def test_a_stopped_job_does_not_start_again() -> None:
     rounds.begin()
     started(rounds)
     assert [index for index, _ in rounds.stop()] == [0, 1]
+    assert ended(rounds, 0, 1) == []
     assert rounds.lose(1, "node2: lost.", 0.0, left_trace=True) == []
     assert rounds.stop() == []
+    assert rounds.notes == []
+    assert rounds.deadline == math.inf, "else the coordinator would not sleep any more"
+
+
+def test_a_stopped_job_does_not_say_that_it_starts_again() -> None:
+    rounds = rounds_of()
+    rounds.begin()
+    started(rounds)
+    rounds.stop()
+    assert ended(rounds, 0, 1) == ended(rounds, 1, 1) == []
+    assert rounds.notes == []
+    assert rounds.end_order == [0, 1]
+
+
+def test_no_ranks_start_while_a_host_is_lost() -> None:
+    rounds = rounds_of(*NODES, SPARE)
+    rounds.begin()
+    rounds.lose(1, "node2: lost.", 0.0, left_trace=True)
+    assert not started(rounds)
 
 
 class FakeConnection:
@@ -184,17 +239,20 @@ class FakeConnection:
 
     def __init__(self, index: int, host: str, last_message_s: float) -> None:
         self.index, self.host, self.last_message_s, self.sent = index, host, last_message_s, list[Any]()
+        self.is_local = False
 
     def send(self, order: Any) -> None:
         self.sent.append(order)
 
 
-def watched(now: float, *silences: float) -> tuple[RoundWatch, list[FakeConnection]]:
+def watched(
+    now: float, *silences: float, hosts: Sequence[RoundHost] = NODES, max_restarts: int = 1
+) -> tuple[RoundWatch, list[FakeConnection]]:
     connections = [
         FakeConnection(index, host.name, now - silence)
-        for index, (host, silence) in enumerate(zip(NODES, silences, strict=True))
+        for index, (host, silence) in enumerate(zip(hosts, silences, strict=True))
     ]
-    watch = RoundWatch(connections, RoundPlan(NODES, 0, 1))
+    watch = RoundWatch(connections, RoundPlan(hosts, 0, max_restarts))
     watch._last_look = now - 0.5
     return watch, connections
 
@@ -223,6 +281,13 @@ def test_waiting_for_a_ping_is_no_pause_so_that_silence_is_noticed_without_resta
     assert connections[1].last_message_s == 980.0
 
 
+def test_this_machine_itself_does_not_show_that_its_network_works() -> None:
+    watch, connections = watched(1000.0, 0.1, 9.0, 9.0, hosts=[*NODES, SPARE])
+    connections[0].is_local = True
+    assert watch.look(connections, 1000.0) == []
+    assert [each.host for each in watch.look(connections[:2], 1000.0)] == ["node2"], "the only other one"
+
+
 def test_results_are_those_of_the_last_start_in_the_order_of_its_ends() -> None:
     watch, _ = watched(1000.0, 0.0, 0.0)
     started(watch.rounds)
@@ -237,3 +302,26 @@ def test_a_launcher_that_ends_by_itself_before_its_ranks_start_ends_the_job() ->
     watch.take_end(1, HostResult("node2", 2), 1000.0)
     assert watch.rounds.is_final
     assert connections[0].sent[-1] == {"order": {"finish": True}}
+
+
+def test_a_launcher_that_follows_no_orders_is_told_to_end_and_not_waited_for() -> None:
+    watch, connections = watched(1000.0, 0.0, 0.0)
+    for index in (0, 1):
+        watch.take_report(index, {"ready": "host"}, 1000.0)
+    started(watch.rounds)
+    watch.take_report(0, {"ended": 0, "code": 4, "failure": "x"}, 1000.0)
+    assert watch.look([], 1000.0 + SETTLE_S) == []
+    results = watch.look([], 1000.0 + SETTLE_S + KILL_TIMEOUT_S)
+    assert [(each.host, each.lost) for each in results] == [("node2", "node2: its launcher does not end its ranks.")]
+    assert connections[1].sent[-1] == {"kill": True}
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, -9])
+def test_a_spare_host_whose_launcher_ends_does_not_end_the_job(code: int) -> None:
+    watch, connections = watched(1000.0, 0.0, 0.0, 0.0, hosts=[*NODES, SPARE])
+    started(watch.rounds)
+    before = len(connections[0].sent)
+    watch.take_end(2, HostResult("node3", code), 1000.0)
+    assert not watch.rounds.is_final
+    assert len(connections[0].sent) == before
+    assert watch.of_last_round([HostResult("node3", code)]) == []

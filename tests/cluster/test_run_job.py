@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from dtrain.cluster import round_watch
 from dtrain.cluster import run_job as run
 from dtrain.cluster.job_outcome import JobOutcome
+from dtrain.cluster.rounds import RoundHost, RoundPlan
 from dtrain.cluster.run_job import HostCommand, MultiHostJob, run_job
 from tests.support.jobs import ROOT, until
 
@@ -225,3 +227,51 @@ def test_files_in_the_users_folder_do_not_hide_modules(script: str, tmp_path: Pa
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.startswith(f"localhost$ cd {tmp_path} && ")
+
+
+# ---------------------------------------------------------------- launchers that take orders
+
+LAUNCHER = """
+import json, os, socket, sys, time
+with socket.socket(fileno=int(os.environ["DTRAIN_ORDERS_FD"])).makefile("rw") as orders:
+    def report(**fields):
+        print(json.dumps(fields), file=orders, flush=True)
+    report(ready="host")
+    for order in map(json.loads, orders):
+        if "listen" in order:
+            report(listening=1)
+        elif "start" in order:
+            report(ended=order["start"]["restart"], code=0, failure="")
+        elif "finish" in order:
+            break
+"""
+SLOW_END = f"{LAUNCHER}time.sleep(1.0)"
+
+
+def _with_rounds(folder: Path, *sources: str, spares: int = 0, **more: Any) -> MultiHostJob:
+    hosts = [RoundHost(host, host, 1, is_spare=index >= len(sources) - spares) for index, host in enumerate(HOSTS)]
+    return _job(folder, *sources, rounds=RoundPlan(hosts[: len(sources)], 0, 1), **more)
+
+
+def test_a_spare_host_that_cannot_start_its_launcher_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "SETTLE_S", 0.1)
+    job = _with_rounds(tmp_path, LAUNCHER, SLOW_END, "import sys; sys.exit(2)", spares=1)
+    assert run_job(job, output=CollectedOutput()) == JobOutcome(0, "")
+    job = _with_rounds(tmp_path, f"import time; time.sleep(1){LAUNCHER}", SLOW_END, "raise SystemExit(2)", spares=1)
+    assert run_job(job, output=CollectedOutput()) == JobOutcome(0, "")
+
+
+def test_a_job_that_is_stopped_before_there_are_ranks_does_not_succeed(tmp_path: Path) -> None:
+    waits = "import os, signal, sys; signal.signal(15, lambda *_: sys.exit(0)); open(f'{os.getpid()}.up', 'w'); signal.pause()"
+    stop = _later(lambda: len(list(tmp_path.glob("*.up"))) == 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    outcome = run_job(_with_rounds(tmp_path, waits, waits), output=CollectedOutput())
+    stop.join()
+    assert (outcome.code, outcome.message) == (75, "Stopped by SIGTERM before there were ranks: nothing is lost.")
+
+
+def test_a_host_with_a_slow_login_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(round_watch, "LOST_AFTER_S", 0.8)
+    _add_login_script(monkeypatch, f"mkdir {tmp_path / 'first'} 2>/dev/null || sleep 2")
+    assert run_job(_with_rounds(tmp_path, LAUNCHER, LAUNCHER), output=CollectedOutput()) == JobOutcome(0, "")

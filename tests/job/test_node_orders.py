@@ -19,19 +19,29 @@ from tests.support import jobs
 pytestmark = pytest.mark.launchers
 
 RANK = """
-import json, os, sys, time
+import json, os, sys, threading, time
 from pathlib import Path
 from dtrain.job.rank_launcher import RankLaunch, run_ranks
+def preload():
+    if "WITH_THREAD" in os.environ:
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 def run_rank():
     names = "RANK LOCAL_RANK WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_PORT TORCHELASTIC_RESTART_COUNT DTRAIN_LOST_HOSTS"
     print(json.dumps({name: os.environ[name] for name in names.split()}), flush=True)
     assert "DTRAIN_ORDERS_FD" not in os.environ
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "5":
+        if os.fork() == 0:
+            os.setsid()  # a helper that has a copy of the socket
+            time.sleep(600)
+        return 4
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         if os.environ["RANK"] == "0" and os.fork() == 0:
             os.setsid()  # a monitor that outlives its rank and would report its end too late
         time.sleep(600)
     return 0
-sys.exit(run_ranks(RankLaunch(1, 0, None, lambda: None, run_rank), os.environ))
+if "RANK" in os.environ:
+    sys.exit(run_rank())
+sys.exit(run_ranks(RankLaunch(1, 0, None, preload, run_rank), os.environ))
 """
 
 
@@ -43,7 +53,10 @@ class Node:
         self._lines = end.makefile(encoding="utf-8")
 
     def order(self, **fields: Any) -> None:
-        self._end.sendall(json.dumps(fields).encode() + b"\n")
+        self.send(json.dumps(fields) + "\n")
+
+    def send(self, lines: str) -> None:
+        self._end.sendall(lines.encode())
 
     def report(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._lines.readline())
@@ -57,12 +70,12 @@ class Node:
 
 
 @contextmanager
-def launcher(folder: Path) -> Iterator[Node]:
+def launcher(folder: Path, **variables: str) -> Iterator[Node]:
     script = folder / "launches.py"
     script.write_text(RANK)
     end, theirs = socket.socketpair()
     end.settimeout(jobs.LIMIT_S)
-    env = {**os.environ, "PYTHONPATH": str(jobs.ROOT), "DTRAIN_ORDERS_FD": str(theirs.fileno())}
+    env = {**os.environ, **variables, "PYTHONPATH": str(jobs.ROOT), "DTRAIN_ORDERS_FD": str(theirs.fileno())}
     process = subprocess.Popen(
         [sys.executable, str(script)], env=env, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True
     )
@@ -131,3 +144,35 @@ def test_a_taken_port_ends_the_launcher_with_the_reason(tmp_path: Path) -> None:
         node.report()
         node.order(listen={"address": "127.0.0.1", "port": taken.getsockname()[1]})
         assert node.process.wait(jobs.LIMIT_S) != 0
+
+
+def test_a_start_that_was_stopped_during_the_imports_never_begins(tmp_path: Path) -> None:
+    with launcher(tmp_path) as node:
+        lines = [{"listen": {"address": "127.0.0.1", "port": 0}}, {"start": start(0, 0)}, {"stop": 0}]
+        node.send("".join(json.dumps(line) + "\n" for line in lines))
+        assert "ready" in node.report()
+        assert "listening" in node.report()
+        assert node.report() == {"ended": 0, "code": 4, "failure": ""}
+
+
+def test_the_same_port_is_opened_again_for_the_next_start(tmp_path: Path) -> None:
+    with launcher(tmp_path) as node:
+        node.report()
+        node.order(listen={"address": "127.0.0.1", "port": 0})
+        port = node.report()["listening"]
+        node.order(listen={"address": "127.0.0.1", "port": port})  # the first start was stopped before it began
+        assert node.report() == {"listening": port}
+        node.order(start=start(5, port))
+        assert node.report()["ended"] == 5
+        node.order(listen={"address": "127.0.0.1", "port": port})  # a helper of a dead rank has a copy of the socket
+        assert node.report() == {"listening": port}
+
+
+def test_an_order_does_not_end_a_launcher_with_a_thread(tmp_path: Path) -> None:
+    with launcher(tmp_path, WITH_THREAD="1") as node:
+        node.report()
+        node.order(start=start(5, 0))
+        assert node.report()["ended"] == 5
+        node.order(start=start(0, 0))  # first ends the helper that the ranks have left
+        node.order(stop=0)
+        assert node.report()["ended"] == 0

@@ -90,6 +90,13 @@ def test_the_agents_of_all_nodes_are_recorded_once_and_torchruns_count_only_with
     assert gather_launch([None], {}).to_json() == ""
 
 
+def test_a_job_of_dtrains_launcher_is_recognized_after_all_its_first_hosts_are_lost() -> None:
+    first, again = ([(AGENT, RANK)], {"dtrain dtrain-12ab": 0}), ([(OTHER_NODE, process(4))], {"dtrain dtrain-12ab": 1})
+
+    assert gather_launch(*again).restarts(gather_launch(*first))
+    assert not gather_launch([again[0][0]], {"dtrain dtrain-34cd": 1}).restarts(gather_launch(*first))
+
+
 SHOWS = """
 import json, os
 from dtrain.distributed.torchrun_agent import find_agent
