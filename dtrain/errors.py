@@ -83,7 +83,10 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = exit_code
 
 
-FINAL_CODES = (0, ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code, Preempted.exit_code)
+NON_RETRYABLE_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
+"""Exit codes of errors that the same command would run into again."""
+
+FINAL_CODES = (0, *NON_RETRYABLE_CODES, Preempted.exit_code)
 """Exit codes after which a launcher does not start ranks again: the same error would come again, or all is saved."""
 
 ERROR_TYPES: dict[str, type[DtrainError]] = {

@@ -35,7 +35,7 @@ from dtrain.distributed.process_limit import check_process_limit
 from dtrain.distributed.rank_context import RankContext
 from dtrain.distributed.signals import interrupted_without_save, interruptible
 from dtrain.distributed.topology import SINGLE, Topology
-from dtrain.errors import CheckpointError, ConfigError, DataError, DtrainError, Interrupted, TopologyError
+from dtrain.errors import NON_RETRYABLE_CODES, ConfigError, DtrainError, Interrupted, TopologyError
 from dtrain.job.failure import (
     error_record,
     interrupted_early,
@@ -62,9 +62,6 @@ RANK0_HEAD_START_S = 1.0
 
 WITHOUT_RUN_DIR = ("generate", "export", "download")
 """Commands that write nothing below run.output_dir."""
-
-NON_RETRYABLE_CODES = (ConfigError.exit_code, DataError.exit_code, CheckpointError.exit_code)
-"""Exit codes of errors that the same command would run into again."""
 
 GRACE_S = 3.0
 """How long a rank may take to stop after a signal. All ranks are gone 5 s after Ctrl-C, unless there is more to save."""

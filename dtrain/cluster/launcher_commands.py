@@ -29,6 +29,9 @@ SECRET_WORDS = frozenset({
 })  # fmt: skip
 """A variable with one of these words in its name is forwarded only by --export, and its value is never printed."""
 
+FORWARDED_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1})
+"""The signals that dtrain's launcher and torchrun (`--signals-to-handle`) pass on to their ranks."""
+
 SHUTDOWN_TIMEOUT_S = 3600
 """How long torchrun waits for ranks that it told to stop. They save first; torchrun's default of 30 s is too short."""
 
@@ -111,7 +114,7 @@ def dtrain(plan: LaunchPlan) -> MultiHostJob:
         commands,
         plan.folder,
         plan.exit_file,
-        launcher_signals=frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}),
+        launcher_signals=FORWARDED_SIGNALS,
         rounds=None if is_alone else RoundPlan(hosts, plan.fixed_port or 0, plan.max_restarts),
     )
 
@@ -138,7 +141,7 @@ def torchrun(plan: LaunchPlan) -> MultiHostJob:
         commands,
         plan.folder,
         plan.exit_file,
-        launcher_signals=frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}),
+        launcher_signals=FORWARDED_SIGNALS,
         min_hosts=plan.host_range and plan.host_range[0],
     )
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from dtrain.errors import FINAL_CODES, Preempted
-
-NEVER_AGAIN = tuple(code for code in FINAL_CODES if code not in (0, Preempted.exit_code))
-"""Exit codes of errors that would come again. A host that saves may do so because a launcher has died, so 75 is no error."""
+from dtrain.errors import NON_RETRYABLE_CODES, Preempted
 
 LOST_AFTER_S = 3.0
 """A host that does not answer for this long is given up if the job can go on without it."""
@@ -52,6 +49,34 @@ class RoundHost:
 
 Order: TypeAlias = tuple[int, dict[str, Any]]
 """A host's index and the order for its launcher."""
+
+
+class RoundOrder(NamedTuple):
+    """One start of the ranks on all nodes.
+
+    Attributes:
+        ranks: number of ranks on this node.
+        first_rank: the rank of this node's first process.
+        world_size: number of ranks on all nodes.
+        node_rank: number of this node, from 0.
+        num_nodes: number of nodes.
+        address: address where the ranks meet.
+        port: its port.
+        restart: how often the job was started before.
+        max_restarts: how often it may be started again.
+        lost_hosts: host names of nodes that the coordinator has given up.
+    """
+
+    ranks: int
+    first_rank: int
+    world_size: int
+    node_rank: int
+    num_nodes: int
+    address: str
+    port: int
+    restart: int
+    max_restarts: int
+    lost_hosts: list[str]
 
 
 @dataclass(frozen=True)
@@ -132,7 +157,7 @@ class Rounds:
             self.end_order.append(index)
             if self.is_final:
                 return []
-            if not self.can_lose_hosts or code in NEVER_AGAIN:
+            if not self.can_lose_hosts or code in NON_RETRYABLE_CODES:
                 return self._finish()  # the launchers end when their ranks have ended
             if code not in (0, Preempted.exit_code):
                 self._first_failure = self._first_failure or f"{self._hosts[index].name}: {report['failure']}"
@@ -195,19 +220,19 @@ class Rounds:
         self._started = True
         first, orders, first_rank = next(iter(self.members)), [], 0
         for node_rank, (index, ranks) in enumerate(self.members.items()):
-            order = {
-                "ranks": ranks,
-                "first_rank": first_rank,
-                "world_size": sum(self.members.values()),
-                "node_rank": node_rank,
-                "num_nodes": len(self.members),
-                "address": self._hosts[first].address,
-                "port": port,
-                "restart": self._restart,
-                "max_restarts": self._max_restarts,
-                "lost_hosts": [self._host_names.get(gone, self._hosts[gone].name) for gone in self._gone],
-            }
-            orders.append((index, {"start": order}))
+            order = RoundOrder(
+                ranks=ranks,
+                first_rank=first_rank,
+                world_size=sum(self.members.values()),
+                node_rank=node_rank,
+                num_nodes=len(self.members),
+                address=self._hosts[first].address,
+                port=port,
+                restart=self._restart,
+                max_restarts=self._max_restarts,
+                lost_hosts=[self._host_names.get(gone, self._hosts[gone].name) for gone in self._gone],
+            )
+            orders.append((index, {"start": order._asdict()}))
             first_rank += ranks
         return orders
 

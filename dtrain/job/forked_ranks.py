@@ -24,11 +24,12 @@ from typing import Any, NoReturn
 
 from dtrain import console
 from dtrain.cluster.remote_supervisor import stamp
+from dtrain.cluster.rounds import RoundOrder
 from dtrain.console import log
 from dtrain.distributed import launcher_env, linux_process, process_limit
 from dtrain.errors import Preempted, TopologyError
 from dtrain.job.forked_outcome import RankStart, job_code, read_exit
-from dtrain.job.node_orders import Orders, RoundOrder
+from dtrain.job.node_orders import Orders
 
 PATIENT_CODES = (0, Preempted.exit_code)
 """Exit codes of one rank after which the others may take as long as they need."""

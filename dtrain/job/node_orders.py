@@ -5,7 +5,7 @@ process has imported everything and waits. One socket carries JSON lines in both
 
     {"ready": "node2"}                     this node has imported, and this is its host name
     {"listen": {"address", "port"}}        open the socket where the ranks meet; answered by {"listening": port}
-    {"start": {...}}                       the fields of `RoundOrder`: fork the ranks
+    {"start": {...}}                       the fields of `rounds.RoundOrder`: fork the ranks
     {"ended": restart, "code", "failure"}  all ranks of that start have ended
     {"stop": restart}                      kill the ranks of that start; without ranks, answer with their end
     {"finish": true}                       end; the end of the socket means the same
@@ -23,40 +23,12 @@ import socket
 import struct
 import threading
 from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from dtrain.distributed.launcher_env import ORDERS_FD
 
 F_SETOWN_EX, F_OWNER_TID = 15, 0
 """From Linux's fcntl.h; Python's fcntl lacks them."""
-
-
-class RoundOrder(NamedTuple):
-    """One start of the ranks on all nodes.
-
-    Attributes:
-        ranks: number of ranks on this node.
-        first_rank: the rank of this node's first process.
-        world_size: number of ranks on all nodes.
-        node_rank: number of this node, from 0.
-        num_nodes: number of nodes.
-        address: address where the ranks meet.
-        port: its port.
-        restart: how often the job was started before.
-        max_restarts: how often it may be started again.
-        lost_hosts: host names of nodes that the coordinator has given up.
-    """
-
-    ranks: int
-    first_rank: int
-    world_size: int
-    node_rank: int
-    num_nodes: int
-    address: str
-    port: int
-    restart: int
-    max_restarts: int
-    lost_hosts: list[str]
 
 
 class Orders:

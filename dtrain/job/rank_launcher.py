@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from dtrain.cluster.rounds import RoundOrder
 from dtrain.console import log
 from dtrain.distributed import launcher_env, linux_process, network
 from dtrain.distributed.topology import SINGLE
@@ -31,7 +32,7 @@ from dtrain.job.forked_ranks import (
     end_descendants,
     process_name,
 )
-from dtrain.job.node_orders import Orders, RoundOrder, open_orders, wait_for_orders
+from dtrain.job.node_orders import Orders, open_orders, wait_for_orders
 
 
 @dataclass(frozen=True)
